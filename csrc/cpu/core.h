@@ -1,0 +1,51 @@
+/* core.h: what the per-instruction-set files share with the plain C++ around them.
+ *
+ * deltaops.h (C ABI) -> dispatch.cpp -> checks.cpp -> one Kernels table per instruction set.
+ * The ISA files are compiled with flags that this CPU may lack, so nothing in them may be shared
+ * with other files by the linker: they include no STL, keep every function in an unnamed
+ * namespace, and export one object each, the table below. The gate: nm finds no weak symbol.
+ */
+#ifndef DELTAOPS_CPU_CORE_H
+#define DELTAOPS_CPU_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "deltaops.h"
+
+namespace deltaops {
+
+using ForwardArgs = deltaops_delta_linear_forward_args;
+using BackwardArgs = deltaops_delta_linear_backward_args;
+
+/* One instruction set's bodies. Arguments have been checked; the only way to fail is memory. */
+struct Kernels {
+  const char *name;
+  deltaops_status (*delta_linear_forward)(const ForwardArgs &);
+  deltaops_status (*delta_linear_backward)(const BackwardArgs &);
+  void (*dropout_mask)(uint8_t *keep, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
+                       uint32_t threshold);
+};
+
+/* Where other bodies would stand: AMX (tdpbf16ps tiles) after avx512_bf16, NEON and SVE beside
+ * portable. Each is one file that sets its constants and includes delta_linear.h. */
+#if defined(__x86_64__)
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#else
+extern const Kernels kernels_portable;
+#endif
+
+/* The calling thread's scratch memory, at least `bytes` long and aligned to a cache line; it grows
+ * and is kept for the next call. NULL when there is no memory: the old block is gone then too. */
+void *workspace(size_t bytes);
+
+/* checks.cpp: DELTAOPS_OK, or a status with its sentence in fail(). */
+deltaops_status check(const ForwardArgs *args);
+deltaops_status check(const BackwardArgs *args);
+
+/* Sets this thread's sentence (printf format) and returns the status. */
+__attribute__((format(printf, 2, 3))) deltaops_status fail(deltaops_status status,
+                                                           const char *format, ...);
+
+}  // namespace deltaops
+#endif
