@@ -1,0 +1,71 @@
+"""deltaops: a delta should cost nothing.
+
+    import deltaops
+    handle = deltaops.attach(model, deltaops.LoRA(r=16, alpha=32))   # our API
+    deltaops.accelerate(peft_model)                                  # or inside a PEFT model
+
+Importing this loads torch and nothing heavier; each name below is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors, ops
+    from .dispatch import backends
+    from .methods.lora import LoRA
+    from .ops import explain
+    from .surgery import accelerate, attach, load, report
+
+__all__ = [
+    "LoRA",
+    "__version__",
+    "accelerate",
+    "attach",
+    "backends",
+    "errors",
+    "explain",
+    "load",
+    "ops",
+    "report",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoRA": "methods.lora",
+    "accelerate": "surgery",
+    "attach": "surgery",
+    "backends": "dispatch",
+    "errors": "",
+    "explain": "ops",
+    "load": "surgery",
+    "ops": "",
+    "report": "surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deltaops' has no attribute {name!r}")
+    home = _HOMES[name]
+    if not home:
+        return importlib.import_module(f"deltaops.{name}")
+    return getattr(importlib.import_module(f"deltaops.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+# In a source checkout kernels/ lies beside this package; installed, it is deltaops/kernels.
+_here = Path(__file__).parent
+if (
+    not (_here / "kernels").exists()
+    and (_here.parent / "kernels" / "__init__.py").exists()
+    and (_here.parent / "setup.py").exists()
+):
+    __path__.append(str(_here.parent))

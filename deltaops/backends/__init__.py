@@ -1,0 +1,18 @@
+"""The backends, in the order that ``backend="auto"`` asks them. None imports another."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from .base import Backend, DeltaLinearCall
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+
+__all__ = ["Backend", "DeltaLinearCall", "registered"]
+
+
+@cache
+def registered() -> dict[str, Backend]:
+    """Name → backend. Each device has one fast backend; ``reference`` takes what they refuse."""
+    backends: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+    return {backend.name: backend for backend in backends}

@@ -1,0 +1,95 @@
+"""What a backend is: an implementation of the ops that can say, in words, what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class DeltaLinearCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``delta_linear``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    adapter_dtypes: tuple[torch.dtype, ...]
+    m: int
+    n: int
+    k: int
+    ranks: tuple[int, ...]
+    dropout: bool
+    weight_layout: str
+    """"row" [N,K] as nn.Linear keeps it, "col" its transpose as Conv1D does, else "strided"."""
+
+    @property
+    def rank(self) -> int:
+        """Total rank."""
+        return sum(self.ranks)
+
+    @classmethod
+    def of(
+        cls, x: Tensor, weight: Tensor, a: Sequence[Tensor], dropout: Sequence[float]
+    ) -> DeltaLinearCall:
+        """The call of these tensors; x ``[..., K]``."""
+        n, k = weight.shape
+        return cls(
+            x.device.type,
+            x.dtype,
+            tuple(t.dtype for t in a),
+            x.numel() // k if k else 0,
+            n,
+            k,
+            tuple(t.shape[0] for t in a),
+            any(dropout),
+            weight_layout(weight),
+        )
+
+
+def weight_layout(weight: Tensor) -> str:
+    """``"row"``, ``"col"`` or ``"strided"``; see :class:`DeltaLinearCall`."""
+    rows, columns = weight.stride()
+    if columns == 1:
+        return "row"
+    return "col" if rows == 1 else "strided"
+
+
+class Backend(Protocol):
+    """An implementation of ``delta_linear``. Tensors come flattened: x ``[M, K]``, y ``[M, N]``."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why nothing runs here at all, and the remedy; None when it is ready."""
+
+    def unsupported(self, call: DeltaLinearCall) -> str | None:
+        """Why this call cannot run, in words; None when it can."""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """``(y [M, N], S [M, ΣR] float32)``; see :mod:`deltaops.reference.delta_linear`."""
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        s: Tensor,
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """The wanted gradients, in the order x, bias, a…, b…."""

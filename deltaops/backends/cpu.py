@@ -1,0 +1,191 @@
+"""Backend ``cpu``: the native core (csrc/cpu), reached by raw pointers. float32 and bfloat16."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..reference.philox import drop_threshold
+from .base import DeltaLinearCall
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # deltaops_dtype
+ABI_VERSION = 1
+
+
+@cache
+def native() -> ModuleType | str:
+    """The compiled module ``deltaops._cpu``, or why it is not there, in words."""
+    try:
+        module = importlib.import_module("deltaops._cpu")
+    except ImportError as error:
+        return (
+            f"deltaops._cpu could not be imported ({error}); "
+            "reinstall deltaops with a C++ compiler at hand"
+        )
+    if module.abi_version() != ABI_VERSION:
+        return (
+            f"deltaops._cpu has ABI {module.abi_version()}, this package needs {ABI_VERSION}; "
+            "rebuild it (pip install --force-reinstall deltaops)"
+        )
+    return module
+
+
+def _core() -> ModuleType:
+    module = native()
+    if isinstance(module, str):
+        raise ImportError(module)
+    return module
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with adjacent elements in a row, as the core wants it; a copy only where it must be."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _adapter(t: Tensor) -> Tensor:
+    return t if 1 in t.stride() else t.contiguous()
+
+
+def _seed(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF
+
+
+def _branches(
+    a: Sequence[Tensor], b: Sequence[Tensor], scaling: Sequence[float], dropout: Sequence[float]
+) -> tuple[tuple[int | float, ...], ...]:
+    return tuple(
+        (
+            a_i.data_ptr(),
+            *a_i.stride(),
+            b_i.data_ptr(),
+            *b_i.stride(),
+            a_i.shape[0],
+            _DTYPES[a_i.dtype],
+            scaling[i],
+            drop_threshold(dropout[i]),
+            i,
+        )
+        for i, (a_i, b_i) in enumerate(zip(a, b, strict=True))
+    )
+
+
+class CpuBackend:
+    """Fused forward and backward on the CPU, with torch's thread count."""
+
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        """None, or why the native core is not there."""
+        module = native()
+        return module if isinstance(module, str) else None
+
+    def unsupported(self, call: DeltaLinearCall) -> str | None:
+        """None, or what the native core does not take."""
+        if call.device != "cpu":
+            return f"runs on the CPU, the tensors are on {call.device}"
+        if call.dtype not in _DTYPES:
+            return f"takes float32 and bfloat16, not {call.dtype}"
+        foreign = [t for t in call.adapter_dtypes if t not in _DTYPES]
+        if foreign:
+            return f"takes float32 and bfloat16 adapters, not {foreign[0]}"
+        if call.weight_layout == "strided":
+            return "the weight needs rows or columns of adjacent elements"
+        return None
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.Backend`."""
+        x = _rows(x)
+        if bias is not None:
+            bias = bias.contiguous()
+        a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
+        (m, k), n = x.shape, weight.shape[0]
+        y = torch.empty((m, n), dtype=x.dtype)
+        s = torch.empty((m, sum(t.shape[0] for t in a)), dtype=torch.float32)
+        _core().delta_linear_forward(
+            _DTYPES[x.dtype],
+            m,
+            n,
+            k,
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            *weight.stride(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            n,
+            s.data_ptr(),
+            _branches(a, b, scaling, dropout),
+            _seed(seed),
+            torch.get_num_threads(),
+        )
+        return y, s
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        s: Tensor,
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.Backend`."""
+        grad_y, s = _rows(grad_y), s.contiguous()
+        if x is not None:
+            x = _rows(x)
+        a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
+        (m, n), k, count = grad_y.shape, weight.shape[1], len(a)
+        grad_x = torch.empty((m, k), dtype=grad_y.dtype) if needs[0] else None
+        grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
+        wanted = [
+            torch.empty(t.shape, dtype=t.dtype) if needs[2 + i] else None
+            for i, t in enumerate((*a, *b))
+        ]
+        _core().delta_linear_backward(
+            _DTYPES[grad_y.dtype],
+            m,
+            n,
+            k,
+            grad_y.data_ptr(),
+            grad_y.stride(0),
+            0 if x is None else x.data_ptr(),
+            0 if x is None else x.stride(0),
+            weight.data_ptr(),
+            *weight.stride(),
+            s.data_ptr(),
+            _branches(a, b, scaling, dropout),
+            _seed(seed),
+            torch.get_num_threads(),
+            0 if grad_x is None else grad_x.data_ptr(),
+            k,
+            0 if grad_bias is None else grad_bias.data_ptr(),
+            _DTYPES[grad_y.dtype],
+            tuple(
+                (_pointer(wanted[i]), _pointer(wanted[count + i]), _DTYPES[a[i].dtype])
+                for i in range(count)
+            ),
+        )
+        return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

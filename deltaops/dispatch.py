@@ -1,0 +1,104 @@
+"""Which backend runs a call, and why. Nothing falls back unseen: ``explain`` has every reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .backends import Backend, DeltaLinearCall, registered
+from .errors import NoBackendError
+
+LAST_RESORT = "reference"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend said: ``reason`` is None where it can run."""
+
+    backend: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.reason or 'yes'}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call gets and what each one before it said."""
+
+    call: DeltaLinearCall
+    chosen: str | None
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def fast(self) -> bool:
+        """Whether a fused backend runs it."""
+        return self.chosen is not None and self.chosen != LAST_RESORT
+
+    @property
+    def reason(self) -> str:
+        """One line: what runs, or why the fused ones do not."""
+        if self.fast:
+            return f"fused by {self.chosen}"
+        refused = "; ".join(str(v) for v in self.verdicts if v.reason)
+        return f"eager torch ({refused})" if self.chosen else f"nothing runs it ({refused})"
+
+    def __str__(self) -> str:
+        c = self.call
+        head = (
+            f"delta_linear M={c.m} N={c.n} K={c.k} ranks={list(c.ranks)} {c.dtype} on {c.device}"
+            f"{' with dropout' if c.dropout else ''} → {self.chosen or 'no backend'}"
+        )
+        return "\n".join([head, *(f"  {verdict}" for verdict in self.verdicts)])
+
+
+def _reason(backend: Backend, call: DeltaLinearCall) -> str | None:
+    # The call first: "runs on the CPU" says more about a CUDA tensor than a missing compiler does.
+    return backend.unsupported(call) or backend.unavailable()
+
+
+def explain_call(call: DeltaLinearCall, backend: str = "auto") -> Explanation:
+    """Who would run ``call``; never raises for a backend that cannot.
+
+    Raises: NoBackendError when ``backend`` is no backend's name.
+    """
+    candidates = registered()
+    if backend != "auto":
+        if backend not in candidates:
+            known = ", ".join(["auto", *candidates])
+            raise NoBackendError(
+                f"backend must be one of {known}, got {backend!r}. Check the spelling."
+            )
+        reason = _reason(candidates[backend], call)
+        return Explanation(call, None if reason else backend, (Verdict(backend, reason),))
+    verdicts = []
+    for candidate in candidates.values():
+        reason = _reason(candidate, call)
+        verdicts.append(Verdict(candidate.name, reason))
+        if reason is None:
+            return Explanation(call, candidate.name, tuple(verdicts))
+    return Explanation(call, None, tuple(verdicts))
+
+
+@lru_cache(maxsize=4096)
+def select(call: DeltaLinearCall, backend: str = "auto", strict: bool = False) -> Backend:
+    """The backend for ``call``.
+
+    Args:
+        backend: "auto" asks them in order; a name runs that one or raises.
+        strict: refuse the eager last resort that "auto" would otherwise end with.
+    Raises: NoBackendError with every reason.
+    """
+    explanation = explain_call(call, backend)
+    if explanation.chosen is None or (strict and backend == "auto" and not explanation.fast):
+        wish = "a fused backend (strict=True)" if strict else f"backend {backend!r}"
+        raise NoBackendError(
+            f"delta_linear: {wish} was asked for and none takes this call.\n{explanation}\n"
+            "Pass backend='auto' and strict=False to let eager torch run it."
+        )
+    return registered()[explanation.chosen]
+
+
+def backends() -> dict[str, str]:
+    """Name → "ready", or why it cannot run here and how to mend that."""
+    return {name: b.unavailable() or "ready" for name, b in registered().items()}

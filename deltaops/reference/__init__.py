@@ -1,0 +1,1 @@
+"""The specification of every op, in readable torch. Takes float64; imports no kernel."""
