@@ -1,0 +1,131 @@
+"""The shapes, strides and settings that every backend of ``delta_linear`` is held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DeltaLinearTensors:
+    """The arguments of one call, in the order of the backends' ``forward``."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    a: list[Tensor]
+    b: list[Tensor]
+    scaling: list[float]
+    dropout: list[float]
+    seed: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> DeltaLinearTensors:
+        """The same values in another dtype; strides are kept."""
+        return DeltaLinearTensors(
+            self.x.to(dtype),
+            self.weight.to(dtype),
+            None if self.bias is None else self.bias.to(dtype),
+            [t.to(dtype) for t in self.a],
+            [t.to(dtype) for t in self.b],
+            self.scaling,
+            self.dropout,
+            self.seed,
+        )
+
+    def forward_arguments(self) -> tuple[object, ...]:
+        """For ``backend.forward(*…)``."""
+        return (
+            self.x, self.weight, self.bias, self.a, self.b, self.scaling, self.dropout, self.seed
+        )  # fmt: skip
+
+    def backward_arguments(self, grad_y: Tensor, s: Tensor) -> tuple[object, ...]:
+        """For ``backend.backward(*…, needs)``."""
+        return (
+            grad_y, self.x, self.weight, self.a, self.b, s, self.scaling, self.dropout, self.seed
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DeltaLinearCase:
+    """One row of the table; ``str`` is its test id."""
+
+    m: int
+    n: int
+    k: int
+    ranks: tuple[int, ...]
+    dropout: tuple[float, ...] = ()
+    bias: bool = True
+    layout: str = "row"
+    """Of the weight: "row" as nn.Linear, "col" as Conv1D."""
+    padding: int = 0
+    """Extra elements behind each row of x, so that its rows are strided."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.m}x{self.n}x{self.k}", "r" + "+".join(map(str, self.ranks or (0,)))]
+        parts += [f"p{max(self.dropout)}"] if any(self.dropout) else []
+        parts += [] if self.bias else ["nobias"]
+        parts += ["conv1d"] if self.layout == "col" else []
+        parts += ["strided"] if self.padding else []
+        return "-".join(parts)
+
+    def tensors(
+        self,
+        dtype: torch.dtype,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> DeltaLinearTensors:
+        """Random arguments of unit scale, the same for every dtype up to rounding."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+        def place(t: Tensor, to: torch.dtype) -> Tensor:
+            return t.to(device=device, dtype=to)
+
+        x = place(normal(self.m, self.k + self.padding), dtype)[:, : self.k]
+        weight = place(normal(self.n, self.k, scale=self.k**-0.5), dtype)
+        if self.layout == "col":
+            weight = weight.t().contiguous().t()
+        narrow = adapter_dtype or dtype
+        return DeltaLinearTensors(
+            x,
+            weight,
+            place(normal(self.n), dtype) if self.bias else None,
+            [place(normal(r, self.k, scale=self.k**-0.5), narrow) for r in self.ranks],
+            [place(normal(self.n, r, scale=r**-0.5), narrow) for r in self.ranks],
+            [2.0 / (1 + i) for i in range(len(self.ranks))],
+            list(self.dropout or (0.0,) * len(self.ranks)),
+            torch.tensor([0x1234_5678_9ABC_DEF0 + seed], device=device),
+        )
+
+    def grad_y(self, dtype: torch.dtype, *, device: str = "cpu", seed: int = 1) -> Tensor:
+        """A random output gradient ``[M, N]``."""
+        generator = torch.Generator().manual_seed(seed)
+        grad = torch.randn(self.m, self.n, generator=generator, dtype=torch.float64)
+        return grad.to(device=device, dtype=dtype)
+
+
+DELTA_LINEAR_CASES = (
+    DeltaLinearCase(64, 48, 32, (8,)),
+    DeltaLinearCase(0, 16, 16, (4,)),
+    DeltaLinearCase(1, 64, 64, (16,)),
+    DeltaLinearCase(1, 33, 71, (3,), layout="col"),
+    DeltaLinearCase(5, 130, 67, (1,), bias=False),
+    DeltaLinearCase(7, 1, 1, (1,)),
+    DeltaLinearCase(13, 17, 300, (), bias=True),
+    DeltaLinearCase(33, 19, 23, (1,), layout="col"),
+    DeltaLinearCase(65, 129, 257, (24,), padding=3),
+    DeltaLinearCase(128, 96, 64, (100,)),
+    DeltaLinearCase(96, 70, 40, (64,), dropout=(0.1,)),
+    DeltaLinearCase(40, 31, 29, (5,), dropout=(0.5,), layout="col", padding=7),
+    DeltaLinearCase(3, 40, 72, (4,), dropout=(0.25,)),
+    DeltaLinearCase(50, 37, 53, (4, 9), dropout=(0.3, 0.0)),
+    DeltaLinearCase(50, 37, 53, (8, 1, 16), dropout=(0.3, 0.2, 0.1), bias=False),
+    DeltaLinearCase(12, 20, 24, (3,), dropout=(1.0,)),
+    DeltaLinearCase(300, 200, 700, (16,)),
+)
