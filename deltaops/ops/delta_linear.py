@@ -4,7 +4,8 @@
 
 Two ways in, one answer. Eager calls on plain tensors go straight to an ``autograd.Function``
 (a registered op costs about 0.2 ms more a layer); everything else (torch.compile, tensor
-subclasses, functional transforms) takes the registered op ``deltaops::delta_linear``.
+subclasses) takes the registered op ``deltaops::delta_linear``; torch.func transforms take the
+reference, which they can see through.
 """
 
 from __future__ import annotations
@@ -18,8 +19,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from ..backends import DeltaLinearCall
-from ..dispatch import Explanation, explain_call, select
-from ..errors import ConfigError, DeviceError, DtypeError, GradientError, ShapeError
+from ..dispatch import LAST_RESORT, Explanation, explain_call, select
+from ..errors import (
+    ConfigError,
+    DeviceError,
+    DtypeError,
+    GradientError,
+    NoBackendError,
+    ShapeError,
+)
+from ..reference import delta_linear as reference
 
 
 class Branch(NamedTuple):
@@ -106,6 +115,8 @@ def _run(
     scaling = [float(r.scaling) for r in branches]
     dropout = [float(r.dropout) for r in branches]
     seed = _draw_seed(x.device) if any(dropout) else None
+    if torch._C._are_functorch_transforms_active():
+        return _transformed(x, weight, bias, a, b, scaling, dropout, seed, backend, strict)
     if _takes_bypass(x, weight, bias, a, b):
         runner = select(DeltaLinearCall.of(x, weight, a, dropout), backend, strict)
         if torch.is_grad_enabled() and (
@@ -114,17 +125,37 @@ def _run(
             or any(t.requires_grad for t in a)
             or any(t.requires_grad for t in b)
         ):
-            y: Tensor = _DeltaLinear.apply(
-                x, weight, bias, scaling, dropout, seed, runner, *a, *b
-            )  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+            y: Tensor = _DeltaLinear.apply(x, weight, bias, scaling, dropout, seed, runner, *a, *b)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return y
         return _forward(x, weight, bias, a, b, scaling, dropout, seed, runner)[0]
     if strict:
         backend = select(DeltaLinearCall.of(x, weight, a, dropout), backend, strict).name
-    out, _ = torch.ops.deltaops.delta_linear(
-        x, weight, bias, a, b, scaling, dropout, seed, backend
-    )
+    out, _ = torch.ops.deltaops.delta_linear(x, weight, bias, a, b, scaling, dropout, seed, backend)
     return out  # type: ignore[no-any-return]  # torch.ops has no types
+
+
+def _transformed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seed: Tensor | None,
+    backend: str,
+    strict: bool,
+) -> Tensor:
+    """Under torch.func (vmap, grad, jvp): the reference, which every transform understands."""
+    if strict or backend not in ("auto", LAST_RESORT):
+        raise NoBackendError(
+            "delta_linear: under torch.func transforms only the reference runs, and "
+            f"backend={backend!r}, strict={strict} was asked for. "
+            "Pass backend='auto' and strict=False, or leave the transform."
+        )
+    flat = x.reshape(-1, x.shape[-1])
+    y, _ = reference.forward(flat, weight, bias, a, b, scaling, dropout, seed)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _draw_seed(device: torch.device) -> Tensor:
@@ -146,7 +177,6 @@ def _takes_bypass(
         and all(type(t) in _PLAIN for t in a)
         and all(type(t) in _PLAIN for t in b)
         and x.device.type != "meta"
-        and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
     )
 
@@ -154,9 +184,7 @@ def _takes_bypass(
 # ---------------------------------------------------------------------------------------- checks
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> None:
     if weight.dim() != 2:
         raise ShapeError(
             f"delta_linear: weight must be [N, K], got {list(weight.shape)}. "
@@ -470,6 +498,4 @@ torch.library.register_fake("deltaops::delta_linear_backward", _fake_backward, l
 torch.library.register_autograd(
     "deltaops::delta_linear", _op_autograd, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd(
-    "deltaops::delta_linear_backward", _no_second_order, lib=_library
-)
+torch.library.register_autograd("deltaops::delta_linear_backward", _no_second_order, lib=_library)

@@ -61,9 +61,7 @@ def test_gradients_match_fp64_reference(
     s_low = reference.forward(*t.forward_arguments())[1]
     baseline = reference.backward(*t.backward_arguments(grad_y, s_low), needs)
     run = registered()[backend]
-    got = run.backward(
-        *t.backward_arguments(grad_y, run.forward(*t.forward_arguments())[1]), needs
-    )
+    got = run.backward(*t.backward_arguments(grad_y, run.forward(*t.forward_arguments())[1]), needs)
     assert len(got) == sum(needs)
     for i, (actual, want, low) in enumerate(zip(got, oracle, baseline, strict=True)):
         assert_accurate(actual, want, low, f"gradient {i}")

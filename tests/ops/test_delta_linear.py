@@ -37,9 +37,7 @@ def call(
     weight: Tensor, x: Tensor, bias: Tensor, *ab: Tensor, dropout: float = 0.3, backend: str
 ) -> Tensor:
     half = len(ab) // 2
-    branches = [
-        Branch(ab[i], ab[half + i], 2.0 - i, dropout * (i == 0)) for i in range(half)
-    ]
+    branches = [Branch(ab[i], ab[half + i], 2.0 - i, dropout * (i == 0)) for i in range(half)]
     return delta_linear(x, weight, bias, branches, backend=backend)
 
 
@@ -54,7 +52,9 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)]
+)
 def test_registered_op_passes_opcheck(backend: str, dtype: torch.dtype, dropout: float) -> None:
     weight = CASE.tensors(dtype).weight
     x, bias, a0, a1, b0, b1 = leaves(dtype)
@@ -200,6 +200,8 @@ def test_vmap_agrees_with_a_loop() -> None:
         return delta_linear(x, weight, bias, [Branch(a, b)])
 
     torch.testing.assert_close(torch.vmap(one)(xs), torch.stack([one(x) for x in xs]))
+    with pytest.raises(NoBackendError, match="transforms"):
+        torch.vmap(lambda x: delta_linear(x, weight, strict=True))(xs)
 
 
 def test_second_order_is_refused() -> None:
