@@ -115,7 +115,7 @@ def _run(
     scaling = [float(r.scaling) for r in branches]
     dropout = [float(r.dropout) for r in branches]
     seed = _draw_seed(x.device) if any(dropout) else None
-    if torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _transformed(x, weight, bias, a, b, scaling, dropout, seed, backend, strict)
     if _takes_bypass(x, weight, bias, a, b):
         runner = select(DeltaLinearCall.of(x, weight, a, dropout), backend, strict)
