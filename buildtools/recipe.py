@@ -1,0 +1,130 @@
+"""What is built: a C library and a thin pybind11 module over it, for the CPU and for CUDA.
+
+    csrc/cpu   ->  deltaops/libdeltaops.so       <-  deltaops/_cpu*.so   of bindings/cpu_module.cpp
+    csrc/cuda  ->  deltaops/libdeltaops_cuda.so  <-  deltaops/_cuda*.so  of bindings/cuda_module.cpp
+
+The libraries hold no Python symbols, so C programs can link them; the modules find them beside
+themselves ($ORIGIN). No torch header is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .objects import Say, Unit, compile_all, link
+from .toolchain import Compiler, CudaToolkit, machine, pybind11_include, python_include
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+INCLUDE = CSRC / "include"
+
+CPU_LIBRARY = "libdeltaops.so"
+CUDA_LIBRARY = "libdeltaops_cuda.so"
+
+# -g0: debug information makes a module ten times as large. No -march: it is for any machine.
+BINDING_FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+CUDA_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    """Where objects and results go, and how many compilers run at once."""
+
+    objects: Path
+    package: Path  # the folder that stands for deltaops/
+    jobs: int
+    say: Say
+
+
+def jobs() -> int:
+    """How many compilers run at once: $DELTAOPS_JOBS, else one per processor we may use."""
+    asked = os.environ.get("DELTAOPS_JOBS", "")
+    return max(1, int(asked)) if asked.isdigit() else len(os.sched_getaffinity(0))
+
+
+def cpu_units(compiler: Compiler, extra: tuple[str, ...] = ()) -> list[Unit]:
+    """The native CPU core, one unit per file of csrc/cpu/flags.json for this machine."""
+    folder = CSRC / "cpu"
+    flags = json.loads((folder / "flags.json").read_text(encoding="utf-8"))
+    includes = tuple(f"-I{(folder / path).resolve()}" for path in flags["include"])
+    names = flags["machines"].get(machine(), flags["machines"]["*"])
+    return [
+        Unit(
+            source=folder / name,
+            command=(*compiler.command, *flags["common"], *flags["files"][name], *includes, *extra),
+            reads=(folder, INCLUDE),
+            compiler_version=compiler.version,
+        )
+        for name in names
+    ]
+
+
+def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
+    """The CUDA library, one unit per .cu file of csrc/cuda."""
+    folder = CSRC / "cuda"
+    archs = ";".join(toolkit.archs)
+    command = (
+        *(str(toolkit.nvcc), *toolkit.gencode, *CUDA_FLAGS, f"-I{INCLUDE}", f"-I{folder}"),
+        *(f'-DDELTAOPS_CUDA_ARCHS="{archs}"', *extra),
+    )
+    return [
+        Unit(source, command, (folder, INCLUDE), toolkit.version)
+        for source in sorted(folder.glob("*.cu"))
+    ]
+
+
+def build_cpu(build: Build, compiler: Compiler, module: Path) -> None:
+    """libdeltaops.so in ``build.package`` and the pybind11 module at ``module``."""
+    flags = json.loads((CSRC / "cpu" / "flags.json").read_text(encoding="utf-8"))
+    objects = compile_all(cpu_units(compiler), build.objects, build.jobs, build.say)
+    _link_library(build, compiler, CPU_LIBRARY, objects, tuple(flags["link"]))
+    _build_module(build, compiler, "cpu_module.cpp", module, CPU_LIBRARY)
+
+
+def build_cuda(build: Build, compiler: Compiler, toolkit: CudaToolkit, module: Path) -> None:
+    """libdeltaops_cuda.so in ``build.package`` and the pybind11 module at ``module``.
+
+    The CUDA runtime is linked statically and looks for the driver at its first call, so the module
+    imports on a machine without one.
+    """
+    objects = compile_all(cuda_units(toolkit), build.objects, build.jobs, build.say)
+    libraries = (str(toolkit.cudart), "-ldl", "-lrt", "-lpthread")
+    _link_library(build, compiler, CUDA_LIBRARY, objects, libraries)
+    _build_module(build, compiler, "cuda_module.cpp", module, CUDA_LIBRARY)
+
+
+def _link_library(
+    build: Build, compiler: Compiler, name: str, objects: list[Path], libraries: tuple[str, ...]
+) -> None:
+    # --exclude-libs: the symbols of a static CUDA runtime stay our own beside torch's.
+    options = (f"-Wl,-soname,{name}", "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined")
+    files = tuple(str(path) for path in objects)
+    command = (*compiler.command, "-shared", *files, *options, *libraries)
+    link(command, build.package / name, build.say)
+
+
+def _build_module(
+    build: Build, compiler: Compiler, source: str, module: Path, library: str
+) -> None:
+    folder = CSRC / "bindings"
+    includes = (f"-I{INCLUDE}", f"-isystem{pybind11_include()}", f"-isystem{python_include()}")
+    unit = Unit(
+        source=folder / source,
+        command=(*compiler.command, *BINDING_FLAGS, *includes),
+        reads=(INCLUDE,),
+        compiler_version=compiler.version,
+    )
+    objects = compile_all([unit], build.objects, 1, build.say)
+    command = (
+        *(*compiler.command, "-shared", str(objects[0]), str(build.package / library)),
+        "-Wl,-rpath,$ORIGIN",
+    )
+    link(command, module, build.say)

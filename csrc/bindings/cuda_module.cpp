@@ -1,0 +1,107 @@
+/* cuda_module.cpp: deltaops._cuda. Integers that are pointers in, calls of deltaops_cuda.h out. */
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "deltaops_cuda.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T *pointer(std::uintptr_t address) {
+  return reinterpret_cast<T *>(address);
+}
+
+void raise_if(deltaops_status status) {
+  switch (status) {
+    case DELTAOPS_OK:
+      return;
+    case DELTAOPS_INVALID_ARGUMENT:
+      throw py::value_error(deltaops_cuda_last_error());
+    case DELTAOPS_OUT_OF_MEMORY:
+      PyErr_SetString(PyExc_MemoryError, deltaops_cuda_last_error());
+      throw py::error_already_set();
+    default:
+      throw std::runtime_error(deltaops_cuda_last_error());
+  }
+}
+
+py::object unavailable() {
+  int32_t count = 0;
+  const deltaops_status status = deltaops_cuda_device_count(&count);
+  if (status != DELTAOPS_OK) return py::str(deltaops_cuda_last_error());
+  if (count == 0) return py::str("CUDA works here and shows no GPU; check CUDA_VISIBLE_DEVICES");
+  return py::none();
+}
+
+py::list devices() {
+  int32_t count = 0;
+  raise_if(deltaops_cuda_device_count(&count));
+  py::list found;
+  for (int32_t device = 0; device < count; ++device) {
+    deltaops_cuda_device_info info = {};
+    info.struct_size = sizeof info;
+    raise_if(deltaops_cuda_describe(device, &info));
+    py::dict row;
+    row["name"] = info.name;
+    row["capability"] = py::make_tuple(info.capability / 10, info.capability % 10);
+    row["multiprocessors"] = info.multiprocessors;
+    row["shared_memory"] = info.shared_memory;
+    row["memory"] = info.memory;
+    found.append(row);
+  }
+  return found;
+}
+
+void dropout_mask(int32_t device, std::uintptr_t keep, int64_t keep_stride, int64_t M, int64_t K,
+                  std::uintptr_t seed, uint32_t branch_stream, uint32_t drop_threshold,
+                  std::uintptr_t stream) {
+  deltaops_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = deltaops_cuda_dropout_mask(device, pointer<uint8_t>(keep), keep_stride, M, K,
+                                        pointer<const uint64_t>(seed), branch_stream, drop_threshold,
+                                        pointer<void>(stream));
+  }
+  raise_if(status);
+}
+
+void dropout_apply(int32_t device, int32_t dtype, int64_t M, int64_t K, std::uintptr_t x,
+                   int64_t x_stride, std::uintptr_t y, int64_t y_stride, std::uintptr_t seed,
+                   uint32_t branch_stream, uint32_t drop_threshold, std::uintptr_t stream) {
+  const deltaops_matrix from = {pointer<void>(x), M, K, x_stride, 1, dtype, 0};
+  const deltaops_matrix to = {pointer<void>(y), M, K, y_stride, 1, dtype, 0};
+  deltaops_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = deltaops_cuda_dropout_apply(device, &from, &to, pointer<const uint64_t>(seed), branch_stream,
+                                         drop_threshold, pointer<void>(stream));
+  }
+  raise_if(status);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() =
+      "The CUDA library behind deltaops: raw pointers and strides in elements; see deltaops_cuda.h.";
+  module.def("abi_version", &deltaops_cuda_abi_version, "The version of deltaops_cuda.h.");
+  module.def("archs", &deltaops_cuda_archs, "The architectures compiled for, such as '80;90a;100'.");
+  module.def("unavailable", &unavailable, "None when a GPU can be used here, else the reason in words.");
+  module.def("devices", &devices,
+             "A dict per GPU: name, capability, multiprocessors, shared_memory (bytes that a block can "
+             "opt in to) and memory (bytes). Raises RuntimeError where there is no driver.");
+  module.def("dropout_mask", &dropout_mask, py::arg("device"), py::arg("keep"), py::arg("keep_stride"),
+             py::arg("M"), py::arg("K"), py::arg("seed"), py::arg("branch_stream"),
+             py::arg("drop_threshold"), py::arg("stream"),
+             "keep[m, k] = 1 where the Philox draw keeps the element; all pointers on the GPU.");
+  module.def("dropout_apply", &dropout_apply, py::arg("device"), py::arg("dtype"), py::arg("M"),
+             py::arg("K"), py::arg("x"), py::arg("x_stride"), py::arg("y"), py::arg("y_stride"),
+             py::arg("seed"), py::arg("branch_stream"), py::arg("drop_threshold"), py::arg("stream"),
+             "y = dropped-out x, scaled; dtype 0 = f32, 1 = bf16; all pointers on the GPU.");
+}

@@ -1,0 +1,113 @@
+"""Builds the native code of deltaops; everything else about the package is in pyproject.toml.
+
+Environment: CXX (compiler), DELTAOPS_CUDA=auto|0|1, DELTAOPS_CUDA_ARCHS="80;90a;100",
+NVCC or CUDA_HOME, DELTAOPS_JOBS (compilers at once).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+
+from buildtools import recipe  # noqa: E402
+from buildtools.toolchain import BuildFailure, CudaToolkit, find_compiler, find_cuda  # noqa: E402
+
+CPU, CUDA = "deltaops._cpu", "deltaops._cuda"
+LIBRARIES = {CPU: recipe.CPU_LIBRARY, CUDA: recipe.CUDA_LIBRARY}
+
+
+class CleanBuild(build):
+    """``build`` that starts with an empty build_lib, so that no deleted file gets into a wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildNative(build_ext):
+    """Builds each extension as its recipe says, and the C library beside it."""
+
+    def run(self) -> None:
+        try:
+            self.compiler_found = find_compiler()
+            self.cuda = find_cuda()
+            if isinstance(self.cuda, str):
+                self.announce(f"deltaops: no CUDA module: {self.cuda}", level=logging.WARNING)
+                self.extensions = [ext for ext in self.extensions if ext.name != CUDA]
+            super().run()
+        except BuildFailure as failure:
+            raise SystemExit(f"\n{failure}\n") from None
+
+    def build_extension(self, ext: Extension) -> None:
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        plan = recipe.Build(
+            # not build_temp, which is new for each editable install
+            objects=ROOT / "build" / "objects",
+            package=module.parent,
+            jobs=recipe.jobs(),
+            say=lambda text: self.announce(text, level=logging.INFO),
+        )
+        if ext.name == CPU:
+            recipe.build_cpu(plan, self.compiler_found, module)
+        else:
+            assert isinstance(self.cuda, CudaToolkit)  # run() left the extension out otherwise
+            recipe.build_cuda(plan, self.compiler_found, self.cuda, module)
+
+    # The C libraries go where their modules go: into wheels, or beside the sources (editable).
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), *self._libraries(self.build_lib)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        mapping = dict(super().get_output_mapping())
+        if self.inplace:
+            mapping.update(zip(self._libraries(self.build_lib), self._libraries(ROOT), strict=True))
+        return mapping
+
+    def copy_extensions_to_source(self) -> None:
+        built = [ext.name for ext in self.extensions]
+        for name, library in LIBRARIES.items():
+            if name not in built:  # an earlier build's module must not outlive a build without it
+                for stale in (ROOT / "deltaops").glob(f"{name.rpartition('.')[2]}.*.so"):
+                    stale.unlink()
+                (ROOT / "deltaops" / library).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+        sources, targets = self._libraries(self.build_lib), self._libraries(ROOT)
+        for source, target in zip(sources, targets, strict=True):
+            fresh = Path(target + ".tmp")
+            shutil.copy2(source, fresh)
+            fresh.replace(target)  # a running process keeps the file it has mapped
+
+    def _libraries(self, root: str | Path) -> list[str]:
+        return [str(Path(root, "deltaops", LIBRARIES[ext.name])) for ext in self.extensions]
+
+
+setup(
+    # kernels/ installs as deltaops.kernels: the name "kernels" belongs to Hugging Face's package.
+    packages=[
+        *find_packages(include=["deltaops", "deltaops.*"]),
+        "deltaops.kernels",
+        "deltaops.include",
+    ],
+    package_dir={
+        "deltaops": "deltaops",
+        "deltaops.kernels": "kernels",
+        "deltaops.include": "csrc/include",
+    },
+    package_data={"deltaops": ["py.typed"], "deltaops.include": ["*.h"]},
+    ext_modules=[
+        Extension(CPU, ["csrc/bindings/cpu_module.cpp"], language="c++"),
+        Extension(CUDA, ["csrc/bindings/cuda_module.cpp"], language="c++"),
+    ],
+    cmdclass={"build": CleanBuild, "build_ext": BuildNative},
+    zip_safe=False,
+)
