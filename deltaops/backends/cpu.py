@@ -10,7 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..reference.philox import drop_threshold
+from deltaops.reference.philox import drop_threshold
+
 from .base import DeltaLinearCall
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # deltaops_dtype

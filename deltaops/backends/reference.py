@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..reference import delta_linear
+from deltaops.reference import delta_linear
+
 from .base import DeltaLinearCall
 
 

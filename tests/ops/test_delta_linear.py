@@ -99,7 +99,7 @@ def test_eager_and_compiled_agree() -> None:
 
 def test_compiles_with_dynamic_rows_and_dropout() -> None:
     weight = CASE.tensors(torch.float32).weight
-    x, *rest = leaves(torch.float32)
+    _x, *rest = leaves(torch.float32)
     compiled = torch.compile(
         lambda *t: call(weight, *t, backend="auto"), fullgraph=True, dynamic=True
     )
@@ -266,7 +266,7 @@ def test_bad_input_is_refused(
 
 
 def test_a_named_backend_runs_or_raises_with_its_reason() -> None:
-    with pytest.raises(NoBackendError, match="not torch.float64"):
+    with pytest.raises(NoBackendError, match=r"not torch\.float64"):
         delta_linear(X.double(), W.double(), backend="cpu")
     with pytest.raises(NoBackendError, match="must be one of auto, cpu"):
         delta_linear(X, W, backend="cpuu")
