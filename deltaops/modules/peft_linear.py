@@ -1,0 +1,153 @@
+"""PEFT's LoRA ``Linear`` with its forward in one op; parameters, keys and methods are PEFT's own.
+
+Imports peft, so it is imported only by ``deltaops.accelerate``.
+
+PEFT's state decides each call anew: adapters can be disabled, merged, switched or added at any
+time. Whatever the op cannot do goes to PEFT's own forward, and :meth:`PeftLoraLinear.slow_reason`
+says why; the same function decides in ``forward``, so the report cannot disagree with the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from deltaops.ops import Branch, delta_linear
+
+from .kinds import is_conv1d
+from .linear import FrozenLinear
+from .place import UNFROZEN
+
+
+class PeftLoraLinear(PeftLinear):
+    """An exact ``peft.tuners.lora.layer.Linear`` after ``deltaops.accelerate``."""
+
+    base_class = PeftLinear
+
+    backend: str
+    """Passed to :func:`deltaops.ops.delta_linear`."""
+    strict: bool
+    """Passed to :func:`deltaops.ops.delta_linear`."""
+
+    # torch types these as holding None, which those of a PEFT layer do not
+    _modules: dict[str, Any]
+    _parameters: dict[str, Any]
+
+    def base(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[N, K]`` and bias ``[N]`` of the base layer, as the op takes them."""
+        layer = self._modules["base_layer"]
+        weight = layer._parameters["weight"]
+        if not isinstance(layer, nn.Linear):
+            weight = weight.t()
+        return weight, layer._parameters["bias"]
+
+    def branches(self) -> list[Branch]:
+        """The branches of the active adapters; empty where PEFT's own forward runs."""
+        found = self._resolve()
+        return [] if isinstance(found, str) else found
+
+    def slow_reason(self) -> str | None:
+        """Why the next call runs PEFT's own forward; None when the op runs it."""
+        found = self._resolve()
+        return found if isinstance(found, str) else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's: ``[..., K]`` → ``[..., N]``, in the dtype that the base layer returns."""
+        # arguments are adapter_names, aLoRA offsets and the like
+        branches = self._resolve() if not args and not kwargs else ""
+        if isinstance(branches, str):
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        weight, bias = self.base()
+        return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
+
+    def _resolve(self) -> list[Branch] | str:
+        """The branches of the next call, or the reason why PEFT's own forward must run it."""
+        if self._disable_adapters:
+            return "adapters are disabled: PEFT's forward"
+        if self.merged_adapters:
+            return "adapters are merged: PEFT's forward"
+        if self.lora_variant:
+            return f"a LoRA variant is set ({_variants(self)}): PEFT's forward"
+        modules = self._modules
+        layer = modules["base_layer"]
+        reason = _unreadable(layer, "base_layer")
+        if reason is not None:
+            return reason
+        if not is_base(type(layer)):
+            return f"base_layer is a {type(layer).__name__}: PEFT's forward"
+        weight = layer._parameters["weight"]
+        if weight.requires_grad:
+            return UNFROZEN
+        down, up = modules["lora_A"]._modules, modules["lora_B"]._modules
+        drops = modules["lora_dropout"]._modules
+        branches = []
+        active = self._active_adapter
+        for name in (active,) if isinstance(active, str) else active:
+            if name not in down:
+                continue
+            a: Any = down[name]
+            b: Any = up[name]
+            drop: Any = drops[name]
+            reason = (
+                _unreadable(a, "lora_A") or _unreadable(b, "lora_B") or _unreadable(drop, "dropout")
+            )
+            if reason is not None:
+                return reason
+            if type(a) is not nn.Linear or type(b) is not nn.Linear:
+                return f"lora_A and lora_B are {_pair(a, b)}: PEFT's forward"
+            if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
+                return "lora_bias is on: PEFT's forward"
+            if type(drop) is nn.Dropout:
+                p = drop.p if drop.training else 0.0
+            elif type(drop) is nn.Identity:
+                p = 0.0
+            else:
+                return f"its dropout is a {type(drop).__name__}: PEFT's forward"
+            matrix = a._parameters["weight"]
+            if matrix.dtype is not weight.dtype and matrix.dtype is not torch.float32:
+                return f"adapter {matrix.dtype} on {weight.dtype}: PEFT's forward"
+            branches.append(Branch(matrix, b._parameters["weight"], self.scaling[name], p))
+        return branches
+
+
+def is_base(kind: type) -> bool:
+    """Whether a base layer of exactly ``kind`` has a weight that the op can read."""
+    return (
+        kind is nn.Linear
+        or kind is FrozenLinear
+        or is_conv1d(kind)
+        or (kind.__name__ == "FrozenConv1D" and kind.__module__ == "deltaops.modules.conv1d")
+    )
+
+
+def _unreadable(module: Any, name: str) -> str | None:
+    """Hooks, offloading and tensor parallelism act when a module is *called*; the op only reads."""
+    if module._forward_pre_hooks or module._forward_hooks:
+        return f"hooks sit on {name}: PEFT's forward"
+    if module._backward_pre_hooks or module._backward_hooks:
+        return f"backward hooks sit on {name}: PEFT's forward"
+    own = module.__dict__
+    if "forward" in own:
+        return f"the forward of {name} was replaced (offloading): PEFT's forward"
+    if own.get("_hf_device_mesh") is not None:
+        return f"{name} is tensor-parallel: PEFT's forward"
+    if "weight" not in module._parameters:
+        if type(module) is nn.Dropout or type(module) is nn.Identity or name == "dropout":
+            return None
+        return f"the weight of {name} is computed or sharded: PEFT's forward"
+    weight = module._parameters["weight"]
+    if type(weight) is not nn.Parameter:
+        return f"the weight of {name} is a {type(weight).__name__}: PEFT's forward"
+    return None
+
+
+def _variants(module: PeftLoraLinear) -> str:
+    return ", ".join(sorted({type(v).__name__ for v in module.lora_variant.values()}))
+
+
+def _pair(a: nn.Module, b: nn.Module) -> str:
+    return f"{type(a).__name__} and {type(b).__name__}"

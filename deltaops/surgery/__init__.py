@@ -1,0 +1,22 @@
+"""Change models by deltas, and change them back: match, plan, apply, revert, merge, files."""
+
+from .accelerate import accelerate
+from .attach import attach
+from .checkpoint import load, save
+from .handle import Handle, handle_of
+from .plan import Plan, plan
+from .report import Report, Row, report
+
+__all__ = [
+    "Handle",
+    "Plan",
+    "Report",
+    "Row",
+    "accelerate",
+    "attach",
+    "handle_of",
+    "load",
+    "plan",
+    "report",
+    "save",
+]

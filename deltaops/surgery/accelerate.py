@@ -1,0 +1,114 @@
+"""``deltaops.accelerate``: a model that PEFT built or loaded, its LoRA layers in one op each.
+
+Only ``__class__`` changes. Parameters, names, hooks and PEFT's own methods (``save_pretrained``,
+``merge_and_unload``, ``set_adapter``, ``disable_adapter``, …) stay what they were.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from deltaops.errors import AttachError, TargetError
+from deltaops.modules import LinearPlace, LoraPlace, become, frozen_class, unbecome
+
+from .match import encoder_children, unswappable
+from .plan import check_backend
+from .report import Report, is_accelerated, report
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    frozen: bool = True,
+    revert: bool = False,
+    backend: str = "auto",
+    strict: bool = False,
+) -> Report:
+    """Swap the LoRA layers of a PEFT model for fused ones; calling it again changes nothing more.
+
+    A layer that the op can never run (DoRA and other variants, quantized bases, …) is left alone. A
+    state that may pass is looked at on every call, and PEFT's own forward runs meanwhile: adapters
+    disabled or merged, ``adapter_names``, hooks or offloading on an inner layer, a base weight that
+    was unfrozen. The report says so for each layer.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected LoRA layers; changed in place.
+        frozen: run linear layers with a frozen weight and no adapter (such as ``lm_head``) by the
+            same op as well.
+        revert: undo an earlier call instead.
+        backend: for every layer: "auto", or a name of ``deltaops.backends()``.
+        strict: raise where "auto" would end in eager torch.
+    Returns: a :class:`Report`; its ``revert()`` undoes the call.
+    Raises: TargetError when the model has no LoRA layer of PEFT; AttachError when it has a delta of
+        ``deltaops.attach``; NoBackendError for an unknown backend.
+    """
+    if revert:
+        unaccelerate(model)
+        return report(model)
+    check_backend(backend)
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, LoraPlace):
+            raise AttachError(
+                f"accelerate: {path!r} has a delta of deltaops.attach, which is fused already. "
+                "Call handle.revert() first if PEFT is to own the adapters."
+            )
+    tuned = {p: m for p, m in modules.items() if _is_peft_lora(m)}
+    if not tuned:
+        raise TargetError(
+            "accelerate: the model has no LoRA layer of PEFT. Call peft.get_peft_model(model, "
+            "LoraConfig(...)) first, or deltaops.attach(model, deltaops.LoRA(...)) without PEFT."
+        )
+    # peft is loaded: the model holds its layers
+    from deltaops.modules.peft_linear import PeftLoraLinear, is_base
+
+    for module in tuned.values():
+        swapped = type(module) is PeftLoraLinear
+        if swapped or (
+            type(module) is PeftLoraLinear.base_class
+            and not module.lora_variant
+            and is_base(type(module.base_layer))
+        ):
+            module.__dict__["backend"] = backend
+            module.__dict__["strict"] = strict
+            module.__class__ = PeftLoraLinear
+    if frozen:
+        _swap_frozen(modules, tuned, backend, strict)
+    return report(model)
+
+
+def unaccelerate(model: nn.Module) -> None:
+    """Undo :func:`accelerate`; what it did not touch stays."""
+    for module in model.modules():
+        if is_accelerated(module):
+            module.__class__ = module.base_class  # type: ignore[assignment]  # a class attribute
+            for name in ("backend", "strict"):
+                module.__dict__.pop(name, None)
+        elif isinstance(module, LinearPlace) and not isinstance(module, LoraPlace):
+            unbecome(module)
+
+
+def _swap_frozen(
+    modules: dict[str, nn.Module], tuned: dict[str, nn.Module], backend: str, strict: bool
+) -> None:
+    """Frozen linear layers outside PEFT's wrappers."""
+    parents = encoder_children(modules)
+    inside = {id(m) for wrapper in tuned.values() for m in wrapper.modules()}
+    for path, module in modules.items():
+        if id(module) in inside:
+            continue
+        if isinstance(module, LinearPlace):
+            module.backend, module.strict = backend, strict
+        elif unswappable(module, None, parents.get(path)) is None:
+            weight = module.weight
+            place = frozen_class(type(module))
+            if place is not None and isinstance(weight, nn.Parameter) and not weight.requires_grad:
+                become(module, place, backend, strict)
+
+
+def _is_peft_lora(module: nn.Module) -> bool:
+    """Any LoRA layer of PEFT; told by name, so that peft is not imported."""
+    return is_accelerated(module) or any(
+        kind.__name__ == "LoraLayer" and kind.__module__ == "peft.tuners.lora.layer"
+        for kind in type(module).__mro__
+    )

@@ -1,0 +1,35 @@
+"""``deltaops.attach``: plan and apply in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from deltaops.methods.base import Delta
+
+from .handle import Handle
+from .plan import plan
+
+
+def attach(
+    model: nn.Module,
+    delta: Delta,
+    *,
+    name: str = "default",
+    backend: str = "auto",
+    strict: bool = False,
+    generator: torch.Generator | None = None,
+) -> Handle:
+    """Freeze ``model`` and bind ``delta`` to it; only that and its ``modules_to_save`` train.
+
+    Args:
+        model: any torch model with ``nn.Linear`` or GPT-2's ``Conv1D`` layers; changed in place.
+        delta: such as ``deltaops.LoRA(r=16, alpha=32)``.
+        name: of the adapter; its parameters are ``<module>.lora_A.<name>.weight``.
+        backend: for every place: "auto", or a name of ``deltaops.backends()``.
+        strict: raise where "auto" would end in eager torch.
+        generator: draws the start values; torch's global CPU generator without one.
+    Returns: a :class:`Handle`; ``print`` it, ``revert()``, ``merge()``, ``save(path)``.
+    Raises: TargetError, AttachError, ConfigError, NoBackendError; the model is as it was then.
+    """
+    return plan(model, delta, name=name, backend=backend, strict=strict).apply(generator=generator)

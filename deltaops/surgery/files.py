@@ -1,0 +1,143 @@
+"""Read and write an adapter's two files without trusting them, and without losing the old ones.
+
+Writing stages every file completely (on disk, flushed) before the first one takes its place, so a
+full disk or a crash leaves the previous checkpoint as it was. Reading parses JSON and safetensors
+only; a pickle is refused, because opening one runs whatever code it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from deltaops.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files of an adapter into ``folder``; all or nothing.
+
+    A folder that does not exist yet appears with both files at once. In one that does, both files
+    are staged beside the old ones and then renamed over them, weights first.
+    Raises: CheckpointError with the operating system's reason; what was there is untouched.
+    """
+    text = json.dumps(config, indent=2, sort_keys=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _staging(folder) as stage:
+            safetensors.torch.save_file(dict(tensors), stage / WEIGHTS, metadata={"format": "pt"})
+            (stage / CONFIG).write_text(text, encoding="utf-8")
+            for name in (WEIGHTS, CONFIG):
+                (stage / name).chmod(0o666 & ~_umask())
+                flush(stage / name)
+            if folder.exists():
+                for name in (WEIGHTS, CONFIG):
+                    os.replace(stage / name, folder / name)
+                flush(folder)
+            else:
+                stage.chmod(0o777 & ~_umask())
+                os.rename(stage, folder)
+            flush(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"save: could not write the adapter to {str(folder)!r}: {error}. A checkpoint that was "
+            "there before is unchanged. Free some space or choose another folder."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``adapter_config.json``.
+
+    Raises: CheckpointError when the folder or file is missing, or is not a JSON object.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"load: {str(folder)!r} is not a folder. Pass the folder that holds {CONFIG} and "
+            f"{WEIGHTS}; download an adapter from a hub first."
+        )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"load: {str(folder)!r} has no {CONFIG}, so it is not an adapter that PEFT or deltaops "
+            f"saved. It holds: {_content(folder)}."
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"load: {CONFIG} in {str(folder)!r} cannot be read: {error}. Save the adapter again."
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"load: {CONFIG} must hold an object, got {type(config).__name__}.")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors``, on the CPU.
+
+    Raises: CheckpointError when it is missing, truncated or no safetensors file, or when there is
+        only a pickle.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        if (folder / PICKLE).exists():
+            raise CheckpointError(
+                f"load: {str(folder)!r} has only {PICKLE}, a pickle, and opening one runs the code "
+                f"in it. If you trust it, convert it once: load it with peft and save_pretrained()."
+            )
+        raise CheckpointError(
+            f"load: {str(folder)!r} has no {WEIGHTS}. It holds: {_content(folder)}."
+        )
+    try:
+        # not mapped into memory: a file replaced meanwhile must not change what was checked
+        return safetensors.torch.load(file.read_bytes())
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        # KeyError: a dtype that this torch does not know; the last two: torch.frombuffer
+        raise CheckpointError(
+            f"load: {str(file)!r} is truncated or no safetensors file: {error}. Copy or save it "
+            "again."
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """Ask the operating system to put ``path`` on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder on the same disk; gone afterwards, unless it was renamed into its place."""
+    home = folder if folder.exists() else folder.parent
+    stage = home / f".{folder.name}.saving-{secrets.token_hex(4)}"
+    stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
+
+
+def _content(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"

@@ -1,0 +1,247 @@
+"""The handle of an attached delta: look at it, switch it off, merge it, save it, undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from deltaops.errors import AttachError
+from deltaops.methods.base import Delta
+from deltaops.modules import LinearPlace, features
+
+from .record import Record, exchange, follow, merged_weight, read, write
+from .tree import Leaf, draw
+
+
+class Handle:
+    """A delta attached to a model. The state lives on the model; any number of handles agree."""
+
+    def __init__(self, model: nn.Module, record: Record) -> None:
+        self.model = model
+        self._record = record
+
+    @property
+    def delta(self) -> Delta:
+        """The settings it was attached with."""
+        return self._record.delta
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self._record.name
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Paths of the places that have the delta."""
+        return self._record.sites
+
+    @property
+    def merged(self) -> bool:
+        """Whether the delta is merged into the weights now."""
+        return bool(self._record.merged)
+
+    @property
+    def attached(self) -> bool:
+        """False after :meth:`revert` and :meth:`merge_and_unload`."""
+        return read(self.model) is self._record
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained: the delta's parameters, then those of ``modules_to_save``."""
+        self._check_attached("parameters")
+        for path in self._record.sites:
+            yield from self.delta.tensors(self._module(path), self.name).values()
+        for path in self._record.saved:
+            yield from self._module(path).parameters()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, keys as ``<module>.<suffix>``."""
+        self._check_attached("state")
+        found: dict[str, Tensor] = {}
+        for path in self._record.sites:
+            for suffix, tensor in self.delta.tensors(self._module(path), self.name).items():
+                found[f"{path}.{suffix}"] = tensor
+        for path in self._record.saved:
+            for key, tensor in self._module(path).state_dict().items():
+                found[f"{path}.{key}"] = tensor
+        return found
+
+    def __repr__(self) -> str:
+        state = "" if self.attached else ", reverted"
+        return f"<Handle {self.name!r} on {type(self.model).__name__}{state}>"
+
+    def __str__(self) -> str:
+        """A tree of what changed with parameter counts."""
+        if not self.attached:
+            return repr(self)
+        leaves = []
+        for path in self._record.sites:
+            module = self._module(path)
+            size = sum(t.numel() for t in self.delta.tensors(module, self.name).values())
+            leaves.append(Leaf(path, f"{_describe(module)} {self.delta.kind}", f"+{size:,}"))
+        for path in self._record.saved:
+            size = sum(p.numel() for p in self._module(path).parameters())
+            leaves.append(Leaf(path, "trained whole", f"{size:,}"))
+        leaves += [Leaf(path, f"left alone: {reason}", "") for path, reason in self._record.skipped]
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        share = 100 * trained / total if total else 0.0
+        merged = ", merged" if self.merged else ""
+        return (
+            f"{self.delta}\n{self.name!r} on {type(self.model).__name__}{merged}\n{draw(leaves)}\n"
+            f"trained: {trained:,} of {total:,} parameters ({share:.2f} %)"
+        )
+
+    # ------------------------------------------------------------------------------ switching
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes what it did before the delta was attached.
+
+        Raises: AttachError when the delta is merged and the base weights were not kept.
+        """
+        self._check_attached("disabled")
+        merged = self._exchange_merged() if self.merged else {}
+        for path in self._record.sites:
+            self.delta.activate(self._module(path), False)
+        trained = {p: exchange(self._module(p), o) for p, o in self._record.originals.items()}
+        try:
+            yield
+        finally:
+            for path, tensors in trained.items():
+                exchange(self._module(path), tensors)
+            for path in self._record.sites:
+                self.delta.activate(self._module(path), path not in merged)
+            for path, weight in merged.items():
+                self._module(path).weight = weight
+
+    # -------------------------------------------------------------------------------- merging
+
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Add the delta to the weights, so that inference costs what the base model costs.
+
+        Each place gets a new weight; the original one is kept, in full, so that :meth:`unmerge`
+        gives its bits back. That is the memory of all merged weights once more. With
+        ``keep_base=False`` it is dropped, and neither unmerge nor revert is possible any more.
+
+        Raises: AttachError when already merged, or when a merged weight is not finite; the model
+            is as it was then.
+        """
+        self._check_attached("merge")
+        if self.merged:
+            raise AttachError("handle.merge: already merged. Call handle.unmerge() first.")
+        done: dict[str, nn.Parameter] = {}
+        try:
+            for path in self._record.sites:
+                module = self._module(path)
+                weight = merged_weight(self.delta, module, self.name, path)
+                original = module.weight
+                assert isinstance(original, nn.Parameter)
+                done[path] = original
+                module.weight = weight
+        except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
+            for path, original in done.items():
+                self._module(path).weight = original
+            raise
+        for path in self._record.sites:
+            self.delta.activate(self._module(path), False)
+        self._record.merged = dict(done) if keep_base else dict.fromkeys(done)
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`: the base weights' own bits come back, nothing is subtracted.
+
+        Raises: AttachError when not merged, or merged with ``keep_base=False``.
+        """
+        self._check_attached("unmerge")
+        if not self.merged:
+            raise AttachError("handle.unmerge: the delta is not merged. Call handle.merge() first.")
+        self._exchange_merged()
+        for path in self._record.sites:
+            self.delta.activate(self._module(path), True)
+        self._record.merged = {}
+
+    def merge_and_unload(self) -> nn.Module:
+        """Merge for good and take the delta off: a plain model of the original classes.
+
+        What ``modules_to_save`` trained stays in. Returns the model; the handle is spent.
+        Raises: AttachError when a merged weight is not finite.
+        """
+        self._check_attached("merge_and_unload")
+        if not self.merged:
+            self.merge(keep_base=False)
+        for path in self._record.sites:
+            self.delta.unbind(self._module(path))
+        self._restore_flags()
+        write(self.model, None)
+        return self.model
+
+    # ---------------------------------------------------------------------- saving, undoing
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapter as PEFT does; see :func:`deltaops.surgery.save`."""
+        from .checkpoint import save  # checkpoint needs Handle for what load returns
+
+        save(self, path)
+
+    def revert(self) -> None:
+        """Give the model back as it was: classes, keys, every bit and every requires_grad flag.
+
+        Raises: AttachError when merged with ``keep_base=False``.
+        """
+        self._check_attached("revert")
+        if self.merged:
+            self.unmerge()
+        for path in self._record.sites:
+            self.delta.unbind(self._module(path))
+        for path, tensors in self._record.originals.items():
+            exchange(self._module(path), tensors)
+        self._restore_flags()
+        write(self.model, None)
+
+    # -------------------------------------------------------------------------------- details
+
+    def _module(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
+
+    def _check_attached(self, action: str) -> None:
+        if not self.attached:
+            raise AttachError(
+                f"handle.{action}: the delta is no longer on the model. Attach it again with "
+                "deltaops.attach or deltaops.load."
+            )
+
+    def _exchange_merged(self) -> dict[str, nn.Parameter]:
+        """Put the originals back; returns the merged weights."""
+        if any(original is None for original in self._record.merged.values()):
+            raise AttachError(
+                "the base weights were dropped by handle.merge(keep_base=False), so their bits "
+                "cannot come back. Load the base model again."
+            )
+        merged: dict[str, nn.Parameter] = {}
+        for path, original in self._record.merged.items():
+            module = self._module(path)
+            weight = module.weight
+            assert original is not None
+            assert isinstance(weight, nn.Parameter)
+            merged[path] = weight
+            follow(original, weight)
+            module.weight = original
+        return merged
+
+    def _restore_flags(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._record.trained_before)
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of what is attached to ``model``, also after ``deepcopy`` or unpickling."""
+    record = read(model)
+    return None if record is None else Handle(model, record)
+
+
+def _describe(module: nn.Module) -> str:
+    kind = module.base_class if isinstance(module, LinearPlace) else type(module)
+    in_features, out_features = features(module)
+    return f"{kind.__name__} {in_features}→{out_features}"

@@ -1,0 +1,202 @@
+"""A change to a model as a value: look at it, then apply it, all or nothing.
+
+plan = surgery.plan(model, LoRA(r=16)); print(plan); handle = plan.apply()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from deltaops.backends import DeltaLinearCall
+from deltaops.dispatch import explain_call
+from deltaops.errors import AttachError, ConfigError
+from deltaops.methods.base import Delta
+from deltaops.modules import features
+
+from .handle import Handle
+from .match import match, unswappable
+from .record import Record, exchange, take_over, write
+from .tree import Leaf, draw
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that gets the delta."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+    parameters: int
+    """How many the delta adds here."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :meth:`apply` will change. Printing it shows the tree; nothing is changed before."""
+
+    model: nn.Module = field(repr=False)
+    delta: Delta
+    name: str
+    sites: tuple[Site, ...]
+    saved: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    backend: str
+    strict: bool
+
+    def __str__(self) -> str:
+        leaves = [
+            Leaf(s.path, f"{s.kind} {s.in_features}→{s.out_features}", f"+{s.parameters:,}")
+            for s in self.sites
+        ]
+        leaves += [Leaf(p, "trained whole", f"{_count(self.model, p):,}") for p in self.saved]
+        leaves += [Leaf(path, f"left alone: {reason}", "") for path, reason in self.skipped]
+        return f"{self.delta} on {type(self.model).__name__}\n{draw(leaves)}"
+
+    def apply(self, *, generator: torch.Generator | None = None) -> Handle:
+        """Change the model and return the handle. If anything fails the model is as it was.
+
+        Args:
+            generator: draws the start values; torch's global CPU generator without one.
+        Raises: AttachError when the model changed since the plan was made.
+        """
+        modules = dict(self.model.named_modules())
+        self._check_unchanged(modules)
+        parameters = dict(self.model.named_parameters())
+        trained = frozenset(n for n, p in parameters.items() if p.requires_grad)
+        originals: dict[str, dict[str, torch.Tensor]] = {}
+        try:
+            for path in self.saved:
+                originals[path] = take_over(modules[path])
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+            for site in self.sites:
+                self.delta.bind(
+                    modules[site.path],
+                    self.name,
+                    backend=self.backend,
+                    strict=self.strict,
+                    generator=generator,
+                )
+        except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
+            for site in self.sites:
+                self.delta.unbind(modules[site.path])
+            for path, tensors in originals.items():
+                exchange(modules[path], tensors)
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in trained)
+            raise
+        record = Record(
+            self.delta,
+            self.name,
+            tuple(site.path for site in self.sites),
+            self.saved,
+            self.skipped,
+            trained,
+            originals,
+        )
+        write(self.model, record)
+        return Handle(self.model, record)
+
+    def _check_unchanged(self, modules: dict[str, nn.Module]) -> None:
+        for site in self.sites:
+            module = modules.get(site.path)
+            reason = "it is gone" if module is None else unswappable(module, self.delta, None)
+            if reason is None and module is not None:
+                now = features(module)
+                if now != (site.in_features, site.out_features):
+                    reason = f"it is now {now[0]}→{now[1]}"
+            if reason is not None:
+                raise AttachError(
+                    f"plan.apply: {site.path!r} is not what the plan saw: {reason}. "
+                    "Make a new plan."
+                )
+        for path in self.saved:
+            if path not in modules:
+                raise AttachError(f"plan.apply: {path!r} is gone. Make a new plan.")
+
+
+def plan(
+    model: nn.Module,
+    delta: Delta,
+    *,
+    name: str = "default",
+    backend: str = "auto",
+    strict: bool = False,
+) -> Plan:
+    """What attaching ``delta`` to ``model`` would change; nothing is changed.
+
+    Args:
+        model: any torch model.
+        delta: such as :class:`deltaops.LoRA`.
+        name: of the adapter, in the keys of ``state_dict`` and for ``save``.
+        backend: for every place, see :func:`deltaops.ops.delta_linear`.
+        strict: raise instead of falling back to eager torch.
+    Raises: TargetError, AttachError, ConfigError (a name that cannot be one, or a rank above a
+        layer's dimensions).
+    """
+    return make_plan(model, delta, name=name, backend=backend, strict=strict, lenient=False)
+
+
+def make_plan(
+    model: nn.Module, delta: Delta, *, name: str, backend: str, strict: bool, lenient: bool
+) -> Plan:
+    """:func:`plan`; ``lenient`` for a configuration read from a file, see ``match``.
+
+    A file may also have a rank above a layer's dimensions: PEFT writes such, and it loads.
+    """
+    if not isinstance(delta, Delta):
+        raise ConfigError(
+            f"attach: expected a delta such as deltaops.LoRA(r=16), got {type(delta).__name__}."
+        )
+    check_name(name)
+    check_backend(backend)
+    found = match(model, delta, lenient=lenient)
+    modules = dict(model.named_modules())
+    sites = []
+    too_small = []
+    for path in found.sites:
+        in_features, out_features = features(modules[path])
+        reason = delta.unfit(in_features, out_features)
+        if reason is not None:
+            too_small.append(f"  {path}: {reason}")
+        size = sum(torch.Size(s).numel() for s in delta.shapes(in_features, out_features).values())
+        kind = type(modules[path]).__name__
+        sites.append(Site(path, kind, in_features, out_features, size))
+    if too_small and not lenient:
+        listing = "\n".join(too_small[:10])
+        raise ConfigError(
+            f"attach: the delta does not fit {len(too_small)} of the {len(sites)} matched "
+            f"layers:\n{listing}\nLower the rank, or name those layers in exclude_modules (a new "
+            "head belongs in modules_to_save)."
+        )
+    return Plan(model, delta, name, tuple(sites), found.saved, found.skipped, backend, strict)
+
+
+def check_name(name: str) -> None:
+    """An adapter's name is a key of ``state_dict`` and a folder name, so not every string is one.
+
+    Raises: ConfigError.
+    """
+    plain = isinstance(name, str) and name.replace("-", "_").isidentifier() and name.isascii()
+    if not plain or hasattr(nn.ModuleDict, name) or name.startswith("lora_"):
+        raise ConfigError(
+            f"attach: {name!r} cannot name an adapter: letters, digits, - and _ only, starting "
+            "with a letter, no word that nn.ModuleDict uses, not starting with lora_. Try "
+            "'default'."
+        )
+
+
+def check_backend(backend: str) -> None:
+    """An unknown backend should stop here, not in the first forward pass.
+
+    Raises: NoBackendError.
+    """
+    explain_call(DeltaLinearCall("cpu", torch.float32, (), 1, 1, 1, (), False, "row"), backend)
+
+
+def _count(model: nn.Module, path: str) -> int:
+    return sum(p.numel() for p in model.get_submodule(path).parameters())

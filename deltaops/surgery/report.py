@@ -1,0 +1,135 @@
+"""``deltaops.report``: a line for every layer that a delta or an acceleration touched, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+from torch import nn
+
+from deltaops.backends import DeltaLinearCall
+from deltaops.backends.base import weight_layout
+from deltaops.dispatch import explain_call
+from deltaops.errors import AttachError
+from deltaops.modules import LinearPlace, LoraPlace
+
+from .record import read
+
+TOKENS = 1024
+"""Rows of the input that a report assumes where the caller names none."""
+
+
+class Row(NamedTuple):
+    """One module."""
+
+    path: str
+    kind: str
+    """"lora", "frozen", "peft lora", or "left alone"."""
+    backend: str
+    """What runs it now: a backend's name, or "peft", "torch" where the op does not."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs each layer and why. Print it, or read ``rows``."""
+
+    model: nn.Module = field(repr=False)
+    rows: tuple[Row, ...]
+
+    @property
+    def fused(self) -> int:
+        """How many rows run on a fused backend."""
+        return sum(row.backend not in ("peft", "torch", "reference", "none") for row in self.rows)
+
+    def revert(self) -> None:
+        """Undo :func:`deltaops.accelerate`: every class as it was.
+
+        Raises: AttachError for what ``deltaops.attach`` bound; its handle reverts that.
+        """
+        from .accelerate import unaccelerate  # accelerate returns a Report
+
+        if read(self.model) is not None:
+            raise AttachError("report.revert: this is deltaops.attach's; call handle.revert().")
+        unaccelerate(self.model)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no layer is touched by deltaops"
+        table = [("module", "kind", "runs on", "why"), *self.rows]
+        widths = [max(len(line[i]) for line in table) for i in range(3)]
+        lines = [
+            "  ".join([*(f"{line[i]:<{widths[i]}}" for i in range(3)), line[3]]) for line in table
+        ]
+        lines.append(f"{self.fused} of {len(self.rows)} layers run on a fused backend")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module, *, tokens: int = TOKENS) -> Report:
+    """What runs each layer of ``model`` in its present state, and why.
+
+    Args:
+        model: after ``deltaops.attach`` or ``deltaops.accelerate``.
+        tokens: rows of the input that a backend is asked about (batch × length).
+    """
+    return Report(model, tuple(_rows(model, tokens)))
+
+
+def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
+    for path, module in model.named_modules():
+        if is_accelerated(module):
+            yield _row(path, module, "peft lora", "peft", tokens)
+        elif isinstance(module, LoraPlace):
+            yield _row(path, module, "lora", "torch", tokens)
+        elif isinstance(module, LinearPlace):
+            yield _row(path, module, "frozen", "torch", tokens)
+        elif type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            yield Row(path, "left alone", "peft", why_left_alone(module))
+    record = read(model)
+    if record is not None:
+        for path, reason in record.skipped:
+            yield Row(path, "left alone", "torch", reason)
+
+
+def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -> Row:
+    reason = module.slow_reason()  # type: ignore[operator]  # every place has it
+    if reason is not None:
+        return Row(path, kind, otherwise, reason)
+    weight, _ = module.base()  # type: ignore[operator]  # every place has it
+    branches = module.branches()  # type: ignore[operator]  # every place has it
+    call = DeltaLinearCall(
+        weight.device.type,
+        weight.dtype,
+        tuple(b.a.dtype for b in branches),
+        tokens,
+        weight.shape[0],
+        weight.shape[1],
+        tuple(b.a.shape[0] for b in branches),
+        any(b.dropout for b in branches),
+        weight_layout(weight),
+    )
+    explanation = explain_call(call, module.backend)  # type: ignore[arg-type]  # a string on places
+    note = ""
+    if isinstance(module, LoraPlace) and not module.delta_active:
+        note = "; the delta is disabled or merged"
+    return Row(path, kind, explanation.chosen or "none", explanation.reason + note)
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    """Whether ``module`` is a PEFT layer that ``accelerate`` swapped, without importing peft."""
+    kind = type(module)
+    return kind.__name__ == "PeftLoraLinear" and kind.__module__ == "deltaops.modules.peft_linear"
+
+
+def why_left_alone(module: nn.Module) -> str:
+    """Why ``accelerate`` does not take this PEFT layer, as far as its type and settings say."""
+    kind = type(module)
+    if f"{kind.__module__}.{kind.__name__}" != "peft.tuners.lora.layer.Linear":
+        return f"{kind.__module__}.{kind.__name__} is not PEFT's LoRA Linear"
+    from deltaops.modules.peft_linear import (
+        PeftLoraLinear,  # peft is loaded: this is a module of it
+    )
+
+    found = PeftLoraLinear._resolve(cast(PeftLoraLinear, module))  # it reads what both classes have
+    return found if isinstance(found, str) else "not accelerated: call deltaops.accelerate(model)"
