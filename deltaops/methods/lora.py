@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from .base import ALL_LINEAR, Delta, Promise, names, selector
 _HALF = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoRA(Delta):
     """Settings of a LoRA delta. Names and meanings are PEFT's.
 
@@ -105,6 +105,15 @@ class LoRA(Delta):
                 "LoRA: layers_pattern says what layers_to_transform counts, and that is missing. "
                 "Pass both or neither."
             )
+
+    def __repr__(self) -> str:
+        """Rank, alpha and whatever differs from its default."""
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name in ("r", "alpha") or getattr(self, field.name) != field.default
+        ]
+        return f"LoRA({', '.join(shown)})"
 
     @property
     def scaling(self) -> float:

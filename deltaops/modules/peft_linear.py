@@ -107,10 +107,11 @@ class PeftLoraLinear(PeftLinear):
                 p = 0.0
             else:
                 return f"its dropout is a {type(drop).__name__}: PEFT's forward"
-            matrix = a._parameters["weight"]
-            if matrix.dtype is not weight.dtype and matrix.dtype is not torch.float32:
-                return f"adapter {matrix.dtype} on {weight.dtype}: PEFT's forward"
-            branches.append(Branch(matrix, b._parameters["weight"], self.scaling[name], p))
+            lower: Any = a._parameters["weight"]
+            upper: Any = b._parameters["weight"]
+            if lower.dtype is not weight.dtype and lower.dtype is not torch.float32:
+                return f"adapter {lower.dtype} on {weight.dtype}: PEFT's forward"
+            branches.append(Branch(lower, upper, self.scaling[name], p))
         return branches
 
 

@@ -57,11 +57,13 @@ class Report:
     def __str__(self) -> str:
         if not self.rows:
             return "no layer is touched by deltaops"
-        table = [("module", "kind", "runs on", "why"), *self.rows]
-        widths = [max(len(line[i]) for line in table) for i in range(3)]
-        lines = [
-            "  ".join([*(f"{line[i]:<{widths[i]}}" for i in range(3)), line[3]]) for line in table
-        ]
+        # the same long reason on two hundred lines hides the one that differs
+        reasons = list(dict.fromkeys(row.reason for row in self.rows))
+        table = [("module", "kind", "runs on", "why")]
+        table += [(*row[:3], f"[{reasons.index(row.reason) + 1}]") for row in self.rows]
+        widths = [max(len(line[i]) for line in table) for i in range(4)]
+        lines = ["  ".join(f"{line[i]:<{widths[i]}}" for i in range(4)).rstrip() for line in table]
+        lines += [f"[{i}] {reason}" for i, reason in enumerate(reasons, start=1)]
         lines.append(f"{self.fused} of {len(self.rows)} layers run on a fused backend")
         return "\n".join(lines)
 
