@@ -33,15 +33,16 @@ class DeltaLinearCall(NamedTuple):
         cls, x: Tensor, weight: Tensor, a: Sequence[Tensor], dropout: Sequence[float]
     ) -> DeltaLinearCall:
         """The call of these tensors; x ``[..., K]``."""
+        # Once a call: lists inside tuple() are faster than generators, is_cpu than device.type.
         n, k = weight.shape
         return cls(
-            x.device.type,
+            "cpu" if x.is_cpu else x.device.type,
             x.dtype,
-            tuple(t.dtype for t in a),
+            tuple([t.dtype for t in a]),
             x.numel() // k if k else 0,
             n,
             k,
-            tuple(t.shape[0] for t in a),
+            tuple([t.shape[0] for t in a]),
             any(dropout),
             weight_layout(weight),
         )

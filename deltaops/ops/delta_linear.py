@@ -72,7 +72,7 @@ def delta_linear(
     Randomness: with dropout, one int64 drawn from torch's generator for the device of ``x``.
     Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3.
     """
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
         target = torch.get_autocast_dtype(device)
         if x.dtype != torch.float64 and x.is_floating_point():
@@ -179,7 +179,7 @@ def _takes_bypass(
         and (bias is None or type(bias) in _PLAIN)
         and all(type(t) in _PLAIN for t in a)
         and all(type(t) in _PLAIN for t in b)
-        and x.device.type != "meta"
+        and not x.is_meta
         and not torch._C._len_torch_dispatch_stack()
     )
 
