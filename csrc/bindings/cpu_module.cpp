@@ -1,0 +1,184 @@
+// cpu_module.cpp: deltaops._cpu, the C ABI of the CPU core as flat Python functions.
+//
+// Pointers are integers (0: absent), strides count elements, dtype is 0 (f32) or 1 (bf16). Nothing
+// here looks at a tensor: a call is the conversion of its integers and one C call without the GIL.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "deltaops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+// The status as Python's own exception, with the core's sentence.
+void raise_unless_ok(deltaops_status status) {
+  switch (status) {
+    case DELTAOPS_OK:
+      return;
+    case DELTAOPS_INVALID_ARGUMENT:
+      throw py::value_error(deltaops_last_error());
+    case DELTAOPS_OUT_OF_MEMORY:
+      PyErr_SetString(PyExc_MemoryError, deltaops_last_error());
+      throw py::error_already_set();
+    default:
+      throw std::runtime_error(deltaops_last_error());
+  }
+}
+
+deltaops_matrix matrix(Address data, int64_t rows, int64_t cols, int64_t row_stride,
+                       int64_t col_stride, int dtype) {
+  return {reinterpret_cast<void *>(data), rows, cols, row_stride, col_stride, dtype, 0};
+}
+
+// (a, a_row_stride, a_col_stride, b, b_row_stride, b_col_stride, R, dtype, scaling, threshold,
+// stream)
+std::vector<deltaops_branch> read_branches(const py::tuple &branches, int64_t N, int64_t K) {
+  std::vector<deltaops_branch> out;
+  out.reserve(branches.size());
+  for (const py::handle item : branches) {
+    const auto t = py::reinterpret_borrow<py::tuple>(item);
+    if (!py::isinstance<py::tuple>(item) || t.size() != 11)
+      throw py::value_error(
+          "deltaops._cpu: a branch must be a tuple of 11 values (a, its two strides, b, its two "
+          "strides, R, dtype, scaling, drop_threshold, stream).");
+    const auto R = t[6].cast<int64_t>();
+    const int dtype = t[7].cast<int>();
+    out.push_back({matrix(t[0].cast<Address>(), R, K, t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+                          dtype),
+                   matrix(t[3].cast<Address>(), N, R, t[4].cast<int64_t>(), t[5].cast<int64_t>(),
+                          dtype),
+                   t[8].cast<float>(), t[9].cast<uint32_t>(), t[10].cast<uint32_t>(), 0});
+  }
+  return out;
+}
+
+int64_t total_rank(const std::vector<deltaops_branch> &branches) {
+  int64_t total = 0;
+  for (const deltaops_branch &branch : branches) total += branch.a.rows;
+  return total;
+}
+
+void forward(int dtype, int64_t M, int64_t N, int64_t K, Address x, int64_t ldx, Address w,
+             int64_t w_row_stride, int64_t w_col_stride, Address bias, Address y, int64_t ldy,
+             Address s, const py::tuple &branches, uint64_t seed, int num_threads) {
+  const std::vector<deltaops_branch> list = read_branches(branches, N, K);
+  const int64_t R = total_rank(list);
+  deltaops_delta_linear_forward_args args = {};
+  args.struct_size = sizeof args;
+  args.num_threads = num_threads;
+  args.x = matrix(x, M, K, ldx, 1, dtype);
+  args.weight = matrix(w, N, K, w_row_stride, w_col_stride, dtype);
+  args.bias = matrix(bias, 1, N, N, 1, dtype);
+  args.y = matrix(y, M, N, ldy, 1, dtype);
+  args.s = matrix(s, M, R, R, 1, DELTAOPS_F32);
+  args.branches = list.data();
+  args.num_branches = static_cast<int32_t>(list.size());
+  args.seed = seed;
+  deltaops_status status;
+  {
+    py::gil_scoped_release release;
+    status = deltaops_cpu_delta_linear_forward(&args);
+  }
+  raise_unless_ok(status);
+}
+
+void backward(int dtype, int64_t M, int64_t N, int64_t K, Address grad_y, int64_t ldg, Address x,
+              int64_t ldx, Address w, int64_t w_row_stride, int64_t w_col_stride, Address s,
+              const py::tuple &branches, uint64_t seed, int num_threads, Address grad_x,
+              int64_t ld_gradx, Address grad_bias, int grad_bias_dtype, const py::tuple &grads) {
+  const std::vector<deltaops_branch> list = read_branches(branches, N, K);
+  const int64_t R = total_rank(list);
+  if (grads.size() != list.size())
+    throw py::value_error(
+        "deltaops._cpu: grads must have one (grad_a, grad_b, dtype) for each branch, got " +
+        std::to_string(grads.size()) + " for " + std::to_string(list.size()) + " branches.");
+  std::vector<deltaops_matrix> grad_a, grad_b;
+  grad_a.reserve(list.size());
+  grad_b.reserve(list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    const auto [a, b, grad_dtype] = grads[i].cast<std::tuple<Address, Address, int>>();
+    const int64_t rank = list[i].a.rows;
+    grad_a.push_back(matrix(a, rank, K, K, 1, grad_dtype));
+    grad_b.push_back(matrix(b, N, rank, rank, 1, grad_dtype));
+  }
+  deltaops_delta_linear_backward_args args = {};
+  args.struct_size = sizeof args;
+  args.num_threads = num_threads;
+  args.grad_y = matrix(grad_y, M, N, ldg, 1, dtype);
+  args.x = matrix(x, M, K, ldx, 1, dtype);
+  args.weight = matrix(w, N, K, w_row_stride, w_col_stride, dtype);
+  args.s = matrix(s, M, R, R, 1, DELTAOPS_F32);
+  args.branches = list.data();
+  args.num_branches = static_cast<int32_t>(list.size());
+  args.seed = seed;
+  args.grad_x = matrix(grad_x, M, K, ld_gradx, 1, dtype);
+  args.grad_bias = matrix(grad_bias, 1, N, N, 1, grad_bias_dtype);
+  args.grad_a = grad_a.data();
+  args.grad_b = grad_b.data();
+  deltaops_status status;
+  {
+    py::gil_scoped_release release;
+    status = deltaops_cpu_delta_linear_backward(&args);
+  }
+  raise_unless_ok(status);
+}
+
+void dropout_mask(Address keep, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
+                  uint32_t drop_threshold) {
+  deltaops_status status;
+  {
+    py::gil_scoped_release release;
+    status = deltaops_cpu_dropout_mask(reinterpret_cast<uint8_t *>(keep), M, K, seed, stream,
+                                       drop_threshold);
+  }
+  raise_unless_ok(status);
+}
+
+std::string isa() {
+  const char *name = deltaops_cpu_isa();
+  if (name == nullptr) throw std::runtime_error(deltaops_last_error());
+  return name;
+}
+
+std::vector<std::pair<std::string, bool>> isas() {
+  std::vector<std::pair<std::string, bool>> out;
+  for (int32_t i = 0; i < deltaops_cpu_isa_count(); ++i) {
+    const char *name = deltaops_cpu_isa_name(i);
+    out.emplace_back(name, deltaops_cpu_isa_runs(name) != 0);
+  }
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The native CPU core (csrc/include/deltaops.h): addresses in, statuses as exceptions.";
+  m.def("delta_linear_forward", &forward, py::arg("dtype"), py::arg("M"), py::arg("N"),
+        py::arg("K"), py::arg("x"), py::arg("ldx"), py::arg("w"), py::arg("w_row_stride"),
+        py::arg("w_col_stride"), py::arg("bias"), py::arg("y"), py::arg("ldy"), py::arg("s"),
+        py::arg("branches"), py::arg("seed"), py::arg("num_threads"));
+  m.def("delta_linear_backward", &backward, py::arg("dtype"), py::arg("M"), py::arg("N"),
+        py::arg("K"), py::arg("grad_y"), py::arg("ldg"), py::arg("x"), py::arg("ldx"),
+        py::arg("w"), py::arg("w_row_stride"), py::arg("w_col_stride"), py::arg("s"),
+        py::arg("branches"), py::arg("seed"), py::arg("num_threads"), py::arg("grad_x"),
+        py::arg("ld_gradx"), py::arg("grad_bias"), py::arg("grad_bias_dtype"), py::arg("grads"));
+  m.def("dropout_mask", &dropout_mask, py::arg("keep_ptr"), py::arg("M"), py::arg("K"),
+        py::arg("seed"), py::arg("stream"), py::arg("drop_threshold"));
+  m.def("isa", &isa, "The instruction set in use.");
+  m.def("isas", &isas, "(name, whether this CPU runs it), slowest first.");
+  m.def("set_isa", [](const std::string &name) {
+    raise_unless_ok(deltaops_cpu_set_isa(name.c_str()));
+  });
+  m.def("abi_version", &deltaops_abi_version);
+}

@@ -1,0 +1,307 @@
+/* delta_linear.h: the op, forward and backward (deltaops.h has its mathematics).
+ *
+ *     forward    y  = x W^T + bias + sum S_i B_i^T              one Product; S kept for backward
+ *     backward   dX = dy W + sum mask_i(dS_i A_i)               one Product on transposed views
+ *                dA_i = dS_i^T drop_i(x),  dB_i = dy^T S_i,  db = sum_m dy         outer.h
+ *
+ * dS_i = s_i scale_i dy B_i, so the dropout scale is paid once and dX and dA need only the bits.
+ * Those are made once per backward pass, for both: M * K / 8 bytes of scratch for each branch
+ * with dropout. Everything is allocated before the first store.
+ */
+#ifndef DELTAOPS_CPU_DELTA_LINEAR_H
+#define DELTAOPS_CPU_DELTA_LINEAR_H
+
+#include "core.h"
+#include "outer.h"
+#include "product.h"
+
+namespace deltaops {
+namespace DELTAOPS_ISA {
+namespace {
+
+DELTAOPS_INLINE View<void> view(const deltaops_matrix &m) {
+  // With one row or one column a stride means nothing: say which one is the unit stride.
+  if (m.cols <= 1 || m.col_stride == 1) return {m.data, m.row_stride, 1};
+  return {m.data, 1, m.col_stride};
+}
+
+DELTAOPS_INLINE View<void> transposed(const View<void> &v) {
+  return {v.data, v.col_stride, v.row_stride};
+}
+
+/* As many threads as have a few microseconds of work each. */
+inline int useful_threads(int wanted, int64_t multiply_adds) {
+  constexpr int64_t kLeast = 1 << 16;
+  return static_cast<int>(least(wanted, 1 + multiply_adds / kLeast));
+}
+
+inline float factor_of(const deltaops_branch &branch) {
+  const uint32_t kept = 65536u - branch.drop_threshold;
+  return kept ? static_cast<float>(static_cast<double>(branch.scaling) * 65536.0 / kept) : 0.0f;
+}
+
+inline int64_t rank_of(const deltaops_branch &branch) { return branch.a.rows; }
+
+/* Fills terms and segments (arrays of num_branches) and the sizes of p; with NULL arrays, only the
+ * sizes. Branches without dropout come first, so that they lie side by side. */
+inline void set_terms(const deltaops_branch *branches, int64_t count, bool forward, Term *terms,
+                      Segment *segments, Product *p) {
+  p->terms = terms;
+  p->segments = segments;
+  p->num_terms = count;
+  p->num_plain = p->s_columns = p->plain_columns = p->ranks = 0;
+  int64_t at = 0;
+  for (int dropout = 0; dropout < 2; ++dropout) {
+    int64_t plain_column = 0;
+    for (int64_t i = 0; i < count; plain_column += rank_of(branches[i]), ++i) {
+      const deltaops_branch &branch = branches[i];
+      if ((branch.drop_threshold > 0) != (dropout == 1)) continue;
+      const Segment segment = {p->s_columns, p->ranks, rank_of(branch)};
+      if (terms) {
+        const View<void> a = view(branch.a), b = view(branch.b);
+        Term &term = terms[at];
+        term.p = forward ? a : transposed(b);
+        term.q = forward ? b : transposed(a);
+        term.bf16 = branch.a.dtype == DELTAOPS_BF16;
+        term.dead = branch.drop_threshold == 65536u;
+        term.factor = factor_of(branch);
+        term.threshold = branch.drop_threshold;
+        term.stream = branch.stream;
+        term.segment = segment;
+        term.plain_column = plain_column;
+        term.bits = nullptr;
+        segments[at] = segment;
+      }
+      ++at;
+      p->ranks += segment.rank;
+      p->s_columns += round_up(segment.rank, kLanes);
+      if (dropout == 0) p->num_plain = at, p->plain_columns = p->s_columns;
+    }
+  }
+}
+
+inline deltaops_status no_memory(const char *op, size_t bytes) {
+  return fail(DELTAOPS_OUT_OF_MEMORY,
+              "%s: the scratch memory must be allocated before the op starts, and %zu bytes were "
+              "refused. Free some memory, use fewer threads or smaller batches.",
+              op, bytes);
+}
+
+template <class T>
+deltaops_status forward_as(const ForwardArgs &args) {
+  Product p = {};
+  p.M = args.x.rows;
+  p.N = args.weight.rows;
+  p.K = args.x.cols;
+  p.x = args.x.data;
+  p.x_row = args.x.row_stride;
+  p.w = view(args.weight);
+  p.bias = args.bias.data;
+  p.out = args.y.data;
+  p.out_row = args.y.row_stride;
+  p.mask_x = true;
+  p.s = static_cast<float *>(args.s.data);
+  p.s_row = args.s.row_stride;
+  p.seed = args.seed;
+  const int64_t branches = args.num_branches;
+  set_terms(args.branches, branches, true, nullptr, nullptr, &p);
+  if (p.M == 0 || (p.N == 0 && p.s == nullptr)) return DELTAOPS_OK;
+  if (p.N == 0) p.w.data = nullptr;  // S alone
+  else if (p.w.data == nullptr) p.w.data = &p;  // K = 0: never read, but there is an output
+
+  int threads = useful_threads(args.num_threads, p.M * (p.N + p.ranks) * (p.K + 1));
+  for (;;) {
+    Cut cut = plan<T>(p, threads);
+    Arena size(nullptr);
+    size.take<Term>(branches);
+    size.take<Segment>(branches);
+    lay_out<T>(p, &cut, &size);
+    void *memory = workspace(size.used());
+    if (memory == nullptr) return no_memory("delta_linear_forward", size.used());
+    Arena arena(memory);
+    Term *terms = arena.take<Term>(branches);
+    Segment *segments = arena.take<Segment>(branches);
+    lay_out<T>(p, &cut, &arena);
+    set_terms(args.branches, branches, true, terms, segments, &p);
+    const int given = team(threads, [&](int self) {
+      if (p.num_terms > 0) {
+        pack_p(p, cut, self);
+        barrier();
+      }
+      run_product<T>(p, cut, self);
+    });
+    if (given == threads) return DELTAOPS_OK;
+    threads = given;
+  }
+}
+
+/* What the backward pass shares between its phases. */
+struct Backward {
+  Product p;
+  Cut cut;
+  bool need_ds;
+  float *ds;  // [M, ranks], branches side by side
+  uint8_t *bits;
+  int64_t bits_each;
+  Outer *a_outers, *b_outers;
+  int64_t num_a, num_b;
+  int64_t a_panels, b_panels;
+  float *outer;
+  int64_t outer_each;
+};
+
+inline bool wanted(const deltaops_matrix *grads, int64_t i) {
+  return grads != nullptr && grads[i].data != nullptr && grads[i].rows > 0 && grads[i].cols > 0;
+}
+
+template <class T>
+void lay_out_backward(const BackwardArgs &args, Backward *b, Arena *arena) {
+  const int64_t branches = args.num_branches;
+  Term *terms = arena->take<Term>(branches);
+  Segment *segments = arena->take<Segment>(branches);
+  b->a_outers = arena->take<Outer>(branches);
+  b->b_outers = arena->take<Outer>(branches);
+  const int64_t masked = b->need_ds ? b->p.num_terms - b->p.num_plain : 0;
+  b->bits_each = b->p.M * b->p.bits_row;
+  b->bits = arena->take<uint8_t>(masked * b->bits_each);
+  b->ds = arena->take<float>(b->need_ds ? b->p.M * b->p.ranks : 0);
+  b->outer_each = (kOuterRows + b->p.ranks) * kTileColumns + 64;
+  b->outer = arena->take<float>(args.num_threads * b->outer_each);
+  if (b->need_ds) lay_out<T>(b->p, &b->cut, arena);
+  set_terms(args.branches, branches, false, terms, segments, &b->p);
+  if (terms)
+    for (int64_t t = b->p.num_plain; t < b->p.num_terms; ++t)
+      terms[t].bits = b->bits + (t - b->p.num_plain) * b->bits_each;
+}
+
+/* The outer products that are wanted, once the buffers have their places. */
+inline void set_outers(const BackwardArgs &args, Backward *b) {
+  b->num_a = b->num_b = 0;
+  int64_t column = 0;
+  for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
+    const int64_t rank = rank_of(args.branches[i]);
+    if (wanted(args.grad_a, i)) {
+      const uint8_t *bits = nullptr;
+      for (int64_t t = 0; t < b->p.num_terms; ++t)
+        if (b->p.terms[t].plain_column == column) bits = b->p.terms[t].bits;
+      b->a_outers[b->num_a++] = {b->ds + column, b->p.ranks, rank, args.grad_a[i].data,
+                                 args.grad_a[i].dtype == DELTAOPS_BF16, false, b->p.N, bits,
+                                 b->p.bits_row};
+    }
+    if (wanted(args.grad_b, i))
+      b->b_outers[b->num_b++] = {static_cast<const float *>(args.s.data) + column,
+                                 args.s.row_stride, rank, args.grad_b[i].data,
+                                 args.grad_b[i].dtype == DELTAOPS_BF16, true, b->p.K, nullptr, 0};
+  }
+}
+
+template <class T>
+void backward_thread(const BackwardArgs &args, const Backward &b, int self, int threads) {
+  const Product &p = b.p;
+  if (b.need_ds) {
+    const Range rows = share(p.M, self, threads);
+    for (int64_t t = p.num_plain; t < p.num_terms; ++t)
+      for (int64_t m = rows.begin; m < rows.end; ++m)
+        keep_bits(b.bits + (t - p.num_plain) * b.bits_each + m * p.bits_row, m, 0,
+                  ceil_div(p.N, 8), p.seed, p.terms[t].stream, p.terms[t].threshold);
+    pack_p(p, b.cut, self);
+    barrier();
+    run_product<T>(p, b.cut, self);
+    barrier();
+  }
+  float *scratch = b.outer + self * b.outer_each;
+  const Range panels = share(b.a_panels + b.b_panels, self, threads);
+  for (int64_t index = panels.begin; index < panels.end; ++index) {
+    if (index < b.a_panels)
+      outer_products(static_cast<const T *>(args.x.data), args.x.row_stride, p.M, p.N, index,
+                     b.a_outers, b.num_a, nullptr, false, scratch);
+    else
+      outer_products(static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, p.M, p.K,
+                     index - b.a_panels, b.b_outers, b.num_b, args.grad_bias.data,
+                     args.grad_bias.dtype == DELTAOPS_BF16, scratch);
+  }
+}
+
+template <class T>
+deltaops_status backward_as(const BackwardArgs &args) {
+  Backward b = {};
+  const int64_t branches = args.num_branches;
+  bool any_a = false, any_b = false;
+  for (int64_t i = 0; i < branches; ++i) {
+    any_a = any_a || wanted(args.grad_a, i);
+    any_b = any_b || wanted(args.grad_b, i);
+  }
+  Product &p = b.p;  // dX [M, K of the op] = dy [M, N of the op] W: N and K change places
+  p.M = args.grad_y.rows;
+  p.K = args.grad_y.cols;
+  p.N = args.grad_x.data ? args.grad_x.cols : any_a ? args.x.cols : 0;
+  p.x = args.grad_y.data;
+  p.x_row = args.grad_y.row_stride;
+  const bool need_dx = args.grad_x.data != nullptr && p.M > 0 && p.N > 0;
+  if (need_dx) {
+    p.w = transposed(view(args.weight));
+    if (p.w.data == nullptr) p.w.data = &b;  // N = 0 of the op: never read, dX is zero
+  }
+  p.out = args.grad_x.data;
+  p.out_row = args.grad_x.row_stride;
+  p.mask_x = false;
+  p.seed = args.seed;
+  p.bits_row = round_up(ceil_div(p.N, 8), 8) + 8;
+  set_terms(args.branches, branches, false, nullptr, nullptr, &p);
+  b.need_ds = p.M > 0 && (need_dx || any_a);
+  b.a_panels = any_a ? ceil_div(p.N, kTileColumns) : 0;
+  b.b_panels = any_b || args.grad_bias.data ? ceil_div(p.K, kTileColumns) : 0;
+  if (!b.need_ds && b.a_panels + b.b_panels == 0) return DELTAOPS_OK;
+
+  const int64_t work = (need_dx ? p.M * p.N * (p.K + 1) : 0) + p.M * (p.N + p.K) * (p.ranks + 1);
+  int threads = useful_threads(args.num_threads, work);
+  for (;;) {
+    if (b.need_ds) b.cut = plan<T>(p, threads);
+    Arena size(nullptr);
+    lay_out_backward<T>(args, &b, &size);
+    void *memory = workspace(size.used());
+    if (memory == nullptr) return no_memory("delta_linear_backward", size.used());
+    Arena arena(memory);
+    lay_out_backward<T>(args, &b, &arena);
+    if (b.need_ds) {
+      p.s = b.ds;
+      p.s_row = p.ranks;
+    }
+    set_outers(args, &b);
+    const int given =
+        team(threads, [&](int self) { backward_thread<T>(args, b, self, threads); });
+    if (given == threads) return DELTAOPS_OK;
+    threads = given;
+  }
+}
+
+deltaops_status forward(const ForwardArgs &args) {
+  return args.x.dtype == DELTAOPS_BF16 ? forward_as<Bf16>(args) : forward_as<float>(args);
+}
+
+deltaops_status backward(const BackwardArgs &args) {
+  return args.grad_y.dtype == DELTAOPS_BF16 ? backward_as<Bf16>(args) : backward_as<float>(args);
+}
+
+void dropout_mask(uint8_t *to, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
+                  uint32_t threshold) {
+  constexpr int64_t kGroups = 64;
+  uint8_t bits[kGroups];
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t k = 0; k < K; k += 8 * kGroups) {
+      const int64_t count = least(8 * kGroups, K - k);
+      keep_bits(bits, m, k / 8, ceil_div(count, 8), seed, stream, threshold);
+      for (int64_t i = 0; i < count; ++i) to[m * K + k + i] = (bits[i / 8] >> (i % 8)) & 1;
+    }
+}
+
+}  // namespace
+}  // namespace DELTAOPS_ISA
+}  // namespace deltaops
+
+/* Ends every ISA file: the one symbol it exports. */
+#define DELTAOPS_KERNELS(isa)                                                             \
+  namespace deltaops {                                                                    \
+  const Kernels kernels_##isa = {#isa, isa::forward, isa::backward, isa::dropout_mask};   \
+  }
+#endif

@@ -1,0 +1,14 @@
+// isa_avx512.cpp: AVX-512 F, BW, DQ, VL. 6 x 64 tile: 24 of 32 registers; bf16 is widened while packing.
+
+#define DELTAOPS_ISA avx512
+#define DELTAOPS_VECTOR_BYTES 64
+#define DELTAOPS_TILE_ROWS 6
+#define DELTAOPS_TILE_VECTORS 4
+#define DELTAOPS_BLOCK_K_F32 512
+#define DELTAOPS_BLOCK_K_BF16 512
+#define DELTAOPS_BLOCK_ROWS 510
+#define DELTAOPS_DPBF16 0
+
+#include "delta_linear.h"
+
+DELTAOPS_KERNELS(avx512)

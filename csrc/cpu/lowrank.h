@@ -1,0 +1,179 @@
+/* lowrank.h: the first factor of every branch, S = factor * drop(x) P^T.
+ *
+ *     forward    x = activations [M, K], P = A [R, K]      S   = s_i * scale_i * drop(x) A^T
+ *     backward   x = dy [M, N],          P = B^T [R, N]    dS' = s_i * scale_i * dy B
+ *
+ * P is packed once per call and shared, [K][width] for panels of 1, 2 or 4 vectors of columns;
+ * each branch starts on a vector. S grows block of k by block of k from the rows that have just
+ * been copied for the main product, so x is read from memory once. A branch with dropout gets its
+ * own masked copy of a few rows at a time, small enough for L1.
+ *
+ * The r-sized terms are float throughout, whatever the main product runs in: adapters kept in
+ * float on a bf16 model lose nothing here.
+ */
+#ifndef DELTAOPS_CPU_LOWRANK_H
+#define DELTAOPS_CPU_LOWRANK_H
+
+#include "mask.h"
+#include "tile.h"
+
+namespace deltaops {
+namespace DELTAOPS_ISA {
+namespace {
+
+/* One branch as one of the two passes sees it. */
+struct Term {
+  View<void> p, q;        // P [rank, contraction] and Q [outputs, rank], typed by `bf16`
+  bool bf16;              // what the adapters are stored in
+  bool dead;              // everything is dropped: S is zero whatever x holds
+  float factor;           // s_i * 65536 / (65536 - threshold)
+  uint32_t threshold, stream;
+  Segment segment;        // its columns in the padded S, its steps in Q
+  int64_t plain_column;   // its columns in [M, R] without padding, in the order of the branches
+  const uint8_t *bits;    // keep-bits of all rows, in the backward pass; or NULL
+};
+
+template <class T>
+DELTAOPS_INLINE View<T> typed(const View<void> &view) {
+  return {static_cast<const T *>(view.data), view.row_stride, view.col_stride};
+}
+
+/* The widest panel that still has all its columns: 4, 2 or 1 vectors. */
+DELTAOPS_INLINE int panel_vectors(int64_t columns_left) {
+  int vectors = kTileVectors;
+  while (vectors > 1 && vectors * kLanes > columns_left) vectors /= 2;
+  return vectors;
+}
+
+/* Packs k_begin ... k_end - 1 (multiples of kLanes, or the end) of the columns
+ * [term.column, + rank), into P: panel of columns c, width w at P + c * k_padded, [k][w].
+ * group_end is where the group of terms that share panels ends. */
+template <class T>
+void pack_term(float *packed, int64_t k_padded, const Term &term, int64_t group_begin,
+               int64_t group_end, int64_t k_begin, int64_t k_end, int64_t K) {
+  const View<T> p = typed<T>(term.p);
+  int64_t column = group_begin;
+  while (column < group_end) {
+    const int64_t width = panel_vectors(group_end - column) * kLanes;
+    // This panel's vectors that belong to the term.
+    for (int64_t v = column; v < column + width; v += kLanes) {
+      const int64_t row = v - term.segment.column;
+      if (row < 0 || row >= term.segment.rank) continue;
+      float vector_panel[kLanes * kLanes];
+      for (int64_t k = k_begin; k < k_end; k += kLanes) {
+        const int64_t steps = least(kLanes, k_end - k);
+        pack_panel(vector_panel, kLanes, p.at(row, k), least(kLanes, term.segment.rank - row),
+                   least(steps, K - k), steps);
+        float *to = packed + column * k_padded + k * width + (v - column);
+        for (int64_t i = 0; i < steps; ++i)
+          store(to + i * width, load(vector_panel + i * kLanes));
+      }
+    }
+    column += width;
+  }
+}
+
+/* S (+)= a P over one block of k: rows x (NV vectors of columns). */
+template <int MR, int NV>
+__attribute__((noinline)) void narrow_tile(const float *a, ptrdiff_t a_row, const float *panel,
+                                           int64_t steps, float *s, ptrdiff_t s_row, bool first) {
+  VecF acc[MR][NV];
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i)
+    DELTAOPS_UNROLL
+    for (int j = 0; j < NV; ++j) acc[i][j] = VecF{};
+  accumulate(acc, a, a_row, 1, panel, steps);
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i)
+    DELTAOPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      float *to = s + i * s_row + j * kLanes;
+      store(to, first ? acc[i][j] : load(to) + acc[i][j]);
+    }
+}
+
+/* Narrow panels take more rows, to have enough independent accumulators. */
+template <int NV>
+constexpr int narrow_rows() {
+  return NV == kTileVectors ? kTileRows : 2 * kTileRows;
+}
+constexpr int kNarrowRows = 2 * kTileRows;
+
+template <int NV>
+void narrow_panel(const float *a, ptrdiff_t a_row, int64_t rows, const float *panel, int64_t steps,
+                  float *s, ptrdiff_t s_row, bool first) {
+  constexpr int MR = narrow_rows<NV>();
+  int64_t i = 0;
+  for (; i + MR <= rows; i += MR)
+    narrow_tile<MR, NV>(a + i * a_row, a_row, panel, steps, s + i * s_row, s_row, first);
+  for (; i + 3 <= rows; i += 3)
+    narrow_tile<3, NV>(a + i * a_row, a_row, panel, steps, s + i * s_row, s_row, first);
+  for (; i < rows; ++i)
+    narrow_tile<1, NV>(a + i * a_row, a_row, panel, steps, s + i * s_row, s_row, first);
+}
+
+/* The columns [begin, end) of S for some rows, over the block k0 ... k0 + steps - 1. */
+DELTAOPS_INLINE void narrow_columns(const float *a, ptrdiff_t a_row, int64_t rows,
+                                    const float *packed, int64_t k_padded, int64_t k0,
+                                    int64_t steps, int64_t begin, int64_t end, float *s,
+                                    ptrdiff_t s_row, bool first) {
+  for (int64_t column = begin; column < end;) {
+    const int vectors = panel_vectors(end - column);
+    const float *panel = packed + column * k_padded + k0 * vectors * kLanes;
+    if (vectors == kTileVectors)
+      narrow_panel<kTileVectors>(a, a_row, rows, panel, steps, s + column, s_row, first);
+    else if (kTileVectors > 2 && vectors == 2)
+      narrow_panel<(kTileVectors > 2 ? 2 : 1)>(a, a_row, rows, panel, steps, s + column, s_row,
+                                               first);
+    else
+      narrow_panel<1>(a, a_row, rows, panel, steps, s + column, s_row, first);
+    column += vectors * kLanes;
+  }
+}
+
+/* Zeroes the dropped elements of a copied row; bits are those of this block. */
+DELTAOPS_INLINE void apply_mask(float *row, const uint8_t *bits, int64_t steps) {
+  for (int64_t k = 0; k < steps; k += kLanes) store(row + k, keep(load(row + k), bits, k));
+}
+
+/* S times its factors, once the last block of k is in. Also to the caller's s, without padding. */
+DELTAOPS_INLINE void finish_s(const Term *terms, int64_t count, float *s, ptrdiff_t s_row,
+                              int64_t rows, float *out, ptrdiff_t out_row) {
+  for (int64_t t = 0; t < count; ++t) {
+    const Term &term = terms[t];
+    for (int64_t i = 0; i < rows; ++i) {
+      float *row = s + i * s_row + term.segment.column;
+      for (int64_t q = 0; q < term.segment.rank; q += kLanes)
+        store(row + q, term.dead ? VecF{} : load(row + q) * splat(term.factor));
+      if (out)
+        memcpy(out + i * out_row + term.plain_column, row,
+               static_cast<size_t>(term.segment.rank) * sizeof(float));
+    }
+  }
+}
+
+/* sum (+)= mask * (S Q): a dropout branch's part of a tile of dX. bits: the tile's first row. */
+template <int MR>
+__attribute__((noinline)) void masked_tile(const float *s, ptrdiff_t s_row, const float *q,
+                                           int64_t rank, const uint8_t *bits, ptrdiff_t bits_row,
+                                           int64_t column, float *sum, bool first) {
+  VecF acc[MR][kTileVectors];
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i)
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
+  accumulate(acc, s, s_row, 1, q, rank);
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i)
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) {
+      float *to = sum + i * kTileColumns + j * kLanes;
+      const VecF kept = keep(acc[i][j], bits + i * bits_row, column + j * kLanes);
+      store(to, first ? kept : load(to) + kept);
+    }
+}
+
+}  // namespace
+}  // namespace DELTAOPS_ISA
+}  // namespace deltaops
+#endif

@@ -1,0 +1,134 @@
+/* outer.h: gradients that contract over the rows.
+ *
+ *     dA_i = dS_i^T drop_i(x)  [R_i, K]       dB_i^T = S_i^T dy  [R_i, N]       db = sum_m dy  [N]
+ *
+ * Work is cut by columns of x or dy, never by rows: each thread owns its columns for all M, so no
+ * partial sums meet and the result does not depend on the team. A panel of kTileColumns columns
+ * and a block of rows is copied (widened, masked) into L1, and the column sums for db are taken on
+ * the way; then the micro-kernel runs with S as the broadcast side (its ranks are neighbours in
+ * memory) and the panel as the vector side. dy is read once for dB of every branch and db.
+ */
+#ifndef DELTAOPS_CPU_OUTER_H
+#define DELTAOPS_CPU_OUTER_H
+
+#include "lowrank.h"
+
+namespace deltaops {
+namespace DELTAOPS_ISA {
+namespace {
+
+constexpr int64_t kOuterRows = 256;
+
+/* One gradient of an outer product: `rank` columns of g [M, ...], to [rank, columns] or its
+ * transpose. */
+struct Outer {
+  const float *g;
+  int64_t g_row, rank;
+  void *grad;
+  bool bf16, transposed;
+  int64_t columns;       // of the whole gradient
+  const uint8_t *bits;   // keep-bits of the other operand, or NULL
+  int64_t bits_row;
+};
+
+/* acc[q][:] += sum over rows of g[row][q] * panel[row][:]. */
+template <int MR>
+__attribute__((noinline)) void outer_tile(const float *g, ptrdiff_t g_row, const float *panel,
+                                          int64_t rows, float *sum) {
+  VecF acc[MR][kTileVectors];
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i)
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
+  accumulate(acc, g, 1, g_row, panel, rows);
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i)
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) {
+      float *to = sum + i * kTileColumns + j * kLanes;
+      store(to, load(to) + acc[i][j]);
+    }
+}
+
+/* panel = rows of x, columns n ... n + columns - 1, masked; column sums added to `total`. */
+template <class T>
+void outer_panel(float *panel, const T *x, int64_t x_row, int64_t m, int64_t rows, int64_t n,
+                 int64_t columns, const uint8_t *bits, int64_t bits_row, float *total) {
+  VecF column[kTileVectors] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const T *from = x + (m + i) * x_row + n;
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) {
+      VecF v = load_units_partial<float>(from + j * kLanes, columns - j * kLanes);
+      if (bits) v = keep(v, bits + (m + i) * bits_row, n + j * kLanes);
+      column[j] += v;
+      store(panel + i * kTileColumns + j * kLanes, v);
+    }
+  }
+  if (total)
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j)
+      store(total + j * kLanes, load(total + j * kLanes) + column[j]);
+}
+
+template <class G>
+void outer_store(const Outer &outer, const float *sum, int64_t n, int64_t columns) {
+  G *grad = static_cast<G *>(outer.grad);
+  for (int64_t q = 0; q < outer.rank; ++q)
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t at = outer.transposed ? (n + c) * outer.rank + q : q * outer.columns + n + c;
+      narrow(sum[q * kTileColumns + c], grad + at);
+    }
+}
+
+/* All gradients that read one matrix x [M, C], for one panel of its columns. Those without keep
+ * bits share a panel; scratch: [kOuterRows][kTileColumns] and then the sums, by rank. */
+template <class T>
+void outer_products(const T *x, int64_t x_row, int64_t M, int64_t C, int64_t index,
+                    const Outer *outers, int64_t count, void *bias_grad, bool bias_bf16,
+                    float *scratch) {
+  const int64_t n = index * kTileColumns, columns = least(kTileColumns, C - n);
+  float *panel = scratch, *sums = scratch + kOuterRows * kTileColumns;
+  float total[kTileColumns] = {};
+  int64_t ranks = 0, plain = 0;
+  for (int64_t j = 0; j < count; ++j) ranks += outers[j].rank, plain += outers[j].bits == nullptr;
+  memset(sums, 0, static_cast<size_t>(ranks * kTileColumns) * sizeof(float));
+  for (int64_t m = 0; m < M; m += kOuterRows) {
+    const int64_t rows = least(kOuterRows, M - m);
+    if (bias_grad || plain > 0)
+      outer_panel(panel, x, x_row, m, rows, n, columns, nullptr, 0, bias_grad ? total : nullptr);
+    for (int masked = 0; masked < 2; ++masked) {  // the shared panel is in place for the first lap
+      int64_t rank = 0;
+      for (int64_t j = 0; j < count; rank += outers[j].rank, ++j) {
+        const Outer &outer = outers[j];
+        if ((outer.bits != nullptr) != (masked == 1)) continue;
+        if (masked)
+          outer_panel(panel, x, x_row, m, rows, n, columns, outer.bits, outer.bits_row, nullptr);
+        for (int64_t q = 0; q < outer.rank; q += kTileRows)
+          with_rows<kTileRows>(least(kTileRows, outer.rank - q), [&](auto size) {
+            outer_tile<decltype(size)::value>(outer.g + m * outer.g_row + q, outer.g_row, panel,
+                                              rows, sums + (rank + q) * kTileColumns);
+          });
+      }
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    if (outers[j].bf16)
+      outer_store<Bf16>(outers[j], sums, n, columns);
+    else
+      outer_store<float>(outers[j], sums, n, columns);
+    sums += outers[j].rank * kTileColumns;
+  }
+  if (bias_grad)
+    for (int64_t c = 0; c < columns; ++c) {
+      if (bias_bf16)
+        narrow(total[c], static_cast<Bf16 *>(bias_grad) + n + c);
+      else
+        narrow(total[c], static_cast<float *>(bias_grad) + n + c);
+    }
+}
+
+}  // namespace
+}  // namespace DELTAOPS_ISA
+}  // namespace deltaops
+#endif

@@ -1,0 +1,355 @@
+/* product.h: one pass over the rows of x, frozen product and low-rank products together.
+ *
+ *     out = round(bias + x W^T + sum_i mask_i(S_i Q_i^T)),      S_i = factor_i * drop_i(x) P_i^T
+ *
+ * The forward pass is this with P = A, Q = B and the dropout on x; the gradient of x is this with
+ * x = dy, W, A and B transposed (strides swapped) and the mask on the low-rank product.
+ *
+ * Threads form a grid of row groups x column shares. A thread walks its rows in blocks, and each
+ * block through k in blocks: copy the block of x (L2), add its part of S, then for each panel of
+ * W: pack it (L1) and run the tiles down the block. Threads that share rows share the copy, double
+ * buffered, with one barrier a step; with one thread a row group there is no barrier at all.
+ * How a product is cut never changes the order of one element's sum: the same bits for any team.
+ */
+#ifndef DELTAOPS_CPU_PRODUCT_H
+#define DELTAOPS_CPU_PRODUCT_H
+
+#include "dot.h"
+#include "lowrank.h"
+#include "team.h"
+
+namespace deltaops {
+namespace DELTAOPS_ISA {
+namespace {
+
+/* Cuts one block of memory into buffers; with no memory behind it, it only counts. */
+class Arena {
+ public:
+  explicit Arena(void *memory) : base_(static_cast<char *>(memory)) {}
+
+  template <class T>
+  T *take(int64_t count) {
+    T *at = base_ ? reinterpret_cast<T *>(base_ + used_) : nullptr;
+    // A line between buffers: vector stores round sizes up, and threads must not share lines.
+    used_ += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64) + 64);
+    return at;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char *base_;
+  size_t used_ = 0;
+};
+
+struct Product {
+  int64_t M, N, K;  // rows, outputs, contraction
+  const void *x;
+  int64_t x_row;
+  View<void> w;      // [N, K]; data NULL: only S is wanted
+  const void *bias;  // [N] or NULL
+  void *out;
+  int64_t out_row;
+  const Term *terms;  // those without a mask on their product first
+  const Segment *segments;
+  int64_t num_terms, num_plain;     // plain: no dropout
+  int64_t s_columns, plain_columns; // of the padded S
+  int64_t ranks;                    // sum of the ranks
+  bool mask_x;                      // dropout on x (forward) or on the product (backward)
+  float *s;                         // [M, ranks] for the caller, or NULL
+  int64_t s_row;
+  int64_t bits_row;  // bytes of one row of the keep-bits (backward)
+  uint64_t seed;
+};
+
+/* How a Product is cut for a team, and the team's buffers. */
+struct Cut {
+  int threads, row_groups, shares;  // threads = row_groups * shares
+  int64_t group_rows, block_rows, blocks;
+  int64_t panels, panels_each;
+  int64_t block_k, k_blocks, x_row;
+  bool dot, scratch_c;
+  float *packed_p;
+  int64_t k_padded;
+  char *x;  // [row_groups][2][block_rows][x_row] units
+  int64_t x_buffer;
+  float *s;  // [row_groups][2][block_rows][s_columns]
+  int64_t s_buffer;
+  float *panel;  // per thread
+  int64_t panel_each;
+  float *q;
+  int64_t q_each;
+  float *c;
+  int64_t c_each;
+  float *rows;  // a few widened or masked rows
+  int64_t rows_each;
+  uint8_t *bits;
+  int64_t bits_each;
+};
+
+template <class T>
+struct MainUnit {
+  using type = float;
+};
+#if DELTAOPS_DPBF16
+template <>
+struct MainUnit<Bf16> {
+  using type = Pair;
+};
+#endif
+
+/* The grid with the least work on its busiest thread, in multiply-adds per k: a column packed
+ * costs about as much as kPackRows rows of it, a row copied kCopyColumns columns of it. */
+inline void choose_grid(const Product &p, Cut *cut) {
+  constexpr int64_t kPackRows = 8, kCopyColumns = 4, kBarrier = 2048;
+  int64_t least_cost = -1;
+  for (int shares = 1; shares <= cut->threads; ++shares) {
+    if (cut->threads % shares != 0) continue;
+    const int64_t rows = ceil_div(p.M, cut->threads / shares);
+    const int64_t columns = ceil_div(cut->panels, shares) * kTileColumns;
+    const int64_t cost = rows * columns + kPackRows * columns + kCopyColumns * rows / shares +
+                         (shares > 1 ? kBarrier : 0);
+    if (least_cost >= 0 && cost >= least_cost) continue;
+    least_cost = cost;
+    cut->shares = shares;
+  }
+  cut->row_groups = cut->threads / cut->shares;
+}
+
+template <class T>
+Cut plan(const Product &p, int threads) {
+  Cut cut = {};
+  cut.threads = threads;
+  cut.panels = p.w.data ? ceil_div(p.N, kTileColumns) : 0;
+  cut.dot = p.M <= kDotRows && p.w.data && p.w.col_stride == 1;
+  choose_grid(p, &cut);
+  if (cut.dot) {
+    cut.shares = threads;
+    cut.row_groups = 1;
+  }
+  cut.panels_each = ceil_div(cut.panels, cut.shares);
+  cut.group_rows = ceil_div(p.M, cut.row_groups);
+  const int64_t row_limit = DELTAOPS_BLOCK_ROWS;
+  cut.blocks = ceil_div(cut.group_rows, row_limit);
+  cut.block_rows =
+      cut.blocks ? round_up(ceil_div(cut.group_rows, cut.blocks), kTileRows) : kTileRows;
+  cut.blocks = ceil_div(cut.group_rows, cut.block_rows);
+  const int64_t k_limit = sizeof(T) == 4 ? DELTAOPS_BLOCK_K_F32 : DELTAOPS_BLOCK_K_BF16;
+  cut.k_blocks = cut.dot || p.K == 0 ? 1 : ceil_div(p.K, k_limit);
+  // Whole bytes of keep-bits and whole vectors in every block but the last.
+  cut.block_k = round_up(ceil_div(p.K, cut.k_blocks), 16);
+  cut.k_blocks = p.K ? ceil_div(p.K, cut.block_k) : 1;
+  cut.x_row = cut.block_k + 16;
+  // Floats sum up in y itself; bf16 needs a place for the sums between blocks of k.
+  cut.scratch_c = sizeof(T) != 4 && cut.k_blocks > 1 && !cut.dot;
+  cut.k_padded = round_up(p.K, kLanes);
+  return cut;
+}
+
+template <class T>
+void lay_out(const Product &p, Cut *cut, Arena *arena) {
+  const int64_t buffers = cut->shares > 1 ? 2 : 1;
+  cut->x_buffer = cut->block_rows * cut->x_row * 4;
+  cut->s_buffer = cut->block_rows * p.s_columns;
+  cut->panel_each = cut->dot ? 0 : cut->block_k * kTileColumns + 64;
+  cut->q_each = p.ranks * kTileColumns + 64;
+  cut->c_each = cut->scratch_c ? cut->block_rows * cut->panels_each * kTileColumns + 64 : 0;
+  cut->rows_each = kNarrowRows * cut->x_row + 64;
+  cut->bits_each = cut->block_k / 8 + 64;
+  cut->packed_p = arena->take<float>(p.s_columns * cut->k_padded);
+  cut->x = arena->take<char>(cut->row_groups * buffers * cut->x_buffer);
+  cut->s = arena->take<float>(cut->row_groups * buffers * cut->s_buffer);
+  cut->panel = arena->take<float>(cut->threads * cut->panel_each);
+  cut->q = arena->take<float>(cut->threads * cut->q_each);
+  cut->c = arena->take<float>(cut->threads * cut->c_each);
+  cut->rows = arena->take<float>(cut->threads * cut->rows_each);
+  cut->bits = arena->take<uint8_t>(cut->threads * cut->bits_each);
+}
+
+/* Thread `self`'s part of packing P for all. */
+inline void pack_p(const Product &p, const Cut &cut, int self) {
+  const Range vectors = share(ceil_div(p.K, kLanes), self, cut.threads);
+  const int64_t begin = vectors.begin * kLanes, end = least(vectors.end * kLanes, p.K);
+  for (int64_t t = 0; t < p.num_terms; ++t) {
+    const Term &term = p.terms[t];
+    const bool shared = !p.mask_x || t < p.num_plain;
+    const int64_t group_begin = shared ? 0 : term.segment.column;
+    const int64_t group_end = !p.mask_x ? p.s_columns
+                              : shared  ? p.plain_columns
+                                        : group_begin + round_up(term.segment.rank, kLanes);
+    if (term.bf16)
+      pack_term<Bf16>(cut.packed_p, cut.k_padded, term, group_begin, group_end, begin, end, p.K);
+    else
+      pack_term<float>(cut.packed_p, cut.k_padded, term, group_begin, group_end, begin, end, p.K);
+  }
+}
+
+/* S for rows m ... m + rows - 1, over ks elements from k0 on. `copied`: the same rows as floats. */
+template <class T>
+void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows, int64_t k0,
+                  int64_t ks, const float *copied, float *s) {
+  const bool first = k0 == 0;
+  const int64_t shared_end = p.mask_x ? p.plain_columns : p.s_columns;
+  float *few = cut.rows + self * cut.rows_each;
+  uint8_t *bits = cut.bits + self * cut.bits_each;
+  if (copied && shared_end > 0)
+    narrow_columns(copied, cut.x_row, rows, cut.packed_p, cut.k_padded, k0, ks, 0, shared_end, s,
+                   p.s_columns, first);
+  if (copied && shared_end == p.s_columns) return;
+  const T *x = static_cast<const T *>(p.x) + m * p.x_row + k0;
+  for (int64_t i = 0; i < rows; i += kNarrowRows) {
+    const int64_t count = least(kNarrowRows, rows - i);
+    float *s_few = s + i * p.s_columns;
+    if (!copied && shared_end > 0) {
+      for (int64_t r = 0; r < count; ++r)
+        pack_row<float>(few + r * cut.x_row, x + (i + r) * p.x_row, ks, ks);
+      narrow_columns(few, cut.x_row, count, cut.packed_p, cut.k_padded, k0, ks, 0, shared_end,
+                     s_few, p.s_columns, first);
+    }
+    for (int64_t t = p.mask_x ? p.num_plain : p.num_terms; t < p.num_terms; ++t) {
+      const Term &term = p.terms[t];
+      for (int64_t r = 0; r < count; ++r) {
+        float *row = few + r * cut.x_row;
+        pack_row<float>(row, x + (i + r) * p.x_row, ks, ks);
+        keep_bits(bits, m + i + r, k0 / 8, ceil_div(ks, 8), p.seed, term.stream, term.threshold);
+        apply_mask(row, bits, ks);
+      }
+      const int64_t begin = term.segment.column;
+      narrow_columns(few, cut.x_row, count, cut.packed_p, cut.k_padded, k0, ks, begin,
+                     begin + round_up(term.segment.rank, kLanes), s_few, p.s_columns, first);
+    }
+  }
+}
+
+/* The panels of one thread over one block of rows and k. */
+template <class T, class Unit>
+void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows, const Unit *x,
+            const float *s, int64_t k0, int64_t ks, Range range) {
+  constexpr int64_t kUnit = UnitOf<Unit>::k;
+  const bool first = k0 == 0, last = k0 + ks == p.K;
+  const View<T> w = typed<T>(p.w);
+  Unit *panel = reinterpret_cast<Unit *>(cut.panel + self * cut.panel_each);
+  float *q = cut.q + self * cut.q_each;
+  const int64_t c_columns = cut.panels_each * kTileColumns;
+  const int64_t num_direct = !last ? 0 : p.mask_x ? p.num_terms : p.num_plain;
+  float bias[kTileColumns], start[kTileRows * kTileColumns], dots[kTileRows * kTileColumns];
+  Tile<Unit, T> t = {};
+  t.a_row = cut.x_row;
+  t.b = panel;
+  t.steps = cut.dot ? 0 : ceil_div(ks, kUnit);
+  t.s_row = p.s_columns;
+  t.q = q;
+  t.segments = p.segments;
+  t.num_segments = num_direct;
+  t.bias = p.bias && first ? bias : nullptr;
+  t.y_row = p.out_row;
+
+  for (int64_t index = range.begin; index < range.end; ++index) {
+    const int64_t n = index * kTileColumns;
+    t.columns = least(kTileColumns, p.N - n);
+    if (!cut.dot) pack_panel(panel, kTileColumns, w.at(n, k0), t.columns, ks, t.steps);
+    if (last)
+      for (int64_t j = 0; j < p.num_terms; ++j) {
+        const Term &term = p.terms[j];
+        float *to = q + term.segment.step * kTileColumns;
+        if (term.bf16)
+          pack_panel(to, kTileColumns, typed<Bf16>(term.q).at(n, 0), t.columns, term.segment.rank,
+                     term.segment.rank);
+        else
+          pack_panel(to, kTileColumns, typed<float>(term.q).at(n, 0), t.columns,
+                     term.segment.rank, term.segment.rank);
+      }
+    if (t.bias)
+      pack_row(bias, static_cast<const T *>(p.bias) + n, t.columns, kTileColumns);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const int64_t count = least(kTileRows, rows - i);
+      t.a = x + i * cut.x_row;
+      t.s = s + i * p.s_columns;
+      T *out = static_cast<T *>(p.out) + (m + i) * p.out_row + n;
+      t.y = last ? out : nullptr;
+      t.add_c = !first;
+      if constexpr (sizeof(T) == 4) {
+        t.c = out;
+        t.c_row = p.out_row;
+      } else {
+        t.c = cut.c + self * cut.c_each + i * c_columns + n - range.begin * kTileColumns;
+        t.c_row = c_columns;
+      }
+      if constexpr (sizeof(Unit) == sizeof(float) && UnitOf<Unit>::k == 1) {
+        if (cut.dot) {
+          dot_panel(t.a, t.a_row, count, w.at(n, 0).data, w.row_stride, t.columns, p.K, dots,
+                    kTileColumns);
+          t.c = dots;
+          t.c_row = kTileColumns;
+          t.add_c = true;
+        }
+      }
+      with_rows<kTileRows>(count, [&](auto size) {
+        constexpr int MR = decltype(size)::value;
+        t.start = nullptr;
+        if (last && num_direct < p.num_terms) {
+          for (int64_t j = num_direct; j < p.num_terms; ++j) {
+            const Term &term = p.terms[j];
+            masked_tile<MR>(t.s + term.segment.column, p.s_columns,
+                            q + term.segment.step * kTileColumns, term.segment.rank,
+                            term.bits + (m + i) * p.bits_row, p.bits_row, n, start,
+                            j == num_direct);
+          }
+          t.start = start;
+        }
+        tile<MR>(t);
+      });
+    }
+  }
+}
+
+/* One thread's part; all threads of the team call it, after P has been packed. */
+template <class T, class Unit>
+void product(const Product &p, const Cut &cut, int self) {
+  const int group = self / cut.shares, member = self % cut.shares;
+  const int64_t begin = group * cut.group_rows, end = least(p.M, begin + cut.group_rows);
+  const int64_t buffers = cut.shares > 1 ? 2 : 1;
+  const Range columns = share(cut.panels, member, cut.shares);
+  int64_t step = 0;
+  for (int64_t block = 0; block < cut.blocks; ++block) {
+    const int64_t m = begin + block * cut.block_rows;
+    const int64_t rows = m < end ? least(cut.block_rows, end - m) : 0;
+    const Range mine = share(rows, member, cut.shares);
+    float *s = cut.s + (group * buffers + block % buffers) * cut.s_buffer;
+    for (int64_t kb = 0; kb < cut.k_blocks; ++kb, ++step) {
+      const int64_t k0 = kb * cut.block_k, ks = least(cut.block_k, p.K - k0);
+      const int64_t steps = ceil_div(ks, UnitOf<Unit>::k);
+      Unit *x = reinterpret_cast<Unit *>(cut.x + (group * buffers + step % buffers) *
+                                                     cut.x_buffer);
+      if (p.w.data || UnitOf<Unit>::k == 1)
+        for (int64_t i = mine.begin; i < mine.end; ++i)
+          pack_row(x + i * cut.x_row, static_cast<const T *>(p.x) + (m + i) * p.x_row + k0, ks,
+                   steps);
+      if (p.num_terms > 0 && mine.begin < mine.end) {
+        const float *copied = nullptr;
+        if constexpr (UnitOf<Unit>::k == 1) copied = x + mine.begin * cut.x_row;
+        float *s_mine = s + mine.begin * p.s_columns;
+        lowrank_rows<T>(p, cut, self, m + mine.begin, mine.end - mine.begin, k0, ks, copied,
+                        s_mine);
+        if (k0 + ks == p.K)
+          finish_s(p.terms, p.num_terms, s_mine, p.s_columns, mine.end - mine.begin,
+                   p.s ? p.s + (m + mine.begin) * p.s_row : nullptr, p.s_row);
+      }
+      if (cut.shares > 1) barrier();
+      if (rows > 0) panels<T, Unit>(p, cut, self, m, rows, x, s, k0, ks, columns);
+    }
+  }
+}
+
+/* Dots read floats whatever the ISA multiplies; every other product its own unit. */
+template <class T>
+void run_product(const Product &p, const Cut &cut, int self) {
+  if (cut.dot)
+    product<T, float>(p, cut, self);
+  else
+    product<T, typename MainUnit<T>::type>(p, cut, self);
+}
+
+}  // namespace
+}  // namespace DELTAOPS_ISA
+}  // namespace deltaops
+#endif
