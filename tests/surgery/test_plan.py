@@ -1,0 +1,134 @@
+"""Plans: printable, without effect until applied, and all or nothing then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import deltaops
+from deltaops import LoRA, surgery
+from deltaops.errors import AttachError, ConfigError, NoBackendError
+from deltaops.modules import LinearPlace
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that surgery could change."""
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "flags": {k: p.requires_grad for k, p in model.named_parameters()},
+        "classes": {k: type(m) for k, m in model.named_modules()},
+        "keys": {k: set(vars(m)) for k, m in model.named_modules()},
+    }
+
+
+def assert_same(before: dict[str, Any], model: nn.Module) -> None:
+    after = snapshot(model)
+    assert all(torch.equal(before["state"][k], v) for k, v in after.pop("state").items())
+    assert {k: v for k, v in before.items() if k != "state"} == after
+
+
+def test_plan_changes_nothing_and_prints_what_it_would(tiny: Callable[..., Any]) -> None:
+    case = tiny("bert")
+    before = snapshot(case.model)
+    plan = surgery.plan(case.model, LoRA(r=4, modules_to_save=["classifier"]))
+    text = str(plan)
+    assert "query" in text
+    assert "Linear 24→24" in text
+    assert "classifier" in text
+    assert_same(before, case.model)
+    assert plan.apply().sites == tuple(site.path for site in plan.sites)
+
+
+@pytest.mark.parametrize("broken_at", [0, 3])
+def test_failing_halfway_leaves_the_model_as_it_was(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, broken_at: int
+) -> None:
+    case = tiny("bert")
+    before = snapshot(case.model)
+    real, calls = LoRA.bind, []
+
+    def failing(self: LoRA, module: nn.Module, name: str, **options: Any) -> None:
+        if len(calls) == broken_at:
+            real(self, module, name, **options)
+            raise MemoryError("no memory for this adapter")
+        calls.append(module)
+        real(self, module, name, **options)
+
+    monkeypatch.setattr(LoRA, "bind", failing)
+    with pytest.raises(MemoryError):
+        deltaops.attach(case.model, LoRA(r=4, modules_to_save=["classifier"]))
+    assert_same(before, case.model)
+    monkeypatch.setattr(LoRA, "bind", real)
+    deltaops.attach(case.model, LoRA(r=4, modules_to_save=["classifier"]))
+
+
+def test_rank_above_a_dimension_is_refused_before_any_change(tiny: Callable[..., Any]) -> None:
+    case = tiny("bert")
+    before = snapshot(case.model)
+    with pytest.raises(ConfigError, match="r=8 is above its smaller dimension"):
+        deltaops.attach(case.model, LoRA(r=8))
+    assert_same(before, case.model)
+
+
+def test_attaching_twice_is_refused(tiny: Callable[..., Any]) -> None:
+    case = tiny("llama")
+    deltaops.attach(case.model, LoRA(r=4))
+    before = snapshot(case.model)
+    with pytest.raises(AttachError, match="has a delta already"):
+        deltaops.attach(case.model, LoRA(r=4))
+    assert_same(before, case.model)
+
+
+def test_a_plan_applied_twice_is_refused(tiny: Callable[..., Any]) -> None:
+    plan = surgery.plan(tiny("llama").model, LoRA(r=4))
+    plan.apply()
+    with pytest.raises(AttachError, match="Make a new plan"):
+        plan.apply()
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "a.b", "", "keys", "lora_x", "ü", "a\x00", 3])
+def test_hostile_adapter_names_are_refused(tiny: Callable[..., Any], name: Any) -> None:
+    with pytest.raises(ConfigError, match="cannot name an adapter"):
+        deltaops.attach(tiny("llama").model, LoRA(r=4), name=name)
+
+
+def test_unknown_backend_stops_at_attach(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(NoBackendError, match="check the spelling|Check the spelling"):
+        deltaops.attach(tiny("llama").model, LoRA(r=4), backend="fastest")
+
+
+def test_not_a_delta_is_refused(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="expected a delta"):
+        deltaops.attach(tiny("llama").model, {"r": 4})
+
+
+def test_generator_decides_the_start(tiny: Callable[..., Any]) -> None:
+    starts = []
+    for _ in range(2):
+        torch.manual_seed(len(starts))
+        case = tiny("llama")
+        generator = torch.Generator().manual_seed(7)
+        handle = deltaops.attach(case.model, LoRA(r=4), generator=generator)
+        starts.append([p.detach().clone() for p in handle.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+
+
+def test_only_the_delta_and_the_head_train(tiny: Callable[..., Any]) -> None:
+    case = tiny("bert")
+    handle = deltaops.attach(case.model, LoRA(r=4, modules_to_save=["classifier"]))
+    trained = {n for n, p in case.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or n.startswith("classifier.") for n in trained)
+    assert {id(p) for p in handle.parameters()} == {
+        id(p) for n, p in case.model.named_parameters() if n in trained
+    }
+
+
+def test_meta_device(tiny: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, device="meta"))
+    deltaops.attach(model, LoRA(r=2))
+    assert isinstance(model[0], LinearPlace)
+    assert model[0].lora_A["default"].weight.device.type == "meta"  # type: ignore[index]
