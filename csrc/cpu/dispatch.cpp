@@ -22,17 +22,20 @@ struct Isa {
 #if defined(__x86_64__)
 // Slowest first. Each asks for every extension its file is compiled with (flags.json).
 const Isa *isas() {
-  static const Isa list[] = {
-      {&kernels_baseline, true},
-      {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
-      {&kernels_avx512_bf16,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma")},
-  };
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(DELTAOPS_EMULATED)
+  // A test build: the 64-byte bodies were compiled for AVX2 ("emulated" in flags.json).
+  const bool avx512 = avx2, avx512_bf16 = avx2;
+#else
+  const bool avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && avx2;
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  static const Isa list[] = {{&kernels_baseline, true},
+                             {&kernels_avx2, avx2},
+                             {&kernels_avx512, avx512},
+                             {&kernels_avx512_bf16, avx512_bf16}};
   return list;
 }
 constexpr int32_t kIsaCount = 4;
