@@ -1,10 +1,8 @@
 /* cuda_module.cpp: deltaops._cuda. Integers that are pointers in, calls of deltaops_cuda.h out. */
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cstdint>
-#include <string>
-#include <vector>
+#include <stdexcept>
 
 #include "deltaops_cuda.h"
 
