@@ -7,6 +7,7 @@ from .factor import Factor, start_values
 from .kinds import frozen_class, is_conv1d, lora_class
 from .linear import FrozenLinear, LoraLinear
 from .place import (
+    UNFROZEN,
     LinearPlace,
     LoraPlace,
     LoraSettings,
@@ -17,6 +18,7 @@ from .place import (
 )
 
 __all__ = [
+    "UNFROZEN",
     "Factor",
     "FrozenLinear",
     "LinearPlace",

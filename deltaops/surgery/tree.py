@@ -47,14 +47,10 @@ def _rows(node: _Node, indent: str) -> Iterator[tuple[str, Leaf | None]]:
     groups = list(_grouped(node))
     for i, (label, child, times) in enumerate(groups):
         last = i == len(groups) - 1
-        # a chain of single children is one line: model.layers
-        while child.leaf is None and len(child.children) == 1 and times == 1:
-            ((name, child),) = child.children.items()
-            label = f"{label}.{name}"
-            inner = list(_grouped(child))
-            if len(inner) == 1 and child.leaf is None:
-                suffix, child, times = inner[0]
-                label = f"{label}.{suffix}"
+        # a chain of single groups is one line: model.layers.[0-31]
+        while times == 1 and child.leaf is None and len(inner := list(_grouped(child))) == 1:
+            suffix, child, times = inner[0]
+            label = f"{label}.{suffix}"
         leaf = child.leaf
         if leaf is not None and times > 1:
             leaf = leaf._replace(size=f"{leaf.size} × {times}" if leaf.size else "")

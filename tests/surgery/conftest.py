@@ -1,4 +1,4 @@
-"""Real architectures from tiny configurations, without dropout of their own, and a batch for each."""
+"""Real architectures from tiny configurations, without their own dropout, and a batch for each."""
 
 from __future__ import annotations
 

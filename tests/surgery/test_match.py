@@ -88,7 +88,7 @@ def test_integer_weight_is_left_alone_or_refused_by_name() -> None:
     layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     model = net(odd=layer)
     assert "int8" in match(model, LoRA(r=2)).skipped[0].reason
-    with pytest.raises(TargetError, match="torch.int8"):
+    with pytest.raises(TargetError, match=r"torch.int8"):
         deltaops.attach(model, LoRA(r=2, target_modules=["odd", "plain"]))
 
 
@@ -115,12 +115,12 @@ def test_unknown_name_lists_the_nearest(tiny: Callable[..., Any], target: Any) -
 
 
 def test_one_unknown_name_among_known_ones_is_an_error(tiny: Callable[..., Any]) -> None:
-    with pytest.raises(TargetError, match="'vproj'.*v_proj"):
+    with pytest.raises(TargetError, match=r"'vproj'.*v_proj"):
         match(tiny("llama").model, LoRA(target_modules=["q_proj", "vproj"]))
 
 
 def test_unknown_module_to_save_is_an_error(tiny: Callable[..., Any]) -> None:
-    with pytest.raises(TargetError, match="modules_to_save names 'clasifier'.*classifier"):
+    with pytest.raises(TargetError, match=r"modules_to_save names 'clasifier'.*classifier"):
         match(tiny("bert").model, LoRA(modules_to_save=["clasifier"]))
 
 
@@ -138,5 +138,5 @@ def test_peft_model_is_refused_with_the_remedy(tiny: Callable[..., Any]) -> None
     import peft
 
     model = peft.get_peft_model(tiny("llama").model, peft.LoraConfig(target_modules="all-linear"))
-    with pytest.raises(AttachError, match="deltaops.accelerate"):
+    with pytest.raises(AttachError, match=r"deltaops.accelerate"):
         match(model, LoRA())

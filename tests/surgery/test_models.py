@@ -43,7 +43,7 @@ def gradients(tiny: Any, model: nn.Module) -> dict[str, Tensor]:
 def assert_like_oracle(
     actual: dict[str, Tensor], oracle: dict[str, Tensor], baseline: dict[str, Tensor]
 ) -> None:
-    """Hold every tensor to the table; one error is a draw, so the baseline's worst sets the bound."""
+    """Hold every tensor to the table; one error is a draw, so the worst baseline sets the bound."""
     assert actual.keys() == oracle.keys() == baseline.keys()
     worst = max(relative_error(baseline[k], oracle[k]) for k in oracle)
     for key, tensor in actual.items():
@@ -192,18 +192,17 @@ def test_torch_compile_fullgraph_of_a_model(
     tiny: Callable[..., Any], shake: Callable[[nn.Module], None]
 ) -> None:
     case = tiny("gpt2")
-    deltaops.attach(case.model, settings(case))
+    handle = deltaops.attach(case.model, settings(case))
     shake(case.model)
-    eager = gradients(case, case.model)
-    compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
-    case.model.zero_grad()
-    loss = case.loss(compiled)
-    loss.backward()
-    assert relative_error(loss, eager["loss"]) < 16 * bound(0.0, torch.float32)
-    for name, parameter in case.model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None
-            assert relative_error(parameter.grad, eager[name]) < 1e-4, name
+    results = []
+    for model in (case.model, torch.compile(case.model, fullgraph=True, backend="aot_eager")):
+        case.model.zero_grad()
+        # without labels: transformers logs inside its loss, which does not compile
+        logits = model(case.batch["input_ids"]).logits
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad for p in handle.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        assert relative_error(compiled, eager) < 64 * bound(0.0, torch.float32)
 
 
 def test_tied_weights_stay_tied(tiny: Callable[..., Any]) -> None:

@@ -1,0 +1,144 @@
+"""LoRA's configuration and arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import deltaops
+from deltaops import LoRA
+from deltaops.errors import CheckpointError, ConfigError
+from deltaops.testing import bound, relative_error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r must be"),
+        ({"r": -1}, "r must be"),
+        ({"r": 2.0}, "r must be"),
+        ({"r": True}, "r must be"),
+        ({"alpha": math.inf}, "alpha must be finite"),
+        ({"alpha": math.nan}, "alpha must be finite"),
+        ({"alpha": "32"}, "alpha must be finite"),
+        ({"dropout": 1.0}, "dropout must be"),
+        ({"dropout": -0.1}, "dropout must be"),
+        ({"dropout": math.nan}, "dropout must be"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": ""}, "target_modules is empty"),
+        ({"target_modules": [3]}, "module names"),
+        ({"target_modules": 3}, "module names"),
+        ({"target_modules": None}, "target_modules is empty"),
+        ({"target_modules": "(["}, "does not compile"),
+        ({"exclude_modules": "(["}, "does not compile"),
+        ({"use_rslora": 1}, "use_rslora must be a bool"),
+        ({"layers_to_transform": [0]}, "needs a list of names"),
+        ({"layers_to_transform": [-1], "target_modules": ["q"]}, "layer indices"),
+        ({"layers_to_transform": "0", "target_modules": ["q"]}, "layer indices"),
+        ({"layers_pattern": ["h"], "target_modules": ["q"]}, "Pass both or neither"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoRA(**settings)
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(TypeError):
+        LoRA(rank=3)  # type: ignore[call-arg]
+
+
+def test_scaling() -> None:
+    assert LoRA(r=16, alpha=32).scaling == 2.0
+    assert LoRA(r=16, alpha=32, use_rslora=True).scaling == 8.0
+
+
+def test_prints_what_differs_and_is_a_value() -> None:
+    lora = LoRA(r=4, target_modules=["b", "a", "b"])
+    assert repr(lora) == "LoRA(r=4, alpha=8, target_modules=('b', 'a'))"
+    assert lora == copy.deepcopy(lora) == pickle.loads(pickle.dumps(lora))
+    assert hash(lora) == hash(copy.deepcopy(lora))
+
+
+@given(
+    r=st.integers(1, 512),
+    alpha=st.floats(-100, 100),
+    dropout=st.floats(0, 0.99),
+    rslora=st.booleans(),
+    names=st.lists(st.text("abc_.", min_size=1), min_size=1, unique=True),
+    saved=st.lists(st.text("abc", min_size=1), unique=True),
+)
+def test_configuration_survives_pefts_file(
+    r: int, alpha: float, dropout: float, rslora: bool, names: list[str], saved: list[str]
+) -> None:
+    lora = LoRA(
+        r=r,
+        alpha=alpha,
+        dropout=dropout,
+        use_rslora=rslora,
+        target_modules=sorted(names),
+        modules_to_save=saved,
+    )
+    assert LoRA.from_peft(lora.to_peft()) == lora
+
+
+def test_pefts_default_configuration_is_understood() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q"]).to_dict()
+    config["target_modules"] = list(config["target_modules"])
+    assert LoRA.from_peft(config) == LoRA(r=8, alpha=8, target_modules=["q"])
+
+
+@pytest.mark.parametrize("value", ["pissa", "olora", "corda", "loftq", "pissa_niter_4", 7])
+def test_starts_that_change_the_base_are_refused(value: Any) -> None:
+    with pytest.raises(CheckpointError, match="init_lora_weights"):
+        LoRA.from_peft({"peft_type": "LORA", "target_modules": ["q"], "init_lora_weights": value})
+
+
+def test_delta_weight_is_computed_in_float32_also_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48, dtype=torch.bfloat16))
+    lora = LoRA(r=8, alpha=24, autocast_adapter_dtype=False)
+    deltaops.attach(model, lora)
+    a, b = lora.tensors(model[0], "default").values()
+    nn.init.normal_(b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        delta = lora.delta_weight(model[0], "default")
+    assert delta.dtype == torch.float32
+    oracle = 3.0 * (b.double() @ a.double())
+    assert relative_error(delta, oracle) < 8 * bound(0.0, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("base", "autocast", "adapter"),
+    [
+        (torch.bfloat16, True, torch.float32),
+        (torch.float16, True, torch.float32),
+        (torch.bfloat16, False, torch.bfloat16),
+        (torch.float32, True, torch.float32),
+        (torch.float64, True, torch.float64),
+    ],
+)
+def test_adapter_dtype(base: torch.dtype, autocast: bool, adapter: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, dtype=base))
+    handle = deltaops.attach(model, LoRA(r=2, autocast_adapter_dtype=autocast))
+    assert {p.dtype for p in handle.parameters()} == {adapter}
+
+
+def test_start_values_have_pefts_distribution() -> None:
+    model = nn.Sequential(nn.Linear(512, 300))
+    handle = deltaops.attach(model, LoRA(r=64))
+    a, b = handle.parameters()
+    limit = 512**-0.5
+    assert a.abs().max() <= limit
+    assert abs(a.std().item() - limit / 3**0.5) < 0.02 * limit
+    assert not b.any()

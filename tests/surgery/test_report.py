@@ -1,0 +1,60 @@
+"""The report: a line for every layer, with what runs it and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+import deltaops
+from deltaops import LoRA
+from deltaops.errors import AttachError
+from deltaops.modules import UNFROZEN
+
+
+def test_rows_and_text_cover_every_site(tiny: Callable[..., Any]) -> None:
+    case = tiny("gpt2")
+    handle = deltaops.attach(case.model, LoRA(r=4), backend="reference")
+    report = deltaops.report(case.model)
+    assert tuple(row.path for row in report.rows) == handle.sites
+    assert {row.backend for row in report.rows} == {"reference"}
+    assert report.fused == 0
+    lines = str(report).splitlines()
+    assert len([line for line in lines if "transformer.h" in line]) == len(handle.sites)
+    assert lines[-1] == "0 of 8 layers run on a fused backend"
+
+
+def test_states_show(tiny: Callable[..., Any]) -> None:
+    case = tiny("gpt2")
+    handle = deltaops.attach(case.model, LoRA(r=4))
+    with handle.disabled():
+        assert all("disabled or merged" in row.reason for row in deltaops.report(case.model).rows)
+    case.model.transformer.h[0].mlp.c_fc.weight.requires_grad_(True)
+    (row,) = [r for r in deltaops.report(case.model).rows if r.backend == "torch"]
+    assert row.path == "transformer.h.0.mlp.c_fc"
+    assert row.reason == UNFROZEN
+
+
+def test_skipped_layers_are_listed() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Special(4, 4))
+    deltaops.attach(model, LoRA(r=2))
+    assert [(row.path, row.kind) for row in deltaops.report(model).rows] == [
+        ("0", "lora"),
+        ("1", "left alone"),
+    ]
+
+
+def test_untouched_model() -> None:
+    assert str(deltaops.report(nn.Linear(2, 2))) == "no layer is touched by deltaops"
+
+
+def test_revert_of_an_attached_model_is_the_handles(tiny: Callable[..., Any]) -> None:
+    case = tiny("gpt2")
+    deltaops.attach(case.model, LoRA(r=4))
+    with pytest.raises(AttachError, match=r"handle\.revert"):
+        deltaops.report(case.model).revert()
