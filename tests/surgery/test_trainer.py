@@ -80,9 +80,8 @@ def test_curves_agree_and_checkpoints_cross(tiny: Callable[..., Any], tmp_path: 
     # Training amplifies rounding. How much, PEFT itself says: the control starts one unit in the
     # last place off, and the accelerated model may stray a few times as far from PEFT's curve.
     strayed = relative_error(curves["fast"], curves["eager"])
-    print(strayed,relative_error(curves["control"], curves["eager"]))
     assert strayed < 8 * relative_error(curves["control"], curves["eager"])
-    assert strayed < 1e-3
+    assert strayed < 1e-5
     # before anything is amplified: rounding and nothing else
     torch.testing.assert_close(curves["fast"][:10], curves["eager"][:10], rtol=1e-6, atol=0)
 
