@@ -159,14 +159,18 @@ def family(request: pytest.FixtureRequest, tiny: Callable[..., Tiny]) -> Tiny:
 
 @pytest.fixture
 def shake() -> Callable[[nn.Module], None]:
-    """Give every adapter matrix random values, so that B = 0 hides nothing."""
+    """Give every adapter matrix random values, so that B = 0 hides nothing.
+
+    Small ones: a large random update makes the softmaxes of these models so steep that one rounding
+    early on outweighs everything after it, and errors stop being comparable.
+    """
 
     def randomise(model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
-                    noise = torch.randn(parameter.shape, generator=generator) * 0.2
+                    noise = torch.randn(parameter.shape, generator=generator) * 0.05
                     parameter.copy_(noise)
 
     return randomise
