@@ -54,11 +54,10 @@ std::vector<deltaops_branch> read_branches(const py::tuple &branches, int64_t N,
           "strides, R, dtype, scaling, drop_threshold, stream).");
     const auto R = t[6].cast<int64_t>();
     const int dtype = t[7].cast<int>();
-    out.push_back({matrix(t[0].cast<Address>(), R, K, t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-                          dtype),
-                   matrix(t[3].cast<Address>(), N, R, t[4].cast<int64_t>(), t[5].cast<int64_t>(),
-                          dtype),
-                   t[8].cast<float>(), t[9].cast<uint32_t>(), t[10].cast<uint32_t>(), 0});
+    out.push_back(
+        {matrix(t[0].cast<Address>(), R, K, t[1].cast<int64_t>(), t[2].cast<int64_t>(), dtype),
+         matrix(t[3].cast<Address>(), N, R, t[4].cast<int64_t>(), t[5].cast<int64_t>(), dtype),
+         t[8].cast<float>(), t[9].cast<uint32_t>(), t[10].cast<uint32_t>(), 0});
   }
   return out;
 }
@@ -169,16 +168,15 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("w_col_stride"), py::arg("bias"), py::arg("y"), py::arg("ldy"), py::arg("s"),
         py::arg("branches"), py::arg("seed"), py::arg("num_threads"));
   m.def("delta_linear_backward", &backward, py::arg("dtype"), py::arg("M"), py::arg("N"),
-        py::arg("K"), py::arg("grad_y"), py::arg("ldg"), py::arg("x"), py::arg("ldx"),
-        py::arg("w"), py::arg("w_row_stride"), py::arg("w_col_stride"), py::arg("s"),
-        py::arg("branches"), py::arg("seed"), py::arg("num_threads"), py::arg("grad_x"),
-        py::arg("ld_gradx"), py::arg("grad_bias"), py::arg("grad_bias_dtype"), py::arg("grads"));
+        py::arg("K"), py::arg("grad_y"), py::arg("ldg"), py::arg("x"), py::arg("ldx"), py::arg("w"),
+        py::arg("w_row_stride"), py::arg("w_col_stride"), py::arg("s"), py::arg("branches"),
+        py::arg("seed"), py::arg("num_threads"), py::arg("grad_x"), py::arg("ld_gradx"),
+        py::arg("grad_bias"), py::arg("grad_bias_dtype"), py::arg("grads"));
   m.def("dropout_mask", &dropout_mask, py::arg("keep_ptr"), py::arg("M"), py::arg("K"),
         py::arg("seed"), py::arg("stream"), py::arg("drop_threshold"));
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "(name, whether this CPU runs it), slowest first.");
-  m.def("set_isa", [](const std::string &name) {
-    raise_unless_ok(deltaops_cpu_set_isa(name.c_str()));
-  });
+  m.def("set_isa",
+        [](const std::string &name) { raise_unless_ok(deltaops_cpu_set_isa(name.c_str())); });
   m.def("abi_version", &deltaops_abi_version);
 }

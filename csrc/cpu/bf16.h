@@ -1,7 +1,7 @@
 /* bf16.h: bfloat16 is the upper half of a float.
  *
- * Widening is a shift and exact. Narrowing rounds to nearest even, keeps infinities, and keeps a NaN
- * a NaN: its quiet bit is set so that cutting the payload off cannot leave an infinity behind.
+ * Widening is a shift and exact. Narrowing rounds to nearest even, keeps infinities, and keeps a
+ * NaN a NaN: its quiet bit is set so that cutting the payload off cannot leave an infinity behind.
  */
 #ifndef DELTAOPS_CPU_BF16_H
 #define DELTAOPS_CPU_BF16_H
@@ -44,8 +44,7 @@ DELTAOPS_INLINE void store(Bf16 *p, VecF v) {
   const VecU u = (VecU)v;
   const VecU nan = (VecU)((u & 0x7FFFFFFFu) > 0x7F800000u);
   const VecU rounded = u + 0x7FFFu + ((u >> 16) & 1u);
-  const VecH h =
-      __builtin_convertvector(((nan & (u | 0x400000u)) | (~nan & rounded)) >> 16, VecH);
+  const VecH h = __builtin_convertvector(((nan & (u | 0x400000u)) | (~nan & rounded)) >> 16, VecH);
   memcpy(p, &h, sizeof h);
 }
 

@@ -1,7 +1,8 @@
 // checks.cpp: every argument of the C ABI, before the first store.
 //
 // A sentence says subject, expectation, fact and remedy. After these checks a body may trust its
-// arguments: shapes agree, one stride of a weight or adapter is 1, outputs do not overlap themselves.
+// arguments: shapes agree, one stride of a weight or adapter is 1, outputs do not overlap
+// themselves.
 
 #include <cinttypes>
 #include <cstdarg>
@@ -108,8 +109,7 @@ class Checker {
              "branches[%d].drop_threshold must be 0 to 65536 (p * 65536), got %u.", i,
              branch.drop_threshold);
       expect(branch.reserved == 0,
-             "branches[%d].reserved must be 0, got %u. Zero the struct first.", i,
-             branch.reserved);
+             "branches[%d].reserved must be 0, got %u. Zero the struct first.", i, branch.reserved);
       ranks += rank;
     }
     return ranks;
@@ -126,8 +126,7 @@ deltaops_status check(const ForwardArgs *args) {
   Checker c("delta_linear_forward");
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "delta_linear_forward: args must not be NULL.");
-  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches,
-           args->num_branches);
+  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches, args->num_branches);
   if (c.status() != DELTAOPS_OK) return c.status();
   const int64_t M = args->x.rows, K = args->x.cols, N = args->weight.rows;
   const int dtype = args->x.dtype;
@@ -145,8 +144,7 @@ deltaops_status check(const BackwardArgs *args) {
   Checker c("delta_linear_backward");
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "delta_linear_backward: args must not be NULL.");
-  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches,
-           args->num_branches);
+  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches, args->num_branches);
   if (c.status() != DELTAOPS_OK) return c.status();
   const int64_t M = args->grad_y.rows, N = args->grad_y.cols;
   const int dtype = args->grad_y.dtype;

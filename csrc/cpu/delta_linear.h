@@ -106,8 +106,10 @@ deltaops_status forward_as(const ForwardArgs &args) {
   const int64_t branches = args.num_branches;
   set_terms(args.branches, branches, true, nullptr, nullptr, &p);
   if (p.M == 0 || (p.N == 0 && p.s == nullptr)) return DELTAOPS_OK;
-  if (p.N == 0) p.w.data = nullptr;  // S alone
-  else if (p.w.data == nullptr) p.w.data = &p;  // K = 0: never read, but there is an output
+  if (p.N == 0)
+    p.w.data = nullptr;  // S alone
+  else if (p.w.data == nullptr)
+    p.w.data = &p;  // K = 0: never read, but there is an output
 
   int threads = useful_threads(args.num_threads, p.M * (p.N + p.ranks) * (p.K + 1));
   for (;;) {
@@ -184,14 +186,26 @@ inline void set_outers(const BackwardArgs &args, Backward *b) {
       const uint8_t *bits = nullptr;
       for (int64_t t = 0; t < b->p.num_terms; ++t)
         if (b->p.terms[t].plain_column == column) bits = b->p.terms[t].bits;
-      b->a_outers[b->num_a++] = {b->ds + column, b->p.ranks, rank, args.grad_a[i].data,
-                                 args.grad_a[i].dtype == DELTAOPS_BF16, false, b->p.N, bits,
+      b->a_outers[b->num_a++] = {b->ds + column,
+                                 b->p.ranks,
+                                 rank,
+                                 args.grad_a[i].data,
+                                 args.grad_a[i].dtype == DELTAOPS_BF16,
+                                 false,
+                                 b->p.N,
+                                 bits,
                                  b->p.bits_row};
     }
     if (wanted(args.grad_b, i))
       b->b_outers[b->num_b++] = {static_cast<const float *>(args.s.data) + column,
-                                 args.s.row_stride, rank, args.grad_b[i].data,
-                                 args.grad_b[i].dtype == DELTAOPS_BF16, true, b->p.K, nullptr, 0};
+                                 args.s.row_stride,
+                                 rank,
+                                 args.grad_b[i].data,
+                                 args.grad_b[i].dtype == DELTAOPS_BF16,
+                                 true,
+                                 b->p.K,
+                                 nullptr,
+                                 0};
   }
 }
 
@@ -202,8 +216,8 @@ void backward_thread(const BackwardArgs &args, const Backward &b, int self, int 
     const Range rows = share(p.M, self, threads);
     for (int64_t t = p.num_plain; t < p.num_terms; ++t)
       for (int64_t m = rows.begin; m < rows.end; ++m)
-        keep_bits(b.bits + (t - p.num_plain) * b.bits_each + m * p.bits_row, m, 0,
-                  ceil_div(p.N, 8), p.seed, p.terms[t].stream, p.terms[t].threshold);
+        keep_bits(b.bits + (t - p.num_plain) * b.bits_each + m * p.bits_row, m, 0, ceil_div(p.N, 8),
+                  p.seed, p.terms[t].stream, p.terms[t].threshold);
     pack_p(p, b.cut, self);
     barrier();
     run_product<T>(p, b.cut, self);
@@ -268,8 +282,7 @@ deltaops_status backward_as(const BackwardArgs &args) {
       p.s_row = p.ranks;
     }
     set_outers(args, &b);
-    const int given =
-        team(threads, [&](int self) { backward_thread<T>(args, b, self, threads); });
+    const int given = team(threads, [&](int self) { backward_thread<T>(args, b, self, threads); });
     if (given == threads) return DELTAOPS_OK;
     threads = given;
   }
@@ -300,8 +313,8 @@ void dropout_mask(uint8_t *to, int64_t M, int64_t K, uint64_t seed, uint32_t str
 }  // namespace deltaops
 
 /* Ends every ISA file: the one symbol it exports. */
-#define DELTAOPS_KERNELS(isa)                                                             \
-  namespace deltaops {                                                                    \
-  const Kernels kernels_##isa = {#isa, isa::forward, isa::backward, isa::dropout_mask};   \
+#define DELTAOPS_KERNELS(isa)                                                           \
+  namespace deltaops {                                                                  \
+  const Kernels kernels_##isa = {#isa, isa::forward, isa::backward, isa::dropout_mask}; \
   }
 #endif

@@ -27,9 +27,9 @@ const Isa *isas() {
   // A test build: the 64-byte bodies were compiled for AVX2 ("emulated" in flags.json).
   const bool avx512 = avx2, avx512_bf16 = avx2;
 #else
-  const bool avx512 =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && avx2;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      avx2;
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   static const Isa list[] = {{&kernels_baseline, true},

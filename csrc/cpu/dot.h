@@ -18,13 +18,12 @@ namespace {
 constexpr int64_t kDotRows = 8;  // rows of x up to which this path is taken
 
 template <int MR, int NB, class T>
-__attribute__((noinline)) void dot_block(const float *x, ptrdiff_t x_row, const T *w,
-                                         int64_t w_row, int64_t K, float *c, ptrdiff_t c_row) {
+__attribute__((noinline)) void dot_block(const float *x, ptrdiff_t x_row, const T *w, int64_t w_row,
+                                         int64_t K, float *c, ptrdiff_t c_row) {
   VecF acc[MR][NB];
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < NB; ++j) acc[i][j] = VecF{};
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < NB; ++j) acc[i][j] = VecF{};
   int64_t k = 0;
   for (; k + kLanes <= K; k += kLanes) {
     VecF row[MR];
@@ -39,18 +38,14 @@ __attribute__((noinline)) void dot_block(const float *x, ptrdiff_t x_row, const 
   }
   float total[MR][NB];
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < NB; ++j) total[i][j] = sum(acc[i][j]);
-  for (; k < K; ++k)
-    DELTAOPS_UNROLL
-    for (int i = 0; i < MR; ++i)
-      DELTAOPS_UNROLL
-      for (int j = 0; j < NB; ++j) total[i][j] += x[i * x_row + k] * widen(w[j * w_row + k]);
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < NB; ++j) total[i][j] = sum(acc[i][j]);
+  for (; k < K; ++k) DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < NB; ++j) total[i][j] += x[i * x_row + k] * widen(w[j * w_row + k]);
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < NB; ++j) c[i * c_row + j] = total[i][j];
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < NB; ++j) c[i * c_row + j] = total[i][j];
 }
 
 /* `rows` rows of x against `columns` rows of W. */

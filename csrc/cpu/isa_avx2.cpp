@@ -1,4 +1,5 @@
-// isa_avx2.cpp: AVX2 and FMA. 6 x 16 tile: 12 of 16 registers; a panel is 16 KiB of L1, a block 192 KiB of L2.
+// isa_avx2.cpp: AVX2 and FMA. 6 x 16 tile: 12 of 16 registers; a panel is 16 KiB of L1, a block 192
+// KiB of L2.
 
 #define DELTAOPS_ISA avx2
 #define DELTAOPS_VECTOR_BYTES 32

@@ -1,4 +1,5 @@
-// isa_avx512.cpp: AVX-512 F, BW, DQ, VL. 6 x 64 tile: 24 of 32 registers; bf16 is widened while packing.
+// isa_avx512.cpp: AVX-512 F, BW, DQ, VL. 6 x 64 tile: 24 of 32 registers; bf16 is widened while
+// packing.
 
 #define DELTAOPS_ISA avx512
 #define DELTAOPS_VECTOR_BYTES 64

@@ -1,4 +1,5 @@
-// isa_portable.cpp: any CPU, 16-byte vectors. A NEON body would take 8 x 12 and stand beside this file.
+// isa_portable.cpp: any CPU, 16-byte vectors. A NEON body would take 8 x 12 and stand beside this
+// file.
 
 #define DELTAOPS_ISA portable
 #define DELTAOPS_VECTOR_BYTES 16

@@ -23,14 +23,14 @@ namespace {
 
 /* One branch as one of the two passes sees it. */
 struct Term {
-  View<void> p, q;        // P [rank, contraction] and Q [outputs, rank], typed by `bf16`
-  bool bf16;              // what the adapters are stored in
-  bool dead;              // everything is dropped: S is zero whatever x holds
-  float factor;           // s_i * 65536 / (65536 - threshold)
+  View<void> p, q;  // P [rank, contraction] and Q [outputs, rank], typed by `bf16`
+  bool bf16;        // what the adapters are stored in
+  bool dead;        // everything is dropped: S is zero whatever x holds
+  float factor;     // s_i * 65536 / (65536 - threshold)
   uint32_t threshold, stream;
-  Segment segment;        // its columns in the padded S, its steps in Q
-  int64_t plain_column;   // its columns in [M, R] without padding, in the order of the branches
-  const uint8_t *bits;    // keep-bits of all rows, in the backward pass; or NULL
+  Segment segment;       // its columns in the padded S, its steps in Q
+  int64_t plain_column;  // its columns in [M, R] without padding, in the order of the branches
+  const uint8_t *bits;   // keep-bits of all rows, in the backward pass; or NULL
 };
 
 template <class T>
@@ -65,8 +65,7 @@ void pack_term(float *packed, int64_t k_padded, const Term &term, int64_t group_
         pack_panel(vector_panel, kLanes, p.at(row, k), least(kLanes, term.segment.rank - row),
                    least(steps, K - k), steps);
         float *to = packed + column * k_padded + k * width + (v - column);
-        for (int64_t i = 0; i < steps; ++i)
-          store(to + i * width, load(vector_panel + i * kLanes));
+        for (int64_t i = 0; i < steps; ++i) store(to + i * width, load(vector_panel + i * kLanes));
       }
     }
     column += width;
@@ -79,17 +78,15 @@ __attribute__((noinline)) void narrow_tile(const float *a, ptrdiff_t a_row, cons
                                            int64_t steps, float *s, ptrdiff_t s_row, bool first) {
   VecF acc[MR][NV];
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < NV; ++j) acc[i][j] = VecF{};
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < NV; ++j) acc[i][j] = VecF{};
   accumulate(acc, a, a_row, 1, panel, steps);
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      float *to = s + i * s_row + j * kLanes;
-      store(to, first ? acc[i][j] : load(to) + acc[i][j]);
-    }
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < NV; ++j) {
+    float *to = s + i * s_row + j * kLanes;
+    store(to, first ? acc[i][j] : load(to) + acc[i][j]);
+  }
 }
 
 /* Narrow panels take more rows, to have enough independent accumulators. */
@@ -159,18 +156,16 @@ __attribute__((noinline)) void masked_tile(const float *s, ptrdiff_t s_row, cons
                                            int64_t column, float *sum, bool first) {
   VecF acc[MR][kTileVectors];
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
   accumulate(acc, s, s_row, 1, q, rank);
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < kTileVectors; ++j) {
-      float *to = sum + i * kTileColumns + j * kLanes;
-      const VecF kept = keep(acc[i][j], bits + i * bits_row, column + j * kLanes);
-      store(to, first ? kept : load(to) + kept);
-    }
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) {
+    float *to = sum + i * kTileColumns + j * kLanes;
+    const VecF kept = keep(acc[i][j], bits + i * bits_row, column + j * kLanes);
+    store(to, first ? kept : load(to) + kept);
+  }
 }
 
 }  // namespace

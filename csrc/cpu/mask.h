@@ -45,8 +45,7 @@ DELTAOPS_INLINE VecF keep(VecF v, const uint8_t *bits, int64_t k) {
   const VecU lane = {1, 2, 4, 8, 16, 32, 64, 128};
 #else
   const uint32_t word = bits[k / 8] | static_cast<uint32_t>(bits[k / 8 + 1]) << 8;
-  const VecU lane = {1,   2,   4,    8,    16,   32,   64,    128,
-                     256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  const VecU lane = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
 #endif
   const VecU kept = (VecU)(((word - VecU{}) & lane) == lane);
   return (VecF)((VecU)v & kept);

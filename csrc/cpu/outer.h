@@ -26,8 +26,8 @@ struct Outer {
   int64_t g_row, rank;
   void *grad;
   bool bf16, transposed;
-  int64_t columns;       // of the whole gradient
-  const uint8_t *bits;   // keep-bits of the other operand, or NULL
+  int64_t columns;      // of the whole gradient
+  const uint8_t *bits;  // keep-bits of the other operand, or NULL
   int64_t bits_row;
 };
 
@@ -37,17 +37,15 @@ __attribute__((noinline)) void outer_tile(const float *g, ptrdiff_t g_row, const
                                           int64_t rows, float *sum) {
   VecF acc[MR][kTileVectors];
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
   accumulate(acc, g, 1, g_row, panel, rows);
   DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < kTileVectors; ++j) {
-      float *to = sum + i * kTileColumns + j * kLanes;
-      store(to, load(to) + acc[i][j]);
-    }
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) {
+    float *to = sum + i * kTileColumns + j * kLanes;
+    store(to, load(to) + acc[i][j]);
+  }
 }
 
 /* panel = rows of x, columns n ... n + columns - 1, masked; column sums added to `total`. */
@@ -65,10 +63,9 @@ void outer_panel(float *panel, const T *x, int64_t x_row, int64_t m, int64_t row
       store(panel + i * kTileColumns + j * kLanes, v);
     }
   }
-  if (total)
-    DELTAOPS_UNROLL
-    for (int j = 0; j < kTileVectors; ++j)
-      store(total + j * kLanes, load(total + j * kLanes) + column[j]);
+  if (total) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j)
+    store(total + j * kLanes, load(total + j * kLanes) + column[j]);
 }
 
 template <class G>

@@ -2,8 +2,8 @@
  *
  *     panel  [steps][width]   of units: width neighbouring rows n of a strided matrix (n, k), step
  *                             after step of the contraction k, zeros past either edge
- *     rows   [rows][stride]   of units: rows of x as they are, the stride padded so that the rows of
- *                             a tile do not fall on the same cache sets
+ *     rows   [rows][stride]   of units: rows of x as they are, the stride padded so that the rows
+ * of a tile do not fall on the same cache sets
  *
  * A unit is a float (one k) or a Pair of bf16 (two k: the low half is the even k). bf16 is
  * widened on the way where the unit is float. The frozen weight is packed on the fly, panel by
@@ -133,6 +133,34 @@ void pack_panel(Unit *panel, int64_t width, const View<T> &w, int64_t rows, int6
   else
     pack_panel_cols(panel, width, w.data, w.col_stride, rows, ks, steps);
 }
+
+/* Brings the lines that a later pack_panel will read into L2, a few at each tile in between: a
+ * panel is many short runs on as many pages, which hardware prefetchers start afresh each time. */
+template <class T>
+class Prefetch {
+ public:
+  Prefetch() = default;
+  Prefetch(const View<T> &w, int64_t rows, int64_t ks, int64_t calls) {
+    const bool by_rows = w.col_stride == 1;
+    runs_ = by_rows ? rows : ks;
+    stride_ = by_rows ? w.row_stride : w.col_stride;
+    lines_ = ceil_div(by_rows ? ks : rows, kLine);
+    data_ = w.data;
+    each_ = ceil_div(runs_ * lines_, calls);
+  }
+
+  DELTAOPS_INLINE void some() {
+    for (int64_t i = 0; i < each_ && run_ < runs_; ++i) {
+      __builtin_prefetch(data_ + run_ * stride_ + line_ * kLine, 0, 2);
+      if (++line_ == lines_) line_ = 0, ++run_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  const T *data_ = nullptr;
+  int64_t runs_ = 0, stride_ = 0, lines_ = 0, each_ = 0, run_ = 0, line_ = 0;
+};
 
 /* Copies ks elements of one row, zeros up to `steps` steps. */
 template <class Unit, class T>

@@ -51,11 +51,11 @@ struct Product {
   int64_t out_row;
   const Term *terms;  // those without a mask on their product first
   const Segment *segments;
-  int64_t num_terms, num_plain;     // plain: no dropout
-  int64_t s_columns, plain_columns; // of the padded S
-  int64_t ranks;                    // sum of the ranks
-  bool mask_x;                      // dropout on x (forward) or on the product (backward)
-  float *s;                         // [M, ranks] for the caller, or NULL
+  int64_t num_terms, num_plain;      // plain: no dropout
+  int64_t s_columns, plain_columns;  // of the padded S
+  int64_t ranks;                     // sum of the ranks
+  bool mask_x;                       // dropout on x (forward) or on the product (backward)
+  float *s;                          // [M, ranks] for the caller, or NULL
   int64_t s_row;
   int64_t bits_row;  // bytes of one row of the keep-bits (backward)
   uint64_t seed;
@@ -100,7 +100,7 @@ struct MainUnit<Bf16> {
 /* The grid with the least work on its busiest thread, in multiply-adds per k: a column packed
  * costs about as much as kPackRows rows of it, a row copied kCopyColumns columns of it. */
 inline void choose_grid(const Product &p, Cut *cut) {
-  constexpr int64_t kPackRows = 8, kCopyColumns = 4, kBarrier = 2048;
+  constexpr int64_t kPackRows = 8, kCopyColumns = 4, kBarrier = 6144;
   int64_t least_cost = -1;
   for (int shares = 1; shares <= cut->threads; ++shares) {
     if (cut->threads % shares != 0) continue;
@@ -255,12 +255,16 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
           pack_panel(to, kTileColumns, typed<Bf16>(term.q).at(n, 0), t.columns, term.segment.rank,
                      term.segment.rank);
         else
-          pack_panel(to, kTileColumns, typed<float>(term.q).at(n, 0), t.columns,
-                     term.segment.rank, term.segment.rank);
+          pack_panel(to, kTileColumns, typed<float>(term.q).at(n, 0), t.columns, term.segment.rank,
+                     term.segment.rank);
       }
-    if (t.bias)
-      pack_row(bias, static_cast<const T *>(p.bias) + n, t.columns, kTileColumns);
+    if (t.bias) pack_row(bias, static_cast<const T *>(p.bias) + n, t.columns, kTileColumns);
+    Prefetch<T> next;
+    if (!cut.dot && index + 1 < range.end)
+      next = Prefetch<T>(w.at(n + kTileColumns, k0), least(kTileColumns, p.N - n - kTileColumns),
+                         ks, ceil_div(rows, kTileRows));
     for (int64_t i = 0; i < rows; i += kTileRows) {
+      next.some();
       const int64_t count = least(kTileRows, rows - i);
       t.a = x + i * cut.x_row;
       t.s = s + i * p.s_columns;
@@ -318,8 +322,7 @@ void product(const Product &p, const Cut &cut, int self) {
     for (int64_t kb = 0; kb < cut.k_blocks; ++kb, ++step) {
       const int64_t k0 = kb * cut.block_k, ks = least(cut.block_k, p.K - k0);
       const int64_t steps = ceil_div(ks, UnitOf<Unit>::k);
-      Unit *x = reinterpret_cast<Unit *>(cut.x + (group * buffers + step % buffers) *
-                                                     cut.x_buffer);
+      Unit *x = reinterpret_cast<Unit *>(cut.x + (group * buffers + step % buffers) * cut.x_buffer);
       if (p.w.data || UnitOf<Unit>::k == 1)
         for (int64_t i = mine.begin; i < mine.end; ++i)
           pack_row(x + i * cut.x_row, static_cast<const T *>(p.x) + (m + i) * p.x_row + k0, ks,

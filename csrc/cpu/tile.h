@@ -84,6 +84,10 @@ struct Tile {
 
 template <int MR, class Unit, class T>
 __attribute__((noinline)) void tile(const Tile<Unit, T> &t) {
+  // The running sum is needed at the very end; by then it has come up from L3.
+  if (t.add_c)
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < kTileColumns; j += 16) __builtin_prefetch(t.c + i * t.c_row + j, 1);
   VecF acc[MR][kTileVectors];
   DELTAOPS_UNROLL
   for (int j = 0; j < kTileVectors; ++j) {
@@ -93,10 +97,9 @@ __attribute__((noinline)) void tile(const Tile<Unit, T> &t) {
   }
   if (t.start) {
     DELTAOPS_UNROLL
-    for (int i = 0; i < MR; ++i)
-      DELTAOPS_UNROLL
-      for (int j = 0; j < kTileVectors; ++j)
-        acc[i][j] += load(t.start + i * kTileColumns + j * kLanes);
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j)
+      acc[i][j] += load(t.start + i * kTileColumns + j * kLanes);
   }
   for (int64_t g = 0; g < t.num_segments; ++g)
     accumulate(acc, t.s + t.segments[g].column, t.s_row, 1, t.q + t.segments[g].step * kTileColumns,
@@ -116,15 +119,13 @@ __attribute__((noinline)) void tile(const Tile<Unit, T> &t) {
       c_row = kTileColumns;
     }
     DELTAOPS_UNROLL
-    for (int i = 0; i < MR; ++i)
-      DELTAOPS_UNROLL
-      for (int j = 0; j < kTileVectors; ++j) acc[i][j] += load(c + i * c_row + j * kLanes);
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) acc[i][j] += load(c + i * c_row + j * kLanes);
   }
   if (!whole) {
     DELTAOPS_UNROLL
-    for (int i = 0; i < MR; ++i)
-      DELTAOPS_UNROLL
-      for (int j = 0; j < kTileVectors; ++j) store(edge[i] + j * kLanes, acc[i][j]);
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) store(edge[i] + j * kLanes, acc[i][j]);
     for (int i = 0; i < MR; ++i) {
       if (t.y == nullptr)
         memcpy(t.c + i * t.c_row, edge[i], valid);
@@ -133,14 +134,12 @@ __attribute__((noinline)) void tile(const Tile<Unit, T> &t) {
     }
   } else if (t.y != nullptr) {
     DELTAOPS_UNROLL
-    for (int i = 0; i < MR; ++i)
-      DELTAOPS_UNROLL
-      for (int j = 0; j < kTileVectors; ++j) store(t.y + i * t.y_row + j * kLanes, acc[i][j]);
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) store(t.y + i * t.y_row + j * kLanes, acc[i][j]);
   } else {
     DELTAOPS_UNROLL
-    for (int i = 0; i < MR; ++i)
-      DELTAOPS_UNROLL
-      for (int j = 0; j < kTileVectors; ++j) store(t.c + i * t.c_row + j * kLanes, acc[i][j]);
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) store(t.c + i * t.c_row + j * kLanes, acc[i][j]);
   }
 }
 

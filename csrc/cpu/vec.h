@@ -56,9 +56,8 @@ DELTAOPS_INLINE float sum(VecF v) {
   float lane[kLanes];
   memcpy(lane, &v, sizeof v);
   DELTAOPS_UNROLL
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    DELTAOPS_UNROLL
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  for (int half = kLanes / 2; half > 0; half /= 2) DELTAOPS_UNROLL
+  for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
 
@@ -129,10 +128,10 @@ DELTAOPS_INLINE void transpose(VecF (&r)[kLanes]) {
         __builtin_shufflevector(c, d, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     r[i] = __builtin_shufflevector(ab_even, cd_even, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24,
                                    25, 26, 27);
-    r[i + 4] = __builtin_shufflevector(ab_odd, cd_odd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19,
-                                       24, 25, 26, 27);
-    r[i + 8] = __builtin_shufflevector(ab_even, cd_even, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22,
-                                       23, 28, 29, 30, 31);
+    r[i + 4] = __builtin_shufflevector(ab_odd, cd_odd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24,
+                                       25, 26, 27);
+    r[i + 8] = __builtin_shufflevector(ab_even, cd_even, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23,
+                                       28, 29, 30, 31);
     r[i + 12] = __builtin_shufflevector(ab_odd, cd_odd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23,
                                         28, 29, 30, 31);
   }
