@@ -40,8 +40,10 @@ demo: $(STAMP) ## train, delta-tune and time a small language model (three minut
 	$(RUN)/deltaops demo
 
 .PHONY: test
+# Not `python -m pytest`: that puts this folder on the path, where transformers would find kernels/
+# and take it for Hugging Face's package.
 test: $(STAMP) ## the whole test suite
-	$(RUN)/python -m pytest
+	$(RUN)/pytest
 
 .PHONY: check
 check: $(STAMP) ## format, lint, types, import rules: what CI runs besides the tests
@@ -49,6 +51,7 @@ check: $(STAMP) ## format, lint, types, import rules: what CI runs besides the t
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(RUN)/clang-format --dry-run -Werror
+	$(RUN)/pytest -q tests/architecture
 
 .PHONY: bench
 bench: $(STAMP) ## measure this machine, interleaved with the peers; JSON and pictures
@@ -59,7 +62,7 @@ bench: $(STAMP) ## measure this machine, interleaved with the peers; JSON and pi
 .PHONY: gpu
 gpu: ## build, test and benchmark on a machine with a GPU and no network
 	python3 -m pip install --quiet --no-build-isolation --no-deps -e .
-	python3 -m pytest -m gpu
+	python3 -P -m pytest -m gpu
 	python3 -m benchmarks.gpu --out benchmarks/results --minutes 8
 
 .PHONY: clean

@@ -198,8 +198,8 @@ def _toolkit(nvcc: Path) -> CudaToolkit:
     if not cudart:
         raise BuildFailure(
             f"the CUDA toolkit {root} (of {nvcc}) has no libcudart_static.a in "
-            f"{', '.join(places)}; install its runtime development files (Debian: cuda-cudart-dev), "
-            "or build without the CUDA module: DELTAOPS_CUDA=0."
+            f"{', '.join(places)}; install its runtime development files "
+            "(Debian: cuda-cudart-dev), or build without the CUDA module: DELTAOPS_CUDA=0."
         )
     return CudaToolkit(nvcc, root, version, _archs(codes, version), cudart[0])
 

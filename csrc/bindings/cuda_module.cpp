@@ -63,8 +63,8 @@ void dropout_mask(int32_t device, std::uintptr_t keep, int64_t keep_stride, int6
   {
     py::gil_scoped_release unlocked;
     status = deltaops_cuda_dropout_mask(device, pointer<uint8_t>(keep), keep_stride, M, K,
-                                        pointer<const uint64_t>(seed), branch_stream, drop_threshold,
-                                        pointer<void>(stream));
+                                        pointer<const uint64_t>(seed), branch_stream,
+                                        drop_threshold, pointer<void>(stream));
   }
   raise_if(status);
 }
@@ -77,8 +77,8 @@ void dropout_apply(int32_t device, int32_t dtype, int64_t M, int64_t K, std::uin
   deltaops_status status;
   {
     py::gil_scoped_release unlocked;
-    status = deltaops_cuda_dropout_apply(device, &from, &to, pointer<const uint64_t>(seed), branch_stream,
-                                         drop_threshold, pointer<void>(stream));
+    status = deltaops_cuda_dropout_apply(device, &from, &to, pointer<const uint64_t>(seed),
+                                         branch_stream, drop_threshold, pointer<void>(stream));
   }
   raise_if(status);
 }
@@ -87,19 +87,24 @@ void dropout_apply(int32_t device, int32_t dtype, int64_t M, int64_t K, std::uin
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() =
-      "The CUDA library behind deltaops: raw pointers and strides in elements; see deltaops_cuda.h.";
+      "The CUDA library behind deltaops: raw pointers and strides in elements; see "
+      "deltaops_cuda.h.";
   module.def("abi_version", &deltaops_cuda_abi_version, "The version of deltaops_cuda.h.");
-  module.def("archs", &deltaops_cuda_archs, "The architectures compiled for, such as '80;90a;100'.");
-  module.def("unavailable", &unavailable, "None when a GPU can be used here, else the reason in words.");
-  module.def("devices", &devices,
-             "A dict per GPU: name, capability, multiprocessors, shared_memory (bytes that a block can "
-             "opt in to) and memory (bytes). Raises RuntimeError where there is no driver.");
-  module.def("dropout_mask", &dropout_mask, py::arg("device"), py::arg("keep"), py::arg("keep_stride"),
-             py::arg("M"), py::arg("K"), py::arg("seed"), py::arg("branch_stream"),
-             py::arg("drop_threshold"), py::arg("stream"),
+  module.def("archs", &deltaops_cuda_archs,
+             "The architectures compiled for, such as '80;90a;100'.");
+  module.def("unavailable", &unavailable,
+             "None when a GPU can be used here, else the reason in words.");
+  module.def(
+      "devices", &devices,
+      "A dict per GPU: name, capability, multiprocessors, shared_memory (bytes that a block can "
+      "opt in to) and memory (bytes). Raises RuntimeError where there is no driver.");
+  module.def("dropout_mask", &dropout_mask, py::arg("device"), py::arg("keep"),
+             py::arg("keep_stride"), py::arg("M"), py::arg("K"), py::arg("seed"),
+             py::arg("branch_stream"), py::arg("drop_threshold"), py::arg("stream"),
              "keep[m, k] = 1 where the Philox draw keeps the element; all pointers on the GPU.");
   module.def("dropout_apply", &dropout_apply, py::arg("device"), py::arg("dtype"), py::arg("M"),
              py::arg("K"), py::arg("x"), py::arg("x_stride"), py::arg("y"), py::arg("y_stride"),
-             py::arg("seed"), py::arg("branch_stream"), py::arg("drop_threshold"), py::arg("stream"),
+             py::arg("seed"), py::arg("branch_stream"), py::arg("drop_threshold"),
+             py::arg("stream"),
              "y = dropped-out x, scaled; dtype 0 = f32, 1 = bf16; all pointers on the GPU.");
 }

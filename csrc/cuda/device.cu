@@ -1,4 +1,5 @@
-/* device.cu: what CUDA finds on this machine, in numbers and, where something is missing, in words. */
+/* device.cu: what CUDA finds on this machine, in numbers and, where something is missing, in words.
+ */
 #include <stdarg.h>
 #include <stdio.h>
 
@@ -32,17 +33,19 @@ deltaops_status cuda_check(cudaError_t error, const char *doing) {
                          "%s: no NVIDIA driver on this machine (libcuda.so.1 was not found); "
                          "install the driver, or use a CPU backend",
                          doing);
-      return cuda_fail(DELTAOPS_UNSUPPORTED,
-                       "%s: the NVIDIA driver serves CUDA up to %d.%d, and this library was built with "
-                       "CUDA %d.%d; update the driver, or rebuild with an older toolkit",
-                       doing, driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
-                       CUDART_VERSION % 1000 / 10);
+      return cuda_fail(
+          DELTAOPS_UNSUPPORTED,
+          "%s: the NVIDIA driver serves CUDA up to %d.%d, and this library was built with "
+          "CUDA %d.%d; update the driver, or rebuild with an older toolkit",
+          doing, driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
+          CUDART_VERSION % 1000 / 10);
     }
     case cudaErrorNoDevice:
-      return cuda_fail(DELTAOPS_UNSUPPORTED,
-                       "%s: there is an NVIDIA driver and no GPU that it shows to this process; check "
-                       "nvidia-smi and CUDA_VISIBLE_DEVICES",
-                       doing);
+      return cuda_fail(
+          DELTAOPS_UNSUPPORTED,
+          "%s: there is an NVIDIA driver and no GPU that it shows to this process; check "
+          "nvidia-smi and CUDA_VISIBLE_DEVICES",
+          doing);
     case cudaErrorNoKernelImageForDevice:
       return cuda_fail(DELTAOPS_UNSUPPORTED,
                        "%s: this library was compiled for sm_%s and not for this GPU; rebuild with "
@@ -64,7 +67,8 @@ OnDevice::OnDevice(int32_t device) {
 
 OnDevice::~OnDevice() {
   int now = -1;
-  if (earlier_ >= 0 && cudaGetDevice(&now) == cudaSuccess && now != earlier_) cudaSetDevice(earlier_);
+  if (earlier_ >= 0 && cudaGetDevice(&now) == cudaSuccess && now != earlier_)
+    cudaSetDevice(earlier_);
 }
 
 }  // namespace deltaops
@@ -82,7 +86,8 @@ const char *deltaops_cuda_archs(void) { return DELTAOPS_CUDA_ARCHS; }
 
 deltaops_status deltaops_cuda_device_count(int32_t *count) {
   if (count == nullptr)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "device_count: count must point to an int32_t, got NULL");
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
+                     "device_count: count must point to an int32_t, got NULL");
   int found = 0;
   const deltaops_status status = cuda_check(cudaGetDeviceCount(&found), "counting GPUs");
   *count = status == DELTAOPS_OK ? found : 0;
@@ -91,16 +96,17 @@ deltaops_status deltaops_cuda_device_count(int32_t *count) {
 
 deltaops_status deltaops_cuda_describe(int32_t device, deltaops_cuda_device_info *info) {
   if (info == nullptr || info->struct_size != sizeof *info)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                     "describe: info must be a deltaops_cuda_device_info with struct_size = %zu; were "
-                     "caller and library compiled from the same deltaops_cuda.h?",
-                     sizeof *info);
+    return cuda_fail(
+        DELTAOPS_INVALID_ARGUMENT,
+        "describe: info must be a deltaops_cuda_device_info with struct_size = %zu; were "
+        "caller and library compiled from the same deltaops_cuda.h?",
+        sizeof *info);
   int32_t count = 0;
   deltaops_status status = deltaops_cuda_device_count(&count);
   if (status != DELTAOPS_OK) return status;
   if (device < 0 || device >= count)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "describe: device must be in [0, %d), got %d", count,
-                     device);
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "describe: device must be in [0, %d), got %d",
+                     count, device);
   cudaDeviceProp found;
   status = cuda_check(cudaGetDeviceProperties(&found, device), "reading a GPU's properties");
   if (status != DELTAOPS_OK) return status;

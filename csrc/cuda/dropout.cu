@@ -3,9 +3,10 @@
  *   keep[m, k] = draw(k, m, stream, seed) >= threshold
  *   y[m, k]    = keep ? x[m, k] * 65536 / (65536 - threshold) : 0
  *
- * One thread makes the eight draws of one Philox call, for elements 8 g ... 8 g + 7 of a row: 8 bytes of
- * mask, or 16 (bf16) or 32 (f32) bytes in and out. Memory-bound: M K bytes written for the mask, 2 M K
- * elements moved to apply it. Rows that start on 16 bytes move whole groups; others go one by one.
+ * One thread makes the eight draws of one Philox call, for elements 8 g ... 8 g + 7 of a row: 8
+ * bytes of mask, or 16 (bf16) or 32 (f32) bytes in and out. Memory-bound: M K bytes written for the
+ * mask, 2 M K elements moved to apply it. Rows that start on 16 bytes move whole groups; others go
+ * one by one.
  */
 #include <cuda_bf16.h>
 
@@ -30,12 +31,14 @@ template <typename Body>
 __device__ __forceinline__ void for_each_group(int64_t M, int64_t K, Body body) {
   const int64_t groups = (K + kGroup - 1) / kGroup;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < M * groups; i += step)
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < M * groups;
+       i += step)
     body(i / groups, i % groups);
 }
 
 /* Bit j of the result: element 8 g + j of row m is kept. */
-__device__ __forceinline__ uint32_t keep_bits(int64_t g, int64_t m, const Draws &draws, uint64_t seed) {
+__device__ __forceinline__ uint32_t keep_bits(int64_t g, int64_t m, const Draws &draws,
+                                              uint64_t seed) {
   uint32_t c[4] = {static_cast<uint32_t>(g), static_cast<uint32_t>(m),
                    static_cast<uint32_t>(static_cast<uint64_t>(m) >> 32), draws.stream};
   deltaops_philox(c, seed);
@@ -98,15 +101,17 @@ deltaops_status check_draws(const char *who, int64_t M, int64_t K, const Draws &
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: M and K must be >= 0, got [%lld, %lld]", who,
                      static_cast<long long>(M), static_cast<long long>(K));
   if (K > (int64_t{1} << 35))
-    return cuda_fail(DELTAOPS_UNSUPPORTED,
-                     "%s: K must be at most 2^35 (the counter's first word counts groups of 8), got %lld",
-                     who, static_cast<long long>(K));
+    return cuda_fail(
+        DELTAOPS_UNSUPPORTED,
+        "%s: K must be at most 2^35 (the counter's first word counts groups of 8), got %lld", who,
+        static_cast<long long>(K));
   if (K > 0 && M > INT64_MAX / K)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: M * K must fit 64 bits, got [%lld, %lld]", who,
                      static_cast<long long>(M), static_cast<long long>(K));
   if (draws.threshold > 65536)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                     "%s: drop_threshold must be p * 65536, so 0 to 65536, got %u", who, draws.threshold);
+                     "%s: drop_threshold must be p * 65536, so 0 to 65536, got %u", who,
+                     draws.threshold);
   if (draws.seed == nullptr)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
                      "%s: seed must point to one 64-bit value on the GPU, got NULL", who);
@@ -124,7 +129,8 @@ cudaLaunchConfig_t one_thread_per_group(int64_t M, int64_t K, void *stream) {
 }
 
 bool rows_on_16_bytes(const deltaops_matrix &matrix, size_t element) {
-  return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.row_stride * element % 16 == 0;
+  return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 &&
+         matrix.row_stride * element % 16 == 0;
 }
 
 template <typename T>
@@ -148,24 +154,27 @@ using namespace deltaops;
 
 extern "C" {
 
-deltaops_status deltaops_cuda_dropout_mask(int32_t device, uint8_t *keep, int64_t keep_stride, int64_t M,
-                                           int64_t K, const uint64_t *seed, uint32_t branch_stream,
-                                           uint32_t drop_threshold, void *stream) {
+deltaops_status deltaops_cuda_dropout_mask(int32_t device, uint8_t *keep, int64_t keep_stride,
+                                           int64_t M, int64_t K, const uint64_t *seed,
+                                           uint32_t branch_stream, uint32_t drop_threshold,
+                                           void *stream) {
   const Draws draws = {seed, branch_stream, drop_threshold};
   const deltaops_status status = check_draws("dropout_mask", M, K, draws);
   if (status != DELTAOPS_OK) return status;
   if (M == 0 || K == 0) return DELTAOPS_OK;
   if (keep == nullptr || keep_stride < K)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                     "dropout_mask: keep must be [%lld, %lld] bytes with a row stride of at least K, got "
-                     "pointer %p and stride %lld",
-                     static_cast<long long>(M), static_cast<long long>(K), static_cast<void *>(keep),
-                     static_cast<long long>(keep_stride));
+    return cuda_fail(
+        DELTAOPS_INVALID_ARGUMENT,
+        "dropout_mask: keep must be [%lld, %lld] bytes with a row stride of at least K, got "
+        "pointer %p and stride %lld",
+        static_cast<long long>(M), static_cast<long long>(K), static_cast<void *>(keep),
+        static_cast<long long>(keep_stride));
   const OnDevice here(device);
   if (here.status() != DELTAOPS_OK) return here.status();
   const cudaLaunchConfig_t config = one_thread_per_group(M, K, stream);
-  return cuda_check(cudaLaunchKernelEx(&config, dropout_mask_kernel, keep, keep_stride, M, K, draws),
-                    "launching dropout_mask");
+  return cuda_check(
+      cudaLaunchKernelEx(&config, dropout_mask_kernel, keep, keep_stride, M, K, draws),
+      "launching dropout_mask");
 }
 
 deltaops_status deltaops_cuda_dropout_apply(int32_t device, const deltaops_matrix *x,
@@ -178,18 +187,20 @@ deltaops_status deltaops_cuda_dropout_apply(int32_t device, const deltaops_matri
   const deltaops_status status = check_draws("dropout_apply", x->rows, x->cols, draws);
   if (status != DELTAOPS_OK) return status;
   if (y->rows != x->rows || y->cols != x->cols || y->dtype != x->dtype)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                     "dropout_apply: y must have the shape and dtype of x, [%lld, %lld] of dtype %d, got "
-                     "[%lld, %lld] of dtype %d",
-                     static_cast<long long>(x->rows), static_cast<long long>(x->cols), x->dtype,
-                     static_cast<long long>(y->rows), static_cast<long long>(y->cols), y->dtype);
+    return cuda_fail(
+        DELTAOPS_INVALID_ARGUMENT,
+        "dropout_apply: y must have the shape and dtype of x, [%lld, %lld] of dtype %d, got "
+        "[%lld, %lld] of dtype %d",
+        static_cast<long long>(x->rows), static_cast<long long>(x->cols), x->dtype,
+        static_cast<long long>(y->rows), static_cast<long long>(y->cols), y->dtype);
   if (x->rows == 0 || x->cols == 0) return DELTAOPS_OK;
   if (x->data == nullptr || y->data == nullptr)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "dropout_apply: x and y must have data, got NULL");
   if (x->col_stride != 1 || y->col_stride != 1 || y->row_stride < y->cols)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                     "dropout_apply: x and y must have col_stride 1, and the rows of y must not overlap; "
-                     "pass contiguous tensors");
+    return cuda_fail(
+        DELTAOPS_INVALID_ARGUMENT,
+        "dropout_apply: x and y must have col_stride 1, and the rows of y must not overlap; "
+        "pass contiguous tensors");
   const OnDevice here(device);
   if (here.status() != DELTAOPS_OK) return here.status();
   switch (x->dtype) {
@@ -198,8 +209,8 @@ deltaops_status deltaops_cuda_dropout_apply(int32_t device, const deltaops_matri
     case DELTAOPS_BF16:
       return apply<__nv_bfloat16>(*x, *y, draws, stream);
     default:
-      return cuda_fail(DELTAOPS_UNSUPPORTED, "dropout_apply: dtype must be f32 (0) or bf16 (1), got %d",
-                       x->dtype);
+      return cuda_fail(DELTAOPS_UNSUPPORTED,
+                       "dropout_apply: dtype must be f32 (0) or bf16 (1), got %d", x->dtype);
   }
 }
 }

@@ -1,11 +1,11 @@
 /* deltaops_cuda.h: the C ABI of the CUDA library (libdeltaops_cuda.so).
  *
- * Holds so far: what CUDA finds here, and the dropout stream of csrc/include/philox.h on a GPU, which
- * the other backends are held against. There is no delta_linear in it yet.
+ * Holds so far: what CUDA finds here, and the dropout stream of csrc/include/philox.h on a GPU,
+ * which the other backends are held against. There is no delta_linear in it yet.
  *
- * The library loads on a machine without a driver; each call then returns DELTAOPS_UNSUPPORTED and says
- * what is missing. Pointers named "device" lie in the memory of GPU number `device`; `stream` is a
- * cudaStream_t of that GPU (NULL: its default stream). Calls return when the work is queued.
+ * The library loads on a machine without a driver; each call then returns DELTAOPS_UNSUPPORTED and
+ * says what is missing. Pointers named "device" lie in the memory of GPU number `device`; `stream`
+ * is a cudaStream_t of that GPU (NULL: its default stream). Calls return when the work is queued.
  * Strides are counted in elements; offsets are 64-bit. Statuses are those of deltaops.h, the
  * sentence of an error is in deltaops_cuda_last_error(), per thread.
  */
@@ -36,21 +36,24 @@ DELTAOPS_API const char *deltaops_cuda_archs(void);
 
 /* How many GPUs there are. UNSUPPORTED without a driver, or with one too old for this library. */
 DELTAOPS_API deltaops_status deltaops_cuda_device_count(int32_t *count);
-DELTAOPS_API deltaops_status deltaops_cuda_describe(int32_t device, deltaops_cuda_device_info *info);
+DELTAOPS_API deltaops_status deltaops_cuda_describe(int32_t device,
+                                                    deltaops_cuda_device_info *info);
 
 /* keep[m * keep_stride + k] = 1 where the draw at (k, m, branch_stream) keeps the element, else 0.
  * keep (device): [M, K] bytes. seed (device): one value, read when the kernel runs, so that no
  * copy to the host waits for the GPU. drop_threshold: p * 65536, 0 to 65536. */
 DELTAOPS_API deltaops_status deltaops_cuda_dropout_mask(int32_t device, uint8_t *keep,
                                                         int64_t keep_stride, int64_t M, int64_t K,
-                                                        const uint64_t *seed, uint32_t branch_stream,
+                                                        const uint64_t *seed,
+                                                        uint32_t branch_stream,
                                                         uint32_t drop_threshold, void *stream);
 
 /* y = drop(x): x where kept, times 65536 / (65536 - drop_threshold), rounded once; 0 where dropped.
  * x, y (device): [M, K] of one dtype with col_stride 1; y may be x itself. */
 DELTAOPS_API deltaops_status deltaops_cuda_dropout_apply(int32_t device, const deltaops_matrix *x,
                                                          const deltaops_matrix *y,
-                                                         const uint64_t *seed, uint32_t branch_stream,
+                                                         const uint64_t *seed,
+                                                         uint32_t branch_stream,
                                                          uint32_t drop_threshold, void *stream);
 
 #ifdef __cplusplus
