@@ -1,0 +1,52 @@
+"""The ``deltaops`` command: one file a subcommand; heavy packages are imported when one runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from deltaops.errors import DeltaopsError
+
+from .bench import bench
+from .demo import demo
+from .doctor import doctor
+from .inspect import inspect
+from .tune import tune
+
+app = typer.Typer(
+    name="deltaops",
+    help="Delta tuning (LoRA) at the speed of the frozen layers it sits on.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, tune, inspect, doctor, bench):
+    app.command()(command)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    pass  # main() reads --debug: an error may come before typer has parsed anything
+
+
+def main() -> None:
+    """Run the command. An error that deltaops foresaw is a message and exit code 2."""
+    try:
+        app()
+    except DeltaopsError as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True).print(f"[bold red]error[/]  {_plain(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _plain(text: str) -> str:
+    """Text in which rich finds no markup: messages quote file names and shapes in brackets."""
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,5 @@
+"""``python -m deltaops.cli``."""
+
+from . import main
+
+main()

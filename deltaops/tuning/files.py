@@ -1,0 +1,111 @@
+"""Files that are either as they were or complete: written beside their place, then renamed.
+
+A reader, and a process that is killed at any moment, sees the old file or the new one. A folder
+that does not exist yet appears whole; in one that exists, each file is replaced whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deltaops.errors import CheckpointError
+
+_MARK = ".deltaops-partial-"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place.
+
+    Raises: CheckpointError where the file cannot be written; ``path`` is then as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_MARK, suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise _failed(path, error) from error
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        _sync(part)
+        part.chmod(0o666 & ~_umask())  # mkstemp makes it private, results are not
+        os.replace(part, path)
+    except OSError as error:
+        raise _failed(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically. Raises: CheckpointError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def publishing(folder: Path, last: str) -> Iterator[Path]:
+    """A scratch folder whose files move to ``folder`` when the block ends without an error.
+
+    A new ``folder`` appears in one rename. In one that is there, each file is replaced whole, the
+    one named ``last`` after all others: it may rely on them being at least as new as itself.
+    Raises: CheckpointError where the disk refuses; each file is then old or new, never torn.
+    """
+    scratch: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=_MARK, dir=folder.parent))
+        yield scratch
+        for file in scratch.iterdir():
+            _sync(file)
+        scratch.chmod(0o777 & ~_umask())
+        if folder.exists() and any(folder.iterdir()):
+            for file in sorted(scratch.iterdir(), key=lambda f: (f.name == last, f.name)):
+                os.replace(file, folder / file.name)
+            _sync(folder)
+        else:
+            os.replace(scratch, folder)  # an empty folder may stand there
+        _sync(folder.parent)
+    except OSError as error:
+        raise _failed(folder, error) from error
+    finally:
+        if scratch is not None and scratch.exists():
+            shutil.rmtree(scratch)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the scratch files that a killed process left in ``folder``."""
+    if not folder.is_dir():
+        return
+    for part in folder.glob(_MARK + "*"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def _failed(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} could not be written: {error.strerror or error}. What stood there before is as it "
+        "was; free space or choose another place and try again."
+    )
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder for this
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

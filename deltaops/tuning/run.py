@@ -1,0 +1,236 @@
+"""One tuning run: read, attach, train, and keep ``out`` loadable and resumable throughout.
+
+out/adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
+out/training_state.safetensors                       what --resume needs
+out/metrics.json, loss.png                           the result, when all steps are done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaops.errors import CheckpointError, ConfigError
+from deltaops.surgery import Handle, attach
+
+from .curve import draw_curve
+from .files import publishing, remove_leftovers, write_atomically, write_json
+from .loop import Point, Schedule, evaluate, make_optimizer, train
+from .read import Columns, read_examples
+from .spec import parse_delta
+from .state import FILE, read_facts, restore_state, trainable, write_state
+from .tokens import Order, TokenSet, label_texts, pack_text
+
+TASKS = ("causal-lm", "classification")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the bits of the result. A resumed run must have the same."""
+
+    model: str
+    data: str
+    task: str = "causal-lm"
+    delta: str = "lora:r=16,alpha=32"
+    steps: int = 200
+    batch_size: int = 8
+    lr: float = 1e-3
+    seq_len: int = 128
+    seed: int = 0
+    text_column: str = "text"
+    label_column: str = "label"
+    eval_fraction: float = 0.1
+
+    def check(self) -> None:
+        """Raises: ConfigError for a value out of range."""
+        if self.task not in TASKS:
+            raise ConfigError(f"--task must be one of {', '.join(TASKS)}, got {self.task!r}.")
+        for name in ("steps", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"--eval-fraction must be in [0, 1), got {self.eval_fraction}.")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"--lr must be a positive number, got {self.lr}.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``finished`` is False where it was stopped after ``step``."""
+
+    finished: bool
+    step: int
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    history: list[Point]
+
+
+def run(
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    save_every: int = 100,
+    on_ready: Callable[[Handle, int], object] = lambda handle, start: None,
+    on_step: Callable[[Point], object] = lambda point: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Tune a delta as ``settings`` say and leave it in ``out``.
+
+    Args:
+        resume: go on where the run in ``out`` stopped, with the same bits.
+        save_every: steps between checkpoints; one is also written when the run ends or is stopped.
+        on_ready: called with the handle and the first step once all inputs have been checked.
+        should_stop: asked before each step.
+    Raises: ConfigError, DataError, TargetError, CheckpointError; before the first step wherever the
+        inputs are at fault.
+    """
+    settings.check()
+    start_facts = _check_out(settings, out, resume)
+    data, labels, _tokenizer = _read(settings)
+    fit, held = data.split(settings.eval_fraction, settings.seed)
+    torch.manual_seed(settings.seed)
+    model = _load_model(settings, labels, data.pad)
+    handle = attach(model, _delta(settings, model))
+    parameters = trainable(model)
+    optimizer = make_optimizer(parameters, settings.lr)
+    order = Order(len(fit), settings.batch_size, settings.seed)
+    history: list[Point] = []
+    start = 0
+    if start_facts is not None:
+        if start_facts["data"] != data.fingerprint():
+            raise CheckpointError(
+                f"{out}: the data is not what the run was started on. Resume with the same file."
+            )
+        history = [Point(*row) for row in start_facts["history"]]
+        start, before = start_facts["step"], start_facts["before"]
+    else:
+        before = None if held is None else evaluate(model, held, settings.batch_size)
+        torch.manual_seed(settings.seed)
+    if start_facts is not None:
+        restore_state(out / FILE, parameters, optimizer)
+    on_ready(handle, start)
+
+    def save() -> None:
+        facts = {
+            "settings": dataclasses.asdict(settings),
+            "step": len(history),
+            "history": [dataclasses.astuple(p) for p in history],
+            "before": before,
+            "data": data.fingerprint(),
+        }
+        with publishing(out, FILE) as scratch:
+            handle.save(scratch)
+            write_state(scratch / FILE, parameters, optimizer, facts)
+            if labels is not None:
+                write_json(scratch / "labels.json", labels)
+
+    def after_step(point: Point) -> None:
+        history.append(point)
+        if point.step % save_every == 0 and point.step < settings.steps:
+            save()
+        on_step(point)
+
+    schedule = Schedule(settings.steps, settings.lr)
+    finished = train(
+        model, fit, order, optimizer, schedule,
+        start=start, on_step=after_step, should_stop=should_stop,
+    )  # fmt: skip
+    save()
+    if not finished:
+        return Outcome(False, len(history), before, None, history)
+    after = None if held is None else evaluate(model, held, settings.batch_size)
+    write_json(
+        out / "metrics.json",
+        {
+            "settings": dataclasses.asdict(settings),
+            "trainable_parameters": sum(p.numel() for p in parameters.values()),
+            "held_out_before": before,
+            "held_out_after": after,
+            "final_training_loss": history[-1].loss,
+            "steps": len(history),
+        },
+    )
+    write_atomically(
+        out / "loss.png",
+        lambda part: draw_curve(part, history, Path(settings.model).name, before, after),
+    )
+    return Outcome(True, len(history), before, after, history)
+
+
+def _check_out(settings: Settings, out: Path, resume: bool) -> dict[str, Any] | None:
+    """The facts of the run to resume, or None for a new one."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file, expected a folder. Choose another place.")
+    remove_leftovers(out)
+    state = out / FILE
+    if resume:
+        if not state.is_file():
+            raise CheckpointError(f"{out}: no run to resume. Start one without --resume.")
+        facts = read_facts(state)
+        asked = dataclasses.asdict(settings)
+        odd = [name for name in asked if facts["settings"].get(name) != asked[name]]
+        if odd:
+            was = ", ".join(f"{name}={facts['settings'].get(name)!r}" for name in odd)
+            raise ConfigError(
+                f"{out} was started with {was}. Resume with the same settings, or start anew in "
+                "another --out."
+            )
+        return facts
+    if out.is_dir() and any(out.iterdir()):
+        hint = "Pass --resume to go on with it" if state.is_file() else "It is not a run of ours"
+        raise ConfigError(f"--out {out} is not empty. {hint}, or choose another folder.")
+    return None
+
+
+def _read(settings: Settings) -> tuple[TokenSet, list[str] | None, Any]:
+    label = settings.label_column if settings.task == "classification" else None
+    examples = read_examples(settings.data, Columns(settings.text_column, label))
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {settings.model}: its tokenizer cannot be loaded ({error}). Give a folder "
+            "with a model and its tokenizer, or a hub id."
+        ) from error
+    if label is None:
+        return pack_text(examples, tokenizer, settings.seq_len), None, tokenizer
+    data, labels = label_texts(examples, tokenizer, settings.seq_len)
+    return data, labels, tokenizer
+
+
+def _load_model(settings: Settings, labels: list[str] | None, pad: int) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    try:
+        if labels is None:
+            return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_pretrained(
+            settings.model,
+            dtype=torch.float32,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            pad_token_id=pad,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {settings.model} cannot be loaded: {error}") from error
+
+
+def _delta(settings: Settings, model: Any) -> Any:
+    """The delta; a classifier's new head is trained and saved with it."""
+    if settings.task != "classification":
+        return parse_delta(settings.delta)
+    head = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    return parse_delta(settings.delta, modules_to_save=head)

@@ -1,0 +1,77 @@
+"""``--delta lora:r=16,alpha=32`` → a delta's configuration, by the fields of its class.
+
+spec    = method [":" option "=" value {"," option "=" value}]
+value   = number | true | false | text | text "+" text …      (a list)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from deltaops.errors import ConfigError
+
+
+def methods() -> dict[str, type[Any]]:
+    """Name on the command line → configuration class."""
+    from deltaops import LoRA
+
+    return {"lora": LoRA}
+
+
+def parse_delta(spec: str, **defaults: Any) -> Any:
+    """The configuration that ``spec`` describes.
+
+    Args:
+        spec: such as ``lora:r=16,alpha=32,target_modules=q_proj+v_proj``.
+        defaults: fields to set where ``spec`` does not name them.
+    Raises: ConfigError for an unknown method, option or value, with the nearest names.
+    """
+    name, _, rest = spec.partition(":")
+    known = methods()
+    if name.strip().lower() not in known:
+        raise ConfigError(
+            f"--delta {spec!r}: no method {name!r}{_nearest(name, known)}. "
+            f"Known: {', '.join(known)}."
+        )
+    config = known[name.strip().lower()]
+    fields = {f.name: f for f in dataclasses.fields(config) if f.init}
+    values = dict(defaults)
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        option, equals, value = (p.strip() for p in part.partition("="))
+        if not equals or not value:
+            raise ConfigError(f"--delta {spec!r}: expected option=value, got {part!r}.")
+        if option not in fields:
+            raise ConfigError(
+                f"--delta {spec!r}: {name} has no option {option!r}{_nearest(option, fields)}. "
+                f"Known: {', '.join(fields)}."
+            )
+        values[option] = _value(value, str(fields[option].type), f"--delta {spec!r}: {option}")
+    return config(**values)
+
+
+def _value(text: str, annotation: str, subject: str) -> Any:
+    """``text`` as the field's annotation wants it; annotations are strings by PEP 563."""
+    kinds = {kind.strip() for kind in annotation.split("|")}
+    if text.lower() in {"none", "null"} and "None" in kinds:
+        return None
+    if "bool" in kinds and text.lower() in {"true", "false"}:
+        return text.lower() == "true"
+    for kind, convert in (("int", int), ("float", float)):
+        if kind in kinds:
+            try:
+                return convert(text)
+            except ValueError:
+                continue
+    is_list = any(k.startswith(("Sequence", "list", "tuple", "Iterable")) for k in kinds)
+    if is_list and ("+" in text or "str" not in kinds):
+        return [part for part in text.split("+") if part]
+    if "str" in kinds:
+        return text
+    raise ConfigError(f"{subject} must be {annotation}, got {text!r}.")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
