@@ -13,9 +13,11 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Not lazy: the folder backends/ would otherwise take the function's name once it is imported.
+from .dispatch import backends
+
 if TYPE_CHECKING:
     from . import errors, ops
-    from .dispatch import backends
     from .methods.lora import LoRA
     from .ops import explain
     from .surgery import accelerate, attach, load, report
@@ -39,7 +41,6 @@ _HOMES = {
     "LoRA": "methods.lora",
     "accelerate": "surgery",
     "attach": "surgery",
-    "backends": "dispatch",
     "errors": "",
     "explain": "ops",
     "load": "surgery",

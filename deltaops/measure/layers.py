@@ -127,15 +127,14 @@ def _gate(
     results = []
     with torch.no_grad():
         for kind in (torch.float64, None):
-            base = [t.to(kind or x.dtype) for t in (x, layer.weight, layer.bias, grad)]
-            adapters = [t.to(kind or a.dtype) for t in (a, b)]
-            y, s = reference.forward(
-                *base[:3], adapters[:1], adapters[1:], [scaling], [dropout], seed
+            xs, weight, bias, dy = (
+                t.to(kind or x.dtype) for t in (x, layer.weight, layer.bias, grad)
             )
+            down, up = [a.to(kind or a.dtype)], [b.to(kind or b.dtype)]
+            y, s = reference.forward(xs, weight, bias, down, up, [scaling], [dropout], seed)
             grads = reference.backward(
-                base[3], base[0], base[1], adapters[:1], adapters[1:], s, [scaling], [dropout],
-                seed, [True, False, True, True],
-            )  # fmt: skip
+                dy, xs, weight, down, up, s, [scaling], [dropout], seed, [True, False, True, True]
+            )
             results.append([y, *grads])
     for name, got, oracle, baseline in zip(
         ("y", "grad x", "grad a", "grad b"), fused, *results, strict=True

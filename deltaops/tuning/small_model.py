@@ -59,4 +59,5 @@ def _tokenizer(text: str) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     raw.train_from_iterator(text.split("\n\n"), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END)
+    kind: Any = PreTrainedTokenizerFast
+    return kind(tokenizer_object=raw, eos_token=END, pad_token=END)
