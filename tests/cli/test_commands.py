@@ -1,0 +1,107 @@
+"""The command as a person meets it: real processes, messages, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deltaops.cli.quiet import quiet_transformers
+
+COMMAND = [sys.executable, "-P", "-m", "deltaops.cli"]
+
+
+def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    if cache is not None:
+        environment["DELTAOPS_CACHE"] = str(cache)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("command", ["demo", "tune", "inspect", "doctor", "bench"])
+def test_help_has_an_example(command: str) -> None:
+    result = call(command, "--help")
+    assert result.returncode == 0
+    assert f"deltaops {command}" in result.stdout
+
+
+def test_doctor_finds_the_core() -> None:
+    result = call("doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["core"]["isa"] in {isa["name"] for isa in found["core"]["isas"]}
+    assert found["backends"]["cpu"] == "ready"
+    assert "native core" in call("doctor").stdout
+
+
+def test_an_error_is_a_message_and_exit_code_2(tmp_path: Path) -> None:
+    arguments = ["tune", "--model", "m", "--data", "/nowhere.csv", "--out", tmp_path / "o"]
+    result = call(*arguments)
+    assert result.returncode == 2
+    assert "no such file" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in call("--debug", *arguments).stderr
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from deltaops.tuning import small_model
+
+    quiet_transformers()
+    folder = tmp_path_factory.mktemp("base") / "gpt2"
+    small_model.build(folder, 1, lambda point: None)
+    return folder
+
+
+def test_ctrl_c_leaves_a_loadable_adapter_and_resume_finishes(base: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "notes.txt", tmp_path / "out"
+    data.write_text("a quiet line of text, and another one.\n" * 400)
+    arguments = [
+        "tune", "--model", base, "--data", data, "--out", out, "--steps", 400, "--seq-len", 16,
+        "--batch-size", 2, "--save-every", 1, "--eval-fraction", 0,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (out / "adapter_config.json").exists():  # the first checkpoint: it is training
+        assert process.poll() is None, process.stdout and process.stdout.read()
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert "--resume" in printed
+    shown = call("inspect", out)
+    assert "LORA" in shown.stdout
+    finished = call(*arguments, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 400
+
+
+def test_inspect_draws_a_model_and_where_a_delta_binds(base: Path) -> None:
+    result = call("inspect", base)
+    assert result.returncode == 0, result.stderr
+    assert "GPT2LMHeadModel" in result.stdout
+    assert "c_attn" in result.stdout
+
+
+def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
+    arguments = ["demo", "--base-steps", 2, "--tune-steps", 2, "--rounds", 0]
+    result = call(*arguments, cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "held-out loss" in result.stdout
+    assert (tmp_path / "demo" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "kept from an earlier run" in call(*arguments, cache=tmp_path).stdout
