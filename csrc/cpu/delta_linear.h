@@ -298,11 +298,11 @@ deltaops_status backward(const BackwardArgs &args) {
 
 void dropout_mask(uint8_t *to, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
                   uint32_t threshold) {
-  constexpr int64_t kGroups = 64;
-  uint8_t bits[kGroups];
+  constexpr int64_t kBytes = 64;
+  uint8_t bits[kBytes];
   for (int64_t m = 0; m < M; ++m)
-    for (int64_t k = 0; k < K; k += 8 * kGroups) {
-      const int64_t count = least(8 * kGroups, K - k);
+    for (int64_t k = 0; k < K; k += 8 * kBytes) {
+      const int64_t count = least(8 * kBytes, K - k);
       keep_bits(bits, m, k / 8, ceil_div(count, 8), seed, stream, threshold);
       for (int64_t i = 0; i < count; ++i) to[m * K + k + i] = (bits[i / 8] >> (i % 8)) & 1;
     }
