@@ -69,7 +69,7 @@ def test_ctrl_c_leaves_a_loadable_adapter_and_resume_finishes(base: Path, tmp_pa
     data, out = tmp_path / "notes.txt", tmp_path / "out"
     data.write_text("a quiet line of text, and another one.\n" * 400)
     arguments = [
-        "tune", "--model", base, "--data", data, "--out", out, "--steps", 400, "--seq-len", 16,
+        "tune", "--model", base, "--data", data, "--out", out, "--steps", 60, "--seq-len", 16,
         "--batch-size", 2, "--save-every", 1, "--eval-fraction", 0,
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -88,7 +88,7 @@ def test_ctrl_c_leaves_a_loadable_adapter_and_resume_finishes(base: Path, tmp_pa
     assert "LORA" in shown.stdout
     finished = call(*arguments, "--resume")
     assert finished.returncode == 0, finished.stderr
-    assert json.loads((out / "metrics.json").read_text())["steps"] == 400
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 60
 
 
 def test_inspect_draws_a_model_and_where_a_delta_binds(base: Path) -> None:
