@@ -6,8 +6,8 @@
  *
  * Ownership   The caller owns every buffer; the library keeps no pointer after it returns.
  * Alignment   That of the element type suffices.
- * Strides     Counted in elements. Activations and gradients need col_stride == 1; the weight and the
- *             adapters need one of their two strides to be 1 (so GPT-2's Conv1D passes W^T as it lies).
+ * Strides     Counted in elements. Activations and gradients need col_stride == 1; the weight and
+ * the adapters need one of their two strides to be 1 (so GPT-2's Conv1D passes W^T as it lies).
  * Precision   Products are accumulated in float and rounded once, at the store.
  * Threads     Calls from several threads are safe. The result depends on num_threads and the
  *             instruction set, and on nothing else: the same call gives the same bits again.
@@ -50,8 +50,8 @@ typedef struct {
 } deltaops_matrix;
 
 /* One low-rank branch. Element (m, k) of x is dropped when the 16-bit Philox draw at
- * (k, m, stream) is below drop_threshold, and is otherwise scaled by 65536/(65536 - drop_threshold);
- * see csrc/include/philox.h. */
+ * (k, m, stream) is below drop_threshold, and is otherwise scaled by 65536/(65536 -
+ * drop_threshold); see csrc/include/philox.h. */
 typedef struct {
   deltaops_matrix a;       /* [R_i, K] f32 or bf16 */
   deltaops_matrix b;       /* [N, R_i] same dtype as a */
@@ -62,13 +62,14 @@ typedef struct {
 } deltaops_branch;
 
 typedef struct {
-  uint32_t struct_size; /* sizeof this struct, for ABI growth */
-  int32_t num_threads;  /* >= 1 */
+  uint32_t struct_size;   /* sizeof this struct, for ABI growth */
+  int32_t num_threads;    /* >= 1 */
   deltaops_matrix x;      /* [M, K] f32 or bf16 */
   deltaops_matrix weight; /* [N, K] dtype of x */
   deltaops_matrix bias;   /* [1, N] dtype of x, or absent */
   deltaops_matrix y;      /* [M, N] dtype of x, written */
-  deltaops_matrix s;      /* [M, R] f32, written: s_i * drop_i(x) A_i^T, branches side by side; or absent */
+  deltaops_matrix
+      s; /* [M, R] f32, written: s_i * drop_i(x) A_i^T, branches side by side; or absent */
   const deltaops_branch *branches;
   int32_t num_branches; /* 0: the frozen layer alone */
   int32_t reserved;     /* 0 */
@@ -88,8 +89,10 @@ typedef struct {
   uint64_t seed;             /* as in the forward pass */
   deltaops_matrix grad_x;    /* [M, K] dtype of grad_y, or absent */
   deltaops_matrix grad_bias; /* [1, N] f32 or bf16, or absent */
-  const deltaops_matrix *grad_a; /* num_branches of [R_i, K] f32 or bf16, each may be absent; or NULL */
-  const deltaops_matrix *grad_b; /* num_branches of [N, R_i] f32 or bf16, each may be absent; or NULL */
+  const deltaops_matrix
+      *grad_a; /* num_branches of [R_i, K] f32 or bf16, each may be absent; or NULL */
+  const deltaops_matrix
+      *grad_b; /* num_branches of [N, R_i] f32 or bf16, each may be absent; or NULL */
 } deltaops_delta_linear_backward_args;
 
 DELTAOPS_API uint32_t deltaops_abi_version(void);
@@ -97,9 +100,9 @@ DELTAOPS_API uint32_t deltaops_abi_version(void);
 DELTAOPS_API const char *deltaops_last_error(void);
 
 /* Instruction sets: "baseline", "avx2", "avx512", "avx512_bf16" on x86-64, "portable" elsewhere. */
-DELTAOPS_API const char *deltaops_cpu_isa(void);            /* the one in use */
-DELTAOPS_API int32_t deltaops_cpu_isa_count(void);          /* how many are compiled in */
-DELTAOPS_API const char *deltaops_cpu_isa_name(int32_t i);  /* slowest first; NULL out of range */
+DELTAOPS_API const char *deltaops_cpu_isa(void);              /* the one in use */
+DELTAOPS_API int32_t deltaops_cpu_isa_count(void);            /* how many are compiled in */
+DELTAOPS_API const char *deltaops_cpu_isa_name(int32_t i);    /* slowest first; NULL out of range */
 DELTAOPS_API int32_t deltaops_cpu_isa_runs(const char *name); /* 1 when this CPU can run it */
 /* Chosen at load: the best that runs, or DELTAOPS_CPU_ISA from the environment. For tests. */
 DELTAOPS_API deltaops_status deltaops_cpu_set_isa(const char *name);
@@ -109,8 +112,9 @@ deltaops_cpu_delta_linear_forward(const deltaops_delta_linear_forward_args *args
 DELTAOPS_API deltaops_status
 deltaops_cpu_delta_linear_backward(const deltaops_delta_linear_backward_args *args);
 /* keep[m * K + k] = 1 where the draw at (k, m, stream) keeps the element: the mask, for tests. */
-DELTAOPS_API deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M, int64_t K, uint64_t seed,
-                                                       uint32_t stream, uint32_t drop_threshold);
+DELTAOPS_API deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M, int64_t K,
+                                                       uint64_t seed, uint32_t stream,
+                                                       uint32_t drop_threshold);
 
 #ifdef __cplusplus
 }
