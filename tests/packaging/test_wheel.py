@@ -1,0 +1,140 @@
+"""What an install leaves behind: a wheel made from the sdist, seen from an empty directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command's result; ``env`` is added to ours."""
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+    )
+
+
+def backend(hook: str, source: Path, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Call a hook of the build backend that pyproject.toml names, as pip does, unisolated."""
+    code = f"from setuptools import build_meta\nprint(build_meta.{hook}({str(out)!r}))"
+    return run(sys.executable, "-c", code, cwd=source, **{"DELTAOPS_CUDA": "0", **env})
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked sdist of the files that git knows: nothing built before gets into it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    checkout = folder / "checkout"
+    names = run("git", "ls-files", "-z", cwd=ROOT)
+    if names.returncode != 0:
+        pytest.skip(f"git does not list the sources here: {names.stderr.strip()}")
+    for name in filter(None, names.stdout.split("\0")):
+        if (ROOT / name).exists():  # a deletion that is not committed yet
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_bytes((ROOT / name).read_bytes())
+    made = backend("build_sdist", checkout, folder)
+    assert made.returncode == 0, made.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    made = backend("build_wheel", sdist, out)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the wheel is installed into, alone."""
+    folder = tmp_path_factory.mktemp("site")
+    done = run(
+        *(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"),
+        *("--target", str(folder), str(wheel)),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_wheel_holds_what_users_need_and_no_more(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"deltaops"}
+    for wanted in ("py.typed", "libdeltaops.so", "kernels/__init__.py", "include/deltaops.h"):
+        assert f"deltaops/{wanted}" in names
+    assert [name for name in names if re.fullmatch(r"deltaops/_cpu\..*\.so", name)]
+    assert not [name for name in names if "_cuda." in name and name.endswith(".so")]
+
+
+def test_installed_package_runs_its_own_native_core(site: Path, tmp_path: Path) -> None:
+    code = (
+        # ahead of the checkout's own (editable) install, whose finder stands on sys.meta_path
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "import importlib.util, deltaops, torch\n"
+        "print(deltaops.__file__)\n"
+        "print(importlib.util.find_spec('deltaops.kernels').origin)\n"
+        "from deltaops.ops import Branch, delta_linear\n"
+        "x, w = torch.randn(3, 5), torch.randn(4, 5)\n"
+        "b = (Branch(torch.randn(2, 5), torch.zeros(4, 2)),)\n"
+        "y = delta_linear(x, w, None, b, backend='cpu')\n"
+        "torch.testing.assert_close(y, x @ w.T)\n"
+    )
+    done = run(sys.executable, "-P", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(site / "deltaops" / "__init__.py"),
+        str(site / "deltaops" / "kernels" / "__init__.py"),
+    ]
+
+
+def test_kernels_does_not_install_under_hugging_faces_name(site: Path) -> None:
+    assert not (site / "kernels").exists()
+    assert not (site / "tests").exists()
+
+
+def test_no_compiler_says_what_to_install(sdist: Path, tmp_path: Path) -> None:
+    failed = backend("build_wheel", sdist, tmp_path, CXX="no-such-compiler")
+    assert failed.returncode != 0
+    assert "needs a C++17 compiler" in failed.stderr
+    assert "apt install g++" in failed.stderr
+
+
+def test_cuda_asked_for_without_nvcc_stops(sdist: Path, tmp_path: Path) -> None:
+    code = (
+        "from buildtools import toolchain\n"
+        "toolchain._find_nvcc = lambda: None\n"
+        "try:\n    toolchain.find_cuda()\n"
+        "except toolchain.BuildFailure as failure:\n    print(failure)\n"
+    )
+    said = run(sys.executable, "-c", code, cwd=sdist, DELTAOPS_CUDA="1").stdout
+    assert "DELTAOPS_CUDA=1 asks for the CUDA module, and nvcc was not found" in said
+    assert "DELTAOPS_CUDA=0" in said
+
+
+def test_readme_begins_with_the_two_commands_and_names_targets_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)).splitlines()
+    commands = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    assert commands[:2] == ["make demo", "make test"]
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    assert {c.split()[1] for c in commands if c.startswith("make ")} <= targets
+    ours = {c.split()[1] for c in commands if c.startswith("deltaops ")}
+    assert ours <= {p.stem for p in (ROOT / "deltaops" / "cli").glob("*.py")}
