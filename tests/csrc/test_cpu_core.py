@@ -1,0 +1,281 @@
+"""The C ABI of the CPU core against numpy float64, for every instruction set that can run here."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+Builds = dict[str, tuple[Path, list[Path]]]
+
+ISAS = [
+    ("native", "baseline"),
+    ("native", "avx2"),
+    ("native", "avx512"),
+    ("native", "avx512_bf16"),
+    ("emulated", "avx512"),
+    ("emulated", "avx512_bf16"),
+]
+
+SHAPES = [(1, 1, 1), (3, 17, 5), (1, 70, 300), (8, 64, 33), (9, 13, 31), (131, 50, 301),
+          (260, 129, 521), (17, 67, 1100), (0, 5, 3), (4, 0, 3), (4, 5, 0)]  # fmt: skip
+BRANCHES = {
+    "none": [],
+    "rank4": [(4, 0)],
+    "rank1-dropout": [(1, 6554)],
+    "four": [(8, 0), (3, 30000), (17, 0), (5, 65536)],
+    "rank40": [(40, 0)],
+}
+# Float sums against float64, relative to the largest element; bf16 adds one rounding, 2^-9 of it.
+TOLERANCE = {"f32": 2e-5, "bf16": 2.0**-8}
+
+
+@pytest.fixture(params=ISAS, ids=lambda p: "-".join(p))
+def core(request: pytest.FixtureRequest, builds: Builds, core_module: ModuleType) -> Any:
+    kind, isa = request.param
+    core = core_module.Core(builds[kind][0])
+    if not dict(core.isas())[isa]:
+        pytest.skip(f"this CPU has no {isa}")
+    assert core.set_isa(isa) == 0
+    return core
+
+
+def make(helper: ModuleType, shape: tuple[int, int, int], spec: list[tuple[int, int]], *,
+         dtype: str, adapters: str, layout: str, seed: int = 0) -> Any:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    m, n, k = shape
+
+    def random(rows: int, cols: int, kind: str) -> np.ndarray:
+        x = rng.standard_normal((rows, cols)).astype(np.float32)
+        return helper.to_bf16(x) if kind == "bf16" else x
+
+    x = random(m, k + 3, dtype)[:, :k]  # strided rows
+    weight = random(n, k, dtype) if layout == "row" else random(k, n, dtype).T
+    branches = [(random(r, k, adapters), random(n, r, adapters), 0.5, t) for r, t in spec]
+    return helper.Layer(x, weight, random(1, n, dtype), branches)
+
+
+def guarded(rows: int, cols: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """A NaN-poisoned [rows, cols] view inside a larger buffer, and that buffer."""
+    nan = 0x7FC1 if dtype == "bf16" else np.nan
+    kind = np.uint16 if dtype == "bf16" else np.float32
+    whole = np.full((rows + 2, cols + 5), nan, kind)
+    return whole[1 : rows + 1, 2 : cols + 2], whole
+
+
+def poisoned(rows: int, cols: int, dtype: str) -> np.ndarray:
+    kind, nan = (np.uint16, 0x7FC1) if dtype == "bf16" else (np.float32, np.nan)
+    return np.full((rows, cols), nan, kind)
+
+
+def assert_close(helper: ModuleType, got: np.ndarray, want: np.ndarray, dtype: str) -> None:
+    bound = TOLERANCE[dtype] * max(1.0, float(np.abs(want).max(initial=0.0)))
+    np.testing.assert_allclose(helper.to_f64(got), want, rtol=0, atol=bound)
+
+
+def expected(helper: ModuleType, layer: Any) -> tuple[np.ndarray, list[np.ndarray], list[Any]]:
+    """y, each S_i, and each (factor, mask), in float64."""
+    x, f64 = helper.to_f64(layer.x), helper.to_f64
+    y = x @ f64(layer.weight).T + f64(layer.bias)
+    parts, drops = [], []
+    for i, (a, b, scaling, threshold) in enumerate(layer.adapters):
+        keep = helper.philox_keep(*x.shape, layer.seed, i, threshold)
+        factor = scaling * (65536 / (65536 - threshold) if threshold < 65536 else 0.0)
+        part = factor * (x * keep) @ f64(a).T
+        y = y + part @ f64(b).T
+        parts.append(part)
+        drops.append((factor, keep))
+    return y, parts, drops
+
+
+KINDS = [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")]
+matrix_of_cases = [
+    pytest.mark.parametrize("spec", list(BRANCHES.values()), ids=list(BRANCHES)),
+    pytest.mark.parametrize(("dtype", "adapters"), KINDS, ids=lambda k: k),
+]
+
+
+def with_layouts(spec: Any) -> list[tuple[tuple[int, int, int], str]]:
+    """Every shape, layouts in turn: over the sets of branches each shape meets both."""
+    start = list(BRANCHES.values()).index(spec)
+    return [(shape, ("row", "col")[(start + i) % 2]) for i, shape in enumerate(SHAPES)]
+
+
+def every_case(test: Any) -> Any:
+    for mark in matrix_of_cases:
+        test = mark(test)
+    return test
+
+
+@every_case
+def test_forward_matches_float64_and_writes_nothing_else(
+    core: Any, core_module: ModuleType, dtype: str, adapters: str, spec: Any
+) -> None:
+    for shape, layout in with_layouts(spec):
+        m, n, _ = shape
+        layer = make(core_module, shape, spec, dtype=dtype, adapters=adapters, layout=layout)
+        before = [layer.x.copy(), layer.weight.copy()]
+        want, parts, _ = expected(core_module, layer)
+        y, y_buffer = guarded(m, n, dtype)
+        s, s_buffer = guarded(m, sum(r for r, _ in spec), "f32")
+        bits = y_buffer.copy()
+        assert core.forward(layer, y, s, threads=3) == 0, core.error()
+        assert_close(core_module, y, want, dtype)
+        if parts:
+            assert_close(core_module, s, np.concatenate(parts, 1), "f32")
+        inner = np.zeros(y_buffer.shape, bool)
+        inner[1 : m + 1, 2 : n + 2] = True
+        np.testing.assert_array_equal(y_buffer[~inner], bits[~inner])
+        assert np.isnan(s_buffer).sum() == s_buffer.size - s.size
+        np.testing.assert_array_equal(layer.x, before[0])
+        np.testing.assert_array_equal(layer.weight, before[1])
+
+
+@every_case
+def test_backward_matches_float64(
+    core: Any, core_module: ModuleType, dtype: str, adapters: str, spec: Any
+) -> None:
+    f64 = core_module.to_f64
+    for shape, layout in with_layouts(spec):
+        m, n, k = shape
+        layer = make(core_module, shape, spec, dtype=dtype, adapters=adapters, layout=layout)
+        _, parts, drops = expected(core_module, layer)
+        s = np.concatenate([np.zeros((m, 0)), *parts], 1).astype(np.float32)
+        grad_y = make(core_module, (m, 1, n), [], dtype=dtype, adapters=adapters, layout="row",
+                      seed=1).x  # fmt: skip
+        grad_x, grad_bias = guarded(m, k, dtype)[0], poisoned(1, n, dtype)
+        grad_a = [poisoned(r, k, adapters) for r, _ in spec]
+        grad_b = [poisoned(n, r, adapters) for r, _ in spec]
+        status = core.backward(layer, grad_y, s, grad_x, grad_bias, grad_a, grad_b, threads=3)
+        assert status == 0, core.error()
+        g, x = f64(grad_y), f64(layer.x)
+        want = g @ f64(layer.weight)
+        for i, ((a, b, *_), (factor, keep)) in enumerate(zip(layer.adapters, drops, strict=True)):
+            ds = factor * g @ f64(b)
+            want = want + keep * (ds @ f64(a))
+            assert_close(core_module, grad_a[i], ds.T @ (x * keep), adapters)
+            assert_close(core_module, grad_b[i], g.T @ parts[i], adapters)
+        assert_close(core_module, grad_x, want, dtype)
+        assert_close(core_module, grad_bias, g.sum(0, keepdims=True), dtype)
+
+
+def test_backward_computes_only_what_is_asked(core: Any, core_module: ModuleType) -> None:
+    m, n, k = 20, 30, 40
+    spec = [(3, 0), (2, 9000)]
+    layer = make(core_module, (m, n, k), spec, dtype="f32", adapters="f32", layout="row")
+    s = np.concatenate(expected(core_module, layer)[1], 1).astype(np.float32)
+    grad_y = np.ones((m, n), np.float32)
+    full_a = [poisoned(r, k, "f32") for r, _ in spec]
+    full_b = [poisoned(n, r, "f32") for r, _ in spec]
+    assert core.backward(layer, grad_y, s, None, None, full_a, full_b) == 0, core.error()
+    one = poisoned(2, k, "f32")
+    assert core.backward(layer, grad_y, None, None, None, [None, one], [None, None]) == 0
+    np.testing.assert_array_equal(one, full_a[1])
+
+
+@pytest.mark.parametrize("shape", [(300, 200, 520), (40, 300, 64), (5, 300, 70)], ids=str)
+def test_same_bits_again_for_any_team_and_from_many_threads(
+    core: Any, core_module: ModuleType, shape: tuple[int, int, int]
+) -> None:
+    spec = [(8, 0), (4, 6554)]
+    layer = make(core_module, shape, spec, dtype="f32", adapters="f32", layout="row")
+
+    def run(threads: int) -> bytes:
+        y, s = poisoned(shape[0], shape[1], "f32"), poisoned(shape[0], 12, "f32")
+        assert core.forward(layer, y, s, threads=threads) == 0
+        return y.tobytes() + s.tobytes()
+
+    first = run(1)
+    assert all(run(threads) == first for threads in (1, 2, 7, 64))
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(run, [2] * 12)) == {first}
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 6554, 32768, 65535, 65536])
+def test_dropout_mask_is_philox(core: Any, core_module: ModuleType, threshold: int) -> None:
+    for m, k, stream in ((5, 1003, 2), (3, 8, 0), (2, 1, 7), (0, 4, 0)):
+        got = core.mask(m, k, 2**64 - 5, stream, threshold)
+        want = core_module.philox_keep(m, k, 2**64 - 5, stream, threshold)
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan], ids=str)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_special_values_stay_in_their_row(
+    core: Any, core_module: ModuleType, bad: float, rows: int
+) -> None:
+    shape = (rows, 21, 37)
+    layer = make(core_module, shape, [(3, 0)], dtype="f32", adapters="f32", layout="row")
+    layer.x[1, 5] = bad
+    layer.weight[2] = 0.5
+    for array in layer.adapters[0][:2]:
+        np.abs(array, out=array)
+    y, s = poisoned(rows, 21, "f32"), poisoned(rows, 3, "f32")
+    assert core.forward(layer, y, s) == 0
+    np.testing.assert_array_equal(s[1], np.full(3, bad, np.float32))
+    np.testing.assert_array_equal(y[1, 2], np.float32(bad))
+    assert np.isfinite(np.delete(y, 1, 0)).all()
+
+
+def test_errors_name_the_argument_and_leave_outputs_alone(
+    core: Any, core_module: ModuleType
+) -> None:
+    layer = make(core_module, (4, 5, 6), [(2, 0)], dtype="f32", adapters="f32", layout="row")
+    y, s = poisoned(4, 5, "f32"), poisoned(4, 2, "f32")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"struct_size": 3}, "struct_size"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"weight": core_module.matrix(np.zeros((5, 7), np.float32))}, "weight"),
+        ({"weight": core_module.matrix(np.zeros((10, 12), np.float32)[::2, ::2])}, "unit stride"),
+        ({"x": core_module.matrix(np.zeros((4, 12), np.float32)[:, ::2])}, "col_stride"),
+        ({"y": core_module.matrix(np.zeros((4, 5), np.uint16))}, "y must be f32"),
+        ({"bias": core_module.matrix(np.zeros((1, 6), np.float32))}, "bias"),
+        ({"branches": None}, "branches"),
+    ]
+    for change, word in wrong:
+        assert core.forward(layer, y, s, changes=change) == 1
+        assert word in core.error()
+        assert np.isnan(y).all()
+        assert np.isnan(s).all()
+
+
+def test_an_isa_that_is_missing_or_unknown_is_refused(
+    builds: Builds, core_module: ModuleType
+) -> None:
+    core = core_module.Core(builds["native"][0])
+    assert core.set_isa("sse9") == 1
+    assert "sse9" in core.error()
+    for name, runs in core.isas():
+        assert core.set_isa(name) == (0 if runs else 2)
+
+
+def test_isa_objects_share_nothing_with_the_linker(builds: Builds) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    isa_objects = [str(o) for o in builds["native"][1] if o.name.startswith("isa_")]
+    out = subprocess.run(["nm", "-C", *isa_objects], check=True, capture_output=True, text=True)
+    weak = [line for line in out.stdout.splitlines() if " W " in line or " V " in line]
+    assert weak == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("avx2", ("vfmadd231ps", "vbroadcastss", "%ymm")), ("avx512", ("vfmadd231ps", "%zmm")),
+     ("avx512_bf16", ("vdpbf16ps", "%zmm"))],
+    ids=lambda p: p if isinstance(p, str) else "",
+)  # fmt: skip
+def test_micro_kernels_have_the_instructions(
+    builds: Builds, name: str, words: tuple[str, ...]
+) -> None:
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump")
+    path = next(o for o in builds["native"][1] if o.name == f"isa_{name}.cpp.o")
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert all(word in text for word in words)
