@@ -7,6 +7,7 @@ from functools import cache
 from .base import Backend, DeltaLinearCall
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 __all__ = ["Backend", "DeltaLinearCall", "registered"]
 
@@ -14,5 +15,5 @@ __all__ = ["Backend", "DeltaLinearCall", "registered"]
 @cache
 def registered() -> dict[str, Backend]:
     """Name → backend. Each device has one fast backend; ``reference`` takes what they refuse."""
-    backends: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+    backends: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
     return {backend.name: backend for backend in backends}

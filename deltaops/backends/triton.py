@@ -1,0 +1,164 @@
+"""Backend ``triton``: the kernels of ``kernels/`` on a GPU. float32, float16 and bfloat16.
+
+With TRITON_INTERPRET=1 it also takes CPU tensors, slowly: for tests, after the native core.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .base import DeltaLinearCall
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreting() -> bool:
+    """Whether this process runs Triton's kernels in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"deltaops.kernels.{name}")
+
+
+class TritonBackend:
+    """Two-segment GEMMs forward and for dX, one pass over dy, split-M reductions in fixed order."""
+
+    name = "triton"
+
+    def unavailable(self) -> str | None:
+        """None, or what is missing here."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install triton"
+        if not interpreting() and not torch.cuda.is_available():
+            return "torch finds no GPU; it needs one with its driver, and a torch built for it"
+        return None
+
+    def unsupported(self, call: DeltaLinearCall) -> str | None:
+        """None, or what the kernels do not take."""
+        if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
+            return f"runs on a GPU, the tensors are on {call.device}"
+        for dtype in (call.dtype, *call.adapter_dtypes):
+            if dtype not in _DTYPES:
+                return f"takes float32, float16 and bfloat16, not {dtype}"
+        if len(set(call.adapter_dtypes)) > 1:
+            return "the branches must share one dtype"
+        return None
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.Backend`."""
+        y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        with _device(x):
+            if not y.numel():
+                width = sum(t.shape[0] for t in a)
+                return y, torch.empty((x.shape[0], width), dtype=torch.float32, device=x.device)
+            precision = _kernels("precision").rank_precision(x.dtype, a)
+            s: Tensor = _kernels("project").project_branches(
+                x, list(a), list(scaling), list(dropout), seed, precision
+            )
+            _kernels("forward").forward_gemm(
+                x, weight, bias, s, list(b), y, precision=precision, capability=_capability(x)
+            )
+        return y, s
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        s: Tensor,
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.Backend`."""
+        count = len(a)
+        m, k = grad_y.shape[0], weight.shape[1]
+        new = {"device": grad_y.device}
+        grad_x = torch.empty((m, k), dtype=grad_y.dtype, **new) if needs[0] else None
+        grad_bias = torch.empty(weight.shape[0], dtype=grad_y.dtype, **new) if needs[1] else None
+        wanted = [
+            torch.empty(t.shape, dtype=t.dtype, **new) if needs[2 + i] else None
+            for i, t in enumerate((*a, *b))
+        ]
+        grads = [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+        if not grad_y.numel():
+            return [g.zero_() for g in grads]
+        with _device(grad_y):
+            precision = _kernels("precision").rank_precision(grad_y.dtype, a)
+            grad_s = torch.empty(s.shape, dtype=torch.float32, **new)
+            column = 0
+            for i in range(count):
+                piece = slice(column, column + a[i].shape[0])
+                column += a[i].shape[0]
+                need_s = grad_x is not None or wanted[i] is not None
+                need_bias = grad_bias is not None and i == 0
+                if need_s or wanted[count + i] is not None or need_bias:
+                    _kernels("grad_up").grad_up(
+                        grad_y,
+                        b[i],
+                        s[:, piece],
+                        scaling=scaling[i],
+                        precision=precision,
+                        grad_s=grad_s[:, piece] if need_s else None,
+                        grad_b=wanted[count + i],
+                        grad_bias=grad_bias if need_bias else None,
+                    )
+                if wanted[i] is not None:
+                    _kernels("grad_down").grad_down(
+                        grad_s[:, piece],
+                        x,
+                        wanted[i],
+                        precision=precision,
+                        dropout=dropout[i],
+                        seed=seed,
+                        stream=i,
+                    )
+            if grad_bias is not None and count == 0:
+                torch.sum(grad_y, 0, out=grad_bias)
+            if grad_x is not None:
+                _kernels("grad_input").grad_input_gemm(
+                    grad_y,
+                    weight,
+                    grad_s,
+                    list(a),
+                    grad_x,
+                    dropout=list(dropout),
+                    seed=seed,
+                    precision=precision,
+                    capability=_capability(grad_y),
+                )
+        return grads
+
+
+def _device(tensor: Tensor) -> torch.cuda.device | nullcontext[None]:
+    """Kernels go to the tensor's own GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _capability(tensor: Tensor) -> int:
+    if not tensor.is_cuda:
+        return 0  # the interpreter: the smallest tiles
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor

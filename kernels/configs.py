@@ -1,0 +1,118 @@
+"""Launch parameters: a small fixed table per kernel, chosen from shapes alone.
+
+Nothing is tuned while a program runs, so a call under graph capture behaves like any other and
+the same shapes give the same bits. Every row is compiled ahead of time by tests/kernels. The
+numbers are starting points from the model in docs and from register and shared-memory counts;
+none has been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Tiles of a GEMM: ``rows`` × ``cols`` outputs, ``inner`` of the contraction at a time,
+    ``rank`` lanes of a branch at a time; ``group`` rows of tiles share L2."""
+
+    rows: int
+    cols: int
+    inner: int
+    rank: int
+    group: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """Tiles of a pass over a tall matrix: ``rows`` × ``cols`` of it at a time, ``rank`` lanes."""
+
+    rows: int
+    cols: int
+    rank: int
+    warps: int
+    stages: int
+
+
+WIDE_ARCHITECTURES = (80, 90, 100)
+"""Data-centre GPUs: at least 163 KB of shared memory a block. Others have 99 KB."""
+
+# By the rows of the output: the first table whose bound is not below M. Tiles of fewer than 64 rows
+# cannot use Hopper's wgmma and need not: at such M the weight's bytes are the limit.
+_GEMM_WGMMA = (
+    (16, Gemm(16, 64, 128, 16, 1, 4, 4)),
+    (64, Gemm(64, 64, 128, 16, 1, 4, 3)),
+    (512, Gemm(64, 128, 64, 16, 8, 4, 4)),
+    (None, Gemm(128, 256, 64, 16, 8, 8, 3)),
+)
+_GEMM_AMPERE = (
+    (16, Gemm(16, 64, 128, 16, 1, 4, 4)),
+    (64, Gemm(64, 64, 128, 16, 1, 4, 3)),
+    (512, Gemm(64, 128, 64, 16, 8, 4, 4)),
+    (None, Gemm(128, 128, 64, 16, 8, 8, 3)),
+)
+_GEMM_NARROW = (
+    (16, Gemm(16, 64, 64, 16, 1, 4, 4)),
+    (None, Gemm(128, 128, 32, 16, 8, 8, 3)),
+)
+_GEMM_FLOAT = (
+    (16, Gemm(16, 64, 32, 16, 1, 4, 2)),
+    (None, Gemm(64, 64, 32, 16, 8, 4, 2)),
+)
+
+
+def gemm(m: int, dtype: torch.dtype, capability: int) -> Gemm:
+    """The configuration of the two-segment GEMMs for M rows; capability as in 90 for sm_90."""
+    if dtype == torch.float32:
+        table = _GEMM_FLOAT
+    elif capability >= 90 and capability in WIDE_ARCHITECTURES:
+        table = _GEMM_WGMMA
+    elif capability in WIDE_ARCHITECTURES:
+        table = _GEMM_AMPERE
+    else:
+        table = _GEMM_NARROW
+    return next(config for bound, config in table if bound is None or m <= bound)
+
+
+def rank_lanes(rank: int) -> int:
+    """Lanes of a skinny pass: the rank as a power of two from 16 (the least that tensor cores
+    contract) to 128; higher ranks take several programs."""
+    return max(16, min(128, triton.next_power_of_2(rank)))
+
+
+def project(m: int, rank: int) -> Skinny:
+    """S = drop(x) Aᵀ; also dS = dy B where it goes apart from dB."""
+    return Skinny(16 if m <= 16 else 32, 128, rank_lanes(rank), 4, 3)
+
+
+def grad_up(rank: int) -> Skinny:
+    """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB in registers."""
+    lanes = rank_lanes(rank)
+    return Skinny(32, 128, lanes, 8 if lanes > 64 else 4, 3)
+
+
+def grad_down(rank: int) -> Skinny:
+    """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers."""
+    lanes = rank_lanes(rank)
+    return Skinny(64, 64, lanes, 8 if lanes > 64 else 4, 3)
+
+
+PROGRAMS = 256
+"""How many programs a skinny pass is split into: about two for each multiprocessor of an H100.
+A constant, so that the order of summation, and with it the bits, hang on shapes only."""
+
+
+def split(length: int, block: int, programs: int) -> tuple[int, int]:
+    """Cut a contraction of ``length`` among programs: (pieces, elements a piece).
+
+    ``programs`` run without cutting; pieces are whole blocks, so none overlap.
+    """
+    blocks = triton.cdiv(length, block)
+    wanted = max(1, min(blocks, PROGRAMS // max(1, programs)))
+    chunk = triton.cdiv(blocks, wanted) * block
+    return max(1, triton.cdiv(length, chunk)), chunk

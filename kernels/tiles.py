@@ -1,0 +1,31 @@
+"""What the kernels share: which tile a program computes, and how a tile is read."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def grouped_tile(program, tile_rows, tile_cols, GROUP: tl.constexpr):
+    """(row, column) of a program's tile. GROUP rows of tiles go down together before the next
+    column, so that what they read of both operands is still in L2."""
+    in_group = GROUP * tile_cols
+    first = (program // in_group) * GROUP
+    height = tl.minimum(tile_rows - first, GROUP)
+    return first + (program % in_group) % height, (program % in_group) // height
+
+
+@triton.jit
+def load_tile(base, row, col, row_stride, col_stride, rows, cols):
+    """Tile [row, col] of a matrix [rows, cols], zero outside it: padded rank lanes, ragged edges
+    and unread partners of a product must all be zero, masking the store would be too late."""
+    offset = row.to(tl.int64)[:, None] * row_stride + col.to(tl.int64)[None, :] * col_stride
+    inside = (row[:, None] < rows) & (col[None, :] < cols)
+    return tl.load(base + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base, row, col, row_stride, col_stride, rows, cols, value):
+    """Round ``value`` once to the element type of ``base`` and store what is inside the matrix."""
+    offset = row.to(tl.int64)[:, None] * row_stride + col.to(tl.int64)[None, :] * col_stride
+    inside = (row[:, None] < rows) & (col[None, :] < cols)
+    tl.store(base + offset, value.to(base.dtype.element_ty), mask=inside)

@@ -1,0 +1,35 @@
+"""The Triton kernels in Triton's interpreter: no GPU needed, nothing said about speed.
+
+In processes of their own: TRITON_INTERPRET must be set before the kernels are first imported.
+Float32 only: the interpreter's bfloat16 products are wrong (it keeps bfloat16 as integers).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deltaops.testing import DELTA_LINEAR_CASES
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).with_name("interpreted.py")
+SHARES = 2
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_kernels_match_fp64_and_repeat_their_bits(share: int) -> None:
+    # the last case (300×200×700) takes long to interpret and adds no edge
+    numbers = [str(i) for i in range(len(DELTA_LINEAR_CASES) - 1)][share::SHARES]
+    result = subprocess.run(
+        [sys.executable, "-P", str(SCRIPT), *numbers],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
