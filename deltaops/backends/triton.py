@@ -95,11 +95,14 @@ class TritonBackend:
         """See :class:`deltaops.backends.base.Backend`."""
         count = len(a)
         m, k = grad_y.shape[0], weight.shape[1]
-        new = {"device": grad_y.device}
-        grad_x = torch.empty((m, k), dtype=grad_y.dtype, **new) if needs[0] else None
-        grad_bias = torch.empty(weight.shape[0], dtype=grad_y.dtype, **new) if needs[1] else None
+        grad_x = torch.empty((m, k), dtype=grad_y.dtype, device=grad_y.device) if needs[0] else None
+        grad_bias = (
+            torch.empty(weight.shape[0], dtype=grad_y.dtype, device=grad_y.device)
+            if needs[1]
+            else None
+        )
         wanted = [
-            torch.empty(t.shape, dtype=t.dtype, **new) if needs[2 + i] else None
+            torch.empty(t.shape, dtype=t.dtype, device=grad_y.device) if needs[2 + i] else None
             for i, t in enumerate((*a, *b))
         ]
         grads = [g for g in (grad_x, grad_bias, *wanted) if g is not None]
@@ -107,7 +110,7 @@ class TritonBackend:
             return [g.zero_() for g in grads]
         with _device(grad_y):
             precision = _kernels("precision").rank_precision(grad_y.dtype, a)
-            grad_s = torch.empty(s.shape, dtype=torch.float32, **new)
+            grad_s = torch.empty(s.shape, dtype=torch.float32, device=grad_y.device)
             column = 0
             for i in range(count):
                 piece = slice(column, column + a[i].shape[0])
