@@ -1,0 +1,37 @@
+"""The Triton backend on a real GPU, against the float64 reference. `make gpu` runs these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltaops.backends.triton import TritonBackend
+from deltaops.reference import delta_linear as reference
+from deltaops.testing import DELTA_LINEAR_CASES, DeltaLinearCase, assert_accurate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+]
+
+
+@pytest.mark.parametrize("case", DELTA_LINEAR_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_forward_and_gradients_match_fp64_and_repeat(
+    case: DeltaLinearCase, dtype: torch.dtype
+) -> None:
+    t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
+    needs, wide = [True, t.bias is not None] + [True] * (2 * len(t.a)), t.to(torch.float64)
+    y64, s64 = reference.forward(*wide.forward_arguments())
+    low, s_low = reference.forward(*t.forward_arguments())
+    oracle = reference.backward(*wide.backward_arguments(grad_y.double(), s64), needs)
+    baseline = reference.backward(*t.backward_arguments(grad_y, s_low), needs)
+    run, results = TritonBackend(), []
+    for _ in range(2):
+        y, s = run.forward(*t.forward_arguments())
+        results.append([y, *run.backward(*t.backward_arguments(grad_y, s), needs)])
+    for i, (got, again, want, eager) in enumerate(
+        zip(*results, [y64, *oracle], [low, *baseline], strict=True)
+    ):
+        assert_accurate(got, want, eager, f"result {i}")
+        assert torch.equal(got, again)
