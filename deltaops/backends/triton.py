@@ -25,6 +25,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ModuleNotFoundError:  # an import hook may refuse it: then it is as good as absent
+        return False
+
+
 def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"deltaops.kernels.{name}")
 
@@ -36,7 +43,7 @@ class TritonBackend:
 
     def unavailable(self) -> str | None:
         """None, or what is missing here."""
-        if importlib.util.find_spec("triton") is None:
+        if not _installed():
             return "triton is not installed; pip install triton"
         if not interpreting() and not torch.cuda.is_available():
             return "torch finds no GPU; it needs one with its driver, and a torch built for it"
