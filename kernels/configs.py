@@ -1,7 +1,7 @@
 """Launch parameters: a small fixed table per kernel, chosen from shapes alone.
 
 Nothing is tuned while a program runs, so a call under graph capture behaves like any other and
-the same shapes give the same bits. Every row is compiled ahead of time by tests/kernels. The
+the same shapes give the same bits. No row is compiled ahead of time by the tests yet. The
 numbers are starting points from the model in docs and from register and shared-memory counts;
 none has been measured on a GPU yet.
 """
@@ -66,10 +66,20 @@ _GEMM_FLOAT = (
 )
 
 
-def gemm(m: int, dtype: torch.dtype, capability: int) -> Gemm:
-    """The configuration of the two-segment GEMMs for M rows; capability as in 90 for sm_90."""
+# A half model with fp32 adapters: each rank product is three of TF32, and larger tiles spill.
+_GEMM_MIXED = (
+    (16, Gemm(16, 64, 64, 16, 1, 4, 3)),
+    (None, Gemm(64, 64, 64, 16, 8, 4, 3)),
+)
+
+
+def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool) -> Gemm:
+    """The configuration of the two-segment GEMMs for M rows; capability as in 90 for sm_90;
+    ``wide`` where the rank terms work in fp32."""
     if dtype == torch.float32:
         table = _GEMM_FLOAT
+    elif wide:
+        table = _GEMM_MIXED
     elif capability >= 90 and capability in WIDE_ARCHITECTURES:
         table = _GEMM_WGMMA
     elif capability in WIDE_ARCHITECTURES:
@@ -79,27 +89,33 @@ def gemm(m: int, dtype: torch.dtype, capability: int) -> Gemm:
     return next(config for bound, config in table if bound is None or m <= bound)
 
 
-def rank_lanes(rank: int) -> int:
+def grad_input(m: int, dtype: torch.dtype, capability: int, wide: bool) -> Gemm:
+    """As :func:`gemm`, but no tile of 256 columns: making the mask beside it would spill."""
+    return gemm(m, dtype, 80 if capability in WIDE_ARCHITECTURES else capability, wide)
+
+
+def rank_lanes(rank: int, wide: bool) -> int:
     """Lanes of a skinny pass: the rank as a power of two from 16 (the least that tensor cores
-    contract) to 128; higher ranks take several programs."""
-    return max(16, min(128, triton.next_power_of_2(rank)))
+    contract) to 128, or to 16 in fp32, where more would spill; higher ranks take several
+    programs."""
+    return max(16, min(16 if wide else 128, triton.next_power_of_2(rank)))
 
 
-def project(m: int, rank: int) -> Skinny:
+def project(m: int, rank: int, wide: bool) -> Skinny:
     """S = drop(x) Aᵀ; also dS = dy B where it goes apart from dB."""
-    return Skinny(16 if m <= 16 else 32, 128, rank_lanes(rank), 4, 3)
+    return Skinny(16 if m <= 16 else 32, 64 if wide else 128, rank_lanes(rank, wide), 4, 3)
 
 
-def grad_up(rank: int) -> Skinny:
+def grad_up(rank: int, wide: bool) -> Skinny:
     """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB in registers."""
-    lanes = rank_lanes(rank)
-    return Skinny(32, 128, lanes, 8 if lanes > 64 else 4, 3)
+    lanes = rank_lanes(rank, wide)
+    return Skinny(32, 64 if wide else 128, lanes, 8 if lanes > 64 else 4, 3)
 
 
-def grad_down(rank: int) -> Skinny:
+def grad_down(rank: int, wide: bool) -> Skinny:
     """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers."""
-    lanes = rank_lanes(rank)
-    return Skinny(64, 64, lanes, 8 if lanes > 64 else 4, 3)
+    lanes = rank_lanes(rank, wide)
+    return Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3)
 
 
 PROGRAMS = 256

@@ -87,7 +87,7 @@ def forward_gemm(
 ) -> None:
     """Write ``y [M, N] = x Wᵀ + S Bᵀ + bias``, or without ``x Wᵀ`` where not ``has_base``."""
     (m, k), n = x.shape, weight.shape[0]
-    config = configs.gemm(m, x.dtype, capability)
+    config = configs.gemm(m, x.dtype, capability, precision.wide)
     grid = (triton.cdiv(m, config.rows) * triton.cdiv(n, config.cols),)
     _forward_kernel[grid](
         x,

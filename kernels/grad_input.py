@@ -60,9 +60,10 @@ def _grad_input_kernel(
         term = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for r in tl.static_range(0, tl.constexpr(RANKS[i]), BLOCK_R):
             lane = r + tl.arange(0, BLOCK_R)
-            left = load_tile(grad_s + offset, row, lane, gs_row, 1, M, RANKS[i])
-            right = load_tile(a[i], lane, col, a_row[i], a_col[i], RANKS[i], K)
-            term = tl.dot(left.to(WORK), right.to(WORK), term, input_precision=PRECISION)
+            # not left and right: the loop over dy W would carry them, with other types
+            side = load_tile(grad_s + offset, row, lane, gs_row, 1, M, RANKS[i])
+            down = load_tile(a[i], lane, col, a_row[i], a_col[i], RANKS[i], K)
+            term = tl.dot(side.to(WORK), down.to(WORK), term, input_precision=PRECISION)
         if DROPOUT[i]:
             keep = keep_mask(
                 tl.load(seed), row, tile_k * BLOCK_K, i, threshold[i], BLOCK_M, BLOCK_K
@@ -76,9 +77,10 @@ def _grad_input_kernel(
     if HAS_BASE:
         for n in range(0, N, BLOCK_N):
             inner = n + tl.arange(0, BLOCK_N)
-            left = load_tile(grad_y, row, inner, gy_row, gy_col, M, N)
-            right = load_tile(weight, inner, col, w_row, w_col, N, K)
-            acc = tl.dot(left, right, acc, input_precision="ieee")
+            # names of their own: Triton would carry left and right of the segment above into this loop
+            dy = load_tile(grad_y, row, inner, gy_row, gy_col, M, N)
+            frozen = load_tile(weight, inner, col, w_row, w_col, N, K)
+            acc = tl.dot(dy, frozen, acc, input_precision="ieee")
     store_tile(grad_x, row, col, gx_row, 1, M, K, acc)
 
 
@@ -97,7 +99,7 @@ def grad_input_gemm(
 ) -> None:
     """Write ``grad_x [M, K]``; without ``dy W`` where not ``has_base``."""
     (m, n), k = grad_y.shape, weight.shape[1]
-    config = configs.gemm(m, grad_y.dtype, capability)
+    config = configs.grad_input(m, grad_y.dtype, capability, precision.wide)
     thresholds = [drop_threshold(p) for p in dropout]
     grid = (triton.cdiv(m, config.rows) * triton.cdiv(k, config.cols),)
     _grad_input_kernel[grid](

@@ -25,6 +25,11 @@ class Precision:
     work: tl.dtype
     dot: str
 
+    @property
+    def wide(self) -> bool:
+        """Whether rank terms work in fp32: their operands take more registers."""
+        return self.work == tl.float32
+
 
 def rank_precision(x: torch.dtype, adapters: Sequence[Tensor]) -> Precision:
     """The precision for activations of dtype ``x`` with these adapters (all branches alike)."""
