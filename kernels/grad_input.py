@@ -77,7 +77,7 @@ def _grad_input_kernel(
     if HAS_BASE:
         for n in range(0, N, BLOCK_N):
             inner = n + tl.arange(0, BLOCK_N)
-            # names of their own: Triton would carry left and right of the segment above into this loop
+            # names of their own: Triton would carry left and right from above into this loop
             dy = load_tile(grad_y, row, inner, gy_row, gy_col, M, N)
             frozen = load_tile(weight, inner, col, w_row, w_col, N, K)
             acc = tl.dot(dy, frozen, acc, input_precision="ieee")
