@@ -1,294 +1,236 @@
-"""One tuning run: prepare, train, save so that nothing is lost, and say how it went.
+"""One tuning run: read, attach, train, and keep ``out`` loadable and resumable throughout.
 
-The folder of a run holds the adapter (PEFT's two files), ``training_state.safetensors`` to go on
-from, and, when it is done, ``metrics.json`` and ``loss.png``. The state arrives last at every save, so
-the adapter beside it is at least as new.
+out/adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
+out/training_state.safetensors                       what --resume needs
+out/metrics.json, loss.png                           the result, when all steps are done
 """
 
 from __future__ import annotations
 
-import platform
-import time
+import dataclasses
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, DataError, TargetError
-from . import state
+from deltaops.errors import CheckpointError, ConfigError
+from deltaops.surgery import Handle, attach
+
 from .curve import draw_curve
 from .files import publishing, remove_leftovers, write_atomically, write_json
 from .loop import Point, Schedule, evaluate, make_optimizer, train
-from .model import (
-    DTYPES,
-    head_names,
-    load_causal_lm,
-    load_classifier,
-    load_tokenizer,
-    longest_input,
-    pick_device,
-)
 from .read import Columns, read_examples
-from .settings import Settings
 from .spec import parse_delta
+from .state import FILE, read_facts, restore_state, trainable, write_state
 from .tokens import Order, TokenSet, label_texts, pack_text
 
-METRICS, CURVE = "metrics.json", "loss.png"
+TASKS = ("causal-lm", "classification")
 
 
-class Watcher(Protocol):
-    """Who is told how a run goes; the command line draws it."""
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the bits of the result. A resumed run must have the same."""
 
-    def phase(self, text: str) -> None:
-        """What happens now."""
+    model: str
+    data: str
+    task: str = "causal-lm"
+    delta: str = "lora:r=16,alpha=32"
+    steps: int = 200
+    batch_size: int = 8
+    lr: float = 1e-3
+    seq_len: int = 128
+    seed: int = 0
+    text_column: str = "text"
+    label_column: str = "label"
+    eval_fraction: float = 0.1
 
-    def started(self, run: Run) -> None:
-        """Training is about to begin."""
-
-    def stepped(self, point: Point) -> None:
-        """A step is done."""
-
-
-class Stopped(Exception):
-    """The run ended early because it was asked to; its folder can be resumed."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after step {step}")
-        self.step = step
-
-
-@dataclass
-class Run:
-    """A prepared run: model with its delta attached, data, and how far it has come."""
-
-    settings: Settings
-    out: Path
-    model: Any
-    handle: Any
-    labels: list[str] | None
-    data: TokenSet
-    held_out: TokenSet | None
-    order: Order
-    schedule: Schedule
-    optimizer: torch.optim.Optimizer
-    fingerprint: str
-    step: int = 0
-    seconds: float = 0.0
-    history: list[Point] | None = None
-    before: dict[str, float] | None = None
-
-    def save(self) -> None:
-        """Write adapter and state to ``out``. Raises: CheckpointError; ``out`` stays usable."""
-        facts = {
-            "settings": self.settings.to_json(),
-            "fingerprint": self.fingerprint,
-            "step": self.step,
-            "seconds": self.seconds,
-            "before": self.before,
-            "history": [asdict(p) for p in self.history or []],
-        }
-        with publishing(self.out, last=state.FILE) as scratch:
-            self.handle.save(scratch)
-            state.write_state(
-                scratch / state.FILE, state.trainable(self.model), self.optimizer, facts
-            )
+    def check(self) -> None:
+        """Raises: ConfigError for a value out of range."""
+        if self.task not in TASKS:
+            raise ConfigError(f"--task must be one of {', '.join(TASKS)}, got {self.task!r}.")
+        for name in ("steps", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"--eval-fraction must be in [0, 1), got {self.eval_fraction}.")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"--lr must be a positive number, got {self.lr}.")
 
 
-def check_out(out: Path, resume: bool) -> None:
-    """Raises: CheckpointError where ``out`` is not a place to start, or not one to resume."""
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"--out {out} is a file, expected a folder or a new name.")
-    remove_leftovers(out)
-    holds = sorted(f.name for f in out.iterdir()) if out.is_dir() else []
-    if state.FILE in holds:
-        if not resume:
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``finished`` is False where it was stopped after ``step``."""
+
+    finished: bool
+    step: int
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    history: list[Point]
+
+
+def run(
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    save_every: int = 100,
+    on_ready: Callable[[Handle, int], object] = lambda handle, start: None,
+    on_step: Callable[[Point], object] = lambda point: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Tune a delta as ``settings`` say and leave it in ``out``.
+
+    Args:
+        resume: go on where the run in ``out`` stopped, with the same bits.
+        save_every: steps between checkpoints; one is also written when the run ends or is stopped.
+        on_ready: called with the handle and the first step once all inputs have been checked.
+        should_stop: asked before each step.
+    Raises: ConfigError, DataError, TargetError, CheckpointError; before the first step wherever the
+        inputs are at fault.
+    """
+    settings.check()
+    start_facts = _check_out(settings, out, resume)
+    data, labels, _tokenizer = _read(settings)
+    fit, held = data.split(settings.eval_fraction, settings.seed)
+    torch.manual_seed(settings.seed)
+    model = _load_model(settings, labels, data.pad)
+    handle = attach(model, _delta(settings, model))
+    parameters = trainable(model)
+    optimizer = make_optimizer(parameters, settings.lr)
+    order = Order(len(fit), settings.batch_size, settings.seed)
+    history: list[Point] = []
+    start = 0
+    if start_facts is not None:
+        if start_facts["data"] != data.fingerprint():
             raise CheckpointError(
-                f"--out {out} holds a run already. Add --resume to go on with it, or name another "
-                "folder."
+                f"{out}: the data is not what the run was started on. Resume with the same file."
             )
-    elif resume:
-        raise CheckpointError(
-            f"--out {out} holds no run to resume (no {state.FILE}). Check the path, or leave out "
-            "--resume to start one."
-        )
-    elif holds:
-        raise CheckpointError(
-            f"--out {out} holds something else ({', '.join(holds[:4])}). Name a new or empty folder."
-        )
-
-
-def prepare(settings: Settings, out: Path, *, resume: bool, watcher: Watcher) -> Run:
-    """Read the data, load the model, attach the delta; with ``resume`` also what was trained.
-
-    Raises: DataError, ConfigError, TargetError, CheckpointError; nothing is written.
-    """
-    check_out(out, resume)
-    classify = settings.task == "classification"
-    watcher.phase("reading the data")
-    columns = Columns(settings.text_column, settings.label_column if classify else None)
-    examples = read_examples(settings.data, columns)
-    watcher.phase("loading the tokenizer")
-    tokenizer = load_tokenizer(settings.model)
-    labels: list[str] | None = None
-    if classify:
-        tokens, labels = label_texts(examples, tokenizer, settings.seq_len)
+        history = [Point(*row) for row in start_facts["history"]]
+        start, before = start_facts["step"], start_facts["before"]
     else:
-        tokens = pack_text(examples, tokenizer, settings.seq_len)
-    data, held_out = tokens.split(settings.eval_fraction, settings.seed)
-    watcher.phase("loading the model")
-    torch.manual_seed(settings.seed)  # a new head and the delta's start values
-    dtype = DTYPES[settings.dtype]
-    if labels is None:
-        model = load_causal_lm(settings.model, dtype)
-    else:
-        model = load_classifier(settings.model, labels, tokens.pad, dtype)
-    _check_length(settings, model)
-    model.to(pick_device(settings.device))
-    handle = _attach(model, settings)
-    batch_size = min(settings.batch_size, len(data))
-    order = Order(len(data), batch_size, settings.seed)
-    steps = settings.steps or max(1, round(settings.epochs * order.steps_per_epoch))
-    optimizer = make_optimizer(state.trainable(model), settings.lr)
-    run = Run(
-        settings,
-        out,
-        model,
-        handle,
-        labels,
-        data,
-        held_out,
-        order,
-        Schedule(steps, settings.lr),
-        optimizer,
-        tokens.fingerprint(),
-        history=[],
-    )
-    if resume:
-        _restore(run)
-    return run
+        before = None if held is None else evaluate(model, held, settings.batch_size)
+        torch.manual_seed(settings.seed)
+    if start_facts is not None:
+        restore_state(out / FILE, parameters, optimizer)
+    on_ready(handle, start)
 
+    def save() -> None:
+        facts = {
+            "settings": dataclasses.asdict(settings),
+            "step": len(history),
+            "history": [dataclasses.astuple(p) for p in history],
+            "before": before,
+            "data": data.fingerprint(),
+        }
+        with publishing(out, FILE) as scratch:
+            handle.save(scratch)
+            write_state(scratch / FILE, parameters, optimizer, facts)
+            if labels is not None:
+                write_json(scratch / "labels.json", labels)
 
-def perform(run: Run, watcher: Watcher, should_stop: Callable[[], bool]) -> dict[str, Any]:
-    """Train to the end and write everything.
-
-    Returns: what ``metrics.json`` holds.
-    Raises: Stopped after a whole step, with the folder saved; ConfigError for a loss that is no
-        longer finite; CheckpointError where the disk refuses.
-    """
-    assert run.history is not None
-    history = run.history
-    batch = run.settings.batch_size
-    began = time.perf_counter() - run.seconds
-    if run.step == 0:
-        run.save()  # from here on there is something to resume, and a full disk shows early
-    if run.held_out is not None and run.before is None and run.step == 0:
-        watcher.phase("held-out loss before")
-        run.before = evaluate(run.model, run.held_out, batch, should_stop)
-    watcher.started(run)
-
-    def on_step(point: Point) -> None:
+    def after_step(point: Point) -> None:
         history.append(point)
-        run.step = point.step
-        run.seconds = time.perf_counter() - began
-        watcher.stepped(point)
-        if point.step % run.settings.save_every == 0 and point.step < run.schedule.steps:
-            run.save()
+        if point.step % save_every == 0 and point.step < settings.steps:
+            save()
+        on_step(point)
 
-    done = train(
-        run.model,
-        run.data,
-        run.order,
-        run.optimizer,
-        run.schedule,
-        start=run.step,
-        on_step=on_step,
-        should_stop=should_stop,
+    schedule = Schedule(settings.steps, settings.lr)
+    finished = train(
+        model, fit, order, optimizer, schedule,
+        start=start, on_step=after_step, should_stop=should_stop,
+    )  # fmt: skip
+    save()
+    if not finished:
+        return Outcome(False, len(history), before, None, history)
+    after = None if held is None else evaluate(model, held, settings.batch_size)
+    write_json(
+        out / "metrics.json",
+        {
+            "settings": dataclasses.asdict(settings),
+            "trainable_parameters": sum(p.numel() for p in parameters.values()),
+            "held_out_before": before,
+            "held_out_after": after,
+            "final_training_loss": history[-1].loss,
+            "steps": len(history),
+        },
     )
-    run.save()
-    if not done:
-        raise Stopped(run.step)
-    after = None
-    if run.held_out is not None:
-        watcher.phase("held-out loss after")
-        after = evaluate(run.model, run.held_out, batch, should_stop)
-        if after is None:
-            raise Stopped(run.step)
-    metrics = _metrics(run, after)
-    title = f"{run.settings.delta} on {Path(run.settings.data).name}"
     write_atomically(
-        run.out / CURVE, lambda part: draw_curve(part, history, title, run.before, after)
+        out / "loss.png",
+        lambda part: draw_curve(part, history, Path(settings.model).name, before, after),
     )
-    write_json(run.out / METRICS, metrics)
-    return metrics
+    return Outcome(True, len(history), before, after, history)
 
 
-def _metrics(run: Run, after: dict[str, float] | None) -> dict[str, Any]:
-    import transformers
-
-    import deltaops
-
-    trained = state.trainable(run.model).values()
-    return {
-        "settings": run.settings.to_json(),
-        "labels": run.labels,
-        "parameters": {
-            "trained": sum(p.numel() for p in trained),
-            "all": sum(p.numel() for p in run.model.parameters()),
-        },
-        "examples": {"train": len(run.data), "held_out": len(run.held_out or ())},
-        "before": run.before,
-        "after": after,
-        "steps": run.step,
-        "seconds": round(run.seconds, 3),
-        "history": [asdict(p) for p in run.history or []],
-        "versions": {
-            "deltaops": deltaops.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
+def _check_out(settings: Settings, out: Path, resume: bool) -> dict[str, Any] | None:
+    """The facts of the run to resume, or None for a new one."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file, expected a folder. Choose another place.")
+    remove_leftovers(out)
+    state = out / FILE
+    if resume:
+        if not state.is_file():
+            raise CheckpointError(f"{out}: no run to resume. Start one without --resume.")
+        facts = read_facts(state)
+        asked = dataclasses.asdict(settings)
+        odd = [name for name in asked if facts["settings"].get(name) != asked[name]]
+        if odd:
+            was = ", ".join(f"{name}={facts['settings'].get(name)!r}" for name in odd)
+            raise ConfigError(
+                f"{out} was started with {was}. Resume with the same settings, or start anew in "
+                "another --out."
+            )
+        return facts
+    if out.is_dir() and any(out.iterdir()):
+        hint = "Pass --resume to go on with it" if state.is_file() else "It is not a run of ours"
+        raise ConfigError(f"--out {out} is not empty. {hint}, or choose another folder.")
+    return None
 
 
-def _check_length(settings: Settings, model: Any) -> None:
-    limit = longest_input(model)
-    if limit is not None and settings.seq_len > limit:
-        raise DataError(
-            f"--seq-len {settings.seq_len} is more than the {limit} positions of {settings.model}. "
-            f"Use --seq-len {limit} or less."
-        )
+def _read(settings: Settings) -> tuple[TokenSet, list[str] | None, Any]:
+    label = settings.label_column if settings.task == "classification" else None
+    examples = read_examples(settings.data, Columns(settings.text_column, label))
+    from transformers import AutoTokenizer
 
-
-def _attach(model: Any, settings: Settings) -> Any:
-    import deltaops
-
-    if settings.task != "classification":
-        return deltaops.attach(model, parse_delta(settings.delta, task_type="CAUSAL_LM"))
-    heads = head_names(model)
-    if not heads:
-        raise TargetError(
-            f"{type(model).__name__} has no head beside its base model, so there is nothing to "
-            "classify with. Use --task causal-lm."
-        )
-    delta = parse_delta(settings.delta, task_type="SEQ_CLS", modules_to_save=heads)
-    return deltaops.attach(model, delta)
-
-
-def _restore(run: Run) -> None:
-    path = run.out / state.FILE
-    facts = state.read_facts(path)
-    if facts.get("fingerprint") != run.fingerprint:
-        raise DataError(
-            f"--resume: {run.settings.data}, or the tokenizer, is not what {run.out} was started "
-            "with: its tokens differ. Put it back, or start again in another --out."
-        )
     try:
-        run.step = int(facts["step"])
-        run.seconds = float(facts["seconds"])
-        run.before = facts["before"]
-        run.history = [Point(**p) for p in facts["history"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its facts are incomplete ({error!r}).") from error
-    state.restore_state(path, state.trainable(run.model), run.optimizer)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {settings.model}: its tokenizer cannot be loaded ({error}). Give a folder "
+            "with a model and its tokenizer, or a hub id."
+        ) from error
+    if label is None:
+        return pack_text(examples, tokenizer, settings.seq_len), None, tokenizer
+    data, labels = label_texts(examples, tokenizer, settings.seq_len)
+    return data, labels, tokenizer
+
+
+def _load_model(settings: Settings, labels: list[str] | None, pad: int) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    try:
+        if labels is None:
+            return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_pretrained(
+            settings.model,
+            dtype=torch.float32,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            pad_token_id=pad,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {settings.model} cannot be loaded: {error}") from error
+
+
+def _delta(settings: Settings, model: Any) -> Any:
+    """The delta; a classifier's new head is trained and saved with it."""
+    if settings.task != "classification":
+        return parse_delta(settings.delta)
+    head = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    return parse_delta(settings.delta, modules_to_save=head)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from typing import Any
 
 from deltaops.errors import ConfigError
@@ -16,9 +15,9 @@ from deltaops.errors import ConfigError
 
 def methods() -> dict[str, type[Any]]:
     """Name on the command line → configuration class."""
-    from ..methods import LoRA
+    from deltaops import LoRA
 
-    return {LoRA.kind: LoRA}
+    return {"lora": LoRA}
 
 
 def parse_delta(spec: str, **defaults: Any) -> Any:
@@ -52,27 +51,22 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
     return config(**values)
 
 
-_NAMES = re.compile(r"[\w.]+(\+[\w.]+)*")
-_CONVERTERS = (("int", int), ("float", float))
-
-
 def _value(text: str, annotation: str, subject: str) -> Any:
     """``text`` as the field's annotation wants it; annotations are strings by PEP 563."""
     kinds = {kind.strip() for kind in annotation.split("|")}
-    if text.lower() == "none" and "None" in kinds:
+    if text.lower() in {"none", "null"} and "None" in kinds:
         return None
     if "bool" in kinds and text.lower() in {"true", "false"}:
         return text.lower() == "true"
-    for kind, convert in _CONVERTERS:
-        try:
-            if kind in kinds:
+    for kind, convert in (("int", int), ("float", float)):
+        if kind in kinds:
+            try:
                 return convert(text)
-            if f"tuple[{kind}, ...]" in kinds:
-                return tuple(convert(part) for part in text.split("+"))
-        except ValueError:
-            continue
-    if "tuple[str, ...]" in kinds and ("str" not in kinds or _NAMES.fullmatch(text)):
-        return tuple(part for part in text.split("+") if part)
+            except ValueError:
+                continue
+    is_list = any(k.startswith(("Sequence", "list", "tuple", "Iterable")) for k in kinds)
+    if is_list and ("+" in text or "str" not in kinds):
+        return [part for part in text.split("+") if part]
     if "str" in kinds:
         return text
     raise ConfigError(f"{subject} must be {annotation}, got {text!r}.")
