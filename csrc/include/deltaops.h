@@ -123,6 +123,10 @@ DELTAOPS_API deltaops_status deltaops_cpu_packed_bytes(const deltaops_matrix *we
                                                        int64_t *bytes);
 DELTAOPS_API deltaops_status deltaops_cpu_pack_weight(const deltaops_matrix *weight, void *packed,
                                                       int64_t bytes, int32_t num_threads);
+/* A hash of the weight's shape and of some of its elements, spread evenly: enough to notice that a
+ * weight was changed behind the back of whoever packed it, at the price of a few cache lines. */
+DELTAOPS_API deltaops_status deltaops_cpu_fingerprint(const deltaops_matrix *weight,
+                                                      uint64_t *hash);
 /* For benchmarks: runs `steps` rounds of independent multiply-adds of this dtype on each thread and
  * returns how many that were, -1 for arguments that cannot be. The caller takes the time. */
 DELTAOPS_API int64_t deltaops_cpu_fma_peak(int32_t dtype, int64_t steps, int32_t num_threads);
