@@ -42,22 +42,23 @@ deltaops_matrix matrix(Address data, int64_t rows, int64_t cols, int64_t row_str
 }
 
 // (a, a_row_stride, a_col_stride, b, b_row_stride, b_col_stride, R, dtype, scaling, threshold,
-// stream)
+// stream, activation, bias)
 std::vector<deltaops_branch> read_branches(const py::tuple &branches, int64_t N, int64_t K) {
   std::vector<deltaops_branch> out;
   out.reserve(branches.size());
   for (const py::handle item : branches) {
     const auto t = py::reinterpret_borrow<py::tuple>(item);
-    if (!py::isinstance<py::tuple>(item) || t.size() != 11)
+    if (!py::isinstance<py::tuple>(item) || t.size() != 13)
       throw py::value_error(
-          "deltaops._cpu: a branch must be a tuple of 11 values (a, its two strides, b, its two "
-          "strides, R, dtype, scaling, drop_threshold, stream).");
+          "deltaops._cpu: a branch must be a tuple of 13 values (a, its two strides, b, its two "
+          "strides, R, dtype, scaling, drop_threshold, stream, activation, bias).");
     const auto R = t[6].cast<int64_t>();
     const int dtype = t[7].cast<int>();
     out.push_back(
         {matrix(t[0].cast<Address>(), R, K, t[1].cast<int64_t>(), t[2].cast<int64_t>(), dtype),
          matrix(t[3].cast<Address>(), N, R, t[4].cast<int64_t>(), t[5].cast<int64_t>(), dtype),
-         t[8].cast<float>(), t[9].cast<uint32_t>(), t[10].cast<uint32_t>(), 0});
+         matrix(t[12].cast<Address>(), 1, R, R, 1, dtype), t[8].cast<float>(),
+         t[9].cast<uint32_t>(), t[10].cast<uint32_t>(), t[11].cast<int32_t>()});
   }
   return out;
 }
@@ -100,16 +101,20 @@ void backward(int dtype, int64_t M, int64_t N, int64_t K, Address grad_y, int64_
   const int64_t R = total_rank(list);
   if (grads.size() != list.size())
     throw py::value_error(
-        "deltaops._cpu: grads must have one (grad_a, grad_b, dtype) for each branch, got " +
+        "deltaops._cpu: grads must have one (grad_a, grad_b, grad_branch_bias, dtype) for each "
+        "branch, got " +
         std::to_string(grads.size()) + " for " + std::to_string(list.size()) + " branches.");
-  std::vector<deltaops_matrix> grad_a, grad_b;
+  std::vector<deltaops_matrix> grad_a, grad_b, grad_branch_bias;
   grad_a.reserve(list.size());
   grad_b.reserve(list.size());
+  grad_branch_bias.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
-    const auto [a, b, grad_dtype] = grads[i].cast<std::tuple<Address, Address, int>>();
+    const auto [a, b, bias, grad_dtype] =
+        grads[i].cast<std::tuple<Address, Address, Address, int>>();
     const int64_t rank = list[i].a.rows;
     grad_a.push_back(matrix(a, rank, K, K, 1, grad_dtype));
     grad_b.push_back(matrix(b, N, rank, rank, 1, grad_dtype));
+    grad_branch_bias.push_back(matrix(bias, 1, rank, rank, 1, grad_dtype));
   }
   deltaops_delta_linear_backward_args args = {};
   args.struct_size = sizeof args;
@@ -125,6 +130,7 @@ void backward(int dtype, int64_t M, int64_t N, int64_t K, Address grad_y, int64_
   args.grad_bias = matrix(grad_bias, 1, N, N, 1, grad_bias_dtype);
   args.grad_a = grad_a.data();
   args.grad_b = grad_b.data();
+  args.grad_branch_bias = grad_branch_bias.data();
   deltaops_status status;
   {
     py::gil_scoped_release release;
