@@ -216,6 +216,35 @@ def test_backward_matches_float64(
         assert_close(core_module, grad_bias, g.sum(0, keepdims=True), dtype)
 
 
+@pytest.mark.parametrize("activation", range(1, 5))
+def test_activations_are_right_to_a_few_roundings(
+    core: Any, core_module: ModuleType, activation: int
+) -> None:
+    # 1 x 1 matrices of one, beside a weight of zero: y is the activation of x, grad_x its slope
+    one, zero = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    h = np.linspace(-30, 30, 6001, dtype=np.float32)
+    h = np.concatenate([h, np.float32([0.0, -0.0, 1e-30, -1e-7, 90, -90, 1e20, -1e20, np.nan])])
+    layer = core_module.Layer(
+        h[:, None], zero, None, [core_module.Adapter(one, one, 1.0, 0, activation)]
+    )
+    y, s, slope = (poisoned(h.size, 1, "f32") for _ in range(3))
+    assert core.forward(layer, y, s) == 0, core.error()
+    ones = np.ones_like(y)
+    assert core.backward(layer, ones, s, slope, None, [None], [None]) == 0, core.error()
+    wide, act, step = h.astype(np.float64), ACTIVATE[activation], 1e-6
+    with np.errstate(over="ignore"):  # exp(1e20)
+        want = act(wide)
+        want_slope = (act(wide + step) - act(wide - step)) / (2 * step)
+    np.testing.assert_array_equal(s[:, 0], h)
+    np.testing.assert_allclose(y[:, 0], want, rtol=4e-7, atol=4e-7)
+    assert np.isnan(y[-1, 0])
+    # elsewhere the difference quotient has no digits, or meets the corner of relu
+    plain = (np.abs(h) < 1e3) & (np.abs(h) > 1e-5)
+    np.testing.assert_allclose(slope[plain, 0], want_slope[plain], rtol=0, atol=4e-7)
+    np.testing.assert_allclose(slope[-3:-1, 0], [1, 0], atol=1e-12)
+    np.testing.assert_array_equal(slope[h == 0], 0.0 if activation == 1 else 0.5)
+
+
 @pytest.mark.parametrize("activation", [0, 4], ids=["lora", "silu"])
 def test_backward_computes_only_what_is_asked(
     core: Any, core_module: ModuleType, activation: int
