@@ -47,7 +47,8 @@ class Explanation:
         c = self.call
         head = (
             f"delta_linear M={c.m} N={c.n} K={c.k} ranks={list(c.ranks)} {c.dtype} on {c.device}"
-            f"{' with dropout' if c.dropout else ''} → {self.chosen or 'no backend'}"
+            f"{' with dropout' if c.dropout else ''}"
+            f"{''.join(' ' + name for name in c.activations)} → {self.chosen or 'no backend'}"
         )
         return "\n".join([head, *(f"  {verdict}" for verdict in self.verdicts)])
 

@@ -141,8 +141,14 @@ class Checker {
       expect(branch.drop_threshold <= 65536,
              "branches[%d].drop_threshold must be 0 to 65536 (p * 65536), got %u.", i,
              branch.drop_threshold);
-      expect(branch.reserved == 0,
-             "branches[%d].reserved must be 0, got %u. Zero the struct first.", i, branch.reserved);
+      if (branch.bias.data) {
+        char bias[32];
+        std::snprintf(bias, sizeof bias, "branches[%d].bias", i);
+        rows_of(bias, branch.bias, "[1, R] with R from a", 1, rank, branch.a.dtype);
+      }
+      expect(branch.activation >= DELTAOPS_IDENTITY && branch.activation <= DELTAOPS_SILU,
+             "branches[%d].activation must be 0 (identity) to 4 (silu), got %d.", i,
+             branch.activation);
       ranks += rank;
     }
     return ranks;
@@ -198,9 +204,10 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
     c.packed("packed_weight", args->packed_weight, args->packed_bytes, K, N, dtype, kernels);
   }
   if (args->grad_bias.data) c.output("grad_bias", args->grad_bias, "[1, N]", 1, N, -1);
-  bool any_a = false, any_b = false;
+  bool any_a = false, any_b = false, any_branch_bias = false, activated = false;
   for (int32_t i = 0; i < args->num_branches && c.status() == DELTAOPS_OK; ++i) {
     char name[32];
+    activated = activated || args->branches[i].activation != DELTAOPS_IDENTITY;
     const int64_t rank = args->branches[i].a.rows;
     if (args->grad_a && args->grad_a[i].data) {
       std::snprintf(name, sizeof name, "grad_a[%d]", i);
@@ -214,11 +221,17 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
       c.expect(N <= 1 || args->grad_b[i].row_stride == rank, "%s must be contiguous.", name);
       any_b = true;
     }
+    if (args->grad_branch_bias && args->grad_branch_bias[i].data) {
+      std::snprintf(name, sizeof name, "grad_branch_bias[%d]", i);
+      c.output(name, args->grad_branch_bias[i], "[1, R]", 1, rank, -1);
+      any_branch_bias = true;
+    }
   }
   if (any_a) c.rows_of("x (needed for grad_a)", args->x, "[M, K]", M, K, dtype);
-  if (any_b)
-    c.rows_of("s (needed for grad_b)", args->s, "[M, R] with R the sum of the ranks", M, R,
-              DELTAOPS_F32);
+  const bool inner = any_a || any_branch_bias || args->grad_x.data;
+  if (any_b || (activated && inner))
+    c.rows_of("s (needed for grad_b, and past an activation)", args->s,
+              "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
   return c.status();
 }
 

@@ -1,12 +1,14 @@
 /* delta_linear.h: the op, forward and backward (deltaops.h has its mathematics).
  *
  *     forward    y  = x W^T + bias + sum S_i B_i^T              one Product; S kept for backward
- *     backward   dX = dy W + sum mask_i(dS_i A_i)               one Product on transposed views
- *                dA_i = dS_i^T drop_i(x),  dB_i = dy^T S_i,  db = sum_m dy         outer.h
+ *     backward   dX = dy W + sum mask_i(dH'_i A_i)              one Product on transposed views
+ *                dA_i = dH'_i^T mask_i(x),  dB_i = dy^T S_i,  db = sum_m dy        outer.h
+ *                da_i = sum_m dH'_i / scale_i
  *
- * dS_i = s_i scale_i dy B_i, so the dropout scale is paid once and dX and dA need only the bits.
- * Those are made once per backward pass, for both: M * K / 8 bytes of scratch for each branch
- * with dropout. Everything is allocated before the first store.
+ * dH'_i = s_i scale_i dy B_i * act'(H_i), so the dropout scale is paid once and dX and dA need only
+ * the bits. Those are made once per backward pass, for both: M * K / 8 bytes of scratch for each
+ * branch with dropout. Past an activation H_i is what the forward pass kept, and S_i = s_i act(H_i)
+ * is made again, in scratch. Everything is allocated before the first store.
  */
 #ifndef DELTAOPS_CPU_DELTA_LINEAR_H
 #define DELTAOPS_CPU_DELTA_LINEAR_H
@@ -40,9 +42,10 @@ inline int useful_threads(int wanted, int64_t multiply_adds) {
   return static_cast<int>(least(wanted, 1 + multiply_adds / kLeast));
 }
 
-inline float factor_of(const deltaops_branch &branch) {
+/* scale_i: what dropout multiplies the kept elements by; 1 where none are kept. */
+inline double scale_of(const deltaops_branch &branch) {
   const uint32_t kept = 65536u - branch.drop_threshold;
-  return kept ? static_cast<float>(static_cast<double>(branch.scaling) * 65536.0 / kept) : 0.0f;
+  return kept ? 65536.0 / kept : 1.0;
 }
 
 inline int64_t rank_of(const deltaops_branch &branch) { return branch.a.rows; }
@@ -68,8 +71,15 @@ inline void set_terms(const deltaops_branch *branches, int64_t count, bool forwa
         term.p = forward ? a : transposed(b);
         term.q = forward ? b : transposed(a);
         term.bf16 = branch.a.dtype == DELTAOPS_BF16;
-        term.dead = branch.drop_threshold == 65536u;
-        term.factor = factor_of(branch);
+        // Backward the bits say it, for dX and dA; what the bias gets is alive.
+        term.dead = forward && branch.drop_threshold == 65536u;
+        term.scaling = branch.scaling;
+        term.activation = branch.activation;
+        const bool scaled = !forward || branch.activation == DELTAOPS_IDENTITY;
+        term.factor = static_cast<float>((scaled ? branch.scaling : 1.0) * scale_of(branch));
+        term.bias = forward ? branch.bias.data : nullptr;
+        term.h = nullptr;
+        term.h_row = 0;
         term.threshold = branch.drop_threshold;
         term.stream = branch.stream;
         term.segment = segment;
@@ -154,6 +164,9 @@ struct Backward {
   Outer *a_outers, *b_outers;
   int64_t num_a, num_b;
   int64_t a_panels, b_panels;
+  bool any_bias;
+  bool again;  // some dB is wanted past an activation
+  float *up;   // [M, ranks]: S made again, in the columns of branches with an activation
   float *outer;
   int64_t outer_each;
 };
@@ -173,13 +186,19 @@ void lay_out_backward(const BackwardArgs &args, Backward *b, Arena *arena) {
   b->bits_each = b->p.M * b->p.bits_row;
   b->bits = arena->take<uint8_t>(masked * b->bits_each);
   b->ds = arena->take<float>(b->need_ds ? b->p.M * b->p.ranks : 0);
+  b->up = arena->take<float>(b->again ? b->p.M * b->p.ranks : 0);
   b->outer_each = (kOuterRows + b->p.ranks) * kTileColumns + 64;
   b->outer = arena->take<float>(args.num_threads * b->outer_each);
   if (b->need_ds) lay_out<T>(b->p, &b->cut, arena);
   set_terms(args.branches, branches, false, terms, segments, &b->p);
-  if (terms)
-    for (int64_t t = b->p.num_plain; t < b->p.num_terms; ++t)
-      terms[t].bits = b->bits + (t - b->p.num_plain) * b->bits_each;
+  if (terms == nullptr) return;
+  for (int64_t t = b->p.num_plain; t < b->p.num_terms; ++t)
+    terms[t].bits = b->bits + (t - b->p.num_plain) * b->bits_each;
+  for (int64_t t = 0; t < b->p.num_terms; ++t)
+    if (terms[t].activation != DELTAOPS_IDENTITY && args.s.data) {
+      terms[t].h = static_cast<const float *>(args.s.data) + terms[t].plain_column;
+      terms[t].h_row = args.s.row_stride;
+    }
 }
 
 /* The outer products that are wanted, once the buffers have their places. */
@@ -202,9 +221,10 @@ inline void set_outers(const BackwardArgs &args, Backward *b) {
                                  bits,
                                  b->p.bits_row};
     }
+    const bool kept = args.branches[i].activation == DELTAOPS_IDENTITY;
     if (wanted(args.grad_b, i))
-      b->b_outers[b->num_b++] = {static_cast<const float *>(args.s.data) + column,
-                                 args.s.row_stride,
+      b->b_outers[b->num_b++] = {(kept ? static_cast<const float *>(args.s.data) : b->up) + column,
+                                 kept ? args.s.row_stride : b->p.ranks,
                                  rank,
                                  args.grad_b[i].data,
                                  args.grad_b[i].dtype == DELTAOPS_BF16,
@@ -215,11 +235,29 @@ inline void set_outers(const BackwardArgs &args, Backward *b) {
   }
 }
 
+/* Thread `self`'s branches' da: whole sums, so that no team changes a bit. */
+inline void branch_bias_grads(const BackwardArgs &args, const Backward &b, int self, int threads) {
+  int64_t column = 0;
+  for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
+    if (i % threads != self || !wanted(args.grad_branch_bias, i)) continue;
+    const deltaops_matrix &grad = args.grad_branch_bias[i];
+    const int64_t rank = rank_of(args.branches[i]);
+    const double scale = scale_of(args.branches[i]);
+    if (grad.dtype == DELTAOPS_BF16)
+      column_sums(b.ds + column, b.p.ranks, b.p.M, rank, scale, static_cast<Bf16 *>(grad.data));
+    else
+      column_sums(b.ds + column, b.p.ranks, b.p.M, rank, scale, static_cast<float *>(grad.data));
+  }
+}
+
 template <class T>
 void backward_thread(const BackwardArgs &args, const Backward &b, int self, int threads) {
   const Product &p = b.p;
+  const Range rows = share(p.M, self, threads);
+  if (b.again)
+    for (int64_t t = 0; t < p.num_terms; ++t)
+      if (p.terms[t].h) activate_rows(p.terms[t], rows, b.up + p.terms[t].plain_column, p.ranks);
   if (b.need_ds) {
-    const Range rows = share(p.M, self, threads);
     for (int64_t t = p.num_plain; t < p.num_terms; ++t)
       for (int64_t m = rows.begin; m < rows.end; ++m)
         keep_bits(b.bits + (t - p.num_plain) * b.bits_each + m * p.bits_row, m, 0, ceil_div(p.N, 8),
@@ -227,8 +265,8 @@ void backward_thread(const BackwardArgs &args, const Backward &b, int self, int 
     pack_p(p, b.cut, self);
     barrier();
     run_product<T>(p, b.cut, self);
-    barrier();
   }
+  if (b.need_ds || b.again) barrier();
   float *scratch = b.outer + self * b.outer_each;
   const Range panels = share(b.a_panels + b.b_panels, self, threads);
   for (int64_t index = panels.begin; index < panels.end; ++index) {
@@ -240,6 +278,7 @@ void backward_thread(const BackwardArgs &args, const Backward &b, int self, int 
                      index - b.a_panels, b.b_outers, b.num_b, args.grad_bias.data,
                      args.grad_bias.dtype == DELTAOPS_BF16, scratch);
   }
+  if (b.any_bias) branch_bias_grads(args, b, self, threads);
 }
 
 template <class T>
@@ -250,6 +289,9 @@ deltaops_status backward_as(const BackwardArgs &args) {
   for (int64_t i = 0; i < branches; ++i) {
     any_a = any_a || wanted(args.grad_a, i);
     any_b = any_b || wanted(args.grad_b, i);
+    b.any_bias = b.any_bias || wanted(args.grad_branch_bias, i);
+    b.again = b.again || (wanted(args.grad_b, i) && args.grad_y.rows > 0 &&
+                          args.branches[i].activation != DELTAOPS_IDENTITY);
   }
   Product &p = b.p;  // dX [M, K of the op] = dy [M, N of the op] W: N and K change places
   p.M = args.grad_y.rows;
@@ -269,10 +311,10 @@ deltaops_status backward_as(const BackwardArgs &args) {
   p.seed = args.seed;
   p.bits_row = round_up(ceil_div(p.N, 8), 8) + 8;
   set_terms(args.branches, branches, false, nullptr, nullptr, &p);
-  b.need_ds = p.M > 0 && (need_dx || any_a);
+  b.need_ds = p.M > 0 && (need_dx || any_a || b.any_bias);
   b.a_panels = any_a ? ceil_div(p.N, kTileColumns) : 0;
   b.b_panels = any_b || args.grad_bias.data ? ceil_div(p.K, kTileColumns) : 0;
-  if (!b.need_ds && b.a_panels + b.b_panels == 0) return DELTAOPS_OK;
+  if (!b.need_ds && !b.any_bias && b.a_panels + b.b_panels == 0) return DELTAOPS_OK;
 
   const int64_t work = (need_dx ? p.M * p.N * (p.K + 1) : 0) + p.M * (p.N + p.K) * (p.ranks + 1);
   int threads = useful_threads(args.num_threads, work);

@@ -1,7 +1,8 @@
-/* lowrank.h: the first factor of every branch, S = factor * drop(x) P^T.
+/* lowrank.h: the first factor of every branch, from drop(x) P^T.
  *
- *     forward    x = activations [M, K], P = A [R, K]      S   = s_i * scale_i * drop(x) A^T
- *     backward   x = dy [M, N],          P = B^T [R, N]    dS' = s_i * scale_i * dy B
+ *     forward    x = activations [M, K], P = A [R, K]      H   = scale_i * drop(x) A^T + a
+ *                                                          S   = s_i * act(H)
+ *     backward   x = dy [M, N],          P = B^T [R, N]    dH' = s_i * scale_i * dy B * act'(H)
  *
  * P is packed once per call and shared, [K][width] for panels of 1, 2 or 4 vectors of columns;
  * each branch starts on a vector. S grows block of k by block of k from the rows that have just
@@ -14,7 +15,9 @@
 #ifndef DELTAOPS_CPU_LOWRANK_H
 #define DELTAOPS_CPU_LOWRANK_H
 
+#include "activation.h"
 #include "mask.h"
+#include "team.h"
 #include "tile.h"
 
 namespace deltaops {
@@ -25,8 +28,13 @@ namespace {
 struct Term {
   View<void> p, q;  // P [rank, contraction] and Q [outputs, rank], typed by `bf16`
   bool bf16;        // what the adapters are stored in
-  bool dead;        // everything is dropped: S is zero whatever x holds
-  float factor;     // s_i * 65536 / (65536 - threshold)
+  bool dead;        // everything is dropped: the product is zero whatever x holds
+  float factor;     // of the product: scale_i, and s_i unless an activation follows
+  float scaling;    // s_i
+  int32_t activation;
+  const void *bias;  // [rank] of what the adapters are stored in (forward); or NULL
+  const float *h;    // H of all rows, where its slope is a factor (backward); or NULL
+  int64_t h_row;
   uint32_t threshold, stream;
   Segment segment;       // its columns in the padded S, its steps in Q
   int64_t plain_column;  // its columns in [M, R] without padding, in the order of the branches
@@ -133,20 +141,58 @@ DELTAOPS_INLINE void apply_mask(float *row, const uint8_t *bits, int64_t steps) 
   for (int64_t k = 0; k < steps; k += kLanes) store(row + k, keep(load(row + k), bits, k));
 }
 
-/* S times its factors, once the last block of k is in. Also to the caller's s, without padding. */
-DELTAOPS_INLINE void finish_s(const Term *terms, int64_t count, float *s, ptrdiff_t s_row,
-                              int64_t rows, float *out, ptrdiff_t out_row) {
+/* The bias of kLanes columns from q on, times what the product's factor has of s_i. */
+DELTAOPS_INLINE VecF bias_of(const Term &term, int64_t q) {
+  if (term.bias == nullptr) return VecF{};
+  const int64_t count = term.segment.rank - q;
+  const VecF bias =
+      term.bf16 ? load_units_partial<float>(static_cast<const Bf16 *>(term.bias) + q, count)
+                : load_units_partial<float>(static_cast<const float *>(term.bias) + q, count);
+  return term.activation == DELTAOPS_IDENTITY ? bias * splat(term.scaling) : bias;
+}
+
+/* From the products of rows m ... m + rows - 1 to S (or dH'), once the last block of k is in. The
+ * caller's copy has no padding, and is taken before the activation. */
+inline void finish_s(const Term *terms, int64_t count, float *s, ptrdiff_t s_row, int64_t m,
+                     int64_t rows, float *out, ptrdiff_t out_row) {
   for (int64_t t = 0; t < count; ++t) {
     const Term &term = terms[t];
-    for (int64_t i = 0; i < rows; ++i) {
-      float *row = s + i * s_row + term.segment.column;
-      for (int64_t q = 0; q < term.segment.rank; q += kLanes)
-        store(row + q, term.dead ? VecF{} : load(row + q) * splat(term.factor));
-      if (out)
-        memcpy(out + i * out_row + term.plain_column, row,
-               static_cast<size_t>(term.segment.rank) * sizeof(float));
+    const int64_t rank = term.segment.rank;
+    float *columns = s + term.segment.column;
+    for (int64_t q = 0; q < rank; q += kLanes) {
+      const VecF bias = bias_of(term, q);
+      for (int64_t i = 0; i < rows; ++i) {
+        float *at = columns + i * s_row + q;
+        VecF v = bias;
+        if (!term.dead) v += load(at) * splat(term.factor);
+        if (term.h)
+          v *= activate_slope(term.activation, load_units_partial<float>(
+                                                   term.h + (m + i) * term.h_row + q, rank - q));
+        store(at, v);
+      }
     }
+    if (out)
+      for (int64_t i = 0; i < rows; ++i)
+        memcpy(out + i * out_row + term.plain_column, columns + i * s_row,
+               static_cast<size_t>(rank) * sizeof(float));
+    if (term.h || term.activation == DELTAOPS_IDENTITY) continue;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t q = 0; q < rank; q += kLanes) {
+        float *at = columns + i * s_row + q;
+        store(at, activate(term.activation, load(at)) * splat(term.scaling));
+      }
   }
+}
+
+/* up = s_i * act(H) for some rows, without padding: what dB contracts with dy. */
+inline void activate_rows(const Term &term, Range rows, float *up, int64_t up_row) {
+  const int64_t rank = term.segment.rank;
+  for (int64_t m = rows.begin; m < rows.end; ++m)
+    for (int64_t q = 0; q < rank; q += kLanes) {
+      const VecF h = load_units_partial<float>(term.h + m * term.h_row + q, rank - q);
+      const VecF v = activate(term.activation, h) * splat(term.scaling);
+      memcpy(up + m * up_row + q, &v, static_cast<size_t>(least(kLanes, rank - q)) * sizeof(float));
+    }
 }
 
 /* sum (+)= mask * (S Q): a dropout branch's part of a tile of dX. bits: the tile's first row. */

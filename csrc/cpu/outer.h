@@ -1,6 +1,7 @@
 /* outer.h: gradients that contract over the rows.
  *
- *     dA_i = dS_i^T drop_i(x)  [R_i, K]       dB_i^T = S_i^T dy  [R_i, N]       db = sum_m dy  [N]
+ *     dA_i = dH_i^T drop_i(x)  [R_i, K]       dB_i^T = S_i^T dy  [R_i, N]       db = sum_m dy  [N]
+ *     da_i = sum_m dH_i  [R_i]
  *
  * Work is cut by columns of x or dy, never by rows: each thread owns its columns for all M, so no
  * partial sums meet and the result does not depend on the team. A panel of kTileColumns columns
@@ -30,6 +31,20 @@ struct Outer {
   const uint8_t *bits;  // keep-bits of the other operand, or NULL
   int64_t bits_row;
 };
+
+/* to[c] = sum over rows of g[row][c] / scale, for `count` columns. In double: a bias is few
+ * numbers, each a long sum that may cancel. */
+template <class G>
+void column_sums(const float *g, int64_t g_row, int64_t M, int64_t count, double scale, G *to) {
+  typedef double VecD __attribute__((vector_size(2 * DELTAOPS_VECTOR_BYTES)));
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const int64_t lanes = least(kLanes, count - c);
+    VecD total = {};
+    for (int64_t m = 0; m < M; ++m)
+      total += __builtin_convertvector(load_units_partial<float>(g + m * g_row + c, lanes), VecD);
+    for (int64_t i = 0; i < lanes; ++i) narrow(static_cast<float>(total[i] / scale), to + c + i);
+  }
+}
 
 /* acc[q][:] += sum over rows of g[row][q] * panel[row][:]. */
 template <int MR>

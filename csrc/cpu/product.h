@@ -358,7 +358,7 @@ void product(const Product &p, const Cut &cut, int self) {
         lowrank_rows<T>(p, cut, self, m + mine.begin, mine.end - mine.begin, k0, ks, floats, x_row,
                         s_mine);
         if (k0 + ks == p.K)
-          finish_s(p.terms, p.num_terms, s_mine, p.s_columns, mine.end - mine.begin,
+          finish_s(p.terms, p.num_terms, s_mine, p.s_columns, m + mine.begin, mine.end - mine.begin,
                    p.s ? p.s + (m + mine.begin) * p.s_row : nullptr, p.s_row);
       }
       if (cut.shares > 1 && (cut.copy_x || p.num_terms > 0)) barrier();

@@ -1,8 +1,9 @@
 /* deltaops.h: the C ABI of the native core, and its only door.
  *
- *     y = x W^T + bias + sum_i s_i * drop_i(x) A_i^T B_i^T            (LoRA: Hu et al. 2021, eq. 3)
+ *     y = x W^T + bias + sum_i s_i * act_i(H_i) B_i^T,    H_i = drop_i(x) A_i^T + a_i
  *
- * M tokens, K inputs, N outputs, R_i the rank of branch i, R their sum.
+ * M tokens, K inputs, N outputs, R_i the rank of branch i, R their sum. With the identity as act_i
+ * a branch is LoRA (Hu et al. 2021, eq. 3), with another a parallel adapter (He et al. 2021).
  *
  * Ownership   The caller owns every buffer; the library keeps no pointer after it returns.
  * Alignment   That of the element type suffices.
@@ -19,7 +20,7 @@
 
 #include <stdint.h>
 
-#define DELTAOPS_ABI_VERSION 1
+#define DELTAOPS_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define DELTAOPS_API __attribute__((visibility("default")))
@@ -40,6 +41,15 @@ typedef enum {
   DELTAOPS_OUT_OF_MEMORY = 3
 } deltaops_status;
 
+/* Element by element, between the two matrices of a branch. */
+typedef enum {
+  DELTAOPS_IDENTITY = 0,
+  DELTAOPS_RELU = 1,      /* max(h, 0) */
+  DELTAOPS_GELU = 2,      /* h * (1 + erf(h / sqrt 2)) / 2 */
+  DELTAOPS_GELU_TANH = 3, /* h * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3))) / 2 */
+  DELTAOPS_SILU = 4       /* h / (1 + exp(-h)) */
+} deltaops_activation;
+
 /* A strided matrix view. data == NULL means "absent" where a field is optional. */
 typedef struct {
   void *data;
@@ -49,16 +59,17 @@ typedef struct {
   int32_t reserved;               /* 0 */
 } deltaops_matrix;
 
-/* One low-rank branch. Element (m, k) of x is dropped when the 16-bit Philox draw at
+/* One branch. Element (m, k) of x is dropped when the 16-bit Philox draw at
  * (k, m, stream) is below drop_threshold, and is otherwise scaled by 65536/(65536 -
  * drop_threshold); see csrc/include/philox.h. */
 typedef struct {
   deltaops_matrix a;       /* [R_i, K] f32 or bf16 */
   deltaops_matrix b;       /* [N, R_i] same dtype as a */
+  deltaops_matrix bias;    /* [1, R_i] same dtype as a, or absent; not read by the backward pass */
   float scaling;           /* dimensionless; LoRA uses alpha / R_i */
   uint32_t drop_threshold; /* p * 65536, 0 (no dropout) to 65536 (all dropped) */
   uint32_t stream;         /* which random stream: the branch's number */
-  uint32_t reserved;       /* 0 */
+  int32_t activation;      /* deltaops_activation */
 } deltaops_branch;
 
 typedef struct {
@@ -68,8 +79,9 @@ typedef struct {
   deltaops_matrix weight; /* [N, K] dtype of x */
   deltaops_matrix bias;   /* [1, N] dtype of x, or absent */
   deltaops_matrix y;      /* [M, N] dtype of x, written */
-  deltaops_matrix
-      s; /* [M, R] f32, written: s_i * drop_i(x) A_i^T, branches side by side; or absent */
+  /* [M, R] f32, written for the backward pass, branches side by side: s_i * H_i where the
+   * activation is the identity, else H_i; or absent */
+  deltaops_matrix s;
   const deltaops_branch *branches;
   int32_t num_branches; /* 0: the frozen layer alone */
   int32_t reserved;     /* 0 */
@@ -84,7 +96,9 @@ typedef struct {
   deltaops_matrix grad_y; /* [M, N] */
   deltaops_matrix x;      /* [M, K]; may be absent when no grad_a is wanted */
   deltaops_matrix weight; /* [N, K]; may be absent when grad_x is not wanted */
-  deltaops_matrix s;      /* [M, R] from the forward pass; may be absent when no grad_b is wanted */
+  /* [M, R] from the forward pass; may be absent when no grad_b is wanted and no branch has an
+   * activation (or only grad_bias is wanted) */
+  deltaops_matrix s;
   const deltaops_branch *branches;
   int32_t num_branches;
   int32_t reserved;
@@ -94,7 +108,9 @@ typedef struct {
   const deltaops_matrix
       *grad_a; /* num_branches of [R_i, K] f32 or bf16, each may be absent; or NULL */
   const deltaops_matrix
-      *grad_b;               /* num_branches of [N, R_i] f32 or bf16, each may be absent; or NULL */
+      *grad_b; /* num_branches of [N, R_i] f32 or bf16, each may be absent; or NULL */
+  const deltaops_matrix
+      *grad_branch_bias;     /* num_branches of [1, R_i] f32 or bf16, each may be absent; or NULL */
   const void *packed_weight; /* from deltaops_cpu_pack_weight(weight^T, a [K, N] view), or NULL */
   int64_t packed_bytes;      /* its size, 0 with NULL */
 } deltaops_delta_linear_backward_args;

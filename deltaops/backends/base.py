@@ -22,6 +22,10 @@ class DeltaLinearCall(NamedTuple):
     dropout: bool
     weight_layout: str
     """"row" [N,K] as nn.Linear keeps it, "col" its transpose as Conv1D does, else "strided"."""
+    activations: tuple[str, ...] = ()
+    """Those of the branches that have one other than "identity"."""
+    branch_bias: bool = False
+    """Whether some branch has a bias."""
 
     @property
     def rank(self) -> int:
@@ -30,7 +34,13 @@ class DeltaLinearCall(NamedTuple):
 
     @classmethod
     def of(
-        cls, x: Tensor, weight: Tensor, a: Sequence[Tensor], dropout: Sequence[float]
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
+        dropout: Sequence[float],
+        activation: Sequence[str],
     ) -> DeltaLinearCall:
         """The call of these tensors; x ``[..., K]``."""
         # Once a call: lists inside tuple() are faster than generators, is_cpu than device.type.
@@ -45,6 +55,8 @@ class DeltaLinearCall(NamedTuple):
             tuple([t.shape[0] for t in a]),
             any(dropout),
             weight_layout(weight),
+            tuple([name for name in activation if name != "identity"]),
+            any([t is not None for t in branch_bias]),
         )
 
 
@@ -74,11 +86,16 @@ class Backend(Protocol):
         bias: Tensor | None,
         a: Sequence[Tensor],
         b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
         scaling: Sequence[float],
         dropout: Sequence[float],
+        activation: Sequence[str],
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """``(y [M, N], S [M, ΣR] float32)``; see :mod:`deltaops.reference.delta_linear`."""
+        """``(y [M, N], S [M, ΣR] float32)``; see :mod:`deltaops.reference.delta_linear`.
+
+        The lists have one entry for each branch; ``branch_bias`` has None where there is none.
+        """
 
     def backward(
         self,
@@ -90,7 +107,8 @@ class Backend(Protocol):
         s: Tensor,
         scaling: Sequence[float],
         dropout: Sequence[float],
+        activation: Sequence[str],
         seed: Tensor | None,
         needs: Sequence[bool],
     ) -> list[Tensor]:
-        """The wanted gradients, in the order x, bias, a…, b…."""
+        """The wanted gradients, in the order x, bias, a…, b…, branch_bias…."""

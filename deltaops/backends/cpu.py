@@ -13,9 +13,12 @@ from torch import Tensor
 from deltaops.reference.philox import drop_threshold
 
 from .base import DeltaLinearCall
+from .cpu_packing import PACKING, Layout
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # deltaops_dtype
-ABI_VERSION = 1
+# deltaops_dtype and deltaops_activation of csrc/include/deltaops.h
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ABI_VERSION = 2
 
 
 @cache
@@ -57,7 +60,12 @@ def _seed(seed: Tensor | None) -> int:
 
 
 def _branches(
-    a: Sequence[Tensor], b: Sequence[Tensor], scaling: Sequence[float], dropout: Sequence[float]
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    activation: Sequence[str],
 ) -> tuple[tuple[int | float, ...], ...]:
     return tuple(
         (
@@ -70,6 +78,8 @@ def _branches(
             scaling[i],
             drop_threshold(dropout[i]),
             i,
+            _ACTIVATIONS[activation[i]],
+            _pointer(branch_bias[i]),
         )
         for i, (a_i, b_i) in enumerate(zip(a, b, strict=True))
     )
@@ -105,8 +115,10 @@ class CpuBackend:
         bias: Tensor | None,
         a: Sequence[Tensor],
         b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
         scaling: Sequence[float],
         dropout: Sequence[float],
+        activation: Sequence[str],
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`deltaops.backends.base.Backend`."""
@@ -114,10 +126,14 @@ class CpuBackend:
         if bias is not None:
             bias = bias.contiguous()
         a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
+        branch_bias = [None if t is None else t.contiguous() for t in branch_bias]
         (m, k), n = x.shape, weight.shape[0]
         y = torch.empty((m, n), dtype=x.dtype)
         s = torch.empty((m, sum(t.shape[0] for t in a)), dtype=torch.float32)
-        _core().delta_linear_forward(
+        core, threads = _core(), torch.get_num_threads()
+        layout = Layout(weight.data_ptr(), n, k, *weight.stride(), _DTYPES[x.dtype])
+        packed = PACKING.packed(core, weight, layout, False, threads)
+        core.delta_linear_forward(
             _DTYPES[x.dtype],
             m,
             n,
@@ -130,9 +146,11 @@ class CpuBackend:
             y.data_ptr(),
             n,
             s.data_ptr(),
-            _branches(a, b, scaling, dropout),
+            _branches(a, b, branch_bias, scaling, dropout, activation),
             _seed(seed),
-            torch.get_num_threads(),
+            threads,
+            _pointer(packed),
+            0 if packed is None else packed.numel(),
         )
         return y, s
 
@@ -146,6 +164,7 @@ class CpuBackend:
         s: Tensor,
         scaling: Sequence[float],
         dropout: Sequence[float],
+        activation: Sequence[str],
         seed: Tensor | None,
         needs: Sequence[bool],
     ) -> list[Tensor]:
@@ -161,7 +180,16 @@ class CpuBackend:
             torch.empty(t.shape, dtype=t.dtype) if needs[2 + i] else None
             for i, t in enumerate((*a, *b))
         ]
-        _core().delta_linear_backward(
+        wanted += [
+            torch.empty(t.shape[0], dtype=t.dtype) if needs[2 + 2 * count + i] else None
+            for i, t in enumerate(a)
+        ]
+        core, threads = _core(), torch.get_num_threads()
+        packed = None
+        if grad_x is not None:
+            layout = Layout(weight.data_ptr(), n, k, *weight.stride(), _DTYPES[grad_y.dtype])
+            packed = PACKING.packed(core, weight, layout, True, threads)
+        core.delta_linear_backward(
             _DTYPES[grad_y.dtype],
             m,
             n,
@@ -173,17 +201,20 @@ class CpuBackend:
             weight.data_ptr(),
             *weight.stride(),
             s.data_ptr(),
-            _branches(a, b, scaling, dropout),
+            # the biases' values are in S already
+            _branches(a, b, [None] * count, scaling, dropout, activation),
             _seed(seed),
-            torch.get_num_threads(),
+            threads,
             0 if grad_x is None else grad_x.data_ptr(),
             k,
             0 if grad_bias is None else grad_bias.data_ptr(),
             _DTYPES[grad_y.dtype],
             tuple(
-                (_pointer(wanted[i]), _pointer(wanted[count + i]), _DTYPES[a[i].dtype])
+                (*(_pointer(wanted[i + j * count]) for j in range(3)), _DTYPES[a[i].dtype])
                 for i in range(count)
             ),
+            _pointer(packed),
+            0 if packed is None else packed.numel(),
         )
         return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
 

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from deltaops.errors import ConfigError
 
@@ -53,7 +54,7 @@ class Layout(NamedTuple):
 class _Entry:
     """What is known of one layout of one weight."""
 
-    storage: int  # a weak reference to the StorageImpl
+    storage: StorageWeakRef
     version: int
     fingerprint: int
     uses: int = 0
@@ -64,10 +65,7 @@ class _Entry:
         return sum(t.numel() for t in self.packed.values())
 
     def expired(self) -> bool:
-        return bool(torch.UntypedStorage._expired(self.storage))
-
-    def __del__(self) -> None:
-        torch.UntypedStorage._free_weak_ref(self.storage)
+        return bool(self.storage.expired())  # type: ignore[no-untyped-call]
 
 
 class Packing:
@@ -75,7 +73,7 @@ class Packing:
 
     def __init__(self) -> None:
         self._entries: dict[Layout, _Entry] = {}
-        self._policies: dict[int, tuple[int, Policy]] = {}  # data_ptr → weak storage, policy
+        self._policies: dict[int, tuple[StorageWeakRef, Policy]] = {}  # by data_ptr
         self._lock = threading.Lock()
         self._budget: int | None = None
 
@@ -91,12 +89,9 @@ class Packing:
         check_policy(policy)
         with self._lock:
             self._sweep()
-            old = self._policies.pop(weight.data_ptr(), None)
-            if old is not None:
-                torch.UntypedStorage._free_weak_ref(old[0])
+            self._policies.pop(weight.data_ptr(), None)
             if policy != "auto":
-                reference = weight.untyped_storage()._weak_ref()
-                self._policies[weight.data_ptr()] = (reference, policy)
+                self._policies[weight.data_ptr()] = (_reference(weight), policy)
             if policy == "never":
                 for layout in [x for x in self._entries if x.pointer == weight.data_ptr()]:
                     del self._entries[layout]
@@ -149,7 +144,7 @@ class Packing:
 
     def _policy(self, pointer: int) -> Policy:
         found = self._policies.get(pointer)
-        if found is None or torch.UntypedStorage._expired(found[0]):
+        if found is None or found[0].expired():  # type: ignore[no-untyped-call]
             return "auto"
         return found[1]
 
@@ -158,8 +153,7 @@ class Packing:
             return
         with self._lock:
             self._sweep()
-            reference = weight.untyped_storage()._weak_ref()
-            self._entries[layout] = _Entry(reference, version, core.fingerprint(*layout))
+            self._entries[layout] = _Entry(_reference(weight), version, core.fingerprint(*layout))
 
     def _pack(
         self, core: ModuleType, entry: _Entry, layout: Layout, transposed: bool, threads: int
@@ -189,14 +183,16 @@ class Packing:
     def _sweep(self) -> None:
         for layout in [x for x, entry in self._entries.items() if entry.expired()]:
             del self._entries[layout]
-        for pointer in [
-            p for p, (ref, _) in self._policies.items() if torch.UntypedStorage._expired(ref)
-        ]:
-            torch.UntypedStorage._free_weak_ref(self._policies.pop(pointer)[0])
+        for pointer in [p for p, (reference, _) in self._policies.items() if reference.expired()]:
+            del self._policies[pointer]
 
 
 PACKING = Packing()
 """The one of this process."""
+
+
+def _reference(weight: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def check_policy(policy: str) -> None:

@@ -58,6 +58,10 @@ class TritonBackend:
                 return f"takes float32, float16 and bfloat16, not {dtype}"
         if len(set(call.adapter_dtypes)) > 1:
             return "the branches must share one dtype"
+        if call.activations:
+            return f"has no kernel for a branch with an activation yet ({call.activations[0]})"
+        if call.branch_bias:
+            return "has no kernel for a branch with a bias yet"
         return None
 
     def forward(
@@ -67,8 +71,10 @@ class TritonBackend:
         bias: Tensor | None,
         a: Sequence[Tensor],
         b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
         scaling: Sequence[float],
         dropout: Sequence[float],
+        activation: Sequence[str],
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`deltaops.backends.base.Backend`."""
@@ -96,6 +102,7 @@ class TritonBackend:
         s: Tensor,
         scaling: Sequence[float],
         dropout: Sequence[float],
+        activation: Sequence[str],
         seed: Tensor | None,
         needs: Sequence[bool],
     ) -> list[Tensor]:

@@ -119,7 +119,7 @@ def _gate(
     peers: dict[str, Callable[[], list[Tensor]]],
 ) -> None:
     """Hold the fused layer to float64 before anything is timed; with dropout, by the same mask."""
-    a, b, scaling, dropout = branch
+    a, b, scaling, dropout = branch[:4]  # a LoRA branch
     torch.manual_seed(1)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64) if dropout else None
     torch.manual_seed(1)
@@ -131,10 +131,10 @@ def _gate(
                 t.to(kind or x.dtype) for t in (x, layer.weight, layer.bias, grad)
             )
             down, up = [a.to(kind or a.dtype)], [b.to(kind or b.dtype)]
-            y, s = reference.forward(xs, weight, bias, down, up, [scaling], [dropout], seed)
-            grads = reference.backward(
-                dy, xs, weight, down, up, s, [scaling], [dropout], seed, [True, False, True, True]
-            )
+            settings = [scaling], [dropout], ["identity"], seed
+            y, s = reference.forward(xs, weight, bias, down, up, [None], *settings)
+            needs = [True, False, True, True, False]
+            grads = reference.backward(dy, xs, weight, down, up, s, *settings, needs)
             results.append([y, *grads])
     for name, got, oracle, baseline in zip(
         ("y", "grad x", "grad a", "grad b"), fused, *results, strict=True

@@ -1,6 +1,6 @@
 """What every linear place shares: where its weight lies, its branches, and one call of the op.
 
-    y = x Wᵀ + b + Σᵢ sᵢ · dropᵢ(x) Aᵢᵀ Bᵢᵀ
+    y = x Wᵀ + b + Σᵢ sᵢ · φᵢ(dropᵢ(x) Aᵢᵀ + aᵢ) Bᵢᵀ
 
 Surgery makes a place by swapping ``__class__`` of an exact ``nn.Linear`` or ``Conv1D``; parameters,
 their names and hooks stay as they were. ``forward`` runs once a layer and step, where a microsecond
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltaops.ops import Branch, delta_linear
+from deltaops.reference.activation import activate
 
 from .factor import Factor
 
@@ -120,9 +121,10 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[
     """
     base = functional.linear(x, weight, bias)
     y = base
-    for a, b, scaling, dropout in branches:
+    for a, b, scaling, dropout, activation, branch_bias in branches:
         wide = functional.dropout(x.to(a.dtype), dropout, training=dropout > 0.0)
-        y = y + functional.linear(functional.linear(wide, a), b) * scaling
+        inner = activate(activation, functional.linear(wide, a, branch_bias))
+        y = y + functional.linear(inner, b) * scaling
     return y.to(base.dtype)
 
 

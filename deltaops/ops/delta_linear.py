@@ -1,6 +1,6 @@
 """A frozen linear layer and all its deltas, as one op.
 
-    y = x Wᵀ + bias + Σᵢ sᵢ · dropᵢ(x) Aᵢᵀ Bᵢᵀ
+    y = x Wᵀ + bias + Σᵢ sᵢ · φᵢ(dropᵢ(x) Aᵢᵀ + aᵢ) Bᵢᵀ
 
 Two ways in, one answer. Eager calls on plain tensors go straight to an ``autograd.Function``
 (a registered op costs about 0.2 ms more a layer); everything else (torch.compile, tensor
@@ -28,24 +28,30 @@ from deltaops.errors import (
     ShapeError,
 )
 from deltaops.reference import delta_linear as reference
+from deltaops.reference.activation import ACTIVATIONS
 
 from .delta_linear_autograd import DeltaLinearFunction, run_forward
 
 
 class Branch(NamedTuple):
-    """A low-rank branch ``scaling · drop(x) aᵀ bᵀ``.
+    """A branch ``scaling · φ(drop(x) aᵀ + bias) bᵀ``: LoRA, or a parallel adapter.
 
     Attributes:
         a: down-projection ``[R, K]``.
         b: up-projection ``[N, R]``, dtype of ``a``.
         scaling: dimensionless; LoRA uses ``alpha / R``.
         dropout: probability with which an element of x is dropped before ``a``; 0 in evaluation.
+        activation: φ: "identity" (LoRA), "relu", "gelu" (by erf), "gelu_tanh" or "silu".
+        bias: ``[R]`` or None, dtype of ``a``; what is added before φ. An adapter's bias after ``b``
+            belongs into the layer's own ``bias``.
     """
 
     a: Tensor
     b: Tensor
     scaling: float = 1.0
     dropout: float = 0.0
+    activation: str = "identity"
+    bias: Tensor | None = None
 
 
 def delta_linear(
@@ -57,7 +63,7 @@ def delta_linear(
     backend: str = "auto",
     strict: bool = False,
 ) -> Tensor:
-    """Apply a frozen linear layer together with its low-rank branches.
+    """Apply a frozen linear layer together with its branches: LoRA, parallel adapters, any stack.
 
     Args:
         x: activations ``[..., K]``, floating point.
@@ -67,10 +73,10 @@ def delta_linear(
         backend: "auto", or the name of one in ``deltaops.backends()``, which then runs or raises.
         strict: with "auto", raise instead of ending in eager torch.
     Returns: ``[..., N]`` in the dtype of ``x`` (under autocast, in autocast's dtype).
-    Raises: ShapeError, DtypeError, DeviceError, GradientError, NoBackendError.
-    Gradients: ``x``, ``bias`` and each branch's ``a`` and ``b``; first order.
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, GradientError, NoBackendError.
+    Gradients: ``x``, ``bias`` and each branch's ``a``, ``b`` and ``bias``; first order.
     Randomness: with dropout, one int64 drawn from torch's generator for the device of ``x``.
-    Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3.
+    Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3; He et al. 2021 (arXiv 2110.04366), table 1.
     """
     device = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
@@ -78,7 +84,14 @@ def delta_linear(
         if x.dtype != torch.float64 and x.is_floating_point():
             x, weight = x.to(target), weight.to(target)
             bias = None if bias is None else bias.to(target)
-            branches = [Branch(r.a.to(target), r.b.to(target), *r[2:]) for r in branches]
+            branches = [
+                r._replace(
+                    a=r.a.to(target),
+                    b=r.b.to(target),
+                    bias=None if r.bias is None else r.bias.to(target),
+                )
+                for r in branches
+            ]
         with torch.autocast(device, enabled=False):
             return _run(x, weight, bias, branches, backend, strict)
     return _run(x, weight, bias, branches, backend, strict)
@@ -98,8 +111,15 @@ def explain(
         that is no backend's.
     """
     _check(x, weight, bias, branches)
-    a, dropout = [r.a for r in branches], [r.dropout for r in branches]
-    return explain_call(DeltaLinearCall.of(x, weight, a, dropout), backend)
+    call = DeltaLinearCall.of(
+        x,
+        weight,
+        [r.a for r in branches],
+        [r.bias for r in branches],
+        [r.dropout for r in branches],
+        [r.activation for r in branches],
+    )
+    return explain_call(call, backend)
 
 
 def _run(
@@ -113,42 +133,48 @@ def _run(
     _check(x, weight, bias, branches)
     a = [r.a for r in branches]
     b = [r.b for r in branches]
+    branch_bias = [r.bias for r in branches]
     scaling = [float(r.scaling) for r in branches]
     dropout = [float(r.dropout) for r in branches]
+    activation = [r.activation for r in branches]
     seed = _draw_seed(x.device) if any(dropout) else None
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _transformed(x, weight, bias, a, b, scaling, dropout, seed, backend, strict)
-    if _takes_bypass(x, weight, bias, a, b):
-        runner = select(DeltaLinearCall.of(x, weight, a, dropout), backend, strict)
+        _check_transformed(backend, strict)
+        flat = x.reshape(-1, x.shape[-1])
+        y, _ = reference.forward(
+            flat, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed
+        )
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+    if _takes_bypass(x, weight, bias, a, b, branch_bias):
+        call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
+        runner = select(call, backend, strict)
         if torch.is_grad_enabled() and (
             x.requires_grad
             or (bias is not None and bias.requires_grad)
             or any(t.requires_grad for t in a)
             or any(t.requires_grad for t in b)
+            or any(t is not None and t.requires_grad for t in branch_bias)
         ):
-            y: Tensor = DeltaLinearFunction.apply(
-                x, weight, bias, scaling, dropout, seed, runner, *a, *b
+            y = DeltaLinearFunction.apply(
+                x, weight, bias, scaling, dropout, activation, seed, runner, *a, *b, *branch_bias
             )  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
-            return y
-        return run_forward(x, weight, bias, a, b, scaling, dropout, seed, runner)[0]
+            return y  # type: ignore[no-any-return]
+        return run_forward(
+            x, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed, runner
+        )[0]
     if strict:
-        backend = select(DeltaLinearCall.of(x, weight, a, dropout), backend, strict).name
-    out, _ = torch.ops.deltaops.delta_linear(x, weight, bias, a, b, scaling, dropout, seed, backend)
+        call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
+        backend = select(call, backend, strict).name
+    # torch's autograd of registered ops sees into a list only where all of it is tensors
+    present = [t for t in branch_bias if t is not None]
+    biased = [t is not None for t in branch_bias]
+    out, _ = torch.ops.deltaops.delta_linear(
+        x, weight, bias, a, b, present, biased, scaling, dropout, activation, seed, backend
+    )
     return out  # type: ignore[no-any-return]  # torch.ops has no types
 
 
-def _transformed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout: Sequence[float],
-    seed: Tensor | None,
-    backend: str,
-    strict: bool,
-) -> Tensor:
+def _check_transformed(backend: str, strict: bool) -> None:
     """Under torch.func (vmap, grad, jvp): the reference, which every transform understands."""
     if strict or backend not in ("auto", LAST_RESORT):
         raise NoBackendError(
@@ -156,9 +182,6 @@ def _transformed(
             f"backend={backend!r}, strict={strict} was asked for. "
             "Pass backend='auto' and strict=False, or leave the transform."
         )
-    flat = x.reshape(-1, x.shape[-1])
-    y, _ = reference.forward(flat, weight, bias, a, b, scaling, dropout, seed)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _draw_seed(device: torch.device) -> Tensor:
@@ -169,7 +192,12 @@ _PLAIN = (Tensor, Parameter)
 
 
 def _takes_bypass(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
 ) -> bool:
     """Whether the shortcut past the dispatcher gives the same: eager, and nobody is watching."""
     return (
@@ -179,6 +207,7 @@ def _takes_bypass(
         and (bias is None or type(bias) in _PLAIN)
         and all(type(t) in _PLAIN for t in a)
         and all(type(t) in _PLAIN for t in b)
+        and all(t is None or type(t) in _PLAIN for t in branch_bias)
         and not x.is_meta
         and not torch._C._len_torch_dispatch_stack()
     )
@@ -229,7 +258,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Br
 
 
 def _check_branch(i: int, branch: Branch, x: Tensor, n: int, k: int) -> None:
-    a, b, _scaling, dropout = branch
+    a, b, _scaling, dropout, activation, bias = branch
     if a.dim() != 2 or a.shape[1] != k or a.shape[0] < 1:
         raise ShapeError(
             f"delta_linear: branch {i}: a must be [R, {k}] with R ≥ 1 (K={k} from weight), "
@@ -253,6 +282,29 @@ def _check_branch(i: int, branch: Branch, x: Tensor, n: int, k: int) -> None:
         raise ConfigError(
             f"delta_linear: branch {i}: dropout is a probability from 0 to 1, got {dropout}."
         )
+    if activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"delta_linear: branch {i}: activation must be one of {', '.join(ACTIVATIONS)}, "
+            f"got {activation!r}. Check the spelling."
+        )
+    if bias is not None:
+        _check_branch_bias(i, bias, a, x)
+
+
+def _check_branch_bias(i: int, bias: Tensor, a: Tensor, x: Tensor) -> None:
+    rank = a.shape[0]
+    if bias.shape != (rank,):
+        raise ShapeError(
+            f"delta_linear: branch {i}: bias must be [{rank}] (R from a), "
+            f"got {list(bias.shape)}. It is added before the activation, not after b."
+        )
+    if bias.dtype != a.dtype:
+        raise DtypeError(
+            f"delta_linear: branch {i}: bias must have the dtype of a, {a.dtype}, "
+            f"got {bias.dtype}. Convert one of them."
+        )
+    if bias.device != x.device:
+        raise DeviceError(_device_message(f"branch {i}: bias", bias, x))
 
 
 def _device_message(name: str, tensor: Tensor, x: Tensor) -> str:

@@ -1,7 +1,7 @@
 """Autograd for ``delta_linear``, twice: a Function for eager calls, and the registered op.
 
 Saved for the backward pass, by both: x (only where some ``a`` trains), W, A, B, S and the seed;
-no mask and no dropped-out x.
+no mask, no dropped-out x and no activation beside S.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ def run_forward(
     bias: Tensor | None,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
     scaling: Sequence[float],
     dropout: Sequence[float],
+    activation: Sequence[str],
     seed: Tensor | None,
     runner: Backend,
 ) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
     flat = x if x.dim() == 2 else x.reshape(-1, k)
-    y, s = runner.forward(flat, weight, bias, a, b, scaling, dropout, seed)
+    y, s = runner.forward(flat, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed)
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), s
 
 
@@ -44,6 +46,7 @@ def run_backward(
     s: Tensor,
     scaling: Sequence[float],
     dropout: Sequence[float],
+    activation: Sequence[str],
     seed: Tensor | None,
     needs: Sequence[bool],
     runner: Backend,
@@ -52,7 +55,7 @@ def run_backward(
     grad = grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, n)
     flat = None if x is None else (x if x.dim() == 2 else x.reshape(-1, k))
     grads: list[Tensor] = runner.backward(
-        grad, flat, weight, a, b, s, scaling, dropout, seed, needs
+        grad, flat, weight, a, b, s, scaling, dropout, activation, seed, needs
     )
     if needs[0] and grad_y.dim() != 2:
         grads[0] = grads[0].view(*grad_y.shape[:-1], k)
@@ -70,27 +73,30 @@ class DeltaLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         scaling: list[float],
         dropout: list[float],
+        activation: list[str],
         seed: Tensor | None,
         runner: Backend,
-        *adapters: Tensor,
+        *adapters: Any,  # a…, b…, branch_bias…: the last ones may be None
     ) -> Tensor:
         count = len(scaling)
-        a, b = adapters[:count], adapters[count:]
-        y, s = run_forward(x, weight, bias, a, b, scaling, dropout, seed, runner)
+        a, b, branch_bias = adapters[:count], adapters[count : 2 * count], adapters[2 * count :]
+        y, s = run_forward(
+            x, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed, runner
+        )
         needs = ctx.needs_input_grad
-        x_saved = x if any(needs[7 : 7 + count]) else None
-        ctx.save_for_backward(x_saved, weight, s, seed, *adapters)
-        ctx.settings = scaling, dropout, runner
+        x_saved = x if any(needs[8 : 8 + count]) else None
+        ctx.save_for_backward(x_saved, weight, s, seed, *a, *b)
+        ctx.settings = scaling, dropout, activation, runner
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, s, seed, *adapters = ctx.saved_tensors
-        scaling, dropout, runner = ctx.settings
+        scaling, dropout, activation, runner = ctx.settings
         count = len(scaling)
         wants = ctx.needs_input_grad
-        needs = [wants[0], wants[2], *wants[7:]]
+        needs = [wants[0], wants[2], *wants[8:]]
         found = iter(
             run_backward(
                 grad_y,
@@ -101,13 +107,14 @@ class DeltaLinearFunction(torch.autograd.Function):
                 s,
                 scaling,
                 dropout,
+                activation,
                 seed,
                 needs,
                 runner,
             )
         )
         grads = [next(found) if need else None for need in needs]
-        return (grads[0], None, grads[1], None, None, None, None, *grads[2:])
+        return (grads[0], None, grads[1], None, None, None, None, None, *grads[2:])
 
 
 # --------------------------------------------------------------------------------- registered op
@@ -122,12 +129,13 @@ def _define(schema: str) -> None:
 # No defaults: the dispatcher drops trailing ones, and needs_input_grad gets shorter.
 _define(
     "delta_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, "
-    "float[] scaling, float[] dropout, Tensor? seed, str backend) -> (Tensor y, Tensor s)",
+    "Tensor[] branch_bias, bool[] biased, float[] scaling, float[] dropout, str[] activation, "
+    "Tensor? seed, str backend) -> (Tensor y, Tensor s)",
 )
 _define(
     "delta_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor[] a, Tensor[] b, "
-    "Tensor s, float[] scaling, float[] dropout, Tensor? seed, bool[] needs, str backend) "
-    "-> Tensor[]",
+    "Tensor s, float[] scaling, float[] dropout, str[] activation, Tensor? seed, bool[] needs, "
+    "str backend) -> Tensor[]",
 )
 
 
@@ -137,13 +145,18 @@ def _op_forward(
     bias: Tensor | None,
     a: list[Tensor],
     b: list[Tensor],
+    branch_bias: list[Tensor],
+    biased: list[bool],
     scaling: list[float],
     dropout: list[float],
+    activation: list[str],
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    runner = select(DeltaLinearCall.of(x, weight, a, dropout), backend)
-    return run_forward(x, weight, bias, a, b, scaling, dropout, seed, runner)
+    present = iter(branch_bias)
+    biases = [next(present) if there else None for there in biased]
+    runner = select(DeltaLinearCall.of(x, weight, a, biases, dropout, activation), backend)
+    return run_forward(x, weight, bias, a, b, biases, scaling, dropout, activation, seed, runner)
 
 
 def _op_backward(
@@ -155,15 +168,20 @@ def _op_backward(
     s: Tensor,
     scaling: list[float],
     dropout: list[float],
+    activation: list[str],
     seed: Tensor | None,
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
     # grad_y [..., N] stands for x [..., K]: the call differs in nothing that a backend looks at
     n, _k = weight.shape
-    call = DeltaLinearCall.of(grad_y, weight, a, dropout)
-    runner = select(call._replace(m=grad_y.numel() // n if n else 0), backend)
-    return run_backward(grad_y, x, weight, a, b, s, scaling, dropout, seed, needs, runner)
+    call = DeltaLinearCall.of(grad_y, weight, a, [None] * len(a), dropout, activation)
+    biased = any(needs[2 + 2 * len(a) :])
+    call = call._replace(m=grad_y.numel() // n if n else 0, branch_bias=biased)
+    runner = select(call, backend)
+    return run_backward(
+        grad_y, x, weight, a, b, s, scaling, dropout, activation, seed, needs, runner
+    )
 
 
 def _fake_forward(
@@ -172,8 +190,11 @@ def _fake_forward(
     bias: Tensor | None,
     a: list[Tensor],
     b: list[Tensor],
+    branch_bias: list[Tensor],
+    biased: list[bool],
     scaling: list[float],
     dropout: list[float],
+    activation: list[str],
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -194,6 +215,7 @@ def _fake_backward(
     s: Tensor,
     scaling: list[float],
     dropout: list[float],
+    activation: list[str],
     seed: Tensor | None,
     needs: list[bool],
     backend: str,
@@ -203,27 +225,32 @@ def _fake_backward(
         grad_y.new_empty((*grad_y.shape[:-1], k)),
         grad_y.new_empty((n,)),
         *(t.new_empty(t.shape) for t in (*a, *b)),
+        *(t.new_empty((t.shape[0],)) for t in a),
     ]
     return [t for t, need in zip(outputs, needs, strict=True) if need]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _bias, a, b, scaling, dropout, seed, backend = inputs
+    x, weight, _bias, a, b, branch_bias, biased, scaling, dropout, activation, seed, backend = (
+        inputs
+    )
     if weight.requires_grad:
         raise GradientError("deltaops::delta_linear: weight is frozen, but requires a gradient.")
     ctx.mark_non_differentiable(output[1])
     need_a = any(t.requires_grad for t in a)
     ctx.save_for_backward(x if need_a else None, weight, output[1], seed, *a, *b)
-    ctx.settings = scaling, dropout, backend
-    ctx.ranks = [t.requires_grad for t in a], [t.requires_grad for t in b]
+    ctx.settings = biased, scaling, dropout, activation, backend
+    ctx.adapters_need = [[t.requires_grad for t in tensors] for tensors in (a, b, branch_bias)]
 
 
 def _op_autograd(ctx: Any, grad_y: Tensor, _grad_s: Tensor | None) -> tuple[Any, ...]:
     x, weight, s, seed, *adapters = ctx.saved_tensors
-    scaling, dropout, backend = ctx.settings
-    needs_a, needs_b = ctx.ranks
+    biased, scaling, dropout, activation, backend = ctx.settings
+    needs_a, needs_b, needs_present = ctx.adapters_need
     count = len(needs_a)
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *needs_a, *needs_b]
+    flags = iter(needs_present)
+    needs_bias = [next(flags) if there else False for there in biased]
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], *needs_a, *needs_b, *needs_bias]
     found = iter(
         torch.ops.deltaops.delta_linear_backward(
             grad_y,
@@ -234,14 +261,17 @@ def _op_autograd(ctx: Any, grad_y: Tensor, _grad_s: Tensor | None) -> tuple[Any,
             s,
             scaling,
             dropout,
+            activation,
             seed,
             needs,
             backend,
         )
     )
     grads = [next(found) if need else None for need in needs]
-    grad_a, grad_b = grads[2 : 2 + count], grads[2 + count :]
-    return (grads[0], None, grads[1], grad_a, grad_b, None, None, None, None)
+    grad_a, grad_b, all_biases = (grads[2 + j * count : 2 + (j + 1) * count] for j in range(3))
+    grad_present = [grad for grad, there in zip(all_biases, biased, strict=True) if there]
+    nothing = [None] * 6
+    return (grads[0], None, grads[1], grad_a, grad_b, grad_present, *nothing)
 
 
 def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:

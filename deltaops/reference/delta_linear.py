@@ -1,8 +1,11 @@
-"""Linear layer with low-rank branches      (LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3)
+"""Linear layer with low-rank branches      (LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3;
+                                         parallel adapter: He et al. 2021, arXiv 2110.04366)
 
-    y = x Wᵀ + bias + Σᵢ sᵢ · dropᵢ(x) Aᵢᵀ Bᵢᵀ
+    y = x Wᵀ + bias + Σᵢ sᵢ · φᵢ(Hᵢ) Bᵢᵀ,    Hᵢ = dropᵢ(x) Aᵢᵀ + aᵢ
 
-x [M,K]  W [N,K]  bias [N]  A [R,K]  B [N,R]  y [M,N];  S = sᵢ · dropᵢ(x) Aᵢᵀ side by side, [M, ΣR].
+x [M,K]  W [N,K]  bias [N]  A [R,K]  a [R] or none  B [N,R]  y [M,N].
+S [M, ΣR] is what backward needs, branches side by side: sᵢ·Hᵢ where φ is the identity, else Hᵢ,
+from which φ(H) and φ'(H) are computed again.
 A branch is computed in the wider of its own dtype and that of x, as PEFT does with float32
 adapters on a bfloat16 model.
 """
@@ -14,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .activation import activate, activate_slope
 from .philox import dropout_scale
 
 
@@ -34,8 +38,10 @@ def forward(
     bias: Tensor | None,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
     scaling: Sequence[float],
     dropout: Sequence[float],
+    activation: Sequence[str],
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``(y [M, N] in x's dtype, S [M, ΣR])``."""
@@ -43,9 +49,13 @@ def forward(
     projected = []
     for i in range(len(a)):
         work = torch.promote_types(x.dtype, a[i].dtype)
-        s = scaling[i] * (_dropped(x, dropout[i], seed, i).to(work) @ a[i].to(work).T)
+        h = _dropped(x, dropout[i], seed, i).to(work) @ a[i].to(work).T
+        bias_i = branch_bias[i]
+        if bias_i is not None:
+            h = h + bias_i.to(work)
+        s = scaling[i] * activate(activation[i], h)
         y = y + s @ b[i].to(work).T
-        projected.append(s.to(state_dtype(x.dtype)))
+        projected.append((s if activation[i] == "identity" else h).to(state_dtype(x.dtype)))
     empty = x.new_empty(x.shape[0], 0, dtype=state_dtype(x.dtype))
     return y.to(x.dtype), torch.cat(projected, dim=1) if projected else empty
 
@@ -59,17 +69,22 @@ def backward(
     s: Tensor,
     scaling: Sequence[float],
     dropout: Sequence[float],
+    activation: Sequence[str],
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The wanted ones of ``[grad_x, grad_bias, grad_a…, grad_b…]``, in that order.
+    """The wanted ones of ``[grad_x, grad_bias, grad_a…, grad_b…, grad_branch_bias…]``.
 
-    ``needs`` has 2 + 2·branches flags. ``x`` may be None when no ``grad_a`` is wanted.
+    ``needs`` has 2 + 3·branches flags. ``x`` may be None when no ``grad_a`` is wanted.
     """
     branches = len(a)
     need_x, need_bias = needs[0], needs[1]
+    need_a, need_b, need_branch_bias = (
+        needs[2 + j * branches : 2 + (j + 1) * branches] for j in range(3)
+    )
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
+    grads_branch_bias: list[Tensor] = []
     grad_x = grad_y @ weight if need_x else None
     column = 0
     for i in range(branches):
@@ -77,18 +92,24 @@ def backward(
         dy, rank = grad_y.to(work), a[i].shape[0]
         s_i = s[:, column : column + rank]
         column += rank
-        if needs[2 + branches + i]:
-            grads_b.append((dy.T @ s_i.to(work)).to(b[i].dtype))
-        if not (need_x or needs[2 + i]):
+        linear = activation[i] == "identity"
+        if need_b[i]:
+            up = s_i if linear else scaling[i] * activate(activation[i], s_i)
+            grads_b.append((dy.T @ up.to(work)).to(b[i].dtype))
+        if not (need_x or need_a[i] or need_branch_bias[i]):
             continue
-        ds = scaling[i] * (dy @ b[i].to(work))
-        if needs[2 + i]:
+        dh = scaling[i] * (dy @ b[i].to(work))
+        if not linear:
+            dh = dh * activate_slope(activation[i], s_i).to(work)
+        if need_a[i]:
             if x is None:
                 raise ValueError("grad_a needs x")
-            grads_a.append((ds.T @ _dropped(x, dropout[i], seed, i).to(work)).to(a[i].dtype))
+            grads_a.append((dh.T @ _dropped(x, dropout[i], seed, i).to(work)).to(a[i].dtype))
+        if need_branch_bias[i]:
+            grads_branch_bias.append(dh.sum(0).to(a[i].dtype))
         if grad_x is not None:
-            grad_x = grad_x + _dropped(ds @ a[i].to(work), dropout[i], seed, i)
+            grad_x = grad_x + _dropped(dh @ a[i].to(work), dropout[i], seed, i)
     grads = [] if grad_x is None else [grad_x.to(grad_y.dtype)]
     if need_bias:
         grads.append(grad_y.sum(0))
-    return grads + grads_a + grads_b
+    return grads + grads_a + grads_b + grads_branch_bias

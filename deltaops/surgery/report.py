@@ -110,6 +110,8 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
         tuple(b.a.shape[0] for b in branches),
         any(b.dropout for b in branches),
         weight_layout(weight),
+        tuple(b.activation for b in branches if b.activation != "identity"),
+        any(b.bias is not None for b in branches),
     )
     explanation = explain_call(call, module.backend)  # type: ignore[arg-type]  # a string on places
     note = ""

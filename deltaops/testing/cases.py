@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaops.backends import DeltaLinearCall
+
 
 @dataclass(frozen=True)
 class DeltaLinearTensors:
@@ -17,8 +19,10 @@ class DeltaLinearTensors:
     bias: Tensor | None
     a: list[Tensor]
     b: list[Tensor]
+    branch_bias: list[Tensor | None]
     scaling: list[float]
     dropout: list[float]
+    activation: list[str]
     seed: Tensor | None
 
     def to(self, dtype: torch.dtype) -> DeltaLinearTensors:
@@ -29,22 +33,37 @@ class DeltaLinearTensors:
             None if self.bias is None else self.bias.to(dtype),
             [t.to(dtype) for t in self.a],
             [t.to(dtype) for t in self.b],
+            [None if t is None else t.to(dtype) for t in self.branch_bias],
             self.scaling,
             self.dropout,
+            self.activation,
             self.seed,
         )
 
     def forward_arguments(self) -> tuple[object, ...]:
         """For ``backend.forward(*…)``."""
         return (
-            self.x, self.weight, self.bias, self.a, self.b, self.scaling, self.dropout, self.seed
+            self.x, self.weight, self.bias, self.a, self.b, self.branch_bias, self.scaling,
+            self.dropout, self.activation, self.seed,
         )  # fmt: skip
 
     def backward_arguments(self, grad_y: Tensor, s: Tensor) -> tuple[object, ...]:
         """For ``backend.backward(*…, needs)``."""
         return (
-            grad_y, self.x, self.weight, self.a, self.b, s, self.scaling, self.dropout, self.seed
+            grad_y, self.x, self.weight, self.a, self.b, s, self.scaling, self.dropout,
+            self.activation, self.seed,
         )  # fmt: skip
+
+    def all_needed(self) -> list[bool]:
+        """``needs`` of ``backend.backward`` for every gradient that there is."""
+        biases = [t is not None for t in self.branch_bias]
+        return [True, self.bias is not None, *[True] * (2 * len(self.a)), *biases]
+
+    def call(self) -> DeltaLinearCall:
+        """For ``backend.unsupported(…)``."""
+        return DeltaLinearCall.of(
+            self.x, self.weight, self.a, self.branch_bias, self.dropout, self.activation
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,8 @@ class DeltaLinearCase:
     """Of the weight: "row" as nn.Linear, "col" as Conv1D."""
     padding: int = 0
     """Extra elements behind each row of x, so that its rows are strided."""
+    activation: tuple[str, ...] = ()
+    branch_bias: tuple[bool, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.m}x{self.n}x{self.k}", "r" + "+".join(map(str, self.ranks or (0,)))]
@@ -68,6 +89,8 @@ class DeltaLinearCase:
         parts += [] if self.bias else ["nobias"]
         parts += ["conv1d"] if self.layout == "col" else []
         parts += ["strided"] if self.padding else []
+        parts += ["+".join(self.activation)] if self.activation else []
+        parts += ["branchbias"] if any(self.branch_bias) else []
         return "-".join(parts)
 
     def tensors(
@@ -91,15 +114,20 @@ class DeltaLinearCase:
         weight = place(normal(self.n, self.k, scale=self.k**-0.5), dtype)
         if self.layout == "col":
             weight = weight.t().contiguous().t()
-        narrow = adapter_dtype or dtype
+        narrow, count = adapter_dtype or dtype, len(self.ranks)
         return DeltaLinearTensors(
             x,
             weight,
             place(normal(self.n), dtype) if self.bias else None,
             [place(normal(r, self.k, scale=self.k**-0.5), narrow) for r in self.ranks],
             [place(normal(self.n, r, scale=r**-0.5), narrow) for r in self.ranks],
-            [2.0 / (1 + i) for i in range(len(self.ranks))],
-            list(self.dropout or (0.0,) * len(self.ranks)),
+            [
+                place(normal(r), narrow) if there else None
+                for r, there in zip(self.ranks, self.branch_bias or (False,) * count, strict=True)
+            ],
+            [2.0 / (1 + i) for i in range(count)],
+            list(self.dropout or (0.0,) * count),
+            list(self.activation or ("identity",) * count),
             torch.tensor([0x1234_5678_9ABC_DEF0 + seed], device=device),
         )
 
@@ -128,4 +156,24 @@ DELTA_LINEAR_CASES = (
     DeltaLinearCase(50, 37, 53, (8, 1, 16), dropout=(0.3, 0.2, 0.1), bias=False),
     DeltaLinearCase(12, 20, 24, (3,), dropout=(1.0,)),
     DeltaLinearCase(300, 200, 700, (16,)),
-)
+    # parallel adapters
+    DeltaLinearCase(64, 48, 32, (8,), activation=("relu",)),
+    DeltaLinearCase(130, 37, 300, (24,), padding=3, activation=("gelu",), branch_bias=(True,)),
+    DeltaLinearCase(65, 96, 64, (40,), activation=("gelu_tanh",), branch_bias=(True,)),
+    DeltaLinearCase(5, 130, 67, (17,), bias=False, activation=("silu",), branch_bias=(True,)),
+    DeltaLinearCase(1, 64, 64, (16,), activation=("gelu_tanh",)),
+    DeltaLinearCase(0, 16, 16, (4,), activation=("silu",), branch_bias=(True,)),
+    DeltaLinearCase(33, 19, 23, (1,), layout="col", activation=("gelu",), branch_bias=(True,)),
+    DeltaLinearCase(
+        50, 37, 53, (4, 9, 8), dropout=(0.3, 0.0, 0.25),
+        activation=("identity", "relu", "silu"), branch_bias=(False, True, True),
+    ),
+    DeltaLinearCase(
+        50, 37, 53, (8, 1, 16), dropout=(0.0, 0.2, 0.1), bias=False,
+        activation=("gelu", "identity", "gelu_tanh"), branch_bias=(True, True, False),
+    ),
+    DeltaLinearCase(
+        12, 20, 24, (3, 2), dropout=(1.0, 1.0),
+        activation=("silu", "identity"), branch_bias=(True, True),
+    ),
+)  # fmt: skip

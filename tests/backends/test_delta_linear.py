@@ -7,12 +7,8 @@ import torch
 
 from deltaops.backends import DeltaLinearCall, registered
 from deltaops.reference import delta_linear as reference
-from deltaops.testing import (
-    DELTA_LINEAR_CASES,
-    DeltaLinearCase,
-    DeltaLinearTensors,
-    assert_accurate,
-)
+from deltaops.reference.activation import ACTIVATIONS
+from deltaops.testing import DELTA_LINEAR_CASES, DeltaLinearCase, assert_accurate
 
 ON_CPU = DeltaLinearCall("cpu", torch.float32, (), 1, 1, 1, (), False, "row")
 BACKENDS = [
@@ -28,10 +24,6 @@ DTYPES = {
 every = pytest.mark.parametrize("backend", BACKENDS)
 case = pytest.mark.parametrize("case", DELTA_LINEAR_CASES, ids=str)
 dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-
-
-def all_needed(t: DeltaLinearTensors) -> list[bool]:
-    return [True, t.bias is not None] + [True] * (2 * len(t.a))
 
 
 def test_the_native_core_is_here() -> None:
@@ -60,7 +52,7 @@ def test_gradients_match_fp64_reference(
 ) -> None:
     t = case.tensors(dtypes[0], adapter_dtype=dtypes[1])
     grad_y, wide = case.grad_y(dtypes[0]), t.to(torch.float64)
-    needs = all_needed(t)
+    needs = t.all_needed()
     s64 = reference.forward(*wide.forward_arguments())[1]
     oracle = reference.backward(*wide.backward_arguments(grad_y.double(), s64), needs)
     s_low = reference.forward(*t.forward_arguments())[1]
@@ -76,15 +68,16 @@ def test_gradients_match_fp64_reference(
 @case
 def test_same_bits_again_and_inputs_unchanged(backend: str, case: DeltaLinearCase) -> None:
     t, run = case.tensors(torch.float32), registered()[backend]
-    before = [t.x.clone(), t.weight.clone(), *(u.clone() for u in (*t.a, *t.b))]
+    inputs = [u for u in (t.x, t.weight, *t.a, *t.b, *t.branch_bias) if u is not None]
+    before = [u.clone() for u in inputs]
     grad_y = case.grad_y(torch.float32)
     results = []
     for _ in range(2):
         y, s = run.forward(*t.forward_arguments())
-        results.append([y, s, *run.backward(*t.backward_arguments(grad_y, s), all_needed(t))])
+        results.append([y, s, *run.backward(*t.backward_arguments(grad_y, s), t.all_needed())])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
-    for old, new in zip(before, [t.x, t.weight, *t.a, *t.b], strict=True):
+    for old, new in zip(before, inputs, strict=True):
         assert torch.equal(old, new)
 
 
@@ -102,25 +95,44 @@ def test_every_element_is_written(
 
     monkeypatch.setattr(torch, "empty", poisoned)
     y, s = run.forward(*t.forward_arguments())
-    grads = run.backward(*t.backward_arguments(case.grad_y(torch.float32), s), all_needed(t))
+    grads = run.backward(*t.backward_arguments(case.grad_y(torch.float32), s), t.all_needed())
     for tensor in (y, s, *grads):
         assert not tensor.isnan().any()
 
 
 @every
-@pytest.mark.parametrize("wanted", range(6))
-def test_each_gradient_alone(backend: str, wanted: int) -> None:
-    case = DeltaLinearCase(50, 37, 53, (4, 9), dropout=(0.3, 0.0))
+@pytest.mark.parametrize("wanted", range(8))
+@pytest.mark.parametrize("activation", [("identity", "identity"), ("silu", "identity")], ids=str)
+def test_each_gradient_alone(backend: str, activation: tuple[str, str], wanted: int) -> None:
+    case = DeltaLinearCase(
+        50, 37, 53, (4, 9), dropout=(0.3, 0.0), activation=activation, branch_bias=(True, True)
+    )
     t, run = case.tensors(torch.float32), registered()[backend]
     grad_y = case.grad_y(torch.float32)
     s = run.forward(*t.forward_arguments())[1]
     arguments = list(t.backward_arguments(grad_y, s))
-    alone = [i == wanted for i in range(6)]
+    alone = [i == wanted for i in range(8)]
     if not any(alone[2:4]):
         arguments[1] = None  # x is saved for grad_a only
-    everything = run.backward(*t.backward_arguments(grad_y, s), [True] * 6)
+    everything = run.backward(*t.backward_arguments(grad_y, s), [True] * 8)
     (got,) = run.backward(*arguments, alone)
     torch.testing.assert_close(got, everything[wanted])
+
+
+@every
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_not_a_number_passes_an_activation(backend: str, activation: str) -> None:
+    t = DeltaLinearCase(20, 33, 40, (4,), activation=(activation,)).tensors(torch.float32)
+    t.x[3, 5] = float("nan")
+    run, grad_y = registered()[backend], torch.ones(20, 33)
+    y, s = run.forward(*t.forward_arguments())
+    (grad_x,) = run.backward(*t.backward_arguments(grad_y, s), [True, *[False] * 4])
+    clean = [i for i in range(20) if i != 3]
+    assert s[3].isnan().all()
+    assert y[3].isnan().all()
+    assert grad_x[3].isnan().all() == (activation not in ("identity", "relu"))
+    assert y[clean].isfinite().all()
+    assert grad_x[clean].isfinite().all()
 
 
 @every

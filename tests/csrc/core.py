@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,8 +66,10 @@ class Branch(ctypes.Structure):
     _fields_ = [
         ("a", Matrix),
         ("b", Matrix),
+        ("bias", Matrix),
         ("scaling", c_float),
-        *((name, c_uint32) for name in ("drop_threshold", "stream", "reserved")),
+        *((name, c_uint32) for name in ("drop_threshold", "stream")),
+        ("activation", c_int32),
     ]
 
 
@@ -97,6 +100,7 @@ class Backward(ctypes.Structure):
         ("grad_bias", Matrix),
         ("grad_a", POINTER(Matrix)),
         ("grad_b", POINTER(Matrix)),
+        ("grad_branch_bias", POINTER(Matrix)),
         ("packed_weight", c_void_p),
         ("packed_bytes", c_int64),
     ]
@@ -124,20 +128,42 @@ def matrix(x: np.ndarray | None) -> Matrix:
     return Matrix(x.ctypes.data, rows, cols, *strides, BF16 if x.dtype == np.uint16 else F32, 0)
 
 
+class Adapter(NamedTuple):
+    """One branch."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scaling: float
+    threshold: int
+    activation: int = 0
+    bias: np.ndarray | None = None
+
+
 @dataclass
 class Layer:
-    """Arrays of one call. ``adapters``: (a, b, scaling, drop_threshold) for each branch."""
+    """Arrays of one call."""
 
     x: np.ndarray
     weight: np.ndarray
     bias: np.ndarray | None
-    adapters: list[tuple[np.ndarray, np.ndarray, float, int]]
+    adapters: list[Adapter]
     seed: int = 0x1234_5678_9ABC_DEF0
 
     def branches(self) -> ctypes.Array[Branch]:
         """The branches as the ABI takes them; stream = the branch's number."""
         return (Branch * max(1, len(self.adapters)))(
-            *(Branch(matrix(a), matrix(b), s, t, i) for i, (a, b, s, t) in enumerate(self.adapters))
+            *(
+                Branch(
+                    matrix(d.a),
+                    matrix(d.b),
+                    matrix(d.bias),
+                    d.scaling,
+                    d.threshold,
+                    i,
+                    d.activation,
+                )
+                for i, d in enumerate(self.adapters)
+            )
         )
 
 
@@ -205,15 +231,19 @@ class Core:
         grad_bias: np.ndarray | None,
         grad_a: list[np.ndarray | None],
         grad_b: list[np.ndarray | None],
+        grad_branch_bias: list[np.ndarray | None] | None = None,
         threads: int = 2,
         changes: dict[str, object] | None = None,
     ) -> int:
         branches, count = layer.branches(), len(layer.adapters)
-        as_, bs = ((Matrix * max(1, count))(*map(matrix, g)) for g in (grad_a, grad_b))
+        lists = [
+            (Matrix * max(1, count))(*map(matrix, grads))
+            for grads in (grad_a, grad_b, grad_branch_bias or [])
+        ]
         args = Backward(
             ctypes.sizeof(Backward), threads, matrix(grad_y), matrix(layer.x),
             matrix(layer.weight), matrix(s), branches, count, 0, layer.seed, matrix(grad_x),
-            matrix(grad_bias), as_, bs,
+            matrix(grad_bias), *lists,
         )  # fmt: skip
         for name, value in (changes or {}).items():
             setattr(args, name, value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,18 +19,40 @@ Builds = dict[str, tuple[Path, list[Path]]]
 
 SHAPES = [(1, 1, 1), (3, 17, 5), (1, 70, 300), (8, 64, 33), (9, 13, 31), (131, 50, 301),
           (260, 129, 521), (17, 67, 1100), (0, 5, 3), (4, 0, 3), (4, 5, 0)]  # fmt: skip
+
+
+class Spec(NamedTuple):
+    """A branch to make; ``activation`` as csrc/include/deltaops.h numbers them."""
+
+    rank: int
+    threshold: int = 0
+    activation: int = 0
+    bias: bool = False
+
+
 BRANCHES = {
     "none": [],
-    "rank4": [(4, 0)],
-    "rank1-dropout": [(1, 6554)],
-    "four": [(8, 0), (3, 30000), (17, 0), (5, 65536)],
-    "rank40": [(40, 0)],
-}
+    "rank4": [Spec(4)],
+    "rank1-dropout": [Spec(1, 6554)],
+    "four": [Spec(8), Spec(3, 30000), Spec(17), Spec(5, 65536)],
+    "rank40": [Spec(40)],
+    "adapters": [Spec(5, 0, 1, True), Spec(17, 9000, 2), Spec(4), Spec(1, 0, 3, True),
+                 Spec(16, 0, 4, True)],
+    "all-dropped": [Spec(3, 65536, 4, True), Spec(2, 65536, 0, True)],
+}  # fmt: skip
+ERF = np.vectorize(math.erf, otypes=[float])
+ACTIVATE: list[Callable[[np.ndarray], np.ndarray]] = [
+    lambda h: h,
+    lambda h: np.maximum(h, 0),
+    lambda h: h * (1 + ERF(h / math.sqrt(2))) / 2,
+    lambda h: h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))) / 2,
+    lambda h: h / (1 + np.exp(-h)),
+]
 # Float sums against float64, relative to the largest element; bf16 adds one rounding, 2^-9 of it.
 TOLERANCE = {"f32": 2e-5, "bf16": 2.0**-8}
 
 
-def make(helper: ModuleType, shape: tuple[int, int, int], spec: list[tuple[int, int]], *,
+def make(helper: ModuleType, shape: tuple[int, int, int], spec: list[Spec], *,
          dtype: str, adapters: str, layout: str, seed: int = 0) -> Any:  # fmt: skip
     rng = np.random.default_rng(seed)
     m, n, k = shape
@@ -38,8 +63,13 @@ def make(helper: ModuleType, shape: tuple[int, int, int], spec: list[tuple[int, 
 
     x = random(m, k + 3, dtype)[:, :k]  # strided rows
     weight = random(n, k, dtype) if layout == "row" else random(k, n, dtype).T
-    branches = [(random(r, k, adapters), random(n, r, adapters), 0.5, t) for r, t in spec]
-    return helper.Layer(x, weight, random(1, n, dtype), branches)
+    bias = random(1, n, dtype)
+    branches = [
+        helper.Adapter(random(r, k, adapters), random(n, r, adapters), 0.5, t, activation,
+                       random(1, r, adapters) if biased else None)
+        for r, t, activation, biased in spec
+    ]  # fmt: skip
+    return helper.Layer(x, weight, bias, branches)
 
 
 def guarded(rows: int, cols: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -60,19 +90,36 @@ def assert_close(helper: ModuleType, got: np.ndarray, want: np.ndarray, dtype: s
     np.testing.assert_allclose(helper.to_f64(got), want, rtol=0, atol=bound)
 
 
-def expected(helper: ModuleType, layer: Any) -> tuple[np.ndarray, list[np.ndarray], list[Any]]:
-    """y, each S_i, and each (factor, mask), in float64."""
+class Part(NamedTuple):
+    """What the branch of ``adapter`` does, in float64."""
+
+    adapter: Any
+    kept: np.ndarray  # the mask, times dropout's scale
+    saved: np.ndarray  # what the forward pass leaves for the backward pass
+    up: np.ndarray  # what goes into B
+    slope: np.ndarray
+
+
+def expected(helper: ModuleType, layer: Any) -> tuple[np.ndarray, list[Part]]:
     x, f64 = helper.to_f64(layer.x), helper.to_f64
     y = x @ f64(layer.weight).T + f64(layer.bias)
-    parts, drops = [], []
-    for i, (a, b, scaling, threshold) in enumerate(layer.adapters):
-        keep = helper.philox_keep(*x.shape, layer.seed, i, threshold)
-        factor = scaling * (65536 / (65536 - threshold) if threshold < 65536 else 0.0)
-        part = factor * (x * keep) @ f64(a).T
-        y = y + part @ f64(b).T
-        parts.append(part)
-        drops.append((factor, keep))
-    return y, parts, drops
+    parts = []
+    for i, adapter in enumerate(layer.adapters):
+        keep = helper.philox_keep(*x.shape, layer.seed, i, adapter.threshold)
+        kept = keep * (65536 / max(1, 65536 - adapter.threshold))
+        h = (x * kept) @ f64(adapter.a).T
+        if adapter.bias is not None:
+            h = h + f64(adapter.bias)
+        act, step = ACTIVATE[adapter.activation], 1e-6
+        up = adapter.scaling * act(h)
+        slope = (act(h + step) - act(h - step)) / (2 * step)
+        y = y + up @ f64(adapter.b).T
+        parts.append(Part(adapter, kept, h if adapter.activation else up, up, slope))
+    return y, parts
+
+
+def saved(parts: list[Part], m: int) -> np.ndarray:
+    return np.concatenate([np.zeros((m, 0)), *(part.saved for part in parts)], 1)
 
 
 KINDS = [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")]
@@ -102,14 +149,13 @@ def test_forward_matches_float64_and_writes_nothing_else(
         m, n, _ = shape
         layer = make(core_module, shape, spec, dtype=dtype, adapters=adapters, layout=layout)
         before = [layer.x.copy(), layer.weight.copy()]
-        want, parts, _ = expected(core_module, layer)
+        want, parts = expected(core_module, layer)
         y, y_buffer = guarded(m, n, dtype)
-        s, s_buffer = guarded(m, sum(r for r, _ in spec), "f32")
+        s, s_buffer = guarded(m, sum(r for r, *_ in spec), "f32")
         bits = y_buffer.copy()
         assert core.forward(layer, y, s, threads=3) == 0, core.error()
         assert_close(core_module, y, want, dtype)
-        if parts:
-            assert_close(core_module, s, np.concatenate(parts, 1), "f32")
+        assert_close(core_module, s, saved(parts, m), "f32")
         inner = np.zeros(y_buffer.shape, bool)
         inner[1 : m + 1, 2 : n + 2] = True
         np.testing.assert_array_equal(y_buffer[~inner], bits[~inner])
@@ -126,51 +172,114 @@ def test_backward_matches_float64(
     for shape, layout in with_layouts(spec):
         m, n, k = shape
         layer = make(core_module, shape, spec, dtype=dtype, adapters=adapters, layout=layout)
-        _, parts, drops = expected(core_module, layer)
-        s = np.concatenate([np.zeros((m, 0)), *parts], 1).astype(np.float32)
+        _, parts = expected(core_module, layer)
+        s = saved(parts, m).astype(np.float32)
         grad_y = make(core_module, (m, 1, n), [], dtype=dtype, adapters=adapters, layout="row",
                       seed=1).x  # fmt: skip
         grad_x, grad_bias = guarded(m, k, dtype)[0], poisoned(1, n, dtype)
-        grad_a = [poisoned(r, k, adapters) for r, _ in spec]
-        grad_b = [poisoned(n, r, adapters) for r, _ in spec]
-        status = core.backward(layer, grad_y, s, grad_x, grad_bias, grad_a, grad_b, threads=3)
+        grad_a = [poisoned(r, k, adapters) for r, *_ in spec]
+        grad_b = [poisoned(n, r, adapters) for r, *_ in spec]
+        grad_inner = [poisoned(1, r, adapters) if biased else None for r, *_, biased in spec]
+        status = core.backward(
+            layer, grad_y, s, grad_x, grad_bias, grad_a, grad_b, grad_inner, threads=3
+        )
         assert status == 0, core.error()
         g, x = f64(grad_y), f64(layer.x)
         want = g @ f64(layer.weight)
-        for i, ((a, b, *_), (factor, keep)) in enumerate(zip(layer.adapters, drops, strict=True)):
-            ds = factor * g @ f64(b)
-            want = want + keep * (ds @ f64(a))
-            assert_close(core_module, grad_a[i], ds.T @ (x * keep), adapters)
-            assert_close(core_module, grad_b[i], g.T @ parts[i], adapters)
+        for i, part in enumerate(parts):
+            dh = part.adapter.scaling * g @ f64(part.adapter.b) * part.slope
+            want = want + part.kept * (dh @ f64(part.adapter.a))
+            assert_close(core_module, grad_a[i], dh.T @ (x * part.kept), adapters)
+            assert_close(core_module, grad_b[i], g.T @ part.up, adapters)
+            if part.adapter.bias is not None:
+                assert_close(core_module, grad_inner[i], dh.sum(0, keepdims=True), adapters)
         assert_close(core_module, grad_x, want, dtype)
         assert_close(core_module, grad_bias, g.sum(0, keepdims=True), dtype)
 
 
-def test_backward_computes_only_what_is_asked(core: Any, core_module: ModuleType) -> None:
+@pytest.mark.parametrize("activation", range(1, 5))
+def test_activations_are_right_to_a_few_roundings(
+    core: Any, core_module: ModuleType, activation: int
+) -> None:
+    # 1 x 1 matrices of one, beside a weight of zero: y is the activation of x, grad_x its slope
+    one, zero = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    h = np.linspace(-30, 30, 6001, dtype=np.float32)
+    h = np.concatenate([h, np.float32([0.0, -0.0, 1e-30, -1e-7, 90, -90, 1e20, -1e20, np.nan])])
+    layer = core_module.Layer(
+        h[:, None], zero, None, [core_module.Adapter(one, one, 1.0, 0, activation)]
+    )
+    y, s, slope = (poisoned(h.size, 1, "f32") for _ in range(3))
+    assert core.forward(layer, y, s) == 0, core.error()
+    ones = np.ones_like(y)
+    assert core.backward(layer, ones, s, slope, None, [None], [None]) == 0, core.error()
+    wide, act, step = h.astype(np.float64), ACTIVATE[activation], 1e-6
+    with np.errstate(over="ignore"):  # exp(1e20)
+        want = act(wide)
+        want_slope = (act(wide + step) - act(wide - step)) / (2 * step)
+    np.testing.assert_array_equal(s[:, 0], h)
+    np.testing.assert_allclose(y[:, 0], want, rtol=4e-7, atol=4e-7)
+    assert np.isnan(y[-1, 0])
+    # elsewhere the difference quotient has no digits, or meets the corner of relu
+    plain = (np.abs(h) < 1e3) & (np.abs(h) > 1e-5)
+    np.testing.assert_allclose(slope[plain, 0], want_slope[plain], rtol=0, atol=4e-7)
+    np.testing.assert_allclose(slope[-3:-1, 0], [1, 0], atol=1e-12)
+    np.testing.assert_array_equal(slope[h == 0], 0.0 if activation == 1 else 0.5)
+
+
+@pytest.mark.parametrize("activation", [0, 4], ids=["lora", "silu"])
+def test_backward_computes_only_what_is_asked(
+    core: Any, core_module: ModuleType, activation: int
+) -> None:
     m, n, k = 20, 30, 40
-    spec = [(3, 0), (2, 9000)]
+    spec = [Spec(3, 0, activation, True), Spec(2, 9000, activation, True)]
     layer = make(core_module, (m, n, k), spec, dtype="f32", adapters="f32", layout="row")
-    s = np.concatenate(expected(core_module, layer)[1], 1).astype(np.float32)
-    grad_y = np.ones((m, n), np.float32)
-    full_a = [poisoned(r, k, "f32") for r, _ in spec]
-    full_b = [poisoned(n, r, "f32") for r, _ in spec]
-    assert core.backward(layer, grad_y, s, None, None, full_a, full_b) == 0, core.error()
-    one = poisoned(2, k, "f32")
-    assert core.backward(layer, grad_y, None, None, None, [None, one], [None, None]) == 0
-    np.testing.assert_array_equal(one, full_a[1])
+    s = saved(expected(core_module, layer)[1], m).astype(np.float32)
+    grad_y, nothing = np.ones((m, n), np.float32), [None, None]
+
+    def gradients() -> list[list[np.ndarray]]:
+        shapes = [
+            [(r, k) for r, *_ in spec],
+            [(n, r) for r, *_ in spec],
+            [(1, r) for r, *_ in spec],
+        ]
+        return [[poisoned(*shape, "f32") for shape in kind] for kind in shapes]
+
+    full = gradients()
+    assert core.backward(layer, grad_y, s, None, None, *full) == 0, core.error()
+    for kind, alone in enumerate(gradients()):
+        wanted: list[Any] = [nothing, nothing, nothing]
+        wanted[kind] = [None, alone[1]]
+        needed = s if kind == 1 or activation else None
+        assert core.backward(layer, grad_y, needed, None, None, *wanted) == 0, core.error()
+        np.testing.assert_array_equal(alone[1], full[kind][1])
+        assert np.isnan(alone[0]).all()
+    if activation:
+        assert core.backward(layer, grad_y, None, None, None, full[0], nothing) == 1
+        assert "s (needed" in core.error()
 
 
 @pytest.mark.parametrize("shape", [(300, 200, 520), (40, 300, 64), (5, 300, 70)], ids=str)
 def test_same_bits_again_for_any_team_and_from_many_threads(
     core: Any, core_module: ModuleType, shape: tuple[int, int, int]
 ) -> None:
-    spec = [(8, 0), (4, 6554)]
+    spec = [Spec(8), Spec(3, 6554, 2, True), Spec(1, 0, 4, True)]
     layer = make(core_module, shape, spec, dtype="f32", adapters="f32", layout="row")
 
+    m, n, k = shape
+    grad_y = np.random.default_rng(1).standard_normal((m, n)).astype(np.float32)
+
     def run(threads: int) -> bytes:
-        y, s = poisoned(shape[0], shape[1], "f32"), poisoned(shape[0], 12, "f32")
+        y, s, grad_x = (poisoned(m, columns, "f32") for columns in (n, 12, k))
         assert core.forward(layer, y, s, threads=threads) == 0
-        return y.tobytes() + s.tobytes()
+        grads = [
+            [poisoned(*shape, "f32") for shape in shapes]
+            for shapes in ([(r, k) for r, *_ in spec], [(n, r) for r, *_ in spec],
+                           [(1, r) for r, *_ in spec])
+        ]  # fmt: skip
+        grads[2][0] = None
+        assert core.backward(layer, grad_y, s, grad_x, None, *grads, threads=threads) == 0
+        results = [y, s, grad_x, *(g for kind in grads for g in kind if g is not None)]
+        return b"".join(result.tobytes() for result in results)
 
     first = run(1)
     assert all(run(threads) == first for threads in (1, 2, 7, 64))
@@ -192,7 +301,7 @@ def test_special_values_stay_in_their_row(
     core: Any, core_module: ModuleType, bad: float, rows: int
 ) -> None:
     shape = (rows, 21, 37)
-    layer = make(core_module, shape, [(3, 0)], dtype="f32", adapters="f32", layout="row")
+    layer = make(core_module, shape, [Spec(3)], dtype="f32", adapters="f32", layout="row")
     layer.x[1, 5] = bad
     layer.weight[2] = 0.5
     for array in layer.adapters[0][:2]:
@@ -207,8 +316,13 @@ def test_special_values_stay_in_their_row(
 def test_errors_name_the_argument_and_leave_outputs_alone(
     core: Any, core_module: ModuleType
 ) -> None:
-    layer = make(core_module, (4, 5, 6), [(2, 0)], dtype="f32", adapters="f32", layout="row")
+    layer = make(core_module, (4, 5, 6), [Spec(2)], dtype="f32", adapters="f32", layout="row")
     y, s = poisoned(4, 5, "f32"), poisoned(4, 2, "f32")
+    bad = {"activation": 5, "bias": np.zeros((1, 3), np.float32)}
+    broken = [
+        replace(layer, adapters=[layer.adapters[0]._replace(**{name: value})])
+        for name, value in bad.items()
+    ]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"struct_size": 3}, "struct_size"),
         ({"num_threads": 0}, "num_threads"),
@@ -224,6 +338,10 @@ def test_errors_name_the_argument_and_leave_outputs_alone(
         assert word in core.error()
         assert np.isnan(y).all()
         assert np.isnan(s).all()
+    for name, changed in zip(bad, broken, strict=True):
+        assert core.forward(changed, y, s) == 1
+        assert f"branches[0].{name}" in core.error()
+        assert np.isnan(y).all()
 
 
 def test_an_isa_that_is_missing_or_unknown_is_refused(

@@ -34,7 +34,7 @@ def check_case(number: int) -> None:
     case, run = DELTA_LINEAR_CASES[number], TritonBackend()
     t = case.tensors(torch.float32)
     wide, grad_y = t.to(torch.float64), case.grad_y(torch.float32)
-    needs = [True, t.bias is not None] + [True] * (2 * len(t.a))
+    needs = t.all_needed()
     y64, s64 = reference.forward(*wide.forward_arguments())
     y32, s32 = reference.forward(*t.forward_arguments())
     oracle = [

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.library import opcheck
+from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
 import deltaops
-from deltaops.dispatch import select
+from deltaops.dispatch import explain_call, select
 from deltaops.errors import (
     ConfigError,
     DeviceError,
@@ -22,15 +25,33 @@ from deltaops.errors import (
     ShapeError,
 )
 from deltaops.ops import Branch, delta_linear
-from deltaops.testing import DeltaLinearCase
+from deltaops.reference.activation import ACTIVATIONS
+from deltaops.testing import DeltaLinearCase, assert_accurate
 
 CASE = DeltaLinearCase(6, 7, 12, (3, 2), dropout=(0.3, 0.0))
+STACK = DeltaLinearCase(
+    6, 7, 12, (3, 2, 4), dropout=(0.3, 0.0, 0.0),
+    activation=("identity", "relu", "silu"), branch_bias=(False, True, True),
+)  # fmt: skip
+"""LoRA with dropout, a relu adapter and a silu adapter, on one layer."""
 
 
 def leaves(dtype: torch.dtype, case: DeltaLinearCase = CASE) -> list[Tensor]:
     t = case.tensors(dtype)
-    tensors = [t.x, t.bias, *t.a, *t.b]
+    tensors = [t.x, t.bias, *t.a, *t.b, *t.branch_bias]
     return [u.detach().clone().requires_grad_() for u in tensors if u is not None]
+
+
+def call_stack(
+    weight: Tensor, x: Tensor, bias: Tensor, *rest: Tensor, dropout: float = 0.3, backend: str
+) -> Tensor:
+    a0, a1, a2, b0, b1, b2, c1, c2 = rest
+    branches = [
+        Branch(a0, b0, 2.0, dropout),
+        Branch(a1, b1, 1.0, 0.0, "relu", c1),
+        Branch(a2, b2, 0.7, activation="silu", bias=c2),
+    ]
+    return delta_linear(x, weight, bias, branches, backend=backend)
 
 
 def call(
@@ -41,14 +62,60 @@ def call(
     return delta_linear(x, weight, bias, branches, backend=backend)
 
 
-def test_gradcheck() -> None:
-    weight = CASE.tensors(torch.float64).weight
+@pytest.mark.parametrize(
+    ("case", "run"), [(CASE, call), (STACK, call_stack)], ids=["lora", "stack"]
+)
+def test_gradcheck(case: DeltaLinearCase, run: Callable[..., Tensor]) -> None:
+    weight = case.tensors(torch.float64).weight
 
     def seeded(*inputs: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return call(weight, *inputs, backend="reference")
+        return run(weight, *inputs, backend="reference")
 
-    assert torch.autograd.gradcheck(seeded, leaves(torch.float64))
+    assert torch.autograd.gradcheck(seeded, leaves(torch.float64, case))
+
+
+def test_a_stack_is_as_accurate_as_its_layers_in_eager_torch() -> None:
+    def eager(weight: Tensor, x: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        a0, a1, a2, b0, b1, b2, c1, c2 = rest
+        y = linear(x, weight, bias) + 2.0 * linear(linear(x, a0), b0)
+        return y + linear(linear(x, a1, c1).relu(), b1) + 0.7 * linear(silu(linear(x, a2, c2)), b2)
+
+    def ours(weight: Tensor, *inputs: Tensor) -> Tensor:
+        return call_stack(weight, *inputs, dropout=0.0, backend="cpu")
+
+    weight, inputs, results = STACK.tensors(torch.float32).weight, leaves(torch.float32, STACK), []
+    for run, dtype in ((ours, torch.float32), (eager, torch.float64), (eager, torch.float32)):
+        y = run(weight.to(dtype), *(t.to(dtype) for t in inputs))
+        results.append([y, *torch.autograd.grad(y, inputs, torch.ones_like(y))])
+    for i, (got, oracle, baseline) in enumerate(zip(*results, strict=True)):
+        assert_accurate(got, oracle, baseline, f"result {i}")
+
+
+@pytest.mark.parametrize("frozen", [(4,), (5,), (2, 4, 5), (1, 3, 5)], ids=str)
+@pytest.mark.parametrize("registered", [False, True], ids=["eager", "registered"])
+def test_frozen_parts_get_no_gradient_and_change_no_other(
+    frozen: tuple[int, ...], registered: bool
+) -> None:
+    case = DeltaLinearCase(6, 7, 12, (3,), activation=("gelu",), branch_bias=(True,))
+    t, results = case.tensors(torch.float32), []
+    for off in ((), frozen):
+        x, bias, a, b, c = inputs = leaves(torch.float32, case)
+        for i in off:
+            inputs[i - 1].requires_grad_(False)
+        if registered:
+            y, _ = torch.ops.deltaops.delta_linear(
+                x, t.weight, bias, [a], [b], [c], [True], [2.0], [0.0], ["gelu"], None, "cpu"
+            )
+        else:
+            y = delta_linear(x, t.weight, bias, [Branch(a, b, 2.0, 0.0, "gelu", c)], backend="cpu")
+        y.square().sum().backward()
+        results.append([u.grad for u in inputs])
+    for i, (whole, part) in enumerate(zip(*results, strict=True)):
+        if i + 1 in frozen:
+            assert part is None
+        else:
+            assert torch.equal(whole, part)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -58,15 +125,17 @@ def test_gradcheck() -> None:
 def test_registered_op_passes_opcheck(backend: str, dtype: torch.dtype, dropout: float) -> None:
     weight = CASE.tensors(dtype).weight
     x, bias, a0, a1, b0, b1 = leaves(dtype)
-    arguments = (x, weight, bias, [a0, a1], [b0, b1], [2.0, 1.0], [dropout, 0.0])
+    c1 = torch.randn(2, dtype=dtype, requires_grad=True)
     seed = torch.tensor([5]) if dropout else None
-    opcheck(torch.ops.deltaops.delta_linear, (*arguments, seed, backend))
-    y, s = torch.ops.deltaops.delta_linear(*arguments, seed, backend)
+    settings = [2.0, 1.0], [dropout, 0.0], ["identity", "gelu"], seed
+    arguments = (x, weight, bias, [a0, a1], [b0, b1], [c1], [False, True], *settings, backend)
+    opcheck(torch.ops.deltaops.delta_linear, arguments)
+    y, s = torch.ops.deltaops.delta_linear(*arguments)
     detached = [[t.detach() for t in pair] for pair in ([a0, a1], [b0, b1])]
     opcheck(
         torch.ops.deltaops.delta_linear_backward,
-        (torch.ones_like(y), x.detach(), weight, *detached, s, [2.0, 1.0], [dropout, 0.0], seed,
-         [True, False, True, True, False, True], backend),
+        (torch.ones_like(y), x.detach(), weight, *detached, s, *settings,
+         [True, False, True, True, False, True, False, True], backend),
     )  # fmt: skip
 
 
@@ -82,15 +151,18 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     assert x.grad.shape == shape
 
 
-def test_eager_and_compiled_agree() -> None:
-    weight = CASE.tensors(torch.float32).weight
+@pytest.mark.parametrize(
+    ("case", "run"), [(CASE, call), (STACK, call_stack)], ids=["lora", "stack"]
+)
+def test_eager_and_compiled_agree(case: DeltaLinearCase, run: Callable[..., Tensor]) -> None:
+    weight = case.tensors(torch.float32).weight
 
-    def run(*inputs: Tensor) -> Tensor:
-        return call(weight, *inputs, dropout=0.0, backend="auto").square()
+    def squared(*inputs: Tensor) -> Tensor:
+        return run(weight, *inputs, dropout=0.0, backend="auto").square()
 
-    inputs = leaves(torch.float32)
-    compiled = torch.compile(run, fullgraph=True)
-    want, got = run(*inputs), compiled(*inputs)
+    inputs = leaves(torch.float32, case)
+    compiled = torch.compile(squared, fullgraph=True)
+    want, got = squared(*inputs), compiled(*inputs)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(
         torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs)
@@ -151,20 +223,27 @@ def test_checkpointing_replays_the_mask(reentrant: bool) -> None:
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
-def test_autocast_gives_autocasts_dtype_and_fp32_gradients() -> None:
-    weight = CASE.tensors(torch.float32).weight
-    inputs = leaves(torch.float32)
+@pytest.mark.parametrize(
+    ("case", "run"), [(CASE, call), (STACK, call_stack)], ids=["lora", "stack"]
+)
+def test_autocast_gives_autocasts_dtype_and_fp32_gradients(
+    case: DeltaLinearCase, run: Callable[..., Tensor]
+) -> None:
+    weight = case.tensors(torch.float32).weight
+    inputs = leaves(torch.float32, case)
     with torch.autocast("cpu", torch.bfloat16):
-        y = call(weight, *inputs, dropout=0.0, backend="auto")
+        y = run(weight, *inputs, dropout=0.0, backend="auto")
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in inputs)
 
 
-def test_saves_no_mask_and_x_only_for_grad_a() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_saves_no_mask_and_x_only_for_grad_a(activation: str) -> None:
     weight = torch.randn(64, 96)
     x = torch.randn(128, 96, requires_grad=True)
     a, b = torch.randn(8, 96, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    inner = torch.randn(8, requires_grad=True)
 
     def saved(train_a: bool) -> int:
         sizes: dict[int, int] = {}
@@ -174,12 +253,13 @@ def test_saves_no_mask_and_x_only_for_grad_a() -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            delta_linear(x, weight, None, [Branch(a if train_a else a.detach(), b, 1.0, 0.1)])
+            down = a if train_a else a.detach()
+            delta_linear(x, weight, None, [Branch(down, b, 1.0, 0.1, activation, inner)])
         held = {t.data_ptr() for t in (x, weight, a, b)}
         assert (x.data_ptr() in sizes) == train_a
         return sum(size for pointer, size in sizes.items() if pointer not in held)
 
-    beyond_x = 128 * 8 * 4 + 8  # S in float32, and the seed
+    beyond_x = 128 * 8 * 4 + 8  # S (or H, before an activation) in float32, and the seed
     assert saved(True) == saved(False) == beyond_x
 
 
@@ -249,6 +329,22 @@ REFUSED = {
     "weight-device": (DeviceError, "meta", (X, W.to("meta"))),
     "a-device": (DeviceError, "branch 0: a", (X, W, None, [Branch(A.to("meta"), B)])),
     "dropout": (ConfigError, "probability", (X, W, None, [Branch(A, B, 1.0, 1.5)])),
+    "activation": (
+        ConfigError,
+        "one of identity, relu",
+        (X, W, None, [Branch(A, B, 1.0, 0.0, "tanh")]),
+    ),
+    "branch-bias": (ShapeError, r"bias must be \[3\]", (X, W, None, [Branch(A, B, bias=B[:, 0])])),
+    "branch-bias-dtype": (
+        DtypeError,
+        "dtype of a",
+        (X, W, None, [Branch(A, B, bias=A[:, 0].double())]),
+    ),
+    "branch-bias-device": (
+        DeviceError,
+        "branch 0: bias",
+        (X, W, None, [Branch(A, B, bias=A[:, 0].to("meta"))]),
+    ),
     "dropout-nan": (ConfigError, "probability", (X, W, None, [Branch(A, B, 1.0, float("nan"))])),
     "trainable-weight": (GradientError, "frozen", (X, W.clone().requires_grad_())),
 }
@@ -287,6 +383,19 @@ def test_explain_gives_every_reason() -> None:
     assert not eager.fast
     assert "not torch.float64" in str(eager)
     assert "eager torch" in eager.reason
+
+
+def test_adapters_have_no_triton_kernel_and_that_is_said() -> None:
+    for branch, word in (
+        (Branch(A, B, activation="silu"), "activation yet \\(silu\\)"),
+        (Branch(A, B, bias=A[:, 0].contiguous()), "bias yet"),
+    ):
+        arguments = (X, W, None, [branch])
+        on_gpu = deltaops.explain(*arguments).call._replace(device="cuda")
+        told = explain_call(on_gpu)
+        assert told.chosen == "reference"
+        assert re.search(f"triton: has no kernel for a branch with an? {word}", told.reason)
+        assert deltaops.explain(*arguments).chosen == "cpu"
 
 
 def test_selection_is_cached_by_what_a_backend_may_look_at() -> None:
