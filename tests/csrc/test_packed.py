@@ -20,7 +20,9 @@ def layer_of(helper: ModuleType, shape: tuple[int, int, int], dtype: str, layout
 
     m, n, k = shape
     weight = random(n, k) if layout == "row" else random(k, n).T
-    return helper.Layer(random(m, k), weight, None, [helper.Adapter(random(3, k), random(n, 3), 0.5, 9000)])
+    return helper.Layer(
+        random(m, k), weight, None, [helper.Adapter(random(3, k), random(n, 3), 0.5, 9000)]
+    )
 
 
 def use(packed: np.ndarray) -> dict[str, object]:
