@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -71,7 +72,8 @@ int64_t total_rank(const std::vector<deltaops_branch> &branches) {
 
 void forward(int dtype, int64_t M, int64_t N, int64_t K, Address x, int64_t ldx, Address w,
              int64_t w_row_stride, int64_t w_col_stride, Address bias, Address y, int64_t ldy,
-             Address s, const py::tuple &branches, uint64_t seed, int num_threads) {
+             Address s, const py::tuple &branches, uint64_t seed, int num_threads, Address packed,
+             int64_t packed_bytes) {
   const std::vector<deltaops_branch> list = read_branches(branches, N, K);
   const int64_t R = total_rank(list);
   deltaops_delta_linear_forward_args args = {};
@@ -85,6 +87,8 @@ void forward(int dtype, int64_t M, int64_t N, int64_t K, Address x, int64_t ldx,
   args.branches = list.data();
   args.num_branches = static_cast<int32_t>(list.size());
   args.seed = seed;
+  args.packed_weight = reinterpret_cast<const void *>(packed);
+  args.packed_bytes = packed_bytes;
   deltaops_status status;
   {
     py::gil_scoped_release release;
@@ -96,7 +100,8 @@ void forward(int dtype, int64_t M, int64_t N, int64_t K, Address x, int64_t ldx,
 void backward(int dtype, int64_t M, int64_t N, int64_t K, Address grad_y, int64_t ldg, Address x,
               int64_t ldx, Address w, int64_t w_row_stride, int64_t w_col_stride, Address s,
               const py::tuple &branches, uint64_t seed, int num_threads, Address grad_x,
-              int64_t ld_gradx, Address grad_bias, int grad_bias_dtype, const py::tuple &grads) {
+              int64_t ld_gradx, Address grad_bias, int grad_bias_dtype, const py::tuple &grads,
+              Address packed, int64_t packed_bytes) {
   const std::vector<deltaops_branch> list = read_branches(branches, N, K);
   const int64_t R = total_rank(list);
   if (grads.size() != list.size())
@@ -131,6 +136,8 @@ void backward(int dtype, int64_t M, int64_t N, int64_t K, Address grad_y, int64_
   args.grad_a = grad_a.data();
   args.grad_b = grad_b.data();
   args.grad_branch_bias = grad_branch_bias.data();
+  args.packed_weight = reinterpret_cast<const void *>(packed);
+  args.packed_bytes = packed_bytes;
   deltaops_status status;
   {
     py::gil_scoped_release release;
@@ -148,6 +155,52 @@ void dropout_mask(Address keep, int64_t M, int64_t K, uint64_t seed, uint32_t st
                                        drop_threshold);
   }
   raise_unless_ok(status);
+}
+
+int64_t packed_bytes(Address w, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                     int dtype) {
+  const deltaops_matrix weight = matrix(w, rows, cols, row_stride, col_stride, dtype);
+  int64_t bytes = 0;
+  raise_unless_ok(deltaops_cpu_packed_bytes(&weight, &bytes));
+  return bytes;
+}
+
+void pack_weight(Address w, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                 int dtype, Address packed, int64_t bytes, int num_threads) {
+  const deltaops_matrix weight = matrix(w, rows, cols, row_stride, col_stride, dtype);
+  deltaops_status status;
+  {
+    py::gil_scoped_release release;
+    status =
+        deltaops_cpu_pack_weight(&weight, reinterpret_cast<void *>(packed), bytes, num_threads);
+  }
+  raise_unless_ok(status);
+}
+
+uint64_t fingerprint(Address w, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                     int dtype) {
+  const deltaops_matrix weight = matrix(w, rows, cols, row_stride, col_stride, dtype);
+  uint64_t hash = 0;
+  raise_unless_ok(deltaops_cpu_fingerprint(&weight, &hash));
+  return hash;
+}
+
+// GF/s of independent multiply-adds, for about `seconds`.
+double fma_peak(int dtype, int threads, double seconds) {
+  py::gil_scoped_release release;
+  using clock = std::chrono::steady_clock;
+  const auto start = clock::now();
+  double done = 0.0, elapsed = 0.0;
+  while (elapsed < seconds) {
+    const int64_t count = deltaops_cpu_fma_peak(dtype, 200000, threads);
+    if (count < 0) {
+      py::gil_scoped_acquire acquire;
+      throw py::value_error(deltaops_last_error());
+    }
+    done += 2.0 * static_cast<double>(count);
+    elapsed = std::chrono::duration<double>(clock::now() - start).count();
+  }
+  return done / elapsed / 1e9;
 }
 
 std::string isa() {
@@ -172,12 +225,19 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("delta_linear_forward", &forward, py::arg("dtype"), py::arg("M"), py::arg("N"),
         py::arg("K"), py::arg("x"), py::arg("ldx"), py::arg("w"), py::arg("w_row_stride"),
         py::arg("w_col_stride"), py::arg("bias"), py::arg("y"), py::arg("ldy"), py::arg("s"),
-        py::arg("branches"), py::arg("seed"), py::arg("num_threads"));
+        py::arg("branches"), py::arg("seed"), py::arg("num_threads"), py::arg("packed") = 0,
+        py::arg("packed_bytes") = 0);
   m.def("delta_linear_backward", &backward, py::arg("dtype"), py::arg("M"), py::arg("N"),
         py::arg("K"), py::arg("grad_y"), py::arg("ldg"), py::arg("x"), py::arg("ldx"), py::arg("w"),
         py::arg("w_row_stride"), py::arg("w_col_stride"), py::arg("s"), py::arg("branches"),
         py::arg("seed"), py::arg("num_threads"), py::arg("grad_x"), py::arg("ld_gradx"),
-        py::arg("grad_bias"), py::arg("grad_bias_dtype"), py::arg("grads"));
+        py::arg("grad_bias"), py::arg("grad_bias_dtype"), py::arg("grads"), py::arg("packed") = 0,
+        py::arg("packed_bytes") = 0);
+  m.def("packed_bytes", &packed_bytes);
+  m.def("pack_weight", &pack_weight);
+  m.def("fingerprint", &fingerprint);
+  m.def("fma_peak", &fma_peak, py::arg("dtype"), py::arg("threads"), py::arg("seconds"),
+        "GF/s that the multiply-add units reach with nothing else in the way.");
   m.def("dropout_mask", &dropout_mask, py::arg("keep_ptr"), py::arg("M"), py::arg("K"),
         py::arg("seed"), py::arg("stream"), py::arg("drop_threshold"));
   m.def("isa", &isa, "The instruction set in use.");

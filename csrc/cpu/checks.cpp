@@ -7,6 +7,7 @@
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 
 #include "core.h"
 
@@ -15,6 +16,22 @@ namespace {
 
 constexpr int64_t kMaxSize = int64_t{1} << 40;  // of a dimension: products stay far from overflow
 constexpr int32_t kMaxThreads = 1024;
+
+PackedHeader header_for(int64_t rows, int64_t cols, int32_t dtype, const Kernels &kernels) {
+  return {kPackedMagic,
+          rows,
+          cols,
+          dtype,
+          dtype == DELTAOPS_BF16 ? kernels.unit_k_bf16 : kernels.unit_k_f32,
+          kernels.panel_columns,
+          {}};
+}
+
+int64_t packed_size(const PackedHeader &header) {
+  const int64_t panels = (header.rows + header.panel_columns - 1) / header.panel_columns;
+  const int64_t steps = (header.cols + header.unit_k - 1) / header.unit_k;
+  return static_cast<int64_t>(sizeof header) + panels * steps * header.panel_columns * 4;
+}
 
 // One call's checks: the first sentence stays.
 class Checker {
@@ -93,6 +110,22 @@ class Checker {
            name, m.row_stride, m.col_stride);
   }
 
+  // A packed weight [rows, cols], as this instruction set packs it.
+  void packed(const char *name, const void *memory, int64_t bytes, int64_t rows, int64_t cols,
+              int32_t dtype, const Kernels &kernels) {
+    if (memory == nullptr || status_ != DELTAOPS_OK) return;
+    const PackedHeader wanted = header_for(rows, cols, dtype, kernels);
+    expect(bytes == packed_size(wanted),
+           "%s must be the %" PRId64 " bytes that deltaops_cpu_pack_weight wrote for [%" PRId64
+           ", %" PRId64 "], got %" PRId64 ". Pack the weight again.",
+           name, packed_size(wanted), rows, cols, bytes);
+    if (status_ == DELTAOPS_OK)
+      expect(std::memcmp(memory, &wanted, sizeof wanted) == 0,
+             "%s was packed for another weight or instruction set than [%" PRId64 ", %" PRId64
+             "] on %s. Pack it again.",
+             name, rows, cols, kernels.name);
+  }
+
   // Returns the sum of the ranks.
   int64_t branches(const deltaops_branch *branches, int32_t count, int64_t N, int64_t K) {
     int64_t ranks = 0;
@@ -128,7 +161,7 @@ class Checker {
 
 }  // namespace
 
-deltaops_status check(const ForwardArgs *args) {
+deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
   Checker c("delta_linear_forward");
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "delta_linear_forward: args must not be NULL.");
@@ -143,10 +176,11 @@ deltaops_status check(const ForwardArgs *args) {
   const int64_t R = c.branches(args->branches, args->num_branches, N, K);
   if (args->s.data)
     c.output("s", args->s, "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
+  c.packed("packed_weight", args->packed_weight, args->packed_bytes, N, K, dtype, kernels);
   return c.status();
 }
 
-deltaops_status check(const BackwardArgs *args) {
+deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
   Checker c("delta_linear_backward");
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "delta_linear_backward: args must not be NULL.");
@@ -167,6 +201,7 @@ deltaops_status check(const BackwardArgs *args) {
   if (args->grad_x.data) {
     c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);
     c.operand("weight (needed for grad_x)", args->weight, "[N, K]", N, K, dtype);
+    c.packed("packed_weight", args->packed_weight, args->packed_bytes, K, N, dtype, kernels);
   }
   if (args->grad_bias.data) c.output("grad_bias", args->grad_bias, "[1, N]", 1, N, -1);
   bool any_a = false, any_b = false, any_branch_bias = false, activated = false;
@@ -197,6 +232,17 @@ deltaops_status check(const BackwardArgs *args) {
   if (any_b || (activated && inner))
     c.rows_of("s (needed for grad_b, and past an activation)", args->s,
               "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
+  return c.status();
+}
+
+deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kernels,
+                              int64_t *bytes) {
+  Checker c("pack_weight");
+  if (weight == nullptr || bytes == nullptr)
+    return fail(DELTAOPS_INVALID_ARGUMENT, "pack_weight: weight and bytes must not be NULL.");
+  c.operand("weight", *weight, "[rows, cols]", weight->rows, weight->cols, -1);
+  if (c.status() == DELTAOPS_OK)
+    *bytes = packed_size(header_for(weight->rows, weight->cols, weight->dtype, kernels));
   return c.status();
 }
 

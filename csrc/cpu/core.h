@@ -18,11 +18,25 @@ namespace deltaops {
 using ForwardArgs = deltaops_delta_linear_forward_args;
 using BackwardArgs = deltaops_delta_linear_backward_args;
 
+/* What a packed weight starts with; panels follow, each [steps][panel_columns] units. */
+struct PackedHeader {
+  uint64_t magic;
+  int64_t rows, cols;
+  int32_t dtype, unit_k;  // a unit holds unit_k neighbours along cols
+  int32_t panel_columns;
+  int32_t reserved[7];
+};
+static_assert(sizeof(PackedHeader) == 64, "panels start on a cache line");
+constexpr uint64_t kPackedMagic = 0x64656c74616f7073;
+
 /* One instruction set's bodies. Arguments have been checked; the only way to fail is memory. */
 struct Kernels {
   const char *name;
   deltaops_status (*delta_linear_forward)(const ForwardArgs &);
   deltaops_status (*delta_linear_backward)(const BackwardArgs &);
+  void (*pack_weight)(const deltaops_matrix &weight, void *packed, int num_threads);
+  int32_t panel_columns, unit_k_f32, unit_k_bf16;  // the packed weight's format
+  int64_t (*fma_peak)(int32_t dtype, int64_t steps, int num_threads);
   void (*dropout_mask)(uint8_t *keep, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
                        uint32_t threshold);
 };
@@ -40,8 +54,10 @@ extern const Kernels kernels_portable;
 void *workspace(size_t bytes);
 
 /* checks.cpp: DELTAOPS_OK, or a status with its sentence in fail(). */
-deltaops_status check(const ForwardArgs *args);
-deltaops_status check(const BackwardArgs *args);
+deltaops_status check(const ForwardArgs *args, const Kernels &kernels);
+deltaops_status check(const BackwardArgs *args, const Kernels &kernels);
+deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kernels,
+                              int64_t *bytes);
 
 /* Sets this thread's sentence (printf format) and returns the status. */
 __attribute__((format(printf, 2, 3))) deltaops_status fail(deltaops_status status,

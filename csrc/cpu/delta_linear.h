@@ -15,6 +15,7 @@
 
 #include "core.h"
 #include "outer.h"
+#include "peak.h"
 #include "product.h"
 
 namespace deltaops {
@@ -29,6 +30,10 @@ DELTAOPS_INLINE View<void> view(const deltaops_matrix &m) {
 
 DELTAOPS_INLINE View<void> transposed(const View<void> &v) {
   return {v.data, v.col_stride, v.row_stride};
+}
+
+inline const void *panels_of(const void *packed) {
+  return packed ? static_cast<const char *>(packed) + sizeof(PackedHeader) : nullptr;
 }
 
 /* As many threads as have a few microseconds of work each. */
@@ -106,6 +111,7 @@ deltaops_status forward_as(const ForwardArgs &args) {
   p.x = args.x.data;
   p.x_row = args.x.row_stride;
   p.w = view(args.weight);
+  p.packed = panels_of(args.packed_weight);
   p.bias = args.bias.data;
   p.out = args.y.data;
   p.out_row = args.y.row_stride;
@@ -297,6 +303,7 @@ deltaops_status backward_as(const BackwardArgs &args) {
   if (need_dx) {
     p.w = transposed(view(args.weight));
     if (p.w.data == nullptr) p.w.data = &b;  // N = 0 of the op: never read, dX is zero
+    p.packed = panels_of(args.packed_weight);
   }
   p.out = args.grad_x.data;
   p.out_row = args.grad_x.row_stride;
@@ -338,6 +345,40 @@ deltaops_status backward(const BackwardArgs &args) {
   return args.grad_y.dtype == DELTAOPS_BF16 ? backward_as<Bf16>(args) : backward_as<float>(args);
 }
 
+template <class T>
+void pack_weight_as(const deltaops_matrix &weight, void *packed, int threads) {
+  using Unit = typename MainUnit<T>::type;
+  constexpr int64_t kUnit = UnitOf<Unit>::k;
+  const PackedHeader header = {kPackedMagic, weight.rows,  weight.cols, weight.dtype,
+                               kUnit,        kTileColumns, {}};
+  memcpy(packed, &header, sizeof header);
+  Unit *panels = reinterpret_cast<Unit *>(static_cast<char *>(packed) + sizeof header);
+  const View<T> w = typed<T>(view(weight));
+  const int64_t count = ceil_div(weight.rows, kTileColumns), steps = ceil_div(weight.cols, kUnit);
+  const auto pack = [&](int self, int of) {
+    const Range range = share(count, self, of);
+    for (int64_t i = range.begin; i < range.end; ++i)
+      pack_panel(panels + i * steps * kTileColumns, kTileColumns, w.at(i * kTileColumns, 0),
+                 least(kTileColumns, weight.rows - i * kTileColumns), weight.cols, steps);
+  };
+  const int wanted = useful_threads(threads, weight.rows * weight.cols);
+  const int given = team(wanted, [&](int self) { pack(self, wanted); });
+  if (given != wanted)
+    for (int self = 0; self < wanted; ++self) pack(self, wanted);
+}
+
+void pack_weight(const deltaops_matrix &weight, void *packed, int threads) {
+  if (weight.dtype == DELTAOPS_BF16)
+    pack_weight_as<Bf16>(weight, packed, threads);
+  else
+    pack_weight_as<float>(weight, packed, threads);
+}
+
+int64_t peak(int32_t dtype, int64_t steps, int threads) {
+  return dtype == DELTAOPS_BF16 ? fma_peak<MainUnit<Bf16>::type>(steps, threads)
+                                : fma_peak<MainUnit<float>::type>(steps, threads);
+}
+
 void dropout_mask(uint8_t *to, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
                   uint32_t threshold) {
   constexpr int64_t kBytes = 64;
@@ -355,8 +396,16 @@ void dropout_mask(uint8_t *to, int64_t M, int64_t K, uint64_t seed, uint32_t str
 }  // namespace deltaops
 
 /* Ends every ISA file: the one symbol it exports. */
-#define DELTAOPS_KERNELS(isa)                                                           \
-  namespace deltaops {                                                                  \
-  const Kernels kernels_##isa = {#isa, isa::forward, isa::backward, isa::dropout_mask}; \
+#define DELTAOPS_KERNELS(isa)                                                    \
+  namespace deltaops {                                                           \
+  const Kernels kernels_##isa = {#isa,                                           \
+                                 isa::forward,                                   \
+                                 isa::backward,                                  \
+                                 isa::pack_weight,                               \
+                                 isa::kTileColumns,                              \
+                                 isa::UnitOf<isa::MainUnit<float>::type>::k,     \
+                                 isa::UnitOf<isa::MainUnit<isa::Bf16>::type>::k, \
+                                 isa::peak,                                      \
+                                 isa::dropout_mask};                             \
   }
 #endif

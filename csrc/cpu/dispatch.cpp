@@ -108,6 +108,31 @@ deltaops_status current(const Kernels **out) {
   return select(wanted, "DELTAOPS_CPU_ISA", out);
 }
 
+// FNV-1a over the shape and up to kProbes elements, one in each stretch of the weight and each time
+// a little further into it, so that they do not all lie in one column.
+uint64_t fingerprint(const deltaops_matrix &weight) {
+  constexpr int64_t kProbes = 32;
+  uint64_t hash = 0xcbf29ce484222325;
+  const auto mix = [&hash](uint64_t value) { hash = (hash ^ value) * 0x100000001b3; };
+  mix(static_cast<uint64_t>(weight.rows));
+  mix(static_cast<uint64_t>(weight.cols));
+  const int64_t count = weight.rows * weight.cols;
+  const int64_t probes = count < kProbes ? count : kProbes;
+  for (int64_t i = 0; i < probes; ++i) {
+    const int64_t at = count / probes * i + i % (count / probes);
+    const int64_t offset =
+        at / weight.cols * weight.row_stride + at % weight.cols * weight.col_stride;
+    if (weight.dtype == DELTAOPS_BF16) {
+      mix(static_cast<const uint16_t *>(weight.data)[offset]);
+    } else {
+      uint32_t bits;
+      std::memcpy(&bits, static_cast<const float *>(weight.data) + offset, sizeof bits);
+      mix(bits);
+    }
+  }
+  return hash;
+}
+
 }  // namespace
 
 deltaops_status fail(deltaops_status status, const char *format, ...) {
@@ -154,7 +179,7 @@ deltaops_status deltaops_cpu_set_isa(const char *name) {
 deltaops_status deltaops_cpu_delta_linear_forward(const deltaops_delta_linear_forward_args *args) {
   const Kernels *kernels = nullptr;
   deltaops_status status = current(&kernels);
-  if (status == DELTAOPS_OK) status = check(args);
+  if (status == DELTAOPS_OK) status = check(args, *kernels);
   return status == DELTAOPS_OK ? kernels->delta_linear_forward(*args) : status;
 }
 
@@ -162,8 +187,60 @@ deltaops_status deltaops_cpu_delta_linear_backward(
     const deltaops_delta_linear_backward_args *args) {
   const Kernels *kernels = nullptr;
   deltaops_status status = current(&kernels);
-  if (status == DELTAOPS_OK) status = check(args);
+  if (status == DELTAOPS_OK) status = check(args, *kernels);
   return status == DELTAOPS_OK ? kernels->delta_linear_backward(*args) : status;
+}
+
+deltaops_status deltaops_cpu_packed_bytes(const deltaops_matrix *weight, int64_t *bytes) {
+  const Kernels *kernels = nullptr;
+  const deltaops_status status = current(&kernels);
+  return status == DELTAOPS_OK ? check_packing(weight, *kernels, bytes) : status;
+}
+
+deltaops_status deltaops_cpu_pack_weight(const deltaops_matrix *weight, void *packed, int64_t bytes,
+                                         int32_t num_threads) {
+  const Kernels *kernels = nullptr;
+  int64_t needed = 0;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check_packing(weight, *kernels, &needed);
+  if (status != DELTAOPS_OK) return status;
+  if (packed == nullptr || bytes != needed)
+    return fail(DELTAOPS_INVALID_ARGUMENT,
+                "pack_weight: packed must be the %lld bytes of deltaops_cpu_packed_bytes, got %s "
+                "of %lld bytes.",
+                static_cast<long long>(needed), packed ? "a buffer" : "NULL",
+                static_cast<long long>(bytes));
+  if (num_threads < 1)
+    return fail(DELTAOPS_INVALID_ARGUMENT,
+                "pack_weight: num_threads must be at least 1, got %d. Pass the number of cores.",
+                num_threads);
+  kernels->pack_weight(*weight, packed, num_threads);
+  return DELTAOPS_OK;
+}
+
+deltaops_status deltaops_cpu_fingerprint(const deltaops_matrix *weight, uint64_t *hash) {
+  const Kernels *kernels = nullptr;
+  int64_t bytes = 0;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check_packing(weight, *kernels, &bytes);
+  if (status != DELTAOPS_OK) return status;
+  if (hash == nullptr)
+    return fail(DELTAOPS_INVALID_ARGUMENT, "fingerprint: hash must not be NULL.");
+  *hash = fingerprint(*weight);
+  return DELTAOPS_OK;
+}
+
+int64_t deltaops_cpu_fma_peak(int32_t dtype, int64_t steps, int32_t num_threads) {
+  const Kernels *kernels = nullptr;
+  if (current(&kernels) != DELTAOPS_OK) return -1;
+  if (dtype < DELTAOPS_F32 || dtype > DELTAOPS_BF16 || steps < 1 || num_threads < 1) {
+    (void)fail(
+        DELTAOPS_INVALID_ARGUMENT,
+        "fma_peak: dtype must be 0 or 1, steps and num_threads at least 1, got %d, %lld, %d.",
+        dtype, static_cast<long long>(steps), num_threads);
+    return -1;
+  }
+  return kernels->fma_peak(dtype, steps, num_threads);
 }
 
 deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M, int64_t K, uint64_t seed,

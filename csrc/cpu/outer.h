@@ -63,21 +63,43 @@ __attribute__((noinline)) void outer_tile(const float *g, ptrdiff_t g_row, const
   }
 }
 
-/* panel = rows of x, columns n ... n + columns - 1, masked; column sums added to `total`. */
-template <class T>
-void outer_panel(float *panel, const T *x, int64_t x_row, int64_t m, int64_t rows, int64_t n,
-                 int64_t columns, const uint8_t *bits, int64_t bits_row, float *total) {
-  VecF column[kTileVectors] = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    const T *from = x + (m + i) * x_row + n;
+/* panel = rows of x, columns n ... n + columns - 1, masked; column sums added to `total`. A panel
+ * is a short run on every page of x, which no hardware prefetcher follows: the rows from `next` on,
+ * which the next panel will want, are asked for now and come while the products run. */
+template <bool Whole, bool Masked, class T>
+DELTAOPS_INLINE void outer_rows(float *panel, const T *x, int64_t x_row, int64_t rows, int64_t n,
+                                int64_t columns, const uint8_t *bits, int64_t bits_row,
+                                const T *next, VecF (&column)[kTileVectors]) {
+  for (int64_t i = 0; i < rows; ++i, x += x_row, next += x_row, panel += kTileColumns) {
+    __builtin_prefetch(next, 0, 2);
     DELTAOPS_UNROLL
     for (int j = 0; j < kTileVectors; ++j) {
-      VecF v = load_units_partial<float>(from + j * kLanes, columns - j * kLanes);
-      if (bits) v = keep(v, bits + (m + i) * bits_row, n + j * kLanes);
+      VecF v = Whole ? load(x + j * kLanes)
+                     : load_units_partial<float>(x + j * kLanes, columns - j * kLanes);
+      if (Masked) v = keep(v, bits + i * bits_row, n + j * kLanes);
       column[j] += v;
-      store(panel + i * kTileColumns + j * kLanes, v);
+      store(panel + j * kLanes, v);
     }
   }
+}
+
+template <class T>
+void outer_panel(float *panel, const T *x, int64_t x_row, int64_t m, int64_t rows, int64_t n,
+                 int64_t columns, const uint8_t *bits, int64_t bits_row, float *total,
+                 const T *next) {
+  VecF column[kTileVectors] = {};
+  const T *from = x + m * x_row + n;
+  const bool whole = columns == kTileColumns;
+  if (bits == nullptr && whole)
+    outer_rows<true, false>(panel, from, x_row, rows, n, columns, bits, 0, next, column);
+  else if (bits == nullptr)
+    outer_rows<false, false>(panel, from, x_row, rows, n, columns, bits, 0, next, column);
+  else if (whole)
+    outer_rows<true, true>(panel, from, x_row, rows, n, columns, bits + m * bits_row, bits_row,
+                           next, column);
+  else
+    outer_rows<false, true>(panel, from, x_row, rows, n, columns, bits + m * bits_row, bits_row,
+                            next, column);
   if (total) DELTAOPS_UNROLL
   for (int j = 0; j < kTileVectors; ++j)
     store(total + j * kLanes, load(total + j * kLanes) + column[j]);
@@ -107,15 +129,20 @@ void outer_products(const T *x, int64_t x_row, int64_t M, int64_t C, int64_t ind
   memset(sums, 0, static_cast<size_t>(ranks * kTileColumns) * sizeof(float));
   for (int64_t m = 0; m < M; m += kOuterRows) {
     const int64_t rows = least(kOuterRows, M - m);
+    const T *next = m + kOuterRows < M ? x + (m + kOuterRows) * x_row + n
+                    : n + columns < C  ? x + n + columns
+                                       : x + m * x_row + n;
     if (bias_grad || plain > 0)
-      outer_panel(panel, x, x_row, m, rows, n, columns, nullptr, 0, bias_grad ? total : nullptr);
+      outer_panel(panel, x, x_row, m, rows, n, columns, nullptr, 0, bias_grad ? total : nullptr,
+                  next);
     for (int masked = 0; masked < 2; ++masked) {  // the shared panel is in place for the first lap
       int64_t rank = 0;
       for (int64_t j = 0; j < count; rank += outers[j].rank, ++j) {
         const Outer &outer = outers[j];
         if ((outer.bits != nullptr) != (masked == 1)) continue;
         if (masked)
-          outer_panel(panel, x, x_row, m, rows, n, columns, outer.bits, outer.bits_row, nullptr);
+          outer_panel(panel, x, x_row, m, rows, n, columns, outer.bits, outer.bits_row, nullptr,
+                      next);
         for (int64_t q = 0; q < outer.rank; q += kTileRows)
           with_rows<kTileRows>(least(kTileRows, outer.rank - q), [&](auto size) {
             outer_tile<decltype(size)::value>(outer.g + m * outer.g_row + q, outer.g_row, panel,

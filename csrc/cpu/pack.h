@@ -134,8 +134,9 @@ void pack_panel(Unit *panel, int64_t width, const View<T> &w, int64_t rows, int6
     pack_panel_cols(panel, width, w.data, w.col_stride, rows, ks, steps);
 }
 
-/* Brings the lines that a later pack_panel will read into L2, a few at each tile in between: a
- * panel is many short runs on as many pages, which hardware prefetchers start afresh each time. */
+/* Brings the lines that the next panel will be read from into L2, a few at each tile in between:
+ * from the weight they are many short runs on as many pages, which hardware prefetchers start
+ * afresh each time; a packed panel is one run, and they start it late. */
 template <class T>
 class Prefetch {
  public:
@@ -148,6 +149,14 @@ class Prefetch {
     data_ = w.data;
     each_ = ceil_div(runs_ * lines_, calls);
   }
+
+  /* A packed panel of `count` units of 4 bytes. */
+  template <class Unit>
+  Prefetch(const Unit *panel, int64_t count, int64_t calls)
+      : data_(reinterpret_cast<const T *>(panel)),
+        runs_(1),
+        lines_(ceil_div(count, 16)),
+        each_(ceil_div(lines_, calls)) {}
 
   DELTAOPS_INLINE void some() {
     for (int64_t i = 0; i < each_ && run_ < runs_; ++i) {

@@ -45,8 +45,9 @@ struct Product {
   int64_t M, N, K;  // rows, outputs, contraction
   const void *x;
   int64_t x_row;
-  View<void> w;      // [N, K]; data NULL: only S is wanted
-  const void *bias;  // [N] or NULL
+  View<void> w;        // [N, K]; data NULL: only S is wanted
+  const void *packed;  // its panels (packed.h), or NULL: they are packed on the way
+  const void *bias;    // [N] or NULL
   void *out;
   int64_t out_row;
   const Term *terms;  // those without a mask on their product first
@@ -68,6 +69,7 @@ struct Cut {
   int64_t panels, panels_each;
   int64_t block_k, k_blocks, x_row;
   bool dot, scratch_c;
+  bool copy_x;  // false: the tiles read x where it lies
   float *packed_p;
   int64_t k_padded;
   char *x;  // [row_groups][2][block_rows][x_row] units
@@ -100,7 +102,8 @@ struct MainUnit<Bf16> {
 /* The grid with the least work on its busiest thread, in multiply-adds per k: a column packed
  * costs about as much as kPackRows rows of it, a row copied kCopyColumns columns of it. */
 inline void choose_grid(const Product &p, Cut *cut) {
-  constexpr int64_t kPackRows = 8, kCopyColumns = 4, kBarrier = 6144;
+  constexpr int64_t kCopyColumns = 4, kBarrier = 6144;
+  const int64_t kPackRows = p.packed ? 0 : 8;
   int64_t least_cost = -1;
   for (int shares = 1; shares <= cut->threads; ++shares) {
     if (cut->threads % shares != 0) continue;
@@ -114,6 +117,9 @@ inline void choose_grid(const Product &p, Cut *cut) {
   }
   cut->row_groups = cut->threads / cut->shares;
 }
+
+/* Rows this many floats apart share cache sets: a block of them would evict itself from L2. */
+constexpr int64_t kConflict = 512;
 
 template <class T>
 Cut plan(const Product &p, int threads) {
@@ -142,15 +148,16 @@ Cut plan(const Product &p, int threads) {
   // Floats sum up in y itself; bf16 needs a place for the sums between blocks of k.
   cut.scratch_c = sizeof(T) != 4 && cut.k_blocks > 1 && !cut.dot;
   cut.k_padded = round_up(p.K, kLanes);
+  cut.copy_x = sizeof(T) != 4 || (cut.k_blocks > 1 && p.x_row % kConflict == 0);
   return cut;
 }
 
 template <class T>
 void lay_out(const Product &p, Cut *cut, Arena *arena) {
   const int64_t buffers = cut->shares > 1 ? 2 : 1;
-  cut->x_buffer = cut->block_rows * cut->x_row * 4;
+  cut->x_buffer = cut->copy_x ? cut->block_rows * cut->x_row * 4 : 0;
   cut->s_buffer = cut->block_rows * p.s_columns;
-  cut->panel_each = cut->dot ? 0 : cut->block_k * kTileColumns + 64;
+  cut->panel_each = cut->dot || p.packed ? 0 : cut->block_k * kTileColumns + 64;
   cut->q_each = p.ranks * kTileColumns + 64;
   cut->c_each = cut->scratch_c ? cut->block_rows * cut->panels_each * kTileColumns + 64 : 0;
   cut->rows_each = kNarrowRows * cut->x_row + 64;
@@ -183,23 +190,24 @@ inline void pack_p(const Product &p, const Cut &cut, int self) {
   }
 }
 
-/* S for rows m ... m + rows - 1, over ks elements from k0 on. `copied`: the same rows as floats. */
+/* S for rows m ... m + rows - 1, over ks elements from k0 on. `floats`: the same rows as floats,
+ * floats_row apart; or NULL. */
 template <class T>
 void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows, int64_t k0,
-                  int64_t ks, const float *copied, float *s) {
+                  int64_t ks, const float *floats, int64_t floats_row, float *s) {
   const bool first = k0 == 0;
   const int64_t shared_end = p.mask_x ? p.plain_columns : p.s_columns;
   float *few = cut.rows + self * cut.rows_each;
   uint8_t *bits = cut.bits + self * cut.bits_each;
-  if (copied && shared_end > 0)
-    narrow_columns(copied, cut.x_row, rows, cut.packed_p, cut.k_padded, k0, ks, 0, shared_end, s,
+  if (floats && shared_end > 0)
+    narrow_columns(floats, floats_row, rows, cut.packed_p, cut.k_padded, k0, ks, 0, shared_end, s,
                    p.s_columns, first);
-  if (copied && shared_end == p.s_columns) return;
+  if (floats && shared_end == p.s_columns) return;
   const T *x = static_cast<const T *>(p.x) + m * p.x_row + k0;
   for (int64_t i = 0; i < rows; i += kNarrowRows) {
     const int64_t count = least(kNarrowRows, rows - i);
     float *s_few = s + i * p.s_columns;
-    if (!copied && shared_end > 0) {
+    if (!floats && shared_end > 0) {
       for (int64_t r = 0; r < count; ++r)
         pack_row<float>(few + r * cut.x_row, x + (i + r) * p.x_row, ks, ks);
       narrow_columns(few, cut.x_row, count, cut.packed_p, cut.k_padded, k0, ks, 0, shared_end,
@@ -223,7 +231,7 @@ void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t
 /* The panels of one thread over one block of rows and k. */
 template <class T, class Unit>
 void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows, const Unit *x,
-            const float *s, int64_t k0, int64_t ks, Range range) {
+            int64_t x_row, const float *s, int64_t k0, int64_t ks, Range range) {
   constexpr int64_t kUnit = UnitOf<Unit>::k;
   const bool first = k0 == 0, last = k0 + ks == p.K;
   const View<T> w = typed<T>(p.w);
@@ -233,7 +241,7 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
   const int64_t num_direct = !last ? 0 : p.mask_x ? p.num_terms : p.num_plain;
   float bias[kTileColumns], start[kTileRows * kTileColumns], dots[kTileRows * kTileColumns];
   Tile<Unit, T> t = {};
-  t.a_row = cut.x_row;
+  t.a_row = x_row;
   t.b = panel;
   t.steps = cut.dot ? 0 : ceil_div(ks, kUnit);
   t.s_row = p.s_columns;
@@ -246,7 +254,11 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
   for (int64_t index = range.begin; index < range.end; ++index) {
     const int64_t n = index * kTileColumns;
     t.columns = least(kTileColumns, p.N - n);
-    if (!cut.dot) pack_panel(panel, kTileColumns, w.at(n, k0), t.columns, ks, t.steps);
+    if (p.packed)
+      t.b = static_cast<const Unit *>(p.packed) +
+            (index * ceil_div(p.K, kUnit) + k0 / kUnit) * kTileColumns;
+    else if (!cut.dot)
+      pack_panel(panel, kTileColumns, w.at(n, k0), t.columns, ks, t.steps);
     if (last)
       for (int64_t j = 0; j < p.num_terms; ++j) {
         const Term &term = p.terms[j];
@@ -260,13 +272,16 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
       }
     if (t.bias) pack_row(bias, static_cast<const T *>(p.bias) + n, t.columns, kTileColumns);
     Prefetch<T> next;
-    if (!cut.dot && index + 1 < range.end)
+    if (p.packed && index + 1 < range.end)
+      next = Prefetch<T>(t.b + ceil_div(p.K, kUnit) * kTileColumns, t.steps * kTileColumns,
+                         ceil_div(rows, kTileRows));
+    else if (!cut.dot && index + 1 < range.end)
       next = Prefetch<T>(w.at(n + kTileColumns, k0), least(kTileColumns, p.N - n - kTileColumns),
                          ks, ceil_div(rows, kTileRows));
     for (int64_t i = 0; i < rows; i += kTileRows) {
       next.some();
       const int64_t count = least(kTileRows, rows - i);
-      t.a = x + i * cut.x_row;
+      t.a = x + i * x_row;
       t.s = s + i * p.s_columns;
       T *out = static_cast<T *>(p.out) + (m + i) * p.out_row + n;
       t.y = last ? out : nullptr;
@@ -322,23 +337,32 @@ void product(const Product &p, const Cut &cut, int self) {
     for (int64_t kb = 0; kb < cut.k_blocks; ++kb, ++step) {
       const int64_t k0 = kb * cut.block_k, ks = least(cut.block_k, p.K - k0);
       const int64_t steps = ceil_div(ks, UnitOf<Unit>::k);
-      Unit *x = reinterpret_cast<Unit *>(cut.x + (group * buffers + step % buffers) * cut.x_buffer);
-      if (p.w.data || UnitOf<Unit>::k == 1)
-        for (int64_t i = mine.begin; i < mine.end; ++i)
-          pack_row(x + i * cut.x_row, static_cast<const T *>(p.x) + (m + i) * p.x_row + k0, ks,
-                   steps);
+      const T *rows_of_x = static_cast<const T *>(p.x) + m * p.x_row + k0;
+      const Unit *x;
+      int64_t x_row = cut.x_row;
+      if (cut.copy_x) {
+        Unit *copy =
+            reinterpret_cast<Unit *>(cut.x + (group * buffers + step % buffers) * cut.x_buffer);
+        if (p.w.data || UnitOf<Unit>::k == 1)
+          for (int64_t i = mine.begin; i < mine.end; ++i)
+            pack_row(copy + i * x_row, rows_of_x + i * p.x_row, ks, steps);
+        x = copy;
+      } else {
+        x = reinterpret_cast<const Unit *>(rows_of_x);
+        x_row = p.x_row;
+      }
       if (p.num_terms > 0 && mine.begin < mine.end) {
-        const float *copied = nullptr;
-        if constexpr (UnitOf<Unit>::k == 1) copied = x + mine.begin * cut.x_row;
+        const float *floats = nullptr;
+        if constexpr (UnitOf<Unit>::k == 1) floats = x + mine.begin * x_row;
         float *s_mine = s + mine.begin * p.s_columns;
-        lowrank_rows<T>(p, cut, self, m + mine.begin, mine.end - mine.begin, k0, ks, copied,
+        lowrank_rows<T>(p, cut, self, m + mine.begin, mine.end - mine.begin, k0, ks, floats, x_row,
                         s_mine);
         if (k0 + ks == p.K)
           finish_s(p.terms, p.num_terms, s_mine, p.s_columns, m + mine.begin, mine.end - mine.begin,
                    p.s ? p.s + (m + mine.begin) * p.s_row : nullptr, p.s_row);
       }
-      if (cut.shares > 1) barrier();
-      if (rows > 0) panels<T, Unit>(p, cut, self, m, rows, x, s, k0, ks, columns);
+      if (cut.shares > 1 && (cut.copy_x || p.num_terms > 0)) barrier();
+      if (rows > 0) panels<T, Unit>(p, cut, self, m, rows, x, x_row, s, k0, ks, columns);
     }
   }
 }

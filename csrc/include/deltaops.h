@@ -86,6 +86,8 @@ typedef struct {
   int32_t num_branches; /* 0: the frozen layer alone */
   int32_t reserved;     /* 0 */
   uint64_t seed;
+  const void *packed_weight; /* from deltaops_cpu_pack_weight(weight), or NULL */
+  int64_t packed_bytes;      /* its size, 0 with NULL */
 } deltaops_delta_linear_forward_args;
 
 typedef struct {
@@ -108,7 +110,9 @@ typedef struct {
   const deltaops_matrix
       *grad_b; /* num_branches of [N, R_i] f32 or bf16, each may be absent; or NULL */
   const deltaops_matrix
-      *grad_branch_bias; /* num_branches of [1, R_i] f32 or bf16, each may be absent; or NULL */
+      *grad_branch_bias;     /* num_branches of [1, R_i] f32 or bf16, each may be absent; or NULL */
+  const void *packed_weight; /* from deltaops_cpu_pack_weight(weight^T, a [K, N] view), or NULL */
+  int64_t packed_bytes;      /* its size, 0 with NULL */
 } deltaops_delta_linear_backward_args;
 
 DELTAOPS_API uint32_t deltaops_abi_version(void);
@@ -127,6 +131,21 @@ DELTAOPS_API deltaops_status
 deltaops_cpu_delta_linear_forward(const deltaops_delta_linear_forward_args *args);
 DELTAOPS_API deltaops_status
 deltaops_cpu_delta_linear_backward(const deltaops_delta_linear_backward_args *args);
+/* A frozen weight may be packed once, in the order in which the product reads it, instead of in
+ * every call: about rows * cols floats (pairs of bf16 where the CPU multiplies those) for each of
+ * the two orientations. Packed memory belongs to the caller, holds for the instruction set in use,
+ * and gives the same bits as the weight itself. A call is refused when it does not fit. */
+DELTAOPS_API deltaops_status deltaops_cpu_packed_bytes(const deltaops_matrix *weight,
+                                                       int64_t *bytes);
+DELTAOPS_API deltaops_status deltaops_cpu_pack_weight(const deltaops_matrix *weight, void *packed,
+                                                      int64_t bytes, int32_t num_threads);
+/* A hash of the weight's shape and of some of its elements, spread evenly: enough to notice that a
+ * weight was changed behind the back of whoever packed it, at the price of a few cache lines. */
+DELTAOPS_API deltaops_status deltaops_cpu_fingerprint(const deltaops_matrix *weight,
+                                                      uint64_t *hash);
+/* For benchmarks: runs `steps` rounds of independent multiply-adds of this dtype on each thread and
+ * returns how many that were, -1 for arguments that cannot be. The caller takes the time. */
+DELTAOPS_API int64_t deltaops_cpu_fma_peak(int32_t dtype, int64_t steps, int32_t num_threads);
 /* keep[m * K + k] = 1 where the draw at (k, m, stream) keeps the element: the mask, for tests. */
 DELTAOPS_API deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M, int64_t K,
                                                        uint64_t seed, uint32_t stream,

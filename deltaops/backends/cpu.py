@@ -13,6 +13,7 @@ from torch import Tensor
 from deltaops.reference.philox import drop_threshold
 
 from .base import DeltaLinearCall
+from .cpu_packing import PACKING, Layout
 
 # deltaops_dtype and deltaops_activation of csrc/include/deltaops.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -129,7 +130,10 @@ class CpuBackend:
         (m, k), n = x.shape, weight.shape[0]
         y = torch.empty((m, n), dtype=x.dtype)
         s = torch.empty((m, sum(t.shape[0] for t in a)), dtype=torch.float32)
-        _core().delta_linear_forward(
+        core, threads = _core(), torch.get_num_threads()
+        layout = Layout(weight.data_ptr(), n, k, *weight.stride(), _DTYPES[x.dtype])
+        packed = PACKING.packed(core, weight, layout, False, threads)
+        core.delta_linear_forward(
             _DTYPES[x.dtype],
             m,
             n,
@@ -144,7 +148,9 @@ class CpuBackend:
             s.data_ptr(),
             _branches(a, b, branch_bias, scaling, dropout, activation),
             _seed(seed),
-            torch.get_num_threads(),
+            threads,
+            _pointer(packed),
+            0 if packed is None else packed.numel(),
         )
         return y, s
 
@@ -178,7 +184,12 @@ class CpuBackend:
             torch.empty(t.shape[0], dtype=t.dtype) if needs[2 + 2 * count + i] else None
             for i, t in enumerate(a)
         ]
-        _core().delta_linear_backward(
+        core, threads = _core(), torch.get_num_threads()
+        packed = None
+        if grad_x is not None:
+            layout = Layout(weight.data_ptr(), n, k, *weight.stride(), _DTYPES[grad_y.dtype])
+            packed = PACKING.packed(core, weight, layout, True, threads)
+        core.delta_linear_backward(
             _DTYPES[grad_y.dtype],
             m,
             n,
@@ -193,7 +204,7 @@ class CpuBackend:
             # the biases' values are in S already
             _branches(a, b, [None] * count, scaling, dropout, activation),
             _seed(seed),
-            torch.get_num_threads(),
+            threads,
             0 if grad_x is None else grad_x.data_ptr(),
             k,
             0 if grad_bias is None else grad_bias.data_ptr(),
@@ -202,6 +213,8 @@ class CpuBackend:
                 (*(_pointer(wanted[i + j * count]) for j in range(3)), _DTYPES[a[i].dtype])
                 for i in range(count)
             ),
+            _pointer(packed),
+            0 if packed is None else packed.numel(),
         )
         return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
 

@@ -8,8 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+ISAS = [
+    ("native", "baseline"),
+    ("native", "avx2"),
+    ("native", "avx512"),
+    ("native", "avx512_bf16"),
+    ("emulated", "avx512"),
+    ("emulated", "avx512_bf16"),
+]
 
 
 def _load_helper() -> ModuleType:
@@ -50,3 +60,17 @@ def builds(
         subprocess.run(link, check=True)
         out[kind] = (library, objects)
     return out
+
+
+@pytest.fixture(params=ISAS, ids=lambda p: "-".join(p))
+def core(
+    request: pytest.FixtureRequest,
+    builds: dict[str, tuple[Path, list[Path]]],
+    core_module: ModuleType,
+) -> Any:
+    kind, isa = request.param
+    core = core_module.Core(builds[kind][0])
+    if not dict(core.isas())[isa]:
+        pytest.skip(f"this CPU has no {isa}")
+    assert core.set_isa(isa) == 0
+    return core

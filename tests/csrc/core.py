@@ -82,6 +82,8 @@ class Forward(ctypes.Structure):
         ("num_branches", c_int32),
         ("reserved", c_int32),
         ("seed", c_uint64),
+        ("packed_weight", c_void_p),
+        ("packed_bytes", c_int64),
     ]
 
 
@@ -99,6 +101,8 @@ class Backward(ctypes.Structure):
         ("grad_a", POINTER(Matrix)),
         ("grad_b", POINTER(Matrix)),
         ("grad_branch_bias", POINTER(Matrix)),
+        ("packed_weight", c_void_p),
+        ("packed_bytes", c_int64),
     ]
 
 
@@ -190,6 +194,17 @@ class Core:
         assert self.lib.deltaops_cpu_dropout_mask(c_void_p(keep.ctypes.data), *args) == 0
         return keep
 
+    def pack(self, weight: np.ndarray, threads: int = 2) -> np.ndarray:
+        """The packed weight, NaN-poisoned before."""
+        size, view = c_int64(), matrix(weight)
+        assert self.lib.deltaops_cpu_packed_bytes(ctypes.byref(view), ctypes.byref(size)) == 0
+        packed = np.full(size.value, 0xFF, np.uint8)
+        status = self.lib.deltaops_cpu_pack_weight(
+            ctypes.byref(view), c_void_p(packed.ctypes.data), size, c_int32(threads)
+        )
+        assert status == 0, self.error()
+        return packed
+
     def forward(
         self,
         layer: Layer,
@@ -218,6 +233,7 @@ class Core:
         grad_b: list[np.ndarray | None],
         grad_branch_bias: list[np.ndarray | None] | None = None,
         threads: int = 2,
+        changes: dict[str, object] | None = None,
     ) -> int:
         branches, count = layer.branches(), len(layer.adapters)
         lists = [
@@ -229,6 +245,8 @@ class Core:
             matrix(layer.weight), matrix(s), branches, count, 0, layer.seed, matrix(grad_x),
             matrix(grad_bias), *lists,
         )  # fmt: skip
+        for name, value in (changes or {}).items():
+            setattr(args, name, value)
         return self.lib.deltaops_cpu_delta_linear_backward(ctypes.byref(args))
 
 

@@ -17,15 +17,6 @@ import pytest
 
 Builds = dict[str, tuple[Path, list[Path]]]
 
-ISAS = [
-    ("native", "baseline"),
-    ("native", "avx2"),
-    ("native", "avx512"),
-    ("native", "avx512_bf16"),
-    ("emulated", "avx512"),
-    ("emulated", "avx512_bf16"),
-]
-
 SHAPES = [(1, 1, 1), (3, 17, 5), (1, 70, 300), (8, 64, 33), (9, 13, 31), (131, 50, 301),
           (260, 129, 521), (17, 67, 1100), (0, 5, 3), (4, 0, 3), (4, 5, 0)]  # fmt: skip
 
@@ -59,16 +50,6 @@ ACTIVATE: list[Callable[[np.ndarray], np.ndarray]] = [
 ]
 # Float sums against float64, relative to the largest element; bf16 adds one rounding, 2^-9 of it.
 TOLERANCE = {"f32": 2e-5, "bf16": 2.0**-8}
-
-
-@pytest.fixture(params=ISAS, ids=lambda p: "-".join(p))
-def core(request: pytest.FixtureRequest, builds: Builds, core_module: ModuleType) -> Any:
-    kind, isa = request.param
-    core = core_module.Core(builds[kind][0])
-    if not dict(core.isas())[isa]:
-        pytest.skip(f"this CPU has no {isa}")
-    assert core.set_isa(isa) == 0
-    return core
 
 
 def make(helper: ModuleType, shape: tuple[int, int, int], spec: list[Spec], *,

@@ -1,0 +1,218 @@
+"""Copies of frozen weights in the order in which the CPU core reads them, kept between calls.
+
+A weight is packed at its second use, once for the forward pass and once more (transposed) for the
+gradient of x; until then, and where the policy says no, the core packs panels on the way. Both give
+the same bits.
+
+An entry belongs to the memory of a weight, not to a tensor object: views and aliases (Conv1D's
+transpose, what a compiled graph passes) find it again. It is dropped when that memory is freed and
+made again when the weight changed: torch's version counter tells, and for writes through ``.data``,
+which that does not see, a fingerprint of some elements.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from deltaops.errors import ConfigError
+
+Policy = Literal["auto", "always", "never"]
+
+SMALLEST = 1 << 14
+"""Elements below which packing on the way costs next to nothing."""
+
+_SHARE_OF_MEMORY = 0.25
+
+
+class Layout(NamedTuple):
+    """How a weight ``[N, K]`` lies in memory."""
+
+    pointer: int
+    rows: int
+    cols: int
+    row_stride: int
+    col_stride: int
+    dtype: int
+
+    @property
+    def transposed(self) -> Layout:
+        """The same memory as ``[K, N]``."""
+        return Layout(
+            self.pointer, self.cols, self.rows, self.col_stride, self.row_stride, self.dtype
+        )
+
+
+@dataclass
+class _Entry:
+    """What is known of one layout of one weight."""
+
+    storage: StorageWeakRef
+    version: int
+    fingerprint: int
+    uses: int = 0
+    packed: dict[bool, Tensor] = field(default_factory=dict)  # by "transposed"
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() for t in self.packed.values())
+
+    def expired(self) -> bool:
+        return bool(self.storage.expired())  # type: ignore[no-untyped-call]
+
+
+class Packing:
+    """All packed weights of the process. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Layout, _Entry] = {}
+        self._policies: dict[int, tuple[StorageWeakRef, Policy]] = {}  # by data_ptr
+        self._lock = threading.Lock()
+        self._budget: int | None = None
+
+    def set_policy(self, weight: Tensor, policy: Policy) -> None:
+        """Say for one weight whether it may be packed.
+
+        Args:
+            policy: "auto" packs while all packed weights stay below a quarter of the memory that
+                was available when the first was packed; "always" packs; "never" does not, and drops
+                what there is.
+        Raises: ConfigError for another word.
+        """
+        check_policy(policy)
+        with self._lock:
+            self._sweep()
+            self._policies.pop(weight.data_ptr(), None)
+            if policy != "auto":
+                self._policies[weight.data_ptr()] = (_reference(weight), policy)
+            if policy == "never":
+                for layout in [x for x in self._entries if x.pointer == weight.data_ptr()]:
+                    del self._entries[layout]
+
+    def policy(self, weight: Tensor) -> Policy:
+        """What :meth:`set_policy` said of ``weight``."""
+        return self._policy(weight.data_ptr())
+
+    def packed(
+        self, core: ModuleType, weight: Tensor, layout: Layout, transposed: bool, threads: int
+    ) -> Tensor | None:
+        """The packed weight (``transposed``: for the gradient of x), or None where there is none.
+
+        Args:
+            core: the native module.
+            layout: of ``weight``, as the forward pass sees it.
+        """
+        if layout.rows * layout.cols < SMALLEST:
+            return None
+        entry = self._entries.get(layout)
+        version = 0 if weight.is_inference() else weight._version
+        if entry is None or entry.expired():
+            self._remember(core, weight, layout, version)
+            return None
+        fingerprint = core.fingerprint(*layout)
+        if entry.version != version or entry.fingerprint != fingerprint:
+            entry.packed = {}
+            entry.version, entry.fingerprint = version, fingerprint
+        found = entry.packed.get(transposed)
+        if found is not None:
+            return found
+        entry.uses += 1
+        if entry.uses < 2 and not transposed and self._policy(layout.pointer) != "always":
+            return None
+        return self._pack(core, entry, layout, transposed, threads)
+
+    def bytes(self, weight: Tensor) -> int:
+        """What is packed of ``weight`` now, in bytes."""
+        pointer = weight.data_ptr()
+        with self._lock:
+            self._sweep()
+            return sum(e.bytes for layout, e in self._entries.items() if layout.pointer == pointer)
+
+    def clear(self) -> None:
+        """Forget every packed weight; policies stay."""
+        with self._lock:
+            self._entries.clear()
+
+    # ------------------------------------------------------------------------------- details
+
+    def _policy(self, pointer: int) -> Policy:
+        found = self._policies.get(pointer)
+        if found is None or found[0].expired():  # type: ignore[no-untyped-call]
+            return "auto"
+        return found[1]
+
+    def _remember(self, core: ModuleType, weight: Tensor, layout: Layout, version: int) -> None:
+        if self._policy(layout.pointer) == "never":
+            return
+        with self._lock:
+            self._sweep()
+            self._entries[layout] = _Entry(_reference(weight), version, core.fingerprint(*layout))
+
+    def _pack(
+        self, core: ModuleType, entry: _Entry, layout: Layout, transposed: bool, threads: int
+    ) -> Tensor | None:
+        wanted = layout.transposed if transposed else layout
+        size = core.packed_bytes(*wanted)
+        with self._lock:
+            if self._policy(layout.pointer) == "auto":
+                self._sweep()
+                held = sum(e.bytes for e in self._entries.values())
+                if held + size > self.budget:
+                    return None
+            # not torch.empty under inference mode: the entry outlives the block
+            with torch.inference_mode(False):
+                memory = torch.empty(size, dtype=torch.uint8)
+            core.pack_weight(*wanted, memory.data_ptr(), size, threads)
+            entry.packed[transposed] = memory
+        return memory
+
+    @property
+    def budget(self) -> int:
+        """Bytes that "auto" may use: a quarter of what was available when this was first asked."""
+        if self._budget is None:
+            self._budget = int(_available_memory() * _SHARE_OF_MEMORY)
+        return self._budget
+
+    def _sweep(self) -> None:
+        for layout in [x for x, entry in self._entries.items() if entry.expired()]:
+            del self._entries[layout]
+        for pointer in [p for p, (reference, _) in self._policies.items() if reference.expired()]:
+            del self._policies[pointer]
+
+
+PACKING = Packing()
+"""The one of this process."""
+
+
+def _reference(weight: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def check_policy(policy: str) -> None:
+    """Raises: ConfigError unless ``policy`` is one of the three words."""
+    if policy not in get_args(Policy):
+        raise ConfigError(
+            f"pack must be one of {', '.join(get_args(Policy))}, got {policy!r}. 'auto' packs "
+            "frozen weights while memory allows."
+        )
+
+
+def _available_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux: the whole memory is the next best that every POSIX system tells
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30  # Windows has no sysconf; a quarter of this is one packed GPT-2
