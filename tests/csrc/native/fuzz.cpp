@@ -89,7 +89,7 @@ bool spoil(int way, Args *args, Layer *layer, Rng *rng) {
       return true;
     case 12:
       if (!branched) return false;
-      layer->branches.back().reserved = 1;
+      layer->branches.back().activation = rng->one_in(2) ? -1 : DELTAOPS_SILU + 1;
       return true;
     case 13: {
       if (!branched) return false;
@@ -204,27 +204,30 @@ void wild(Rng *rng) {
   const auto out = [&] { return wild_matrix(wild_outputs, rng); };
   const auto maybe = [&](deltaops_matrix m) { return rng->one_in(2) ? m : deltaops_matrix{}; };
   std::vector<deltaops_branch> branches(static_cast<size_t>(rng->below(3)));
-  std::vector<deltaops_matrix> grad_a, grad_b;
+  std::vector<deltaops_matrix> grad_a, grad_b, grad_branch_bias;
   for (deltaops_branch &branch : branches) {
     branch = {in(),
               in(),
+              maybe(in()),
               static_cast<float>(rng->unit()),
               static_cast<uint32_t>(rng->below(65538)),
               static_cast<uint32_t>(rng->next()),
-              0};
+              static_cast<int32_t>(rng->below(7)) - 1};
     grad_a.push_back(maybe(out()));
     grad_b.push_back(maybe(out()));
+    grad_branch_bias.push_back(maybe(out()));
   }
   const int32_t threads = static_cast<int32_t>(rng->below(6));
   const auto count = static_cast<int32_t>(branches.size());
   if (rng->one_in(2)) {
     wild_call(Forward{sizeof(Forward), threads, in(), in(), maybe(in()), out(), maybe(out()),
-                      branches.data(), count, 0, rng->next()});
+                      branches.data(), count, 0, rng->next(), nullptr, 0});
   } else {
     wild_call(Backward{sizeof(Backward), threads, in(), maybe(in()), maybe(in()), maybe(in()),
                        branches.data(), count, 0, rng->next(), maybe(out()), maybe(out()),
                        rng->one_in(4) ? nullptr : grad_a.data(),
-                       rng->one_in(4) ? nullptr : grad_b.data()});
+                       rng->one_in(4) ? nullptr : grad_b.data(),
+                       rng->one_in(4) ? nullptr : grad_branch_bias.data(), nullptr, 0});
   }
 }
 

@@ -50,8 +50,13 @@ Layer::Layer(const Case &given)
   for (size_t i = 0; i < a_.size(); ++i) {
     a_[i].fill(&rng_);
     b_[i].fill(&rng_);
-    branches.push_back({a_[i].matrix(), b_[i].matrix(), 0.5f + static_cast<float>(i),
-                        c.branches[i].threshold, static_cast<uint32_t>(i), 0});
+    branches.push_back({a_[i].matrix(),
+                        b_[i].matrix(),
+                        {},
+                        0.5f + static_cast<float>(i),
+                        c.branches[i].threshold,
+                        static_cast<uint32_t>(i),
+                        0});
     grad_a_list.push_back(grad_a_[i].matrix());
     grad_b_list.push_back(grad_b_[i].matrix());
   }
