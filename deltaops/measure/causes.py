@@ -18,6 +18,7 @@ def causes(goal: str, dtype: str, where: str, value: float, results: Results) ->
     if cell is not None:
         found += _own_work(goal, cell)
         found += _torch_at_the_peak(goal, cell, results)
+        found += _others_product(goal, cell, results)
         found += _free_delta(goal, cell)
         found += _saved(goal, cell)
     isa = results.machine.get("isa", "unknown")
@@ -70,16 +71,26 @@ def _torch_at_the_peak(goal: str, cell: Cell, results: Results) -> list[str]:
     least = 4e-9 * m * n * k * (branch_floor(cell) if cell.rank else 1.0) / top
     gain = cell.timings[peer].median / least
     if goal == "lora-frozen":
+        reached = 1 / gain / (branch_floor(cell) if cell.rank else 1.0)
+        plain = " (MKL is not handicapped here)" if reached > 0.7 else ""
         return [
-            f"{peer} runs at {100 / gain * branch_share(cell):.0f} % of the FMA peak here "
-            f"(MKL is not handicapped): a layer at the peak would take {1 / gain:.2f} of its time"
+            f"{peer} runs at {100 * reached:.0f} % of the FMA peak{plain}: a layer at the peak "
+            f"would take {1 / gain:.2f} of its time"
         ]
     return [f"a layer at the FMA peak would be {gain:.2f}× as fast as {peer}"]
 
 
-def branch_share(cell: Cell) -> float:
-    """The inverse of what the branch adds, to give the frozen layer its own flops."""
-    return 1 / branch_floor(cell) if cell.rank else 1.0
+def _others_product(goal: str, cell: Cell, results: Results) -> list[str]:
+    """What the others reach of the peak with the same product."""
+    top = results.peak.get(cell.dtype)
+    if goal != "gemm-peak" or not isinstance(top, float) or cell.shape is None:
+        return []
+    m, n, k = cell.shape
+    return [
+        f"{peer} reaches {100 * 2e-9 * m * n * k / t.median / top:.0f} %"
+        for peer, t in cell.timings.items()
+        if peer != names.OURS
+    ]
 
 
 def _free_delta(goal: str, cell: Cell) -> list[str]:

@@ -89,6 +89,10 @@ class Results:
             if (c.group, c.dtype) == (group, dtype) and dropout in (None, c.dropout)
         ]
 
+    def cells_of(self, group: str) -> list[Cell]:
+        """The cells of one group, in the order of the run."""
+        return [c for c in self.cells if c.group == group]
+
     def as_json(self) -> dict[str, Any]:
         """Every field."""
         return {**asdict(self), "cells": [c.as_json() for c in self.cells]}

@@ -103,9 +103,7 @@ def _ratios(cells: list[Cell], above: str, below: str) -> list[tuple[str, float]
 
 
 def _layer(above: str, below: str, only: Callable[[Cell], bool] = lambda c: True) -> Samples:
-    return lambda r, dtype: _ratios(
-        [c for c in r.of("lora", dtype, 0.0) if only(c)], above, below
-    )
+    return lambda r, dtype: _ratios([c for c in r.of("lora", dtype, 0.0) if only(c)], above, below)
 
 
 def _wide(c: Cell) -> bool:

@@ -77,7 +77,7 @@ def measure_layer(
     runs: dict[tuple[str, float], Run] = {}
     absent: dict[str, str] = {}
     for dropout in dropouts:
-        found, missing = _peers(case, dropout, compiled and not dropout)
+        found, missing = _delta_peers(case, dropout, compiled and not dropout)
         absent |= missing
         for name, run in found.items():
             late = pace.refuses(name, dtype, flops) if name in _SLOW else None
@@ -114,11 +114,19 @@ def measure_layer(
     ]  # fmt: skip
 
 
+def peers(case: LayerCase, dropout: float) -> tuple[dict[str, Run], dict[str, str]]:
+    """Every eager peer of a case, and why the others are not there."""
+    runs, absent = _delta_peers(case, dropout, False)
+    return runs | _frozen(case, Pace(), absent), absent
+
+
 # torch's own bfloat16 products can be a hundred times slower than ours where the CPU lacks BF16.
 _SLOW = {names.FROZEN, names.PEFT, names.PEFT_NARROW, names.PEFT_COMPILED, names.EAGER}
 
 
-def _peers(case: LayerCase, dropout: float, compiled: bool) -> tuple[dict[str, Run], dict[str, str]]:
+def _delta_peers(
+    case: LayerCase, dropout: float, compiled: bool
+) -> tuple[dict[str, Run], dict[str, str]]:
     t, op = case.tensors, case.op
     runs: dict[str, Run] = {}
     absent: dict[str, str] = {}

@@ -14,8 +14,10 @@ def lost(results: Results) -> list[str]:
     for c in results.cells:
         best = c.best(*OURS)
         own = c.ratio(names.OWN_FROZEN, names.FROZEN)
-        if own is not None and own > 1:
-            found.append((own, f"{c.group} {c.label}: our frozen layer takes {own:.2f}× of torch's"))
+        if own is not None and own > 1 and not c.dropout:
+            found.append(
+                (own, f"{c.group} {c.label}: our frozen layer takes {own:.2f}× of torch's")
+            )
         if best is None:
             continue
         rivals = [names.FROZEN] if c.group in ("gemm", "call") else []

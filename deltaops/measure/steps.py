@@ -190,9 +190,7 @@ def _oracles(
     return oracle, _answer(narrow, batch)
 
 
-def _affordable(
-    workload: Workload, model: nn.Module, dtype: torch.dtype
-) -> tuple[Workload, str]:
+def _affordable(workload: Workload, model: nn.Module, dtype: torch.dtype) -> tuple[Workload, str]:
     """The workload, or one with fewer sequences where a step would take too long."""
     probe = workload.smaller(1).inputs(dtype)
     if "input_ids" in probe:

@@ -44,9 +44,7 @@ class Workload:
             pixels = torch.randn(size, generator=generator).to(dtype)
             labels = torch.randint(0, LABELS, (self.batch,), generator=generator)
             return {"pixel_values": pixels, "labels": labels}
-        ids = torch.randint(
-            0, self.vocabulary, (self.batch, self.length), generator=generator
-        )
+        ids = torch.randint(0, self.vocabulary, (self.batch, self.length), generator=generator)
         return {"input_ids": ids, "labels": ids}
 
     def smaller(self, batch: int) -> Workload:
@@ -93,7 +91,8 @@ def vit() -> Workload:
 
     config = ViTConfig(
         hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
-        image_size=176, num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        image_size=176, num_labels=LABELS,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return Workload("ViT 384×6", lambda: ViTForImageClassification(config), 0, 8, 122, 176)
 
