@@ -69,6 +69,8 @@ def bench(
     _show(console, results, quick, goals_only=only == "goals")
     if out is not None:
         _write(console, out, results, fresh=True)
+    if results.failed:
+        raise typer.Exit(1)
 
 
 def _settings(
@@ -148,6 +150,9 @@ def _show(console: Console, results: Any, quick: bool, goals_only: bool = False)
         console.print(f"  {line}", highlight=False, markup=False)
     for what, why in results.left_out.items():
         console.print(f"not measured: {what}: {why}", highlight=False, markup=False)
+    for what, why in results.failed.items():
+        line = f"stopped by its gate: {what}: {why}"
+        console.print(line, style="bold red", highlight=False, markup=False)
 
 
 def layer_table(results: list[Any]) -> Table:

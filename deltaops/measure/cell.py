@@ -79,7 +79,9 @@ class Results:
     """dtype → GF/s of the multiply-add units with all threads, or why it was not measured."""
     cells: list[Cell]
     left_out: dict[str, str] = field(default_factory=dict)
-    """A cell that was planned and not measured → why."""
+    """A part that was planned and not measured → why."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """A part that a gate stopped → what was wrong. Such a run ends with an error."""
 
     def of(self, group: str, dtype: str, dropout: float | None = None) -> list[Cell]:
         """The cells of one group and dtype, and of one dropout where it is given."""
@@ -101,4 +103,4 @@ class Results:
     def of_json(cls, value: dict[str, Any]) -> Results:
         """What :meth:`as_json` wrote; other keys are left alone."""
         cells = [Cell.of_json(c) for c in value["cells"]]
-        return cls(value["machine"], value["peak"], cells, value["left_out"])
+        return cls(value["machine"], value["peak"], cells, value["left_out"], value["failed"])

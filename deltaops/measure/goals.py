@@ -93,7 +93,8 @@ def _why_empty(goal: Goal, dtype: str, results: Results) -> str:
         for c in results.of(g, dtype)
         for peer, why in c.absent.items()
     }
-    reasons |= {why for what, why in results.left_out.items() if what.startswith(groups)}
+    for wanting in (results.left_out, results.failed):
+        reasons |= {why for what, why in wanting.items() if what.startswith(groups)}
     return "; ".join(sorted(reasons)) or "not part of this run"
 
 

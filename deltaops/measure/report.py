@@ -47,6 +47,9 @@ def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
         cells = [c for c in results.cells if c.group == group]
         if cells:
             lines += ["", f"## {title}", "", *_cells(cells, results)]
+    if results.failed:
+        lines += ["", "## Stopped by the gate", ""]
+        lines += [f"- {what}: {why}" for what, why in results.failed.items()]
     if results.left_out:
         lines += ["", "## Not measured", ""]
         lines += [f"- {what}: {why}" for what, why in results.left_out.items()]

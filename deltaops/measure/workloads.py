@@ -47,9 +47,9 @@ class Workload:
         ids = torch.randint(0, self.vocabulary, (self.batch, self.length), generator=generator)
         return {"input_ids": ids, "labels": ids}
 
-    def smaller(self, batch: int) -> Workload:
-        """The same model with fewer sequences a step."""
-        return replace(self, batch=batch)
+    def smaller(self, batch: int, length: int) -> Workload:
+        """The same model on fewer tokens a step; the length of an image model is its own."""
+        return replace(self, batch=batch, length=length)
 
 
 def llama() -> Workload:

@@ -144,10 +144,11 @@ def test_a_wrong_peer_is_stopped(dropout: float, monkeypatch: pytest.MonkeyPatch
 @quiet
 def test_a_batch_that_takes_too_long_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "PATIENCE", 0.0)
-    result = steps.measure_steps(WORKLOAD, dropout=0.0, rounds=1)
+    result = steps.measure_steps(WORKLOAD, dropout=0.0, rounds=1, dtype="bf16")
     assert result.tokens == 16
-    assert result.note.startswith("1 instead of 2 sequences")
+    assert result.note.startswith("batch 1×16 instead of 2×16")
     assert "1×16" in result.what
+    assert steps.measure_steps(WORKLOAD, dropout=0.0, rounds=1).note == ""
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 
 from deltaops.measure import layers, runner
 from deltaops.measure.cases import SHAPES
+from deltaops.measure.report import markdown
 from deltaops.measure.runner import Part, Settings
 
 from .results import cell
@@ -59,3 +60,16 @@ def test_a_hopeless_peer_is_refused_with_its_reason() -> None:
     assert pace.refuses("PEFT", "bf16", 9e9) is None
     assert "about 100 s" in str(pace.refuses("PEFT", "bf16", 1e11))
     assert pace.refuses("PEFT", "f32", 1e11) is None
+
+
+def test_a_gate_stops_its_part_and_the_run_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(seconds: float) -> list[object]:
+        raise AssertionError("y: relative error")
+
+    good = Part("call", 1, lambda s: [cell("call", {"deltaops": 1.0})])
+    monkeypatch.setattr(runner, "plan", lambda _: iter([Part("lora a", 1, wrong), good]))
+    monkeypatch.setattr(runner, "peak", lambda dtype: "no probe")
+    found = runner.run(Settings())
+    assert found.failed == {"lora a": "y: relative error"}
+    assert len(found.cells) == 1
+    assert "Stopped by the gate" in markdown(found)
