@@ -16,7 +16,7 @@ from deltaops.measure.cases import DTYPES, OPS, QUICK_SHAPES, LayerCase
 from deltaops.measure.cell import EAGER, FROZEN, OURS, OWN_FROZEN, PEFT, PEFT_NARROW, PREPACKED
 from deltaops.measure.gate import hold_layer
 
-pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
+pytest.importorskip("pytest_benchmark", reason="pip install '.[bench]'")
 
 PEERS = {
     "lora": (FROZEN, OWN_FROZEN, OURS, PEFT, PEFT_NARROW, PREPACKED),

@@ -151,7 +151,7 @@ def _step(settings: Settings, name: str, dtype: str, dropout: float) -> Part:
             seconds=seconds / 2, compiled=compiled and not late,
         )  # fmt: skip
         if late:
-            why = f"{seconds:.0f} s of the run's time are its share, the compiler needs {COMPILER:.0f}"
+            why = f"its share of the run is {seconds:.0f} s, the compiler needs {COMPILER:.0f}"
             cell = replace(cell, absent={**cell.absent, OURS_COMPILED: why, PEFT_COMPILED: why})
         return [cell]
 
