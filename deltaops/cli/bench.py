@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def _write(console: Console, out: Path, results: Any, fresh: bool) -> None:
     drawn = store.pictures(results, name)
     for file, cells in drawn.items():
         draw = draw_steps if cells[0].group == "step" else draw_layers
-        write_atomically(out / file, lambda part, d=draw, c=cells: d(part, c, subtitle))
+        write_atomically(out / file, partial(draw, results=cells, subtitle=subtitle))
         console.print(f"wrote {out / file}", highlight=False)
     text = markdown(results, list(drawn))
     write_atomically(out / f"{name}.md", lambda part: part.write_text(text, encoding="utf-8"))

@@ -91,9 +91,7 @@ def _sequential(t: Tensors, _scale: Tensor | None) -> Tensor:
 
 def _sequential_fused(t: Tensors, _dropout: float) -> Tensor:
     op: Any = _bottleneck()
-    y: Tensor = op(
-        t["x"], t["down"], t["up"], t["down_bias"], t["up_bias"], activation="gelu", residual=t["x"]
-    )
+    y: Tensor = op(t["x"], t["down"], t["up"], t["down_bias"], t["up_bias"], activation="gelu")
     return y
 
 

@@ -80,7 +80,7 @@ def measure_layer(
         found, missing = _delta_peers(case, dropout, compiled and not dropout)
         absent |= missing
         for name, run in found.items():
-            late = pace.refuses(name, dtype, flops) if name in _SLOW else None
+            late = pace.refuses(f"{op} {name}", dtype, flops) if name in _SLOW else None
             if late:
                 absent[name] = late
             else:
@@ -97,7 +97,7 @@ def measure_layer(
         {f"{name} {p}": run for (name, p), run in runs.items()}, rounds=rounds, seconds=seconds
     )
     for name, p in runs:
-        pace.learn(name, dtype, flops, timed[f"{name} {p}"].median)
+        pace.learn(f"{op} {name}", dtype, flops, timed[f"{name} {p}"].median)
     return [
         Cell(
             op, "×".join(map(str, shape)), dtype, dropout,
@@ -187,7 +187,7 @@ def peft_layer(case: LayerCase, dropout: float, autocast: bool) -> Any:
     holder.lin.load_state_dict({"weight": t["weight"], "bias": t["bias"]})
     rank = case.op.rank
     config = peft.LoraConfig(
-        r=rank, lora_alpha=SCALING * rank, lora_dropout=dropout, target_modules=["lin"]
+        r=rank, lora_alpha=int(SCALING * rank), lora_dropout=dropout, target_modules=["lin"]
     )
     peft.inject_adapter_in_model(config, holder)
     layer: Any = holder.lin
@@ -212,7 +212,7 @@ def _frozen(case: LayerCase, pace: Pace, absent: dict[str, str]) -> dict[str, Ru
         names.OWN_FROZEN: lambda: back(delta_linear(x, weight, bias)),
     }
     flops = 4.0 * case.shape[0] * case.shape[1] * case.shape[2]
-    late = pace.refuses(names.FROZEN, case.dtype, flops)
+    late = pace.refuses(f"{case.op.name} {names.FROZEN}", case.dtype, flops)
     if late:
         absent[names.FROZEN] = late
         del runs[names.FROZEN]

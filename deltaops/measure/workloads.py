@@ -91,9 +91,10 @@ def vit() -> Workload:
 
     config = ViTConfig(
         hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
-        image_size=176, num_labels=LABELS,
+        image_size=176,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
+    config.num_labels = LABELS
     return Workload("ViT 384×6", lambda: ViTForImageClassification(config), 0, 8, 122, 176)
 
 
