@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def bench(
         _show(console, results, quick=False)
         _write(console, out or report.parent, results, fresh=False)
         return
+    # transformers warns of its own attribute when PEFT reads it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     settings = _settings(quick, only, dtype, shapes, models, dropout, compiled, minutes)
     quiet_transformers()
     with Progress(
