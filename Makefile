@@ -55,7 +55,7 @@ check: $(STAMP) ## format, lint, types, import rules: what CI runs besides the t
 	$(RUN)/pytest -q tests/architecture
 
 .PHONY: bench
-bench: $(STAMP) ## measure this machine, interleaved with the peers; JSON and pictures
+bench: $(STAMP) ## measure this machine beside the peers: goals, JSON, report, pictures (22 minutes)
 	$(RUN)/deltaops bench --out benchmarks/results
 
 # A GPU machine has torch, triton, transformers, peft, pytest and nvcc, and no network: its own

@@ -2,157 +2,267 @@
 
 from __future__ import annotations
 
-import re
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from .quiet import quiet_transformers
 
 
 def bench(
-    out: Path | None = typer.Option(None, help="Folder for the JSON and the picture."),
-    quick: bool = typer.Option(False, "--quick", help="Two layer shapes, three rounds, no BERT."),
-    only: str | None = typer.Option(None, help="layers or steps; both by default."),
-    dropout: float = typer.Option(0.0, min=0.0, max=1.0, help="LoRA dropout of all peers."),
+    out: Path | None = typer.Option(None, help="Folder for the JSON, the report and the pictures."),
+    quick: bool = typer.Option(False, "--quick", help="Two layer shapes, one model, no compiler."),
+    only: str | None = typer.Option(
+        None, help="layers, steps, or goals (everything, and only the goals printed)."
+    ),
+    dtype: str | None = typer.Option(None, help="f32 or bf16; both by default."),
+    shapes: str | None = typer.Option(None, help="Layer shapes: 512x768x768,128x768x768."),
+    models: str | None = typer.Option(None, help="Of the steps: bert,llama,gpt2,vit."),
+    dropout: float | None = typer.Option(
+        None, min=0.0, max=0.99, help="Only this dropout; 0 and 0.1 by default."
+    ),
+    compiled: bool | None = typer.Option(
+        None, "--compiled/--no-compiled", help="Peers under torch.compile; not with --quick."
+    ),
+    minutes: float | None = typer.Option(None, min=0.1, help="How long to measure: 22."),
+    report: Path | None = typer.Option(
+        None, help="Measure nothing: goals, report and pictures of this JSON again."
+    ),
 ) -> None:
-    """Measure layers and whole training steps on this machine.
+    """Measure layers and whole training steps on this machine, and hold them to the goals.
 
     Every peer is timed in turns in one run, after its numbers were held to the reference.
 
     Example:  deltaops bench --quick
 
-    Example:  deltaops bench --out benchmarks/results --dropout 0.1
+    Example:  deltaops bench --out benchmarks/results
+
+    Example:  deltaops bench --only layers --dtype f32 --shapes 512x768x768
     """
-    from deltaops.errors import ConfigError
-    from deltaops.measure import machine
-    from deltaops.measure.layers import DTYPES, QUICK_SHAPES, SHAPES, measure_layer
-    from deltaops.measure.steps import WORKLOADS, measure_steps
+    from deltaops.measure import store
+    from deltaops.measure.runner import run
 
-    if only not in (None, "layers", "steps"):
-        raise ConfigError(f"--only must be layers or steps, got {only!r}.")
     console = Console()
-    facts = machine.describe()
-    console.print(f"{facts['processor']}, {facts['threads']} threads, core {facts['isa']}")
-    rounds = 3 if quick else 15
-    shapes = QUICK_SHAPES if quick else SHAPES
-    workloads = ["llama"] if quick else list(WORKLOADS)
-    layers, steps = [], []
-    with Progress(console=console, transient=True) as progress:
-        if only != "steps":
-            task = progress.add_task("layers", total=len(shapes) * len(DTYPES))
-            for dtype in DTYPES:
-                for shape in shapes:
-                    layers.append(measure_layer(shape, dtype, dropout, rounds))
-                    progress.advance(task)
-        if only != "layers":
-            task = progress.add_task("steps", total=len(workloads) * (rounds + 1))
-            for name in workloads:
-                steps.append(
-                    measure_steps(
-                        WORKLOADS[name](),
-                        dropout=dropout,
-                        rounds=rounds,
-                        on_round=lambda: progress.advance(task),
-                    )
-                )
-    if layers:
-        console.print(_layer_table(layers))
-    for result in steps:
-        console.print(step_table(result))
-    _say_where_eager_wins(console, layers, steps)
+    if report is not None:
+        results = store.read(report)
+        _show(console, results, quick=False)
+        _write(console, out or report.parent, results, fresh=False)
+        return
+    # transformers warns of its own attribute when PEFT reads it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    settings = _settings(quick, only, dtype, shapes, models, dropout, compiled, minutes)
+    quiet_transformers()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True,
+    ) as progress:  # fmt: skip
+        bar = progress.add_task("starting", total=None)
+        results = run(
+            settings,
+            lambda name, done, total: progress.update(
+                bar, description=escape(name), completed=done, total=total
+            ),
+        )
+    _show(console, results, quick, goals_only=only == "goals")
     if out is not None:
-        _write(console, out, facts, layers, steps, dropout)
+        _write(console, out, results, fresh=True)
+    if results.failed:
+        raise typer.Exit(1)
 
 
-def _layer_table(results: list[Any]) -> Table:
-    from deltaops.measure.layers import FROZEN_EAGER, FROZEN_OURS, FUSED, PEFT
+def _settings(
+    quick: bool,
+    only: str | None,
+    dtype: str | None,
+    shapes: str | None,
+    models: str | None,
+    dropout: float | None,
+    compiled: bool | None,
+    minutes: float | None,
+) -> Any:
+    from dataclasses import replace
+
+    from deltaops.errors import ConfigError
+    from deltaops.measure.cases import DTYPES
+    from deltaops.measure.runner import Settings
+    from deltaops.measure.workloads import WORKLOADS
+
+    if only not in (None, "layers", "steps", "goals"):
+        raise ConfigError(f"--only must be layers, steps or goals, got {only!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
+    settings = Settings.quick() if quick else Settings()
+    changes: dict[str, Any] = {"layers": only != "steps", "steps": only != "layers"}
+    if dtype is not None:
+        changes["dtypes"] = (dtype,)
+    if shapes is not None:
+        changes |= {"shapes": tuple(_shape(s) for s in shapes.split(",")), "small": ()}
+    if models is not None:
+        unknown = [m for m in models.split(",") if m not in WORKLOADS]
+        if unknown:
+            raise ConfigError(
+                f"--models knows {', '.join(WORKLOADS)}, got {unknown[0]!r}. Take one of those."
+            )
+        changes["workloads"] = tuple(models.split(","))
+    if dropout is not None:
+        changes["dropouts"] = (dropout,)
+    if compiled is not None:
+        changes["compiled"] = compiled
+    if minutes is not None:
+        changes["minutes"] = minutes
+    return replace(settings, **changes)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    from deltaops.errors import ConfigError
+
+    parts = text.replace("×", "x").split("x")
+    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise ConfigError(f"--shapes takes MxNxK such as 512x768x768, got {text!r}.")
+    m, n, k = map(int, parts)
+    return m, n, k
+
+
+def _show(console: Console, results: Any, quick: bool, goals_only: bool = False) -> None:
+    from deltaops.measure.goals import evaluate
+    from deltaops.measure.lost import lost
+
+    facts = results.machine
+    console.print(
+        f"{facts['processor']}, {facts['threads']} threads, core {facts['isa']}", highlight=False
+    )
+    if not goals_only:
+        layers = results.cells_of("lora")
+        if layers:
+            console.print(layer_table(layers))
+        for cell in results.cells_of("step"):
+            console.print(step_table(cell))
+    if not quick:
+        outcomes = evaluate(results)
+        console.print(goal_table(outcomes))
+        _say_why(console, outcomes)
+    lines = lost(results)
+    console.print("We lose nowhere here." if not lines else "[yellow]We lose here:[/]")
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False)
+    for what, why in results.left_out.items():
+        console.print(f"not measured: {what}: {why}", highlight=False, markup=False)
+    for what, why in results.failed.items():
+        line = f"stopped by its gate: {what}: {why}"
+        console.print(line, style="bold red", highlight=False, markup=False)
+
+
+def layer_table(results: list[Any]) -> Table:
+    """Ratios of the LoRA layers."""
+    from deltaops.measure.cell import FROZEN, OURS, OWN_FROZEN, PEFT, PREPACKED
 
     table = Table(title="LoRA r=16 layer, forward + backward", title_justify="left", box=None)
-    for column in ("M×N×K", "dtype", "fused, ms", "fused/frozen ours", "fused/frozen eager",
-                   "PEFT/fused"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("M×N×K", "dtype") else "right")
+    columns = {
+        "fused/frozen ours": (OURS, OWN_FROZEN),
+        "fused/frozen eager": (OURS, FROZEN),
+        "PEFT/fused": (PEFT, OURS),
+        "oneDNN/fused": (PREPACKED, OURS),
+    }
+    for column in ("M×N×K", "dtype", "dropout"):
+        table.add_column(column)
+    for column in ("fused, ms", *columns):
+        table.add_column(column, justify="right")
     for r in results:
-        ratios = [(FUSED, FROZEN_OURS), (FUSED, FROZEN_EAGER), (PEFT, FUSED)]
-        table.add_row(
-            "×".join(map(str, r.shape)),
-            r.dtype,
-            f"{1e3 * r.timings[FUSED].median:.2f}",
-            *(_ratio(r.ratio(*pair)) for pair in ratios),
-        )
+        if OURS in r.timings:
+            table.add_row(
+                r.what,
+                r.dtype,
+                f"{r.dropout:g}",
+                f"{1e3 * r.timings[OURS].median:.2f}",
+                *(_ratio(r.ratio(*pair)) for pair in columns.values()),
+            )
     return table
 
 
 def step_table(result: Any) -> Table:
-    """Milliseconds a step of each peer, and its speed-up over PEFT."""
-    title = f"{result.workload}, training step, LoRA r=16"
-    table = Table(title=title, title_justify="left", box=None)
+    """Milliseconds a step of each peer, its speed-up over PEFT, and what it holds."""
+    dropout = f", dropout {result.dropout:g}" if result.dropout else ""
+    title = f"{result.what} {result.dtype}{dropout}, training step, LoRA r=16"
+    table = Table(title=title, title_justify="left", box=None, caption=result.note or None)
     table.add_column("peer")
-    for column in ("ms", "quartiles", "tokens/s", "over PEFT"):
+    for column in ("ms", "quartiles", "rounds", "tokens/s", "over PEFT", "activations"):
         table.add_column(column, justify="right")
     for name, t in result.timings.items():
+        held = result.saved.get(name)
         table.add_row(
             name,
             f"{1e3 * t.median:.0f}",
             f"{1e3 * t.low:.0f}–{1e3 * t.high:.0f}",
+            f"{t.rounds}",
             f"{result.tokens / t.median:,.0f}",
             _ratio(result.speedup(name)),
+            "–" if held is None else f"{held / 2**20:.0f} MiB",
         )
     return table
 
 
-def _ratio(value: float | None) -> str:
-    return "PEFT is not installed" if value is None else f"{value:.2f}"
+def goal_table(outcomes: list[Any]) -> Table:
+    """Every goal: the worst cell's value, the threshold and the verdict."""
+    from deltaops.measure.report import quantity, verdict
 
-
-def _say_where_eager_wins(console: Console, layers: list[Any], steps: list[Any]) -> None:
-    from deltaops.measure.layers import FROZEN_EAGER, FROZEN_OURS, FUSED, PEFT
-    from deltaops.measure.steps import ATTACHED
-
-    lost = [
-        f"{'×'.join(map(str, r.shape))} {r.dtype}: {what}"
-        for r in layers
-        for above, below, what in (
-            (PEFT, FUSED, "PEFT's layer is faster"),
-            (FROZEN_EAGER, FROZEN_OURS, "torch's frozen layer is faster than ours"),
+    table = Table(title="goals, each by its worst cell", title_justify="left", box=None)
+    table.add_column("goal")
+    table.add_column("dtype", no_wrap=True)
+    for column in ("worst", "median", "goal is"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    colours = {"met": "green", "missed": "red", "not measured": "yellow"}
+    for o in outcomes:
+        said = verdict(o)
+        table.add_row(
+            o.text,
+            o.dtype,
+            quantity(o.worst, o.unit),
+            quantity(o.median, o.unit),
+            f"{o.sense} {o.limit:g}{o.unit}",
+            f"[{colours[said]}]{said}[/]",
         )
-        if (r.ratio(above, below) or 1.0) < 1.0
-    ]
-    lost += [
-        f"{r.workload}: PEFT's step is faster" for r in steps if (r.speedup(ATTACHED) or 1.0) < 1.0
-    ]
-    console.print("Eager wins nowhere here." if not lost else "[yellow]Eager wins here:[/]")
-    for line in lost:
-        console.print(f"  {line}", highlight=False)
+    return table
 
 
-def _write(
-    console: Console,
-    out: Path,
-    facts: dict[str, Any],
-    layers: list[Any],
-    steps: list[Any],
-    dropout: float,
-) -> None:
-    from deltaops.measure.picture import draw_steps
+def _say_why(console: Console, outcomes: list[Any]) -> None:
+    """The cause of each miss and of each empty cell: too long for a column."""
+    from deltaops.measure.report import verdict
+
+    for o in outcomes:
+        if not o.met:
+            line = f"{verdict(o)}: {o.text}, {o.dtype}: {'; '.join([o.where, *o.causes])}"
+            console.print(line, highlight=False, markup=False)
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _write(console: Console, out: Path, results: Any, fresh: bool) -> None:
+    from deltaops.measure import store
+    from deltaops.measure.picture import draw_layers, draw_steps
+    from deltaops.measure.report import markdown
     from deltaops.tuning.files import write_atomically, write_json
 
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['processor']} {facts['isa']}".lower()).strip("-")
-    name = f"{slug}-p{dropout:g}" if dropout else slug
-    path = out / f"{name}.json"
-    write_json(
-        path,
-        {
-            "machine": facts,
-            "layers": [r.as_json() for r in layers],
-            "steps": [r.as_json() for r in steps],
-        },
-    )
-    console.print(f"wrote {path}")
-    if steps:
-        picture = out / f"{name}.png"
-        subtitle = f"{facts['processor']}, {facts['threads']} threads, {facts['date']}"
-        write_atomically(picture, lambda part: draw_steps(part, steps, subtitle))
-        console.print(f"wrote {picture}")
+    facts = results.machine
+    name = store.slug(facts)
+    subtitle = f"{facts['processor']}, {facts['threads']} threads, {facts['isa']}, {facts['date']}"
+    if fresh:
+        write_json(out / f"{name}.json", store.as_json(results))
+        console.print(f"wrote {out / name}.json", highlight=False)
+    drawn = store.pictures(results, name)
+    for file, cells in drawn.items():
+        draw = draw_steps if cells[0].group == "step" else draw_layers
+        write_atomically(out / file, partial(draw, results=cells, subtitle=subtitle))
+        console.print(f"wrote {out / file}", highlight=False)
+    text = markdown(results, list(drawn))
+    write_atomically(out / f"{name}.md", lambda part: part.write_text(text, encoding="utf-8"))
+    console.print(f"wrote {out / name}.md", highlight=False)

@@ -24,6 +24,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def features() -> set[str]:
+    """The processor's feature flags as Linux names them; empty elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return set(line.partition(":")[2].split())
+    return set()
+
+
 def versions() -> dict[str, str]:
     """Package → installed version, of those that are there."""
     found = {"python": platform.python_version()}
@@ -48,6 +58,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "isa": core if isinstance(core, str) else core.isa(),
+        "bf16_instructions": bool(features() & {"avx512_bf16", "amx_bf16", "bf16"}),
         "deltaops": __version__,
         "versions": versions(),
     }

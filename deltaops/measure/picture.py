@@ -1,4 +1,4 @@
-"""Bars of the measured steps, as PNG."""
+"""The measured layers and steps as bars, as PNG."""
 
 from __future__ import annotations
 
@@ -6,21 +6,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .steps import ATTACHED, FROZEN, StepResult
+from .cell import ACCELERATED, FROZEN, OURS, OURS_COMPILED, Cell
 
-COLOURS = {FROZEN: "#b9c4d6", ATTACHED: "#2457a7"}
-OTHER = "#7d93b5"
+COLOURS = {
+    "frozen base": "#b9c4d6", FROZEN: "#b9c4d6", OURS: "#2457a7", OURS_COMPILED: "#4f7fcb",
+    ACCELERATED: "#4f7fcb",
+}  # fmt: skip
+OTHER = "#c08a4a"
 
 
-def draw_steps(path: Path, results: Sequence[StepResult], subtitle: str) -> None:
+def draw_steps(path: Path, results: Sequence[Cell], subtitle: str) -> None:
     """One group of horizontal bars for each workload: milliseconds a step, with quartiles."""
+    _draw(path, results, subtitle, "milliseconds a training step (median, quartiles)")
+
+
+def draw_layers(path: Path, results: Sequence[Cell], subtitle: str) -> None:
+    """One group of horizontal bars for each layer: milliseconds forward and backward."""
+    _draw(path, results, subtitle, "milliseconds, forward + backward (median, quartiles)")
+
+
+def _draw(path: Path, results: Sequence[Cell], subtitle: str, unit: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.9 + 1.9 * len(results)), dpi=150, layout="constrained")
+    columns = 2 if len(results) > 2 else 1
+    rows = -(-len(results) // columns)
+    bars = max(len(r.timings) for r in results)
+    size = (7 * columns, 0.9 + (0.7 + 0.28 * bars) * rows)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes: Any = figure.subplots(len(results), 1, squeeze=False)
-    for ax, result in zip(axes[:, 0], results, strict=True):
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    for ax in grid.flat[len(results) :]:
+        ax.set_visible(False)
+    for ax, result in zip(grid.flat, results, strict=False):
         names = list(result.timings)[::-1]
         values = [result.timings[n] for n in names]
         middle = [1e3 * t.median for t in values]
@@ -34,12 +52,13 @@ def draw_steps(path: Path, results: Sequence[StepResult], subtitle: str) -> None
         )  # fmt: skip
         for row, value in enumerate(middle):
             ax.annotate(
-                f"{value:.0f} ms", (0, row), xytext=(4, 0), textcoords="offset points",
-                va="center", fontsize=9, color="white",
+                f"{value:.3g} ms", (max(middle), row), xytext=(6, 0), textcoords="offset points",
+                va="center", fontsize=8, color="#444444",
             )  # fmt: skip
-        dropout = f", dropout {result.dropout:g}" if result.dropout else ""
-        ax.set_title(f"{result.workload}{dropout}", loc="left", fontsize=10)
-        ax.set_xlabel("milliseconds a training step (median, quartiles)", fontsize=9)
+        ax.set_xlim(0, 1.22 * max(t.high for t in values))
+        ax.set_title(f"{result.group} {result.label}", loc="left", fontsize=10)
+        ax.set_xlabel(unit, fontsize=8)
+        ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(subtitle, fontsize=8, color="#666666")
     figure.savefig(path, format="png")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,81 +13,29 @@ from torch import Tensor, nn
 from deltaops.methods.lora import LoRA
 from deltaops.surgery import accelerate, attach
 
-from .interleave import Timing, interleaved
+from .cases import DTYPES
+from .cell import (
+    ACCELERATED,
+    OURS,
+    OURS_COMPILED,
+    PEFT,
+    PEFT_COMPILED,
+    PEFT_NARROW,
+    Cell,
+)
+from .gate import Step, hold_step
+from .interleave import interleaved
+from .saved import saved_bytes
+from .workloads import WORKLOADS, Batch, Workload, bert, llama
+
+__all__ = ["ACCELERATED", "ATTACHED", "FROZEN", "PEFT", "WORKLOADS", "bert", "llama"]
 
 RANK, ALPHA = 16, 32
-FROZEN, PEFT, ACCELERATED, ATTACHED = "frozen base", "PEFT", "PEFT accelerated", "deltaops"
+FROZEN, ATTACHED = "frozen base", OURS
 
-# Two float32 programs that sum in different orders: a few hundred roundings of room, while a wrong
-# mask, scale or gradient is off by percents.
-LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-3
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model from a config (random weights) and the batch it is stepped on."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    vocabulary: int
-    batch: int = 8
-    length: int = 128
-
-    def tokens(self) -> Tensor:
-        """Random ids ``[batch, length]``."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, self.vocabulary, (self.batch, self.length), generator=generator)
-
-
-def llama() -> Workload:
-    """Hidden 512, 8 layers, vocabulary 32000: the model of the project's goals."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, vocab_size=32000, max_position_embeddings=512, use_cache=False,
-    )  # fmt: skip
-    return Workload("Llama 512×8, 8×128", lambda: LlamaForCausalLM(config), 32000)
-
-
-def bert() -> Workload:
-    """Hidden 384, 6 layers, masked language model."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return Workload("BERT 384×6, 8×128", lambda: BertForMaskedLM(config), config.vocab_size)
-
-
-WORKLOADS = {"llama": llama, "bert": bert}
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One workload: seconds a step of each peer."""
-
-    workload: str
-    dropout: float
-    timings: dict[str, Timing]
-    tokens: int
-
-    def speedup(self, peer: str, over: str = PEFT) -> float | None:
-        """How many times faster than ``over``; None where a peer is missing."""
-        if peer not in self.timings or over not in self.timings:
-            return None
-        return self.timings[over].median / self.timings[peer].median
-
-    def as_json(self) -> dict[str, Any]:
-        """Workload and every timing in seconds."""
-        return {
-            "workload": self.workload,
-            "dropout": self.dropout,
-            "rank": RANK,
-            "tokens": self.tokens,
-            "seconds": {name: t.as_json() for name, t in self.timings.items()},
-        }
+PATIENCE = 4.0
+"""Seconds that a bfloat16 step of PEFT may take before the batch is made smaller: without BF16
+instructions torch's products are up to a hundred times slower than ours."""
 
 
 def measure_steps(
@@ -95,48 +43,123 @@ def measure_steps(
     *,
     dropout: float,
     rounds: int,
+    dtype: str = "f32",
+    seconds: float = float("inf"),
+    compiled: bool = False,
     on_round: Callable[[], object] = lambda: None,
-) -> StepResult:
-    """Gate, then time. Raises: AssertionError where a peer's loss or gradients differ."""
+) -> Cell:
+    """Gate, then time. Raises: AssertionError where a peer's loss or gradients differ.
+
+    Args:
+        workload: model and batch; where a peer would take longer than ``PATIENCE`` for it, fewer
+            sequences are taken for all peers, and the cell's note says so.
+        dropout: of the adapters.
+        rounds: at most.
+        dtype: of the base model, "f32" or "bf16".
+        seconds: for the timing, all peers together.
+        compiled: also PEFT and ours under torch.compile (compiled before the timing).
+        on_round: called after each round.
+    """
+    kind = DTYPES[dtype]
     torch.manual_seed(0)
-    base = workload.build()
+    base = workload.build().to(kind)
     base.train()
-    ids = workload.tokens()
-    models = _peers(base, dropout)
-    if dropout == 0.0:  # PEFT draws torch's mask, ours is another stream
-        _gate(models, ids)
-    steps = {name: _stepper(model, ids) for name, model in models.items()}
-    timings = interleaved(steps, rounds=rounds, on_round=on_round)
-    return StepResult(workload.name, dropout, timings, ids.numel())
+    models, absent = _peers(base, dropout, dtype)
+    workload, note = _affordable(workload, models.get(PEFT, models[FROZEN]), kind)
+    batch = workload.inputs(kind)
+    oracle, baseline = _oracles(base, models, batch, dropout, dtype)
+    for name in (OURS, ACCELERATED):
+        if name in models:
+            hold_step(name, _answer(models[name], batch), oracle, baseline)
+    if not dropout:  # PEFT draws torch's mask, ours is another stream
+        for name in (PEFT, PEFT_NARROW):
+            if name in models:
+                hold_step(name, _answer(models[name], batch), oracle, baseline)
+    saved = {
+        name: saved_bytes(lambda m=model: _loss(m, batch), _held(model, batch))  # type: ignore[misc]
+        for name, model in models.items()
+    }
+    if compiled:
+        _add_compiled(models, absent, batch, oracle, baseline)
+    steps = {name: _stepper(model, batch) for name, model in models.items()}
+    timings = interleaved(steps, rounds=rounds, seconds=seconds, on_round=on_round)
+    return Cell(
+        "step", workload.title, dtype, dropout, timings, absent, saved,
+        rank=RANK, tokens=workload.tokens, note=note,
+    )  # fmt: skip
 
 
-def _peers(base: nn.Module, dropout: float) -> dict[str, nn.Module]:
-    frozen = copy.deepcopy(base).requires_grad_(False)
+def _add_compiled(
+    models: dict[str, nn.Module],
+    absent: dict[str, str],
+    batch: Batch,
+    oracle: Step,
+    baseline: Step | None,
+) -> None:
+    """PEFT (in bfloat16 its faster form) and ours under torch.compile; compiled by the gate."""
+    torch._dynamo.reset()
+    peft = PEFT_NARROW if PEFT_NARROW in models else PEFT
+    for name, twin in ((OURS_COMPILED, OURS), (PEFT_COMPILED, peft)):
+        if twin not in models:
+            absent[name] = absent[twin]
+            continue
+        model = _compiled(models[twin])
+        try:
+            hold_step(name, _answer(model, batch), oracle, baseline)
+        except AssertionError as error:
+            if name == OURS_COMPILED:
+                raise
+            absent[name] = str(error)  # not ours to repair
+            continue
+        except RuntimeError as error:  # what the compiler cannot do, it says by this
+            absent[name] = f"torch.compile failed: {str(error).splitlines()[0]}"
+            continue
+        models[name] = model
+
+
+def _peers(
+    base: nn.Module, dropout: float, dtype: str
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     attached = copy.deepcopy(base)
     attach(attached, LoRA(r=RANK, alpha=ALPHA, dropout=dropout))
-    peers = {FROZEN: frozen, ATTACHED: attached}
+    peers = {FROZEN: copy.deepcopy(base).requires_grad_(False), OURS: attached}
+    absent = {}
     try:
         import peft
     except ImportError:
-        pass  # the table then has no PEFT row, and the command says why
+        absent = dict.fromkeys((PEFT, PEFT_NARROW, ACCELERATED), "peft is not installed")
     else:
-        config = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear"
-        )
-        for name in (PEFT, ACCELERATED):
-            peers[name] = peft.get_peft_model(copy.deepcopy(base), config)
+        for name in (PEFT, PEFT_NARROW, ACCELERATED):
+            if name == PEFT_NARROW and dtype == "f32":
+                continue
+            config = peft.LoraConfig(
+                r=RANK,
+                lora_alpha=ALPHA,
+                lora_dropout=dropout,
+                target_modules="all-linear",
+                **_head(base),
+            )
+            peers[name] = peft.get_peft_model(
+                copy.deepcopy(base), config, autocast_adapter_dtype=name != PEFT_NARROW
+            )
         accelerate(peers[ACCELERATED])
     for model in peers.values():
         _fill_adapters(model)
-    return peers
+    return peers, absent
+
+
+def _head(base: nn.Module) -> dict[str, Any]:
+    """Only where it is no output embedding is a classifier among PEFT's "all-linear", as ours."""
+    return {"fan_in_fan_out": True} if type(base).__name__.startswith("GPT2") else {}
 
 
 def _fill_adapters(model: nn.Module) -> None:
-    """The same values in every peer, with B away from zero so that every gradient is at work."""
+    """The same values in every peer, which bfloat16 holds; B away from zero puts A to work."""
     for i, (_, parameter) in enumerate(_adapters(model)):
         generator = torch.Generator().manual_seed(i)
+        value = torch.randn(parameter.shape, generator=generator) * 0.02
         with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+            parameter.copy_(value.to(torch.bfloat16))
 
 
 def _adapters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -149,46 +172,101 @@ def _adapters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return sorted(named, key=lambda item: item[0])
 
 
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=ids, labels=ids).loss
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    if not any(p.requires_grad for p in model.parameters()):
+        batch = _leaf(model, batch)
+    loss: Tensor = model(**batch).loss
     return loss
 
 
-def _gate(models: dict[str, nn.Module], ids: Tensor) -> None:
-    """Loss and all gradients of the fused peers equal those of PEFT (or of each other)."""
-    tuned = [name for name in (PEFT, ACCELERATED, ATTACHED) if name in models]
-    found = {}
-    for name in tuned:
-        parameters = [p for _, p in _adapters(models[name])]
-        loss = _loss(models[name], ids)
-        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-        found[name] = (float(loss.detach()), flat)
-    expected, gradient = found[tuned[0]]
-    for name in tuned[1:]:
-        off = abs(found[name][0] - expected) / abs(expected)
-        gap = float((found[name][1] - gradient).norm() / gradient.norm())
-        if not (off <= LOSS_BOUND and gap <= GRADIENT_BOUND):
-            raise AssertionError(
-                f"{name} differs from {tuned[0]}: loss by {off:.1e} (bound {LOSS_BOUND:.0e}), "
-                f"gradients by {gap:.1e} (bound {GRADIENT_BOUND:.0e}); nothing was timed"
-            )
+def _leaf(model: nn.Module, batch: Batch) -> Batch:
+    """The batch of a model with nothing to train: its input gets the gradient instead."""
+    if "pixel_values" in batch:
+        return {**batch, "pixel_values": batch["pixel_values"].detach().requires_grad_()}
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    inputs = embeddings(batch["input_ids"]).detach().requires_grad_()
+    return {"inputs_embeds": inputs, "labels": batch["labels"]}
 
 
-def _stepper(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+def _answer(model: nn.Module, batch: Batch) -> Step:
+    parameters = [p for _, p in _adapters(model)]
+    torch.manual_seed(1)  # the same seeds for the same layers, where masks are ours
+    loss = _loss(model, batch)
+    grads = torch.autograd.grad(loss, parameters)
+    return loss.detach(), torch.cat([g.flatten().double() for g in grads])
+
+
+def _oracles(
+    base: nn.Module, models: dict[str, nn.Module], batch: Batch, dropout: float, dtype: str
+) -> tuple[Step, Step | None]:
+    """The reference backend in float32, and in bfloat16 what sets the bound."""
+    reference = copy.deepcopy(base).float()
+    attach(reference, LoRA(r=RANK, alpha=ALPHA, dropout=dropout), backend="reference")
+    _fill_adapters(reference)
+    wide = {n: t.float() if t.is_floating_point() else t for n, t in batch.items()}
+    oracle = _answer(reference, wide)
+    if dtype == "f32":
+        return oracle, None
+    if not dropout and PEFT in models:
+        return oracle, _answer(models[PEFT], batch)
+    narrow = copy.deepcopy(base)
+    attach(narrow, LoRA(r=RANK, alpha=ALPHA, dropout=dropout), backend="reference")
+    _fill_adapters(narrow)
+    return oracle, _answer(narrow, batch)
+
+
+def _affordable(workload: Workload, model: nn.Module, dtype: torch.dtype) -> tuple[Workload, str]:
+    """The workload, or one with a smaller batch where a step would take too long."""
+    if dtype == torch.float32:
+        return workload, ""
+    short = min(16, workload.length) if workload.vocabulary else workload.length
+    expected = _expected(workload.smaller(1, short), model, dtype) * workload.tokens
+    if PATIENCE < expected < 8 * PATIENCE:  # so few rows may tell of overheads: ask again
+        expected = _expected(workload.smaller(1, workload.length), model, dtype) * workload.tokens
+    if expected <= PATIENCE:
+        return workload, ""
+    rows = int(workload.tokens * PATIENCE / expected)
+    batch = max(1, rows // workload.length)
+    length = min(workload.length, max(short, rows))
+    return workload.smaller(batch, length), (
+        f"batch {batch}×{length} instead of {workload.batch}×{workload.length}: a {dtype} step of "
+        f"PEFT would take about {expected:.0f} s here"
+    )
+
+
+def _expected(probe: Workload, model: nn.Module, dtype: torch.dtype) -> float:
+    """Seconds a token, from a step on few of them."""
+    batch = probe.inputs(dtype)
+    took = 0.0
+    for _ in range(2):  # the first call builds what is kept
+        began = time.perf_counter()
+        _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        took = time.perf_counter() - began
+    model.zero_grad(set_to_none=True)
+    return took / probe.tokens
+
+
+def _held(model: nn.Module, batch: Batch) -> Iterable[Tensor]:
+    return [*model.parameters(), *model.buffers(), *batch.values()]
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    compiled: Any = torch.compile(model, dynamic=False)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _stepper(model: nn.Module, batch: Batch) -> Callable[[], None]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:  # the frozen base: what its activations cost, with nothing to train
-        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        inputs = embeddings(ids).detach().requires_grad_()
 
         def frozen_step() -> None:
-            loss: Tensor = model(inputs_embeds=inputs, labels=ids).loss
-            torch.autograd.grad(loss, inputs)
+            _loss(model, batch).backward()  # type: ignore[no-untyped-call]
 
         return frozen_step
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step() -> None:
-        _loss(model, ids).backward()  # type: ignore[no-untyped-call]
+        _loss(model, batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

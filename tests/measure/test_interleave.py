@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
+from deltaops.measure import interleave
+from deltaops.measure.cell import OURS, PEFT, Cell
 from deltaops.measure.interleave import Timing, interleaved
-from deltaops.measure.layers import FUSED, PEFT, LayerResult
-from deltaops.measure.steps import ATTACHED, StepResult
-from deltaops.measure.steps import PEFT as PEFT_STEP
+
+from .results import cell
 
 
 def test_median_and_quartiles() -> None:
     timing = Timing.of([5.0, 1.0, 3.0, 2.0, 4.0])
     assert (timing.low, timing.median, timing.high, timing.rounds) == (2.0, 3.0, 4.0, 5)
     assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
+    assert Timing.of([2.0]).scaled(0.5) == Timing(1.0, 1.0, 1.0, 1)
 
 
 def test_every_peer_runs_once_a_round_in_rotating_order() -> None:
@@ -22,12 +26,29 @@ def test_every_peer_runs_once_a_round_in_rotating_order() -> None:
     assert all(t.rounds == 3 for t in timings.values())
 
 
+def test_a_slow_peer_sits_rounds_out() -> None:
+    calls: list[str] = []
+    peers = {
+        "fast": lambda: calls.append("f"),
+        "slow": lambda: (time.sleep(0.03), calls.append("s")),
+    }
+    timings = interleaved(peers, rounds=10, seconds=0.1)
+    assert timings["fast"].rounds == 10
+    assert timings["slow"].rounds == 1
+    assert calls.count("s") == 2  # one of them is the warm-up
+
+
+def test_rounds_are_spread_evenly() -> None:
+    assert [t for t in range(9) if interleave._plays(t, 3, 9)] == [2, 5, 8]
+    for turns in range(1, 8):
+        assert sum(interleave._plays(t, turns, 7) for t in range(7)) == turns
+
+
 def test_ratios() -> None:
-    seconds = {FUSED: Timing.of([1.0]), PEFT: Timing.of([3.0])}
-    layer = LayerResult((1, 2, 3), "f32", 0.0, seconds)
-    assert layer.ratio(PEFT, FUSED) == 3.0
-    assert layer.ratio("absent", FUSED) is None
-    assert layer.as_json()["seconds"][PEFT]["median"] == 3.0
-    step = StepResult("w", 0.0, {ATTACHED: Timing.of([2.0]), PEFT_STEP: Timing.of([3.0])}, 10)
-    assert step.speedup(ATTACHED) == 1.5
-    assert step.speedup("absent") is None
+    one = cell("lora", {OURS: 1.0, PEFT: 3.0})
+    assert one.ratio(PEFT, OURS) == 3.0
+    assert one.speedup(OURS) == 3.0
+    assert one.ratio("absent", OURS) is None
+    assert one.best(OURS, PEFT, "absent") == OURS
+    assert one.best("absent") is None
+    assert Cell.of_json(one.as_json()) == one

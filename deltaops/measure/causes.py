@@ -1,0 +1,114 @@
+"""Why a goal is missed, as far as numbers of the same run say it: floors, ceilings, instructions.
+
+A ceiling is what a free delta would reach; what lies between it and the value is ours to win.
+"""
+
+from __future__ import annotations
+
+from . import cell as names
+from .cell import Cell, Results
+
+
+def causes(goal: str, dtype: str, where: str, value: float, results: Results) -> list[str]:
+    """Sentences, each from a measured or counted fact; never empty."""
+    found = []
+    cell = _cell(goal, dtype, where, results)
+    if dtype == "bf16" and not results.machine.get("bf16_instructions"):
+        found.append("this CPU has no BF16 instructions: bf16 is widened to float32")
+    if cell is not None:
+        found += _own_work(goal, cell)
+        found += _torch_at_the_peak(goal, cell, results)
+        found += _others_product(goal, cell, results)
+        found += _free_delta(goal, cell)
+        found += _saved(goal, cell)
+    isa = results.machine.get("isa", "unknown")
+    if not found:
+        found.append("no floor of this machine explains it")
+    return [*found, f"instruction set {isa}"]
+
+
+def _cell(goal: str, dtype: str, where: str, results: Results) -> Cell | None:
+    """The cell that was the worst."""
+    for c in results.cells:
+        if c.dtype == dtype and where in (c.label, f"{c.group} {c.label}"):
+            groups = {"adapter": ("parallel", "sequential"), "saved": ("lora",)}
+            head = goal.partition("-")[0]
+            if c.group in groups.get(head, (head,)):
+                return c
+    return None
+
+
+def branch_floor(cell: Cell) -> float:
+    """Flops of a LoRA layer over those of the frozen one, forward and backward.
+
+    The frozen layer has two products of 2·M·N·K; the branch has three that run over K and three
+    that run over N: 6·M·R·(N + K).
+    """
+    assert cell.shape is not None
+    _, n, k = cell.shape
+    return 1 + 6 * cell.rank * (n + k) / (4 * n * k)
+
+
+def _own_work(goal: str, cell: Cell) -> list[str]:
+    if not goal.startswith("lora-own"):
+        return []
+    floor = branch_floor(cell)
+    return [f"the branch's own products make {floor:.3f} at the frozen layer's rate"]
+
+
+def _torch_at_the_peak(goal: str, cell: Cell, results: Results) -> list[str]:
+    """How much torch leaves unused: what a layer at the very peak could gain over it."""
+    top = results.peak.get(cell.dtype)
+    if goal not in ("lora-peft", "lora-frozen", "lora-peft-narrow", "bitfit", "lora-prepacked"):
+        return []
+    peer = {
+        "lora-frozen": names.FROZEN, "lora-peft": names.PEFT, "lora-prepacked": names.PREPACKED,
+        "lora-peft-narrow": names.PEFT_NARROW, "bitfit": names.EAGER,
+    }[goal]  # fmt: skip
+    if not isinstance(top, float) or cell.shape is None or peer not in cell.timings:
+        return []
+    m, n, k = cell.shape
+    least = 4e-9 * m * n * k * (branch_floor(cell) if cell.rank else 1.0) / top
+    gain = cell.timings[peer].median / least
+    if goal == "lora-frozen":
+        reached = 1 / gain / (branch_floor(cell) if cell.rank else 1.0)
+        plain = " (MKL is not handicapped here)" if reached > 0.7 else ""
+        return [
+            f"{peer} runs at {100 * reached:.0f} % of the FMA peak{plain}: a layer at the peak "
+            f"would take {1 / gain:.2f} of its time"
+        ]
+    return [f"a layer at the FMA peak would be {gain:.2f}× as fast as {peer}"]
+
+
+def _others_product(goal: str, cell: Cell, results: Results) -> list[str]:
+    """What the others reach of the peak with the same product."""
+    top = results.peak.get(cell.dtype)
+    if goal != "gemm-peak" or not isinstance(top, float) or cell.shape is None:
+        return []
+    m, n, k = cell.shape
+    return [
+        f"{peer} reaches {100 * 2e-9 * m * n * k / t.median / top:.0f} %"
+        for peer, t in cell.timings.items()
+        if peer != names.OURS
+    ]
+
+
+def _free_delta(goal: str, cell: Cell) -> list[str]:
+    """What a step would gain if LoRA cost nothing on torch's own frozen layers."""
+    if not goal.startswith("step"):
+        return []
+    base, own = cell.timings.get("frozen base"), cell.timings.get(names.OURS)
+    peft = cell.timings.get(names.PEFT_COMPILED if goal == "step-compiled" else names.PEFT)
+    if base is None or peft is None or own is None:
+        return []
+    return [
+        f"the frozen base alone in eager torch is {peft.median / base.median:.2f}× as fast as "
+        f"{'compiled ' if goal == 'step-compiled' else ''}PEFT; ours takes "
+        f"{own.median / base.median:.2f} of the base's time"
+    ]
+
+
+def _saved(goal: str, cell: Cell) -> list[str]:
+    if goal != "saved":
+        return []
+    return [f"{cell.saved[names.OURS]} bytes are held beyond x"]

@@ -1,0 +1,163 @@
+"""A whole run: what is measured in which order, and how long each part may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from . import machine
+from .cases import DTYPES, OPS, QUICK_SHAPES, SHAPES, SMALL_M
+from .cell import OURS_COMPILED, PEFT_COMPILED, Cell, Results
+from .layers import Pace, measure_call, measure_layer, measure_product
+from .peak import peak
+from .steps import measure_steps
+from .workloads import WORKLOADS
+
+Shape = tuple[int, int, int]
+
+COMPILER = 45.0
+"""Seconds under which a whole model is not worth compiling."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run covers."""
+
+    layers: bool = True
+    steps: bool = True
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    step_dtypes: tuple[str, ...] = tuple(DTYPES)
+    """Of ``dtypes``, those in which steps are taken."""
+    ops: tuple[str, ...] = tuple(OPS)
+    shapes: tuple[Shape, ...] = SHAPES
+    small: tuple[Shape, ...] = SMALL_M
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
+    dropouts: tuple[float, ...] = (0.0, 0.1)
+    compiled: bool = True
+    rounds: int = 15
+    minutes: float = 22.0
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """Two shapes, one model, no compiler: well under 90 seconds."""
+        return cls(
+            shapes=QUICK_SHAPES, small=(), workloads=("bert",), dropouts=(0.0,), compiled=False,
+            step_dtypes=("f32",), ops=("lora",), rounds=5, minutes=1.0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One interleaved run of the plan."""
+
+    name: str
+    """Begins with the group."""
+    weight: float
+    """Its share of the time, beside the others'."""
+    run: Callable[[float], list[Cell]]
+    """Measures within about so many seconds."""
+
+
+def run(
+    settings: Settings, on_part: Callable[[str, int, int], object] = lambda *_: None
+) -> Results:
+    """Measure everything that ``settings`` names; a part that fails its gate is in ``failed``.
+
+    Args:
+        settings: what to cover.
+        on_part: called before each part, and once at the end, with its name, how many are done and
+            how many there are.
+    """
+    began = time.perf_counter()
+    facts = machine.describe()
+    found = {dtype: peak(dtype) for dtype in settings.dtypes}
+    parts = list(plan(settings))
+    cells: list[Cell] = []
+    left_out: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for done, part in enumerate(parts):
+        on_part(part.name, done, len(parts))
+        left = 60 * settings.minutes - (time.perf_counter() - began)
+        if left <= 0:
+            left_out[part.name] = f"the {settings.minutes:g} minutes of the run were spent before"
+            continue
+        share = left * part.weight / sum(p.weight for p in parts[done:])
+        try:
+            cells += part.run(share)
+        except AssertionError as error:  # a gate: the rest of a long run is still worth having
+            failed[part.name] = str(error)
+    on_part("done", len(parts), len(parts))
+    facts["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    return Results(facts, found, cells, left_out, failed)
+
+
+def plan(settings: Settings) -> Iterator[Part]:
+    """The parts in order: what the goals name first, float32 before bfloat16."""
+    pace = Pace()
+    if settings.layers:
+        for dtype in settings.dtypes:
+            yield from _layers(settings, dtype, pace)
+        if "f32" in settings.dtypes:
+            yield Part("call", 1, lambda s: measure_call(rounds=settings.rounds, seconds=s))
+    if settings.steps:
+        for name in settings.workloads:
+            for dtype in (d for d in settings.dtypes if d in settings.step_dtypes):
+                for dropout in settings.dropouts:
+                    yield _step(settings, name, dtype, dropout)
+
+
+def _layers(settings: Settings, dtype: str, pace: Pace) -> Iterator[Part]:
+    # small ones first: how long the large ones would take is judged by them
+    shapes = sorted(settings.shapes, key=lambda s: s[0] * s[1] * s[2])
+    for shape in (*settings.small, *shapes):
+        yield Part(f"gemm {_text(shape)} {dtype}", 0.5, _product(settings, shape, dtype))
+    for op in settings.ops:
+        for shape in shapes:
+            weight = 3.0 if op == "lora" else 1.0
+            yield Part(
+                f"{op} {_text(shape)} {dtype}", weight, _layer(settings, op, shape, dtype, pace)
+            )
+
+
+def _product(settings: Settings, shape: Shape, dtype: str) -> Callable[[float], list[Cell]]:
+    return lambda s: [measure_product(shape, dtype, rounds=settings.rounds, seconds=s / 2)]
+
+
+def _layer(
+    settings: Settings, op: str, shape: Shape, dtype: str, pace: Pace
+) -> Callable[[float], list[Cell]]:
+    lora = op == "lora"
+    return lambda s: measure_layer(
+        op, shape, dtype,
+        dropouts=settings.dropouts if lora else (0.0,),
+        rounds=settings.rounds,
+        # half: the gate, the compiler and the warm-up take their part
+        seconds=s / 2,
+        compiled=settings.compiled and lora,
+        pace=pace,
+    )  # fmt: skip
+
+
+def _step(settings: Settings, name: str, dtype: str, dropout: float) -> Part:
+    workload = WORKLOADS[name]()
+    compiled = settings.compiled and not dropout
+
+    def measure(seconds: float) -> list[Cell]:
+        late = compiled and seconds < COMPILER
+        cell = measure_steps(
+            workload, dropout=dropout, rounds=settings.rounds, dtype=dtype,
+            # the gate, the compiler and the warm-up take the other half
+            seconds=seconds / 2, compiled=compiled and not late,
+        )  # fmt: skip
+        if late:
+            why = f"its share of the run is {seconds:.0f} s, the compiler needs {COMPILER:.0f}"
+            cell = replace(cell, absent={**cell.absent, OURS_COMPILED: why, PEFT_COMPILED: why})
+        return [cell]
+
+    dropped = f", dropout {dropout:g}" if dropout else ""
+    return Part(f"step {workload.title} {dtype}{dropped}", 24.0 if compiled else 12.0, measure)
+
+
+def _text(shape: Shape) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,42 @@
+"""A run on disk: one JSON per machine, its pictures, and the report beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from deltaops.errors import ConfigError
+
+from .cell import Results
+from .goals import evaluate
+from .report import worth_drawing
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """The file name of a machine: processor, threads and instruction set."""
+    text = f"{facts['processor']} {facts['threads']} threads {facts['isa']}"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """The results and the goals that follow from them."""
+    return {**results.as_json(), "goals": [o.as_json() for o in evaluate(results)]}
+
+
+def read(path: Path) -> Results:
+    """A run from its JSON; goals are computed again. Raises: ConfigError."""
+    try:
+        return Results.of_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no JSON of `deltaops bench` ({type(error).__name__}: {error}). "
+            "Measure again with --out."
+        ) from error
+
+
+def pictures(results: Results, name: str) -> dict[str, list[Any]]:
+    """File name → the cells to draw."""
+    drawn = {f"{name}-{group}s.png": worth_drawing(results, group) for group in ("lora", "step")}
+    return {file: cells for file, cells in drawn.items() if cells}

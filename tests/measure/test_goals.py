@@ -1,0 +1,129 @@
+"""The goals on made-up results: value, verdict and cause follow from the numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltaops.measure.causes import branch_floor
+from deltaops.measure.cell import (
+    EAGER,
+    FROZEN,
+    OURS,
+    OURS_COMPILED,
+    OWN_FROZEN,
+    PEFT,
+    PEFT_COMPILED,
+    PREPACKED,
+    Results,
+)
+from deltaops.measure.goals import GOALS, Outcome, evaluate
+
+from .results import cell, results
+
+
+def outcome(found: Results, goal: str, dtype: str = "f32") -> Outcome:
+    (one,) = [o for o in evaluate(found) if (o.goal, o.dtype) == (goal, dtype)]
+    return one
+
+
+def test_every_goal_of_the_issue_is_there_once() -> None:
+    ids = [g.id for g in GOALS]
+    assert len(set(ids)) == len(ids)
+    assert {d for g in GOALS for d in g.limits} == {"f32", "bf16"}
+
+
+def test_without_cells_nothing_is_met_and_each_goal_says_why() -> None:
+    for found in evaluate(results(peak="no probe")):
+        assert found.met is None
+        assert found.where in ("not part of this run", "no probe")
+
+
+@pytest.mark.parametrize(("ours", "met"), [(1.0, True), (1.5, False)])
+def test_a_speed_up_is_met_or_missed_by_its_worst_cell(ours: float, met: bool) -> None:
+    found = results(
+        cell("lora", {OURS: 1.0, PEFT: 9.0}, what="easy"),
+        cell("lora", {OURS: ours, PEFT: 2.5}, what="hard"),
+    )
+    one = outcome(found, "lora-peft")
+    assert (one.met, one.where, one.count) == (met, "hard f32", 2)
+    assert one.worst == pytest.approx(2.5 / ours)
+    assert bool(one.causes) is not met
+
+
+def test_hidden_size_decides_which_overhead_goal_counts() -> None:
+    small = cell("lora", {OURS: 1.2, OWN_FROZEN: 1.0}, what="1024×384×384", shape=(1024, 384, 384))
+    found = results(small)
+    assert outcome(found, "lora-own").met is None
+    missed = outcome(found, "lora-own-384")
+    assert missed.met is False
+    assert "1.125" in missed.causes[0]  # 6·16·768 / (4·384²)
+    assert branch_floor(small) == pytest.approx(1.125)
+
+
+def test_dropout_is_compared_with_the_same_shape_without() -> None:
+    found = results(
+        cell("lora", {OURS: 1.0}),
+        cell("lora", {OURS: 1.04}, dropout=0.1),
+        cell("lora", {OURS: 9.0}, what="other"),
+    )
+    one = outcome(found, "lora-dropout")
+    assert one.worst == pytest.approx(4.0)
+    assert one.met is True
+
+
+def test_the_product_is_held_to_the_peak_of_the_run() -> None:
+    at_90_percent = 2e-9 * 512 * 768 * 768 / (0.9 * 200)
+    found = results(cell("gemm", {OURS: at_90_percent, FROZEN: 2 * at_90_percent}))
+    one = outcome(found, "gemm-peak")
+    assert one.worst == pytest.approx(90)
+    assert one.met is False
+    assert "frozen eager reaches 45 %" in one.causes
+
+
+def test_small_products_are_not_held_to_the_peak() -> None:
+    found = results(cell("gemm", {OURS: 1.0}, shape=(16, 2048, 2048)))
+    assert outcome(found, "gemm-peak").met is None
+
+
+def test_the_better_of_ours_meets_compiled_peft() -> None:
+    seconds = {OURS: 2.0, OURS_COMPILED: 1.0, PEFT_COMPILED: 1.7}
+    one = outcome(results(cell("step", seconds, what="BERT", shape=None)), "step-compiled")
+    assert one.worst == pytest.approx(1.7)
+
+
+def test_adapters_of_both_kinds_count() -> None:
+    found = results(
+        cell("parallel", {OURS: 1.0, EAGER: 3.0}), cell("sequential", {OURS: 1.0, EAGER: 1.9})
+    )
+    one = outcome(found, "adapter-layers")
+    assert (one.met, one.count) == (False, 2)
+    assert one.where.startswith("sequential")
+
+
+def test_saved_bytes_are_counted_above_the_branch_state() -> None:
+    state = 4 * 512 * 16
+    assert outcome(results(cell("lora", {OURS: 1.0}, saved={OURS: state + 8})), "saved").worst == 8
+    kept_mask = outcome(results(cell("lora", {OURS: 1.0}, saved={OURS: 3 * state})), "saved")
+    assert kept_mask.met is False
+    assert any(f"{3 * state} bytes" in c for c in kept_mask.causes)
+
+
+def test_a_missing_peer_is_the_reason_of_an_empty_cell() -> None:
+    found = results(cell("lora", {OURS: 1.0}, absent={PREPACKED: "needs AVX-512"}))
+    one = outcome(found, "lora-prepacked")
+    assert one.met is None
+    assert "needs AVX-512" in one.where
+
+
+def test_a_miss_in_bf16_names_the_missing_instructions() -> None:
+    slow = cell("bitfit", {OURS: 2.0, EAGER: 1.0}, dtype="bf16")
+    assert "no BF16 instructions" in outcome(results(slow), "bitfit", "bf16").causes[0]
+    with_them = outcome(results(slow, bf16_instructions=True), "bitfit", "bf16")
+    assert not any("BF16" in c for c in with_them.causes)
+
+
+def test_torch_near_the_peak_is_named_as_the_ceiling() -> None:
+    at_peak = 4e-9 * 512 * 768 * 768 / 200
+    one = outcome(results(cell("lora", {OURS: at_peak, FROZEN: at_peak / 0.8})), "lora-frozen")
+    assert one.met is False
+    assert "80 % of the FMA peak" in one.causes[0]

@@ -1,0 +1,75 @@
+"""The plan and its budget; parts are made up, and no timing is asserted."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltaops.measure import layers, runner
+from deltaops.measure.cases import SHAPES
+from deltaops.measure.report import markdown
+from deltaops.measure.runner import Part, Settings
+
+from .results import cell
+
+
+def test_the_plan_covers_what_the_settings_name() -> None:
+    names = [p.name for p in runner.plan(Settings(dtypes=("f32",), workloads=("bert",)))]
+    assert sum(n.startswith("lora") for n in names) == len(SHAPES)
+    assert [n for n in names if n.startswith("step")] == [
+        "step BERT 384×6, 8×128 f32", "step BERT 384×6, 8×128 f32, dropout 0.1",
+    ]  # fmt: skip
+    assert "gemm 1×4096×4096 f32" in names
+    assert all(n.startswith("step") for n in _names(Settings(layers=False)))
+
+
+def _names(settings: Settings) -> list[str]:
+    return [p.name for p in runner.plan(settings)]
+
+
+def test_small_shapes_come_before_large_ones() -> None:
+    lora = [n for n in _names(Settings(steps=False, dtypes=("bf16",))) if n.startswith("lora")]
+    assert lora[0] == "lora 128×768×768 bf16"
+    assert lora[-1] == "lora 2048×2048×2048 bf16"
+
+
+def test_what_the_time_does_not_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+
+    def measure(seconds: float) -> list[object]:
+        shares.append(seconds)
+        return [cell("lora", {"deltaops": 1.0})]
+
+    monkeypatch.setattr(
+        runner, "plan", lambda _: iter([Part("lora a", 1, measure), Part("lora b", 3, measure)])
+    )
+    monkeypatch.setattr(runner, "peak", lambda dtype: "no probe")
+    told: list[tuple[str, int, int]] = []
+    found = runner.run(Settings(minutes=10), lambda *t: told.append(t))
+    assert len(found.cells) == 2
+    assert shares[0] <= 150 < 440 < shares[1]  # a quarter of ten minutes, then all that is left
+    assert told == [("lora a", 0, 2), ("lora b", 1, 2), ("done", 2, 2)]
+    spent = runner.run(Settings(minutes=0))
+    assert spent.cells == []
+    assert list(spent.left_out) == ["lora a", "lora b"]
+
+
+def test_a_hopeless_peer_is_refused_with_its_reason() -> None:
+    pace = layers.Pace()
+    assert pace.refuses("PEFT", "bf16", 1e12) is None
+    pace.learn("PEFT", "bf16", 1e9, 1.0)
+    assert pace.refuses("PEFT", "bf16", 9e9) is None
+    assert "about 100 s" in str(pace.refuses("PEFT", "bf16", 1e11))
+    assert pace.refuses("PEFT", "f32", 1e11) is None
+
+
+def test_a_gate_stops_its_part_and_the_run_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(seconds: float) -> list[object]:
+        raise AssertionError("y: relative error")
+
+    good = Part("call", 1, lambda s: [cell("call", {"deltaops": 1.0})])
+    monkeypatch.setattr(runner, "plan", lambda _: iter([Part("lora a", 1, wrong), good]))
+    monkeypatch.setattr(runner, "peak", lambda dtype: "no probe")
+    found = runner.run(Settings())
+    assert found.failed == {"lora a": "y: relative error"}
+    assert len(found.cells) == 1
+    assert "Stopped by the gate" in markdown(found)
