@@ -76,14 +76,14 @@ VARIATIONS = (
 class Recorder:
     """Stands in for ``JITFunction.run``: compiles what would be launched, each thing once."""
 
-    def __init__(self, target: GPUTarget, **options: Any) -> None:
+    def __init__(self, target: GPUTarget) -> None:
         self.backend = make_backend(target)
-        self.target, self.options = target, options
+        self.target = target
         self.binders: dict[JITFunction[Any], Any] = {}
         self.found: dict[str, dict[str, Any]] = {}
 
     def run(self, fn: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kwargs |= {"debug": False, "instrumentation_mode": "", **self.options}
+        kwargs |= {"debug": False, "instrumentation_mode": ""}
         if fn not in self.binders:
             self.binders[fn] = create_function_from_signature(fn.signature, fn.params, self.backend)
         bound, specialization, options = self.binders[fn](*args, **kwargs)
@@ -149,23 +149,20 @@ def compiling(recorder: Recorder, capability: int) -> Iterator[None]:
         JITFunction.run, backend._capability = run, capability_of
 
 
-def sabotaged(how: str) -> dict[str, Any]:
-    """Make the large GEMM tile one that a gate must refuse, by registers, stages or warps.
-
-    Returns options for the compiler.
-    """
+def sabotage(how: str) -> None:
+    """Make the large GEMM tile one that a gate must refuse, by registers, stages or warps."""
     bound, good = configs._GEMM_WGMMA[-1]
     # two warps are half of what a wgmma takes
     small = {"rows": 64, "cols": 64, "warps": 2}
-    change = {"registers": {}, "stages": {"stages": 8}, "warps": small}[how]
+    change = {"registers": {"warps": 4}, "stages": {"stages": 8}, "warps": small}[how]
     configs._GEMM_WGMMA = (*configs._GEMM_WGMMA[:-1], (bound, dataclasses.replace(good, **change)))
-    return {"maxnreg": 64} if how == "registers" else {}
 
 
 def main(arch: str, how: str | None = None) -> None:
     knobs.nvidia.dump_ptxas_log = True
-    options = {} if how is None else sabotaged(how)
-    recorder = Recorder(GPUTarget("cuda", int(arch), 32), **options)
+    if how is not None:
+        sabotage(how)
+    recorder = Recorder(GPUTarget("cuda", int(arch), 32))
     settings = SETTINGS + (VARIATIONS if arch == "90" else ())
     with compiling(recorder, int(arch)):
         # sabotage is of one configuration, so one call shows it
