@@ -1,17 +1,19 @@
 """Launch parameters: a small fixed table per kernel, chosen from shapes alone.
 
 Nothing is tuned while a program runs, so a call under graph capture behaves like any other and
-the same shapes give the same bits. No row is compiled ahead of time by the tests yet. The
-numbers are starting points from the model in docs and from register and shared-memory counts;
-none has been measured on a GPU yet.
+the same shapes give the same bits. The tests compile every row ahead of time and hold it to no
+spills and to the shared memory of its architecture. The numbers are starting points from register
+and shared-memory counts; none has been measured on a GPU yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,14 @@ _GEMM_NARROW = (
 )
 _GEMM_FLOAT = (
     (16, Gemm(16, 64, 32, 16, 1, 4, 2)),
-    (None, Gemm(64, 64, 32, 16, 8, 4, 2)),
+    (None, Gemm(64, 32, 32, 16, 8, 4, 2)),
 )
-
-
+# Rows that cannot be read in 16-byte pieces need an address for each element, and branches beside
+# each other a second accumulator: only small tiles leave registers for that.
+_GEMM_CROWDED = (
+    (16, Gemm(16, 64, 64, 16, 1, 4, 3)),
+    (None, Gemm(64, 64, 32, 16, 8, 4, 3)),
+)
 # A half model with fp32 adapters: each rank product is three of TF32, and larger tiles spill.
 _GEMM_MIXED = (
     (16, Gemm(16, 64, 64, 16, 1, 4, 3)),
@@ -73,13 +79,29 @@ _GEMM_MIXED = (
 )
 
 
-def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool) -> Gemm:
+def is_aligned(*matrices: Tensor) -> bool:
+    """Whether Triton can read these in 16-byte pieces: it knows of a number that it divides by 16,
+    or that it is 1, and of nothing else. Rows may be any number: they only end a mask."""
+    return all(n == 1 or n % 16 == 0 for t in matrices for n in (*t.stride(), t.shape[1]))
+
+
+def is_plain(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> bool:
+    """Whether a GEMM needs no registers beyond the usual: one branch at most, of a rank that ends
+    with a block of lanes or fits in one, and aligned operands."""
+    usual = len(ranks) <= 1 and all(r <= 16 or r % 16 == 0 for r in ranks)
+    return usual and is_aligned(x, weight)
+
+
+def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -> Gemm:
     """The configuration of the two-segment GEMMs for M rows; capability as in 90 for sm_90;
-    ``wide`` where the rank terms work in fp32."""
+    ``wide`` where the rank terms work in fp32; ``plain`` as :func:`is_plain` finds the call."""
+    table: tuple[tuple[int | None, Gemm], ...]
     if dtype == torch.float32:
         table = _GEMM_FLOAT
     elif wide:
         table = _GEMM_MIXED
+    elif not plain:
+        table = _GEMM_CROWDED
     elif capability >= 90 and capability in WIDE_ARCHITECTURES:
         table = _GEMM_WGMMA
     elif capability in WIDE_ARCHITECTURES:
@@ -89,27 +111,29 @@ def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool) -> Gemm:
     return next(config for bound, config in table if bound is None or m <= bound)
 
 
-def grad_input(m: int, dtype: torch.dtype, capability: int, wide: bool) -> Gemm:
+def grad_input(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -> Gemm:
     """As :func:`gemm`, but no tile of 256 columns: making the mask beside it would spill."""
-    return gemm(m, dtype, 80 if capability in WIDE_ARCHITECTURES else capability, wide)
+    return gemm(m, dtype, 80 if capability in WIDE_ARCHITECTURES else capability, wide, plain)
 
 
-def rank_lanes(rank: int, wide: bool) -> int:
+def rank_lanes(rank: int, wide: bool, most: int = 128) -> int:
     """Lanes of a skinny pass: the rank as a power of two from 16 (the least that tensor cores
-    contract) to 128, or to 16 in fp32, where more would spill; higher ranks take several
+    contract) to ``most``, or to 16 in fp32, where more would spill; higher ranks take several
     programs."""
-    return max(16, min(16 if wide else 128, triton.next_power_of_2(rank)))
+    return max(16, min(16 if wide else most, triton.next_power_of_2(rank)))
 
 
-def project(m: int, rank: int, wide: bool) -> Skinny:
+def project(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     """S = drop(x) Aᵀ; also dS = dy B where it goes apart from dB."""
-    return Skinny(16 if m <= 16 else 32, 64 if wide else 128, rank_lanes(rank, wide), 4, 3)
+    lanes = rank_lanes(rank, wide, 128 if aligned else 16)
+    return Skinny(16 if m <= 16 else 32, 64 if wide else 128, lanes, 4, 3)
 
 
-def grad_up(rank: int, wide: bool) -> Skinny:
-    """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB in registers."""
-    lanes = rank_lanes(rank, wide)
-    return Skinny(32, 64 if wide else 128, lanes, 8 if lanes > 64 else 4, 3)
+def grad_up(rank: int, wide: bool, aligned: bool) -> Skinny:
+    """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB and of B in registers, so
+    that 128 lanes would spill."""
+    lanes = rank_lanes(rank, wide, 64 if aligned else 16)
+    return Skinny(32, 64 if wide else 128, lanes, 8 if lanes > 32 else 4, 3)
 
 
 def grad_down(rank: int, wide: bool) -> Skinny:

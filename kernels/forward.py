@@ -62,11 +62,12 @@ def _forward_kernel(
             acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
     offset = 0
     for i in tl.static_range(len(RANKS)):
-        for r in tl.static_range(0, tl.constexpr(RANKS[i]), BLOCK_R):
+        for r in range(0, RANKS[i], BLOCK_R):  # a loop: unrolled, its operands would spill
             lane = r + tl.arange(0, BLOCK_R)
-            left = load_tile(s + offset, row, lane, s_row, 1, M, RANKS[i])
-            right = load_tile(b[i], col, lane, b_row[i], b_col[i], N, RANKS[i])
-            acc = tl.dot(left.to(WORK), tl.trans(right.to(WORK)), acc, input_precision=PRECISION)
+            # not left and right: this loop would carry them, with other types
+            side = load_tile(s + offset, row, lane, s_row, 1, M, RANKS[i])
+            up = load_tile(b[i], col, lane, b_row[i], b_col[i], N, RANKS[i])
+            acc = tl.dot(side.to(WORK), tl.trans(up.to(WORK)), acc, input_precision=PRECISION)
         offset += RANKS[i]
     if HAS_BIAS:
         acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
@@ -87,7 +88,8 @@ def forward_gemm(
 ) -> None:
     """Write ``y [M, N] = x Wᵀ + S Bᵀ + bias``, or without ``x Wᵀ`` where not ``has_base``."""
     (m, k), n = x.shape, weight.shape[0]
-    config = configs.gemm(m, x.dtype, capability, precision.wide)
+    plain = configs.is_plain(x, weight, [t.shape[1] for t in b])
+    config = configs.gemm(m, x.dtype, capability, precision.wide, plain)
     grid = (triton.cdiv(m, config.rows) * triton.cdiv(n, config.cols),)
     _forward_kernel[grid](
         x,

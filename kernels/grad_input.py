@@ -58,7 +58,7 @@ def _grad_input_kernel(
     offset = 0
     for i in tl.static_range(len(RANKS)):
         term = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-        for r in tl.static_range(0, tl.constexpr(RANKS[i]), BLOCK_R):
+        for r in range(0, RANKS[i], BLOCK_R):  # a loop: unrolled, its operands would spill
             lane = r + tl.arange(0, BLOCK_R)
             # not left and right: the loop over dy W would carry them, with other types
             side = load_tile(grad_s + offset, row, lane, gs_row, 1, M, RANKS[i])
@@ -99,7 +99,8 @@ def grad_input_gemm(
 ) -> None:
     """Write ``grad_x [M, K]``; without ``dy W`` where not ``has_base``."""
     (m, n), k = grad_y.shape, weight.shape[1]
-    config = configs.grad_input(m, grad_y.dtype, capability, precision.wide)
+    plain = configs.is_plain(grad_y, weight, [t.shape[0] for t in a])
+    config = configs.grad_input(m, grad_y.dtype, capability, precision.wide, plain)
     thresholds = [drop_threshold(p) for p in dropout]
     grid = (triton.cdiv(m, config.rows) * triton.cdiv(k, config.cols),)
     _grad_input_kernel[grid](

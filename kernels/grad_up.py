@@ -5,7 +5,7 @@
 A program owns some columns of dy and a piece of the rows. It keeps its columns of B, walks down
 its rows, leaves for each tile the part of dS that its columns give, and keeps its parts of dB and
 db in registers until the end. Partial sums are then added in a fixed order (reduce.py).
-Traffic: dy once for each 128 ranks; partials of dS, 8·M·R·⌈N/128⌉ bytes written and read, and of dB
+Traffic: dy once for each 64 ranks; partials of dS, 8·M·R·⌈N/128⌉ bytes written and read, and of dB
 and db, 8·N·R·pieces. Where the former outgrows a second reading of dy, project.py could
 make dS and this kernel only dB and db; nothing chooses that yet.
 """
@@ -97,7 +97,7 @@ def grad_up(
 ) -> None:
     """Write those of grad_s ``[M, R]``, grad_b ``[N, R]``, grad_bias ``[N]`` that are given."""
     (m, n), rank = grad_y.shape, b.shape[1]
-    config = configs.grad_up(rank, precision.wide)
+    config = configs.grad_up(rank, precision.wide, configs.is_aligned(grad_y, b))
     grid_n, grid_r = triton.cdiv(n, config.cols), triton.cdiv(rank, config.rank)
     parts, chunk = configs.split(m, config.rows, grid_n * grid_r)
     unused = torch.empty((0, 0, 0), dtype=torch.float32, device=grad_y.device)

@@ -77,7 +77,7 @@ def project(
 ) -> None:
     """Write ``s [M, R]`` (fp32, rows may be strided) for x ``[M, K]`` and a ``[R, K]``."""
     (m, k), rank = x.shape, a.shape[0]
-    config = configs.project(m, rank, precision.wide)
+    config = configs.project(m, rank, precision.wide, configs.is_aligned(x, a))
     threshold = drop_threshold(dropout)
     grid_m, grid_r = triton.cdiv(m, config.rows), triton.cdiv(rank, config.rank)
     parts, chunk = configs.split(k, config.cols, grid_m * grid_r)

@@ -177,7 +177,7 @@ def _check_keys(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path
 ) -> None:
     missing = [key for key in expected if key not in tensors]
-    foreign = [key for key in tensors if key not in expected]
+    foreign = sorted(key for key in tensors if key not in expected)
     if not missing and not foreign:
         return
     parts = []
@@ -198,10 +198,12 @@ def _check_tensors(
     allow_nonfinite: bool,
 ) -> None:
     where = f"load: {WEIGHTS} in {str(folder)!r}"
-    for key, tensor in tensors.items():
-        if tuple(tensor.shape) != expected[key]:
+    # in the model's order: safetensors hands tensors out in the order of its hash table
+    for key, shape in expected.items():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{where}: {key!r} must be {list(expected[key])} for this model and {CONFIG}, got "
+                f"{where}: {key!r} must be {list(shape)} for this model and {CONFIG}, got "
                 f"{list(tensor.shape)}. Is this the base model that it was trained on?"
             )
         if ".lora_" in key and not tensor.is_floating_point():

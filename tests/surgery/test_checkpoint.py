@@ -287,6 +287,26 @@ def test_configuration_that_we_do_not_express(
     assert_load_refused(tiny, saved, message)
 
 
+@pytest.mark.parametrize("backwards", [False, True], ids=["sorted", "reversed"])
+def test_what_is_wrong_first_in_the_model_is_said(
+    tiny: Callable[..., Any], saved: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    """safetensors hands tensors out in the order of a hash table that differs from run to run."""
+    load = safetensors.torch.load
+
+    def ordered(data: bytes) -> dict[str, torch.Tensor]:
+        return dict(sorted(load(data).items(), reverse=backwards))
+
+    monkeypatch.setattr(safetensors.torch, "load", ordered)
+    config = configuration(saved) | {"r": 5}
+    (saved / files.CONFIG).write_text(json.dumps(config))
+    assert_load_refused(tiny, saved, r"layer\.0\.attention\.self\.query\.lora_A\.weight' must be")
+    config |= {"target_modules": ["value"]}
+    (saved / files.CONFIG).write_text(json.dumps(config))
+    first = r"belong to nothing in this model: '[^']*layer\.0\.attention\.output\.dense\.lora_A"
+    assert_load_refused(tiny, saved, first)
+
+
 def test_missing_folder_and_missing_files(tiny: Callable[..., Any], tmp_path: Path) -> None:
     assert_load_refused(tiny, tmp_path / "none", "is not a folder")
     assert_load_refused(tiny, tmp_path, "has no adapter_config.json")

@@ -1,0 +1,414 @@
+"""The Triton ``delta_linear`` on a GPU beside the frozen layer, PEFT and compiled PEFT.
+
+    python3 -P -m deltaops.measure.gpu --out benchmarks/results        (`make gpu` ends with it)
+
+Each case passes a gate against float64 first. Then the peers run in turns: each as one CUDA graph
+over enough copies of its operands that none is found in the cache, timed with CUDA events. A run
+in which the frozen layer drifts is thrown away and repeated. bf16, adapters too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deltaops.ops import Branch, delta_linear
+from deltaops.reference import delta_linear as reference
+from deltaops.testing import assert_accurate
+
+from .interleave import Timing
+
+FROZEN, PEFT, COMPILED, OURS = "frozen", "PEFT", "PEFT compiled", "deltaops"
+
+CACHE_BYTES = 180e6
+"""What the rotated operands hold at least: more than any L2 cache."""
+DRIFT = 0.02
+"""How far the frozen layer may move between the halves of a run."""
+ATTEMPTS = 3
+SCALING = 2.0
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """M tokens, N outputs, K inputs. Forward alone for few tokens (decoding), else both ways."""
+
+    m: int
+    n: int
+    k: int
+    rank: int
+    dropout: float = 0.0
+
+    @property
+    def backward(self) -> bool:
+        """Whether the backward pass is timed too."""
+        return self.m > 16
+
+    def __str__(self) -> str:
+        dropout = f" p={self.dropout:g}" if self.dropout else ""
+        return f"{self.m}×{self.n}×{self.k} r={self.rank}{dropout}"
+
+
+CASES = (
+    *(Case(m, 4096, 4096, r) for r in (16, 64) for m in (8192, 512, 1, 16, 32768)),
+    Case(8192, 4096, 4096, 16, dropout=0.1),
+    *(Case(m, n, k, r) for r in (16, 64) for n, k in ((14336, 4096), (4096, 14336))
+      for m in (8192, 512, 1, 16, 32768)),
+)  # fmt: skip
+"""The most telling first: the time may run out."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One copy of what a call reads."""
+
+    x: Tensor
+    weight: Tensor
+    grad_y: Tensor
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of each peer for one copy, and how they were taken."""
+
+    case: Case
+    timings: dict[str, Timing]
+    drift: float
+    discarded: int
+    notes: dict[str, str]
+
+    def ratio(self, above: str, below: str) -> float | None:
+        """Median over median; None where a peer is missing."""
+        if above not in self.timings or below not in self.timings:
+            return None
+        return self.timings[above].median / self.timings[below].median
+
+    def as_json(self) -> dict[str, Any]:
+        """Shape, setting, every timing in seconds, and what went otherwise than planned."""
+        case = self.case
+        return {
+            "shape": [case.m, case.n, case.k],
+            "rank": case.rank,
+            "dropout": case.dropout,
+            "backward": case.backward,
+            "dtype": "bf16",
+            "seconds": {name: t.as_json() for name, t in self.timings.items()},
+            "frozen_drift": self.drift,
+            "valid": self.drift <= DRIFT,
+            "runs_discarded": self.discarded,
+            "notes": self.notes,
+        }
+
+
+# ---------------------------------------------------------------------------------------- timing
+
+
+def drift(seconds: Sequence[float]) -> float:
+    """Relative change of the median from the first half of the rounds to the second."""
+    half = len(seconds) // 2
+    first, second = statistics.median(seconds[:half]), statistics.median(seconds[-half:])
+    return abs(second / first - 1)
+
+
+def take_turns(
+    peers: Mapping[str, Call], clock: Callable[[Call], float], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each peer in each round, in an order that rotates; one round before is untimed."""
+    names = list(peers)
+    for name in names:
+        clock(peers[name])
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(clock(peers[name]))
+    return seconds
+
+
+def steady(
+    peers: Mapping[str, Call], clock: Callable[[Call], float], rounds: int
+) -> tuple[dict[str, list[float]], float, int]:
+    """A run whose frozen layer did not drift: (seconds, drift, runs thrown away before it).
+
+    After the last attempt a run that drifted is handed out, with its drift.
+    """
+    discarded = 0
+    while True:
+        seconds = take_turns(peers, clock, rounds)
+        moved = drift(seconds[FROZEN])
+        if moved <= DRIFT or discarded == ATTEMPTS - 1:
+            return seconds, moved, discarded
+        discarded += 1
+
+
+def cuda_clock(call: Call) -> float:
+    """Seconds of ``call`` on the GPU, from one event to the next."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def captured(call: Call) -> Call:
+    """``call`` as a CUDA graph, so that no launch is waited for. Raises: RuntimeError."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+# ----------------------------------------------------------------------------------------- peers
+
+
+def operands(case: Case, device: str, cache_bytes: float) -> list[Operands]:
+    """Random copies, together no smaller than ``cache_bytes``; at least two."""
+    one = 2 * (case.n * case.k + case.m * case.k + case.m * case.n * case.backward)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        t = torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+        return t.mul_(scale)
+
+    return [
+        Operands(
+            normal(case.m, case.k).requires_grad_(case.backward),
+            normal(case.n, case.k, scale=case.k**-0.5),
+            normal(case.m, case.n) if case.backward else normal(1, 1),
+            normal(case.rank, case.k, scale=case.k**-0.5).requires_grad_(case.backward),
+            normal(case.n, case.rank, scale=case.rank**-0.5).requires_grad_(case.backward),
+        )
+        for _ in range(max(2, math.ceil(cache_bytes / one)))
+    ]
+
+
+def make_peers(
+    case: Case, copies: list[Operands], backend: str, compile_peft: bool = True
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Each peer as a call that goes over all copies, and why a peer is missing."""
+
+    def frozen(o: Operands) -> object:
+        y = functional.linear(o.x, o.weight)
+        return torch.autograd.grad(y, o.x, o.grad_y) if case.backward else y
+
+    def ours(o: Operands) -> object:
+        return _ours(case, o, backend)
+
+    peers: dict[str, Call] = {
+        FROZEN: lambda: [frozen(o) for o in copies],
+        OURS: lambda: [ours(o) for o in copies],
+    }
+    layers = [_peft_layer(case, o) for o in copies]
+    if None in layers:
+        return peers, {PEFT: "peft is not installed"}
+    peers[PEFT] = lambda: [
+        _there_and_back(case, layer(o.x), o, list(_trained(layer).values()))
+        for layer, o in zip(layers, copies, strict=True)
+    ]
+    if compile_peft:
+        states = [dict(layer.named_parameters()) for layer in layers]
+
+        # parameters are arguments, so that one compilation serves every copy
+        def functionally(state: dict[str, Tensor], x: Tensor) -> Tensor:
+            y: Tensor = torch.func.functional_call(layers[0], state, (x,))
+            return y
+
+        compiled = torch.compile(functionally, dynamic=False)
+        peers[COMPILED] = lambda: [
+            _there_and_back(case, compiled(state, o.x), o, list(_trained(layer).values()))
+            for layer, state, o in zip(layers, states, copies, strict=True)
+        ]
+    return peers, {}
+
+
+def _there_and_back(case: Case, y: Tensor, o: Operands, trained: list[Tensor]) -> object:
+    return torch.autograd.grad(y, [o.x, *trained], o.grad_y) if case.backward else y
+
+
+def _ours(case: Case, o: Operands, backend: str) -> list[Tensor]:
+    y = delta_linear(
+        o.x, o.weight, None, [Branch(o.a, o.b, SCALING, case.dropout)], backend=backend
+    )
+    return [y, *(torch.autograd.grad(y, [o.x, o.a, o.b], o.grad_y) if case.backward else [])]
+
+
+def _peft_layer(case: Case, o: Operands) -> Any:
+    """PEFT's own layer with the same values; None where PEFT is not installed."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    holder = nn.Module()
+    holder.lin = nn.Linear(case.k, case.n, bias=False, device="meta", dtype=o.x.dtype)
+    holder.lin.weight = nn.Parameter(o.weight, requires_grad=False)
+    config = peft.LoraConfig(
+        r=case.rank,
+        lora_alpha=int(SCALING * case.rank),
+        lora_dropout=case.dropout,
+        target_modules=["lin"],
+    )
+    layer: Any = peft.inject_adapter_in_model(config, holder).lin
+    # ours also in dtype: PEFT would make them float32
+    layer.lora_A["default"].weight = nn.Parameter(o.a.detach(), requires_grad=case.backward)
+    layer.lora_B["default"].weight = nn.Parameter(o.b.detach(), requires_grad=case.backward)
+    return layer
+
+
+def _trained(layer: Any) -> dict[str, Tensor]:
+    return {"a": layer.lora_A["default"].weight, "b": layer.lora_B["default"].weight}
+
+
+def gate(case: Case, o: Operands, backend: str) -> None:
+    """Hold ours to the float64 reference, with the same mask. Raises: AssertionError."""
+    device = o.x.device
+    torch.manual_seed(1)
+    got = _ours(case, o, backend)
+    torch.manual_seed(1)
+    seed = None
+    if case.dropout:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    wanted = []
+    with torch.no_grad():
+        for kind in (torch.float64, o.x.dtype):
+            x, w, dy, a, b = (t.to(kind) for t in (o.x, o.weight, o.grad_y, o.a, o.b))
+            y, s = reference.forward(x, w, None, [a], [b], [SCALING], [case.dropout], seed)
+            results = [y]
+            if case.backward:
+                needs = [True, False, True, True]
+                rest = ([a], [b], s, [SCALING], [case.dropout], seed, needs)
+                results += reference.backward(dy, x, w, *rest)
+            wanted.append(results)
+    names = ("y", "grad x", "grad a", "grad b")[: len(got)]
+    for name, value, oracle, baseline in zip(names, got, *wanted, strict=True):
+        assert_accurate(value, oracle, baseline, f"{case}: {name}")
+
+
+def measure(
+    case: Case,
+    *,
+    device: str = "cuda",
+    backend: str = "triton",
+    rounds: int = 20,
+    clock: Callable[[Call], float] = cuda_clock,
+    capture: Callable[[Call], Call] = captured,
+    compile_peft: bool = True,
+    cache_bytes: float = CACHE_BYTES,
+) -> Result:
+    """Gate, then time. Raises: AssertionError where our numbers are wrong; nothing is timed then.
+
+    Args:
+        clock: runs a call and says how many seconds it took.
+        capture: turns a call into one without launch costs; where it raises RuntimeError the peer
+            is timed as it is, and the notes say so.
+    """
+    copies = operands(case, device, cache_bytes)
+    gate(case, copies[0], backend)
+    calls, notes = make_peers(case, copies, backend, compile_peft)
+    peers = {}
+    for name, call in calls.items():
+        try:
+            peers[name] = capture(call)
+        except RuntimeError as error:
+            if name == COMPILED:  # a peer that does not compile here is no peer
+                notes[name] = f"left out: {error}"
+                continue
+            peers[name] = call
+            notes[name] = f"not captured as a graph: {error}"
+    seconds, moved, discarded = steady(peers, clock, rounds)
+    timings = {
+        name: Timing.of([value / len(copies) for value in values])
+        for name, values in seconds.items()
+    }
+    return Result(case, timings, moved, discarded, notes)
+
+
+# --------------------------------------------------------------------------------------- program
+
+
+def table(results: Sequence[Result]) -> str:
+    """Microseconds of each peer (median, quartiles) and what matters between them."""
+    lines = [
+        f"{'M×N×K, forward (+ backward from M=512)':40} {'frozen µs':>10} {'ours µs':>10} "
+        f"{'quartiles':>17} {'ours/frozen':>12} {'PEFT/ours':>10} {'compiled/ours':>14}"
+    ]
+    for r in results:
+        ours = r.timings[OURS]
+        ratios = (r.ratio(OURS, FROZEN), r.ratio(PEFT, OURS), r.ratio(COMPILED, OURS))
+        shown = ["—" if value is None else f"{value:.3f}" for value in ratios]
+        mark = "" if r.drift <= DRIFT else f"   invalid: frozen drifted {r.drift:.1%}"
+        span = f"{1e6 * ours.low:.1f}–{1e6 * ours.high:.1f}"
+        lines.append(
+            f"{r.case!s:40} {1e6 * r.timings[FROZEN].median:10.1f} {1e6 * ours.median:10.1f} "
+            f"{span:>17} {shown[0]:>12} {shown[1]:>10} {shown[2]:>14}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure as many cases as the time allows; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python3 -P -m deltaops.measure.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
+    parser.add_argument("--seconds", type=float, default=300.0, help="no case starts after these")
+    wanted = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(
+            "deltaops.measure.gpu: torch finds no GPU; it needs an NVIDIA GPU with its driver and "
+            "a torch built for CUDA. For this machine's processor: deltaops bench.",
+            file=sys.stderr,
+        )
+        return 2
+    return run(wanted.out, wanted.seconds, torch.cuda.get_device_name(), CASES, measure)
+
+
+def run(
+    out: Path,
+    budget: float,
+    device: str,
+    cases: Sequence[Case],
+    measure_one: Callable[[Case], Result],
+    now: Callable[[], float] = time.monotonic,
+) -> int:
+    """Measure ``cases`` until ``budget`` seconds are over, write the JSON, print the table."""
+    from deltaops.measure import machine
+    from deltaops.tuning.files import write_json
+
+    began, results = now(), []
+    for case in cases:
+        if now() - began > budget:
+            break
+        results.append(measure_one(case))
+        print(f"{case}: done", file=sys.stderr, flush=True)
+    slug = "-".join(device.lower().split())
+    path = out / f"gpu-{slug}.json"
+    facts = {**machine.describe(), "gpu": device}
+    write_json(path, {"machine": facts, "delta_linear": [r.as_json() for r in results]})
+    print(table(results))
+    if len(results) < len(cases):
+        print(f"{len(cases) - len(results)} of {len(cases)} cases left out: the time was over")
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

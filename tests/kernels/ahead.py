@@ -1,0 +1,175 @@
+"""The kernels compiled for GPUs that are not here; test_ahead_of_time.py runs this, a process each.
+
+Usage: python ahead.py ARCH [SABOTAGE]
+
+The launchers themselves run, on meta tensors: what is compiled is what they would launch, with
+their own configurations, signatures and specialization. Prints a JSON list, one entry a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from deltaops.kernels import configs
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from deltaops.backends import triton as backend
+
+SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A call of the backend, forward and backward."""
+
+    m: int
+    ranks: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
+    dropout: float = 0.0
+    n: int = 4096
+    k: int = 4096
+    conv1d: bool = False
+    bias: bool = False
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+SETTINGS = (
+    # every row of each GEMM table and every count of rank lanes, with the mask: the most registers
+    Setting(8, (8,), dropout=0.1),
+    Setting(64, (32,), dropout=0.1),
+    Setting(512, (64,), dropout=0.1),
+    Setting(8192, (16,), dropout=0.1),
+    Setting(8192, (128,), dropout=0.1, bias=True),
+    # PEFT's default: float32 adapters on a half model
+    Setting(8, (16,), HALF, FULL, dropout=0.1),
+    Setting(8192, (128,), HALF, FULL, dropout=0.1),
+    Setting(8, (16,), FULL, FULL, dropout=0.1),
+    Setting(8192, (64,), FULL, FULL, dropout=0.1),
+    # nothing divides by 16, and two branches
+    Setting(1001, (3, 100), n=1003, k=4001, dropout=0.1, bias=True),
+)
+# Variations that change no configuration: one architecture shows them.
+VARIATIONS = (
+    Setting(8192, (16,), torch.float16, torch.float16),
+    Setting(8192, (8,), conv1d=True),
+    Setting(1001, (3, 100), dropout=0.1),
+    Setting(8192, (), bias=True),
+)
+
+
+class Recorder:
+    """Stands in for ``JITFunction.run``: compiles what would be launched, each thing once."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.backend = make_backend(target)
+        self.target = target
+        self.binders: dict[JITFunction[Any], Any] = {}
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def run(self, fn: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kwargs |= {"debug": False, "instrumentation_mode": ""}
+        if fn not in self.binders:
+            self.binders[fn] = create_function_from_signature(fn.signature, fn.params, self.backend)
+        bound, specialization, options = self.binders[fn](*args, **kwargs)
+        options, signature, constexprs, attrs = fn._pack_args(
+            self.backend, kwargs, bound, specialization, options
+        )
+        key = f"{fn.__name__} {signature} {constexprs} {attrs} {options}"
+        if key not in self.found:
+            source = ASTSource(fn, signature, constexprs, attrs)
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):
+                kernel = triton.compile(source, target=self.target, options=options.__dict__)
+            self.found[key] = self.entry(fn.__name__, bound, kernel, log.getvalue())
+
+    def entry(self, name: str, bound: dict[str, Any], kernel: Any, log: str) -> dict[str, Any]:
+        tiles = {k: v for k, v in bound.items() if k.startswith("BLOCK_")}
+        dtype = next(str(v.dtype) for v in bound.values() if isinstance(v, Tensor))
+        spills = SPILL.findall(log)
+        # no line about spills would look like no spills
+        assert spills, f"{name}: the assembler did not report spills: {log!r}"
+        return {
+            "kernel": name,
+            "tiles": tiles,
+            "dtype": dtype,
+            "dropout": str(bound.get("DROPOUT")),
+            "work": str(bound.get("WORK")),
+            "image": len(kernel.asm["cubin"]),
+            "shared": kernel.metadata.shared,
+            "spills": sum(int(stores) + int(loads) for stores, loads in spills),
+            "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
+        }
+
+
+def launch(setting: Setting) -> None:
+    """Forward and backward of one call, on tensors that have shapes and no memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = setting.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, weight = empty(setting.m, setting.k), empty(setting.n, setting.k)
+    if setting.conv1d:
+        weight = empty(setting.k, setting.n).t()
+    bias = empty(setting.n) if setting.bias else None
+    a = [empty(r, setting.k, dtype=setting.adapter) for r in setting.ranks]
+    b = [empty(setting.n, r, dtype=setting.adapter) for r in setting.ranks]
+    scaling, dropout = [2.0] * len(a), [setting.dropout] * len(a)
+    seed = empty(1, dtype=torch.int64)
+    run = backend.TritonBackend()
+    y, s = run.forward(x, weight, bias, a, b, scaling, dropout, seed)
+    needs = [True, setting.bias] + [True] * (2 * len(a))
+    run.backward(y, x, weight, a, b, s, scaling, dropout, seed, needs)
+
+
+@contextlib.contextmanager
+def compiling(recorder: Recorder, capability: int) -> Iterator[None]:
+    """Launches go to the recorder, and the backend takes the target for the device."""
+    run, capability_of = JITFunction.run, backend._capability
+    JITFunction.run = lambda fn, *args, **kwargs: recorder.run(fn, *args, **kwargs)
+    backend._capability = lambda tensor: capability
+    try:
+        yield
+    finally:
+        JITFunction.run, backend._capability = run, capability_of
+
+
+def sabotage(how: str) -> None:
+    """Make the large GEMM tile one that a gate must refuse, by registers, stages or warps."""
+    bound, good = configs._GEMM_WGMMA[-1]
+    # two warps are half of what a wgmma takes
+    small = {"rows": 64, "cols": 64, "warps": 2}
+    change = {"registers": {"warps": 4}, "stages": {"stages": 8}, "warps": small}[how]
+    configs._GEMM_WGMMA = (*configs._GEMM_WGMMA[:-1], (bound, dataclasses.replace(good, **change)))
+
+
+def main(arch: str, how: str | None = None) -> None:
+    knobs.nvidia.dump_ptxas_log = True
+    if how is not None:
+        sabotage(how)
+    recorder = Recorder(GPUTarget("cuda", int(arch), 32))
+    settings = SETTINGS + (VARIATIONS if arch == "90" else ())
+    with compiling(recorder, int(arch)):
+        # sabotage is of one configuration, so one call shows it
+        for setting in settings if how is None else (Setting(8192, (16,)),):
+            launch(setting)
+    print(json.dumps(list(recorder.found.values())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
