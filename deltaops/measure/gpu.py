@@ -167,7 +167,7 @@ def cuda_clock(call: Call) -> float:
 
 def captured(call: Call) -> Call:
     """``call`` as a CUDA graph, so that no launch is waited for. Raises: RuntimeError."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -292,12 +292,12 @@ def gate(case: Case, o: Operands, backend: str) -> None:
     with torch.no_grad():
         for kind in (torch.float64, o.x.dtype):
             x, w, dy, a, b = (t.to(kind) for t in (o.x, o.weight, o.grad_y, o.a, o.b))
-            y, s = reference.forward(x, w, None, [a], [b], [SCALING], [case.dropout], seed)
+            factors = ([SCALING], [case.dropout], ["identity"], seed)
+            y, s = reference.forward(x, w, None, [a], [b], [None], *factors)
             results = [y]
             if case.backward:
-                needs = [True, False, True, True]
-                rest = ([a], [b], s, [SCALING], [case.dropout], seed, needs)
-                results += reference.backward(dy, x, w, *rest)
+                needs = [True, False, True, True, False]
+                results += reference.backward(dy, x, w, [a], [b], s, *factors, needs)
             wanted.append(results)
     names = ("y", "grad x", "grad a", "grad b")[: len(got)]
     for name, value, oracle, baseline in zip(names, got, *wanted, strict=True):

@@ -132,9 +132,10 @@ def launch(setting: Setting) -> None:
     scaling, dropout = [2.0] * len(a), [setting.dropout] * len(a)
     seed = empty(1, dtype=torch.int64)
     run = backend.TritonBackend()
-    y, s = run.forward(x, weight, bias, a, b, scaling, dropout, seed)
-    needs = [True, setting.bias] + [True] * (2 * len(a))
-    run.backward(y, x, weight, a, b, s, scaling, dropout, seed, needs)
+    no_bias, linear = [None] * len(a), ["identity"] * len(a)
+    y, s = run.forward(x, weight, bias, a, b, no_bias, scaling, dropout, linear, seed)
+    needs = [True, setting.bias] + [True] * (2 * len(a)) + [False] * len(a)
+    run.backward(y, x, weight, a, b, s, scaling, dropout, linear, seed, needs)
 
 
 @contextlib.contextmanager
