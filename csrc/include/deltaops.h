@@ -40,6 +40,15 @@ typedef enum {
   DELTAOPS_OUT_OF_MEMORY = 3
 } deltaops_status;
 
+/* Element by element, between the two matrices of a branch. */
+typedef enum {
+  DELTAOPS_IDENTITY = 0,
+  DELTAOPS_RELU = 1,      /* max(h, 0) */
+  DELTAOPS_GELU = 2,      /* h * (1 + erf(h / sqrt 2)) / 2 */
+  DELTAOPS_GELU_TANH = 3, /* h * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 h^3))) / 2 */
+  DELTAOPS_SILU = 4       /* h / (1 + exp(-h)) */
+} deltaops_activation;
+
 /* A strided matrix view. data == NULL means "absent" where a field is optional. */
 typedef struct {
   void *data;
