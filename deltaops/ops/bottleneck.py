@@ -100,9 +100,7 @@ def bottleneck(
     return out  # type: ignore[no-any-return]  # torch.ops has no types
 
 
-def _check(
-    x: Tensor, tensors: dict[str, Tensor | None], activation: str, norm: str | None
-) -> None:
+def _check(x: Tensor, tensors: dict[str, Tensor | None], activation: str, norm: str | None) -> None:
     if activation not in ACTIVATIONS:
         raise ConfigError(
             f"bottleneck: activation must be one of {', '.join(ACTIVATIONS)}, "

@@ -308,9 +308,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     scaling, _eps, activation, norm, residual_is_x, backend = inputs[8:]
     ctx.mark_non_differentiable(*output[1:])
     wants = [t is not None and t.requires_grad for t in inputs[:8]]
-    ctx.save_for_backward(
-        x if _needs_x(norm, wants) else None, *output[1:], gamma, beta, down, up
-    )
+    ctx.save_for_backward(x if _needs_x(norm, wants) else None, *output[1:], gamma, beta, down, up)
     ctx.settings = scaling, activation, norm, residual_is_x
     ctx.backend = backend
 

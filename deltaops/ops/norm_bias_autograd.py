@@ -179,9 +179,7 @@ def _op_autograd(ctx: Any, grad_y: Tensor, _grad_stats: Tensor | None) -> tuple[
     dtype, norm, backend = ctx.settings
     needs = list(ctx.needs_input_grad[:3])
     found = iter(
-        torch.ops.deltaops.norm_bias_backward(
-            grad_y, x, stats, gamma, dtype, norm, needs, backend
-        )
+        torch.ops.deltaops.norm_bias_backward(grad_y, x, stats, gamma, dtype, norm, needs, backend)
     )
     return (*(next(found) if need else None for need in needs), None, None, None)
 
