@@ -23,7 +23,10 @@ class DeltaLinearCall(NamedTuple):
     weight_layout: str
     """"row" [N,K] as nn.Linear keeps it, "col" its transpose as Conv1D does, else "strided"."""
 
-    op = "delta_linear"
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "delta_linear"
 
     @property
     def rank(self) -> int:
@@ -80,7 +83,10 @@ class BottleneckCall(NamedTuple):
     norm: str
     """"layer", "rms" or "none"."""
 
-    op = "bottleneck"
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "bottleneck"
 
     @property
     def title(self) -> str:
@@ -104,7 +110,10 @@ class NormBiasCall(NamedTuple):
     norm: str
     """"layer" or "rms"."""
 
-    op = "norm_bias"
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "norm_bias"
 
     @property
     def title(self) -> str:

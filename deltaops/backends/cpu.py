@@ -264,7 +264,7 @@ class CpuBackend:
         wanted = [
             torch.empty(shape, dtype=like.dtype) if need and like is not None else None
             for shape, like, need in zip(
-                (k, k, (rank, k), rank, (k, rank), k),
+                ((k,), (k,), (rank, k), (rank,), (k, rank), (k,)),
                 (gamma, beta, down, down, up, up),
                 needs[1:],
                 strict=True,

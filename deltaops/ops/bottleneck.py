@@ -8,6 +8,8 @@ the registered op ``deltaops::bottleneck`` for everything else.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,15 @@ def bottleneck(
     }  # fmt: skip
     _check(x, tensors, activation, norm)
     named = norm or "none"
-    arguments = (x, *tensors.values(), float(scaling), float(eps), activation, named, own)
+    arguments: tuple[Any, ...] = (
+        x,
+        *tensors.values(),
+        float(scaling),
+        float(eps),
+        activation,
+        named,
+        own,
+    )
     if transformed("bottleneck", backend, strict):
         flat = x.reshape(-1, x.shape[-1])
         added = flat if own else None if residual is None else residual.reshape(flat.shape)
@@ -92,7 +102,7 @@ def bottleneck(
         if needs_grad(x, *tensors.values()):
             y: Tensor = BottleneckFunction.apply(*arguments, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return y
-        return run_forward(*arguments, runner)[0]
+        return run_forward(runner, *arguments)[0]
     if strict:
         backend = select(call_of(x, gamma, beta, down, activation, named), backend, strict).name
     with torch.autocast(device, enabled=False):

@@ -42,6 +42,7 @@ def call_of(
 
 
 def run_forward(
+    runner: Backend,
     x: Tensor,
     residual: Tensor | None,
     gamma: Tensor | None,
@@ -55,7 +56,6 @@ def run_forward(
     activation: str,
     norm: str,
     residual_is_x: bool,
-    runner: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     added = residual if residual is None or x.dim() == 2 else residual.reshape(flat.shape)
@@ -77,6 +77,8 @@ def run_forward(
 
 
 def run_backward(
+    runner: Backend,
+    needs: Sequence[bool],
     grad_y: Tensor,
     x: Tensor | None,
     h: Tensor,
@@ -89,8 +91,6 @@ def run_backward(
     activation: str,
     norm: str,
     residual_is_x: bool,
-    needs: Sequence[bool],
-    runner: Backend,
 ) -> list[Tensor]:
     k = grad_y.shape[-1]
     grads = cast(AdapterBackend, runner).bottleneck_backward(
@@ -140,6 +140,7 @@ class BottleneckFunction(torch.autograd.Function):
         runner: Backend,
     ) -> Tensor:
         y, h, stats = run_forward(
+            runner,
             x,
             residual,
             gamma,
@@ -153,7 +154,6 @@ class BottleneckFunction(torch.autograd.Function):
             activation,
             norm,
             residual_is_x,
-            runner,
         )
         saved = x if _needs_x(norm, ctx.needs_input_grad) else None
         ctx.save_for_backward(saved, h, stats, gamma, beta, down, up)
@@ -167,7 +167,7 @@ class BottleneckFunction(torch.autograd.Function):
         wants = ctx.needs_input_grad
         needs = [wants[0], *wants[2:8]]
         found = iter(
-            run_backward(grad_y, *ctx.saved_tensors, *ctx.settings, needs, ctx.runner)
+            run_backward(ctx.runner, needs, grad_y, *ctx.saved_tensors, *ctx.settings)
             if any(needs)
             else ()
         )
@@ -213,6 +213,7 @@ def _op_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return run_forward(
+        select(call_of(x, gamma, beta, down, activation, norm), backend),
         x,
         residual,
         gamma,
@@ -226,7 +227,6 @@ def _op_forward(
         activation,
         norm,
         residual_is_x,
-        select(call_of(x, gamma, beta, down, activation, norm), backend),
     )
 
 
@@ -247,6 +247,8 @@ def _op_backward(
     backend: str,
 ) -> list[Tensor]:
     return run_backward(
+        select(call_of(grad_y, gamma, beta, down, activation, norm), backend),
+        needs,
         grad_y,
         x,
         h,
@@ -259,8 +261,6 @@ def _op_backward(
         activation,
         norm,
         residual_is_x,
-        needs,
-        select(call_of(grad_y, gamma, beta, down, activation, norm), backend),
     )
 
 

@@ -1,4 +1,4 @@
-"""LayerNorm or RMSNorm with its bias   (Ba et al. 2016; Zhang and Sennrich 2019; Ben Zaken et al. 2021)
+"""LayerNorm or RMSNorm with its bias   (Ba et al. 2016; Zhang et al. 2019; Ben Zaken et al. 2021)
 
     n = (x − mean) · rstd,    y = n · gamma + bias          RMSNorm: mean = 0
 

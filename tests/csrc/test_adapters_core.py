@@ -1,4 +1,4 @@
-"""``bottleneck`` and ``norm_bias`` of the C ABI against numpy float64, for every instruction set."""
+"""``bottleneck`` and ``norm_bias`` of the ABI against numpy float64, for every instruction set."""
 
 from __future__ import annotations
 
