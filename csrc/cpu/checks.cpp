@@ -346,4 +346,138 @@ deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kern
   return c.status();
 }
 
+// -------------------------------------------------------------------- bottleneck and norm_bias
+
+namespace {
+
+void parameter(Checker *c, const char *name, const deltaops_matrix &m, const char *shape,
+               int64_t rows, int64_t cols) {
+  if (m.data == nullptr && rows == 1) return;  // a vector may be absent
+  c->rows_of(name, m, shape, rows, cols, -1);
+  c->expect(rows <= 1 || m.row_stride == cols, "%s must be contiguous, got row_stride %" PRId64 ".",
+            name, m.row_stride);
+}
+
+void gradient(Checker *c, const char *name, const deltaops_matrix &m, const char *shape,
+              int64_t rows, int64_t cols) {
+  if (m.data) parameter(c, name, m, shape, rows, cols);
+}
+
+void norm_kind(Checker *c, int32_t norm, bool optional) {
+  c->expect(
+      norm >= (optional ? DELTAOPS_NO_NORM : DELTAOPS_LAYER_NORM) && norm <= DELTAOPS_RMS_NORM,
+      "norm must be %s1 (LayerNorm) or 2 (RMSNorm), got %d.", optional ? "0 (none), " : "", norm);
+}
+
+void statistics(Checker *c, const deltaops_matrix &m, int64_t M) {
+  c->output("stats", m, "[M, 2]", M, 2, DELTAOPS_F32);
+}
+
+void activation_kind(Checker *c, int32_t activation) {
+  c->expect(activation >= DELTAOPS_IDENTITY && activation <= DELTAOPS_SILU,
+            "activation must be 0 (identity) to 4 (silu), got %d.", activation);
+}
+
+}  // namespace
+
+deltaops_status check(const BottleneckForwardArgs *args) {
+  if (args == nullptr)
+    return fail(DELTAOPS_INVALID_ARGUMENT, "bottleneck_forward: args must not be NULL.");
+  Checker c("bottleneck_forward");
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0);
+  if (c.status() != DELTAOPS_OK) return c.status();
+  const int64_t M = args->x.rows, K = args->x.cols, R = args->down.rows;
+  const int dtype = args->x.dtype;
+  c.expect(K >= 1 && R >= 1, "K and R must be at least 1, got K=%" PRId64 ", R=%" PRId64 ".", K, R);
+  norm_kind(&c, args->norm, true);
+  activation_kind(&c, args->activation);
+  c.rows_of("x", args->x, "[M, K]", M, K, -1);
+  if (args->residual.data) c.rows_of("residual", args->residual, "[M, K]", M, K, dtype);
+  parameter(&c, "gamma", args->gamma, "[1, K]", 1, K);
+  parameter(&c, "beta", args->beta, "[1, K]", 1, K);
+  c.operand("down", args->down, "[R, K]", R, K, -1);
+  parameter(&c, "down_bias", args->down_bias, "[1, R]", 1, R);
+  c.operand("up", args->up, "[K, R] with R from down", K, R, -1);
+  parameter(&c, "up_bias", args->up_bias, "[1, K]", 1, K);
+  c.output("y", args->y, "[M, K]", M, K, dtype);
+  if (args->h.data) c.output("h", args->h, "[M, R]", M, R, DELTAOPS_F32);
+  if (args->stats.data && args->norm != DELTAOPS_NO_NORM) statistics(&c, args->stats, M);
+  return c.status();
+}
+
+deltaops_status check(const BottleneckBackwardArgs *args) {
+  if (args == nullptr)
+    return fail(DELTAOPS_INVALID_ARGUMENT, "bottleneck_backward: args must not be NULL.");
+  Checker c("bottleneck_backward");
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0);
+  if (c.status() != DELTAOPS_OK) return c.status();
+  const int64_t M = args->grad_y.rows, K = args->grad_y.cols, R = args->down.rows;
+  const int dtype = args->grad_y.dtype;
+  const bool norm = args->norm != DELTAOPS_NO_NORM;
+  c.expect(K >= 1 && R >= 1, "K and R must be at least 1, got K=%" PRId64 ", R=%" PRId64 ".", K, R);
+  norm_kind(&c, args->norm, true);
+  activation_kind(&c, args->activation);
+  c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
+  const bool past_norm =
+      norm && (args->grad_x.data || args->grad_gamma.data || args->grad_beta.data);
+  if (args->grad_down.data || past_norm) {
+    c.rows_of("x (needed for grad_down and past a norm)", args->x, "[M, K]", M, K, dtype);
+    if (norm) statistics(&c, args->stats, M);
+  }
+  c.expect(norm || (!args->grad_gamma.data && !args->grad_beta.data),
+           "grad_gamma and grad_beta must be absent without a norm.");
+  c.rows_of("h", args->h, "[M, R]", M, R, DELTAOPS_F32);
+  parameter(&c, "gamma", args->gamma, "[1, K]", 1, K);
+  parameter(&c, "beta", args->beta, "[1, K]", 1, K);
+  c.operand("down", args->down, "[R, K]", R, K, -1);
+  c.operand("up", args->up, "[K, R] with R from down", K, R, -1);
+  if (args->grad_x.data) c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);
+  gradient(&c, "grad_gamma", args->grad_gamma, "[1, K]", 1, K);
+  gradient(&c, "grad_beta", args->grad_beta, "[1, K]", 1, K);
+  gradient(&c, "grad_down", args->grad_down, "[R, K]", R, K);
+  gradient(&c, "grad_down_bias", args->grad_down_bias, "[1, R]", 1, R);
+  gradient(&c, "grad_up", args->grad_up, "[K, R]", K, R);
+  gradient(&c, "grad_up_bias", args->grad_up_bias, "[1, K]", 1, K);
+  return c.status();
+}
+
+deltaops_status check(const NormBiasForwardArgs *args) {
+  if (args == nullptr)
+    return fail(DELTAOPS_INVALID_ARGUMENT, "norm_bias_forward: args must not be NULL.");
+  Checker c("norm_bias_forward");
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0);
+  if (c.status() != DELTAOPS_OK) return c.status();
+  const int64_t M = args->x.rows, K = args->x.cols;
+  c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
+  norm_kind(&c, args->norm, false);
+  c.rows_of("x", args->x, "[M, K]", M, K, -1);
+  parameter(&c, "gamma", args->gamma, "[1, K]", 1, K);
+  parameter(&c, "bias", args->bias, "[1, K]", 1, K);
+  c.output("y", args->y, "[M, K]", M, K, args->x.dtype);
+  if (args->stats.data) statistics(&c, args->stats, M);
+  return c.status();
+}
+
+deltaops_status check(const NormBiasBackwardArgs *args) {
+  if (args == nullptr)
+    return fail(DELTAOPS_INVALID_ARGUMENT, "norm_bias_backward: args must not be NULL.");
+  Checker c("norm_bias_backward");
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0);
+  if (c.status() != DELTAOPS_OK) return c.status();
+  const int64_t M = args->grad_y.rows, K = args->grad_y.cols;
+  const int dtype = args->grad_y.dtype;
+  c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
+  norm_kind(&c, args->norm, false);
+  c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
+  if (args->grad_x.data || args->grad_gamma.data) {
+    c.rows_of("x (needed for grad_x and grad_gamma)", args->x, "[M, K]", M, K, dtype);
+    statistics(&c, args->stats, M);
+  }
+  parameter(&c, "gamma", args->gamma, "[1, K]", 1, K);
+  if (args->grad_x.data) c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);
+  gradient(&c, "grad_gamma", args->grad_gamma, "[1, K]", 1, K);
+  gradient(&c, "grad_bias", args->grad_bias, "[1, K]", 1, K);
+  return c.status();
+}
+
 }  // namespace deltaops

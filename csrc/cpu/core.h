@@ -17,6 +17,10 @@ namespace deltaops {
 
 using ForwardArgs = deltaops_delta_linear_forward_args;
 using BackwardArgs = deltaops_delta_linear_backward_args;
+using BottleneckForwardArgs = deltaops_bottleneck_forward_args;
+using BottleneckBackwardArgs = deltaops_bottleneck_backward_args;
+using NormBiasForwardArgs = deltaops_norm_bias_forward_args;
+using NormBiasBackwardArgs = deltaops_norm_bias_backward_args;
 
 /* What a packed weight starts with; panels follow, each [steps][panel_columns] units. */
 struct PackedHeader {
@@ -39,10 +43,14 @@ struct Kernels {
   int64_t (*fma_peak)(int32_t dtype, int64_t steps, int num_threads);
   void (*dropout_mask)(uint8_t *keep, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
                        uint32_t threshold);
+  deltaops_status (*bottleneck_forward)(const BottleneckForwardArgs &);
+  deltaops_status (*bottleneck_backward)(const BottleneckBackwardArgs &);
+  deltaops_status (*norm_bias_forward)(const NormBiasForwardArgs &);
+  deltaops_status (*norm_bias_backward)(const NormBiasBackwardArgs &);
 };
 
 /* Where other bodies would stand: AMX (tdpbf16ps tiles) after avx512_bf16, NEON and SVE beside
- * portable. Each is one file that sets its constants and includes delta_linear.h. */
+ * portable. Each is one file that sets its constants and includes kernels.h. */
 #if defined(__x86_64__)
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 #else
@@ -58,6 +66,10 @@ deltaops_status check(const ForwardArgs *args, const Kernels &kernels);
 deltaops_status check(const BackwardArgs *args, const Kernels &kernels);
 deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kernels,
                               int64_t *bytes);
+deltaops_status check(const BottleneckForwardArgs *args);
+deltaops_status check(const BottleneckBackwardArgs *args);
+deltaops_status check(const NormBiasForwardArgs *args);
+deltaops_status check(const NormBiasBackwardArgs *args);
 
 /* Sets this thread's sentence (printf format) and returns the status. */
 __attribute__((format(printf, 2, 3))) deltaops_status fail(deltaops_status status,

@@ -394,18 +394,4 @@ void dropout_mask(uint8_t *to, int64_t M, int64_t K, uint64_t seed, uint32_t str
 }  // namespace
 }  // namespace DELTAOPS_ISA
 }  // namespace deltaops
-
-/* Ends every ISA file: the one symbol it exports. */
-#define DELTAOPS_KERNELS(isa)                                                    \
-  namespace deltaops {                                                           \
-  const Kernels kernels_##isa = {#isa,                                           \
-                                 isa::forward,                                   \
-                                 isa::backward,                                  \
-                                 isa::pack_weight,                               \
-                                 isa::kTileColumns,                              \
-                                 isa::UnitOf<isa::MainUnit<float>::type>::k,     \
-                                 isa::UnitOf<isa::MainUnit<isa::Bf16>::type>::k, \
-                                 isa::peak,                                      \
-                                 isa::dropout_mask};                             \
-  }
 #endif

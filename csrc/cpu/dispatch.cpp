@@ -265,4 +265,32 @@ deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M, int64_t K, u
   return DELTAOPS_OK;
 }
 
+deltaops_status deltaops_cpu_bottleneck_forward(const deltaops_bottleneck_forward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->bottleneck_forward(*args) : status;
+}
+
+deltaops_status deltaops_cpu_bottleneck_backward(const deltaops_bottleneck_backward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->bottleneck_backward(*args) : status;
+}
+
+deltaops_status deltaops_cpu_norm_bias_forward(const deltaops_norm_bias_forward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->norm_bias_forward(*args) : status;
+}
+
+deltaops_status deltaops_cpu_norm_bias_backward(const deltaops_norm_bias_backward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->norm_bias_backward(*args) : status;
+}
+
 }  // extern "C"

@@ -9,6 +9,6 @@
 #define DELTAOPS_BLOCK_ROWS 510
 #define DELTAOPS_DPBF16 1
 
-#include "delta_linear.h"
+#include "kernels.h"
 
 DELTAOPS_KERNELS(avx512_bf16)

@@ -10,6 +10,6 @@
 #define DELTAOPS_BLOCK_ROWS 192
 #define DELTAOPS_DPBF16 0
 
-#include "delta_linear.h"
+#include "kernels.h"
 
 DELTAOPS_KERNELS(portable)

@@ -152,6 +152,91 @@ DELTAOPS_API deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M,
                                                        uint64_t seed, uint32_t stream,
                                                        uint32_t drop_threshold);
 
+/* ---- bottleneck: a sequential adapter (Houlsby et al. 2019; Pfeiffer et al. 2021)
+ *
+ *     h = norm(x) Down^T + down_bias,    y = residual + scaling * act(h) Up^T + up_bias
+ *
+ * K inputs and outputs, R the bottleneck. Parameters may be f32 or bf16, each for itself, and are
+ * contiguous; what is absent is 0, and gamma 1. */
+typedef enum { DELTAOPS_NO_NORM = 0, DELTAOPS_LAYER_NORM = 1, DELTAOPS_RMS_NORM = 2 } deltaops_norm;
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  deltaops_matrix x;         /* [M, K] f32 or bf16 */
+  deltaops_matrix residual;  /* [M, K] dtype of x: x itself, another tensor, or absent */
+  deltaops_matrix gamma;     /* [1, K] or absent; with a norm only */
+  deltaops_matrix beta;      /* [1, K] or absent; with a norm only */
+  deltaops_matrix down;      /* [R, K] */
+  deltaops_matrix down_bias; /* [1, R] or absent */
+  deltaops_matrix up;        /* [K, R] */
+  deltaops_matrix up_bias;   /* [1, K] or absent */
+  deltaops_matrix y;         /* [M, K] dtype of x, written */
+  deltaops_matrix h;         /* [M, R] f32, written for the backward pass; or absent */
+  deltaops_matrix stats;     /* [M, 2] f32, written with a norm: mean and 1 / std; or absent */
+  float scaling;             /* of the branch, not of up_bias */
+  float eps;                 /* of the norm */
+  int32_t activation;        /* deltaops_activation */
+  int32_t norm;              /* deltaops_norm */
+} deltaops_bottleneck_forward_args;
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  deltaops_matrix grad_y; /* [M, K] f32 or bf16 */
+  deltaops_matrix x; /* [M, K]; may be absent when no grad_down and nothing past a norm is wanted */
+  deltaops_matrix h; /* [M, R] from the forward pass */
+  deltaops_matrix stats;                 /* [M, 2] from the forward pass, with a norm */
+  deltaops_matrix gamma, beta, down, up; /* as in the forward pass */
+  deltaops_matrix grad_x;                /* [M, K] dtype of grad_y, or absent; so all that follow */
+  deltaops_matrix grad_gamma, grad_beta; /* [1, K] f32 or bf16 */
+  deltaops_matrix grad_down;             /* [R, K] f32 or bf16 */
+  deltaops_matrix grad_down_bias;        /* [1, R] f32 or bf16 */
+  deltaops_matrix grad_up;               /* [K, R] f32 or bf16 */
+  deltaops_matrix grad_up_bias;          /* [1, K] f32 or bf16 */
+  float scaling;
+  int32_t activation;
+  int32_t norm;
+  int32_t residual_is_x; /* 1: grad_x gets grad_y too */
+} deltaops_bottleneck_backward_args;
+
+DELTAOPS_API deltaops_status
+deltaops_cpu_bottleneck_forward(const deltaops_bottleneck_forward_args *args);
+DELTAOPS_API deltaops_status
+deltaops_cpu_bottleneck_backward(const deltaops_bottleneck_backward_args *args);
+
+/* ---- norm_bias: y = (x - mean) * rstd * gamma + bias, LayerNorm or (mean = 0) RMSNorm */
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  deltaops_matrix x;     /* [M, K] f32 or bf16 */
+  deltaops_matrix gamma; /* [1, K] f32 or bf16, or absent: 1 */
+  deltaops_matrix bias;  /* [1, K] f32 or bf16, or absent: 0 */
+  deltaops_matrix y;     /* [M, K] dtype of x, written */
+  deltaops_matrix stats; /* [M, 2] f32, written: mean and rstd; or absent */
+  float eps;
+  int32_t norm; /* deltaops_norm, not DELTAOPS_NO_NORM */
+} deltaops_norm_bias_forward_args;
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  deltaops_matrix grad_y;     /* [M, K] f32 or bf16 */
+  deltaops_matrix x;          /* [M, K]; may be absent when only grad_bias is wanted */
+  deltaops_matrix stats;      /* [M, 2] from the forward pass; may be absent as x may */
+  deltaops_matrix gamma;      /* as in the forward pass */
+  deltaops_matrix grad_x;     /* [M, K] dtype of grad_y, or absent; so the next two */
+  deltaops_matrix grad_gamma; /* [1, K] f32 or bf16 */
+  deltaops_matrix grad_bias;  /* [1, K] f32 or bf16 */
+  int32_t norm;
+  int32_t reserved; /* 0 */
+} deltaops_norm_bias_backward_args;
+
+DELTAOPS_API deltaops_status
+deltaops_cpu_norm_bias_forward(const deltaops_norm_bias_forward_args *args);
+DELTAOPS_API deltaops_status
+deltaops_cpu_norm_bias_backward(const deltaops_norm_bias_backward_args *args);
+
 #ifdef __cplusplus
 }
 #endif

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from functools import cache
 
-from .base import Backend, DeltaLinearCall
+from .base import (
+    AdapterBackend,
+    Backend,
+    BottleneckCall,
+    Call,
+    DeltaLinearCall,
+    NormBiasCall,
+)
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-__all__ = ["Backend", "DeltaLinearCall", "registered"]
+__all__ = [
+    "AdapterBackend",
+    "Backend",
+    "BottleneckCall",
+    "Call",
+    "DeltaLinearCall",
+    "NormBiasCall",
+    "registered",
+]
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,9 +28,23 @@ class DeltaLinearCall(NamedTuple):
     """Whether some branch has a bias."""
 
     @property
+    def op(self) -> str:
+        """The op's name."""
+        return "delta_linear"
+
+    @property
     def rank(self) -> int:
         """Total rank."""
         return sum(self.ranks)
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return (
+            f"delta_linear M={self.m} N={self.n} K={self.k} ranks={list(self.ranks)} "
+            f"{self.dtype} on {self.device}{' with dropout' if self.dropout else ''}"
+            f"{''.join(' ' + name for name in self.activations)}"
+        )
 
     @classmethod
     def of(
@@ -68,6 +82,62 @@ def weight_layout(weight: Tensor) -> str:
     return "col" if rows == 1 else "strided"
 
 
+class BottleneckCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``bottleneck``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    parameter_dtypes: tuple[torch.dtype, ...]
+    """Of down and, where there is one, of the norm."""
+    m: int
+    k: int
+    rank: int
+    activation: str
+    norm: str
+    """"layer", "rms" or "none"."""
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "bottleneck"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        norm = "" if self.norm == "none" else f" after a {self.norm} norm"
+        return (
+            f"bottleneck M={self.m} K={self.k} R={self.rank} {self.activation}{norm} "
+            f"{self.dtype} on {self.device}"
+        )
+
+
+class NormBiasCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``norm_bias``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    parameter_dtypes: tuple[torch.dtype, ...]
+    """Of gamma and bias, as far as they are there."""
+    m: int
+    k: int
+    norm: str
+    """"layer" or "rms"."""
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "norm_bias"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return f"norm_bias {self.norm} M={self.m} K={self.k} {self.dtype} on {self.device}"
+
+
+Call: TypeAlias = DeltaLinearCall | BottleneckCall | NormBiasCall
+"""A call of any op: ``call.op`` names it."""
+
+
 class Backend(Protocol):
     """An implementation of ``delta_linear``. Tensors come flattened: x ``[M, K]``, y ``[M, N]``."""
 
@@ -76,7 +146,7 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why nothing runs here at all, and the remedy; None when it is ready."""
 
-    def unsupported(self, call: DeltaLinearCall) -> str | None:
+    def unsupported(self, call: Call) -> str | None:
         """Why this call cannot run, in words; None when it can."""
 
     def forward(
@@ -112,3 +182,59 @@ class Backend(Protocol):
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """The wanted gradients, in the order x, bias, a…, b…, branch_bias…."""
+
+
+class AdapterBackend(Backend, Protocol):
+    """One that also has ``bottleneck`` and ``norm_bias``. x comes flattened, ``[M, K]``."""
+
+    def bottleneck_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        scaling: float,
+        eps: float,
+        activation: str,
+        norm: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(y [M, K], h [M, R] float32, stats)``; see :mod:`deltaops.reference.bottleneck`."""
+
+    def bottleneck_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        h: Tensor,
+        stats: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        activation: str,
+        norm: str,
+        residual_is_x: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """The wanted gradients: x, gamma, beta, down, down_bias, up, up_bias."""
+
+    def norm_bias_forward(
+        self, x: Tensor, gamma: Tensor | None, bias: Tensor | None, eps: float, norm: str
+    ) -> tuple[Tensor, Tensor]:
+        """``(y [M, K], stats [M, 2] float32)``; see :mod:`deltaops.reference.norm_bias`."""
+
+    def norm_bias_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        stats: Tensor,
+        gamma: Tensor | None,
+        dtype: torch.dtype,
+        norm: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """The wanted gradients: x, then gamma and bias in ``dtype``."""

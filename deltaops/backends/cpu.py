@@ -12,12 +12,13 @@ from torch import Tensor
 
 from deltaops.reference.philox import drop_threshold
 
-from .base import DeltaLinearCall
+from .base import Call, DeltaLinearCall
 from .cpu_packing import PACKING, Layout
 
-# deltaops_dtype and deltaops_activation of csrc/include/deltaops.h
+# deltaops_dtype, deltaops_activation and deltaops_norm of csrc/include/deltaops.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_NORMS = {"none": 0, "layer": 1, "rms": 2}
 ABI_VERSION = 2
 
 
@@ -95,12 +96,15 @@ class CpuBackend:
         module = native()
         return module if isinstance(module, str) else None
 
-    def unsupported(self, call: DeltaLinearCall) -> str | None:
+    def unsupported(self, call: Call) -> str | None:
         """None, or what the native core does not take."""
         if call.device != "cpu":
             return f"runs on the CPU, the tensors are on {call.device}"
         if call.dtype not in _DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
+        if not isinstance(call, DeltaLinearCall):
+            foreign = [t for t in call.parameter_dtypes if t not in _DTYPES]
+            return f"takes float32 and bfloat16 parameters, not {foreign[0]}" if foreign else None
         foreign = [t for t in call.adapter_dtypes if t not in _DTYPES]
         if foreign:
             return f"takes float32 and bfloat16 adapters, not {foreign[0]}"
@@ -217,6 +221,174 @@ class CpuBackend:
             0 if packed is None else packed.numel(),
         )
         return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+
+    def bottleneck_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        scaling: float,
+        eps: float,
+        activation: str,
+        norm: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        x = _rows(x)
+        if residual is not None:
+            residual = _rows(residual)
+        parameters = [_whole(t) for t in (gamma, beta, down, down_bias, up, up_bias)]
+        (m, k), rank = x.shape, down.shape[0]
+        y = torch.empty((m, k), dtype=x.dtype)
+        h = torch.empty((m, rank), dtype=torch.float32)
+        stats = torch.empty((0 if norm == "none" else m, 2), dtype=torch.float32)
+        _core().bottleneck_forward(
+            _DTYPES[x.dtype],
+            m,
+            k,
+            rank,
+            x.data_ptr(),
+            x.stride(0),
+            _pointer(residual),
+            0 if residual is None else residual.stride(0),
+            *[_parameter(t) for t in parameters],
+            y.data_ptr(),
+            h.data_ptr(),
+            stats.data_ptr(),
+            scaling,
+            eps,
+            _ACTIVATIONS[activation],
+            _NORMS[norm],
+            torch.get_num_threads(),
+        )
+        return y, h, stats
+
+    def bottleneck_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        h: Tensor,
+        stats: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        activation: str,
+        norm: str,
+        residual_is_x: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        grad_y, h, stats = _rows(grad_y), h.contiguous(), stats.contiguous()
+        if x is not None:
+            x = _rows(x)
+        parameters = [_whole(t) for t in (gamma, beta, down, up)]
+        (m, k), rank = grad_y.shape, down.shape[0]
+        grad_x = torch.empty((m, k), dtype=grad_y.dtype) if needs[0] else None
+        wanted = [
+            torch.empty(shape, dtype=like.dtype) if need and like is not None else None
+            for shape, like, need in zip(
+                ((k,), (k,), (rank, k), (rank,), (k, rank), (k,)),
+                (gamma, beta, down, down, up, up),
+                needs[1:],
+                strict=True,
+            )
+        ]
+        _core().bottleneck_backward(
+            _DTYPES[grad_y.dtype],
+            m,
+            k,
+            rank,
+            grad_y.data_ptr(),
+            grad_y.stride(0),
+            _pointer(x),
+            0 if x is None else x.stride(0),
+            h.data_ptr(),
+            stats.data_ptr(),
+            *[_parameter(t) for t in parameters],
+            _pointer(grad_x),
+            *[_parameter(t) for t in wanted],
+            scaling,
+            _ACTIVATIONS[activation],
+            _NORMS[norm],
+            residual_is_x,
+            torch.get_num_threads(),
+        )
+        return [g for g in (grad_x, *wanted) if g is not None]
+
+    def norm_bias_forward(
+        self, x: Tensor, gamma: Tensor | None, bias: Tensor | None, eps: float, norm: str
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        x, gamma, bias = _rows(x), _whole(gamma), _whole(bias)
+        m, k = x.shape
+        y = torch.empty((m, k), dtype=x.dtype)
+        stats = torch.empty((m, 2), dtype=torch.float32)
+        _core().norm_bias_forward(
+            _DTYPES[x.dtype],
+            m,
+            k,
+            x.data_ptr(),
+            x.stride(0),
+            _parameter(gamma),
+            _parameter(bias),
+            y.data_ptr(),
+            stats.data_ptr(),
+            eps,
+            _NORMS[norm],
+            torch.get_num_threads(),
+        )
+        return y, stats
+
+    def norm_bias_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        stats: Tensor,
+        gamma: Tensor | None,
+        dtype: torch.dtype,
+        norm: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        grad_y, stats, gamma = _rows(grad_y), stats.contiguous(), _whole(gamma)
+        if x is not None:
+            x = _rows(x)
+        m, k = grad_y.shape
+        grad_x = torch.empty((m, k), dtype=grad_y.dtype) if needs[0] else None
+        grad_gamma = torch.empty(k, dtype=dtype) if needs[1] else None
+        grad_bias = torch.empty(k, dtype=dtype) if needs[2] else None
+        _core().norm_bias_backward(
+            _DTYPES[grad_y.dtype],
+            m,
+            k,
+            grad_y.data_ptr(),
+            grad_y.stride(0),
+            _pointer(x),
+            0 if x is None else x.stride(0),
+            stats.data_ptr(),
+            _parameter(gamma),
+            _pointer(grad_x),
+            _parameter(grad_gamma),
+            _parameter(grad_bias),
+            _NORMS[norm],
+            torch.get_num_threads(),
+        )
+        return [g for g in (grad_x, grad_gamma, grad_bias) if g is not None]
+
+
+def _whole(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _parameter(t: Tensor | None) -> tuple[int, int]:
+    """Address and dtype, as the core takes contiguous parameters and their gradients."""
+    return (0, 0) if t is None else (t.data_ptr(), _DTYPES[t.dtype])
 
 
 def _pointer(t: Tensor | None) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from deltaops.reference import delta_linear
+from deltaops.reference import bottleneck, delta_linear, norm_bias
 
-from .base import DeltaLinearCall
+from .base import Call
 
 
 class ReferenceBackend:
@@ -13,11 +13,15 @@ class ReferenceBackend:
     name = "reference"
     forward = staticmethod(delta_linear.forward)
     backward = staticmethod(delta_linear.backward)
+    bottleneck_forward = staticmethod(bottleneck.forward)
+    bottleneck_backward = staticmethod(bottleneck.backward)
+    norm_bias_forward = staticmethod(norm_bias.forward)
+    norm_bias_backward = staticmethod(norm_bias.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""
         return None
 
-    def unsupported(self, call: DeltaLinearCall) -> str | None:
+    def unsupported(self, call: Call) -> str | None:
         """Takes every floating dtype on every device that torch has."""
         return None

@@ -1,5 +1,7 @@
 """One op per place of a model that a delta binds to."""
 
+from .bottleneck import bottleneck
 from .delta_linear import Branch, delta_linear, explain
+from .norm_bias import norm_bias
 
-__all__ = ["Branch", "delta_linear", "explain"]
+__all__ = ["Branch", "bottleneck", "delta_linear", "explain", "norm_bias"]

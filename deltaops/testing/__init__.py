@@ -1,13 +1,25 @@
 """Cases, tolerances and comparison, shipped so that other backends can hold themselves to them."""
 
+from .adapter_cases import (
+    BOTTLENECK_CASES,
+    NORM_BIAS_CASES,
+    BottleneckCase,
+    BottleneckTensors,
+    NormBiasCase,
+)
 from .cases import DELTA_LINEAR_CASES, DeltaLinearCase, DeltaLinearTensors
 from .compare import assert_accurate, relative_error
 from .tolerances import bound, rounding
 
 __all__ = [
+    "BOTTLENECK_CASES",
     "DELTA_LINEAR_CASES",
+    "NORM_BIAS_CASES",
+    "BottleneckCase",
+    "BottleneckTensors",
     "DeltaLinearCase",
     "DeltaLinearTensors",
+    "NormBiasCase",
     "assert_accurate",
     "bound",
     "relative_error",

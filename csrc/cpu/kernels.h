@@ -1,0 +1,26 @@
+/* kernels.h: every op's bodies, and the table of them that an ISA file exports. */
+#ifndef DELTAOPS_CPU_KERNELS_H
+#define DELTAOPS_CPU_KERNELS_H
+
+#include "bottleneck.h"
+#include "delta_linear.h"
+#include "norm_bias.h"
+
+/* Ends every ISA file: the one symbol it exports. */
+#define DELTAOPS_KERNELS(isa)                                                    \
+  namespace deltaops {                                                           \
+  const Kernels kernels_##isa = {#isa,                                           \
+                                 isa::forward,                                   \
+                                 isa::backward,                                  \
+                                 isa::pack_weight,                               \
+                                 isa::kTileColumns,                              \
+                                 isa::UnitOf<isa::MainUnit<float>::type>::k,     \
+                                 isa::UnitOf<isa::MainUnit<isa::Bf16>::type>::k, \
+                                 isa::peak,                                      \
+                                 isa::dropout_mask,                              \
+                                 isa::bottleneck_forward,                        \
+                                 isa::bottleneck_backward,                       \
+                                 isa::norm_bias_forward,                         \
+                                 isa::norm_bias_backward};                       \
+  }
+#endif

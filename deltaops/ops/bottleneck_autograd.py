@@ -1,0 +1,346 @@
+"""Autograd for ``bottleneck``: a Function for eager calls, and the registered op.
+
+Both save x (where a gradient of ``down``, or any past a norm, is wanted), the small parameters, the
+pre-activation h ``[M, R]`` and the norm's statistics ``[M, 2]``. The residual is not saved: where
+it is another tensor its gradient is grad_y itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deltaops.backends import AdapterBackend, Backend, BottleneckCall
+from deltaops.dispatch import select
+from deltaops.errors import GradientError
+
+
+def call_of(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    down: Tensor,
+    activation: str,
+    norm: str,
+) -> BottleneckCall:
+    """The call of these tensors; x ``[..., K]``."""
+    rank, k = down.shape
+    return BottleneckCall(
+        "cpu" if x.is_cpu else x.device.type,
+        x.dtype,
+        tuple([t.dtype for t in (down, gamma, beta) if t is not None]),
+        x.numel() // k,
+        k,
+        rank,
+        activation,
+        norm,
+    )
+
+
+def run_forward(
+    runner: Backend,
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scaling: float,
+    eps: float,
+    activation: str,
+    norm: str,
+    residual_is_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    added = residual if residual is None or x.dim() == 2 else residual.reshape(flat.shape)
+    y, h, stats = cast(AdapterBackend, runner).bottleneck_forward(
+        flat,
+        flat if residual_is_x else added,
+        gamma,
+        beta,
+        down,
+        down_bias,
+        up,
+        up_bias,
+        scaling,
+        eps,
+        activation,
+        norm,
+    )
+    return (y if x.dim() == 2 else y.view(x.shape)), h, stats
+
+
+def run_backward(
+    runner: Backend,
+    needs: Sequence[bool],
+    grad_y: Tensor,
+    x: Tensor | None,
+    h: Tensor,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    activation: str,
+    norm: str,
+    residual_is_x: bool,
+) -> list[Tensor]:
+    k = grad_y.shape[-1]
+    grads = cast(AdapterBackend, runner).bottleneck_backward(
+        grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, k),
+        x if x is None or x.dim() == 2 else x.reshape(-1, k),
+        h,
+        stats,
+        gamma,
+        beta,
+        down,
+        up,
+        scaling,
+        activation,
+        norm,
+        residual_is_x,
+        needs,
+    )
+    if needs[0] and grad_y.dim() != 2:
+        grads[0] = grads[0].view(grad_y.shape)
+    return grads
+
+
+def _needs_x(norm: str, wants: Sequence[bool]) -> bool:
+    """Of (x, residual, gamma, beta, down, …)."""
+    return wants[4] or (norm != "none" and (wants[0] or wants[2] or wants[3]))
+
+
+class BottleneckFunction(torch.autograd.Function):
+    """The eager path."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        scaling: float,
+        eps: float,
+        activation: str,
+        norm: str,
+        residual_is_x: bool,
+        runner: Backend,
+    ) -> Tensor:
+        y, h, stats = run_forward(
+            runner,
+            x,
+            residual,
+            gamma,
+            beta,
+            down,
+            down_bias,
+            up,
+            up_bias,
+            scaling,
+            eps,
+            activation,
+            norm,
+            residual_is_x,
+        )
+        saved = x if _needs_x(norm, ctx.needs_input_grad) else None
+        ctx.save_for_backward(saved, h, stats, gamma, beta, down, up)
+        ctx.settings = scaling, activation, norm, residual_is_x
+        ctx.runner = runner
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        wants = ctx.needs_input_grad
+        needs = [wants[0], *wants[2:8]]
+        found = iter(
+            run_backward(ctx.runner, needs, grad_y, *ctx.saved_tensors, *ctx.settings)
+            if any(needs)
+            else ()
+        )
+        grads = [next(found) if need else None for need in needs]
+        return (grads[0], grad_y if wants[1] else None, *grads[1:], *[None] * 6)
+
+
+# --------------------------------------------------------------------------------- registered op
+
+_library = torch.library.Library("deltaops", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _define(schema: str) -> None:
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+
+
+_define(
+    "bottleneck(Tensor x, Tensor? residual, Tensor? gamma, Tensor? beta, Tensor down, "
+    "Tensor? down_bias, Tensor up, Tensor? up_bias, float scaling, float eps, str activation, "
+    "str norm, bool residual_is_x, str backend) -> (Tensor y, Tensor h, Tensor stats)"
+)
+_define(
+    "bottleneck_backward(Tensor grad_y, Tensor? x, Tensor h, Tensor stats, Tensor? gamma, "
+    "Tensor? beta, Tensor down, Tensor up, float scaling, str activation, str norm, "
+    "bool residual_is_x, bool[] needs, str backend) -> Tensor[]"
+)
+
+
+def _op_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scaling: float,
+    eps: float,
+    activation: str,
+    norm: str,
+    residual_is_x: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run_forward(
+        select(call_of(x, gamma, beta, down, activation, norm), backend),
+        x,
+        residual,
+        gamma,
+        beta,
+        down,
+        down_bias,
+        up,
+        up_bias,
+        scaling,
+        eps,
+        activation,
+        norm,
+        residual_is_x,
+    )
+
+
+def _op_backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    h: Tensor,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    activation: str,
+    norm: str,
+    residual_is_x: bool,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    return run_backward(
+        select(call_of(grad_y, gamma, beta, down, activation, norm), backend),
+        needs,
+        grad_y,
+        x,
+        h,
+        stats,
+        gamma,
+        beta,
+        down,
+        up,
+        scaling,
+        activation,
+        norm,
+        residual_is_x,
+    )
+
+
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    down, norm = arguments[3], arguments[10]
+    m = 1
+    for size in x.shape[:-1]:
+        m = m * size
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((m, down.shape[0]), dtype=dtype),
+        x.new_empty((0 if norm == "none" else m, 2), dtype=dtype),
+    )
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    h: Tensor,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    activation: str,
+    norm: str,
+    residual_is_x: bool,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    rank, k = down.shape
+    shapes = ((k,), (k,), (rank, k), (rank,), (k, rank), (k,))
+    likes = (gamma, beta, down, down, up, up)
+    grads = [grad_y.new_empty(grad_y.shape)] if needs[0] else []
+    for shape, like, need in zip(shapes, likes, needs[1:], strict=True):
+        if need and like is not None:
+            grads.append(like.new_empty(shape))
+    return grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _residual, gamma, beta, down, _down_bias, up = inputs[:7]
+    scaling, _eps, activation, norm, residual_is_x, backend = inputs[8:]
+    ctx.mark_non_differentiable(*output[1:])
+    wants = [t is not None and t.requires_grad for t in inputs[:8]]
+    ctx.save_for_backward(x if _needs_x(norm, wants) else None, *output[1:], gamma, beta, down, up)
+    ctx.settings = scaling, activation, norm, residual_is_x
+    ctx.backend = backend
+
+
+def _op_autograd(
+    ctx: Any, grad_y: Tensor, _grad_h: Tensor | None, _grad_stats: Tensor | None
+) -> tuple[Any, ...]:
+    wants = ctx.needs_input_grad
+    needs = [wants[0], *wants[2:8]]
+    found = iter(
+        torch.ops.deltaops.bottleneck_backward(
+            grad_y, *ctx.saved_tensors, *ctx.settings, needs, ctx.backend
+        )
+        if any(needs)
+        else ()
+    )
+    grads = [next(found) if need else None for need in needs]
+    return (grads[0], grad_y if wants[1] else None, *grads[1:], *[None] * 6)
+
+
+def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:
+    raise GradientError(
+        "bottleneck: gradients are of first order only; a second backward pass went through "
+        "them. Compute it with torch's own functions in eager mode instead."
+    )
+
+
+for _name, _kernel in (("bottleneck", _op_forward), ("bottleneck_backward", _op_backward)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("deltaops::bottleneck", _fake_forward, lib=_library)
+torch.library.register_fake("deltaops::bottleneck_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "deltaops::bottleneck", _op_autograd, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("deltaops::bottleneck_backward", _no_second_order, lib=_library)

@@ -1,0 +1,51 @@
+"""Which way a call takes: past the dispatcher, through the registered op, or to the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from deltaops.dispatch import LAST_RESORT
+from deltaops.errors import DeviceError, NoBackendError
+
+_PLAIN = (Tensor, Parameter)
+
+
+def takes_bypass(*tensors: Tensor | None) -> bool:
+    """Whether the shortcut past the dispatcher gives the same: eager, and nobody is watching."""
+    return (
+        not torch.compiler.is_compiling()
+        and all([t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors])
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def transformed(op: str, backend: str, strict: bool) -> bool:
+    """Whether a torch.func transform is active: then the reference runs, which they understand.
+
+    Raises: NoBackendError when another backend was asked for.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    if strict or backend not in ("auto", LAST_RESORT):
+        raise NoBackendError(
+            f"{op}: under torch.func transforms only the reference runs, and "
+            f"backend={backend!r}, strict={strict} was asked for. "
+            "Pass backend='auto' and strict=False, or leave the transform."
+        )
+    return True
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is recording and one of the tensors wants a gradient."""
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
+def check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise DeviceError unless ``tensor`` is where ``x`` is."""
+    if tensor.device != x.device:
+        raise DeviceError(
+            f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}. "
+            "Move the model or the input."
+        )
