@@ -384,7 +384,9 @@ deltaops_status check(const BottleneckForwardArgs *args) {
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "bottleneck_forward: args must not be NULL.");
   Checker c("bottleneck_forward");
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0);
+  c.pointer("args", args, alignof(deltaops_matrix));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, 0);
   if (c.status() != DELTAOPS_OK) return c.status();
   const int64_t M = args->x.rows, K = args->x.cols, R = args->down.rows;
   const int dtype = args->x.dtype;
@@ -409,7 +411,9 @@ deltaops_status check(const BottleneckBackwardArgs *args) {
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "bottleneck_backward: args must not be NULL.");
   Checker c("bottleneck_backward");
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0);
+  c.pointer("args", args, alignof(deltaops_matrix));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, 0);
   if (c.status() != DELTAOPS_OK) return c.status();
   const int64_t M = args->grad_y.rows, K = args->grad_y.cols, R = args->down.rows;
   const int dtype = args->grad_y.dtype;
@@ -445,7 +449,9 @@ deltaops_status check(const NormBiasForwardArgs *args) {
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "norm_bias_forward: args must not be NULL.");
   Checker c("norm_bias_forward");
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0);
+  c.pointer("args", args, alignof(deltaops_matrix));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, 0);
   if (c.status() != DELTAOPS_OK) return c.status();
   const int64_t M = args->x.rows, K = args->x.cols;
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
@@ -462,7 +468,9 @@ deltaops_status check(const NormBiasBackwardArgs *args) {
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "norm_bias_backward: args must not be NULL.");
   Checker c("norm_bias_backward");
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0);
+  c.pointer("args", args, alignof(deltaops_matrix));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, 0);
   if (c.status() != DELTAOPS_OK) return c.status();
   const int64_t M = args->grad_y.rows, K = args->grad_y.cols;
   const int dtype = args->grad_y.dtype;

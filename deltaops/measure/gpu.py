@@ -157,7 +157,10 @@ def steady(
 
 def cuda_clock(call: Call) -> float:
     """Seconds of ``call`` on the GPU, from one event to the next."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     begin.record()
     call()
     end.record()
