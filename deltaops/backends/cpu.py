@@ -10,10 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from deltaops.packing import PACKING, Layout
 from deltaops.reference.philox import drop_threshold
 
 from .base import Call, DeltaLinearCall
-from .cpu_packing import PACKING, Layout
 
 # deltaops_dtype, deltaops_activation and deltaops_norm of csrc/include/deltaops.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}

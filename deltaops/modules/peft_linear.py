@@ -15,8 +15,8 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from deltaops.backends.cpu_packing import PACKING, Policy
 from deltaops.ops import Branch, delta_linear
+from deltaops.packing import PACKING, Policy
 
 from .kinds import is_conv1d
 from .linear import FrozenLinear

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops.backends.cpu_packing import PACKING, Policy
 from deltaops.ops import Branch, delta_linear
+from deltaops.packing import PACKING, Policy
 from deltaops.reference.activation import activate
 
 from .factor import Factor
@@ -45,7 +45,7 @@ class LinearPlace(nn.Module):
     strict: bool
     """Passed to :func:`deltaops.ops.delta_linear`."""
     pack: Policy
-    """Whether the CPU core may keep a packed copy of the weight; see ``backends.cpu_packing``."""
+    """Whether the CPU core may keep a packed copy of the weight; see :mod:`deltaops.packing`."""
 
     def base(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``[N, K]`` and bias ``[N]`` as the op takes them."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from deltaops.backends.cpu_packing import Policy, check_policy
 from deltaops.errors import AttachError, TargetError
 from deltaops.modules import LinearPlace, LoraPlace, become, frozen_class, unbecome
+from deltaops.packing import Policy, check_policy
 
 from .match import frozen_linears
 from .plan import check_backend

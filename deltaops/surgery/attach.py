@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from deltaops.backends.cpu_packing import Policy
 from deltaops.methods.base import Delta
+from deltaops.packing import Policy
 
 from .handle import Handle
 from .plan import plan

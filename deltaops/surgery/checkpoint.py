@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaops.backends.cpu_packing import Policy
 from deltaops.errors import CheckpointError, TargetError
 from deltaops.methods import LoRA
 from deltaops.methods.base import Delta
 from deltaops.modules import LinearPlace
+from deltaops.packing import Policy
 
 from .files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
 from .handle import Handle

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from deltaops.backends import DeltaLinearCall
-from deltaops.backends.cpu_packing import Policy, check_policy
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError, ConfigError
 from deltaops.methods.base import Delta
 from deltaops.modules import become, features, frozen_class, unbecome
+from deltaops.packing import Policy, check_policy
 
 from .handle import Handle
 from .match import frozen_linears, inside, match, unswappable

@@ -10,10 +10,10 @@ from torch import nn
 
 from deltaops.backends import DeltaLinearCall
 from deltaops.backends.base import weight_layout
-from deltaops.backends.cpu_packing import PACKING
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.modules import LinearPlace, LoraPlace
+from deltaops.packing import PACKING
 
 from .record import read
 

@@ -23,7 +23,7 @@ LAYERS = (
     {"ops"},
     {"dispatch"},
     {"backends"},
-    {"kernels", "_cpu", "_cuda", "reference"},
+    {"kernels", "_cpu", "_cuda", "reference", "packing"},
 )
 RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
 EVERYWHERE = {"errors", "__version__"}
