@@ -247,10 +247,10 @@ def _ratio(value: float | None) -> str:
 
 
 def _write(console: Console, out: Path, results: Any, fresh: bool) -> None:
+    from deltaops.files import write_atomically, write_json
     from deltaops.measure import store
     from deltaops.measure.picture import draw_layers, draw_steps
     from deltaops.measure.report import markdown
-    from deltaops.tuning.files import write_atomically, write_json
 
     facts = results.machine
     name = store.slug(facts)

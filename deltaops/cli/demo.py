@@ -27,10 +27,10 @@ def demo(
 
     Example:  deltaops demo --fresh --tune-steps 300
     """
+    from deltaops.files import write_atomically
     from deltaops.tuning import small_model
     from deltaops.tuning.cache import cache_dir
     from deltaops.tuning.corpus import python_sources
-    from deltaops.tuning.files import write_atomically
     from deltaops.tuning.run import Settings, run
 
     quiet_transformers()
@@ -86,10 +86,10 @@ def demo(
 
 
 def _compare(console: Console, folder: Path, rounds: int) -> None:
+    from deltaops.files import write_atomically
     from deltaops.measure import machine
     from deltaops.measure.picture import draw_steps
     from deltaops.measure.steps import ACCELERATED, ATTACHED, PEFT, bert, measure_steps
-    from deltaops.tuning.files import write_atomically
 
     from .bench import step_table
 

@@ -393,8 +393,8 @@ def run(
     now: Callable[[], float] = time.monotonic,
 ) -> int:
     """Measure ``cases`` until ``budget`` seconds are over, write the JSON, print the table."""
+    from deltaops.files import write_json
     from deltaops.measure import machine
-    from deltaops.tuning.files import write_json
 
     began, results = now(), []
     for case in cases:

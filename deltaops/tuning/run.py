@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from deltaops.errors import CheckpointError, ConfigError
+from deltaops.files import publishing, remove_leftovers, write_atomically, write_json
 from deltaops.surgery import Handle, attach
 
 from .curve import draw_curve
-from .files import publishing, remove_leftovers, write_atomically, write_json
 from .loop import Point, Schedule, evaluate, make_optimizer, train
 from .read import Columns, read_examples
 from .spec import parse_delta

@@ -23,7 +23,7 @@ LAYERS = (
     {"ops"},
     {"dispatch"},
     {"backends"},
-    {"kernels", "_cpu", "_cuda", "reference", "packing"},
+    {"kernels", "_cpu", "_cuda", "reference", "packing", "files"},
 )
 RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
 EVERYWHERE = {"errors", "__version__"}

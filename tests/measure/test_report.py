@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from deltaops.errors import ConfigError
+from deltaops.files import write_json
 from deltaops.measure import store
 from deltaops.measure.cell import FROZEN, OURS, OWN_FROZEN, PEFT, PREPACKED, Results
 from deltaops.measure.lost import lost
 from deltaops.measure.picture import draw_layers
 from deltaops.measure.report import markdown
-from deltaops.tuning.files import write_json
 
 from .results import cell, results
 
