@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .backends import Backend, DeltaLinearCall, registered
+from .backends import Backend, Call, registered
 from .errors import NoBackendError
 
 LAST_RESORT = "reference"
@@ -26,7 +26,7 @@ class Verdict:
 class Explanation:
     """Which backend a call gets and what each one before it said."""
 
-    call: DeltaLinearCall
+    call: Call
     chosen: str | None
     verdicts: tuple[Verdict, ...]
 
@@ -44,21 +44,16 @@ class Explanation:
         return f"eager torch ({refused})" if self.chosen else f"nothing runs it ({refused})"
 
     def __str__(self) -> str:
-        c = self.call
-        head = (
-            f"delta_linear M={c.m} N={c.n} K={c.k} ranks={list(c.ranks)} {c.dtype} on {c.device}"
-            f"{' with dropout' if c.dropout else ''}"
-            f"{''.join(' ' + name for name in c.activations)} → {self.chosen or 'no backend'}"
-        )
+        head = f"{self.call.title} → {self.chosen or 'no backend'}"
         return "\n".join([head, *(f"  {verdict}" for verdict in self.verdicts)])
 
 
-def _reason(backend: Backend, call: DeltaLinearCall) -> str | None:
+def _reason(backend: Backend, call: Call) -> str | None:
     # The call first: "runs on the CPU" says more about a CUDA tensor than a missing compiler does.
     return backend.unsupported(call) or backend.unavailable()
 
 
-def explain_call(call: DeltaLinearCall, backend: str = "auto") -> Explanation:
+def explain_call(call: Call, backend: str = "auto") -> Explanation:
     """Who would run ``call``; never raises for a backend that cannot.
 
     Raises: NoBackendError when ``backend`` is no backend's name.
@@ -82,7 +77,7 @@ def explain_call(call: DeltaLinearCall, backend: str = "auto") -> Explanation:
 
 
 @lru_cache(maxsize=4096)
-def select(call: DeltaLinearCall, backend: str = "auto", strict: bool = False) -> Backend:
+def select(call: Call, backend: str = "auto", strict: bool = False) -> Backend:
     """The backend for ``call``.
 
     Args:
@@ -94,7 +89,7 @@ def select(call: DeltaLinearCall, backend: str = "auto", strict: bool = False) -
     if explanation.chosen is None or (strict and backend == "auto" and not explanation.fast):
         wish = "a fused backend (strict=True)" if strict else f"backend {backend!r}"
         raise NoBackendError(
-            f"delta_linear: {wish} was asked for and none takes this call.\n{explanation}\n"
+            f"{call.op}: {wish} was asked for and none takes this call.\n{explanation}\n"
             "Pass backend='auto' and strict=False to let eager torch run it."
         )
     return registered()[explanation.chosen]

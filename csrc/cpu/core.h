@@ -17,6 +17,8 @@ namespace deltaops {
 
 using ForwardArgs = deltaops_delta_linear_forward_args;
 using BackwardArgs = deltaops_delta_linear_backward_args;
+using CrossEntropyForwardArgs = deltaops_cross_entropy_forward_args;
+using CrossEntropyBackwardArgs = deltaops_cross_entropy_backward_args;
 
 /* What a packed weight starts with; panels follow, each [steps][panel_columns] units. */
 struct PackedHeader {
@@ -39,6 +41,8 @@ struct Kernels {
   int64_t (*fma_peak)(int32_t dtype, int64_t steps, int num_threads);
   void (*dropout_mask)(uint8_t *keep, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
                        uint32_t threshold);
+  deltaops_status (*cross_entropy_forward)(const CrossEntropyForwardArgs &);
+  deltaops_status (*cross_entropy_backward)(const CrossEntropyBackwardArgs &);
 };
 
 /* Where other bodies would stand: AMX (tdpbf16ps tiles) after avx512_bf16, NEON and SVE beside
@@ -58,6 +62,9 @@ deltaops_status check(const ForwardArgs *args, const Kernels &kernels);
 deltaops_status check(const BackwardArgs *args, const Kernels &kernels);
 deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kernels,
                               int64_t *bytes);
+/* checks_cross_entropy.cpp */
+deltaops_status check(const CrossEntropyForwardArgs *args);
+deltaops_status check(const CrossEntropyBackwardArgs *args);
 
 /* Sets this thread's sentence (printf format) and returns the status. */
 __attribute__((format(printf, 2, 3))) deltaops_status fail(deltaops_status status,

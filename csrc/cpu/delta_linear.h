@@ -14,6 +14,7 @@
 #define DELTAOPS_CPU_DELTA_LINEAR_H
 
 #include "core.h"
+#include "cross_entropy.h"  // for the table at the end
 #include "outer.h"
 #include "peak.h"
 #include "product.h"
@@ -406,6 +407,8 @@ void dropout_mask(uint8_t *to, int64_t M, int64_t K, uint64_t seed, uint32_t str
                                  isa::UnitOf<isa::MainUnit<float>::type>::k,     \
                                  isa::UnitOf<isa::MainUnit<isa::Bf16>::type>::k, \
                                  isa::peak,                                      \
-                                 isa::dropout_mask};                             \
+                                 isa::dropout_mask,                              \
+                                 isa::cross_entropy_forward,                     \
+                                 isa::cross_entropy_backward};                   \
   }
 #endif

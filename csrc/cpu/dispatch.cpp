@@ -264,4 +264,20 @@ deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M, int64_t K, u
   return DELTAOPS_OK;
 }
 
+deltaops_status deltaops_cpu_cross_entropy_forward(
+    const deltaops_cross_entropy_forward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->cross_entropy_forward(*args) : status;
+}
+
+deltaops_status deltaops_cpu_cross_entropy_backward(
+    const deltaops_cross_entropy_backward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->cross_entropy_backward(*args) : status;
+}
+
 }  // extern "C"

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from functools import cache
 
-from .base import Backend, DeltaLinearCall
+from .base import Backend, Call, CrossEntropyBackend, CrossEntropyCall, DeltaLinearCall
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-__all__ = ["Backend", "DeltaLinearCall", "registered"]
+__all__ = [
+    "Backend",
+    "Call",
+    "CrossEntropyBackend",
+    "CrossEntropyCall",
+    "DeltaLinearCall",
+    "registered",
+]
 
 
 @cache

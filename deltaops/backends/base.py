@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,10 +27,21 @@ class DeltaLinearCall(NamedTuple):
     branch_bias: bool = False
     """Whether some branch has a bias."""
 
+    op = "delta_linear"
+
     @property
     def rank(self) -> int:
         """Total rank."""
         return sum(self.ranks)
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return (
+            f"delta_linear M={self.m} N={self.n} K={self.k} ranks={list(self.ranks)} "
+            f"{self.dtype} on {self.device}{' with dropout' if self.dropout else ''}"
+            f"{''.join(' ' + name for name in self.activations)}"
+        )
 
     @classmethod
     def of(
@@ -68,6 +79,32 @@ def weight_layout(weight: Tensor) -> str:
     return "col" if rows == 1 else "strided"
 
 
+class CrossEntropyCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``cross_entropy``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    m: int
+    v: int
+
+    op = "cross_entropy"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return f"cross_entropy M={self.m} V={self.v} {self.dtype} on {self.device}"
+
+    @classmethod
+    def of(cls, logits: Tensor) -> CrossEntropyCall:
+        """The call of these logits ``[M, V]``."""
+        device = "cpu" if logits.is_cpu else logits.device.type
+        return cls(device, logits.dtype, *logits.shape)
+
+
+Call: TypeAlias = DeltaLinearCall | CrossEntropyCall
+"""A call of any op: ``call.op`` names it."""
+
+
 class Backend(Protocol):
     """An implementation of ``delta_linear``. Tensors come flattened: x ``[M, K]``, y ``[M, N]``."""
 
@@ -76,7 +113,7 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why nothing runs here at all, and the remedy; None when it is ready."""
 
-    def unsupported(self, call: DeltaLinearCall) -> str | None:
+    def unsupported(self, call: Call) -> str | None:
         """Why this call cannot run, in words; None when it can."""
 
     def forward(
@@ -112,3 +149,23 @@ class Backend(Protocol):
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """The wanted gradients, in the order x, bias, a…, b…, branch_bias…."""
+
+
+class CrossEntropyBackend(Backend, Protocol):
+    """One that also has ``cross_entropy``: logits ``[M, V]``, target ``[M]`` int64."""
+
+    def cross_entropy_forward(
+        self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``(loss, state [M, 2])``; see :mod:`deltaops.reference.cross_entropy`."""
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        state: Tensor,
+        ignore_index: int,
+        mean: bool,
+    ) -> Tensor:
+        """``grad_logits [M, V]``."""

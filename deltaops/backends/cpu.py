@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaops.reference.philox import drop_threshold
 
-from .base import DeltaLinearCall
+from .base import Call, CrossEntropyCall
 from .cpu_packing import PACKING, Layout
 
 # deltaops_dtype and deltaops_activation of csrc/include/deltaops.h
@@ -95,12 +95,14 @@ class CpuBackend:
         module = native()
         return module if isinstance(module, str) else None
 
-    def unsupported(self, call: DeltaLinearCall) -> str | None:
+    def unsupported(self, call: Call) -> str | None:
         """None, or what the native core does not take."""
         if call.device != "cpu":
             return f"runs on the CPU, the tensors are on {call.device}"
         if call.dtype not in _DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
+        if isinstance(call, CrossEntropyCall):
+            return None
         foreign = [t for t in call.adapter_dtypes if t not in _DTYPES]
         if foreign:
             return f"takes float32 and bfloat16 adapters, not {foreign[0]}"
@@ -217,6 +219,54 @@ class CpuBackend:
             0 if packed is None else packed.numel(),
         )
         return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+
+    # ------------------------------------------------------------------------- cross_entropy
+
+    def cross_entropy_forward(
+        self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
+        logits, target = _rows(logits), target.contiguous()
+        state = torch.empty((logits.shape[0], 2), dtype=torch.float32)
+        loss = _core().cross_entropy_forward(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            target.data_ptr(),
+            ignore_index,
+            mean,
+            state.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return torch.tensor(loss, dtype=torch.float32), state
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        state: Tensor,
+        ignore_index: int,
+        mean: bool,
+    ) -> Tensor:
+        """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
+        logits, target, state = _rows(logits), target.contiguous(), state.contiguous()
+        grad = torch.empty(logits.shape, dtype=logits.dtype)
+        _core().cross_entropy_backward(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            target.data_ptr(),
+            ignore_index,
+            mean,
+            state.data_ptr(),
+            float(grad_loss),
+            grad.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return grad
 
 
 def _pointer(t: Tensor | None) -> int:

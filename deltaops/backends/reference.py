@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from deltaops.reference import delta_linear
+from torch import Tensor
 
-from .base import DeltaLinearCall
+from deltaops.reference import cross_entropy, delta_linear
+
+from .base import Call
 
 
 class ReferenceBackend:
@@ -13,11 +15,19 @@ class ReferenceBackend:
     name = "reference"
     forward = staticmethod(delta_linear.forward)
     backward = staticmethod(delta_linear.backward)
+    cross_entropy_backward = staticmethod(cross_entropy.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""
         return None
 
-    def unsupported(self, call: DeltaLinearCall) -> str | None:
+    def unsupported(self, call: Call) -> str | None:
         """Takes every floating dtype on every device that torch has."""
         return None
+
+    def cross_entropy_forward(
+        self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The targets are looked at first: torch's own errors do not name the row."""
+        cross_entropy.check_target(target, logits.shape[1], ignore_index)
+        return cross_entropy.forward(logits, target, ignore_index, mean)

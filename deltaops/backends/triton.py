@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .base import DeltaLinearCall
+from .base import Call, DeltaLinearCall
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,10 +49,12 @@ class TritonBackend:
             return "torch finds no GPU; it needs one with its driver, and a torch built for it"
         return None
 
-    def unsupported(self, call: DeltaLinearCall) -> str | None:
+    def unsupported(self, call: Call) -> str | None:
         """None, or what the kernels do not take."""
         if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
             return f"runs on a GPU, the tensors are on {call.device}"
+        if not isinstance(call, DeltaLinearCall):
+            return f"has no kernel for {call.op} yet"
         for dtype in (call.dtype, *call.adapter_dtypes):
             if dtype not in _DTYPES:
                 return f"takes float32, float16 and bfloat16, not {dtype}"
