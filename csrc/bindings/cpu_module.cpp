@@ -278,6 +278,9 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("packed_bytes") = 0);
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
+  m.def("advise_huge_pages", [](Address data, int64_t bytes) {
+    deltaops_cpu_advise_huge_pages(reinterpret_cast<void *>(data), bytes);
+  });
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_weight", &pack_weight);
   m.def("fingerprint", &fingerprint);

@@ -56,6 +56,7 @@ extern const Kernels kernels_portable;
 /* The calling thread's scratch memory, at least `bytes` long and aligned to a cache line; it grows
  * and is kept for the next call. NULL when there is no memory: the old block is gone then too. */
 void *workspace(size_t bytes);
+void advise_huge_pages(void *data, size_t bytes);  // of the whole huge pages inside
 
 /* checks.cpp: DELTAOPS_OK, or a status with its sentence in fail(). */
 deltaops_status check(const ForwardArgs *args, const Kernels &kernels);

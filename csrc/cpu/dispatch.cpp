@@ -280,4 +280,8 @@ deltaops_status deltaops_cpu_cross_entropy_backward(
   return status == DELTAOPS_OK ? kernels->cross_entropy_backward(*args) : status;
 }
 
+void deltaops_cpu_advise_huge_pages(void *data, int64_t bytes) {
+  if (data != nullptr && bytes > 0) advise_huge_pages(data, static_cast<size_t>(bytes));
+}
+
 }  // extern "C"

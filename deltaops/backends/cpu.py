@@ -51,6 +51,15 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def _large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """``torch.empty``; from 32 MiB on in huge pages. Memory of that size is new at every call
+    (glibc maps it and gives it back), and in small pages its faults cost more than most ops do."""
+    out = torch.empty((rows, columns), dtype=dtype)
+    if out.nbytes >= 1 << 25:
+        _core().advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def _adapter(t: Tensor) -> Tensor:
     return t if 1 in t.stride() else t.contiguous()
 
@@ -130,7 +139,7 @@ class CpuBackend:
         a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
         branch_bias = [None if t is None else t.contiguous() for t in branch_bias]
         (m, k), n = x.shape, weight.shape[0]
-        y = torch.empty((m, n), dtype=x.dtype)
+        y = _large(m, n, x.dtype)
         s = torch.empty((m, sum(t.shape[0] for t in a)), dtype=torch.float32)
         core, threads = _core(), torch.get_num_threads()
         layout = Layout(weight.data_ptr(), n, k, *weight.stride(), _DTYPES[x.dtype])
@@ -176,7 +185,7 @@ class CpuBackend:
             x = _rows(x)
         a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
         (m, n), k, count = grad_y.shape, weight.shape[1], len(a)
-        grad_x = torch.empty((m, k), dtype=grad_y.dtype) if needs[0] else None
+        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
         grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
         wanted = [
             torch.empty(t.shape, dtype=t.dtype) if needs[2 + i] else None
@@ -252,7 +261,7 @@ class CpuBackend:
     ) -> Tensor:
         """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
         logits, target, state = _rows(logits), target.contiguous(), state.contiguous()
-        grad = torch.empty(logits.shape, dtype=logits.dtype)
+        grad = _large(*logits.shape, logits.dtype)
         _core().cross_entropy_backward(
             _DTYPES[logits.dtype],
             *logits.shape,
