@@ -1,12 +1,15 @@
 /* activation.h: the non-linearities between the two matrices of an adapter, and their slopes.
  *
  *     relu       max(h, 0)
- *     gelu       h P(h),         P the normal distribution function
- *     gelu_tanh  h sigma(2u),    u = sqrt(2/pi) (h + 0.044715 h^3);  (1 + tanh u) / 2 = sigma(2u)
+ *     gelu       h P(h),        P the normal distribution function
+ *     gelu_tanh  h sigma(2u),   u = sqrt(2/pi) (h + 0.044715 h^3);  (1 + tanh u) / 2 = sigma(2u)
  *     silu       h sigma(h)
  *
- * Everything comes down to one exp. They run on M * R numbers, beside a product of M * N * K: what
- * counts is that they stay in vectors and within a few roundings of float. NaN stays NaN.
+ * Everything comes down to one exp and one division, no branch and no libm. Values and slopes are
+ * within a few units in the last place of float, in relative terms: far on the left too, where
+ * formulas that take 1 - (nearly 1) have no digit left. What torch would get from inf * 0 is the
+ * limit here: an infinity gives 0 on the left and infinity on the right, slopes 0 and 1. A NaN
+ * stays a NaN.
  */
 #ifndef DELTAOPS_CPU_ACTIVATION_H
 #define DELTAOPS_CPU_ACTIVATION_H
@@ -29,6 +32,8 @@ DELTAOPS_INLINE VecF clamp(VecF v, float low, float high) {
   return select((VecI)(v > splat(high)), splat(high), v);
 }
 
+DELTAOPS_INLINE VecF magnitude(VecF v) { return (VecF)((VecI)v & 0x7FFFFFFF); }
+
 /* c[0] + c[1] x + ... */
 template <int N>
 DELTAOPS_INLINE VecF polynomial(VecF x, const float (&c)[N]) {
@@ -38,92 +43,120 @@ DELTAOPS_INLINE VecF polynomial(VecF x, const float (&c)[N]) {
   return sum;
 }
 
-/* e^x = 2^n e^r with |r| <= ln(2) / 2, and Taylor's series of e^r to r^7, whose rest is below
- * 2^-27. Below -87 it is 0, and above 88 (nearly the largest float) it stays there. */
-inline VecF exponential(VecF x) {
+/* e^(x + rest) for x <= 88 and a rest far below 1: 2^n e^r with |r| <= ln(2) / 2, where
+ * (e^r - 1 - r) / r^2 is a minimax polynomial (off by 2e-9 in e^r). Below -87 it is 0. */
+DELTAOPS_INLINE VecF exponential(VecF x, VecF rest) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the first is exact times n
-  constexpr float kTaylor[] = {1.0f,      1.0f,       0.5f,       1.0f / 6,
-                               1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
-  const VecI tiny = (VecI)(x < splat(-87.0f));
-  x = clamp(x, -87.0f, 88.0f);
-  const VecF shifted = x * splat(1.44269504f) + splat(kRound);
+  constexpr float kSeries[] = {0.4999999344f, 0.1666652058f, 0.04166838908f, 0.008368721934f,
+                               0.001381454952f};
+  const VecF held = select((VecI)(x < splat(-87.0f)), splat(-87.0f), x);
+  const VecF shifted = held * splat(1.44269504f) + splat(kRound);
   const VecF n = shifted - splat(kRound);
-  const VecF r = (x - n * splat(kLn2High)) - n * splat(kLn2Low);
-  const VecU power = ((VecU)shifted + 127u) << 23;  // kRound's own bits fall off the top
-  return select(tiny, VecF{}, polynomial(r, kTaylor) * (VecF)power);
+  const VecF r = ((held - n * splat(kLn2High)) - n * splat(kLn2Low)) + rest;
+  const VecF power = (VecF)(((VecU)shifted + 127u) << 23);  // kRound's bits fall off the top
+  const VecF series = r * r * polynomial(r, kSeries) + r;
+  // A product with the power, not a sum of exponents: so a NaN cannot turn into a number.
+  return select((VecI)(x < splat(-87.0f)), VecF{}, series * power + power);
 }
 
-/* sigma(x). `slope`: sigma (1 - sigma), without the digits that 1 - sigma would lose near 1. */
+/* sigma(x), and its slope sigma(x) sigma(-x) with all digits on both sides. */
 DELTAOPS_INLINE VecF sigmoid(VecF x, VecF *slope) {
-  const VecF e = exponential(-x), gate = splat(1.0f) / (splat(1.0f) + e);
-  *slope = e * gate * gate;
-  return gate;
+  const VecF e = exponential(-magnitude(x), VecF{});
+  const VecF large = splat(1.0f) / (splat(1.0f) + e), small = e * large;
+  *slope = large * small;
+  return select((VecI)(x < VecF{}), small, large);
 }
 
-/* The normal distribution function at h, from its tail Q(z) = e^(-z^2/2) p(t) at z = |h|, with
- * t = 1 / (1 + 0.21 z). p was fitted to Mills' ratio for z up to 14; off by 2e-8 at most, relative,
- * so that small values far to the left are right too. `density`: e^(-z^2/2) / sqrt(2 pi). */
+/* The normal distribution function at h, from its tail Q(z) = e^(-z^2/2) m(z) at z = |h|. m is half
+ * of erfcx(z / sqrt 2), smooth and nearly 1 / z: (z + 2.5) m(z) is a minimax polynomial in
+ * (z - 2.5) / (z + 2.5), off by 2e-8, relative, up to z = 14, where Q leaves the floats.
+ * `density`: e^(-z^2/2) / sqrt(2 pi). */
 DELTAOPS_INLINE VecF normal(VecF h, VecF *density) {
-  constexpr float kTail[] = {0.0f,         0.0837115763f,  0.0850688465f, 0.0691922628f,
-                             0.124872310f, -0.0939240692f, 0.349399089f,  -0.330251421f,
-                             0.283587453f, -0.0716560404f};
-  const VecF z = select((VecI)(h < VecF{}), -h, h);
-  const VecF bell = exponential(h * h * splat(-0.5f));
-  const VecF tail = bell * polynomial(splat(1.0f) / (splat(1.0f) + splat(0.21f) * z), kTail);
+  constexpr float kMills[] = {
+      0.7066566601f,    -0.4336920157f,  0.1319869604f,    0.009235938745f,   -0.01638594948f,
+      -0.001601054903f, 0.002522982081f, 0.0006843554392f, -0.0003104554528f, -0.0001570448896f};
+  const VecF z = magnitude(h);
+  // z^2 in two parts, since e^ makes its rounding error a relative one: 12 bits square exactly.
+  const VecF head = (VecF)((VecI)z & -4096), rest = (z - head) * (z + head) * splat(-0.5f);
+  const VecF bell = exponential(head * head * splat(-0.5f), rest);
+  const VecF inverse = splat(1.0f) / (z + splat(2.5f));
+  const VecF tail = bell * inverse * polynomial(splat(1.0f) - splat(5.0f) * inverse, kMills);
   *density = bell * splat(0.398942280f);
   return select((VecI)(h < VecF{}), tail, splat(1.0f) - tail);
 }
 
-/* sigma(2u) of gelu_tanh and its slope in h. Past 16 sigma is 0 or 1 to the last bit, and h^3 would
- * overflow later on. */
-DELTAOPS_INLINE VecF gelu_tanh_gate(VecF h, VecF *slope) {
+/* The factor beside h, for every kind but the identity and relu; `slope`: its slope in h. */
+template <int kind>
+DELTAOPS_INLINE VecF gate(VecF h, VecF *slope) {
+  if constexpr (kind == DELTAOPS_GELU) return normal(h, slope);
+  if constexpr (kind == DELTAOPS_SILU) return sigmoid(h, slope);
   constexpr float kTwice = 1.59576912f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
-  const VecF c = clamp(h, -16.0f, 16.0f), square = c * c * splat(kCubic);
-  const VecF gate = sigmoid(splat(kTwice) * c * (splat(1.0f) + square), slope);
+  const VecF square = h * h * splat(kCubic);
+  const VecF factor = sigmoid(splat(kTwice) * h * (splat(1.0f) + square), slope);
   *slope *= splat(kTwice) * (splat(1.0f) + splat(3.0f) * square);
-  return gate;
+  return factor;
 }
 
+/* Past it the gates are 0 or 1 to the last bit: products with them need no larger |h|. */
+constexpr float kFar = 128.0f;
+
 /* act(h), element by element. kind: deltaops_activation. */
-inline VecF activate(int32_t kind, VecF h) {
-  VecF unused;  // the slopes cost nothing: the compiler drops them
-  switch (kind) {
-    case DELTAOPS_RELU:
-      return (VecF)((VecI)h & ~(VecI)(h <= VecF{}));
-    case DELTAOPS_GELU:
-      return h * normal(h, &unused);
-    case DELTAOPS_GELU_TANH:
-      return h * gelu_tanh_gate(h, &unused);
-    case DELTAOPS_SILU:
-      return h * sigmoid(h, &unused);
-    default:
-      return h;
+template <int kind>
+DELTAOPS_INLINE VecF activate(VecF h) {
+  if constexpr (kind == DELTAOPS_IDENTITY) {
+    return h;
+  } else if constexpr (kind == DELTAOPS_RELU) {
+    return select((VecI)(h <= VecF{}), VecF{}, h);
+  } else {
+    VecF unused;  // costs nothing: the compiler drops it
+    const VecF factor = gate<kind>(clamp(h, -kFar, kFar), &unused);
+    return select((VecI)(h < splat(-kFar)), splat(-kFar), h) * factor;
   }
 }
 
 /* act'(h). That of relu is 0 at 0 and 1 at NaN, as torch has it. */
-inline VecF activate_slope(int32_t kind, VecF h) {
-  const VecF one = splat(1.0f);
-  VecF inner;  // slope of the factor beside h
+template <int kind>
+DELTAOPS_INLINE VecF activate_slope(VecF h) {
+  if constexpr (kind == DELTAOPS_IDENTITY) {
+    return splat(1.0f);
+  } else if constexpr (kind == DELTAOPS_RELU) {
+    return select((VecI)(h <= VecF{}), VecF{}, splat(1.0f));
+  } else {
+    VecF slope;
+    const VecF near = clamp(h, -kFar, kFar), factor = gate<kind>(near, &slope);
+    return factor + near * slope;
+  }
+}
+
+/* f(Constant<kind>{}): the choice of the kind, outside of the loops. */
+template <class F>
+DELTAOPS_INLINE void with_activation(int32_t kind, const F &f) {
   switch (kind) {
     case DELTAOPS_RELU:
-      return (VecF)((VecI)one & ~(VecI)(h <= VecF{}));
-    case DELTAOPS_GELU: {
-      const VecF factor = normal(h, &inner);
-      return factor + h * inner;
-    }
-    case DELTAOPS_GELU_TANH: {
-      const VecF factor = gelu_tanh_gate(h, &inner);
-      return factor + h * inner;
-    }
-    case DELTAOPS_SILU: {
-      const VecF factor = sigmoid(h, &inner);
-      return factor + h * inner;
-    }
+      return f(Constant<DELTAOPS_RELU>{});
+    case DELTAOPS_GELU:
+      return f(Constant<DELTAOPS_GELU>{});
+    case DELTAOPS_GELU_TANH:
+      return f(Constant<DELTAOPS_GELU_TANH>{});
+    case DELTAOPS_SILU:
+      return f(Constant<DELTAOPS_SILU>{});
     default:
-      return one;
+      return f(Constant<DELTAOPS_IDENTITY>{});
   }
+}
+
+/* The same with a kind that is only known at run time: for a vector here and there. */
+DELTAOPS_INLINE VecF activate(int32_t kind, VecF h) {
+  VecF out = h;
+  with_activation(kind, [&](auto k) { out = activate<decltype(k)::value>(h); });
+  return out;
+}
+
+DELTAOPS_INLINE VecF activate_slope(int32_t kind, VecF h) {
+  VecF out = h;
+  with_activation(kind, [&](auto k) { out = activate_slope<decltype(k)::value>(h); });
+  return out;
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
 // checks.cpp: every argument of the C ABI, before the first store.
 //
 // A sentence says subject, expectation, fact and remedy. After these checks a body may trust its
-// arguments: shapes agree, one stride of a weight or adapter is 1, outputs do not overlap
-// themselves.
+// arguments: shapes agree, one stride of a weight or adapter is 1, pointers are aligned, outputs do
+// not overlap themselves, and no size or address that an op derives from them leaves int64.
 
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "core.h"
@@ -14,8 +15,30 @@
 namespace deltaops {
 namespace {
 
-constexpr int64_t kMaxSize = int64_t{1} << 40;  // of a dimension: products stay far from overflow
+constexpr int64_t kMaxSize = int64_t{1} << 40;   // of a dimension
+constexpr int64_t kMaxBytes = int64_t{1} << 56;  // from a matrix's first element to its last
+constexpr int64_t kMaxWork = int64_t{1} << 56;   // multiply-adds: weeks, on any machine
 constexpr int32_t kMaxThreads = 1024;
+constexpr int32_t kMaxBranches = 1 << 16;
+
+bool aligned(const void *pointer, size_t to) {
+  return reinterpret_cast<uintptr_t>(pointer) % to == 0;
+}
+
+int64_t element_size(const deltaops_matrix &m) { return m.dtype == DELTAOPS_BF16 ? 2 : 4; }
+
+bool empty(const deltaops_matrix &m) { return m.data == nullptr || m.rows == 0 || m.cols == 0; }
+
+// Bytes from the first element of a dimension to one past its last; -1 beyond kMaxBytes. One stride
+// counts even where the dimension is empty: loops step over it before they end.
+int64_t extent(int64_t count, int64_t stride, int64_t size) {
+  int64_t bytes = 0;
+  if (stride == INT64_MIN ||
+      __builtin_mul_overflow(count > 1 ? count : 1, std::llabs(stride), &bytes) ||
+      __builtin_mul_overflow(bytes, size, &bytes))
+    return -1;
+  return bytes <= kMaxBytes ? bytes : -1;
+}
 
 PackedHeader header_for(int64_t rows, int64_t cols, int32_t dtype, const Kernels &kernels) {
   return {kPackedMagic,
@@ -50,17 +73,49 @@ class Checker {
     status_ = fail(DELTAOPS_INVALID_ARGUMENT, "%s: %s", op_, text);
   }
 
-  void common(uint32_t struct_size, size_t expected, int32_t threads, const void *branches,
-              int32_t num_branches) {
+  void common(uint32_t struct_size, size_t expected, int32_t threads,
+              const deltaops_branch *branches, int32_t num_branches, int32_t reserved) {
     expect(struct_size == expected,
            "struct_size must be %zu, got %u. Build against the deltaops.h of this library.",
            expected, struct_size);
     expect(threads >= 1 && threads <= kMaxThreads,
            "num_threads must be 1 to %d, got %d. Pass the number of cores to use.", kMaxThreads,
            threads);
-    expect(num_branches >= 0 && (num_branches == 0 || branches != nullptr),
-           "branches must point to num_branches branches, got num_branches=%d and %s.",
-           num_branches, branches ? "a pointer" : "NULL");
+    expect(num_branches >= 0 && num_branches <= kMaxBranches,
+           "num_branches must be 0 to %d, got %d. Zero the struct first.", kMaxBranches,
+           num_branches);
+    expect(num_branches <= 0 || branches != nullptr,
+           "branches must point to num_branches branches, got num_branches=%d and NULL.",
+           num_branches);
+    pointer("branches", branches, alignof(deltaops_branch));
+    expect(reserved == 0, "reserved must be 0, got %d. Zero the struct first.", reserved);
+  }
+
+  void pointer(const char *name, const void *data, size_t alignment) {
+    expect(aligned(data, alignment),
+           "%s must be aligned to %zu bytes, got the address %p. Copy it to aligned memory.", name,
+           alignment, data);
+  }
+
+  // Bounds the whole op: every count that a body makes of its sizes stays inside int64.
+  void work(int64_t M, int64_t N, int64_t K, int64_t R) {
+    int64_t all = 0;
+    if (status_ != DELTAOPS_OK) return;
+    expect(!__builtin_mul_overflow(M + 1, N + R + 1, &all) &&
+               !__builtin_mul_overflow(all, K + 1, &all) && all <= kMaxWork,
+           "the sizes must stay below 2^56 multiply-adds, got M=%" PRId64 ", N=%" PRId64
+           ", K=%" PRId64 " and ranks of %" PRId64 ". Cut the batch.",
+           M, N, K, R);
+  }
+
+  // An output that starts inside another matrix, or around its start. Found where both have dense
+  // rows; columns of one buffer interleave without harm, and are let through.
+  void apart(const char *name, const deltaops_matrix &m, const char *other_name,
+             const deltaops_matrix &other) {
+    if (status_ != DELTAOPS_OK || empty(m) || empty(other)) return;
+    expect(!(dense(m) && dense(other) && overlap(m, other)),
+           "%s is written, so it must not overlap %s. Give it memory of its own.", name,
+           other_name);
   }
 
   // Shape, type and memory of any matrix.
@@ -75,11 +130,19 @@ class Checker {
            shape, rows, cols, m.rows, m.cols);
     expect(rows >= 0 && cols >= 0 && rows <= kMaxSize && cols <= kMaxSize,
            "%s must have sizes from 0 to 2^40, got [%" PRId64 ", %" PRId64 "].", name, rows, cols);
+    expect(m.reserved == 0, "%s.reserved must be 0, got %d. Zero the struct first.", name,
+           m.reserved);
+    if (status_ != DELTAOPS_OK) return;
     expect(m.data != nullptr || rows == 0 || cols == 0,
            "%s must point to its elements, got NULL for [%" PRId64 ", %" PRId64 "].", name, rows,
            cols);
-    expect(m.reserved == 0, "%s.reserved must be 0, got %d. Zero the struct first.", name,
-           m.reserved);
+    pointer(name, m.data, static_cast<size_t>(element_size(m)));
+    const int64_t down = extent(rows, m.row_stride, element_size(m));
+    const int64_t across = extent(cols, m.col_stride, element_size(m));
+    expect(down >= 0 && across >= 0 && down + across <= kMaxBytes,
+           "%s must span at most 2^56 bytes, got [%" PRId64 ", %" PRId64 "] with strides (%" PRId64
+           ", %" PRId64 ").",
+           name, rows, cols, m.row_stride, m.col_stride);
   }
 
   // Rows of neighbouring elements: activations and their gradients.
@@ -114,6 +177,7 @@ class Checker {
   void packed(const char *name, const void *memory, int64_t bytes, int64_t rows, int64_t cols,
               int32_t dtype, const Kernels &kernels) {
     if (memory == nullptr || status_ != DELTAOPS_OK) return;
+    pointer(name, memory, alignof(float));
     const PackedHeader wanted = header_for(rows, cols, dtype, kernels);
     expect(bytes == packed_size(wanted),
            "%s must be the %" PRId64 " bytes that deltaops_cpu_pack_weight wrote for [%" PRId64
@@ -150,11 +214,22 @@ class Checker {
              "branches[%d].activation must be 0 (identity) to 4 (silu), got %d.", i,
              branch.activation);
       ranks += rank;
+      expect(ranks <= kMaxSize, "the ranks must add up to at most 2^40, got %" PRId64 ".", ranks);
     }
     return ranks;
   }
 
  private:
+  static bool dense(const deltaops_matrix &m) {
+    return (m.cols == 1 || m.col_stride == 1) && (m.rows == 1 || m.row_stride == m.cols);
+  }
+
+  static bool overlap(const deltaops_matrix &m, const deltaops_matrix &n) {
+    const auto a = reinterpret_cast<uintptr_t>(m.data), b = reinterpret_cast<uintptr_t>(n.data);
+    return a < b + static_cast<uintptr_t>(n.rows * n.cols * element_size(n)) &&
+           b < a + static_cast<uintptr_t>(m.rows * m.cols * element_size(m));
+  }
+
   const char *op_;
   deltaops_status status_ = DELTAOPS_OK;
 };
@@ -165,7 +240,10 @@ deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
   Checker c("delta_linear_forward");
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "delta_linear_forward: args must not be NULL.");
-  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches, args->num_branches);
+  c.pointer("args", args, alignof(ForwardArgs));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches, args->num_branches,
+           args->reserved);
   if (c.status() != DELTAOPS_OK) return c.status();
   const int64_t M = args->x.rows, K = args->x.cols, N = args->weight.rows;
   const int dtype = args->x.dtype;
@@ -177,6 +255,13 @@ deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
   if (args->s.data)
     c.output("s", args->s, "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
   c.packed("packed_weight", args->packed_weight, args->packed_bytes, N, K, dtype, kernels);
+  c.work(M, N, K, R);
+  c.apart("y", args->y, "x", args->x);
+  c.apart("y", args->y, "weight", args->weight);
+  c.apart("y", args->y, "bias", args->bias);
+  c.apart("y", args->y, "s", args->s);
+  c.apart("s", args->s, "x", args->x);
+  c.apart("s", args->s, "weight", args->weight);
   return c.status();
 }
 
@@ -184,11 +269,18 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
   Checker c("delta_linear_backward");
   if (args == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "delta_linear_backward: args must not be NULL.");
-  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches, args->num_branches);
+  c.pointer("args", args, alignof(BackwardArgs));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches, args->num_branches,
+           args->reserved);
   if (c.status() != DELTAOPS_OK) return c.status();
   const int64_t M = args->grad_y.rows, N = args->grad_y.cols;
   const int dtype = args->grad_y.dtype;
   c.rows_of("grad_y", args->grad_y, "[M, N]", M, N, -1);
+
+  c.pointer("grad_a", args->grad_a, alignof(deltaops_matrix));
+  c.pointer("grad_b", args->grad_b, alignof(deltaops_matrix));
+  if (c.status() != DELTAOPS_OK) return c.status();
 
   // K comes from whoever is there.
   int64_t K = 0;
@@ -229,9 +321,16 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
   }
   if (any_a) c.rows_of("x (needed for grad_a)", args->x, "[M, K]", M, K, dtype);
   const bool inner = any_a || any_branch_bias || args->grad_x.data;
-  if (any_b || (activated && inner))
+  const bool s_read = any_b || (activated && inner);
+  if (s_read)
     c.rows_of("s (needed for grad_b, and past an activation)", args->s,
               "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
+  c.work(M, N, K, R);
+  c.apart("grad_x", args->grad_x, "grad_y", args->grad_y);
+  if (any_a) c.apart("grad_x", args->grad_x, "x", args->x);
+  if (s_read) c.apart("grad_x", args->grad_x, "s", args->s);
+  if (args->grad_x.data) c.apart("grad_x", args->grad_x, "weight", args->weight);
+  c.apart("grad_bias", args->grad_bias, "grad_y", args->grad_y);
   return c.status();
 }
 
@@ -241,6 +340,7 @@ deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kern
   if (weight == nullptr || bytes == nullptr)
     return fail(DELTAOPS_INVALID_ARGUMENT, "pack_weight: weight and bytes must not be NULL.");
   c.operand("weight", *weight, "[rows, cols]", weight->rows, weight->cols, -1);
+  c.work(1, weight->rows, weight->cols, 0);
   if (c.status() == DELTAOPS_OK)
     *bytes = packed_size(header_for(weight->rows, weight->cols, weight->dtype, kernels));
   return c.status();

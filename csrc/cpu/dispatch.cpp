@@ -248,9 +248,10 @@ deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M, int64_t K, u
   const Kernels *kernels = nullptr;
   const deltaops_status status = current(&kernels);
   if (status != DELTAOPS_OK) return status;
-  if (M < 0 || K < 0)
+  int64_t bytes = 0;
+  if (M < 0 || K < 0 || __builtin_mul_overflow(M, K, &bytes))
     return fail(DELTAOPS_INVALID_ARGUMENT,
-                "dropout_mask: M and K must not be negative, got M=%lld, K=%lld.",
+                "dropout_mask: M and K must be 0 or more and M * K below 2^63, got M=%lld, K=%lld.",
                 static_cast<long long>(M), static_cast<long long>(K));
   if (drop_threshold > 65536)
     return fail(DELTAOPS_INVALID_ARGUMENT,
@@ -260,7 +261,7 @@ deltaops_status deltaops_cpu_dropout_mask(uint8_t *keep, int64_t M, int64_t K, u
     return fail(DELTAOPS_INVALID_ARGUMENT,
                 "dropout_mask: keep must point to M * K bytes, got NULL for M=%lld, K=%lld.",
                 static_cast<long long>(M), static_cast<long long>(K));
-  kernels->dropout_mask(keep, M, K, seed, stream, drop_threshold);
+  if (bytes > 0) kernels->dropout_mask(keep, M, K, seed, stream, drop_threshold);
   return DELTAOPS_OK;
 }
 

@@ -178,10 +178,11 @@ DELTAOPS_INLINE void pack_row(Unit *to, const T *x, int64_t ks, int64_t steps) {
   int64_t step = 0;
   for (; (step + kLanes) * kUnit <= ks; step += kLanes)
     store_units(to + step, load_units(x + step * kUnit, Unit{}));
-  if (step == steps) return;
-  Unit edge[kLanes];
-  store_units(edge, load_units_partial<Unit>(x + step * kUnit, ks - step * kUnit));
-  memcpy(to + step, edge, static_cast<size_t>(steps - step) * sizeof(Unit));
+  for (; step < steps; step += kLanes) {
+    Unit edge[kLanes];
+    store_units(edge, load_units_partial<Unit>(x + step * kUnit, ks - step * kUnit));
+    memcpy(to + step, edge, static_cast<size_t>(least(kLanes, steps - step)) * sizeof(Unit));
+  }
 }
 
 }  // namespace

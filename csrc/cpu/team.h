@@ -13,6 +13,13 @@
 #include "vec.h"
 
 namespace deltaops {
+
+#if defined(DELTAOPS_TEST_TEAM)
+/* A test build brings threads that ThreadSanitizer can follow: tests/csrc/native/team.cpp. */
+void test_team(int threads, void (*body)(const void *, int), const void *context);
+void test_barrier();
+#endif
+
 namespace DELTAOPS_ISA {
 namespace {
 
@@ -20,7 +27,12 @@ namespace {
  * (a thread limit, a region inside a region), runs nothing and returns how many it would give. */
 template <class Body>
 int team(int threads, const Body &body) {
-#if defined(_OPENMP)
+#if defined(DELTAOPS_TEST_TEAM)
+  test_team(
+      threads, [](const void *context, int self) { (*static_cast<const Body *>(context))(self); },
+      &body);
+  return threads;
+#elif defined(_OPENMP)
   int given = threads;
 #pragma omp parallel num_threads(threads)
   {
@@ -38,7 +50,9 @@ int team(int threads, const Body &body) {
 }
 
 DELTAOPS_INLINE void barrier() {
-#if defined(_OPENMP)
+#if defined(DELTAOPS_TEST_TEAM)
+  test_barrier();
+#elif defined(_OPENMP)
 #pragma omp barrier
 #endif
 }

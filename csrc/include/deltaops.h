@@ -6,7 +6,8 @@
  * a branch is LoRA (Hu et al. 2021, eq. 3), with another a parallel adapter (He et al. 2021).
  *
  * Ownership   The caller owns every buffer; the library keeps no pointer after it returns.
- * Alignment   That of the element type suffices.
+ * Alignment   That of the element type suffices, and is required.
+ * Overlap     Outputs overlap neither the inputs nor one another. The plain cases are refused.
  * Strides     Counted in elements. Activations and gradients need col_stride == 1; the weight and
  * the adapters need one of their two strides to be 1 (so GPT-2's Conv1D passes W^T as it lies).
  * Precision   Products are accumulated in float and rounded once, at the store.

@@ -142,7 +142,7 @@ class CpuBackend:
         y = _large(m, n, x.dtype)
         s = torch.empty((m, sum(t.shape[0] for t in a)), dtype=torch.float32)
         core, threads = _core(), torch.get_num_threads()
-        layout = Layout(weight.data_ptr(), n, k, *weight.stride(), _DTYPES[x.dtype])
+        layout = Layout.of(weight, _DTYPES[x.dtype])
         packed = PACKING.packed(core, weight, layout, False, threads)
         core.delta_linear_forward(
             _DTYPES[x.dtype],
@@ -198,7 +198,7 @@ class CpuBackend:
         core, threads = _core(), torch.get_num_threads()
         packed = None
         if grad_x is not None:
-            layout = Layout(weight.data_ptr(), n, k, *weight.stride(), _DTYPES[grad_y.dtype])
+            layout = Layout.of(weight, _DTYPES[grad_y.dtype])
             packed = PACKING.packed(core, weight, layout, True, threads)
         core.delta_linear_backward(
             _DTYPES[grad_y.dtype],

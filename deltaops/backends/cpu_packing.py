@@ -42,6 +42,12 @@ class Layout(NamedTuple):
     col_stride: int
     dtype: int
 
+    @classmethod
+    def of(cls, weight: Tensor, dtype: int) -> Layout:
+        """The layout of ``weight``; ``dtype`` as the core numbers them."""
+        (rows, cols), (row_stride, col_stride) = weight.shape, weight.stride()
+        return cls(weight.data_ptr(), rows, cols, row_stride, col_stride, dtype)
+
     @property
     def transposed(self) -> Layout:
         """The same memory as ``[K, N]``."""
@@ -95,6 +101,13 @@ class Packing:
             if policy == "never":
                 for layout in [x for x in self._entries if x.pointer == weight.data_ptr()]:
                     del self._entries[layout]
+
+    def keep_policy(self, weight: Tensor, policy: Policy) -> None:
+        """:meth:`set_policy` where it differs: for each call of a layer, whose weight may have been
+        moved or copied since. Not in a compiled graph, which keeps what stood when it was made.
+        """
+        if not torch.compiler.is_compiling() and self._policy(weight.data_ptr()) != policy:
+            self.set_policy(weight, policy)
 
     def policy(self, weight: Tensor) -> Policy:
         """What :meth:`set_policy` said of ``weight``."""
@@ -183,8 +196,9 @@ class Packing:
     def _sweep(self) -> None:
         for layout in [x for x, entry in self._entries.items() if entry.expired()]:
             del self._entries[layout]
-        for pointer in [p for p, (reference, _) in self._policies.items() if reference.expired()]:
-            del self._policies[pointer]
+        for pointer, (reference, _) in list(self._policies.items()):
+            if reference.expired():  # type: ignore[no-untyped-call]
+                del self._policies[pointer]
 
 
 PACKING = Packing()

@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from deltaops.backends.cpu_packing import PACKING, Policy
 from deltaops.ops import Branch, delta_linear
 
 from .kinds import is_conv1d
@@ -31,6 +32,8 @@ class PeftLoraLinear(PeftLinear):
     """Passed to :func:`deltaops.ops.delta_linear`."""
     strict: bool
     """Passed to :func:`deltaops.ops.delta_linear`."""
+    pack: Policy
+    """See :class:`deltaops.modules.LinearPlace`."""
 
     # torch types these as holding None, which those of a PEFT layer do not
     _modules: dict[str, Any]
@@ -62,6 +65,8 @@ class PeftLoraLinear(PeftLinear):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         weight, bias = self.base()
+        if self.pack != "auto":
+            PACKING.keep_policy(weight, self.pack)
         return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
 
     def _resolve(self) -> list[Branch] | str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltaops.backends.cpu_packing import PACKING, Policy
 from deltaops.ops import Branch, delta_linear
 from deltaops.reference.activation import activate
 
@@ -43,6 +44,8 @@ class LinearPlace(nn.Module):
     """Passed to :func:`deltaops.ops.delta_linear`."""
     strict: bool
     """Passed to :func:`deltaops.ops.delta_linear`."""
+    pack: Policy
+    """Whether the CPU core may keep a packed copy of the weight; see ``backends.cpu_packing``."""
 
     def base(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``[N, K]`` and bias ``[N]`` as the op takes them."""
@@ -66,6 +69,8 @@ class LinearPlace(nn.Module):
         weight, bias = self.base()
         if weight.requires_grad:
             return plain_linear(x, weight, bias, self.branches())
+        if self.pack != "auto":
+            PACKING.keep_policy(weight, self.pack)
         return delta_linear(
             x, weight, bias, self.branches(), backend=self.backend, strict=self.strict
         )
@@ -128,13 +133,16 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[
     return y.to(base.dtype)
 
 
-def become(module: nn.Module, place: type[LinearPlace], backend: str, strict: bool) -> None:
+def become(
+    module: nn.Module, place: type[LinearPlace], backend: str, strict: bool, pack: Policy = "auto"
+) -> None:
     """Swap ``module``'s class for ``place`` and give it the place's attributes.
 
     The class comes last: until then the module runs as it was, with unused attributes at most.
     """
     module.__dict__["backend"] = backend
     module.__dict__["strict"] = strict
+    module.__dict__["pack"] = pack
     if issubclass(place, LoraPlace):
         module.__dict__["delta_active"] = True
         module.__dict__["lora"] = {}
@@ -149,7 +157,7 @@ def unbecome(module: nn.Module) -> None:
         module.__class__ = module.base_class  # type: ignore[assignment]  # its exact class of before
     for name in ("lora_A", "lora_B"):
         module._modules.pop(name, None)
-    for name in ("backend", "strict", "delta_active", "lora"):
+    for name in ("backend", "strict", "pack", "delta_active", "lora"):
         module.__dict__.pop(name, None)
 
 

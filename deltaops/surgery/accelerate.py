@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from deltaops.backends.cpu_packing import Policy, check_policy
 from deltaops.errors import AttachError, TargetError
 from deltaops.modules import LinearPlace, LoraPlace, become, frozen_class, unbecome
 
-from .match import encoder_children, unswappable
+from .match import frozen_linears
 from .plan import check_backend
 from .report import Report, is_accelerated, report
 
@@ -23,6 +24,7 @@ def accelerate(
     revert: bool = False,
     backend: str = "auto",
     strict: bool = False,
+    pack: Policy = "auto",
 ) -> Report:
     """Swap the LoRA layers of a PEFT model for fused ones; calling it again changes nothing more.
 
@@ -38,14 +40,17 @@ def accelerate(
         revert: undo an earlier call instead.
         backend: for every layer: "auto", or a name of ``deltaops.backends()``.
         strict: raise where "auto" would end in eager torch.
+        pack: see :func:`deltaops.attach`.
     Returns: a :class:`Report`; its ``revert()`` undoes the call.
     Raises: TargetError when the model has no LoRA layer of PEFT; AttachError when it has a delta of
-        ``deltaops.attach``; NoBackendError for an unknown backend.
+        ``deltaops.attach``; NoBackendError for an unknown backend; ConfigError for an unknown
+        ``pack``.
     """
     if revert:
         unaccelerate(model)
         return report(model)
     check_backend(backend)
+    check_policy(pack)
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if isinstance(module, LoraPlace):
@@ -71,9 +76,18 @@ def accelerate(
         ):
             module.__dict__["backend"] = backend
             module.__dict__["strict"] = strict
+            module.__dict__["pack"] = pack
             module.__class__ = PeftLoraLinear
     if frozen:
-        _swap_frozen(modules, tuned, backend, strict)
+        inside = {id(m) for wrapper in tuned.values() for m in wrapper.modules()}
+        for path in frozen_linears(modules):
+            module = modules[path]
+            place = frozen_class(type(module))
+            if id(module) not in inside and place is not None and not module.weight.requires_grad:
+                become(module, place, backend, strict, pack)
+        for module in modules.values():  # those of an earlier call
+            if isinstance(module, LinearPlace):
+                module.backend, module.strict, module.pack = backend, strict, pack
     return report(model)
 
 
@@ -82,28 +96,10 @@ def unaccelerate(model: nn.Module) -> None:
     for module in model.modules():
         if is_accelerated(module):
             module.__class__ = module.base_class  # type: ignore[assignment]  # a class attribute
-            for name in ("backend", "strict"):
+            for name in ("backend", "strict", "pack"):
                 module.__dict__.pop(name, None)
         elif isinstance(module, LinearPlace) and not isinstance(module, LoraPlace):
             unbecome(module)
-
-
-def _swap_frozen(
-    modules: dict[str, nn.Module], tuned: dict[str, nn.Module], backend: str, strict: bool
-) -> None:
-    """Frozen linear layers outside PEFT's wrappers."""
-    parents = encoder_children(modules)
-    inside = {id(m) for wrapper in tuned.values() for m in wrapper.modules()}
-    for path, module in modules.items():
-        if id(module) in inside:
-            continue
-        if isinstance(module, LinearPlace):
-            module.backend, module.strict = backend, strict
-        elif unswappable(module, None, parents.get(path)) is None:
-            weight = module.weight
-            place = frozen_class(type(module))
-            if place is not None and isinstance(weight, nn.Parameter) and not weight.requires_grad:
-                become(module, place, backend, strict)
 
 
 def _is_peft_lora(module: nn.Module) -> bool:

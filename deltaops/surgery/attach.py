@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from deltaops.backends.cpu_packing import Policy
 from deltaops.methods.base import Delta
 
 from .handle import Handle
@@ -18,6 +19,8 @@ def attach(
     name: str = "default",
     backend: str = "auto",
     strict: bool = False,
+    frozen: bool = True,
+    pack: Policy = "auto",
     generator: torch.Generator | None = None,
 ) -> Handle:
     """Freeze ``model`` and bind ``delta`` to it; only that and its ``modules_to_save`` train.
@@ -28,8 +31,13 @@ def attach(
         name: of the adapter; its parameters are ``<module>.lora_A.<name>.weight``.
         backend: for every place: "auto", or a name of ``deltaops.backends()``.
         strict: raise where "auto" would end in eager torch.
+        frozen: run the other linear layers (such as ``lm_head``) by the same op as well.
+        pack: on a CPU, keep copies of frozen weights in the order in which the core reads them, one
+            for the forward pass and one for the backward pass: "auto" while memory allows (see
+            ``report``), "always", or "never".
         generator: draws the start values; torch's global CPU generator without one.
     Returns: a :class:`Handle`; ``print`` it, ``revert()``, ``merge()``, ``save(path)``.
     Raises: TargetError, AttachError, ConfigError, NoBackendError; the model is as it was then.
     """
-    return plan(model, delta, name=name, backend=backend, strict=strict).apply(generator=generator)
+    made = plan(model, delta, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack)
+    return made.apply(generator=generator)

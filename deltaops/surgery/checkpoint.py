@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaops.backends.cpu_packing import Policy
 from deltaops.errors import CheckpointError, TargetError
 from deltaops.methods import LoRA
 from deltaops.methods.base import Delta
@@ -55,6 +56,8 @@ def load(
     name: str = "default",
     backend: str = "auto",
     strict: bool = False,
+    frozen: bool = True,
+    pack: Policy = "auto",
     trainable: bool = True,
     allow_nonfinite: bool = False,
 ) -> Handle:
@@ -66,6 +69,8 @@ def load(
         name: of the adapter in the model.
         backend: see :func:`deltaops.attach`.
         strict: see :func:`deltaops.attach`.
+        frozen: see :func:`deltaops.attach`.
+        pack: see :func:`deltaops.attach`.
         trainable: False freezes the adapter too, for inference.
         allow_nonfinite: take NaN and infinity in the weights as they are.
     Raises: CheckpointError for a file that is damaged, foreign or does not fit this model, or uses
@@ -77,7 +82,10 @@ def load(
     config = read_config(folder)
     delta = _method(config).from_peft(config)
     try:
-        plan = make_plan(model, delta, name=name, backend=backend, strict=strict, lenient=True)
+        plan = make_plan(
+            model, delta, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack,
+            lenient=True,
+        )  # fmt: skip
     except TargetError as error:
         raise CheckpointError(f"load: {str(folder)!r} does not fit this model: {error}") from error
     tensors = read_weights(folder)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltaops.errors import AttachError
 from deltaops.methods.base import Delta
-from deltaops.modules import LinearPlace, features
+from deltaops.modules import LinearPlace, features, unbecome
 
 from .record import Record, exchange, follow, merged_weight, read, write
 from .tree import Leaf, draw
@@ -171,8 +171,7 @@ class Handle:
         self._check_attached("merge_and_unload")
         if not self.merged:
             self.merge(keep_base=False)
-        for path in self._record.sites:
-            self.delta.unbind(self._module(path))
+        self._unbind()
         self._restore_flags()
         write(self.model, None)
         return self.model
@@ -193,8 +192,7 @@ class Handle:
         self._check_attached("revert")
         if self.merged:
             self.unmerge()
-        for path in self._record.sites:
-            self.delta.unbind(self._module(path))
+        self._unbind()
         for path, tensors in self._record.originals.items():
             exchange(self._module(path), tensors)
         self._restore_flags()
@@ -229,6 +227,12 @@ class Handle:
             follow(original, weight)
             module.weight = original
         return merged
+
+    def _unbind(self) -> None:
+        for path in self._record.sites:
+            self.delta.unbind(self._module(path))
+        for path in self._record.frozen:
+            unbecome(self._module(path))
 
     def _restore_flags(self) -> None:
         for name, parameter in self.model.named_parameters():

@@ -59,7 +59,7 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
     wanted: list[str] = []
     skipped: list[Skip] = []
     for path, module in modules.items():
-        if not path or _inside(path, saved) or not _selected(path, module, delta, heads):
+        if not path or inside(path, saved) or not _selected(path, module, delta, heads):
             continue
         if delta.exclude_modules is not None and selects(delta.exclude_modules, path):
             continue
@@ -116,6 +116,17 @@ def unswappable(module: nn.Module, delta: Delta | None, parent: nn.Module | None
     if parent is not None:
         return "its nn.TransformerEncoderLayer reads .weight in a fast path that skips deltas"
     return None
+
+
+def frozen_linears(modules: dict[str, nn.Module]) -> list[str]:
+    """Paths of the linear layers without a delta that the op could run as they are."""
+    parents = encoder_children(modules)
+    return [
+        path
+        for path, module in modules.items()
+        if not isinstance(module, LinearPlace)
+        and unswappable(module, None, parents.get(path)) is None
+    ]
 
 
 def nearest(path: str, known: Iterable[str], count: int = 5) -> list[str]:
@@ -178,11 +189,12 @@ def _saved_paths(modules: dict[str, nn.Module], delta: Delta, lenient: bool) -> 
         if not hits and not lenient:
             raise TargetError(_no_such_name("modules_to_save", name, modules))
         found += hits
-    outermost = [p for p in dict.fromkeys(found) if not _inside(p, [q for q in found if q != p])]
+    outermost = [p for p in dict.fromkeys(found) if not inside(p, [q for q in found if q != p])]
     return tuple(outermost)
 
 
-def _inside(path: str, roots: Iterable[str]) -> bool:
+def inside(path: str, roots: Iterable[str]) -> bool:
+    """Whether ``path`` is one of ``roots`` or below one."""
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 

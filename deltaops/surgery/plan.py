@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from deltaops.backends import DeltaLinearCall
+from deltaops.backends.cpu_packing import Policy, check_policy
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError, ConfigError
 from deltaops.methods.base import Delta
-from deltaops.modules import features
+from deltaops.modules import become, features, frozen_class, unbecome
 
 from .handle import Handle
-from .match import match, unswappable
+from .match import frozen_linears, inside, match, unswappable
 from .record import Record, exchange, take_over, write
 from .tree import Leaf, draw
 
@@ -44,8 +45,11 @@ class Plan:
     sites: tuple[Site, ...]
     saved: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
+    frozen: tuple[str, ...]
+    """Paths of the other linear layers, which the same op runs without a delta."""
     backend: str
     strict: bool
+    pack: Policy
 
     def __str__(self) -> str:
         leaves = [
@@ -81,9 +85,16 @@ class Plan:
                     strict=self.strict,
                     generator=generator,
                 )
+                modules[site.path].__dict__["pack"] = self.pack
+            for path in self.frozen:
+                place = frozen_class(type(modules[path]))
+                if place is not None:  # None: no longer the type that the plan saw
+                    become(modules[path], place, self.backend, self.strict, self.pack)
         except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
             for site in self.sites:
                 self.delta.unbind(modules[site.path])
+            for path in self.frozen:
+                unbecome(modules[path])
             for path, tensors in originals.items():
                 exchange(modules[path], tensors)
             for name, parameter in parameters.items():
@@ -96,6 +107,7 @@ class Plan:
             self.saved,
             self.skipped,
             trained,
+            self.frozen,
             originals,
         )
         write(self.model, record)
@@ -126,6 +138,8 @@ def plan(
     name: str = "default",
     backend: str = "auto",
     strict: bool = False,
+    frozen: bool = True,
+    pack: Policy = "auto",
 ) -> Plan:
     """What attaching ``delta`` to ``model`` would change; nothing is changed.
 
@@ -135,14 +149,27 @@ def plan(
         name: of the adapter, in the keys of ``state_dict`` and for ``save``.
         backend: for every place, see :func:`deltaops.ops.delta_linear`.
         strict: raise instead of falling back to eager torch.
+        frozen: see :func:`deltaops.attach`.
+        pack: see :func:`deltaops.attach`.
     Raises: TargetError, AttachError, ConfigError (a name that cannot be one, or a rank above a
         layer's dimensions).
     """
-    return make_plan(model, delta, name=name, backend=backend, strict=strict, lenient=False)
+    return make_plan(
+        model, delta, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack,
+        lenient=False,
+    )  # fmt: skip
 
 
 def make_plan(
-    model: nn.Module, delta: Delta, *, name: str, backend: str, strict: bool, lenient: bool
+    model: nn.Module,
+    delta: Delta,
+    *,
+    name: str,
+    backend: str,
+    strict: bool,
+    frozen: bool = True,
+    pack: Policy = "auto",
+    lenient: bool,
 ) -> Plan:
     """:func:`plan`; ``lenient`` for a configuration read from a file, see ``match``.
 
@@ -154,6 +181,7 @@ def make_plan(
         )
     check_name(name)
     check_backend(backend)
+    check_policy(pack)
     found = match(model, delta, lenient=lenient)
     modules = dict(model.named_modules())
     sites = []
@@ -173,7 +201,18 @@ def make_plan(
             f"layers:\n{listing}\nLower the rank, or name those layers in exclude_modules (a new "
             "head belongs in modules_to_save)."
         )
-    return Plan(model, delta, name, tuple(sites), found.saved, found.skipped, backend, strict)
+    others = []
+    if frozen:
+        taken = set(found.sites)
+        others = [
+            path
+            for path in frozen_linears(modules)
+            if path not in taken and not inside(path, found.saved)
+        ]
+    return Plan(
+        model, delta, name, tuple(sites), found.saved, found.skipped, tuple(others), backend,
+        strict, pack,
+    )  # fmt: skip
 
 
 def check_name(name: str) -> None:

@@ -30,6 +30,8 @@ class Record:
     skipped: tuple[tuple[str, str], ...]
     trained_before: frozenset[str]
     """Names of the base parameters that required gradients."""
+    frozen: tuple[str, ...] = ()
+    """Paths of the linear layers that run by the op without a delta."""
     originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Path of a module trained whole → its original parameters (and copies of its buffers)."""
     merged: dict[str, nn.Parameter | None] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from torch import nn
 
 from deltaops.backends import DeltaLinearCall
 from deltaops.backends.base import weight_layout
+from deltaops.backends.cpu_packing import PACKING
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.modules import LinearPlace, LoraPlace
@@ -29,6 +30,8 @@ class Row(NamedTuple):
     backend: str
     """What runs it now: a backend's name, or "peft", "torch" where the op does not."""
     reason: str
+    packed: int = 0
+    """Bytes of the packed copies of its weight that the CPU core keeps; see ``attach``'s pack."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Report:
     def fused(self) -> int:
         """How many rows run on a fused backend."""
         return sum(row.backend not in ("peft", "torch", "reference", "none") for row in self.rows)
+
+    @property
+    def packed(self) -> int:
+        """Bytes of all packed copies, each weight's counted once."""
+        unique: dict[int, int] = {}
+        modules = dict(self.model.named_modules())
+        for row in self.rows:
+            if row.packed:
+                weight, _ = modules[row.path].base()
+                unique[weight.data_ptr()] = row.packed
+        return sum(unique.values())
 
     def revert(self) -> None:
         """Undo :func:`deltaops.accelerate`: every class as it was.
@@ -59,11 +73,21 @@ class Report:
             return "no layer is touched by deltaops"
         # the same long reason on two hundred lines hides the one that differs
         reasons = list(dict.fromkeys(row.reason for row in self.rows))
-        table = [("module", "kind", "runs on", "why")]
-        table += [(*row[:3], f"[{reasons.index(row.reason) + 1}]") for row in self.rows]
-        widths = [max(len(line[i]) for line in table) for i in range(4)]
-        lines = ["  ".join(f"{line[i]:<{widths[i]}}" for i in range(4)).rstrip() for line in table]
+        table: list[tuple[str, ...]] = [("module", "kind", "runs on", "packed", "why")]
+        table += [
+            (*row[:3], _megabytes(row.packed), f"[{reasons.index(row.reason) + 1}]")
+            for row in self.rows
+        ]
+        if self.packed == 0:
+            table = [line[:3] + line[4:] for line in table]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
         lines += [f"[{i}] {reason}" for i, reason in enumerate(reasons, start=1)]
+        if self.packed:
+            lines.append(f"packed copies of frozen weights hold {_megabytes(self.packed)}")
         lines.append(f"{self.fused} of {len(self.rows)} layers run on a fused backend")
         return "\n".join(lines)
 
@@ -117,7 +141,17 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
     note = ""
     if isinstance(module, LoraPlace) and not module.delta_active:
         note = "; the delta is disabled or merged"
-    return Row(path, kind, explanation.chosen or "none", explanation.reason + note)
+    return Row(
+        path,
+        kind,
+        explanation.chosen or "none",
+        explanation.reason + note,
+        PACKING.bytes(weight),
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size else ""
 
 
 def is_accelerated(module: nn.Module) -> bool:

@@ -22,11 +22,12 @@ ISAS = [
 ]
 
 
-def _load_helper() -> ModuleType:
-    # importlib import mode has no package here, so the helper is loaded by path, once, by name.
-    name = "deltaops_tests_csrc_core"
+def _load_helper(file: str) -> ModuleType:
+    # importlib import mode has no package here, so helpers are loaded by path, once, by name.
+    name = f"deltaops_tests_csrc_{file}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("core.py"))
+        path = Path(__file__).with_name(f"{file}.py")
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -37,7 +38,12 @@ def _load_helper() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def core_module() -> ModuleType:
-    return _load_helper()
+    return _load_helper("core")
+
+
+@pytest.fixture(scope="session")
+def native_module() -> ModuleType:
+    return _load_helper("native")
 
 
 @pytest.fixture(scope="session")

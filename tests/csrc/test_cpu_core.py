@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -378,3 +379,23 @@ def test_micro_kernels_have_the_instructions(
     command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize(
+    ("name", "above"),
+    [("dispatch", "yz"), ("checks", "yz"), ("workspace", "yz"), ("isa_baseline", "yz"),
+     ("isa_avx2", "z")],
+)  # fmt: skip
+def test_objects_have_no_instructions_above_their_isa(
+    builds: Builds, name: str, above: str
+) -> None:
+    """%ymm needs AVX, %zmm and the mask registers AVX-512: one of them would be a crash."""
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump")
+    path = next(o for o in builds["native"][1] if o.name == f"{name}.cpp.o")
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(rf"%[{above}]mm\d+|%k[0-7]\b|%xmm(?:1[6-9]|2\d|3[01])", text)
+    if "y" in above:  # the three-operand forms of AVX on %xmm
+        found += re.findall(r"\tv[a-z]+\d*[a-z]*\s+.*%xmm", text)
+    assert found == []

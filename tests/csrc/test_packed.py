@@ -20,7 +20,8 @@ def layer_of(helper: ModuleType, shape: tuple[int, int, int], dtype: str, layout
 
     m, n, k = shape
     weight = random(n, k) if layout == "row" else random(k, n).T
-    return helper.Layer(random(m, k), weight, None, [helper.Adapter(random(3, k), random(n, 3), 0.5, 9000)])
+    x, adapter = random(m, k), helper.Adapter(random(3, k), random(n, 3), 0.5, 9000)
+    return helper.Layer(x, weight, None, [adapter])
 
 
 def use(packed: np.ndarray) -> dict[str, object]:

@@ -1,0 +1,117 @@
+"""The test program of tests/csrc/native: the C ABI from C++, without Python, torch or numpy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = ROOT / "csrc" / "cpu"
+SOURCES = ["layer.cpp", "sweep.cpp", "fuzz.cpp", "threads.cpp", "main.cpp"]
+FLAGS = json.loads((CPU / "flags.json").read_text(encoding="utf-8"))
+# The shapes here are small: a team that spins between them only takes cores from other tests.
+QUIET_TEAM = {"OMP_WAIT_POLICY": "passive"}
+
+
+def has_avx512() -> bool:
+    """Whether this CPU runs the 64-byte bodies as they ship; else they are emulated."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return all(f" {name}" in text for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+
+
+def compile_tests(folder: Path) -> list[Path]:
+    """The objects of the test program itself, for :func:`link_with`."""
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    include = f"-I{ROOT / 'csrc' / 'include'}"
+
+    def one(name: str) -> Path:
+        out = folder / f"{name}.o"
+        source = ROOT / "tests" / "csrc" / "native" / name
+        _run(["g++", *flags, include, "-c", str(source), "-o", str(out)])
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, SOURCES))
+
+
+def link_with(objects: list[Path], folder: Path) -> Path:
+    """The program from objects of the core as they ship and those of the tests."""
+    program = folder / "native"
+    _run(["g++", "-pthread", *map(str, objects), *FLAGS["link"], "-o", str(program)])
+    return program
+
+
+def build_with(sanitizer: str, folder: Path) -> Path:
+    """The program and the core, all of it compiled with ``-fsanitize=sanitizer``.
+
+    Under ThreadSanitizer the team is native/team.cpp's, since that of GCC's libgomp synchronises
+    out of its sight; native/team.cpp says more.
+    """
+    thread = sanitizer == "thread"
+    common = [flag for flag in FLAGS["common"] if flag not in ("-O3", "-g0", "-fopenmp")]
+    common += ["-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
+    common += ["-DDELTAOPS_TEST_TEAM"] if thread else FLAGS["link"]
+    special = {} if has_avx512() else FLAGS["emulated"]["files"]
+    common += [] if has_avx512() else FLAGS["emulated"]["common"]
+    common += [f"-I{CPU / path}" for path in FLAGS["include"]]
+    core = [(CPU / name, special.get(name, FLAGS["files"][name]))
+            for name in FLAGS["machines"]["x86_64"]]  # fmt: skip
+    tests = [(ROOT / "tests" / "csrc" / "native" / name, list[str]())
+             for name in SOURCES + (["team.cpp"] if thread else [])]  # fmt: skip
+
+    def one(unit: tuple[Path, list[str]]) -> str:
+        out = str(folder / f"{unit[0].name}.o")
+        _run(["g++", *common, *unit[1], "-c", str(unit[0]), "-o", out])
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(one, reversed(core + tests)))
+    program = folder / "native"
+    _run(["g++", *common, *objects, "-o", str(program)])
+    return program
+
+
+def runs_here(sanitizer: str, folder: Path) -> str | None:
+    """None, or why a program with this sanitizer cannot be built and started here."""
+    source, program = folder / "probe.cpp", folder / "probe"
+    source.write_text("int main() { return 0; }\n", encoding="utf-8")
+    command = ["g++", f"-fsanitize={sanitizer}", str(source), "-o", str(program)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        return f"g++ has no -fsanitize={sanitizer} here (install its libsanitizer)"
+    done = subprocess.run([*launcher(sanitizer), str(program)], capture_output=True, text=True)
+    return None if done.returncode == 0 else f"-fsanitize={sanitizer}: {done.stderr.strip()[:200]}"
+
+
+def launcher(sanitizer: str) -> list[str]:
+    """ThreadSanitizer wants a fixed memory map, which newer kernels give only when asked."""
+    setarch = shutil.which("setarch") if sanitizer == "thread" else None
+    if setarch is None or subprocess.run([setarch, "-R", "true"], capture_output=True).returncode:
+        return []
+    return [setarch, "-R"]
+
+
+def run(program: Path, *words: str, sanitizer: str = "") -> str:
+    """What the program says; its failure is the test's, with all it said."""
+    options = {
+        # A refused allocation is a status under test, not an error of the program.
+        "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:allocator_may_return_null=1",
+    }
+    environment = os.environ | QUIET_TEAM | options
+    environment.pop("DELTAOPS_CPU_ISA", None)
+    done = subprocess.run(
+        [*launcher(sanitizer), str(program), *words],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, f"native {' '.join(words)}\n{done.stdout}{done.stderr[:8000]}"
+    return done.stdout

@@ -1,0 +1,52 @@
+// sweep.cpp: odd shapes, strides, dtypes, ranks, dropout and teams against the double reference.
+
+#include "layer.h"
+
+namespace test {
+namespace {
+
+struct Shape {
+  int64_t M, N, K;
+};
+
+// Empty sizes, one row, edges of every tile width, both sides of the dot path's limit of rows, more
+// than one block of k.
+const Shape kShapes[] = {{0, 5, 3},     {4, 0, 3},    {4, 5, 0},   {1, 1, 1},
+                         {1, 70, 65},   {8, 33, 64},  {9, 13, 31}, {17, 67, 515},
+                         {3, 17, 1100}, {65, 20, 40}, {200, 9, 24}};
+const std::vector<BranchSpec> kBranches[] = {
+    {}, {{4, 0}}, {{1, 6554}}, {{8, 0}, {3, 30000}, {17, 0}, {5, 65536}}, {{40, 0}, {16, 1}}};
+
+}  // namespace
+
+void sweep(bool quick) {
+  uint64_t seed = 0;
+  for (const auto &branches : kBranches)
+    for (const Shape &shape : kShapes)
+      for (int kind = 0; kind < 3; ++kind) {
+        ++seed;
+        if (quick && seed % 3 != 0) continue;
+        Case c = {shape.M,
+                  shape.N,
+                  shape.K,
+                  branches,
+                  kind == 0 ? DELTAOPS_F32 : DELTAOPS_BF16,
+                  kind == 1 ? DELTAOPS_BF16 : DELTAOPS_F32,
+                  static_cast<Layout>(seed % 3),
+                  1 + static_cast<int>(seed / 3 % 3),
+                  seed % 5 != 0,
+                  true,
+                  seed};
+        Layer layer(c);
+        const auto forward = layer.forward();
+        CHECK(deltaops_cpu_delta_linear_forward(&forward) == DELTAOPS_OK, "%s (%s)",
+              deltaops_last_error(), c.name().c_str());
+        layer.check_forward();
+        const auto backward = layer.backward();
+        CHECK(deltaops_cpu_delta_linear_backward(&backward) == DELTAOPS_OK, "%s (%s)",
+              deltaops_last_error(), c.name().c_str());
+        layer.check_backward();
+      }
+}
+
+}  // namespace test
