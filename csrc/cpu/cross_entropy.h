@@ -56,20 +56,28 @@ inline float chunk_maximum(const T *x, int64_t count) {
   return maximum;
 }
 
-/* sum exp(x - shift). The chunk lies in the first-level cache: time to fetch the next one. */
+/* sum exp(x - shift). The chunk lies in the first-level cache: time to fetch the next one. Floats
+ * are added a few at a time and their sums in double: a row may have a hundred thousand terms. */
 template <class T>
-inline float chunk_sum(const T *x, int64_t count, float shift) {
-  VecF total[kStreams] = {};
+inline double chunk_sum(const T *x, int64_t count, float shift) {
+  constexpr int64_t kStep = kStreams * kLanes, kBlock = 8 * kStep;
   const VecF down = splat(shift);
+  double all = 0.0;
   int64_t i = 0;
-  for (; i + kStreams * kLanes <= count; i += kStreams * kLanes) DELTAOPS_UNROLL
-  for (int j = 0; j < kStreams; ++j) {
-    __builtin_prefetch(x + i + j * kLanes + kChunk);
-    total[j] += exp_down(load(x + i + j * kLanes) - down);
+  while (i < count) {
+    VecF total[kStreams] = {};
+    const int64_t end = least(count, i + kBlock);
+    for (; i + kStep <= end; i += kStep) DELTAOPS_UNROLL
+    for (int j = 0; j < kStreams; ++j) {
+      __builtin_prefetch(x + i + j * kLanes + kChunk);
+      total[j] += exp_down(load(x + i + j * kLanes) - down);
+    }
+    for (; i + kLanes <= end; i += kLanes) total[0] += exp_down(load(x + i) - down);
+    if (i < end) total[0] += exp_down(load_logits(x + i, end - i) - down);
+    i = end;
+    all += static_cast<double>(sum((total[0] + total[1]) + (total[2] + total[3])));
   }
-  for (; i + kLanes <= count; i += kLanes) total[0] += exp_down(load(x + i) - down);
-  if (i < count) total[0] += exp_down(load_logits(x + i, count - i) - down);
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
+  return all;
 }
 
 /* What a row comes down to: its maximum and sum exp(x - maximum). A NaN is in the sum, and so is
@@ -91,8 +99,7 @@ inline Softmax softmax_of(const T *x, int64_t V) {
       row.maximum = top;
     }
     // Chunks of -infinity alone add nothing, whatever is taken off, as long as it is finite.
-    row.sum += static_cast<double>(
-        chunk_sum(x + v, count, row.maximum == -kInfinity ? 0.0f : row.maximum));
+    row.sum += chunk_sum(x + v, count, row.maximum == -kInfinity ? 0.0f : row.maximum);
   }
   return row;
 }

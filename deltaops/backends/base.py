@@ -27,7 +27,10 @@ class DeltaLinearCall(NamedTuple):
     branch_bias: bool = False
     """Whether some branch has a bias."""
 
-    op = "delta_linear"
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "delta_linear"
 
     @property
     def rank(self) -> int:
@@ -87,7 +90,10 @@ class CrossEntropyCall(NamedTuple):
     m: int
     v: int
 
-    op = "cross_entropy"
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "cross_entropy"
 
     @property
     def title(self) -> str:

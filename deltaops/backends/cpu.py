@@ -261,10 +261,12 @@ class CpuBackend:
     ) -> Tensor:
         """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
         logits, target, state = _rows(logits), target.contiguous(), state.contiguous()
-        grad = _large(*logits.shape, logits.dtype)
+        m, v = logits.shape
+        grad = _large(m, v, logits.dtype)
         _core().cross_entropy_backward(
             _DTYPES[logits.dtype],
-            *logits.shape,
+            m,
+            v,
             logits.data_ptr(),
             logits.stride(0),
             target.data_ptr(),

@@ -41,8 +41,9 @@ class CrossEntropyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         ignore_index, mean, runner = ctx.settings
+        logits, target, state = ctx.saved_tensors
         backend = cast(CrossEntropyBackend, runner)
-        grad = backend.cross_entropy_backward(grad_loss, *ctx.saved_tensors, ignore_index, mean)
+        grad = backend.cross_entropy_backward(grad_loss, logits, target, state, ignore_index, mean)
         return grad, None, None, None, None
 
 

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def swap_losses(model: nn.Module, backend: str, strict: bool) -> None:
     for module in _language_models(model):
         found = True
         current = vars(module).get("_loss_function")
-        ours = current.func if _is_ours(current) else None
+        ours: Callable[..., Tensor] | None = current.func if _is_ours(current) else None
         reason = None if ours else _why_not(module)
         module.__dict__.pop(_LEFT_ALONE, None)
         if reason is not None:
@@ -149,7 +149,7 @@ def restore_losses(model: nn.Module) -> None:
             del module._loss_function
             (theirs,) = (theirs for theirs, ours in _pairs() if ours is current.func)
             if module.loss_function is not theirs:  # it had been set, not derived from the class
-                module._loss_function = theirs  # type: ignore[assignment]  # a function, no tensor
+                module._loss_function = theirs
 
 
 def loss_rows(model: nn.Module, tokens: int) -> Iterator[tuple[str, str, str, str]]:
@@ -218,7 +218,7 @@ def _fused(loss: Any) -> Callable[..., Tensor] | None:
     return next((ours for theirs, ours in _pairs() if theirs is loss), None)
 
 
-def _is_ours(loss: Any) -> bool:
+def _is_ours(loss: Any) -> TypeGuard[partial[Tensor]]:
     return isinstance(loss, partial) and loss.func in (causal_lm_loss, masked_lm_loss)
 
 

@@ -54,19 +54,19 @@ class Entropy:
         return args
 
     def forward(self, logits: np.ndarray, target: np.ndarray, state: np.ndarray,
-                loss: np.ndarray, **changes: Any) -> int:  # fmt: skip
+                loss: np.ndarray, changes: dict[str, Any] | None = None) -> int:  # fmt: skip
         args = self._common(self.Forward, logits, target, state)
         args.loss = loss.ctypes.data_as(POINTER(c_float))
-        for name, value in changes.items():
+        for name, value in (changes or {}).items():
             setattr(args, name, value)
         return int(self.core.lib.deltaops_cpu_cross_entropy_forward(ctypes.byref(args)))
 
     def backward(self, logits: np.ndarray, target: np.ndarray, state: np.ndarray,
-                 grad: np.ndarray, scale: float, **changes: Any) -> int:  # fmt: skip
+                 grad: np.ndarray, scale: float, changes: dict[str, Any] | None = None) -> int:  # fmt: skip
         args = self._common(self.Backward, logits, target, state)
         args.grad_loss = POINTER(c_float)(c_float(scale))
         args.grad_logits = self.helper.matrix(grad)
-        for name, value in changes.items():
+        for name, value in (changes or {}).items():
             setattr(args, name, value)
         return int(self.core.lib.deltaops_cpu_cross_entropy_backward(ctypes.byref(args)))
 
@@ -110,8 +110,8 @@ def test_matches_float64(
     for threads in (1, 2, 5):
         state, loss, grad = poisoned((shape[0], 2)), poisoned((1,)), poisoned(shape, dtype)
         changes = {"reduction": reduction, "num_threads": threads}
-        assert entropy.forward(logits, target, state, loss, **changes) == 0, entropy.core.error()
-        assert entropy.backward(logits, target, state, grad, 1.5, **changes) == 0
+        assert entropy.forward(logits, target, state, loss, changes) == 0, entropy.core.error()
+        assert entropy.backward(logits, target, state, grad, 1.5, changes) == 0
         bits.add((loss.tobytes(), state.tobytes(), grad.tobytes()))
     assert len(bits) == 1, "the team must not change a bit"
     want_loss, want_grad = oracle(core_module.to_f64(logits), target, 1.5, reduction == 1)
@@ -159,9 +159,9 @@ def test_bad_arguments_end_in_a_status_and_change_nothing(
 ) -> None:
     logits, target = make(core_module, (4, 7), "f32")
     state, loss, grad = poisoned((4, 2)), poisoned((1,)), poisoned((4, 7))
-    assert entropy.forward(logits, target, state, loss, **changes) == 1
+    assert entropy.forward(logits, target, state, loss, changes) == 1
     assert sentence in entropy.core.error()
-    assert entropy.backward(logits, target, state, grad, 1.0, **changes) == 1
+    assert entropy.backward(logits, target, state, grad, 1.0, changes) == 1
     assert sentence in entropy.core.error()
     assert all(np.isnan(t).all() for t in (state, loss, grad))
 
@@ -176,16 +176,16 @@ def test_bad_matrices_end_in_a_status(entropy: Any, core_module: ModuleType) -> 
     }.items():
         field = name.split()[0]
         changes = {field: core_module.matrix(matrix)}
-        assert entropy.forward(logits, target, state, loss, **changes) == 1
+        assert entropy.forward(logits, target, state, loss, changes) == 1
         assert name in entropy.core.error()
     for matrix in (poisoned((4, 6)), poisoned((4, 7), "bf16"), poisoned((1, 7)).repeat(4, 0)):
         view = core_module.matrix(matrix)
         if matrix.shape == (4, 7) and matrix.dtype == np.float32:
             view.row_stride = 3
-        assert entropy.backward(logits, target, state, grad, 1.0, grad_logits=view) == 1
+        assert entropy.backward(logits, target, state, grad, 1.0, {"grad_logits": view}) == 1
         assert "grad_logits" in entropy.core.error()
-    assert entropy.forward(logits, target, state, loss, loss=None) == 1
-    assert entropy.backward(logits, target, state, grad, 1.0, grad_loss=None) == 1
+    assert entropy.forward(logits, target, state, loss, {"loss": None}) == 1
+    assert entropy.backward(logits, target, state, grad, 1.0, {"grad_loss": None}) == 1
     for function in ("forward", "backward"):
         assert getattr(entropy.core.lib, f"deltaops_cpu_cross_entropy_{function}")(None) == 1
         assert "args must not be NULL" in entropy.core.error()

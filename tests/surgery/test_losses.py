@@ -23,8 +23,28 @@ pytestmark = [
 ]
 
 
-def bert_mlm() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
+def masked() -> nn.Module:
+    """A masked language model; BERT's own computes its loss inside ``forward``."""
+    from transformers import EuroBertConfig, EuroBertForMaskedLM
+
+    config = EuroBertConfig(
+        vocab_size=60,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        mask_token_id=3,
+    )
+    return EuroBertForMaskedLM(config)
+
+
+def decoder() -> nn.Module:
+    """BERT as a causal language model."""
+    from transformers import BertConfig, BertLMHeadModel
 
     config = BertConfig(
         vocab_size=60,
@@ -34,8 +54,12 @@ def bert_mlm() -> nn.Module:
         intermediate_size=40,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        is_decoder=True,
     )
-    return BertForMaskedLM(config)
+    return BertLMHeadModel(config)
+
+
+OTHERS = {"bert-decoder": decoder, "eurobert": masked}
 
 
 def peft_llama(tiny: Callable[..., Any]) -> Any:
@@ -107,14 +131,14 @@ def test_each_loss_is_transformers_number(
     torch.testing.assert_close(results[0], results[1])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", *OTHERS])
 def test_models_give_the_same_loss_and_gradients(
     tiny: Callable[..., Any],
     shake: Callable[[nn.Module], None],
     kind: str,
     calls: list[torch.dtype],
 ) -> None:
-    model = bert_mlm() if kind == "bert" else tiny(kind).model
+    model = OTHERS[kind]() if kind in OTHERS else tiny(kind).model
     deltaops.attach(model, LoRA(r=4), loss=True)
     shake(model)
     fused = [loss_and_gradients(model, **s) for s in ({}, {"num_items_in_batch": 11})]
