@@ -53,16 +53,29 @@ class Entropy:
         args.state = self.helper.matrix(state)
         return args
 
-    def forward(self, logits: np.ndarray, target: np.ndarray, state: np.ndarray,
-                loss: np.ndarray, changes: dict[str, Any] | None = None) -> int:  # fmt: skip
+    def forward(
+        self,
+        logits: np.ndarray,
+        target: np.ndarray,
+        state: np.ndarray,
+        loss: np.ndarray,
+        changes: dict[str, Any] | None = None,
+    ) -> int:
         args = self._common(self.Forward, logits, target, state)
         args.loss = loss.ctypes.data_as(POINTER(c_float))
         for name, value in (changes or {}).items():
             setattr(args, name, value)
         return int(self.core.lib.deltaops_cpu_cross_entropy_forward(ctypes.byref(args)))
 
-    def backward(self, logits: np.ndarray, target: np.ndarray, state: np.ndarray,
-                 grad: np.ndarray, scale: float, changes: dict[str, Any] | None = None) -> int:  # fmt: skip
+    def backward(
+        self,
+        logits: np.ndarray,
+        target: np.ndarray,
+        state: np.ndarray,
+        grad: np.ndarray,
+        scale: float,
+        changes: dict[str, Any] | None = None,
+    ) -> int:
         args = self._common(self.Backward, logits, target, state)
         args.grad_loss = POINTER(c_float)(c_float(scale))
         args.grad_logits = self.helper.matrix(grad)
