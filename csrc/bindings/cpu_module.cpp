@@ -157,6 +157,49 @@ void dropout_mask(Address keep, int64_t M, int64_t K, uint64_t seed, uint32_t st
   raise_unless_ok(status);
 }
 
+float cross_entropy_forward(int dtype, int64_t M, int64_t V, Address logits, int64_t ld,
+                            Address target, int64_t ignore_index, bool mean, Address state,
+                            int num_threads) {
+  float loss = 0.0f;
+  deltaops_cross_entropy_forward_args args = {};
+  args.struct_size = sizeof args;
+  args.num_threads = num_threads;
+  args.logits = matrix(logits, M, V, ld, 1, dtype);
+  args.target = reinterpret_cast<const int64_t *>(target);
+  args.ignore_index = ignore_index;
+  args.reduction = mean ? DELTAOPS_MEAN : DELTAOPS_SUM;
+  args.state = matrix(state, M, 2, 2, 1, DELTAOPS_F32);
+  args.loss = &loss;
+  deltaops_status status;
+  {
+    py::gil_scoped_release release;
+    status = deltaops_cpu_cross_entropy_forward(&args);
+  }
+  raise_unless_ok(status);
+  return loss;
+}
+
+void cross_entropy_backward(int dtype, int64_t M, int64_t V, Address logits, int64_t ld,
+                            Address target, int64_t ignore_index, bool mean, Address state,
+                            float grad_loss, Address grad_logits, int num_threads) {
+  deltaops_cross_entropy_backward_args args = {};
+  args.struct_size = sizeof args;
+  args.num_threads = num_threads;
+  args.logits = matrix(logits, M, V, ld, 1, dtype);
+  args.target = reinterpret_cast<const int64_t *>(target);
+  args.ignore_index = ignore_index;
+  args.reduction = mean ? DELTAOPS_MEAN : DELTAOPS_SUM;
+  args.state = matrix(state, M, 2, 2, 1, DELTAOPS_F32);
+  args.grad_loss = &grad_loss;
+  args.grad_logits = matrix(grad_logits, M, V, V, 1, dtype);
+  deltaops_status status;
+  {
+    py::gil_scoped_release release;
+    status = deltaops_cpu_cross_entropy_backward(&args);
+  }
+  raise_unless_ok(status);
+}
+
 int64_t packed_bytes(Address w, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
                      int dtype) {
   const deltaops_matrix weight = matrix(w, rows, cols, row_stride, col_stride, dtype);
@@ -353,6 +396,11 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("seed"), py::arg("num_threads"), py::arg("grad_x"), py::arg("ld_gradx"),
         py::arg("grad_bias"), py::arg("grad_bias_dtype"), py::arg("grads"), py::arg("packed") = 0,
         py::arg("packed_bytes") = 0);
+  m.def("cross_entropy_forward", &cross_entropy_forward);
+  m.def("cross_entropy_backward", &cross_entropy_backward);
+  m.def("advise_huge_pages", [](Address data, int64_t bytes) {
+    deltaops_cpu_advise_huge_pages(reinterpret_cast<void *>(data), bytes);
+  });
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_weight", &pack_weight);
   m.def("fingerprint", &fingerprint);

@@ -21,6 +21,8 @@ using BottleneckForwardArgs = deltaops_bottleneck_forward_args;
 using BottleneckBackwardArgs = deltaops_bottleneck_backward_args;
 using NormBiasForwardArgs = deltaops_norm_bias_forward_args;
 using NormBiasBackwardArgs = deltaops_norm_bias_backward_args;
+using CrossEntropyForwardArgs = deltaops_cross_entropy_forward_args;
+using CrossEntropyBackwardArgs = deltaops_cross_entropy_backward_args;
 
 /* What a packed weight starts with; panels follow, each [steps][panel_columns] units. */
 struct PackedHeader {
@@ -47,6 +49,8 @@ struct Kernels {
   deltaops_status (*bottleneck_backward)(const BottleneckBackwardArgs &);
   deltaops_status (*norm_bias_forward)(const NormBiasForwardArgs &);
   deltaops_status (*norm_bias_backward)(const NormBiasBackwardArgs &);
+  deltaops_status (*cross_entropy_forward)(const CrossEntropyForwardArgs &);
+  deltaops_status (*cross_entropy_backward)(const CrossEntropyBackwardArgs &);
 };
 
 /* Where other bodies would stand: AMX (tdpbf16ps tiles) after avx512_bf16, NEON and SVE beside
@@ -60,6 +64,7 @@ extern const Kernels kernels_portable;
 /* The calling thread's scratch memory, at least `bytes` long and aligned to a cache line; it grows
  * and is kept for the next call. NULL when there is no memory: the old block is gone then too. */
 void *workspace(size_t bytes);
+void advise_huge_pages(void *data, size_t bytes);  // of the whole huge pages inside
 
 /* checks.cpp: DELTAOPS_OK, or a status with its sentence in fail(). */
 deltaops_status check(const ForwardArgs *args, const Kernels &kernels);
@@ -70,6 +75,9 @@ deltaops_status check(const BottleneckForwardArgs *args);
 deltaops_status check(const BottleneckBackwardArgs *args);
 deltaops_status check(const NormBiasForwardArgs *args);
 deltaops_status check(const NormBiasBackwardArgs *args);
+/* checks_cross_entropy.cpp */
+deltaops_status check(const CrossEntropyForwardArgs *args);
+deltaops_status check(const CrossEntropyBackwardArgs *args);
 
 /* Sets this thread's sentence (printf format) and returns the status. */
 __attribute__((format(printf, 2, 3))) deltaops_status fail(deltaops_status status,

@@ -3,6 +3,7 @@
 #define DELTAOPS_CPU_KERNELS_H
 
 #include "bottleneck.h"
+#include "cross_entropy.h"
 #include "delta_linear.h"
 #include "norm_bias.h"
 
@@ -21,6 +22,8 @@
                                  isa::bottleneck_forward,                        \
                                  isa::bottleneck_backward,                       \
                                  isa::norm_bias_forward,                         \
-                                 isa::norm_bias_backward};                       \
+                                 isa::norm_bias_backward,                        \
+                                 isa::cross_entropy_forward,                     \
+                                 isa::cross_entropy_backward};                   \
   }
 #endif

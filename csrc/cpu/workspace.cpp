@@ -26,6 +26,17 @@ thread_local Block block;
 
 }  // namespace
 
+// Advice only: where it is refused the memory works just as well, in small pages.
+void advise_huge_pages(void *data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & -kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & -kHugePage;
+  if (begin < end) (void)madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 void *workspace(size_t bytes) {
   if (bytes <= block.bytes) return block.data;
   free(block.data);
@@ -39,10 +50,7 @@ void *workspace(size_t bytes) {
     return nullptr;
   }
   block.bytes = rounded;
-#if defined(__linux__)
-  // Advice only: where it is refused the block works just as well, in small pages.
-  if (page == kHugePage) (void)madvise(block.data, rounded, MADV_HUGEPAGE);
-#endif
+  if (page == kHugePage) advise_huge_pages(block.data, rounded);
   return block.data;
 }
 

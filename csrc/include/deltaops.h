@@ -237,6 +237,51 @@ deltaops_cpu_norm_bias_forward(const deltaops_norm_bias_forward_args *args);
 DELTAOPS_API deltaops_status
 deltaops_cpu_norm_bias_backward(const deltaops_norm_bias_backward_args *args);
 
+/* ---- cross_entropy of M rows of logits x [M, V], each against one class:
+ *
+ *     loss = sum_m (log sum_v exp(x_mv) - x_m,target_m)
+ *
+ * over the rows whose target is not ignore_index; DELTAOPS_MEAN divides it by their number, which
+ * gives NaN for none. No probability is kept: `state` holds the maximum of each row and
+ * 1 / sum_v exp(x_mv - maximum), from which the backward pass makes them again. NaN, +infinity and
+ * a row of nothing but -infinity give NaN in the row; ignored rows are not looked at, and their
+ * gradient is 0. The result does not depend on num_threads. */
+typedef enum { DELTAOPS_SUM = 0, DELTAOPS_MEAN = 1 } deltaops_reduction;
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  deltaops_matrix logits; /* [M, V] f32 or bf16 */
+  const int64_t *target;  /* M of them: a class from 0 to V - 1, or ignore_index */
+  int64_t ignore_index;
+  int32_t reduction;     /* deltaops_reduction */
+  int32_t reserved;      /* 0 */
+  deltaops_matrix state; /* [M, 2] f32, contiguous, written */
+  float *loss;           /* one, written */
+} deltaops_cross_entropy_forward_args;
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  deltaops_matrix logits; /* these five as in the forward pass */
+  const int64_t *target;
+  int64_t ignore_index;
+  int32_t reduction;
+  int32_t reserved;
+  deltaops_matrix state;       /* what the forward pass wrote */
+  const float *grad_loss;      /* one */
+  deltaops_matrix grad_logits; /* [M, V] dtype of logits, written */
+} deltaops_cross_entropy_backward_args;
+
+DELTAOPS_API deltaops_status
+deltaops_cpu_cross_entropy_forward(const deltaops_cross_entropy_forward_args *args);
+DELTAOPS_API deltaops_status
+deltaops_cpu_cross_entropy_backward(const deltaops_cross_entropy_backward_args *args);
+/* Asks the system to back this memory by huge pages from its first touch on; contents stay. For
+ * large new buffers, which malloc maps afresh each time: in pages of 4 KiB the faults of a
+ * gradient of the logits take several times as long as writing it. Advice: nothing can fail. */
+DELTAOPS_API void deltaops_cpu_advise_huge_pages(void *data, int64_t bytes);
+
 #ifdef __cplusplus
 }
 #endif

@@ -9,6 +9,8 @@ from .base import (
     Backend,
     BottleneckCall,
     Call,
+    CrossEntropyBackend,
+    CrossEntropyCall,
     DeltaLinearCall,
     NormBiasCall,
 )
@@ -21,6 +23,8 @@ __all__ = [
     "Backend",
     "BottleneckCall",
     "Call",
+    "CrossEntropyBackend",
+    "CrossEntropyCall",
     "DeltaLinearCall",
     "NormBiasCall",
     "registered",

@@ -134,7 +134,32 @@ class NormBiasCall(NamedTuple):
         return f"norm_bias {self.norm} M={self.m} K={self.k} {self.dtype} on {self.device}"
 
 
-Call: TypeAlias = DeltaLinearCall | BottleneckCall | NormBiasCall
+class CrossEntropyCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``cross_entropy``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    m: int
+    v: int
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "cross_entropy"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return f"cross_entropy M={self.m} V={self.v} {self.dtype} on {self.device}"
+
+    @classmethod
+    def of(cls, logits: Tensor) -> CrossEntropyCall:
+        """The call of these logits ``[M, V]``."""
+        device = "cpu" if logits.is_cpu else logits.device.type
+        return cls(device, logits.dtype, *logits.shape)
+
+
+Call: TypeAlias = DeltaLinearCall | BottleneckCall | NormBiasCall | CrossEntropyCall
 """A call of any op: ``call.op`` names it."""
 
 
@@ -238,3 +263,23 @@ class AdapterBackend(Backend, Protocol):
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """The wanted gradients: x, then gamma and bias in ``dtype``."""
+
+
+class CrossEntropyBackend(Backend, Protocol):
+    """One that also has ``cross_entropy``: logits ``[M, V]``, target ``[M]`` int64."""
+
+    def cross_entropy_forward(
+        self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``(loss, state [M, 2])``; see :mod:`deltaops.reference.cross_entropy`."""
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        state: Tensor,
+        ignore_index: int,
+        mean: bool,
+    ) -> Tensor:
+        """``grad_logits [M, V]``."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaops.packing import PACKING, Layout
 from deltaops.reference.philox import drop_threshold
 
-from .base import Call, DeltaLinearCall
+from .base import Call, CrossEntropyCall, DeltaLinearCall
 
 # deltaops_dtype, deltaops_activation and deltaops_norm of csrc/include/deltaops.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -50,6 +50,15 @@ def _core() -> ModuleType:
 def _rows(x: Tensor) -> Tensor:
     """x with adjacent elements in a row, as the core wants it; a copy only where it must be."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """``torch.empty``; from 32 MiB on in huge pages. Memory of that size is new at every call
+    (glibc maps it and gives it back), and in small pages its faults cost more than most ops do."""
+    out = torch.empty((rows, columns), dtype=dtype)
+    if out.nbytes >= 1 << 25:
+        _core().advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
 
 
 def _adapter(t: Tensor) -> Tensor:
@@ -102,6 +111,8 @@ class CpuBackend:
             return f"runs on the CPU, the tensors are on {call.device}"
         if call.dtype not in _DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
+        if isinstance(call, CrossEntropyCall):
+            return None
         if not isinstance(call, DeltaLinearCall):
             foreign = [t for t in call.parameter_dtypes if t not in _DTYPES]
             return f"takes float32 and bfloat16 parameters, not {foreign[0]}" if foreign else None
@@ -132,7 +143,7 @@ class CpuBackend:
         a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
         branch_bias = [None if t is None else t.contiguous() for t in branch_bias]
         (m, k), n = x.shape, weight.shape[0]
-        y = torch.empty((m, n), dtype=x.dtype)
+        y = _large(m, n, x.dtype)
         s = torch.empty((m, sum(t.shape[0] for t in a)), dtype=torch.float32)
         core, threads = _core(), torch.get_num_threads()
         layout = Layout.of(weight, _DTYPES[x.dtype])
@@ -178,7 +189,7 @@ class CpuBackend:
             x = _rows(x)
         a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
         (m, n), k, count = grad_y.shape, weight.shape[1], len(a)
-        grad_x = torch.empty((m, k), dtype=grad_y.dtype) if needs[0] else None
+        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
         grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
         wanted = [
             torch.empty(t.shape, dtype=t.dtype) if needs[2 + i] else None
@@ -380,6 +391,56 @@ class CpuBackend:
             torch.get_num_threads(),
         )
         return [g for g in (grad_x, grad_gamma, grad_bias) if g is not None]
+
+    # ------------------------------------------------------------------------- cross_entropy
+
+    def cross_entropy_forward(
+        self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
+        logits, target = _rows(logits), target.contiguous()
+        state = torch.empty((logits.shape[0], 2), dtype=torch.float32)
+        loss = _core().cross_entropy_forward(
+            _DTYPES[logits.dtype],
+            *logits.shape,
+            logits.data_ptr(),
+            logits.stride(0),
+            target.data_ptr(),
+            ignore_index,
+            mean,
+            state.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return torch.tensor(loss, dtype=torch.float32), state
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        state: Tensor,
+        ignore_index: int,
+        mean: bool,
+    ) -> Tensor:
+        """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
+        logits, target, state = _rows(logits), target.contiguous(), state.contiguous()
+        m, v = logits.shape
+        grad = _large(m, v, logits.dtype)
+        _core().cross_entropy_backward(
+            _DTYPES[logits.dtype],
+            m,
+            v,
+            logits.data_ptr(),
+            logits.stride(0),
+            target.data_ptr(),
+            ignore_index,
+            mean,
+            state.data_ptr(),
+            float(grad_loss),
+            grad.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return grad
 
 
 def _whole(t: Tensor | None) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from deltaops.reference import bottleneck, delta_linear, norm_bias
+from torch import Tensor
+
+from deltaops.reference import bottleneck, cross_entropy, delta_linear, norm_bias
 
 from .base import Call
 
@@ -17,6 +19,7 @@ class ReferenceBackend:
     bottleneck_backward = staticmethod(bottleneck.backward)
     norm_bias_forward = staticmethod(norm_bias.forward)
     norm_bias_backward = staticmethod(norm_bias.backward)
+    cross_entropy_backward = staticmethod(cross_entropy.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""
@@ -25,3 +28,10 @@ class ReferenceBackend:
     def unsupported(self, call: Call) -> str | None:
         """Takes every floating dtype on every device that torch has."""
         return None
+
+    def cross_entropy_forward(
+        self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The targets are looked at first: torch's own errors do not name the row."""
+        cross_entropy.check_target(target, logits.shape[1], ignore_index)
+        return cross_entropy.forward(logits, target, ignore_index, mean)

@@ -1,7 +1,8 @@
 """One op per place of a model that a delta binds to."""
 
 from .bottleneck import bottleneck
+from .cross_entropy import cross_entropy
 from .delta_linear import Branch, delta_linear, explain
 from .norm_bias import norm_bias
 
-__all__ = ["Branch", "bottleneck", "delta_linear", "explain", "norm_bias"]
+__all__ = ["Branch", "bottleneck", "cross_entropy", "delta_linear", "explain", "norm_bias"]

@@ -270,8 +270,9 @@ def _op_autograd(ctx: Any, grad_y: Tensor, _grad_s: Tensor | None) -> tuple[Any,
     grads = [next(found) if need else None for need in needs]
     grad_a, grad_b, all_biases = (grads[2 + j * count : 2 + (j + 1) * count] for j in range(3))
     grad_present = [grad for grad, there in zip(all_biases, biased, strict=True) if there]
-    nothing = [None] * 6
-    return (grads[0], None, grads[1], grad_a, grad_b, grad_present, *nothing)
+    # torch takes an empty list for one of tensors, whose gradient is a list again
+    settings: list[list[Any] | None] = [None if biased else []] * 4
+    return (grads[0], None, grads[1], grad_a, grad_b, grad_present, *settings, None, None)
 
 
 def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from deltaops.errors import AttachError, TargetError
 from deltaops.modules import LinearPlace, LoraPlace, become, frozen_class, unbecome
 from deltaops.packing import Policy, check_policy
 
+from .losses import restore_losses, swap_losses
 from .match import frozen_linears
 from .plan import check_backend
 from .report import Report, is_accelerated, report
@@ -25,6 +26,7 @@ def accelerate(
     backend: str = "auto",
     strict: bool = False,
     pack: Policy = "auto",
+    loss: bool = False,
 ) -> Report:
     """Swap the LoRA layers of a PEFT model for fused ones; calling it again changes nothing more.
 
@@ -41,6 +43,7 @@ def accelerate(
         backend: for every layer: "auto", or a name of ``deltaops.backends()``.
         strict: raise where "auto" would end in eager torch.
         pack: see :func:`deltaops.attach`.
+        loss: see :func:`deltaops.attach`.
     Returns: a :class:`Report`; its ``revert()`` undoes the call.
     Raises: TargetError when the model has no LoRA layer of PEFT; AttachError when it has a delta of
         ``deltaops.attach``; NoBackendError for an unknown backend; ConfigError for an unknown
@@ -88,11 +91,14 @@ def accelerate(
         for module in modules.values():  # those of an earlier call
             if isinstance(module, LinearPlace):
                 module.backend, module.strict, module.pack = backend, strict, pack
+    if loss:
+        swap_losses(model, backend, strict)
     return report(model)
 
 
 def unaccelerate(model: nn.Module) -> None:
     """Undo :func:`accelerate`; what it did not touch stays."""
+    restore_losses(model)
     for module in model.modules():
         if is_accelerated(module):
             module.__class__ = module.base_class  # type: ignore[assignment]  # a class attribute

@@ -9,6 +9,7 @@ from deltaops.methods.base import Delta
 from deltaops.packing import Policy
 
 from .handle import Handle
+from .losses import swap_losses
 from .plan import plan
 
 
@@ -21,6 +22,7 @@ def attach(
     strict: bool = False,
     frozen: bool = True,
     pack: Policy = "auto",
+    loss: bool = False,
     generator: torch.Generator | None = None,
 ) -> Handle:
     """Freeze ``model`` and bind ``delta`` to it; only that and its ``modules_to_save`` train.
@@ -35,9 +37,14 @@ def attach(
         pack: on a CPU, keep copies of frozen weights in the order in which the core reads them, one
             for the forward pass and one for the backward pass: "auto" while memory allows (see
             ``report``), "always", or "never".
+        loss: where a model of transformers has transformers' own loss of a language model, compute
+            the same number by :func:`deltaops.ops.cross_entropy`.
         generator: draws the start values; torch's global CPU generator without one.
     Returns: a :class:`Handle`; ``print`` it, ``revert()``, ``merge()``, ``save(path)``.
     Raises: TargetError, AttachError, ConfigError, NoBackendError; the model is as it was then.
     """
     made = plan(model, delta, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack)
-    return made.apply(generator=generator)
+    handle = made.apply(generator=generator)
+    if loss:
+        swap_losses(model, backend, strict)
+    return handle

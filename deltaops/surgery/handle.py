@@ -12,6 +12,7 @@ from deltaops.errors import AttachError
 from deltaops.methods.base import Delta
 from deltaops.modules import LinearPlace, features, unbecome
 
+from .losses import restore_losses
 from .record import Record, exchange, follow, merged_weight, read, write
 from .tree import Leaf, draw
 
@@ -173,6 +174,7 @@ class Handle:
             self.merge(keep_base=False)
         self._unbind()
         self._restore_flags()
+        restore_losses(self.model)
         write(self.model, None)
         return self.model
 
@@ -196,6 +198,7 @@ class Handle:
         for path, tensors in self._record.originals.items():
             exchange(self._module(path), tensors)
         self._restore_flags()
+        restore_losses(self.model)
         write(self.model, None)
 
     # -------------------------------------------------------------------------------- details

@@ -15,6 +15,7 @@ from deltaops.errors import AttachError
 from deltaops.modules import LinearPlace, LoraPlace
 from deltaops.packing import PACKING
 
+from .losses import loss_rows
 from .record import read
 
 TOKENS = 1024
@@ -26,7 +27,7 @@ class Row(NamedTuple):
 
     path: str
     kind: str
-    """"lora", "frozen", "peft lora", or "left alone"."""
+    """"lora", "frozen", "peft lora", "loss", or "left alone"."""
     backend: str
     """What runs it now: a backend's name, or "peft", "torch" where the op does not."""
     reason: str
@@ -112,6 +113,8 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
             yield _row(path, module, "frozen", "torch", tokens)
         elif type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
             yield Row(path, "left alone", "peft", why_left_alone(module))
+    for row in loss_rows(model, tokens):
+        yield Row(*row)
     record = read(model)
     if record is not None:
         for path, reason in record.skipped:

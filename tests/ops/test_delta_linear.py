@@ -169,6 +169,14 @@ def test_eager_and_compiled_agree(case: DeltaLinearCase, run: Callable[..., Tens
     )
 
 
+def test_a_layer_without_branches_compiles() -> None:
+    x, weight = torch.randn(6, 12, requires_grad=True), torch.randn(7, 12)
+    y = torch.compile(lambda x: delta_linear(x, weight), fullgraph=True)(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(y, linear(x, weight))
+    torch.testing.assert_close(grad, weight.sum(0).expand(6, 12))
+
+
 def test_compiles_with_dynamic_rows_and_dropout() -> None:
     weight = CASE.tensors(torch.float32).weight
     _x, *rest = leaves(torch.float32)
