@@ -26,7 +26,7 @@ def accelerate(
     backend: str = "auto",
     strict: bool = False,
     pack: Policy = "auto",
-    loss: bool = False,
+    loss: bool | None = None,
 ) -> Report:
     """Swap the LoRA layers of a PEFT model for fused ones; calling it again changes nothing more.
 
@@ -91,8 +91,8 @@ def accelerate(
         for module in modules.values():  # those of an earlier call
             if isinstance(module, LinearPlace):
                 module.backend, module.strict, module.pack = backend, strict, pack
-    if loss:
-        swap_losses(model, backend, strict)
+    if loss is not False:
+        swap_losses(model, backend, strict, tell=bool(loss))
     return report(model)
 
 

@@ -22,7 +22,7 @@ def attach(
     strict: bool = False,
     frozen: bool = True,
     pack: Policy = "auto",
-    loss: bool = False,
+    loss: bool | None = None,
     generator: torch.Generator | None = None,
 ) -> Handle:
     """Freeze ``model`` and bind ``delta`` to it; only that and its ``modules_to_save`` train.
@@ -38,13 +38,14 @@ def attach(
             for the forward pass and one for the backward pass: "auto" while memory allows (see
             ``report``), "always", or "never".
         loss: where a model of transformers has transformers' own loss of a language model, compute
-            the same number by :func:`deltaops.ops.cross_entropy`.
+            the same number by :func:`deltaops.ops.cross_entropy`. None does so where it can, True
+            also says in the report why not elsewhere, False leaves the loss as it is.
         generator: draws the start values; torch's global CPU generator without one.
     Returns: a :class:`Handle`; ``print`` it, ``revert()``, ``merge()``, ``save(path)``.
     Raises: TargetError, AttachError, ConfigError, NoBackendError; the model is as it was then.
     """
     made = plan(model, delta, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack)
     handle = made.apply(generator=generator)
-    if loss:
-        swap_losses(model, backend, strict)
+    if loss is not False:
+        swap_losses(model, backend, strict, tell=bool(loss))
     return handle

@@ -117,8 +117,11 @@ def _loss(
 # --------------------------------------------------------------------------------- to and fro
 
 
-def swap_losses(model: nn.Module, backend: str, strict: bool) -> None:
+def swap_losses(model: nn.Module, backend: str, strict: bool, *, tell: bool = True) -> None:
     """Set the fused loss on every transformers model in ``model`` that has transformers' own.
+
+    Args:
+        tell: let the report say why a loss was left alone.
 
     Calling it again changes the settings and nothing more.
     """
@@ -130,13 +133,14 @@ def swap_losses(model: nn.Module, backend: str, strict: bool) -> None:
         reason = None if ours else _why_not(module)
         module.__dict__.pop(_LEFT_ALONE, None)
         if reason is not None:
-            module.__dict__[_LEFT_ALONE] = reason
+            if tell:
+                module.__dict__[_LEFT_ALONE] = reason
             continue
         # a partial of a module's function, not a closure: models are copied and pickled
         loss = ours or _fused(module.loss_function)
         assert loss is not None
         module.__dict__["_loss_function"] = partial(loss, backend=backend, strict=strict)
-    if not found:
+    if tell and not found:
         model.__dict__[_LEFT_ALONE] = "it holds no model of transformers"
 
 

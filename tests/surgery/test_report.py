@@ -18,19 +18,23 @@ def test_rows_and_text_cover_every_site(tiny: Callable[..., Any]) -> None:
     case = tiny("gpt2")
     handle = deltaops.attach(case.model, LoRA(r=4), backend="reference")
     report = deltaops.report(case.model)
-    assert tuple(row.path for row in report.rows) == handle.sites
+    assert tuple(row.path for row in report.rows if row.kind == "lora") == handle.sites
+    others = {row.path: row.kind for row in report.rows if row.kind != "lora"}
+    assert others == {"lm_head": "frozen", "loss_function": "loss"}
     assert {row.backend for row in report.rows} == {"reference"}
     assert report.fused == 0
     lines = str(report).splitlines()
     assert len([line for line in lines if "transformer.h" in line]) == len(handle.sites)
-    assert lines[-1] == "0 of 8 layers run on a fused backend"
+    assert lines[-1] == "0 of 10 layers run on a fused backend"
 
 
 def test_states_show(tiny: Callable[..., Any]) -> None:
     case = tiny("gpt2")
     handle = deltaops.attach(case.model, LoRA(r=4))
     with handle.disabled():
-        assert all("disabled or merged" in row.reason for row in deltaops.report(case.model).rows)
+        rows = [r for r in deltaops.report(case.model).rows if r.kind == "lora"]
+        assert rows
+        assert all("disabled or merged" in row.reason for row in rows)
     case.model.transformer.h[0].mlp.c_fc.weight.requires_grad_(True)
     (row,) = [r for r in deltaops.report(case.model).rows if r.backend == "torch"]
     assert row.path == "transformer.h.0.mlp.c_fc"
