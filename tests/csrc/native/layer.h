@@ -150,6 +150,8 @@ class Array {
 struct BranchSpec {
   int64_t rank;
   uint32_t threshold;
+  int32_t activation = DELTAOPS_IDENTITY;
+  bool bias = false;
 };
 
 struct Case {
@@ -159,6 +161,7 @@ struct Case {
   Layout weight;
   int threads;
   bool bias, s;
+  bool packed;  // once more with the weight packed
   uint64_t seed;
 
   std::string name() const;
@@ -171,9 +174,27 @@ struct Sum {
   void add(Sum a, double b) { value += a.value * b, size += a.size * std::fabs(b); }
 };
 
+// A packed weight in memory that ends where it does and has the alignment it needs and no more.
+class Packed {
+ public:
+  explicit Packed(const deltaops_matrix &weight, int threads = 1);
+  void *data() const { return block_.get() + kBefore; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr size_t kBefore = 4;
+  int64_t bytes_ = 0;
+  std::unique_ptr<unsigned char[]> block_;
+};
+
+deltaops_matrix transposed(const deltaops_matrix &m);
+
 class Layer {
  public:
   explicit Layer(const Case &c);
+
+  // From here on forward() and backward() pass packed weights, made for the ISA in use.
+  void pack();
 
   // Both hold pointers into this layer.
   deltaops_delta_linear_forward_args forward();
@@ -188,20 +209,24 @@ class Layer {
 
   Case c;
   std::vector<deltaops_branch> branches;
-  std::vector<deltaops_matrix> grad_a_list, grad_b_list;
+  std::vector<deltaops_matrix> grad_a_list, grad_b_list, grad_branch_bias_list;
 
  private:
   bool kept(int64_t m, int64_t k, size_t i) const;
-  double factor(size_t i) const;
+  double scale(size_t i) const;
   void check(const Array &got, int64_t r, int64_t col, Sum want, const char *what) const;
   template <class F>
   void each_output(const F &f) const;
 
   Rng rng_;
   Array x_, weight_, bias_, y_, s_, grad_y_, grad_x_, grad_bias_;
-  std::vector<Array> a_, b_, grad_a_, grad_b_;
+  std::vector<Array> a_, b_, branch_bias_, grad_a_, grad_b_, grad_branch_bias_;
+  std::unique_ptr<Packed> packed_, packed_transposed_;
   int64_t ranks_;
 };
+
+// Forward and, with the s that it has made, backward: right, and the same bits from packed weights.
+void check_passes(Layer *layer);
 
 // A random small case: every path of the core is reached by some of them.
 Case random_case(Rng *rng);
