@@ -209,10 +209,14 @@ bool spoil(int way, Args *args, Layer *layer, Rng *rng) {
       return true;
     }
     case 20: {
-      const Pairs pairs = apart(args, branched);
+      Pairs pairs = apart(args, branched);
+      const auto unseen = [](const auto &pair) {
+        return !plain(*pair.first) || !plain(*pair.second);
+      };
+      pairs.erase(std::remove_if(pairs.begin(), pairs.end(), unseen), pairs.end());
+      if (pairs.empty()) return false;
       const auto [written, other] =
           pairs[static_cast<size_t>(rng->below(static_cast<int64_t>(pairs.size())))];
-      if (!plain(*written) || !plain(*other)) return false;
       written->data = other->data;
       return true;
     }
@@ -339,16 +343,7 @@ void wild_call(const Args &args, Depth *depth) {
           "a wild call that failed wrote its outputs");
 }
 
-// Memory of `bytes` bytes, aligned to an element and no more.
-struct Buffer {
-  explicit Buffer(int64_t bytes) : block(new unsigned char[static_cast<size_t>(bytes) + 4]) {
-    std::memset(block.get(), 0xFF, static_cast<size_t>(bytes) + 4);
-  }
-  void *data() const { return block.get() + 4; }
-  std::unique_ptr<unsigned char[]> block;
-};
-
-constexpr int64_t kMuch = 1 << 20;
+constexpr int64_t kMuch = 1 << 20;  // bytes: larger weights are not packed here
 
 // Every function that takes a weight by itself.
 void wild_packing(const deltaops_matrix &weight, Rng *rng) {
@@ -373,17 +368,17 @@ void wild_packing(const deltaops_matrix &weight, Rng *rng) {
   CHECK(bytes >= 64, "%lld bytes packed", static_cast<long long>(bytes));
   const Buffer packed(bytes);
   const int32_t teams[] = {1, 2, 3, 64, 0, -1, std::numeric_limits<int32_t>::max()};
-  const int64_t other = wild_number(rng);
-  const deltaops_status status = deltaops_cpu_pack_weight(
-      asked,
-      rng->one_in(12)   ? nullptr
-      : rng->one_in(12) ? odd(packed.data())
-                        : packed.data(),
-      rng->one_in(12) && other != bytes ? other : bytes, rng->one_in(4) ? teams[rng->below(7)] : 2);
+  const int32_t team = rng->one_in(4) ? teams[rng->below(7)] : 2;
+  const int64_t given = rng->one_in(12) ? wild_number(rng) : bytes;
+  void *to = packed.data();
+  if (rng->one_in(12)) to = nullptr;
+  if (rng->one_in(12)) to = odd(to);
+  // A size that happens to be right must be that of the buffer.
+  const deltaops_status status =
+      deltaops_cpu_pack_weight(asked, to, sized == DELTAOPS_OK ? given : bytes, team);
   any_status(status);
   depths.packing.count(status);
-  if (status != DELTAOPS_OK)
-    CHECK(canary(packed.block.get(), static_cast<size_t>(bytes) + 4), "a refused packing wrote");
+  if (status != DELTAOPS_OK) CHECK(packed.untouched(), "a refused packing wrote");
   CHECK(canary(wild_input, sizeof wild_input), "packing wrote its input");
 }
 
@@ -395,7 +390,7 @@ void wild_packed(const deltaops_matrix &weight, Args *args, std::unique_ptr<Buff
   if (rng->one_in(2) || deltaops_cpu_packed_bytes(&weight, &bytes) != DELTAOPS_OK || bytes > kMuch)
     return;
   *memory = std::make_unique<Buffer>(bytes);
-  unsigned char *data = static_cast<unsigned char *>((*memory)->data());
+  unsigned char *data = (*memory)->data();
   if (!rng->one_in(8))
     CHECK(deltaops_cpu_pack_weight(&weight, data, bytes, 1) == DELTAOPS_OK, "%s",
           deltaops_last_error());

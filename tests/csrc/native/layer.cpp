@@ -64,6 +64,15 @@ Sum slope(int32_t kind, double h) {
   return sum;
 }
 
+std::unique_ptr<Buffer> packed(const deltaops_matrix &weight, int threads) {
+  int64_t bytes = 0;
+  CHECK(deltaops_cpu_packed_bytes(&weight, &bytes) == DELTAOPS_OK, "%s", deltaops_last_error());
+  auto buffer = std::make_unique<Buffer>(bytes);
+  CHECK(deltaops_cpu_pack_weight(&weight, buffer->data(), bytes, threads) == DELTAOPS_OK, "%s",
+        deltaops_last_error());
+  return buffer;
+}
+
 deltaops_status forward_of(Layer *layer) {
   const auto args = layer->forward();
   return deltaops_cpu_delta_linear_forward(&args);
@@ -78,14 +87,6 @@ deltaops_status backward_of(Layer *layer) {
 
 deltaops_matrix transposed(const deltaops_matrix &m) {
   return {m.data, m.cols, m.rows, m.col_stride, m.row_stride, m.dtype, m.reserved};
-}
-
-Packed::Packed(const deltaops_matrix &weight, int threads) {
-  CHECK(deltaops_cpu_packed_bytes(&weight, &bytes_) == DELTAOPS_OK, "%s", deltaops_last_error());
-  block_.reset(new unsigned char[kBefore + static_cast<size_t>(bytes_)]);
-  std::memset(block_.get(), 0xFF, kBefore + static_cast<size_t>(bytes_));
-  CHECK(deltaops_cpu_pack_weight(&weight, data(), bytes_, threads) == DELTAOPS_OK, "%s",
-        deltaops_last_error());
 }
 
 std::string Case::name() const {
@@ -139,8 +140,8 @@ Layer::Layer(const Case &given)
 }
 
 void Layer::pack() {
-  packed_ = std::make_unique<Packed>(weight_.matrix(), c.threads);
-  packed_transposed_ = std::make_unique<Packed>(transposed(weight_.matrix()), c.threads);
+  packed_ = packed(weight_.matrix(), c.threads);
+  packed_transposed_ = packed(transposed(weight_.matrix()), c.threads);
 }
 
 deltaops_delta_linear_forward_args Layer::forward() {

@@ -6,6 +6,7 @@
 #ifndef DELTAOPS_TESTS_LAYER_H
 #define DELTAOPS_TESTS_LAYER_H
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -110,7 +111,7 @@ class Array {
   }
 
   void remember() { before_.assign(block_.get(), block_.get() + bytes_); }
-  void restore() { std::memcpy(block_.get(), before_.data(), bytes_); }
+  void restore() { std::copy(before_.begin(), before_.end(), block_.get()); }
   bool untouched() const {
     return bytes_ == 0 || std::memcmp(block_.get(), before_.data(), bytes_) == 0;
   }
@@ -174,16 +175,25 @@ struct Sum {
   void add(Sum a, double b) { value += a.value * b, size += a.size * std::fabs(b); }
 };
 
-// A packed weight in memory that ends where it does and has the alignment it needs and no more.
-class Packed {
+// Bytes that end where their block does and have the alignment of a float and no more; 0xFF at
+// first, and a float of it before them.
+class Buffer {
  public:
-  explicit Packed(const deltaops_matrix &weight, int threads = 1);
-  void *data() const { return block_.get() + kBefore; }
+  explicit Buffer(int64_t bytes)
+      : bytes_(bytes), block_(new unsigned char[static_cast<size_t>(bytes) + kBefore]) {
+    std::memset(block_.get(), 0xFF, static_cast<size_t>(bytes) + kBefore);
+  }
+  unsigned char *data() const { return block_.get() + kBefore; }
   int64_t bytes() const { return bytes_; }
+  bool untouched() const {
+    for (size_t i = 0; i < static_cast<size_t>(bytes_) + kBefore; ++i)
+      if (block_[i] != 0xFF) return false;
+    return true;
+  }
 
  private:
   static constexpr size_t kBefore = 4;
-  int64_t bytes_ = 0;
+  int64_t bytes_;
   std::unique_ptr<unsigned char[]> block_;
 };
 
@@ -221,7 +231,7 @@ class Layer {
   Rng rng_;
   Array x_, weight_, bias_, y_, s_, grad_y_, grad_x_, grad_bias_;
   std::vector<Array> a_, b_, branch_bias_, grad_a_, grad_b_, grad_branch_bias_;
-  std::unique_ptr<Packed> packed_, packed_transposed_;
+  std::unique_ptr<Buffer> packed_, packed_transposed_;
   int64_t ranks_;
 };
 
