@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t kMaxSize = int64_t{1} << 40;   // of a dimension
 constexpr int64_t kMaxBytes = int64_t{1} << 56;  // from a matrix's first element to its last
 constexpr int64_t kMaxWork = int64_t{1} << 56;   // multiply-adds: weeks, on any machine
-constexpr int32_t kMaxThreads = 1024;
 constexpr int32_t kMaxBranches = 1 << 16;
 
 bool aligned(const void *pointer, size_t to) {
@@ -176,7 +175,11 @@ class Checker {
   // A packed weight [rows, cols], as this instruction set packs it.
   void packed(const char *name, const void *memory, int64_t bytes, int64_t rows, int64_t cols,
               int32_t dtype, const Kernels &kernels) {
-    if (memory == nullptr || status_ != DELTAOPS_OK) return;
+    if (status_ != DELTAOPS_OK) return;
+    expect(memory != nullptr || bytes == 0,
+           "%s must not be NULL with packed_bytes=%" PRId64 ". Pass 0 for no packed weight.", name,
+           bytes);
+    if (memory == nullptr) return;
     pointer(name, memory, alignof(float));
     const PackedHeader wanted = header_for(rows, cols, dtype, kernels);
     expect(bytes == packed_size(wanted),
@@ -213,6 +216,7 @@ class Checker {
       expect(branch.activation >= DELTAOPS_IDENTITY && branch.activation <= DELTAOPS_SILU,
              "branches[%d].activation must be 0 (identity) to 4 (silu), got %d.", i,
              branch.activation);
+      if (status_ != DELTAOPS_OK) break;  // this rank may be any number
       ranks += rank;
       expect(ranks <= kMaxSize, "the ranks must add up to at most 2^40, got %" PRId64 ".", ranks);
     }
@@ -254,8 +258,8 @@ deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
   const int64_t R = c.branches(args->branches, args->num_branches, N, K);
   if (args->s.data)
     c.output("s", args->s, "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
+  c.work(M, N, K, R);  // before the packed weight, whose size is a product of the others
   c.packed("packed_weight", args->packed_weight, args->packed_bytes, N, K, dtype, kernels);
-  c.work(M, N, K, R);
   c.apart("y", args->y, "x", args->x);
   c.apart("y", args->y, "weight", args->weight);
   c.apart("y", args->y, "bias", args->bias);
@@ -280,6 +284,7 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
 
   c.pointer("grad_a", args->grad_a, alignof(deltaops_matrix));
   c.pointer("grad_b", args->grad_b, alignof(deltaops_matrix));
+  c.pointer("grad_branch_bias", args->grad_branch_bias, alignof(deltaops_matrix));
   if (c.status() != DELTAOPS_OK) return c.status();
 
   // K comes from whoever is there.
@@ -293,7 +298,6 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
   if (args->grad_x.data) {
     c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);
     c.operand("weight (needed for grad_x)", args->weight, "[N, K]", N, K, dtype);
-    c.packed("packed_weight", args->packed_weight, args->packed_bytes, K, N, dtype, kernels);
   }
   if (args->grad_bias.data) c.output("grad_bias", args->grad_bias, "[1, N]", 1, N, -1);
   bool any_a = false, any_b = false, any_branch_bias = false, activated = false;
@@ -326,6 +330,8 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
     c.rows_of("s (needed for grad_b, and past an activation)", args->s,
               "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
   c.work(M, N, K, R);
+  if (args->grad_x.data)
+    c.packed("packed_weight", args->packed_weight, args->packed_bytes, K, N, dtype, kernels);
   c.apart("grad_x", args->grad_x, "grad_y", args->grad_y);
   if (any_a) c.apart("grad_x", args->grad_x, "x", args->x);
   if (s_read) c.apart("grad_x", args->grad_x, "s", args->s);

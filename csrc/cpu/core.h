@@ -35,6 +35,8 @@ struct PackedHeader {
 static_assert(sizeof(PackedHeader) == 64, "panels start on a cache line");
 constexpr uint64_t kPackedMagic = 0x64656c74616f7073;
 
+constexpr int32_t kMaxThreads = 1024;
+
 /* One instruction set's bodies. Arguments have been checked; the only way to fail is memory. */
 struct Kernels {
   const char *name;

@@ -122,7 +122,7 @@ deltaops_status forward_as(const ForwardArgs &args) {
   p.seed = args.seed;
   const int64_t branches = args.num_branches;
   set_terms(args.branches, branches, true, nullptr, nullptr, &p);
-  if (p.M == 0 || (p.N == 0 && p.s == nullptr)) return DELTAOPS_OK;
+  if (p.M == 0 || (p.N == 0 && (p.s == nullptr || p.ranks == 0))) return DELTAOPS_OK;
   if (p.N == 0)
     p.w.data = nullptr;  // S alone
   else if (p.w.data == nullptr)
@@ -355,6 +355,7 @@ void pack_weight_as(const deltaops_matrix &weight, void *packed, int threads) {
   memcpy(packed, &header, sizeof header);
   Unit *panels = reinterpret_cast<Unit *>(static_cast<char *>(packed) + sizeof header);
   const View<T> w = typed<T>(view(weight));
+  if (weight.cols == 0) return;  // no panels, however many rows
   const int64_t count = ceil_div(weight.rows, kTileColumns), steps = ceil_div(weight.cols, kUnit);
   const auto pack = [&](int self, int of) {
     const Range range = share(count, self, of);

@@ -210,10 +210,15 @@ deltaops_status deltaops_cpu_pack_weight(const deltaops_matrix *weight, void *pa
                 "of %lld bytes.",
                 static_cast<long long>(needed), packed ? "a buffer" : "NULL",
                 static_cast<long long>(bytes));
-  if (num_threads < 1)
+  if (reinterpret_cast<uintptr_t>(packed) % alignof(float) != 0)
     return fail(DELTAOPS_INVALID_ARGUMENT,
-                "pack_weight: num_threads must be at least 1, got %d. Pass the number of cores.",
-                num_threads);
+                "pack_weight: packed must be aligned to %zu bytes, got the address %p. Allocate it "
+                "as floats.",
+                alignof(float), packed);
+  if (num_threads < 1 || num_threads > kMaxThreads)
+    return fail(DELTAOPS_INVALID_ARGUMENT,
+                "pack_weight: num_threads must be 1 to %d, got %d. Pass the number of cores.",
+                kMaxThreads, num_threads);
   kernels->pack_weight(*weight, packed, num_threads);
   return DELTAOPS_OK;
 }
@@ -233,11 +238,13 @@ deltaops_status deltaops_cpu_fingerprint(const deltaops_matrix *weight, uint64_t
 int64_t deltaops_cpu_fma_peak(int32_t dtype, int64_t steps, int32_t num_threads) {
   const Kernels *kernels = nullptr;
   if (current(&kernels) != DELTAOPS_OK) return -1;
-  if (dtype < DELTAOPS_F32 || dtype > DELTAOPS_BF16 || steps < 1 || num_threads < 1) {
-    (void)fail(
-        DELTAOPS_INVALID_ARGUMENT,
-        "fma_peak: dtype must be 0 or 1, steps and num_threads at least 1, got %d, %lld, %d.",
-        dtype, static_cast<long long>(steps), num_threads);
+  constexpr int64_t kMaxSteps = int64_t{1} << 40;  // an hour; the count of them all stays in int64
+  if (dtype < DELTAOPS_F32 || dtype > DELTAOPS_BF16 || steps < 1 || steps > kMaxSteps ||
+      num_threads < 1 || num_threads > kMaxThreads) {
+    (void)fail(DELTAOPS_INVALID_ARGUMENT,
+               "fma_peak: dtype must be 0 or 1, steps 1 to 2^40 and num_threads 1 to %d, got %d, "
+               "%lld, %d. Ask for less.",
+               kMaxThreads, dtype, static_cast<long long>(steps), num_threads);
     return -1;
   }
   return kernels->fma_peak(dtype, steps, num_threads);

@@ -13,7 +13,81 @@ int64_t total_rank(const Case &c) {
 
 Layout rows_layout(Rng *rng) { return rng->one_in(2) ? Layout::kDense : Layout::kPadded; }
 
+// An activation is h * gate(h). The gates come from erfc and exp, so that the left tails keep their
+// digits.
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+double gate(int32_t kind, double h) {
+  switch (kind) {
+    case DELTAOPS_IDENTITY:
+      return 1;
+    case DELTAOPS_RELU:
+      return h > 0;
+    case DELTAOPS_GELU:
+      return std::erfc(-h / std::sqrt(2.0)) / 2;
+    case DELTAOPS_GELU_TANH:
+      return sigmoid(2 * std::sqrt(2 / M_PI) * (h + 0.044715 * h * h * h));
+    default:
+      return sigmoid(h);
+  }
+}
+
+double gate_slope(int32_t kind, double h) {
+  switch (kind) {
+    case DELTAOPS_IDENTITY:
+    case DELTAOPS_RELU:
+      return 0;
+    case DELTAOPS_GELU:
+      return std::exp(-h * h / 2) / std::sqrt(2 * M_PI);
+    case DELTAOPS_GELU_TANH: {
+      const double g = gate(kind, h);
+      return g * (1 - g) * 2 * std::sqrt(2 / M_PI) * (1 + 3 * 0.044715 * h * h);
+    }
+    default: {
+      const double g = gate(kind, h);
+      return g * (1 - g);
+    }
+  }
+}
+
+// act(h) where h has a rounding error of its own. |act(h)| <= |h|, and no slope exceeds 1.13.
+Sum activated(int32_t kind, Sum h) {
+  if (kind == DELTAOPS_IDENTITY) return h;
+  return {h.value * gate(kind, h.value), 2.2 * h.size};
+}
+
+// act'(h) of an exact h; near its zero it is the difference of two larger terms.
+Sum slope(int32_t kind, double h) {
+  Sum sum;
+  sum.add(gate(kind, h), 1);
+  sum.add(h, gate_slope(kind, h));
+  return sum;
+}
+
+std::unique_ptr<Buffer> packed(const deltaops_matrix &weight, int threads) {
+  int64_t bytes = 0;
+  CHECK(deltaops_cpu_packed_bytes(&weight, &bytes) == DELTAOPS_OK, "%s", deltaops_last_error());
+  auto buffer = std::make_unique<Buffer>(bytes);
+  CHECK(deltaops_cpu_pack_weight(&weight, buffer->data(), bytes, threads) == DELTAOPS_OK, "%s",
+        deltaops_last_error());
+  return buffer;
+}
+
+deltaops_status forward_of(Layer *layer) {
+  const auto args = layer->forward();
+  return deltaops_cpu_delta_linear_forward(&args);
+}
+
+deltaops_status backward_of(Layer *layer) {
+  const auto args = layer->backward();
+  return deltaops_cpu_delta_linear_backward(&args);
+}
+
 }  // namespace
+
+deltaops_matrix transposed(const deltaops_matrix &m) {
+  return {m.data, m.cols, m.rows, m.col_stride, m.row_stride, m.dtype, m.reserved};
+}
 
 std::string Case::name() const {
   std::string text = "M=" + std::to_string(M) + " N=" + std::to_string(N) +
@@ -21,9 +95,10 @@ std::string Case::name() const {
                      (adapters == DELTAOPS_BF16 ? "/bf16" : "/f32") +
                      " layout=" + std::to_string(static_cast<int>(weight)) +
                      " threads=" + std::to_string(threads) + (bias ? " bias" : "") +
-                     (s ? " s" : "") + " seed=" + std::to_string(seed);
+                     (s ? " s" : "") + (packed ? " packed" : "") + " seed=" + std::to_string(seed);
   for (const BranchSpec &branch : branches)
-    text += " r" + std::to_string(branch.rank) + "/" + std::to_string(branch.threshold);
+    text += " r" + std::to_string(branch.rank) + "/" + std::to_string(branch.threshold) + "/act" +
+            std::to_string(branch.activation) + (branch.bias ? "/bias" : "");
   return text + " isa=" + deltaops_cpu_isa();
 }
 
@@ -43,23 +118,30 @@ Layer::Layer(const Case &given)
     const Layout layout = static_cast<Layout>(rng_.below(3));
     a_.emplace_back(spec.rank, c.K, c.adapters, layout, &rng_);
     b_.emplace_back(c.N, spec.rank, c.adapters, layout, &rng_);
+    branch_bias_.emplace_back(1, spec.rank, c.adapters, Layout::kDense, &rng_);
     grad_a_.emplace_back(spec.rank, c.K, c.adapters, Layout::kDense, &rng_);
     grad_b_.emplace_back(c.N, spec.rank, c.adapters, Layout::kDense, &rng_);
+    grad_branch_bias_.emplace_back(1, spec.rank, c.adapters, Layout::kDense, &rng_);
   }
   for (Array *array : {&x_, &weight_, &bias_, &grad_y_}) array->fill(&rng_);
   for (size_t i = 0; i < a_.size(); ++i) {
     a_[i].fill(&rng_);
     b_[i].fill(&rng_);
-    branches.push_back({a_[i].matrix(),
-                        b_[i].matrix(),
-                        {},
-                        0.5f + static_cast<float>(i),
-                        c.branches[i].threshold,
-                        static_cast<uint32_t>(i),
-                        0});
+    branch_bias_[i].fill(&rng_);
+    const bool biased = c.branches[i].bias;
+    branches.push_back({a_[i].matrix(), b_[i].matrix(),
+                        biased ? branch_bias_[i].matrix() : deltaops_matrix{},
+                        0.5f + static_cast<float>(i), c.branches[i].threshold,
+                        static_cast<uint32_t>(i), c.branches[i].activation});
     grad_a_list.push_back(grad_a_[i].matrix());
     grad_b_list.push_back(grad_b_[i].matrix());
+    grad_branch_bias_list.push_back(biased ? grad_branch_bias_[i].matrix() : deltaops_matrix{});
   }
+}
+
+void Layer::pack() {
+  packed_ = packed(weight_.matrix(), c.threads);
+  packed_transposed_ = packed(transposed(weight_.matrix()), c.threads);
 }
 
 deltaops_delta_linear_forward_args Layer::forward() {
@@ -74,6 +156,7 @@ deltaops_delta_linear_forward_args Layer::forward() {
   args.branches = branches.data();
   args.num_branches = static_cast<int32_t>(branches.size());
   args.seed = c.seed;
+  if (packed_) args.packed_weight = packed_->data(), args.packed_bytes = packed_->bytes();
   return args;
 }
 
@@ -92,6 +175,10 @@ deltaops_delta_linear_backward_args Layer::backward() {
   if (c.bias) args.grad_bias = grad_bias_.matrix();
   args.grad_a = grad_a_list.data();
   args.grad_b = grad_b_list.data();
+  args.grad_branch_bias = grad_branch_bias_list.data();
+  if (packed_transposed_)
+    args.packed_weight = packed_transposed_->data(),
+    args.packed_bytes = packed_transposed_->bytes();
   return args;
 }
 
@@ -99,9 +186,10 @@ bool Layer::kept(int64_t m, int64_t k, size_t i) const {
   return deltaops_draw(k, m, static_cast<uint32_t>(i), c.seed) >= c.branches[i].threshold;
 }
 
-double Layer::factor(size_t i) const {
+// What dropout multiplies the kept elements by; nothing is kept where it is 0.
+double Layer::scale(size_t i) const {
   const double kept = 65536.0 - c.branches[i].threshold;
-  return kept > 0 ? static_cast<double>(branches[i].scaling) * 65536.0 / kept : 0.0;
+  return kept > 0 ? 65536.0 / kept : 0.0;
 }
 
 // Float sums in blocks stay far below 64 roundings; the result is rounded once more, to its dtype.
@@ -115,16 +203,19 @@ void Layer::check(const Array &got, int64_t r, int64_t col, Sum want, const char
 }
 
 void Layer::check_forward() const {
-  std::vector<Sum> s(static_cast<size_t>(ranks_));
+  std::vector<Sum> up(static_cast<size_t>(ranks_));  // s_i * act(H_i)
   for (int64_t m = 0; m < c.M; ++m) {
     size_t at = 0;
     for (size_t i = 0; i < a_.size(); ++i)
       for (int64_t q = 0; q < a_[i].rows(); ++q, ++at) {
-        Sum sum;
+        Sum h, scaled;
+        if (c.branches[i].bias) h.add(branch_bias_[i].at(0, q), 1);
         for (int64_t k = 0; k < c.K; ++k)
-          if (kept(m, k, i)) sum.add(factor(i) * x_.at(m, k), a_[i].at(q, k));
-        s[at] = sum;
-        if (c.s) check(s_, m, static_cast<int64_t>(at), sum, "s");
+          if (kept(m, k, i)) h.add(scale(i) * x_.at(m, k), a_[i].at(q, k));
+        scaled.add(activated(c.branches[i].activation, h), branches[i].scaling);
+        up[at] = scaled;
+        const Sum &saved = c.branches[i].activation == DELTAOPS_IDENTITY ? scaled : h;
+        if (c.s) check(s_, m, static_cast<int64_t>(at), saved, "s");
       }
     for (int64_t n = 0; n < c.N; ++n) {
       Sum sum;
@@ -132,7 +223,7 @@ void Layer::check_forward() const {
       for (int64_t k = 0; k < c.K; ++k) sum.add(x_.at(m, k), weight_.at(n, k));
       at = 0;
       for (const Array &b : b_)
-        for (int64_t q = 0; q < b.cols(); ++q, ++at) sum.add(s[at], b.at(n, q));
+        for (int64_t q = 0; q < b.cols(); ++q, ++at) sum.add(up[at], b.at(n, q));
       check(y_, m, n, sum, "y");
     }
   }
@@ -142,14 +233,22 @@ void Layer::check_forward() const {
 }
 
 void Layer::check_backward() const {
-  // ds[i][m * rank + q] = factor_i * sum_n grad_y[m, n] b_i[n, q]
-  std::vector<std::vector<Sum>> ds(a_.size());
-  for (size_t i = 0; i < a_.size(); ++i)
+  // The gradient of H_i: dh[i][m * rank + q] = s_i act'(H_i[m, q]) sum_n grad_y[m, n] b_i[n, q].
+  // Past an activation H_i is what s holds: as good as exact here, since it has been checked. up:
+  // s_i * act(H_i), what B_i multiplies.
+  std::vector<std::vector<Sum>> dh(a_.size());
+  std::vector<std::vector<double>> up(a_.size());
+  int64_t column = 0;
+  for (size_t i = 0; i < a_.size(); column += a_[i].rows(), ++i)
     for (int64_t m = 0; m < c.M; ++m)
       for (int64_t q = 0; q < a_[i].rows(); ++q) {
+        const int32_t kind = c.branches[i].activation;
+        const double s = s_.at(m, column + q), scaling = branches[i].scaling;
+        up[i].push_back(kind == DELTAOPS_IDENTITY ? s : scaling * s * gate(kind, s));
+        const Sum step = slope(kind, kind == DELTAOPS_IDENTITY ? 0 : s);
         Sum sum;
-        for (int64_t n = 0; n < c.N; ++n) sum.add(factor(i) * grad_y_.at(m, n), b_[i].at(n, q));
-        ds[i].push_back(sum);
+        for (int64_t n = 0; n < c.N; ++n) sum.add(scaling * grad_y_.at(m, n), b_[i].at(n, q));
+        dh[i].push_back({sum.value * step.value, sum.size * step.size});
       }
   for (int64_t m = 0; m < c.M; ++m)
     for (int64_t k = 0; k < c.K; ++k) {
@@ -158,23 +257,27 @@ void Layer::check_backward() const {
       for (size_t i = 0; i < a_.size(); ++i)
         if (kept(m, k, i))
           for (int64_t q = 0; q < a_[i].rows(); ++q)
-            sum.add(ds[i][static_cast<size_t>(m * a_[i].rows() + q)], a_[i].at(q, k));
+            sum.add(dh[i][static_cast<size_t>(m * a_[i].rows() + q)], scale(i) * a_[i].at(q, k));
       check(grad_x_, m, k, sum, "grad_x");
     }
-  int64_t column = 0;
-  for (size_t i = 0; i < a_.size(); column += a_[i].rows(), ++i)
+  for (size_t i = 0; i < a_.size(); ++i)
     for (int64_t q = 0; q < a_[i].rows(); ++q) {
+      const auto at = [&](int64_t m) { return static_cast<size_t>(m * a_[i].rows() + q); };
       for (int64_t k = 0; k < c.K; ++k) {
         Sum sum;
         for (int64_t m = 0; m < c.M; ++m)
-          if (kept(m, k, i)) sum.add(ds[i][static_cast<size_t>(m * a_[i].rows() + q)], x_.at(m, k));
+          if (kept(m, k, i)) sum.add(dh[i][at(m)], scale(i) * x_.at(m, k));
         check(grad_a_[i], q, k, sum, "grad_a");
       }
       for (int64_t n = 0; n < c.N; ++n) {
         Sum sum;
-        for (int64_t m = 0; m < c.M; ++m) sum.add(grad_y_.at(m, n), s_.at(m, column + q));
+        for (int64_t m = 0; m < c.M; ++m) sum.add(grad_y_.at(m, n), up[i][at(m)]);
         check(grad_b_[i], n, q, sum, "grad_b");
       }
+      if (!c.branches[i].bias) continue;
+      Sum sum;
+      for (int64_t m = 0; m < c.M; ++m) sum.add(dh[i][at(m)], 1);
+      check(grad_branch_bias_[i], 0, q, sum, "grad_branch_bias");
     }
   if (c.bias)
     for (int64_t n = 0; n < c.N; ++n) {
@@ -191,14 +294,16 @@ void Layer::check_backward() const {
 
 void Layer::check_inputs() const {
   bool same = x_.untouched() && weight_.untouched() && bias_.untouched() && grad_y_.untouched();
-  for (size_t i = 0; i < a_.size(); ++i) same = same && a_[i].untouched() && b_[i].untouched();
+  for (const auto *arrays : {&a_, &b_, &branch_bias_})
+    for (const Array &array : *arrays) same = same && array.untouched();
   CHECK(same, "an input was written (%s)", c.name().c_str());
 }
 
 template <class F>
 void Layer::each_output(const F &f) const {
   for (const Array *array : {&y_, &s_, &grad_x_, &grad_bias_}) f(*array);
-  for (size_t i = 0; i < a_.size(); ++i) f(grad_a_[i]), f(grad_b_[i]);
+  for (const auto *arrays : {&grad_a_, &grad_b_, &grad_branch_bias_})
+    for (const Array &array : *arrays) f(array);
 }
 
 bool Layer::outputs_untouched() const {
@@ -217,13 +322,35 @@ std::string Layer::output_bits() const {
   return bits;
 }
 
+void check_passes(Layer *layer) {
+  const std::string name = layer->c.name();
+  CHECK(forward_of(layer) == DELTAOPS_OK, "%s (%s)", deltaops_last_error(), name.c_str());
+  layer->check_forward();
+  if (layer->c.s) {
+    CHECK(backward_of(layer) == DELTAOPS_OK, "%s (%s)", deltaops_last_error(), name.c_str());
+    layer->check_backward();
+  }
+  if (!layer->c.packed) return;
+  const std::string want = layer->output_bits();
+  layer->restore_outputs();
+  layer->pack();
+  CHECK(forward_of(layer) == DELTAOPS_OK, "%s (%s)", deltaops_last_error(), name.c_str());
+  if (layer->c.s)
+    CHECK(backward_of(layer) == DELTAOPS_OK, "%s (%s)", deltaops_last_error(), name.c_str());
+  CHECK(layer->output_bits() == want, "a packed weight gave other bits (%s)", name.c_str());
+  layer->check_inputs();
+}
+
 Case random_case(Rng *rng) {
   const auto size = [&] { return rng->one_in(12) ? 0 : 1 + rng->below(rng->one_in(8) ? 90 : 20); };
   Case c = {};
   c.M = size(), c.N = size(), c.K = rng->one_in(20) ? 1025 + rng->below(40) : size();
   for (int64_t left = rng->below(4); left > 0; --left) {
     const uint32_t thresholds[] = {0, 0, 6554, 65535, 65536};
-    c.branches.push_back({1 + rng->below(rng->one_in(6) ? 40 : 9), thresholds[rng->below(5)]});
+    const int64_t rank = 1 + rng->below(rng->one_in(6) ? 40 : 9);
+    const uint32_t threshold = thresholds[rng->below(5)];
+    const int32_t activation = rng->one_in(2) ? 0 : static_cast<int32_t>(rng->below(5));
+    c.branches.push_back({rank, threshold, activation, rng->one_in(3)});
   }
   c.dtype = rng->one_in(2) ? DELTAOPS_BF16 : DELTAOPS_F32;
   c.adapters = rng->one_in(2) ? DELTAOPS_BF16 : DELTAOPS_F32;
@@ -231,6 +358,7 @@ Case random_case(Rng *rng) {
   c.threads = 1 + static_cast<int>(rng->below(3));
   c.bias = !rng->one_in(4);
   c.s = !rng->one_in(4);
+  c.packed = rng->one_in(2);
   c.seed = rng->next();
   return c;
 }

@@ -6,6 +6,7 @@
 #ifndef DELTAOPS_TESTS_LAYER_H
 #define DELTAOPS_TESTS_LAYER_H
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -110,7 +111,7 @@ class Array {
   }
 
   void remember() { before_.assign(block_.get(), block_.get() + bytes_); }
-  void restore() { std::memcpy(block_.get(), before_.data(), bytes_); }
+  void restore() { std::copy(before_.begin(), before_.end(), block_.get()); }
   bool untouched() const {
     return bytes_ == 0 || std::memcmp(block_.get(), before_.data(), bytes_) == 0;
   }
@@ -150,6 +151,8 @@ class Array {
 struct BranchSpec {
   int64_t rank;
   uint32_t threshold;
+  int32_t activation = DELTAOPS_IDENTITY;
+  bool bias = false;
 };
 
 struct Case {
@@ -159,6 +162,7 @@ struct Case {
   Layout weight;
   int threads;
   bool bias, s;
+  bool packed;  // once more with the weight packed
   uint64_t seed;
 
   std::string name() const;
@@ -171,9 +175,36 @@ struct Sum {
   void add(Sum a, double b) { value += a.value * b, size += a.size * std::fabs(b); }
 };
 
+// Bytes that end where their block does and have the alignment of a float and no more; 0xFF at
+// first, and a float of it before them.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes)
+      : bytes_(bytes), block_(new unsigned char[static_cast<size_t>(bytes) + kBefore]) {
+    std::memset(block_.get(), 0xFF, static_cast<size_t>(bytes) + kBefore);
+  }
+  unsigned char *data() const { return block_.get() + kBefore; }
+  int64_t bytes() const { return bytes_; }
+  bool untouched() const {
+    for (size_t i = 0; i < static_cast<size_t>(bytes_) + kBefore; ++i)
+      if (block_[i] != 0xFF) return false;
+    return true;
+  }
+
+ private:
+  static constexpr size_t kBefore = 4;
+  int64_t bytes_;
+  std::unique_ptr<unsigned char[]> block_;
+};
+
+deltaops_matrix transposed(const deltaops_matrix &m);
+
 class Layer {
  public:
   explicit Layer(const Case &c);
+
+  // From here on forward() and backward() pass packed weights, made for the ISA in use.
+  void pack();
 
   // Both hold pointers into this layer.
   deltaops_delta_linear_forward_args forward();
@@ -188,20 +219,24 @@ class Layer {
 
   Case c;
   std::vector<deltaops_branch> branches;
-  std::vector<deltaops_matrix> grad_a_list, grad_b_list;
+  std::vector<deltaops_matrix> grad_a_list, grad_b_list, grad_branch_bias_list;
 
  private:
   bool kept(int64_t m, int64_t k, size_t i) const;
-  double factor(size_t i) const;
+  double scale(size_t i) const;
   void check(const Array &got, int64_t r, int64_t col, Sum want, const char *what) const;
   template <class F>
   void each_output(const F &f) const;
 
   Rng rng_;
   Array x_, weight_, bias_, y_, s_, grad_y_, grad_x_, grad_bias_;
-  std::vector<Array> a_, b_, grad_a_, grad_b_;
+  std::vector<Array> a_, b_, branch_bias_, grad_a_, grad_b_, grad_branch_bias_;
+  std::unique_ptr<Buffer> packed_, packed_transposed_;
   int64_t ranks_;
 };
+
+// Forward and, with the s that it has made, backward: right, and the same bits from packed weights.
+void check_passes(Layer *layer);
 
 // A random small case: every path of the core is reached by some of them.
 Case random_case(Rng *rng);

@@ -15,7 +15,13 @@ const Shape kShapes[] = {{0, 5, 3},     {4, 0, 3},    {4, 5, 0},   {1, 1, 1},
                          {1, 70, 65},   {8, 33, 64},  {9, 13, 31}, {17, 67, 515},
                          {3, 17, 1100}, {65, 20, 40}, {200, 9, 24}};
 const std::vector<BranchSpec> kBranches[] = {
-    {}, {{4, 0}}, {{1, 6554}}, {{8, 0}, {3, 30000}, {17, 0}, {5, 65536}}, {{40, 0}, {16, 1}}};
+    {},
+    {{4, 0}},
+    {{1, 6554}},
+    {{8, 0}, {3, 30000}, {17, 0}, {5, 65536}},
+    {{40, 0}, {16, 1}},
+    {{5, 0, DELTAOPS_RELU, true}, {4, 0, DELTAOPS_IDENTITY, true}, {17, 9000, DELTAOPS_GELU}},
+    {{3, 65536, DELTAOPS_SILU, true}, {33, 0, DELTAOPS_SILU}, {16, 1, DELTAOPS_GELU_TANH, true}}};
 
 }  // namespace
 
@@ -36,16 +42,10 @@ void sweep(bool quick) {
                   1 + static_cast<int>(seed / 3 % 3),
                   seed % 5 != 0,
                   true,
+                  true,
                   seed};
         Layer layer(c);
-        const auto forward = layer.forward();
-        CHECK(deltaops_cpu_delta_linear_forward(&forward) == DELTAOPS_OK, "%s (%s)",
-              deltaops_last_error(), c.name().c_str());
-        layer.check_forward();
-        const auto backward = layer.backward();
-        CHECK(deltaops_cpu_delta_linear_backward(&backward) == DELTAOPS_OK, "%s (%s)",
-              deltaops_last_error(), c.name().c_str());
-        layer.check_backward();
+        check_passes(&layer);
       }
 }
 

@@ -7,8 +7,18 @@
 namespace test {
 namespace {
 
-const Case kCase = {
-    40, 70, 300, {{8, 0}, {4, 6554}}, DELTAOPS_F32, DELTAOPS_F32, Layout::kDense, 2, true, true, 7};
+const Case kCase = {40,
+                    70,
+                    300,
+                    {{8, 0}, {4, 6554}, {3, 0, DELTAOPS_GELU, true}},
+                    DELTAOPS_F32,
+                    DELTAOPS_F32,
+                    Layout::kDense,
+                    2,
+                    true,
+                    true,
+                    true,
+                    7};
 constexpr int kCallers = 4;
 
 // With other's inputs and the layer's own outputs.
@@ -23,6 +33,7 @@ std::string run(Layer *layer, Layer *inputs) {
   backward.grad_bias = mine.grad_bias;
   backward.grad_a = mine.grad_a;
   backward.grad_b = mine.grad_b;
+  backward.grad_branch_bias = mine.grad_branch_bias;
   CHECK(deltaops_cpu_delta_linear_backward(&backward) == DELTAOPS_OK, "%s", deltaops_last_error());
   return layer->output_bits();
 }
@@ -34,6 +45,7 @@ void threads(int rounds) {
   const std::string want = run(&shared, &shared);
   shared.check_forward();
   shared.check_backward();
+  shared.pack();
   for (const bool share : {false, true}) {
     std::vector<std::string> got(kCallers);
     std::vector<std::thread> callers;
