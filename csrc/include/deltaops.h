@@ -21,7 +21,7 @@
 
 #include <stdint.h>
 
-#define DELTAOPS_ABI_VERSION 2
+#define DELTAOPS_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define DELTAOPS_API __attribute__((visibility("default")))
