@@ -20,26 +20,29 @@ constexpr int64_t kDotRows = 8;  // rows of x up to which this path is taken
 template <int MR, int NB, class T>
 __attribute__((noinline)) void dot_block(const float *x, ptrdiff_t x_row, const T *w, int64_t w_row,
                                          int64_t K, float *c, ptrdiff_t c_row) {
-  VecF acc[MR][NB];
-  DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
-  for (int j = 0; j < NB; ++j) acc[i][j] = VecF{};
+  float total[MR][NB] = {};
   int64_t k = 0;
-  for (; k + kLanes <= K; k += kLanes) {
-    VecF row[MR];
+  while (k + kLanes <= K) {  // once for each chain
+    const int64_t end = least(K - kLanes, k + (kChain - 1) * kLanes);
+    VecF acc[MR][NB];
     DELTAOPS_UNROLL
-    for (int i = 0; i < MR; ++i) row[i] = load(x + i * x_row + k);
-    DELTAOPS_UNROLL
-    for (int j = 0; j < NB; ++j) {
-      const VecF value = load(w + j * w_row + k);
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < NB; ++j) acc[i][j] = VecF{};
+    for (; k <= end; k += kLanes) {
+      VecF row[MR];
       DELTAOPS_UNROLL
-      for (int i = 0; i < MR; ++i) acc[i][j] += row[i] * value;
+      for (int i = 0; i < MR; ++i) row[i] = load(x + i * x_row + k);
+      DELTAOPS_UNROLL
+      for (int j = 0; j < NB; ++j) {
+        const VecF value = load(w + j * w_row + k);
+        DELTAOPS_UNROLL
+        for (int i = 0; i < MR; ++i) acc[i][j] += row[i] * value;
+      }
     }
+    DELTAOPS_UNROLL
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < NB; ++j) total[i][j] += sum(acc[i][j]);
   }
-  float total[MR][NB];
-  DELTAOPS_UNROLL
-  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
-  for (int j = 0; j < NB; ++j) total[i][j] = sum(acc[i][j]);
   for (; k < K; ++k) DELTAOPS_UNROLL
   for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
   for (int j = 0; j < NB; ++j) total[i][j] += x[i * x_row + k] * widen(w[j * w_row + k]);

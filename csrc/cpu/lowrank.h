@@ -88,7 +88,7 @@ __attribute__((noinline)) void narrow_tile(const float *a, ptrdiff_t a_row, cons
   DELTAOPS_UNROLL
   for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
   for (int j = 0; j < NV; ++j) acc[i][j] = VecF{};
-  accumulate(acc, a, a_row, 1, panel, steps);
+  accumulate_chains(acc, a, a_row, panel, steps);
   DELTAOPS_UNROLL
   for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
   for (int j = 0; j < NV; ++j) {

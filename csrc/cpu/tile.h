@@ -9,8 +9,10 @@
  *
  * A finished tile is
  *     y = round(bias + sum_j S_j B_j^T + sum over blocks of k of x W^T)
- * with the rank-R products as extra steps of the same accumulators. Each block of k starts from
- * zero and is added to the running float sum: that halves the error of one long chain.
+ * with the rank-R products as extra steps of the same accumulators. No chain of additions is longer
+ * than kChain steps: each starts from zero and is added to the running float sum, within the tile
+ * as between blocks of k. So the error follows the chain and not K, and blocks of k may be as long
+ * as the caches like them.
  */
 #ifndef DELTAOPS_CPU_TILE_H
 #define DELTAOPS_CPU_TILE_H
@@ -24,6 +26,7 @@ namespace {
 constexpr int kTileRows = DELTAOPS_TILE_ROWS;
 constexpr int kTileVectors = DELTAOPS_TILE_VECTORS;
 constexpr int kTileColumns = kTileVectors * kLanes;
+constexpr int64_t kChain = 256;  // torch's products, the yardstick of accuracy, block k alike
 
 DELTAOPS_INLINE VecF multiply_add(VecF acc, float a, VecF b) { return acc + splat(a) * b; }
 DELTAOPS_INLINE VecF multiply_add(VecF acc, Pair a, VecF b) {
@@ -53,6 +56,26 @@ DELTAOPS_INLINE void accumulate(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_
     DELTAOPS_UNROLL
     for (int g = 0; g < kBases; ++g) base[g] += a_step;
     b += NV * kLanes;
+  }
+}
+
+/* The same for rows of a, in chains of kChain. */
+template <int MR, int NV, class Unit>
+DELTAOPS_INLINE void accumulate_chains(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_row,
+                                       const Unit *b, int64_t steps) {
+  accumulate(acc, a, a_row, 1, b, least(steps, kChain));
+  for (int64_t step = kChain; step < steps; step += kChain) {
+    float held[MR][NV * kLanes];
+    DELTAOPS_UNROLL
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      store(held[i] + j * kLanes, acc[i][j]);
+      acc[i][j] = VecF{};
+    }
+    accumulate(acc, a + step, a_row, 1, b + step * NV * kLanes, least(steps - step, kChain));
+    DELTAOPS_UNROLL
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < NV; ++j) acc[i][j] += load(held[i] + j * kLanes);
   }
 }
 
@@ -104,7 +127,7 @@ __attribute__((noinline)) void tile(const Tile<Unit, T> &t) {
   for (int64_t g = 0; g < t.num_segments; ++g)
     accumulate(acc, t.s + t.segments[g].column, t.s_row, 1, t.q + t.segments[g].step * kTileColumns,
                t.segments[g].rank);
-  accumulate(acc, t.a, t.a_row, 1, t.b, t.steps);
+  accumulate_chains(acc, t.a, t.a_row, t.b, t.steps);
 
   float edge[MR][kTileColumns];  // a tile that hangs over the right edge goes through here
   const bool whole = t.columns == kTileColumns;

@@ -156,6 +156,11 @@ DELTA_LINEAR_CASES = (
     DeltaLinearCase(50, 37, 53, (8, 1, 16), dropout=(0.3, 0.2, 0.1), bias=False),
     DeltaLinearCase(12, 20, 24, (3,), dropout=(1.0,)),
     DeltaLinearCase(300, 200, 700, (16,)),
+    # long sums: over k forward, over n and over m backward
+    DeltaLinearCase(20, 24, 4100, (3,)),
+    DeltaLinearCase(3, 12, 16500, (2,), bias=False),
+    DeltaLinearCase(20, 4100, 24, (3,), layout="col"),
+    DeltaLinearCase(4100, 12, 20, (2,)),
     # parallel adapters
     DeltaLinearCase(64, 48, 32, (8,), activation=("relu",)),
     DeltaLinearCase(130, 37, 300, (24,), padding=3, activation=("gelu",), branch_bias=(True,)),
