@@ -22,11 +22,11 @@ SHARES = 2
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_kernels_match_fp64_and_repeat_their_bits(share: int) -> None:
-    # 300×200×700 takes long to interpret and adds no edge; adapters have no kernel yet
+    # big ones take long to interpret and run on a GPU's tests; adapters have no kernel yet
     numbers = [
         str(i)
         for i, case in enumerate(DELTA_LINEAR_CASES)
-        if case.m * case.n * case.k < 10_000_000 and not (case.activation or case.branch_bias)
+        if max(case.m, case.n, case.k) < 500 and not (case.activation or case.branch_bias)
     ][share::SHARES]
     result = subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],
