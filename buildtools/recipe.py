@@ -119,7 +119,7 @@ def _build_module(
     unit = Unit(
         source=folder / source,
         command=(*compiler.command, *BINDING_FLAGS, *includes),
-        reads=(INCLUDE,),
+        reads=(INCLUDE, folder),
         compiler_version=compiler.version,
     )
     objects = compile_all([unit], build.objects, 1, build.say)

@@ -12,7 +12,6 @@ which that does not see, a fingerprint of some elements.
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from deltaops.errors import ConfigError
+from deltaops.memory import available
 
 Policy = Literal["auto", "always", "never"]
 
@@ -190,7 +190,7 @@ class Packing:
     def budget(self) -> int:
         """Bytes that "auto" may use: a quarter of what was available when this was first asked."""
         if self._budget is None:
-            self._budget = int(_available_memory() * _SHARE_OF_MEMORY)
+            self._budget = int(available() * _SHARE_OF_MEMORY)
         return self._budget
 
     def _sweep(self) -> None:
@@ -216,17 +216,3 @@ def check_policy(policy: str) -> None:
             f"pack must be one of {', '.join(get_args(Policy))}, got {policy!r}. 'auto' packs "
             "frozen weights while memory allows."
         )
-
-
-def _available_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # no Linux: the whole memory is the next best that every POSIX system tells
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30  # Windows has no sysconf; a quarter of this is one packed GPT-2

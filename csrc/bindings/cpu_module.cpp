@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "deltaops.h"
+#include "recycled.h"
 
 namespace py = pybind11;
 
@@ -398,9 +399,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("packed_bytes") = 0);
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
-  m.def("advise_huge_pages", [](Address data, int64_t bytes) {
-    deltaops_cpu_advise_huge_pages(reinterpret_cast<void *>(data), bytes);
-  });
+  using deltaops_bindings::Recycler;
+  m.def("recycled", &deltaops_bindings::recycled,
+        "A DLPack capsule of a matrix [rows, cols]: memory of an earlier one where there is some.");
+  m.def("recycle_limit", [](size_t bytes) { Recycler::instance().set_limit(bytes); });
+  m.def("recycle_idle", [] { return Recycler::instance().idle_bytes(); });
+  m.def("recycle_release", [] { Recycler::instance().release(); });
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_weight", &pack_weight);
   m.def("fingerprint", &fingerprint);

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from deltaops import memory
 from deltaops.packing import PACKING, Layout
 from deltaops.reference.philox import drop_threshold
 
@@ -37,6 +38,7 @@ def native() -> ModuleType | str:
             f"deltaops._cpu has ABI {module.abi_version()}, this package needs {ABI_VERSION}; "
             "rebuild it (pip install --force-reinstall deltaops)"
         )
+    memory.start(module)
     return module
 
 
@@ -53,12 +55,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """``torch.empty``; from 32 MiB on in huge pages. Memory of that size is new at every call
-    (glibc maps it and gives it back), and in small pages its faults cost more than most ops do."""
-    out = torch.empty((rows, columns), dtype=dtype)
-    if out.nbytes >= 1 << 25:
-        _core().advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+    return memory.large(rows, columns, dtype, _DTYPES[dtype])
 
 
 def _adapter(t: Tensor) -> Tensor:
@@ -254,7 +251,7 @@ class CpuBackend:
             residual = _rows(residual)
         parameters = [_whole(t) for t in (gamma, beta, down, down_bias, up, up_bias)]
         (m, k), rank = x.shape, down.shape[0]
-        y = torch.empty((m, k), dtype=x.dtype)
+        y = _large(m, k, x.dtype)
         h = torch.empty((m, rank), dtype=torch.float32)
         stats = torch.empty((0 if norm == "none" else m, 2), dtype=torch.float32)
         _core().bottleneck_forward(
@@ -300,7 +297,7 @@ class CpuBackend:
             x = _rows(x)
         parameters = [_whole(t) for t in (gamma, beta, down, up)]
         (m, k), rank = grad_y.shape, down.shape[0]
-        grad_x = torch.empty((m, k), dtype=grad_y.dtype) if needs[0] else None
+        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
         wanted = [
             torch.empty(shape, dtype=like.dtype) if need and like is not None else None
             for shape, like, need in zip(
@@ -338,7 +335,7 @@ class CpuBackend:
         """See :class:`deltaops.backends.base.AdapterBackend`."""
         x, gamma, bias = _rows(x), _whole(gamma), _whole(bias)
         m, k = x.shape
-        y = torch.empty((m, k), dtype=x.dtype)
+        y = _large(m, k, x.dtype)
         stats = torch.empty((m, 2), dtype=torch.float32)
         _core().norm_bias_forward(
             _DTYPES[x.dtype],
@@ -371,7 +368,7 @@ class CpuBackend:
         if x is not None:
             x = _rows(x)
         m, k = grad_y.shape
-        grad_x = torch.empty((m, k), dtype=grad_y.dtype) if needs[0] else None
+        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
         grad_gamma = torch.empty(k, dtype=dtype) if needs[1] else None
         grad_bias = torch.empty(k, dtype=dtype) if needs[2] else None
         _core().norm_bias_backward(

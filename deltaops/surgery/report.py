@@ -89,6 +89,11 @@ class Report:
         lines += [f"[{i}] {reason}" for i, reason in enumerate(reasons, start=1)]
         if self.packed:
             lines.append(f"packed copies of frozen weights hold {_megabytes(self.packed)}")
+        if waiting := memory.idle():
+            lines.append(
+                f"{_megabytes(waiting)} wait for the next step's outputs; "
+                "deltaops.memory.release() gives them back"
+            )
         lines.append(f"{self.fused} of {len(self.rows)} layers run on a fused backend")
         return "\n".join(lines)
 

@@ -24,6 +24,7 @@ LAYERS = (
     {"dispatch"},
     {"backends"},
     {"kernels", "_cpu", "_cuda", "reference", "packing", "files"},
+    {"memory"},
 )
 RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
 EVERYWHERE = {"errors", "__version__"}
