@@ -494,4 +494,60 @@ deltaops_status check(const NormBiasBackwardArgs *args) {
   return c.status();
 }
 
+// ------------------------------------------------------------------------------------------ gated
+
+deltaops_status check(const GatedForwardArgs *args) {
+  if (args == nullptr)
+    return fail(DELTAOPS_INVALID_ARGUMENT, "gated_forward: args must not be NULL.");
+  Checker c("gated_forward");
+  c.pointer("args", args, alignof(deltaops_matrix));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, args->reserved);
+  if (c.status() != DELTAOPS_OK) return c.status();
+  const int64_t M = args->gate.rows, K = args->gate.cols;
+  const int dtype = args->gate.dtype;
+  c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
+  activation_kind(&c, args->activation);
+  c.rows_of("gate", args->gate, "[M, K]", M, K, -1);
+  c.rows_of("up", args->up, "[M, K] with M and K from gate", M, K, dtype);
+  c.output("y", args->y, "[M, K] with M and K from gate", M, K, dtype);
+  c.apart("y", args->y, "gate", args->gate);
+  c.apart("y", args->y, "up", args->up);
+  return c.status();
+}
+
+deltaops_status check(const GatedBackwardArgs *args) {
+  if (args == nullptr)
+    return fail(DELTAOPS_INVALID_ARGUMENT, "gated_backward: args must not be NULL.");
+  Checker c("gated_backward");
+  c.pointer("args", args, alignof(deltaops_matrix));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, args->reserved);
+  if (c.status() != DELTAOPS_OK) return c.status();
+  const int64_t M = args->grad_y.rows, K = args->grad_y.cols;
+  const int dtype = args->grad_y.dtype;
+  c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
+  activation_kind(&c, args->activation);
+  c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
+  c.rows_of("gate", args->gate, "[M, K] with M and K from grad_y", M, K, dtype);
+  if (args->grad_gate.data) {
+    c.rows_of("up (needed for grad_gate)", args->up, "[M, K] with M and K from grad_y", M, K,
+              dtype);
+    c.output("grad_gate", args->grad_gate, "[M, K] with M and K from grad_y", M, K, dtype);
+    c.apart("grad_gate", args->grad_gate, "grad_y", args->grad_y);
+    c.apart("grad_gate", args->grad_gate, "gate", args->gate);
+    c.apart("grad_gate", args->grad_gate, "up", args->up);
+  }
+  if (args->grad_up.data) {
+    c.output("grad_up", args->grad_up, "[M, K] with M and K from grad_y", M, K, dtype);
+    c.apart("grad_up", args->grad_up, "grad_y", args->grad_y);
+    c.apart("grad_up", args->grad_up, "gate", args->gate);
+    if (args->grad_gate.data) {
+      c.apart("grad_up", args->grad_up, "up", args->up);
+      c.apart("grad_up", args->grad_up, "grad_gate", args->grad_gate);
+    }
+  }
+  return c.status();
+}
+
 }  // namespace deltaops

@@ -23,6 +23,8 @@ using NormBiasForwardArgs = deltaops_norm_bias_forward_args;
 using NormBiasBackwardArgs = deltaops_norm_bias_backward_args;
 using CrossEntropyForwardArgs = deltaops_cross_entropy_forward_args;
 using CrossEntropyBackwardArgs = deltaops_cross_entropy_backward_args;
+using GatedForwardArgs = deltaops_gated_forward_args;
+using GatedBackwardArgs = deltaops_gated_backward_args;
 
 /* What a packed weight starts with; panels follow, each [steps][panel_columns] units. */
 struct PackedHeader {
@@ -53,6 +55,8 @@ struct Kernels {
   deltaops_status (*norm_bias_backward)(const NormBiasBackwardArgs &);
   deltaops_status (*cross_entropy_forward)(const CrossEntropyForwardArgs &);
   deltaops_status (*cross_entropy_backward)(const CrossEntropyBackwardArgs &);
+  deltaops_status (*gated_forward)(const GatedForwardArgs &);
+  deltaops_status (*gated_backward)(const GatedBackwardArgs &);
 };
 
 /* Where other bodies would stand: AMX (tdpbf16ps tiles) after avx512_bf16, NEON and SVE beside
@@ -77,6 +81,8 @@ deltaops_status check(const BottleneckForwardArgs *args);
 deltaops_status check(const BottleneckBackwardArgs *args);
 deltaops_status check(const NormBiasForwardArgs *args);
 deltaops_status check(const NormBiasBackwardArgs *args);
+deltaops_status check(const GatedForwardArgs *args);
+deltaops_status check(const GatedBackwardArgs *args);
 /* checks_cross_entropy.cpp */
 deltaops_status check(const CrossEntropyForwardArgs *args);
 deltaops_status check(const CrossEntropyBackwardArgs *args);

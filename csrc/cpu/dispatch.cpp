@@ -316,6 +316,20 @@ deltaops_status deltaops_cpu_cross_entropy_backward(
   return status == DELTAOPS_OK ? kernels->cross_entropy_backward(*args) : status;
 }
 
+deltaops_status deltaops_cpu_gated_forward(const deltaops_gated_forward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->gated_forward(*args) : status;
+}
+
+deltaops_status deltaops_cpu_gated_backward(const deltaops_gated_backward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->gated_backward(*args) : status;
+}
+
 void deltaops_cpu_advise_huge_pages(void *data, int64_t bytes) {
   if (data != nullptr && bytes > 0) advise_huge_pages(data, static_cast<size_t>(bytes));
 }

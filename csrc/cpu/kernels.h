@@ -5,6 +5,7 @@
 #include "bottleneck.h"
 #include "cross_entropy.h"
 #include "delta_linear.h"
+#include "gated.h"
 #include "norm_bias.h"
 
 /* Ends every ISA file: the one symbol it exports. */
@@ -24,6 +25,8 @@
                                  isa::norm_bias_forward,                         \
                                  isa::norm_bias_backward,                        \
                                  isa::cross_entropy_forward,                     \
-                                 isa::cross_entropy_backward};                   \
+                                 isa::cross_entropy_backward,                    \
+                                 isa::gated_forward,                             \
+                                 isa::gated_backward};                           \
   }
 #endif

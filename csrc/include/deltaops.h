@@ -21,7 +21,7 @@
 
 #include <stdint.h>
 
-#define DELTAOPS_ABI_VERSION 3
+#define DELTAOPS_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define DELTAOPS_API __attribute__((visibility("default")))
@@ -281,6 +281,38 @@ deltaops_cpu_cross_entropy_backward(const deltaops_cross_entropy_backward_args *
  * large new buffers, which malloc maps afresh each time: in pages of 4 KiB the faults of a
  * gradient of the logits take several times as long as writing it. Advice: nothing can fail. */
 DELTAOPS_API void deltaops_cpu_advise_huge_pages(void *data, int64_t bytes);
+
+/* ---- gated: the product in the middle of a gated MLP, element by element (Shazeer 2020)
+ *
+ *     y = act(gate) * up,    grad_gate = grad_y * up * act'(gate),    grad_up = grad_y * act(gate)
+ *
+ * NaN and the infinities give what torch gives, not the limits that the other ops take: infinity *
+ * 0 is NaN in gelu and silu of -infinity, and in their slopes at both infinities. The result does
+ * not depend on num_threads. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  deltaops_matrix gate; /* [M, K] f32 or bf16 */
+  deltaops_matrix up;   /* [M, K] dtype of gate */
+  deltaops_matrix y;    /* [M, K] dtype of gate, written */
+  int32_t activation;   /* deltaops_activation */
+  int32_t reserved;     /* 0 */
+} deltaops_gated_forward_args;
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  deltaops_matrix grad_y;    /* [M, K] f32 or bf16 */
+  deltaops_matrix gate;      /* [M, K] dtype of grad_y */
+  deltaops_matrix up;        /* [M, K]; may be absent when grad_gate is not wanted */
+  deltaops_matrix grad_gate; /* [M, K] dtype of grad_y, or absent; so the next */
+  deltaops_matrix grad_up;   /* [M, K] */
+  int32_t activation;
+  int32_t reserved; /* 0 */
+} deltaops_gated_backward_args;
+
+DELTAOPS_API deltaops_status deltaops_cpu_gated_forward(const deltaops_gated_forward_args *args);
+DELTAOPS_API deltaops_status deltaops_cpu_gated_backward(const deltaops_gated_backward_args *args);
 
 #ifdef __cplusplus
 }

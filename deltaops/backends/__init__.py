@@ -12,6 +12,8 @@ from .base import (
     CrossEntropyBackend,
     CrossEntropyCall,
     DeltaLinearCall,
+    GatedBackend,
+    GatedCall,
     NormBiasCall,
 )
 from .cpu import CpuBackend
@@ -26,6 +28,8 @@ __all__ = [
     "CrossEntropyBackend",
     "CrossEntropyCall",
     "DeltaLinearCall",
+    "GatedBackend",
+    "GatedCall",
     "NormBiasCall",
     "registered",
 ]

@@ -159,7 +159,27 @@ class CrossEntropyCall(NamedTuple):
         return cls(device, logits.dtype, *logits.shape)
 
 
-Call: TypeAlias = DeltaLinearCall | BottleneckCall | NormBiasCall | CrossEntropyCall
+class GatedCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``gated``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    m: int
+    k: int
+    activation: str
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "gated"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return f"gated {self.activation} M={self.m} K={self.k} {self.dtype} on {self.device}"
+
+
+Call: TypeAlias = DeltaLinearCall | BottleneckCall | NormBiasCall | CrossEntropyCall | GatedCall
 """A call of any op: ``call.op`` names it."""
 
 
@@ -283,3 +303,20 @@ class CrossEntropyBackend(Backend, Protocol):
         mean: bool,
     ) -> Tensor:
         """``grad_logits [M, V]``."""
+
+
+class GatedBackend(Backend, Protocol):
+    """One that also has ``gated``. gate and up come flattened, ``[M, K]``."""
+
+    def gated_forward(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """``y [M, K]``; see :mod:`deltaops.reference.gated`."""
+
+    def gated_backward(
+        self,
+        grad_y: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """The wanted gradients: gate, up."""

@@ -14,13 +14,13 @@ from deltaops import memory
 from deltaops.packing import PACKING, Layout
 from deltaops.reference.philox import drop_threshold
 
-from .base import Call, CrossEntropyCall, DeltaLinearCall
+from .base import Call, CrossEntropyCall, DeltaLinearCall, GatedCall
 
 # deltaops_dtype, deltaops_activation and deltaops_norm of csrc/include/deltaops.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _NORMS = {"none": 0, "layer": 1, "rms": 2}
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 @cache
@@ -108,7 +108,7 @@ class CpuBackend:
             return f"runs on the CPU, the tensors are on {call.device}"
         if call.dtype not in _DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
-        if isinstance(call, CrossEntropyCall):
+        if isinstance(call, CrossEntropyCall | GatedCall):
             return None
         if not isinstance(call, DeltaLinearCall):
             foreign = [t for t in call.parameter_dtypes if t not in _DTYPES]
@@ -438,6 +438,57 @@ class CpuBackend:
             torch.get_num_threads(),
         )
         return grad
+
+    # --------------------------------------------------------------------------------- gated
+
+    def gated_forward(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """See :class:`deltaops.backends.base.GatedBackend`."""
+        gate, up = _rows(gate), _rows(up)
+        m, k = gate.shape
+        y = _large(m, k, gate.dtype)
+        _core().gated_forward(
+            _DTYPES[gate.dtype],
+            m,
+            k,
+            gate.data_ptr(),
+            gate.stride(0),
+            up.data_ptr(),
+            up.stride(0),
+            y.data_ptr(),
+            _ACTIVATIONS[activation],
+            torch.get_num_threads(),
+        )
+        return y
+
+    def gated_backward(
+        self,
+        grad_y: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.GatedBackend`."""
+        grad_y, gate = _rows(grad_y), _rows(gate)
+        if up is not None:
+            up = _rows(up)
+        m, k = gate.shape
+        wanted = [_large(m, k, gate.dtype) if need else None for need in needs]
+        _core().gated_backward(
+            _DTYPES[gate.dtype],
+            m,
+            k,
+            grad_y.data_ptr(),
+            grad_y.stride(0),
+            gate.data_ptr(),
+            gate.stride(0),
+            _pointer(up),
+            0 if up is None else up.stride(0),
+            *[_pointer(t) for t in wanted],
+            _ACTIVATIONS[activation],
+            torch.get_num_threads(),
+        )
+        return [g for g in wanted if g is not None]
 
 
 def _whole(t: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deltaops.reference import bottleneck, cross_entropy, delta_linear, norm_bias
+from deltaops.reference import bottleneck, cross_entropy, delta_linear, gated, norm_bias
 
 from .base import Call
 
@@ -20,6 +20,8 @@ class ReferenceBackend:
     norm_bias_forward = staticmethod(norm_bias.forward)
     norm_bias_backward = staticmethod(norm_bias.backward)
     cross_entropy_backward = staticmethod(cross_entropy.backward)
+    gated_forward = staticmethod(gated.forward)
+    gated_backward = staticmethod(gated.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""

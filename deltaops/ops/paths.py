@@ -42,10 +42,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
-def check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    """Raise DeviceError unless ``tensor`` is where ``x`` is."""
+def check_device(op: str, name: str, tensor: Tensor, x: Tensor, *, of: str = "x") -> None:
+    """Raise DeviceError unless ``tensor`` is where ``x`` is; the message calls that one ``of``."""
     if tensor.device != x.device:
         raise DeviceError(
-            f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}. "
+            f"{op}: {name} must be on the device of {of}, {x.device}, got {tensor.device}. "
             "Move the model or the input."
         )

@@ -9,16 +9,19 @@ from .adapter_cases import (
 )
 from .cases import DELTA_LINEAR_CASES, DeltaLinearCase, DeltaLinearTensors
 from .compare import assert_accurate, relative_error
+from .gated_cases import GATED_CASES, GatedCase
 from .tolerances import bound, rounding
 
 __all__ = [
     "BOTTLENECK_CASES",
     "DELTA_LINEAR_CASES",
+    "GATED_CASES",
     "NORM_BIAS_CASES",
     "BottleneckCase",
     "BottleneckTensors",
     "DeltaLinearCase",
     "DeltaLinearTensors",
+    "GatedCase",
     "NormBiasCase",
     "assert_accurate",
     "bound",

@@ -1,4 +1,4 @@
-"""The float64 suite once more under DELTAOPS_CPU_ISA, for each set that is not the default here.
+"""The float64 suites once more under DELTAOPS_CPU_ISA, for each set that is not the default here.
 
 The variable is read once, at the first call, so every set has a process of its own.
 """
@@ -14,7 +14,7 @@ import pytest
 
 from deltaops.backends.cpu import native
 
-SUITE = Path(__file__).with_name("test_delta_linear.py")
+SUITES = [Path(__file__).with_name(f"test_{op}.py") for op in ("delta_linear", "gated")]
 
 
 def other_isas() -> list[str]:
@@ -32,12 +32,12 @@ def ask(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("isa", other_isas())
-def test_fp64_suite_under_each_isa(isa: str) -> None:
+def test_fp64_suites_under_each_isa(isa: str) -> None:
     word = ask(isa, "-c", "from deltaops.backends.cpu import native; print(native().isa())")
     assert word.stdout.strip() == isa, word.stderr
     # Deselected: other backends, which the variable does not reach.
     done = ask(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or native_core",
-               str(SUITE))  # fmt: skip
+               *map(str, SUITES))  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     assert "skipped" not in done.stdout
     assert " passed" in done.stdout

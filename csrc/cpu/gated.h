@@ -1,0 +1,115 @@
+/* gated.h: the product in the middle of a gated MLP, element by element.
+ *
+ *     y = act(g) u,    dg = dy u act'(g),    du = dy act(g)
+ *
+ * Bound by memory: forward reads g and u and writes y once, backward reads dy, g and u and writes
+ * dg and du once, with one exponential for the value and the slope together. A row belongs to one
+ * thread, so the bits are the same for any team.
+ */
+#ifndef DELTAOPS_CPU_GATED_H
+#define DELTAOPS_CPU_GATED_H
+
+#include "activation.h"
+#include "delta_linear.h"
+#include "norm.h"
+
+namespace deltaops {
+namespace DELTAOPS_ISA {
+namespace {
+
+/* act(h) and act'(h). Where activation.h has the limit at an infinity, this has torch's NaN of
+ * infinity * 0. So the argument is clamped only for the gate that has h^2 in its slope. */
+template <int kind>
+DELTAOPS_INLINE VecF activate_and_slope(VecF h, VecF *slope) {
+  if constexpr (kind == DELTAOPS_IDENTITY || kind == DELTAOPS_RELU) {
+    *slope = activate_slope<kind>(h);
+    return activate<kind>(h);
+  } else {
+    VecF bend;
+    const VecF near = kind == DELTAOPS_GELU_TANH ? clamp(h, -kFar, kFar) : h;
+    const VecF factor = gate<kind>(near, &bend);
+    *slope = factor + h * bend;
+    return h * factor;
+  }
+}
+
+template <class T>
+DELTAOPS_INLINE T *row_of(const deltaops_matrix &matrix, int64_t m) {
+  return static_cast<T *>(matrix.data) + m * matrix.row_stride;
+}
+
+/* body(m) for each of M rows; `each` multiply-adds, about, for an element. */
+template <class Body>
+inline void each_row_of(int64_t M, int64_t K, int wanted, int64_t each, const Body &body) {
+  if (M == 0) return;
+  int threads = useful_threads(static_cast<int>(least(wanted, M)), each * M * K);
+  for (;;) {
+    const int given = team(threads, [&](int self) {
+      const Range rows = share(M, self, threads);
+      for (int64_t m = rows.begin; m < rows.end; ++m) body(m);
+    });
+    if (given == threads) return;
+    threads = given;
+  }
+}
+
+template <class T>
+void gated_forward_as(const GatedForwardArgs &args) {
+  const int64_t M = args.gate.rows, K = args.gate.cols;
+  with_activation(args.activation, [&](auto kind) {
+    each_row_of(M, K, args.num_threads, 8, [&](int64_t m) {
+      const T *g = row_of<const T>(args.gate, m), *u = row_of<const T>(args.up, m);
+      T *y = row_of<T>(args.y, m);
+      each_vector(K, [&](int64_t k, int64_t count) {
+        VecF unused;  // costs nothing: the compiler drops it
+        const VecF value =
+            activate_and_slope<decltype(kind)::value>(load_lanes(g + k, count), &unused);
+        store_lanes(y + k, value * load_lanes(u + k, count), count);
+      });
+    });
+  });
+}
+
+/* One row backward. dg is NULL where it is not wanted, and so is du; u is read for dg alone. */
+template <int kind, class T>
+DELTAOPS_INLINE void gated_row_backward(const T *dy, const T *g, const T *u, int64_t K, T *dg,
+                                        T *du) {
+  each_vector(K, [&](int64_t k, int64_t count) {
+    VecF slope;
+    const VecF value = activate_and_slope<kind>(load_lanes(g + k, count), &slope);
+    const VecF d = load_lanes(dy + k, count);
+    if (dg) store_lanes(dg + k, d * load_lanes(u + k, count) * slope, count);
+    if (du) store_lanes(du + k, d * value, count);
+  });
+}
+
+template <class T>
+void gated_backward_as(const GatedBackwardArgs &args) {
+  const int64_t M = args.gate.rows, K = args.gate.cols;
+  with_activation(args.activation, [&](auto kind) {
+    each_row_of(M, K, args.num_threads, 16, [&](int64_t m) {
+      const bool want_gate = args.grad_gate.data, want_up = args.grad_up.data;
+      gated_row_backward<decltype(kind)::value>(
+          row_of<const T>(args.grad_y, m), row_of<const T>(args.gate, m),
+          want_gate ? row_of<const T>(args.up, m) : nullptr, K,
+          want_gate ? row_of<T>(args.grad_gate, m) : nullptr,
+          want_up ? row_of<T>(args.grad_up, m) : nullptr);
+    });
+  });
+}
+
+deltaops_status gated_forward(const GatedForwardArgs &args) {
+  args.gate.dtype == DELTAOPS_BF16 ? gated_forward_as<Bf16>(args) : gated_forward_as<float>(args);
+  return DELTAOPS_OK;
+}
+
+deltaops_status gated_backward(const GatedBackwardArgs &args) {
+  if (!args.grad_gate.data && !args.grad_up.data) return DELTAOPS_OK;
+  args.gate.dtype == DELTAOPS_BF16 ? gated_backward_as<Bf16>(args) : gated_backward_as<float>(args);
+  return DELTAOPS_OK;
+}
+
+}  // namespace
+}  // namespace DELTAOPS_ISA
+}  // namespace deltaops
+#endif

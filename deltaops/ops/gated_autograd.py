@@ -1,0 +1,150 @@
+"""Autograd for ``gated``: a Function for eager calls, and the registered op.
+
+Both save gate, and up where a gradient of gate is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deltaops.backends import Backend, GatedBackend, GatedCall
+from deltaops.dispatch import select
+from deltaops.errors import GradientError
+
+
+def call_of(gate: Tensor, activation: str) -> GatedCall:
+    """The call of these tensors; gate ``[..., K]``."""
+    k = gate.shape[-1]
+    device = "cpu" if gate.is_cpu else gate.device.type
+    return GatedCall(device, gate.dtype, gate.numel() // k, k, activation)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _like(rows: Tensor, gate: Tensor) -> Tensor:
+    """A result in the shape of gate, and contiguous as the fakes say: eager torch's, and so the
+    reference's, has the strides of its inputs."""
+    return rows.contiguous() if gate.dim() == 2 else rows.contiguous().view(gate.shape)
+
+
+def run_forward(gate: Tensor, up: Tensor, activation: str, runner: Backend) -> Tensor:
+    y = cast(GatedBackend, runner).gated_forward(_rows(gate), _rows(up), activation)
+    return _like(y, gate)
+
+
+def run_backward(
+    grad_y: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    needs: Sequence[bool],
+    runner: Backend,
+) -> list[Tensor]:
+    grads = cast(GatedBackend, runner).gated_backward(
+        _rows(grad_y), _rows(gate), None if up is None else _rows(up), activation, needs
+    )
+    return [_like(grad, gate) for grad in grads]
+
+
+class GatedFunction(torch.autograd.Function):
+    """The eager path."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, runner: Backend) -> Tensor:
+        ctx.save_for_backward(gate, up if ctx.needs_input_grad[0] else None)
+        ctx.settings = activation, runner
+        return run_forward(gate, up, activation, runner)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        activation, runner = ctx.settings
+        needs = ctx.needs_input_grad[:2]
+        found = iter(run_backward(grad_y, gate, up, activation, needs, runner))
+        return (*(next(found) if need else None for need in needs), None, None)
+
+
+# --------------------------------------------------------------------------------- registered op
+
+_library = torch.library.Library("deltaops", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _define(schema: str) -> None:
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+
+
+_define("gated(Tensor gate, Tensor up, str activation, str backend) -> Tensor")
+_define(
+    "gated_backward(Tensor grad_y, Tensor gate, Tensor? up, str activation, bool[] needs, "
+    "str backend) -> Tensor[]"
+)
+
+
+def _op_forward(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
+    return run_forward(gate, up, activation, select(call_of(gate, activation), backend))
+
+
+def _op_backward(
+    grad_y: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    runner = select(call_of(gate, activation), backend)
+    return run_backward(grad_y, gate, up, activation, needs, runner)
+
+
+def _fake_forward(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    return [gate.new_empty(gate.shape) for need in needs if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, activation, backend = inputs
+    ctx.save_for_backward(gate, up if gate.requires_grad else None)
+    ctx.settings = activation, backend
+
+
+def _op_autograd(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    gate, up = ctx.saved_tensors
+    activation, backend = ctx.settings
+    needs = list(ctx.needs_input_grad[:2])
+    found = iter(torch.ops.deltaops.gated_backward(grad_y, gate, up, activation, needs, backend))
+    return (*(next(found) if need else None for need in needs), None, None)
+
+
+def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:
+    raise GradientError(
+        "gated: gradients are of first order only; a second backward pass went through them. "
+        "Compute it as torch.nn.functional.silu(gate) * up instead."
+    )
+
+
+for _name, _kernel in (("gated", _op_forward), ("gated_backward", _op_backward)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("deltaops::gated", _fake_forward, lib=_library)
+torch.library.register_fake("deltaops::gated_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "deltaops::gated", _op_autograd, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("deltaops::gated_backward", _no_second_order, lib=_library)
