@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .dispatch import backends
 
 if TYPE_CHECKING:
-    from . import errors, ops
+    from . import errors, memory, ops
     from .methods.lora import LoRA
     from .ops import explain
     from .surgery import accelerate, attach, load, report
@@ -31,6 +31,7 @@ __all__ = [
     "errors",
     "explain",
     "load",
+    "memory",
     "ops",
     "report",
 ]
@@ -44,6 +45,7 @@ _HOMES = {
     "errors": "",
     "explain": "ops",
     "load": "surgery",
+    "memory": "",
     "ops": "",
     "report": "surgery",
 }

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from deltaops.errors import ConfigError
 
@@ -60,8 +61,7 @@ def large(rows: int, columns: int, dtype: torch.dtype, code: int) -> Tensor:
     if not _on or rows * columns * dtype.itemsize < LEAST:
         return torch.empty((rows, columns), dtype=dtype)
     assert _core is not None
-    out: Tensor = torch.from_dlpack(_core.recycled(code, rows, columns))
-    return out
+    return from_dlpack(_core.recycled(code, rows, columns))
 
 
 def idle() -> int:

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from deltaops import memory
+from deltaops.memory import large, start
 from deltaops.packing import PACKING, Layout
 from deltaops.reference.philox import drop_threshold
 
@@ -38,7 +38,7 @@ def native() -> ModuleType | str:
             f"deltaops._cpu has ABI {module.abi_version()}, this package needs {ABI_VERSION}; "
             "rebuild it (pip install --force-reinstall deltaops)"
         )
-    memory.start(module)
+    start(module)
     return module
 
 
@@ -55,7 +55,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return memory.large(rows, columns, dtype, _DTYPES[dtype])
+    return large(rows, columns, dtype, _DTYPES[dtype])
 
 
 def _adapter(t: Tensor) -> Tensor:

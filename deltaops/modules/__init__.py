@@ -3,6 +3,7 @@
 ``conv1d`` and ``peft_linear`` import transformers and peft, so they are not imported here.
 """
 
+from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of, block_class
 from .factor import Factor, start_values
 from .kinds import frozen_class, is_conv1d, lora_class
 from .linear import FrozenLinear, LoraLinear
@@ -19,13 +20,18 @@ from .place import (
 
 __all__ = [
     "UNFROZEN",
+    "Block",
     "Factor",
     "FrozenLinear",
+    "GatedMlpBlock",
     "LinearPlace",
     "LoraLinear",
     "LoraPlace",
     "LoraSettings",
+    "RmsNormBlock",
+    "activation_of",
     "become",
+    "block_class",
     "features",
     "frozen_class",
     "is_conv1d",

@@ -12,6 +12,7 @@ from deltaops.errors import AttachError, TargetError
 from deltaops.modules import LinearPlace, LoraPlace, become, frozen_class, unbecome
 from deltaops.packing import Policy, check_policy
 
+from .blocks import restore_blocks, swap_blocks
 from .losses import restore_losses, swap_losses
 from .match import frozen_linears
 from .plan import check_backend
@@ -27,6 +28,7 @@ def accelerate(
     strict: bool = False,
     pack: Policy = "auto",
     loss: bool | None = None,
+    blocks: bool = True,
 ) -> Report:
     """Swap the LoRA layers of a PEFT model for fused ones; calling it again changes nothing more.
 
@@ -44,6 +46,7 @@ def accelerate(
         strict: raise where "auto" would end in eager torch.
         pack: see :func:`deltaops.attach`.
         loss: see :func:`deltaops.attach`.
+        blocks: see :func:`deltaops.attach`.
     Returns: a :class:`Report`; its ``revert()`` undoes the call.
     Raises: TargetError when the model has no LoRA layer of PEFT; AttachError when it has a delta of
         ``deltaops.attach``; NoBackendError for an unknown backend; ConfigError for an unknown
@@ -93,12 +96,15 @@ def accelerate(
                 module.backend, module.strict, module.pack = backend, strict, pack
     if loss is not False:
         swap_losses(model, backend, strict, tell=bool(loss))
+    if blocks:
+        swap_blocks(model, backend, strict)
     return report(model)
 
 
 def unaccelerate(model: nn.Module) -> None:
     """Undo :func:`accelerate`; what it did not touch stays."""
     restore_losses(model)
+    restore_blocks(model)
     for module in model.modules():
         if is_accelerated(module):
             module.__class__ = module.base_class  # type: ignore[assignment]  # a class attribute

@@ -8,6 +8,7 @@ from torch import nn
 from deltaops.methods.base import Delta
 from deltaops.packing import Policy
 
+from .blocks import swap_blocks
 from .handle import Handle
 from .losses import swap_losses
 from .plan import plan
@@ -23,6 +24,7 @@ def attach(
     frozen: bool = True,
     pack: Policy = "auto",
     loss: bool | None = None,
+    blocks: bool = True,
     generator: torch.Generator | None = None,
 ) -> Handle:
     """Freeze ``model`` and bind ``delta`` to it; only that and its ``modules_to_save`` train.
@@ -40,6 +42,8 @@ def attach(
         loss: where a model of transformers has transformers' own loss of a language model, compute
             the same number by :func:`deltaops.ops.cross_entropy`. None does so where it can, True
             also says in the report why not elsewhere, False leaves the loss as it is.
+        blocks: run transformers' RMSNorm and gated MLPs by :func:`deltaops.ops.norm_bias` and
+            :func:`deltaops.ops.gated`, in models that have Llama's under any name.
         generator: draws the start values; torch's global CPU generator without one.
     Returns: a :class:`Handle`; ``print`` it, ``revert()``, ``merge()``, ``save(path)``.
     Raises: TargetError, AttachError, ConfigError, NoBackendError; the model is as it was then.
@@ -48,4 +52,6 @@ def attach(
     handle = made.apply(generator=generator)
     if loss is not False:
         swap_losses(model, backend, strict, tell=bool(loss))
+    if blocks:
+        swap_blocks(model, backend, strict)
     return handle

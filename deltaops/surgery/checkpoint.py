@@ -21,8 +21,10 @@ from deltaops.methods.base import Delta
 from deltaops.modules import LinearPlace
 from deltaops.packing import Policy
 
+from .blocks import swap_blocks
 from .files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
 from .handle import Handle
+from .losses import swap_losses
 from .match import selects
 from .plan import Plan, check_name, make_plan
 
@@ -58,6 +60,8 @@ def load(
     strict: bool = False,
     frozen: bool = True,
     pack: Policy = "auto",
+    loss: bool | None = None,
+    blocks: bool = True,
     trainable: bool = True,
     allow_nonfinite: bool = False,
 ) -> Handle:
@@ -71,6 +75,8 @@ def load(
         strict: see :func:`deltaops.attach`.
         frozen: see :func:`deltaops.attach`.
         pack: see :func:`deltaops.attach`.
+        loss: see :func:`deltaops.attach`.
+        blocks: see :func:`deltaops.attach`.
         trainable: False freezes the adapter too, for inference.
         allow_nonfinite: take NaN and infinity in the weights as they are.
     Raises: CheckpointError for a file that is damaged, foreign or does not fit this model, or uses
@@ -102,6 +108,10 @@ def load(
         if not trainable:
             for parameter in handle.parameters():
                 parameter.requires_grad_(False)
+        if loss is not False:
+            swap_losses(model, backend, strict, tell=bool(loss))
+        if blocks:
+            swap_blocks(model, backend, strict)
     except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
         handle.revert()
         raise

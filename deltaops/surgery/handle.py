@@ -12,6 +12,7 @@ from deltaops.errors import AttachError
 from deltaops.methods.base import Delta
 from deltaops.modules import LinearPlace, features, unbecome
 
+from .blocks import restore_blocks
 from .losses import restore_losses
 from .record import Record, exchange, follow, merged_weight, read, write
 from .tree import Leaf, draw
@@ -175,6 +176,7 @@ class Handle:
         self._unbind()
         self._restore_flags()
         restore_losses(self.model)
+        restore_blocks(self.model)
         write(self.model, None)
         return self.model
 
@@ -199,6 +201,7 @@ class Handle:
             exchange(self._module(path), tensors)
         self._restore_flags()
         restore_losses(self.model)
+        restore_blocks(self.model)
         write(self.model, None)
 
     # -------------------------------------------------------------------------------- details

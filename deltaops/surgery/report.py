@@ -12,9 +12,11 @@ from deltaops.backends import DeltaLinearCall
 from deltaops.backends.base import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
+from deltaops.memory import idle
 from deltaops.modules import LinearPlace, LoraPlace
 from deltaops.packing import PACKING
 
+from .blocks import block_rows
 from .losses import loss_rows
 from .record import read
 
@@ -27,7 +29,7 @@ class Row(NamedTuple):
 
     path: str
     kind: str
-    """"lora", "frozen", "peft lora", "loss", or "left alone"."""
+    """"lora", "frozen", "peft lora", "norm", "gated mlp", "loss", or "left alone"."""
     backend: str
     """What runs it now: a backend's name, or "peft", "torch" where the op does not."""
     reason: str
@@ -89,7 +91,7 @@ class Report:
         lines += [f"[{i}] {reason}" for i, reason in enumerate(reasons, start=1)]
         if self.packed:
             lines.append(f"packed copies of frozen weights hold {_megabytes(self.packed)}")
-        if waiting := memory.idle():
+        if waiting := idle():
             lines.append(
                 f"{_megabytes(waiting)} wait for the next step's outputs; "
                 "deltaops.memory.release() gives them back"
@@ -118,6 +120,8 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
             yield _row(path, module, "frozen", "torch", tokens)
         elif type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
             yield Row(path, "left alone", "peft", why_left_alone(module))
+    for row in block_rows(model, tokens):
+        yield Row(*row)
     for row in loss_rows(model, tokens):
         yield Row(*row)
     record = read(model)

@@ -95,7 +95,7 @@ def test_idempotent_and_reversible(case: Any) -> None:
 
 def test_frozen_layers_are_optional(case: Any) -> None:
     deltaops.accelerate(case.fast, revert=True)
-    report = deltaops.accelerate(case.fast, frozen=False, loss=False)
+    report = deltaops.accelerate(case.fast, frozen=False, loss=False, blocks=False)
     assert not any(isinstance(m, FrozenLinear) for m in case.fast.modules())
     assert {row.kind for row in report.rows} == {"peft lora"}
 

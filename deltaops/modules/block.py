@@ -1,0 +1,151 @@
+"""Modules of transformers between the linear layers that run as one op: RMSNorm, the gated MLP.
+
+Surgery swaps ``__class__`` for a subclass of the module's own, so parameters, names, hooks and
+``isinstance`` stay what they were. What no fused backend takes, and what is compiled (the compiler
+fuses it as well), runs as it did.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaops.backends import Call, GatedCall, NormBiasCall
+from deltaops.dispatch import LAST_RESORT, select
+from deltaops.ops import gated, norm_bias
+
+_ACTIVATIONS = {
+    (nn.ReLU.__module__, "ReLU"): "relu",
+    (nn.SiLU.__module__, "SiLU"): "silu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUActivation"): "gelu",
+    ("transformers.activations", "GELUTanh"): "gelu_tanh",
+    ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
+}
+
+
+class Block(nn.Module):
+    """Mixin of all of them."""
+
+    base_class: type[nn.Module]
+    """The exact type that surgery swapped, and that revert puts back."""
+    mixin: type[Block]
+    """Which of them this is."""
+    kind: str
+    """For the report."""
+
+    backend: str
+    """Passed to the op."""
+    strict: bool
+    """Passed to the op."""
+
+    def call(self, tokens: int) -> Call:
+        """What the op is asked for ``tokens`` rows in the dtype of the weights; for the report."""
+        raise NotImplementedError
+
+    def takes(self, call: Call) -> bool:
+        """Whether the op is to run ``call``, and not what the module ran before.
+
+        Raises: NoBackendError where ``strict`` or a named backend was asked for and none takes it.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        return (
+            self.backend == LAST_RESORT
+            or select(call, self.backend, self.strict).name != LAST_RESORT
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied and pickled by the class of before; the subclass is made where it is wanted."""
+        return _blank, (self.mixin, self.base_class), self.__dict__
+
+
+class RmsNormBlock(Block):
+    """``weight · x / √(mean x² + variance_epsilon)``, as Llama has it."""
+
+    kind = "norm"
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def call(self, tokens: int) -> NormBiasCall:
+        """See :class:`Block`."""
+        weight = self.weight
+        return NormBiasCall(
+            weight.device.type, weight.dtype, (weight.dtype,), tokens, weight.shape[0], "rms"
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.norm_bias`."""
+        weight = self.weight
+        rows = hidden_states.numel() // weight.shape[0]
+        # of two dtypes transformers' result has the wider one, the op's that of x
+        if weight.dtype is not hidden_states.dtype or not self.takes(self.call(rows)):
+            out: Tensor = super().forward(hidden_states)
+            return out
+        return norm_bias(
+            hidden_states,
+            weight,
+            norm="rms",
+            eps=self.variance_epsilon,
+            backend=self.backend,
+            strict=self.strict,
+        )
+
+
+class GatedMlpBlock(Block):
+    """``down(φ(gate(x)) · up(x))``, as Llama has it; the three are modules, adapted or not."""
+
+    kind = "gated mlp"
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def call(self, tokens: int) -> GatedCall:
+        """See :class:`Block`."""
+        weight: Any = self.up_proj.weight
+        return self._call(weight.device.type, weight.dtype, tokens, weight.shape[0])
+
+    def _call(self, device: str, dtype: torch.dtype, rows: int, columns: int) -> GatedCall:
+        return GatedCall(device, dtype, rows, columns, activation_of(self.act_fn) or "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.gated`."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        activation = activation_of(self.act_fn)
+        rows, columns = gate.numel() // max(gate.shape[-1], 1), gate.shape[-1]
+        if activation is None or not self.takes(
+            self._call(gate.device.type, gate.dtype, rows, columns)
+        ):
+            product = self.act_fn(gate) * up
+        else:
+            product = gated(gate, up, activation, backend=self.backend, strict=self.strict)
+        out: Tensor = self.down_proj(product)
+        return out
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The op's name for an activation module; None for another, and for one that has hooks."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return None
+    return _ACTIVATIONS.get((type(module).__module__, type(module).__name__))
+
+
+_classes: dict[tuple[type[Block], type[nn.Module]], type[Block]] = {}
+
+
+def block_class(mixin: type[Block], base: type[nn.Module]) -> type[Block]:
+    """``mixin`` over exactly ``base``; the same class each time."""
+    made = _classes.get((mixin, base))
+    if made is None:
+        attributes = {"base_class": base, "mixin": mixin}
+        made = type(f"Fused{base.__name__}", (mixin, base), attributes)
+        made = _classes.setdefault((mixin, base), made)
+    return made
+
+
+def _blank(mixin: type[Block], base: type[nn.Module]) -> nn.Module:
+    kind = block_class(mixin, base)
+    return kind.__new__(kind)
