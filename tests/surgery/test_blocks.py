@@ -1,4 +1,4 @@
-"""RMSNorm and gated MLPs of transformers on one op each: whose they are, and that nothing else is."""
+"""RMSNorm and gated MLPs of transformers on one op each: whose they are, and what is left."""
 
 from __future__ import annotations
 
