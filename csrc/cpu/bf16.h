@@ -42,9 +42,9 @@ DELTAOPS_INLINE VecF load(const Bf16 *p) {
 
 DELTAOPS_INLINE void store(Bf16 *p, VecF v) {
   const VecU u = (VecU)v;
-  const VecU nan = (VecU)((u & 0x7FFFFFFFu) > 0x7F800000u);
   const VecU rounded = u + 0x7FFFu + ((u >> 16) & 1u);
-  const VecH h = __builtin_convertvector(((nan & (u | 0x400000u)) | (~nan & rounded)) >> 16, VecH);
+  const VecU kept = v == v ? rounded : u | 0x400000u;
+  const VecH h = __builtin_convertvector(kept >> 16, VecH);
   memcpy(p, &h, sizeof h);
 }
 

@@ -53,33 +53,76 @@ inline void each_row_of(int64_t M, int64_t K, int wanted, int64_t each, const Bo
   }
 }
 
-template <class T>
-void gated_forward_as(const GatedForwardArgs &args) {
-  const int64_t M = args.gate.rows, K = args.gate.cols;
-  with_activation(args.activation, [&](auto kind) {
-    each_row_of(M, K, args.num_threads, 8, [&](int64_t m) {
-      const T *g = row_of<const T>(args.gate, m), *u = row_of<const T>(args.up, m);
-      T *y = row_of<T>(args.y, m);
-      each_vector(K, [&](int64_t k, int64_t count) {
-        VecF unused;  // costs nothing: the compiler drops it
-        const VecF value =
-            activate_and_slope<decltype(kind)::value>(load_lanes(g + k, count), &unused);
-        store_lanes(y + k, value * load_lanes(u + k, count), count);
-      });
-    });
+/* Rows of K floats. */
+template <int kind>
+DELTAOPS_INLINE void gated_row(const float *g, const float *u, int64_t K, float *y) {
+  each_vector(K, [&](int64_t k, int64_t count) {
+    VecF unused;  // costs nothing: the compiler drops it
+    const VecF value = activate_and_slope<kind>(load_lanes(g + k, count), &unused);
+    store_lanes(y + k, value * load_lanes(u + k, count), count);
   });
 }
 
-/* One row backward. dg is NULL where it is not wanted, and so is du; u is read for dg alone. */
-template <int kind, class T>
-DELTAOPS_INLINE void gated_row_backward(const T *dy, const T *g, const T *u, int64_t K, T *dg,
-                                        T *du) {
+/* dg and du may be NULL where they are not wanted; u is read for dg alone. */
+template <int kind>
+DELTAOPS_INLINE void gated_row_backward(const float *dy, const float *g, const float *u, int64_t K,
+                                        float *dg, float *du) {
   each_vector(K, [&](int64_t k, int64_t count) {
     VecF slope;
     const VecF value = activate_and_slope<kind>(load_lanes(g + k, count), &slope);
     const VecF d = load_lanes(dy + k, count);
     if (dg) store_lanes(dg + k, d * load_lanes(u + k, count) * slope, count);
     if (du) store_lanes(du + k, d * value, count);
+  });
+}
+
+/* bf16 in pieces, widened and narrowed in loops of their own: with the conversions at both ends of
+ * the exponential's chain, a CPU's scheduler holds too few elements at once to overlap them. */
+constexpr int64_t kPiece = 256;
+
+DELTAOPS_INLINE void widen_piece(const Bf16 *p, int64_t count, float *to) {
+  each_vector(count, [&](int64_t k, int64_t lanes) { store(to + k, load_lanes(p + k, lanes)); });
+}
+
+DELTAOPS_INLINE void narrow_piece(const float *p, int64_t count, Bf16 *to) {
+  each_vector(count, [&](int64_t k, int64_t lanes) { store_lanes(to + k, load(p + k), lanes); });
+}
+
+template <int kind>
+DELTAOPS_INLINE void gated_row(const Bf16 *g, const Bf16 *u, int64_t K, Bf16 *y) {
+  float a[kPiece], b[kPiece];
+  for (int64_t k = 0; k < K; k += kPiece) {
+    const int64_t count = least(kPiece, K - k);
+    widen_piece(g + k, count, a);
+    widen_piece(u + k, count, b);
+    gated_row<kind>(a, b, round_up(count, kLanes), a);
+    narrow_piece(a, count, y + k);
+  }
+}
+
+template <int kind>
+DELTAOPS_INLINE void gated_row_backward(const Bf16 *dy, const Bf16 *g, const Bf16 *u, int64_t K,
+                                        Bf16 *dg, Bf16 *du) {
+  float a[kPiece], b[kPiece], c[kPiece];
+  for (int64_t k = 0; k < K; k += kPiece) {
+    const int64_t count = least(kPiece, K - k);
+    widen_piece(dy + k, count, a);
+    widen_piece(g + k, count, b);
+    if (dg) widen_piece(u + k, count, c);
+    gated_row_backward<kind>(a, b, c, round_up(count, kLanes), dg ? c : nullptr, du ? a : nullptr);
+    if (dg) narrow_piece(c, count, dg + k);
+    if (du) narrow_piece(a, count, du + k);
+  }
+}
+
+template <class T>
+void gated_forward_as(const GatedForwardArgs &args) {
+  const int64_t M = args.gate.rows, K = args.gate.cols;
+  with_activation(args.activation, [&](auto kind) {
+    each_row_of(M, K, args.num_threads, 8, [&](int64_t m) {
+      gated_row<decltype(kind)::value>(row_of<const T>(args.gate, m), row_of<const T>(args.up, m),
+                                       K, row_of<T>(args.y, m));
+    });
   });
 }
 

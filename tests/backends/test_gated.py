@@ -141,11 +141,12 @@ def test_halves_of_a_merged_projection_are_not_copied(monkeypatch: pytest.Monkey
 
 
 @every
+@dtypes
 @pytest.mark.parametrize("wanted", range(2), ids=["gate", "up"])
-def test_each_gradient_alone(backend: str, wanted: int) -> None:
-    case, run = GatedCase(50, 37, "gelu"), named(backend)
-    gate, up = case.tensors(torch.float32)
-    grad_y = case.grad_y(torch.float32)
+def test_each_gradient_alone(backend: str, wanted: int, dtype: torch.dtype) -> None:
+    case, run = GatedCase(50, 337, "gelu"), named(backend)
+    gate, up = case.tensors(dtype)
+    grad_y = case.grad_y(dtype)
     everything = run.gated_backward(grad_y, gate, up, "gelu", [True, True])
     saved = up if wanted == 0 else None  # up is kept for the gradient of gate alone
     (got,) = run.gated_backward(grad_y, gate, saved, "gelu", [wanted == 0, wanted == 1])

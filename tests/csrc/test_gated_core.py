@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-SHAPES = [(0, 3), (1, 1), (2, 15), (7, 33), (41, 130), (3, 1376)]
+SHAPES = [(0, 3), (1, 1), (2, 15), (7, 33), (41, 130), (2, 259), (3, 1376)]
 ERFC = np.vectorize(math.erfc, otypes=[float])
 INPUTS = {
     "forward": ("gate", "up", "y"),
@@ -147,11 +147,12 @@ def test_rows_apart_and_nothing_around_them_is_touched(
     np.testing.assert_array_equal(outputs, want)
 
 
-def test_what_is_absent_is_not_looked_at(gated: Any, core_module: ModuleType) -> None:
-    grad_y, gate, up = make(core_module, (9, 21), "f32")
-    both = [poisoned((9, 21)) for _ in range(2)]
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_what_is_absent_is_not_looked_at(gated: Any, core_module: ModuleType, dtype: str) -> None:
+    grad_y, gate, up = make(core_module, (9, 21), dtype)
+    both = [poisoned((9, 21), dtype) for _ in range(2)]
     assert gated("backward", grad_y, gate, up, *both) == 0
-    alone = poisoned((9, 21))
+    alone = poisoned((9, 21), dtype)
     assert gated("backward", grad_y, gate, up, alone, None) == 0
     np.testing.assert_array_equal(alone, both[0])
     assert gated("backward", grad_y, gate, None, None, alone) == 0
