@@ -2,10 +2,10 @@
 
     y = φ(gate) · up
 
-It stands between gate_proj and up_proj, whose outputs it multiplies, and down_proj. One pass
-forward (reads gate and up, writes y) and one backward; eager torch makes five passes of three and
-nine of five, and keeps φ(gate) too. Two ways in, as :mod:`deltaops.ops.delta_linear` has them: an
-``autograd.Function`` for eager calls, the registered op ``deltaops::gated`` for everything else.
+It stands between gate_proj and up_proj, whose outputs it multiplies, and down_proj. Forward moves
+three matrices (gate, up, y) and backward five; eager torch moves five and nine, and keeps φ(gate)
+too. Two ways in, as :mod:`deltaops.ops.delta_linear` has them: an ``autograd.Function`` for eager
+calls, the registered op ``deltaops::gated`` for everything else.
 """
 
 from __future__ import annotations
