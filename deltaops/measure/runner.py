@@ -93,16 +93,15 @@ def run(
 
 
 def plan(settings: Settings) -> Iterator[Part]:
-    """The parts in order: what the goals name first, float32 before bfloat16."""
+    """The parts in order: all of float32 before bfloat16, whose peers may overrun their time."""
     pace = Pace()
-    if settings.layers:
-        for dtype in settings.dtypes:
+    for dtype in settings.dtypes:
+        if settings.layers:
             yield from _layers(settings, dtype, pace)
-        if "f32" in settings.dtypes:
-            yield Part("call", 1, lambda s: measure_call(rounds=settings.rounds, seconds=s))
-    if settings.steps:
-        for name in settings.workloads:
-            for dtype in (d for d in settings.dtypes if d in settings.step_dtypes):
+            if dtype == "f32":
+                yield Part("call", 1, lambda s: measure_call(rounds=settings.rounds, seconds=s))
+        if settings.steps and dtype in settings.step_dtypes:
+            for name in settings.workloads:
                 for dropout in settings.dropouts:
                     yield _step(settings, name, dtype, dropout)
 
