@@ -40,6 +40,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, stats = cast(AdapterBackend, runner).norm_bias_forward(flat, gamma, bias, eps, norm)
+    y = y.contiguous()  # as the fake says; eager torch's, and the reference's, has x's strides
     return (y if x.dim() == 2 else y.view(x.shape)), stats
 
 
@@ -59,8 +60,8 @@ def run_backward(
     grads = cast(AdapterBackend, runner).norm_bias_backward(
         grad, flat, stats, gamma, dtype, norm, needs
     )
-    if needs[0] and grad_y.dim() != 2:
-        grads[0] = grads[0].view(grad_y.shape)
+    if needs[0]:
+        grads[0] = grads[0].contiguous().view(grad_y.shape)
     return grads
 
 
