@@ -3,7 +3,7 @@
 ``conv1d`` and ``peft_linear`` import transformers and peft, so they are not imported here.
 """
 
-from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of, block_class
+from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .factor import Factor, start_values
 from .kinds import frozen_class, is_conv1d, lora_class
 from .linear import FrozenLinear, LoraLinear
@@ -17,8 +17,11 @@ from .place import (
     plain_linear,
     unbecome,
 )
+from .rotary_block import NAME as ROTARY
+from .rotary_block import RotaryBlock
 
 __all__ = [
+    "ROTARY",
     "UNFROZEN",
     "Block",
     "Factor",
@@ -29,9 +32,9 @@ __all__ = [
     "LoraPlace",
     "LoraSettings",
     "RmsNormBlock",
+    "RotaryBlock",
     "activation_of",
     "become",
-    "block_class",
     "features",
     "frozen_class",
     "is_conv1d",

@@ -41,25 +41,24 @@ class Block(nn.Module):
     strict: bool
     """Passed to the op."""
 
+    @classmethod
+    def over(cls, base: type[nn.Module], backend: str, strict: bool) -> type[Block]:
+        """This mixin over exactly ``base``; the same class each time.
+
+        Args:
+            base: the module's class of before.
+            backend: of the instances; it makes a difference only to some of the mixins.
+            strict: as ``backend``.
+        """
+        return subclass(cls, base)
+
     def call(self, tokens: int) -> Call:
         """What the op is asked for ``tokens`` rows in the dtype of the weights; for the report."""
         raise NotImplementedError
 
-    def takes(self, call: Call) -> bool:
-        """Whether the op is to run ``call``, and not what the module ran before.
-
-        Raises: NoBackendError where ``strict`` or a named backend was asked for and none takes it.
-        """
-        if torch.compiler.is_compiling():
-            return False
-        return (
-            self.backend == LAST_RESORT
-            or select(call, self.backend, self.strict).name != LAST_RESORT
-        )
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the class of before; the subclass is made where it is wanted."""
-        return _blank, (self.mixin, self.base_class), self.__dict__
+        return _blank, (self.mixin, self.base_class, self.backend, self.strict), self.__dict__
 
 
 class RmsNormBlock(Block):
@@ -81,7 +80,9 @@ class RmsNormBlock(Block):
         weight = self.weight
         rows = hidden_states.numel() // weight.shape[0]
         # of two dtypes transformers' result has the wider one, the op's that of x
-        if weight.dtype is not hidden_states.dtype or not self.takes(self.call(rows)):
+        if weight.dtype is not hidden_states.dtype or not takes(
+            self.call(rows), self.backend, self.strict
+        ):
             out: Tensor = super().forward(hidden_states)
             return out
         return norm_bias(
@@ -116,9 +117,8 @@ class GatedMlpBlock(Block):
         gate, up = self.gate_proj(x), self.up_proj(x)
         activation = activation_of(self.act_fn)
         rows, columns = gate.numel() // max(gate.shape[-1], 1), gate.shape[-1]
-        if activation is None or not self.takes(
-            self._call(gate.device.type, gate.dtype, rows, columns)
-        ):
+        call = self._call(gate.device.type, gate.dtype, rows, columns)
+        if activation is None or not takes(call, self.backend, self.strict):
             product = self.act_fn(gate) * up
         else:
             product = gated(gate, up, activation, backend=self.backend, strict=self.strict)
@@ -133,19 +133,37 @@ def activation_of(module: nn.Module) -> str | None:
     return _ACTIVATIONS.get((type(module).__module__, type(module).__name__))
 
 
-_classes: dict[tuple[type[Block], type[nn.Module]], type[Block]] = {}
+def takes(call: Call, backend: str, strict: bool) -> bool:
+    """Whether the op is to run ``call``, and not what the module ran before.
+
+    Raises: NoBackendError where ``strict`` or a named backend was asked for and none takes it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return backend == LAST_RESORT or select(call, backend, strict).name != LAST_RESORT
 
 
-def block_class(mixin: type[Block], base: type[nn.Module]) -> type[Block]:
-    """``mixin`` over exactly ``base``; the same class each time."""
-    made = _classes.get((mixin, base))
-    if made is None:
-        attributes = {"base_class": base, "mixin": mixin}
-        made = type(f"Fused{base.__name__}", (mixin, base), attributes)
-        made = _classes.setdefault((mixin, base), made)
-    return made
+_classes: dict[tuple[Any, ...], type[Block]] = {}
 
 
-def _blank(mixin: type[Block], base: type[nn.Module]) -> nn.Module:
-    kind = block_class(mixin, base)
+def subclass(
+    mixin: type[Block], base: type[nn.Module], settings: tuple[Any, ...] = (), **attributes: Any
+) -> type[Block]:
+    """The class of ``mixin`` over ``base``, one for each ``settings``.
+
+    Args:
+        mixin: one of the blocks.
+        base: the class that it replaces.
+        settings: what ``attributes`` depend on.
+        **attributes: of the class.
+    """
+    key = (mixin, base, *settings)
+    if key not in _classes:
+        attributes.update(base_class=base, mixin=mixin)
+        _classes.setdefault(key, type(f"Fused{base.__name__}", (mixin, base), attributes))
+    return _classes[key]
+
+
+def _blank(mixin: type[Block], base: type[nn.Module], backend: str, strict: bool) -> nn.Module:
+    kind = mixin.over(base, backend, strict)
     return kind.__new__(kind)

@@ -1,26 +1,36 @@
-"""Blocks between the linear layers of a transformers model on one op each: RMSNorm, the gated MLP.
+"""Blocks around the linear layers of a transformers model on one op each.
 
-More than a hundred model families have the same two programs under names of their own. A class is
-recognized by its ``forward``: compiled, it is the one of Llama's class, and that one, run on small
-numbers, computes what our op does. Anything else is left alone.
+RMSNorm, the gated MLP, and the rotary embedding of an attention: more than a hundred model families
+have Llama's programs for them under names of their own. So a class is recognized by its program:
+compiled, it is the one of Llama's, and that one, run on small numbers, computes what our op does.
+Anything else is left alone.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator
 from functools import cache
-from types import CodeType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
 from deltaops.dispatch import LAST_RESORT, explain_call
-from deltaops.modules import Block, GatedMlpBlock, RmsNormBlock, activation_of, block_class
+from deltaops.modules import (
+    ROTARY,
+    Block,
+    GatedMlpBlock,
+    RmsNormBlock,
+    RotaryBlock,
+    activation_of,
+)
 from deltaops.reference.gated import forward as gated
 from deltaops.reference.norm_bias import forward as norm_bias
+from deltaops.reference.rotary import forward as rotary
+
+_Program = tuple[Any, ...]
 
 
 def swap_blocks(model: nn.Module, backend: str, strict: bool) -> None:
@@ -29,10 +39,11 @@ def swap_blocks(model: nn.Module, backend: str, strict: bool) -> None:
         mixin = _mixin(module)
         if mixin is None:
             continue
+        base = module.base_class if isinstance(module, Block) else type(module)
         module.__dict__["backend"] = backend
         module.__dict__["strict"] = strict
-        if not isinstance(module, Block):  # the class comes last: until then it runs as it was
-            module.__class__ = block_class(mixin, type(module))
+        # the class comes last: until then the module runs as it was
+        module.__class__ = mixin.over(base, backend, strict)
 
 
 def restore_blocks(model: nn.Module) -> None:
@@ -53,56 +64,70 @@ def block_rows(model: nn.Module, tokens: int) -> Iterator[tuple[str, str, str, s
             yield path, module.kind, "torch" if eager else told.chosen or "none", told.reason
 
 
-def _mixin(module: nn.Module) -> type[Block] | None:
+# ------------------------------------------------------------------------------- recognition
+
+
+def _mixin(module: Any) -> type[Block] | None:
     """What ``module`` becomes, or is; None for all but the blocks that we know."""
     if isinstance(module, Block):
         return module.mixin
     if "forward" in module.__dict__ or "transformers.modeling_utils" not in sys.modules:
         return None  # its forward is replaced already, or nothing here is of transformers
-    code = _program(type(module))
-    for mixin, program in _known().items():
-        if code is not None and _same(code, program):
-            return None if mixin is GatedMlpBlock and not _activated(module) else mixin
-    return None
+    forward = type(module).forward
+    program = _program(forward)
+    if program is None:
+        return None
+    known = _known()
+    mixin = known.get(program)
+    if mixin is GatedMlpBlock and activation_of(module.act_fn) is None:
+        return None
+    if mixin is None and ROTARY in forward.__code__.co_names and not forward.__code__.co_freevars:
+        return known.get(_rotary_program(forward.__globals__.get(ROTARY)))
+    return mixin
 
 
-def _activated(module: Any) -> bool:
-    return activation_of(module.act_fn) is not None
+def _program(function: Any) -> _Program | None:
+    """What a plain function does, whatever it, its file and its variables are called."""
+    if type(function) is not FunctionType or hasattr(function, "__wrapped__"):
+        return None
+    code = function.__code__
+    constants = tuple(c for c in code.co_consts if not (c is not None and c == function.__doc__))
+    return (code.co_code, code.co_names, constants, code.co_argcount, function.__defaults__)
 
 
-def _program(kind: type[nn.Module]) -> CodeType | None:
-    return getattr(inspect.unwrap(kind.forward), "__code__", None)
-
-
-def _same(a: CodeType, b: CodeType) -> bool:
-    """Whether two functions do the same, whatever they and their variables are called.
-
-    Line numbers and names of variables are left out; attributes, constants and operations are not.
-    """
-    return (a.co_code, a.co_names, a.co_consts, a.co_argcount, a.co_freevars) == (
-        b.co_code, b.co_names, b.co_consts, b.co_argcount, b.co_freevars,
-    )  # fmt: skip
+def _rotary_program(function: Any) -> _Program | None:
+    """That of transformers' function, and of the one that it calls."""
+    if _program(function) is None:
+        return None
+    return (_program(function), _program(function.__globals__.get("rotate_half")))
 
 
 @cache
-def _known() -> dict[type[Block], CodeType]:
-    """Mixin → the program that it stands for, where this version of transformers computes it."""
+def _known() -> dict[_Program | None, type[Block]]:
+    """Programs, as far as they compute our ops in this version of transformers."""
+    from transformers.models.llama import modeling_llama as llama
     from transformers.models.llama.configuration_llama import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-    found: dict[type[Block], CodeType] = {}
+    found: dict[_Program | None, type[Block]] = {}
     with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x, weight = torch.randn(5, 6, dtype=torch.float32), torch.randn(6)
-        norm = LlamaRMSNorm(6, eps=0.1).float()
+        norm = llama.LlamaRMSNorm(6, eps=0.1).float()
         norm.weight.copy_(weight)
+        if torch.allclose(norm(x), norm_bias(x, norm.weight, None, 0.1, "rms")[0], atol=1e-6):
+            found[_program(llama.LlamaRMSNorm.forward)] = RmsNormBlock
         config = LlamaConfig(hidden_size=6, intermediate_size=6, num_attention_heads=1)
-        mlp = LlamaMLP(config).float()  # type: ignore[no-untyped-call]
-        norm_of, mlp_of = _program(LlamaRMSNorm), _program(LlamaMLP)
-        expected, _ = norm_bias(x, norm.weight, None, 0.1, "rms")
-        if norm_of is not None and torch.allclose(norm(x), expected, atol=1e-6):
-            found[RmsNormBlock] = norm_of
+        mlp = llama.LlamaMLP(config).float()  # type: ignore[no-untyped-call]
         product = gated(mlp.gate_proj(x), mlp.up_proj(x), "silu")
-        if mlp_of is not None and torch.allclose(mlp(x), mlp.down_proj(product), atol=1e-6):
-            found[GatedMlpBlock] = mlp_of
+        if torch.allclose(mlp(x), mlp.down_proj(product), atol=1e-6):
+            found[_program(llama.LlamaMLP.forward)] = GatedMlpBlock
+        q, k, cos, sin = torch.randn(4, 2, 3, 5, 6, dtype=torch.float32)
+        cos, sin = cos[:, 0], sin[:, 0]
+        turned = llama.apply_rotary_pos_emb(q, k, cos, sin)
+        if all(
+            torch.allclose(t, rotary(x, cos, sin, False))
+            for t, x in zip(turned, (q, k), strict=True)
+        ):
+            found[_rotary_program(llama.apply_rotary_pos_emb)] = RotaryBlock
+    found.pop(None, None)
     return found
