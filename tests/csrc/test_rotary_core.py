@@ -153,7 +153,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "threads": ({"num_threads": 0}, "num_threads must be 1"),
     "reserved": ({"reserved": 1}, "reserved must be 0"),
     "negative": ({"sizes": (c_int64 * 4)(2, -1, 4, 6)}, "H must be 0 to 2^40, got -1"),
-    "huge": ({"sizes": (c_int64 * 4)(2**39, 2**39, 4, 6)}, "sizes must stay below 2^52"),
+    "huge": ({"sizes": (c_int64 * 4)(2**39, 2**39, 4, 6)}, "the sizes must stay below 2^52"),
     "odd": ({"sizes": (c_int64 * 4)(2, 3, 4, 5)}, "D must be even and at least 2, got 5"),
     "no-columns": ({"sizes": (c_int64 * 4)(2, 3, 4, 0)}, "D must be even and at least 2, got 0"),
     "dtype": ({"dtype": 7}, "dtype must be 0 (f32) or 1 (bf16), got 7"),
