@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <new>
 #include <stdexcept>
@@ -421,6 +423,34 @@ void gated_backward(int dtype, int64_t M, int64_t K, Address grad_y, int64_t ldg
   raise_unless_ok(status);
 }
 
+// ---- rotary
+
+void rotary(int dtype, const std::array<int64_t, 4> &sizes, Address x,
+            const std::array<int64_t, 3> &x_strides, Address y,
+            const std::array<int64_t, 3> &y_strides, int table_dtype, Address cos, Address sin,
+            const std::array<int64_t, 2> &table_strides, bool backward, int num_threads) {
+  deltaops_rotary_args args = {};
+  args.struct_size = sizeof args;
+  args.num_threads = num_threads;
+  std::copy(sizes.begin(), sizes.end(), args.sizes);
+  args.x = reinterpret_cast<const void *>(x);
+  std::copy(x_strides.begin(), x_strides.end(), args.x_strides);
+  args.y = reinterpret_cast<void *>(y);
+  std::copy(y_strides.begin(), y_strides.end(), args.y_strides);
+  args.cos = reinterpret_cast<const void *>(cos);
+  args.sin = reinterpret_cast<const void *>(sin);
+  std::copy(table_strides.begin(), table_strides.end(), args.table_strides);
+  args.dtype = dtype;
+  args.table_dtype = table_dtype;
+  args.backward = backward;
+  deltaops_status status;
+  {
+    py::gil_scoped_release release;
+    status = deltaops_cpu_rotary(&args);
+  }
+  raise_unless_ok(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -481,4 +511,7 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("grad_y"), py::arg("ldg"), py::arg("gate"), py::arg("ld_gate"), py::arg("up"),
         py::arg("ld_up"), py::arg("grad_gate"), py::arg("grad_up"), py::arg("activation"),
         py::arg("num_threads"));
+  m.def("rotary", &rotary, py::arg("dtype"), py::arg("sizes"), py::arg("x"), py::arg("x_strides"),
+        py::arg("y"), py::arg("y_strides"), py::arg("table_dtype"), py::arg("cos"), py::arg("sin"),
+        py::arg("table_strides"), py::arg("backward"), py::arg("num_threads"));
 }

@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <utility>
 
 #include "core.h"
 
@@ -547,6 +549,125 @@ deltaops_status check(const GatedBackwardArgs *args) {
       c.apart("grad_up", args->grad_up, "grad_gate", args->grad_gate);
     }
   }
+  return c.status();
+}
+
+// ----------------------------------------------------------------------------------------- rotary
+
+namespace {
+
+// B, H and L of a rotary's x or y, with their strides; D elements lie side by side.
+struct Heads {
+  const char *name;
+  const void *data;
+  const int64_t *sizes, *strides;
+  int64_t element;  // bytes
+
+  bool empty() const { return sizes[0] == 0 || sizes[1] == 0 || sizes[2] == 0; }
+
+  // Bytes from the lowest address to one past the highest, after memory() has passed.
+  void span(uintptr_t *begin, uintptr_t *end) const {
+    *begin = *end = reinterpret_cast<uintptr_t>(data);
+    for (int i = 0; i < 3; ++i) {
+      const int64_t reach = (sizes[i] - 1) * strides[i] * element;
+      *(reach < 0 ? begin : end) += static_cast<uintptr_t>(reach);
+    }
+    *end += static_cast<uintptr_t>(sizes[3] * element);
+  }
+
+  void memory(Checker *c) const {
+    if (c->status() != DELTAOPS_OK) return;
+    c->expect(data != nullptr || empty(), "%s must point to its elements, got NULL.", name);
+    c->pointer(name, data, static_cast<size_t>(element));
+    for (int i = 0; i < 3; ++i)
+      c->expect(extent(sizes[i], strides[i], element) >= 0,
+                "%s must span at most 2^56 bytes, got %" PRId64 " at a stride of %" PRId64 ".",
+                name, sizes[i], strides[i]);
+  }
+
+  // Whether each of the three strides steps over all that the smaller ones reach.
+  bool apart() const {
+    int order[3] = {0, 1, 2};
+    const auto sort = [&](int a, int b) {
+      if (strides[order[a]] > strides[order[b]]) std::swap(order[a], order[b]);
+    };
+    sort(0, 1), sort(1, 2), sort(0, 1);
+    int64_t reach = sizes[3];
+    for (const int i : order) {
+      if (sizes[i] == 1) continue;
+      if (strides[i] < reach) return false;
+      reach += (sizes[i] - 1) * strides[i];
+    }
+    return true;
+  }
+
+  bool dense() const {
+    uintptr_t begin = 0, end = 0;
+    span(&begin, &end);
+    return end - begin ==
+           static_cast<uintptr_t>(sizes[0] * sizes[1] * sizes[2] * sizes[3] * element);
+  }
+};
+
+bool overlap(const Heads &a, const Heads &b) {
+  uintptr_t a_begin = 0, a_end = 0, b_begin = 0, b_end = 0;
+  a.span(&a_begin, &a_end);
+  b.span(&b_begin, &b_end);
+  return a_begin < b_end && b_begin < a_end;
+}
+
+}  // namespace
+
+deltaops_status check(const RotaryArgs *args) {
+  if (args == nullptr) return fail(DELTAOPS_INVALID_ARGUMENT, "rotary: args must not be NULL.");
+  Checker c("rotary");
+  c.pointer("args", args, alignof(RotaryArgs));
+  if (c.status() != DELTAOPS_OK) return c.status();
+  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, args->reserved);
+  if (c.status() != DELTAOPS_OK) return c.status();
+  const int64_t *sizes = args->sizes;
+  const int32_t dtype = args->dtype, table_dtype = args->table_dtype;
+  for (int i = 0; i < 4; ++i)
+    c.expect(sizes[i] >= 0 && sizes[i] <= kMaxSize, "%c must be 0 to 2^40, got %" PRId64 ".",
+             "BHLD"[i], sizes[i]);
+  int64_t all = 1;
+  for (int i = 0; i < 4 && c.status() == DELTAOPS_OK; ++i)
+    c.expect(!__builtin_mul_overflow(all, sizes[i] + 1, &all) && all <= kMaxWork / 16,
+             "the sizes must stay below 2^52 elements, got [%" PRId64 ", %" PRId64 ", %" PRId64
+             ", %" PRId64 "]. Cut the batch.",
+             sizes[0], sizes[1], sizes[2], sizes[3]);
+  c.expect(sizes[3] >= 2 && sizes[3] % 2 == 0, "D must be even and at least 2, got %" PRId64 ".",
+           sizes[3]);
+  c.expect(dtype == DELTAOPS_F32 || dtype == DELTAOPS_BF16,
+           "dtype must be 0 (f32) or 1 (bf16), got %d.", dtype);
+  c.expect(table_dtype == DELTAOPS_F32 || table_dtype == dtype,
+           "table_dtype must be 0 (f32) or that of x, %d, got %d. Convert cos and sin.", dtype,
+           table_dtype);
+  c.expect(args->backward == 0 || args->backward == 1, "backward must be 0 or 1, got %d.",
+           args->backward);
+  const int64_t element = dtype == DELTAOPS_BF16 ? 2 : 4;
+  const Heads x = {"x", args->x, sizes, args->x_strides, element};
+  const Heads y = {"y", args->y, sizes, args->y_strides, element};
+  x.memory(&c);
+  y.memory(&c);
+  // The tables are heads too: one for each token, in one sequence where the batch shares them.
+  const bool shared = sizes[0] > 1 && args->table_strides[0] == 0;
+  const int64_t table[] = {shared ? 1 : sizes[0], 1, sizes[2], sizes[3]};
+  const int64_t strides[] = {args->table_strides[0], 0, args->table_strides[1]};
+  const int64_t table_element = table_dtype == DELTAOPS_BF16 ? 2 : 4;
+  const Heads cos = {"cos", args->cos, table, strides, table_element};
+  const Heads sin = {"sin", args->sin, table, strides, table_element};
+  cos.memory(&c);
+  sin.memory(&c);
+  if (c.status() != DELTAOPS_OK || x.empty()) return c.status();
+  c.expect(y.apart(),
+           "y is written, so its heads must not overlap, got strides (%" PRId64 ", %" PRId64
+           ", %" PRId64 ") for [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64 "].",
+           args->y_strides[0], args->y_strides[1], args->y_strides[2], sizes[0], sizes[1], sizes[2],
+           sizes[3]);
+  for (const Heads *other : {&x, &cos, &sin})
+    c.expect(!(y.dense() && other->dense() && overlap(y, *other)),
+             "y is written, so it must not overlap %s. Give it memory of its own.", other->name);
   return c.status();
 }
 

@@ -25,6 +25,7 @@ using CrossEntropyForwardArgs = deltaops_cross_entropy_forward_args;
 using CrossEntropyBackwardArgs = deltaops_cross_entropy_backward_args;
 using GatedForwardArgs = deltaops_gated_forward_args;
 using GatedBackwardArgs = deltaops_gated_backward_args;
+using RotaryArgs = deltaops_rotary_args;
 
 /* What a packed weight starts with; panels follow, each [steps][panel_columns] units. */
 struct PackedHeader {
@@ -57,6 +58,7 @@ struct Kernels {
   deltaops_status (*cross_entropy_backward)(const CrossEntropyBackwardArgs &);
   deltaops_status (*gated_forward)(const GatedForwardArgs &);
   deltaops_status (*gated_backward)(const GatedBackwardArgs &);
+  deltaops_status (*rotary)(const RotaryArgs &);
 };
 
 /* Where other bodies would stand: AMX (tdpbf16ps tiles) after avx512_bf16, NEON and SVE beside
@@ -83,6 +85,7 @@ deltaops_status check(const NormBiasForwardArgs *args);
 deltaops_status check(const NormBiasBackwardArgs *args);
 deltaops_status check(const GatedForwardArgs *args);
 deltaops_status check(const GatedBackwardArgs *args);
+deltaops_status check(const RotaryArgs *args);
 /* checks_cross_entropy.cpp */
 deltaops_status check(const CrossEntropyForwardArgs *args);
 deltaops_status check(const CrossEntropyBackwardArgs *args);

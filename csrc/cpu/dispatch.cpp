@@ -330,6 +330,13 @@ deltaops_status deltaops_cpu_gated_backward(const deltaops_gated_backward_args *
   return status == DELTAOPS_OK ? kernels->gated_backward(*args) : status;
 }
 
+deltaops_status deltaops_cpu_rotary(const deltaops_rotary_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->rotary(*args) : status;
+}
+
 void deltaops_cpu_advise_huge_pages(void *data, int64_t bytes) {
   if (data != nullptr && bytes > 0) advise_huge_pages(data, static_cast<size_t>(bytes));
 }

@@ -7,6 +7,7 @@
 #include "delta_linear.h"
 #include "gated.h"
 #include "norm_bias.h"
+#include "rotary.h"
 
 /* Ends every ISA file: the one symbol it exports. */
 #define DELTAOPS_KERNELS(isa)                                                    \
@@ -27,6 +28,7 @@
                                  isa::cross_entropy_forward,                     \
                                  isa::cross_entropy_backward,                    \
                                  isa::gated_forward,                             \
-                                 isa::gated_backward};                           \
+                                 isa::gated_backward,                            \
+                                 isa::rotary};                                   \
   }
 #endif

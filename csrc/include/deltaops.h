@@ -314,6 +314,34 @@ typedef struct {
 DELTAOPS_API deltaops_status deltaops_cpu_gated_forward(const deltaops_gated_forward_args *args);
 DELTAOPS_API deltaops_status deltaops_cpu_gated_backward(const deltaops_gated_backward_args *args);
 
+/* ---- rotary position embedding (Su et al. 2021), D cut into halves as Llama has it
+ *
+ *     y1 = x1 cos1 - x2 sin1,    y2 = x2 cos2 + x1 sin2
+ *
+ * The backward pass is the same with x the gradient of y, and y the gradient of x:
+ *
+ *     y1 = x1 cos1 + x2 sin2,    y2 = x2 cos2 - x1 sin1
+ *
+ * B sequences of L tokens, H heads of D elements, which lie side by side everywhere. The result
+ * does not depend on num_threads. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int64_t sizes[4];         /* B, H, L, D; D even */
+  const void *x;            /* [B, H, L, D] f32 or bf16 */
+  int64_t x_strides[3];     /* of B, H and L */
+  void *y;                  /* [B, H, L, D] dtype of x, written */
+  int64_t y_strides[3];     /* which keep the heads apart */
+  const void *cos, *sin;    /* [B, L, D] each */
+  int64_t table_strides[2]; /* of B, 0 where the batch shares the tables, and of L */
+  int32_t dtype;            /* deltaops_dtype of x and y */
+  int32_t table_dtype;      /* of cos and sin: f32, or that of x */
+  int32_t backward;         /* 0 or 1 */
+  int32_t reserved;         /* 0 */
+} deltaops_rotary_args;
+
+DELTAOPS_API deltaops_status deltaops_cpu_rotary(const deltaops_rotary_args *args);
+
 #ifdef __cplusplus
 }
 #endif

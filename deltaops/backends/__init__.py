@@ -15,6 +15,8 @@ from .base import (
     GatedBackend,
     GatedCall,
     NormBiasCall,
+    RotaryBackend,
+    RotaryCall,
 )
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
@@ -31,6 +33,8 @@ __all__ = [
     "GatedBackend",
     "GatedCall",
     "NormBiasCall",
+    "RotaryBackend",
+    "RotaryCall",
     "registered",
 ]
 

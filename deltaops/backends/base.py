@@ -179,7 +179,32 @@ class GatedCall(NamedTuple):
         return f"gated {self.activation} M={self.m} K={self.k} {self.dtype} on {self.device}"
 
 
-Call: TypeAlias = DeltaLinearCall | BottleneckCall | NormBiasCall | CrossEntropyCall | GatedCall
+class RotaryCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``rotary``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    table_dtype: torch.dtype
+    """Of cos and sin: that of x, or float32."""
+    b: int
+    h: int
+    l: int  # noqa: E741  # the shape is [B, H, L, D]
+    d: int
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "rotary"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return f"rotary B={self.b} H={self.h} L={self.l} D={self.d} {self.dtype} on {self.device}"
+
+
+Call: TypeAlias = (
+    DeltaLinearCall | BottleneckCall | NormBiasCall | CrossEntropyCall | GatedCall | RotaryCall
+)
 """A call of any op: ``call.op`` names it."""
 
 
@@ -320,3 +345,18 @@ class GatedBackend(Backend, Protocol):
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """The wanted gradients: gate, up."""
+
+
+class RotaryBackend(Backend, Protocol):
+    """One that also has ``rotary``: x ``[B, H, L, D]``, cos and sin ``[B or 1, L, D]``.
+
+    ``tokens_first``: the memory of the result is ``[B, L, H, D]``, else ``[B, H, L, D]``.
+    """
+
+    def rotary_forward(self, x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool) -> Tensor:
+        """``y [B, H, L, D]``; see :mod:`deltaops.reference.rotary`."""
+
+    def rotary_backward(
+        self, grad_y: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool
+    ) -> Tensor:
+        """``grad_x [B, H, L, D]``."""

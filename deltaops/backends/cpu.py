@@ -14,7 +14,7 @@ from deltaops.memory import large, start
 from deltaops.packing import PACKING, Layout
 from deltaops.reference.philox import drop_threshold
 
-from .base import Call, CrossEntropyCall, DeltaLinearCall, GatedCall
+from .base import Call, CrossEntropyCall, DeltaLinearCall, GatedCall, RotaryCall
 
 # deltaops_dtype, deltaops_activation and deltaops_norm of csrc/include/deltaops.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -108,7 +108,7 @@ class CpuBackend:
             return f"runs on the CPU, the tensors are on {call.device}"
         if call.dtype not in _DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
-        if isinstance(call, CrossEntropyCall | GatedCall):
+        if isinstance(call, CrossEntropyCall | GatedCall | RotaryCall):
             return None
         if not isinstance(call, DeltaLinearCall):
             foreign = [t for t in call.parameter_dtypes if t not in _DTYPES]
@@ -489,6 +489,44 @@ class CpuBackend:
             torch.get_num_threads(),
         )
         return [g for g in wanted if g is not None]
+
+    # -------------------------------------------------------------------------------- rotary
+
+    def rotary_forward(self, x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool) -> Tensor:
+        """See :class:`deltaops.backends.base.RotaryBackend`."""
+        return _rotary(x, cos, sin, tokens_first, backward=False)
+
+    def rotary_backward(
+        self, grad_y: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool
+    ) -> Tensor:
+        """See :class:`deltaops.backends.base.RotaryBackend`."""
+        return _rotary(grad_y, cos, sin, tokens_first, backward=True)
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool, *, backward: bool) -> Tensor:
+    """Either way: backward turns the heads back."""
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    if cos.stride(2) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    b, h, l, d = x.shape  # noqa: E741
+    y = _large(b * l * h, d, x.dtype)
+    y = y.view(b, l, h, d).transpose(1, 2) if tokens_first else y.view(b, h, l, d)
+    _core().rotary(
+        _DTYPES[x.dtype],
+        (b, h, l, d),
+        x.data_ptr(),
+        x.stride()[:3],
+        y.data_ptr(),
+        y.stride()[:3],
+        _DTYPES[cos.dtype],
+        cos.data_ptr(),
+        sin.data_ptr(),
+        (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)),
+        backward,
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def _whole(t: Tensor | None) -> Tensor | None:

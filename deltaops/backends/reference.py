@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deltaops.reference import bottleneck, cross_entropy, delta_linear, gated, norm_bias
+from deltaops.reference import bottleneck, cross_entropy, delta_linear, gated, norm_bias, rotary
 
 from .base import Call
 
@@ -22,6 +22,8 @@ class ReferenceBackend:
     cross_entropy_backward = staticmethod(cross_entropy.backward)
     gated_forward = staticmethod(gated.forward)
     gated_backward = staticmethod(gated.backward)
+    rotary_forward = staticmethod(rotary.forward)
+    rotary_backward = staticmethod(rotary.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""

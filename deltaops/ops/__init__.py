@@ -5,5 +5,15 @@ from .cross_entropy import cross_entropy
 from .delta_linear import Branch, delta_linear, explain
 from .gated import gated
 from .norm_bias import norm_bias
+from .rotary import rotary
 
-__all__ = ["Branch", "bottleneck", "cross_entropy", "delta_linear", "explain", "gated", "norm_bias"]
+__all__ = [
+    "Branch",
+    "bottleneck",
+    "cross_entropy",
+    "delta_linear",
+    "explain",
+    "gated",
+    "norm_bias",
+    "rotary",
+]

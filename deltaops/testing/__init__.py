@@ -10,6 +10,7 @@ from .adapter_cases import (
 from .cases import DELTA_LINEAR_CASES, DeltaLinearCase, DeltaLinearTensors
 from .compare import assert_accurate, relative_error
 from .gated_cases import GATED_CASES, GatedCase
+from .rotary_cases import ROTARY_CASES, RotaryCase
 from .tolerances import bound, rounding
 
 __all__ = [
@@ -17,12 +18,14 @@ __all__ = [
     "DELTA_LINEAR_CASES",
     "GATED_CASES",
     "NORM_BIAS_CASES",
+    "ROTARY_CASES",
     "BottleneckCase",
     "BottleneckTensors",
     "DeltaLinearCase",
     "DeltaLinearTensors",
     "GatedCase",
     "NormBiasCase",
+    "RotaryCase",
     "assert_accurate",
     "bound",
     "relative_error",

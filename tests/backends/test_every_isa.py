@@ -14,7 +14,7 @@ import pytest
 
 from deltaops.backends.cpu import native
 
-SUITES = [Path(__file__).with_name(f"test_{op}.py") for op in ("delta_linear", "gated")]
+SUITES = [Path(__file__).with_name(f"test_{op}.py") for op in ("delta_linear", "gated", "rotary")]
 
 
 def other_isas() -> list[str]:
