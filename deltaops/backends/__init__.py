@@ -12,7 +12,9 @@ from .base import (
     CrossEntropyBackend,
     CrossEntropyCall,
     DeltaLinearCall,
+    DeltaLinearPlan,
     NormBiasCall,
+    PreparingBackend,
 )
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
@@ -26,7 +28,9 @@ __all__ = [
     "CrossEntropyBackend",
     "CrossEntropyCall",
     "DeltaLinearCall",
+    "DeltaLinearPlan",
     "NormBiasCall",
+    "PreparingBackend",
     "registered",
 ]
 

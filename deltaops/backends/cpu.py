@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from deltaops.packing import PACKING, Layout
+from deltaops.packing import PACKING, SMALLEST, Layout
 from deltaops.reference.philox import drop_threshold
 
 from .base import Call, CrossEntropyCall, DeltaLinearCall
@@ -52,10 +52,15 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    # strides given: torch.empty takes a microsecond more
+    return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype)
+
+
 def _large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """``torch.empty``; from 32 MiB on in huge pages. Memory of that size is new at every call
     (glibc maps it and gives it back), and in small pages its faults cost more than most ops do."""
-    out = torch.empty((rows, columns), dtype=dtype)
+    out = _empty(rows, columns, dtype)
     if out.nbytes >= 1 << 25:
         _core().advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
@@ -65,34 +70,148 @@ def _adapter(t: Tensor) -> Tensor:
     return t if 1 in t.stride() else t.contiguous()
 
 
-def _seed(seed: Tensor | None) -> int:
-    return 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF
+def _seed(seed: Tensor) -> int:
+    return int(seed) & 0xFFFFFFFFFFFFFFFF
 
 
-def _branches(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    branch_bias: Sequence[Tensor | None],
-    scaling: Sequence[float],
-    dropout: Sequence[float],
-    activation: Sequence[str],
-) -> tuple[tuple[int | float, ...], ...]:
-    return tuple(
-        (
-            a_i.data_ptr(),
-            *a_i.stride(),
-            b_i.data_ptr(),
-            *b_i.stride(),
-            a_i.shape[0],
-            _DTYPES[a_i.dtype],
-            scaling[i],
-            drop_threshold(dropout[i]),
-            i,
-            _ACTIVATIONS[activation[i]],
-            _pointer(branch_bias[i]),
+class CpuDeltaLinear:
+    """A ``delta_linear`` of known shapes and strides; see :class:`.base.DeltaLinearPlan`.
+
+    A small layer takes less time than the conversion of its sizes, so that is done here, once.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+    ) -> None:
+        self._shape = n, k = tuple(weight.shape)
+        self._strides = weight.stride()
+        self._packable = n * k >= SMALLEST
+        given = [*a, *b, *branch_bias]
+        self._none = (None,) * len(a)
+        self._ranks = sum([t.shape[0] for t in a])
+        # as the core takes them: nearly always as they are, and then no call looks again
+        a, b, held = [_adapter(t) for t in a], [_adapter(t) for t in b], _whole_ones(branch_bias)
+        self._copies = any([p is not q for p, q in zip(given, (*a, *b, *held), strict=True)])
+        self._core = _core()
+        self._native = self._core.DeltaLinear(
+            _DTYPES[weight.dtype],
+            n,
+            k,
+            *self._strides,
+            [
+                (
+                    *a_i.stride(),
+                    *b_i.stride(),
+                    a_i.shape[0],
+                    _DTYPES[a_i.dtype],
+                    scaling[i],
+                    drop_threshold(dropout[i]),
+                    _ACTIVATIONS[activation[i]],
+                )
+                for i, (a_i, b_i) in enumerate(zip(a, b, strict=True))
+            ],
         )
-        for i, (a_i, b_i) in enumerate(zip(a, b, strict=True))
-    )
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
+        seed: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
+        x = _rows(x)
+        if bias is not None:
+            bias = bias.contiguous()
+        if self._copies:
+            a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
+            branch_bias = _whole_ones(branch_bias)
+        m, n = x.shape[0], self._shape[0]
+        y = _large(m, n, x.dtype)
+        s = _empty(m, self._ranks, torch.float32) if keep else None
+        threads = torch.get_num_threads()
+        packed = self._packed(weight, False, threads) if self._packable else None
+        self._native.forward(
+            m,
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            0 if s is None else s.data_ptr(),
+            tuple([0 if t is None else t.data_ptr() for t in (*a, *b, *branch_bias)]),
+            0 if seed is None else _seed(seed),
+            threads,
+            0 if packed is None else packed.data_ptr(),
+            0 if packed is None else packed.numel(),
+        )
+        return y, s
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        s: Tensor,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
+        grad_y, s = _rows(grad_y), s.contiguous()
+        if x is not None:
+            x = _rows(x)
+        if self._copies:
+            a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
+        m, (n, k), count = grad_y.shape[0], self._shape, len(a)
+        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
+        grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
+        wanted = [
+            _empty(*t.shape, t.dtype) if needs[i] else None for i, t in enumerate((*a, *b), start=2)
+        ]
+        wanted += [
+            torch.empty(t.shape[0], dtype=t.dtype) if needs[i] else None
+            for i, t in enumerate(a, start=2 + 2 * count)
+        ]
+        threads = torch.get_num_threads()
+        packed = None
+        if self._packable and grad_x is not None:
+            packed = self._packed(weight, True, threads)
+        self._native.backward(
+            m,
+            grad_y.data_ptr(),
+            grad_y.stride(0),
+            0 if x is None else x.data_ptr(),
+            0 if x is None else x.stride(0),
+            weight.data_ptr(),
+            s.data_ptr(),
+            # the biases' values are in S already
+            tuple([0 if t is None else t.data_ptr() for t in (*a, *b, *self._none)]),
+            0 if seed is None else _seed(seed),
+            threads,
+            0 if grad_x is None else grad_x.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(),
+            tuple([0 if t is None else t.data_ptr() for t in wanted]),
+            0 if packed is None else packed.data_ptr(),
+            0 if packed is None else packed.numel(),
+        )
+        return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+
+    def _packed(self, weight: Tensor, transposed: bool, threads: int) -> Tensor | None:
+        layout = Layout(weight.data_ptr(), *self._shape, *self._strides, _DTYPES[weight.dtype])
+        return PACKING.packed(self._core, weight, layout, transposed, threads)
 
 
 class CpuBackend:
@@ -123,6 +242,9 @@ class CpuBackend:
             return "the weight needs rows or columns of adjacent elements"
         return None
 
+    prepare = CpuDeltaLinear
+    """See :class:`deltaops.backends.base.PreparingBackend`."""
+
     def forward(
         self,
         x: Tensor,
@@ -137,36 +259,9 @@ class CpuBackend:
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`deltaops.backends.base.Backend`."""
-        x = _rows(x)
-        if bias is not None:
-            bias = bias.contiguous()
-        a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
-        branch_bias = [None if t is None else t.contiguous() for t in branch_bias]
-        (m, k), n = x.shape, weight.shape[0]
-        y = _large(m, n, x.dtype)
-        s = torch.empty((m, sum(t.shape[0] for t in a)), dtype=torch.float32)
-        core, threads = _core(), torch.get_num_threads()
-        layout = Layout.of(weight, _DTYPES[x.dtype])
-        packed = PACKING.packed(core, weight, layout, False, threads)
-        core.delta_linear_forward(
-            _DTYPES[x.dtype],
-            m,
-            n,
-            k,
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            *weight.stride(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            n,
-            s.data_ptr(),
-            _branches(a, b, branch_bias, scaling, dropout, activation),
-            _seed(seed),
-            threads,
-            _pointer(packed),
-            0 if packed is None else packed.numel(),
-        )
+        plan = CpuDeltaLinear(weight, a, b, branch_bias, scaling, dropout, activation)
+        y, s = plan.forward(x, weight, bias, a, b, branch_bias, seed, True)
+        assert s is not None  # kept, as asked
         return y, s
 
     def backward(
@@ -184,54 +279,8 @@ class CpuBackend:
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.base.Backend`."""
-        grad_y, s = _rows(grad_y), s.contiguous()
-        if x is not None:
-            x = _rows(x)
-        a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
-        (m, n), k, count = grad_y.shape, weight.shape[1], len(a)
-        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
-        grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
-        wanted = [
-            torch.empty(t.shape, dtype=t.dtype) if needs[2 + i] else None
-            for i, t in enumerate((*a, *b))
-        ]
-        wanted += [
-            torch.empty(t.shape[0], dtype=t.dtype) if needs[2 + 2 * count + i] else None
-            for i, t in enumerate(a)
-        ]
-        core, threads = _core(), torch.get_num_threads()
-        packed = None
-        if grad_x is not None:
-            layout = Layout.of(weight, _DTYPES[grad_y.dtype])
-            packed = PACKING.packed(core, weight, layout, True, threads)
-        core.delta_linear_backward(
-            _DTYPES[grad_y.dtype],
-            m,
-            n,
-            k,
-            grad_y.data_ptr(),
-            grad_y.stride(0),
-            0 if x is None else x.data_ptr(),
-            0 if x is None else x.stride(0),
-            weight.data_ptr(),
-            *weight.stride(),
-            s.data_ptr(),
-            # the biases' values are in S already
-            _branches(a, b, [None] * count, scaling, dropout, activation),
-            _seed(seed),
-            threads,
-            0 if grad_x is None else grad_x.data_ptr(),
-            k,
-            0 if grad_bias is None else grad_bias.data_ptr(),
-            _DTYPES[grad_y.dtype],
-            tuple(
-                (*(_pointer(wanted[i + j * count]) for j in range(3)), _DTYPES[a[i].dtype])
-                for i in range(count)
-            ),
-            _pointer(packed),
-            0 if packed is None else packed.numel(),
-        )
-        return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+        plan = CpuDeltaLinear(weight, a, b, [None] * len(a), scaling, dropout, activation)
+        return plan.backward(grad_y, x, weight, a, b, s, seed, needs)
 
     def bottleneck_forward(
         self,
@@ -445,6 +494,10 @@ class CpuBackend:
 
 def _whole(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
+
+
+def _whole_ones(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [_whole(t) for t in tensors]
 
 
 def _parameter(t: Tensor | None) -> tuple[int, int]:

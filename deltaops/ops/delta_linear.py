@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from deltaops.backends import DeltaLinearCall
+from deltaops.backends import DeltaLinearCall, DeltaLinearPlan
 from deltaops.dispatch import LAST_RESORT, Explanation, explain_call, select
 from deltaops.errors import (
     ConfigError,
@@ -31,6 +30,7 @@ from deltaops.reference import delta_linear as reference
 from deltaops.reference.activation import ACTIVATIONS
 
 from .delta_linear_autograd import DeltaLinearFunction, run_forward
+from .plans import PLANS, make_plan, signature
 
 
 class Branch(NamedTuple):
@@ -130,6 +130,58 @@ def _run(
     backend: str,
     strict: bool,
 ) -> Tensor:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return _run_watched(x, weight, bias, branches, backend, strict)
+    key = signature(x, weight, bias, branches, backend, strict)
+    if key is None or x.is_meta:
+        return _run_watched(x, weight, bias, branches, backend, strict)
+    recording = torch.is_grad_enabled()
+    plan = PLANS.get(key)
+    if plan is None or (recording and weight.requires_grad):
+        _check(x, weight, bias, branches)
+        plan = _plan(x, weight, branches, backend, strict)
+        PLANS.keep(key, plan)
+    a = [r.a for r in branches]
+    b = [r.b for r in branches]
+    inner = [r.bias for r in branches]
+    seed = _draw_seed(x.device) if any([r.dropout for r in branches]) else None
+    if recording and (
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or any([t is not None and t.requires_grad for t in (*a, *b, *inner)])
+    ):
+        y = DeltaLinearFunction.apply(x, weight, bias, seed, plan, *a, *b, *inner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+        return y  # type: ignore[no-any-return]
+    return run_forward(x, weight, bias, a, b, inner, seed, plan, False)[0]
+
+
+def _plan(
+    x: Tensor, weight: Tensor, branches: Sequence[Branch], backend: str, strict: bool
+) -> DeltaLinearPlan:
+    a = [r.a for r in branches]
+    b = [r.b for r in branches]
+    branch_bias = [r.bias for r in branches]
+    scaling = [float(r.scaling) for r in branches]
+    dropout = [float(r.dropout) for r in branches]
+    activation = [r.activation for r in branches]
+    call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
+    runner = select(call, backend, strict)
+    return make_plan(runner, weight, a, b, branch_bias, scaling, dropout, activation)
+
+
+def _run_watched(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branches: Sequence[Branch],
+    backend: str,
+    strict: bool,
+) -> Tensor:
+    """Where somebody looks on: a compiler, a transform, a mode, or a tensor of another class."""
     _check(x, weight, bias, branches)
     a = [r.a for r in branches]
     b = [r.b for r in branches]
@@ -145,23 +197,6 @@ def _run(
             flat, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
-    if _takes_bypass(x, weight, bias, a, b, branch_bias):
-        call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
-        runner = select(call, backend, strict)
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or any(t.requires_grad for t in a)
-            or any(t.requires_grad for t in b)
-            or any(t is not None and t.requires_grad for t in branch_bias)
-        ):
-            y = DeltaLinearFunction.apply(
-                x, weight, bias, scaling, dropout, activation, seed, runner, *a, *b, *branch_bias
-            )  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
-            return y  # type: ignore[no-any-return]
-        return run_forward(
-            x, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed, runner
-        )[0]
     if strict:
         call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
         backend = select(call, backend, strict).name
@@ -186,31 +221,6 @@ def _check_transformed(backend: str, strict: bool) -> None:
 
 def _draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-_PLAIN = (Tensor, Parameter)
-
-
-def _takes_bypass(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    branch_bias: Sequence[Tensor | None],
-) -> bool:
-    """Whether the shortcut past the dispatcher gives the same: eager, and nobody is watching."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-        and all(type(t) in _PLAIN for t in a)
-        and all(type(t) in _PLAIN for t in b)
-        and all(t is None or type(t) in _PLAIN for t in branch_bias)
-        and not x.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-    )
 
 
 # ---------------------------------------------------------------------------------------- checks
