@@ -210,16 +210,18 @@ class Backend(Protocol):
 
 
 class DeltaLinearPlan(Protocol):
-    """A ``delta_linear`` whose shapes, strides and settings are known: only tensors are missing."""
+    """A ``delta_linear`` whose shapes, strides and settings are known: only tensors are missing.
+
+    Those of the branches come in one sequence, a… b… branch_bias…, of which the last may be None;
+    the backward pass does not read the branches' biases, and may get None for all.
+    """
 
     def forward(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
-        branch_bias: Sequence[Tensor | None],
+        operands: Sequence[Tensor | None],
         seed: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -230,8 +232,7 @@ class DeltaLinearPlan(Protocol):
         grad_y: Tensor,
         x: Tensor | None,
         weight: Tensor,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
+        operands: Sequence[Tensor | None],
         s: Tensor,
         seed: Tensor | None,
         needs: Sequence[bool],

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,21 +54,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    # strides given: torch.empty takes a microsecond more
-    return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype)
-
-
-def _large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """``torch.empty``; from 32 MiB on in huge pages. Memory of that size is new at every call
     (glibc maps it and gives it back), and in small pages its faults cost more than most ops do."""
-    out = _empty(rows, columns, dtype)
-    if out.nbytes >= 1 << 25:
+    # strides given: torch.empty takes a microsecond more
+    out = torch.empty_strided((rows, columns), (columns, 1), dtype=dtype)
+    if rows * columns >= 1 << 23 and out.nbytes >= 1 << 25:
         _core().advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
-
-
-def _adapter(t: Tensor) -> Tensor:
-    return t if 1 in t.stride() else t.contiguous()
 
 
 def _seed(seed: Tensor) -> int:
@@ -94,11 +87,18 @@ class CpuDeltaLinear:
         self._strides = weight.stride()
         self._packable = n * k >= SMALLEST
         given = [*a, *b, *branch_bias]
-        self._none = (None,) * len(a)
-        self._ranks = sum([t.shape[0] for t in a])
+        ranks = [t.shape[0] for t in a]
+        self._ranks = sum(ranks)
         # as the core takes them: nearly always as they are, and then no call looks again
-        a, b, held = [_adapter(t) for t in a], [_adapter(t) for t in b], _whole_ones(branch_bias)
-        self._copies = any([p is not q for p, q in zip(given, (*a, *b, *held), strict=True)])
+        given = [*a, *b, *branch_bias]
+        tidy = self._tidy(given)
+        self._copies = any([p is not q for p, q in zip(given, tidy, strict=True)])
+        a, b = tidy[: len(a)], tidy[len(a) : 2 * len(a)]
+        self._grads = [
+            *[((r, k), (k, 1), t.dtype) for t, r in zip(a, ranks, strict=True)],
+            *[((n, r), (r, 1), t.dtype) for t, r in zip(a, ranks, strict=True)],
+            *[((r,), (1,), t.dtype) for t, r in zip(a, ranks, strict=True)],
+        ]
         self._core = _core()
         self._native = self._core.DeltaLinear(
             _DTYPES[weight.dtype],
@@ -124,9 +124,7 @@ class CpuDeltaLinear:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
-        branch_bias: Sequence[Tensor | None],
+        operands: Sequence[Tensor | None],
         seed: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -135,10 +133,9 @@ class CpuDeltaLinear:
         if bias is not None:
             bias = bias.contiguous()
         if self._copies:
-            a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
-            branch_bias = _whole_ones(branch_bias)
-        m, n = x.shape[0], self._shape[0]
-        y = _large(m, n, x.dtype)
+            operands = self._tidy(operands)
+        m = x.shape[0]
+        y = _empty(m, self._shape[0], x.dtype)
         s = _empty(m, self._ranks, torch.float32) if keep else None
         threads = torch.get_num_threads()
         packed = self._packed(weight, False, threads) if self._packable else None
@@ -150,7 +147,7 @@ class CpuDeltaLinear:
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             0 if s is None else s.data_ptr(),
-            tuple([0 if t is None else t.data_ptr() for t in (*a, *b, *branch_bias)]),
+            tuple([0 if t is None else t.data_ptr() for t in operands]),
             0 if seed is None else _seed(seed),
             threads,
             0 if packed is None else packed.data_ptr(),
@@ -163,8 +160,7 @@ class CpuDeltaLinear:
         grad_y: Tensor,
         x: Tensor | None,
         weight: Tensor,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
+        operands: Sequence[Tensor | None],
         s: Tensor,
         seed: Tensor | None,
         needs: Sequence[bool],
@@ -174,16 +170,13 @@ class CpuDeltaLinear:
         if x is not None:
             x = _rows(x)
         if self._copies:
-            a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
-        m, (n, k), count = grad_y.shape[0], self._shape, len(a)
-        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
+            operands = self._tidy(operands)
+        m, (n, k) = grad_y.shape[0], self._shape
+        grad_x = _empty(m, k, grad_y.dtype) if needs[0] else None
         grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
         wanted = [
-            _empty(*t.shape, t.dtype) if needs[i] else None for i, t in enumerate((*a, *b), start=2)
-        ]
-        wanted += [
-            torch.empty(t.shape[0], dtype=t.dtype) if needs[i] else None
-            for i, t in enumerate(a, start=2 + 2 * count)
+            torch.empty_strided(shape, strides, dtype=dtype) if need else None
+            for need, (shape, strides, dtype) in zip(needs[2:], self._grads, strict=True)
         ]
         threads = torch.get_num_threads()
         packed = None
@@ -197,8 +190,7 @@ class CpuDeltaLinear:
             0 if x is None else x.stride(0),
             weight.data_ptr(),
             s.data_ptr(),
-            # the biases' values are in S already
-            tuple([0 if t is None else t.data_ptr() for t in (*a, *b, *self._none)]),
+            tuple([0 if t is None else t.data_ptr() for t in operands]),
             0 if seed is None else _seed(seed),
             threads,
             0 if grad_x is None else grad_x.data_ptr(),
@@ -208,6 +200,11 @@ class CpuDeltaLinear:
             0 if packed is None else packed.numel(),
         )
         return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+
+    @staticmethod
+    def _tidy(operands: Sequence[Tensor | None]) -> list[Any]:
+        """Each as the core takes it: matrices with a unit stride, vectors of adjacent elements."""
+        return [None if t is None else t if 1 in t.stride() else t.contiguous() for t in operands]
 
     def _packed(self, weight: Tensor, transposed: bool, threads: int) -> Tensor | None:
         layout = Layout(weight.data_ptr(), *self._shape, *self._strides, _DTYPES[weight.dtype])
@@ -260,7 +257,7 @@ class CpuBackend:
     ) -> tuple[Tensor, Tensor]:
         """See :class:`deltaops.backends.base.Backend`."""
         plan = CpuDeltaLinear(weight, a, b, branch_bias, scaling, dropout, activation)
-        y, s = plan.forward(x, weight, bias, a, b, branch_bias, seed, True)
+        y, s = plan.forward(x, weight, bias, [*a, *b, *branch_bias], seed, True)
         assert s is not None  # kept, as asked
         return y, s
 
@@ -279,8 +276,9 @@ class CpuBackend:
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.base.Backend`."""
-        plan = CpuDeltaLinear(weight, a, b, [None] * len(a), scaling, dropout, activation)
-        return plan.backward(grad_y, x, weight, a, b, s, seed, needs)
+        absent = [None] * len(a)
+        plan = CpuDeltaLinear(weight, a, b, absent, scaling, dropout, activation)
+        return plan.backward(grad_y, x, weight, [*a, *b, *absent], s, seed, needs)
 
     def bottleneck_forward(
         self,
@@ -474,7 +472,7 @@ class CpuBackend:
         """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
         logits, target, state = _rows(logits), target.contiguous(), state.contiguous()
         m, v = logits.shape
-        grad = _large(m, v, logits.dtype)
+        grad = _empty(m, v, logits.dtype)
         _core().cross_entropy_backward(
             _DTYPES[logits.dtype],
             m,
@@ -494,10 +492,6 @@ class CpuBackend:
 
 def _whole(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
-
-
-def _whole_ones(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [_whole(t) for t in tensors]
 
 
 def _parameter(t: Tensor | None) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaops.backends import DeltaLinearCall, DeltaLinearPlan
+from deltaops.backends import DeltaLinearCall
 from deltaops.dispatch import LAST_RESORT, Explanation, explain_call, select
 from deltaops.errors import (
     ConfigError,
@@ -30,7 +30,7 @@ from deltaops.reference import delta_linear as reference
 from deltaops.reference.activation import ACTIVATIONS
 
 from .delta_linear_autograd import DeltaLinearFunction, run_forward
-from .plans import PLANS, make_plan, signature
+from .plans import PLANS, Known, look, make_plan
 
 
 class Branch(NamedTuple):
@@ -136,32 +136,31 @@ def _run(
         or torch._C._len_torch_dispatch_stack()
     ):
         return _run_watched(x, weight, bias, branches, backend, strict)
-    key = signature(x, weight, bias, branches, backend, strict)
-    if key is None or x.is_meta:
+    seen = look(x, weight, bias, branches, backend, strict)
+    if seen is None or x.is_meta:
         return _run_watched(x, weight, bias, branches, backend, strict)
+    key, operands = seen
     recording = torch.is_grad_enabled()
-    plan = PLANS.get(key)
-    if plan is None or (recording and weight.requires_grad):
+    known = PLANS.get(key)
+    if known is None or (recording and weight.requires_grad):
         _check(x, weight, bias, branches)
-        plan = _plan(x, weight, branches, backend, strict)
-        PLANS.keep(key, plan)
-    a = [r.a for r in branches]
-    b = [r.b for r in branches]
-    inner = [r.bias for r in branches]
-    seed = _draw_seed(x.device) if any([r.dropout for r in branches]) else None
+        known = _learn(x, weight, branches, backend, strict)
+        PLANS.keep(key, known)
+    plan, random = known
+    seed = _draw_seed(x.device) if random else None
     if recording and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
-        or any([t is not None and t.requires_grad for t in (*a, *b, *inner)])
+        or any([t is not None and t.requires_grad for t in operands])
     ):
-        y = DeltaLinearFunction.apply(x, weight, bias, seed, plan, *a, *b, *inner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+        y = DeltaLinearFunction.apply(x, weight, bias, seed, plan, *operands)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
         return y  # type: ignore[no-any-return]
-    return run_forward(x, weight, bias, a, b, inner, seed, plan, False)[0]
+    return run_forward(x, weight, bias, operands, seed, plan, False)[0]
 
 
-def _plan(
+def _learn(
     x: Tensor, weight: Tensor, branches: Sequence[Branch], backend: str, strict: bool
-) -> DeltaLinearPlan:
+) -> Known:
     a = [r.a for r in branches]
     b = [r.b for r in branches]
     branch_bias = [r.bias for r in branches]
@@ -170,7 +169,8 @@ def _plan(
     activation = [r.activation for r in branches]
     call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
     runner = select(call, backend, strict)
-    return make_plan(runner, weight, a, b, branch_bias, scaling, dropout, activation)
+    plan = make_plan(runner, weight, a, b, branch_bias, scaling, dropout, activation)
+    return Known(plan, any(dropout))
 
 
 def _run_watched(

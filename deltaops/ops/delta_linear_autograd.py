@@ -24,18 +24,16 @@ def run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    branch_bias: Sequence[Tensor | None],
+    operands: Sequence[Tensor | None],
     seed: Tensor | None,
     plan: DeltaLinearPlan,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and S where ``keep`` asks for what the backward pass needs."""
     if x.dim() == 2:
-        return plan.forward(x, weight, bias, a, b, branch_bias, seed, keep)
+        return plan.forward(x, weight, bias, operands, seed, keep)
     n, k = weight.shape
-    y, s = plan.forward(x.reshape(-1, k), weight, bias, a, b, branch_bias, seed, keep)
+    y, s = plan.forward(x.reshape(-1, k), weight, bias, operands, seed, keep)
     return y.view(*x.shape[:-1], n), s
 
 
@@ -43,18 +41,17 @@ def run_backward(
     grad_y: Tensor,
     x: Tensor | None,
     weight: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
+    operands: Sequence[Tensor | None],
     s: Tensor,
     seed: Tensor | None,
     needs: Sequence[bool],
     plan: DeltaLinearPlan,
 ) -> list[Tensor]:
     if grad_y.dim() == 2:
-        return plan.backward(grad_y, x, weight, a, b, s, seed, needs)
+        return plan.backward(grad_y, x, weight, operands, s, seed, needs)
     n, k = weight.shape
     flat = None if x is None else x.reshape(-1, k)
-    grads = plan.backward(grad_y.reshape(-1, n), flat, weight, a, b, s, seed, needs)
+    grads = plan.backward(grad_y.reshape(-1, n), flat, weight, operands, s, seed, needs)
     if needs[0]:
         grads[0] = grads[0].view(*grad_y.shape[:-1], k)
     return grads
@@ -71,13 +68,12 @@ class DeltaLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         seed: Tensor | None,
         plan: DeltaLinearPlan,
-        *adapters: Any,  # a…, b…, branch_bias…: the last ones may be None
+        *operands: Tensor | None,  # a…, b…, branch_bias…: the last ones may be None
     ) -> Tensor:
-        count = len(adapters) // 3
-        a, b, branch_bias = adapters[:count], adapters[count : 2 * count], adapters[2 * count :]
-        y, s = run_forward(x, weight, bias, a, b, branch_bias, seed, plan, True)
-        x_saved = x if any(ctx.needs_input_grad[5 : 5 + count]) else None
-        ctx.save_for_backward(x_saved, weight, s, seed, *a, *b)
+        y, s = run_forward(x, weight, bias, operands, seed, plan, True)
+        count = len(operands) // 3
+        x_saved = x if True in ctx.needs_input_grad[5 : 5 + count] else None
+        ctx.save_for_backward(x_saved, weight, s, seed, *operands[: 2 * count])
         ctx.plan = plan
         return y
 
@@ -86,16 +82,15 @@ class DeltaLinearFunction(torch.autograd.Function):
         # once_differentiable switches gradients off and on, in Python; they are off already where
         # no second order is asked for
         gradients = _once_differentiable if torch.is_grad_enabled() else _gradients
-        return gradients(ctx, grad_y)  # type: ignore[no-any-return]
+        return gradients(ctx, grad_y)
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, s, seed, *adapters = ctx.saved_tensors
-    count = len(adapters) // 2
-    a, b = adapters[:count], adapters[count:]
+    x, weight, s, seed, *operands = ctx.saved_tensors
+    operands += [None] * (len(operands) // 2)  # the branches' biases are not read again
     wants = ctx.needs_input_grad
     needs = [wants[0], wants[2], *wants[5:]]
-    found = iter(run_backward(grad_y, x, weight, a, b, s, seed, needs, ctx.plan))
+    found = iter(run_backward(grad_y, x, weight, operands, s, seed, needs, ctx.plan))
     grads = [next(found) if need else None for need in needs]
     return (grads[0], None, grads[1], None, None, *grads[2:])
 
@@ -143,7 +138,7 @@ def _op_forward(
     biases = [next(present) if there else None for there in biased]
     runner = select(DeltaLinearCall.of(x, weight, a, biases, dropout, activation), backend)
     plan = make_plan(runner, weight, a, b, biases, scaling, dropout, activation)
-    y, s = run_forward(x, weight, bias, a, b, biases, seed, plan, True)
+    y, s = run_forward(x, weight, bias, [*a, *b, *biases], seed, plan, True)
     assert s is not None  # kept, as asked
     return y, s
 
@@ -170,7 +165,7 @@ def _op_backward(
     call = call._replace(m=grad_y.numel() // n if n else 0, branch_bias=biased)
     runner = select(call, backend)
     plan = make_plan(runner, weight, a, b, no_bias, scaling, dropout, activation)
-    return run_backward(grad_y, x, weight, a, b, s, seed, needs, plan)
+    return run_backward(grad_y, x, weight, [*a, *b, *no_bias], s, seed, needs, plan)
 
 
 def _fake_forward(

@@ -8,6 +8,7 @@ a signature, the plan, is kept; a plan holds no tensor.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -38,27 +39,28 @@ class PlainPlan:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
-        branch_bias: Sequence[Tensor | None],
+        operands: Sequence[Any],
         seed: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`deltaops.backends.DeltaLinearPlan`."""
-        return self._runner.forward(x, weight, bias, a, b, branch_bias, *self._settings, seed)
+        count = len(operands) // 3
+        a, b, inner = operands[:count], operands[count : 2 * count], operands[2 * count :]
+        return self._runner.forward(x, weight, bias, a, b, inner, *self._settings, seed)
 
     def backward(
         self,
         grad_y: Tensor,
         x: Tensor | None,
         weight: Tensor,
-        a: Sequence[Tensor],
-        b: Sequence[Tensor],
+        operands: Sequence[Any],
         s: Tensor,
         seed: Tensor | None,
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.DeltaLinearPlan`."""
+        count = len(operands) // 3
+        a, b = operands[:count], operands[count : 2 * count]
         return self._runner.backward(grad_y, x, weight, a, b, s, *self._settings, seed, needs)
 
 
@@ -80,20 +82,18 @@ def make_plan(
     return plan
 
 
-def signature(
+def look(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    branches: Sequence[
-        tuple[Tensor, Tensor, float, float, str, Tensor | None]
-    ],  # deltaops.ops.Branch
+    branches: Sequence[Any],  # deltaops.ops.Branch
     backend: str,
     strict: bool,
-) -> Signature | None:
-    """All that the checks and the backends look at; None for tensors of another class."""
+) -> tuple[Signature, list[Tensor | None]] | None:
+    """The signature and the branches' tensors, a… b… bias…; None where one is of another class."""
     if type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return None
-    # In one list, with is_cpu for the device: half the time of a loop over tuples.
+    # Written out, with is_cpu for the device: half the time of loops over tuples.
     parts: list[Hashable] = [backend, strict]
     parts += x.dtype, x.shape, x.stride(), x.is_cpu or x.device
     parts += weight.dtype, weight.shape, weight.stride(), weight.is_cpu or weight.device
@@ -103,6 +103,7 @@ def signature(
         parts += bias.dtype, bias.shape, bias.stride(), bias.is_cpu or bias.device
     else:
         return None
+    downs, ups, inners = [], [], []
     for a, b, scaling, dropout, activation, inner in branches:
         if type(a) not in _PLAIN or type(b) not in _PLAIN:
             return None
@@ -115,17 +116,28 @@ def signature(
             parts += inner.dtype, inner.shape, inner.stride(), inner.is_cpu or inner.device
         else:
             return None
-    return tuple(parts)
+        downs.append(a)
+        ups.append(b)
+        inners.append(inner)
+    return tuple(parts), downs + ups + inners
 
 
-class Plans(dict[Signature, DeltaLinearPlan]):
+class Known(NamedTuple):
+    """What is kept of a signature."""
+
+    plan: DeltaLinearPlan
+    random: bool
+    """Whether a call draws a seed: some branch has dropout."""
+
+
+class Plans(dict[Signature, Known]):
     """Those of this process. Safe to use from several threads: a lost plan is made again."""
 
-    def keep(self, key: Signature, plan: DeltaLinearPlan) -> None:
-        """Remember ``plan``; after some thousand different calls it starts anew."""
+    def keep(self, key: Signature, known: Known) -> None:
+        """Remember ``known``; after some thousand different calls it starts anew."""
         if len(self) >= _MOST:
             self.clear()
-        self[key] = plan
+        self[key] = known
 
 
 PLANS = Plans()
