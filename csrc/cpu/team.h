@@ -23,10 +23,12 @@ void test_barrier();
 namespace DELTAOPS_ISA {
 namespace {
 
+#if defined(_OPENMP) && !defined(DELTAOPS_TEST_TEAM)
 /* Whether this thread is a team of its own: it starts no region and waits at no barrier. Each is a
  * futex call in libgomp even then, together longer than a small layer; and the barrier of a
  * caller's region would be another team's. */
 thread_local bool alone = false;
+#endif
 
 /* Runs body(thread) on `threads` threads and returns `threads`; or, where OpenMP would give fewer
  * (a thread limit, a region inside a region), runs nothing and returns how many it would give. */

@@ -84,7 +84,7 @@ class CpuDeltaLinear:
         activation: Sequence[str],
     ) -> None:
         self._shape = n, k = tuple(weight.shape)
-        self._strides = weight.stride()
+        self._strides = row_stride, col_stride = weight.stride()
         self._packable = n * k >= SMALLEST
         given = [*a, *b, *branch_bias]
         ranks = [t.shape[0] for t in a]
@@ -104,7 +104,8 @@ class CpuDeltaLinear:
             _DTYPES[weight.dtype],
             n,
             k,
-            *self._strides,
+            row_stride,
+            col_stride,
             [
                 (
                     *a_i.stride(),
@@ -207,7 +208,8 @@ class CpuDeltaLinear:
         return [None if t is None else t if 1 in t.stride() else t.contiguous() for t in operands]
 
     def _packed(self, weight: Tensor, transposed: bool, threads: int) -> Tensor | None:
-        layout = Layout(weight.data_ptr(), *self._shape, *self._strides, _DTYPES[weight.dtype])
+        (n, k), (row_stride, col_stride) = self._shape, self._strides
+        layout = Layout(weight.data_ptr(), n, k, row_stride, col_stride, _DTYPES[weight.dtype])
         return PACKING.packed(self._core, weight, layout, transposed, threads)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaops.backends import DeltaLinearCall
+from deltaops.backends.cpu import native
 from deltaops.dispatch import LAST_RESORT, Explanation, explain_call, select
 from deltaops.errors import (
     ConfigError,
@@ -26,10 +27,12 @@ from deltaops.errors import (
     NoBackendError,
     ShapeError,
 )
+from deltaops.packing import PACKING, Layout
 from deltaops.reference import delta_linear as reference
 from deltaops.reference.activation import ACTIVATIONS
 
 from .delta_linear_autograd import DeltaLinearFunction, run_forward
+from .paths import takes_bypass
 from .plans import PLANS, Known, look, make_plan
 
 
@@ -82,7 +85,7 @@ def delta_linear(
     if torch.is_autocast_enabled(device):
         target = torch.get_autocast_dtype(device)
         if x.dtype != torch.float64 and x.is_floating_point():
-            x, weight = x.to(target), weight.to(target)
+            x, weight = x.to(target), _converted(weight, target)
             bias = None if bias is None else bias.to(target)
             branches = [
                 r._replace(
@@ -95,6 +98,24 @@ def delta_linear(
         with torch.autocast(device, enabled=False):
             return _run(x, weight, bias, branches, backend, strict)
     return _run(x, weight, bias, branches, backend, strict)
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in autocast's dtype. A frozen one is converted once where the CPU core can tell
+    that it is still the same: torch keeps only the conversions of weights that are trained."""
+    if (
+        weight.dtype == torch.float32 != dtype
+        and weight.dim() == 2
+        and takes_bypass(weight)
+        and not torch._C._are_functorch_transforms_active()
+        and weight.is_cpu
+        and not weight.requires_grad
+        and 1 in weight.stride()
+    ):
+        core = native()
+        if not isinstance(core, str):
+            return PACKING.converted(core, weight, Layout.of(weight, 0), dtype)
+    return weight.to(dtype)
 
 
 def explain(
