@@ -8,6 +8,9 @@ An entry belongs to the memory of a weight, not to a tensor object: views and al
 transpose, what a compiled graph passes) find it again. It is dropped when that memory is freed and
 made again when the weight changed: torch's version counter tells, and for writes through ``.data``,
 which that does not see, a fingerprint of some elements.
+
+Under autocast a weight is used in another dtype. It is converted once, and the converted weight is
+kept beside the packed copies, by the same rules; it has an entry and packed copies of its own.
 """
 
 from __future__ import annotations
@@ -65,10 +68,17 @@ class _Entry:
     fingerprint: int
     uses: int = 0
     packed: dict[bool, Tensor] = field(default_factory=dict)  # by "transposed"
+    converted: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() for t in self.packed.values())
+        return sum(t.nbytes for t in (*self.packed.values(), *self.converted.values()))
+
+    def renew(self, version: int, fingerprint: int) -> None:
+        """Drop what was made of the weight as it was before."""
+        if self.version != version or self.fingerprint != fingerprint:
+            self.packed, self.converted = {}, {}
+            self.version, self.fingerprint = version, fingerprint
 
     def expired(self) -> bool:
         return bool(self.storage.expired())  # type: ignore[no-untyped-call]
@@ -87,9 +97,9 @@ class Packing:
         """Say for one weight whether it may be packed.
 
         Args:
-            policy: "auto" packs while all packed weights stay below a quarter of the memory that
-                was available when the first was packed; "always" packs; "never" does not, and drops
-                what there is.
+            policy: "auto" packs while all copies stay below a quarter of the memory that was
+                available when the first was made; "always" packs; "never" does not. What there is
+                is dropped.
         Raises: ConfigError for another word.
         """
         check_policy(policy)
@@ -98,9 +108,10 @@ class Packing:
             self._policies.pop(weight.data_ptr(), None)
             if policy != "auto":
                 self._policies[weight.data_ptr()] = (_reference(weight), policy)
-            if policy == "never":
-                for layout in [x for x in self._entries if x.pointer == weight.data_ptr()]:
-                    del self._entries[layout]
+            # what was kept by the other rule is made again, or not; so for its converted weights
+            for layout in [x for x in self._entries if x.pointer == weight.data_ptr()]:
+                del self._entries[layout]
+            self._sweep()
 
     def keep_policy(self, weight: Tensor, policy: Policy) -> None:
         """:meth:`set_policy` where it differs: for each call of a layer, whose weight may have been
@@ -125,14 +136,10 @@ class Packing:
         if layout.rows * layout.cols < SMALLEST:
             return None
         entry = self._entries.get(layout)
-        version = 0 if weight.is_inference() else weight._version
         if entry is None or entry.expired():
-            self._remember(core, weight, layout, version)
+            self._remember(core, weight, layout)
             return None
-        fingerprint = core.fingerprint(*layout)
-        if entry.version != version or entry.fingerprint != fingerprint:
-            entry.packed = {}
-            entry.version, entry.fingerprint = version, fingerprint
+        entry.renew(_version(weight), core.fingerprint(*layout))
         found = entry.packed.get(transposed)
         if found is not None:
             return found
@@ -141,12 +148,40 @@ class Packing:
             return None
         return self._pack(core, entry, layout, transposed, threads)
 
+    def converted(
+        self, core: ModuleType, weight: Tensor, layout: Layout, dtype: torch.dtype
+    ) -> Tensor:
+        """``weight`` in ``dtype``, without a gradient: the kept one where the policy allows.
+
+        Args:
+            core: the native module.
+            layout: of ``weight``.
+        """
+        policy = self._policy(layout.pointer)
+        entry = self._entries.get(layout)
+        if entry is None or entry.expired():
+            entry = self._remember(core, weight, layout)
+        else:
+            entry.renew(_version(weight), core.fingerprint(*layout))
+        found = None if entry is None else entry.converted.get(dtype)
+        if found is not None:
+            return found
+        # neither an inference tensor nor a part of a graph: it outlives both
+        with torch.inference_mode(False), torch.no_grad():
+            made = weight.to(dtype)
+        if policy != "auto":
+            self.set_policy(made, policy)
+        if entry is not None:
+            with self._lock:
+                if policy == "always" or self._fits(made.nbytes):
+                    entry.converted[dtype] = made
+        return made
+
     def bytes(self, weight: Tensor) -> int:
-        """What is packed of ``weight`` now, in bytes."""
-        pointer = weight.data_ptr()
+        """What is packed and converted of ``weight`` now, in bytes."""
         with self._lock:
             self._sweep()
-            return sum(e.bytes for layout, e in self._entries.items() if layout.pointer == pointer)
+            return self._bytes(weight.data_ptr())
 
     def clear(self) -> None:
         """Forget every packed weight; policies stay."""
@@ -161,12 +196,24 @@ class Packing:
             return "auto"
         return found[1]
 
-    def _remember(self, core: ModuleType, weight: Tensor, layout: Layout, version: int) -> None:
+    def _bytes(self, pointer: int) -> int:
+        entries = [e for layout, e in self._entries.items() if layout.pointer == pointer]
+        converted = [t.data_ptr() for e in entries for t in e.converted.values()]
+        return sum(e.bytes for e in entries) + sum(map(self._bytes, converted))
+
+    def _remember(self, core: ModuleType, weight: Tensor, layout: Layout) -> _Entry | None:
         if self._policy(layout.pointer) == "never":
-            return
+            return None
+        entry = _Entry(_reference(weight), _version(weight), core.fingerprint(*layout))
         with self._lock:
             self._sweep()
-            self._entries[layout] = _Entry(_reference(weight), version, core.fingerprint(*layout))
+            self._entries[layout] = entry
+        return entry
+
+    def _fits(self, size: int) -> bool:
+        """Whether "auto" may keep as many bytes more. With the lock held."""
+        self._sweep()
+        return sum(e.bytes for e in self._entries.values()) + size <= self.budget
 
     def _pack(
         self, core: ModuleType, entry: _Entry, layout: Layout, transposed: bool, threads: int
@@ -174,11 +221,8 @@ class Packing:
         wanted = layout.transposed if transposed else layout
         size = core.packed_bytes(*wanted)
         with self._lock:
-            if self._policy(layout.pointer) == "auto":
-                self._sweep()
-                held = sum(e.bytes for e in self._entries.values())
-                if held + size > self.budget:
-                    return None
+            if self._policy(layout.pointer) == "auto" and not self._fits(size):
+                return None
             # not torch.empty under inference mode: the entry outlives the block
             with torch.inference_mode(False):
                 memory = torch.empty(size, dtype=torch.uint8)
@@ -194,8 +238,10 @@ class Packing:
         return self._budget
 
     def _sweep(self) -> None:
-        for layout in [x for x, entry in self._entries.items() if entry.expired()]:
-            del self._entries[layout]
+        # again, since with an entry its converted weights go, which have entries too
+        while expired := [x for x, entry in self._entries.items() if entry.expired()]:
+            for layout in expired:
+                del self._entries[layout]
         for pointer, (reference, _) in list(self._policies.items()):
             if reference.expired():  # type: ignore[no-untyped-call]
                 del self._policies[pointer]
@@ -203,6 +249,10 @@ class Packing:
 
 PACKING = Packing()
 """The one of this process."""
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 def _reference(weight: Tensor) -> StorageWeakRef:

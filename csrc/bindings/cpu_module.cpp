@@ -45,109 +45,130 @@ deltaops_matrix matrix(Address data, int64_t rows, int64_t cols, int64_t row_str
   return {reinterpret_cast<void *>(data), rows, cols, row_stride, col_stride, dtype, 0};
 }
 
-// (a, a_row_stride, a_col_stride, b, b_row_stride, b_col_stride, R, dtype, scaling, threshold,
-// stream, activation, bias)
-std::vector<deltaops_branch> read_branches(const py::tuple &branches, int64_t N, int64_t K) {
-  std::vector<deltaops_branch> out;
-  out.reserve(branches.size());
-  for (const py::handle item : branches) {
-    const auto t = py::reinterpret_borrow<py::tuple>(item);
-    if (!py::isinstance<py::tuple>(item) || t.size() != 13)
-      throw py::value_error(
-          "deltaops._cpu: a branch must be a tuple of 13 values (a, its two strides, b, its two "
-          "strides, R, dtype, scaling, drop_threshold, stream, activation, bias).");
-    const auto R = t[6].cast<int64_t>();
-    const int dtype = t[7].cast<int>();
-    out.push_back(
-        {matrix(t[0].cast<Address>(), R, K, t[1].cast<int64_t>(), t[2].cast<int64_t>(), dtype),
-         matrix(t[3].cast<Address>(), N, R, t[4].cast<int64_t>(), t[5].cast<int64_t>(), dtype),
-         matrix(t[12].cast<Address>(), 1, R, R, 1, dtype), t[8].cast<float>(),
-         t[9].cast<uint32_t>(), t[10].cast<uint32_t>(), t[11].cast<int32_t>()});
-  }
-  return out;
-}
+// A layer whose shapes, strides and settings are converted once; a call brings the addresses.
+// Calls copy the branches before they write into them, so several threads may share one layer.
+class DeltaLinear {
+ public:
+  // A branch: (a_row_stride, a_col_stride, b_row_stride, b_col_stride, R, dtype, scaling,
+  // drop_threshold, activation); its stream is its number.
+  using Branch = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int, float, uint32_t, int>;
 
-int64_t total_rank(const std::vector<deltaops_branch> &branches) {
-  int64_t total = 0;
-  for (const deltaops_branch &branch : branches) total += branch.a.rows;
-  return total;
-}
+  DeltaLinear(int dtype, int64_t N, int64_t K, int64_t w_row_stride, int64_t w_col_stride,
+              const std::vector<Branch> &branches)
+      : dtype_(dtype), N_(N), K_(K), w_row_stride_(w_row_stride), w_col_stride_(w_col_stride) {
+    branches_.reserve(branches.size());
+    for (const auto &[a_row, a_col, b_row, b_col, R, type, scaling, threshold, activation] :
+         branches) {
+      const auto stream = static_cast<uint32_t>(branches_.size());
+      branches_.push_back({matrix(0, R, K, a_row, a_col, type), matrix(0, N, R, b_row, b_col, type),
+                           matrix(0, 1, R, R, 1, type), scaling, threshold, stream, activation});
+      ranks_ += R;
+    }
+  }
 
-void forward(int dtype, int64_t M, int64_t N, int64_t K, Address x, int64_t ldx, Address w,
-             int64_t w_row_stride, int64_t w_col_stride, Address bias, Address y, int64_t ldy,
-             Address s, const py::tuple &branches, uint64_t seed, int num_threads, Address packed,
-             int64_t packed_bytes) {
-  const std::vector<deltaops_branch> list = read_branches(branches, N, K);
-  const int64_t R = total_rank(list);
-  deltaops_delta_linear_forward_args args = {};
-  args.struct_size = sizeof args;
-  args.num_threads = num_threads;
-  args.x = matrix(x, M, K, ldx, 1, dtype);
-  args.weight = matrix(w, N, K, w_row_stride, w_col_stride, dtype);
-  args.bias = matrix(bias, 1, N, N, 1, dtype);
-  args.y = matrix(y, M, N, ldy, 1, dtype);
-  args.s = matrix(s, M, R, R, 1, DELTAOPS_F32);
-  args.branches = list.data();
-  args.num_branches = static_cast<int32_t>(list.size());
-  args.seed = seed;
-  args.packed_weight = reinterpret_cast<const void *>(packed);
-  args.packed_bytes = packed_bytes;
-  deltaops_status status;
-  {
-    py::gil_scoped_release release;
-    status = deltaops_cpu_delta_linear_forward(&args);
+  // operands: the addresses a..., b..., branch_bias...
+  void forward(int64_t M, Address x, int64_t ldx, Address w, Address bias, Address y, Address s,
+               const py::tuple &operands, uint64_t seed, int num_threads, Address packed,
+               int64_t packed_bytes) const {
+    const Branches branches = with(operands);
+    deltaops_delta_linear_forward_args args = {};
+    args.struct_size = sizeof args;
+    args.num_threads = num_threads;
+    args.x = matrix(x, M, K_, ldx, 1, dtype_);
+    args.weight = weight(w);
+    args.bias = matrix(bias, 1, N_, N_, 1, dtype_);
+    args.y = matrix(y, M, N_, N_, 1, dtype_);
+    args.s = matrix(s, M, ranks_, ranks_, 1, DELTAOPS_F32);
+    args.branches = branches.data();
+    args.num_branches = static_cast<int32_t>(branches.size());
+    args.seed = seed;
+    args.packed_weight = reinterpret_cast<const void *>(packed);
+    args.packed_bytes = packed_bytes;
+    deltaops_status status;
+    {
+      py::gil_scoped_release release;
+      status = deltaops_cpu_delta_linear_forward(&args);
+    }
+    raise_unless_ok(status);
   }
-  raise_unless_ok(status);
-}
 
-void backward(int dtype, int64_t M, int64_t N, int64_t K, Address grad_y, int64_t ldg, Address x,
-              int64_t ldx, Address w, int64_t w_row_stride, int64_t w_col_stride, Address s,
-              const py::tuple &branches, uint64_t seed, int num_threads, Address grad_x,
-              int64_t ld_gradx, Address grad_bias, int grad_bias_dtype, const py::tuple &grads,
-              Address packed, int64_t packed_bytes) {
-  const std::vector<deltaops_branch> list = read_branches(branches, N, K);
-  const int64_t R = total_rank(list);
-  if (grads.size() != list.size())
-    throw py::value_error(
-        "deltaops._cpu: grads must have one (grad_a, grad_b, grad_branch_bias, dtype) for each "
-        "branch, got " +
-        std::to_string(grads.size()) + " for " + std::to_string(list.size()) + " branches.");
-  std::vector<deltaops_matrix> grad_a, grad_b, grad_branch_bias;
-  grad_a.reserve(list.size());
-  grad_b.reserve(list.size());
-  grad_branch_bias.reserve(list.size());
-  for (size_t i = 0; i < list.size(); ++i) {
-    const auto [a, b, bias, grad_dtype] =
-        grads[i].cast<std::tuple<Address, Address, Address, int>>();
-    const int64_t rank = list[i].a.rows;
-    grad_a.push_back(matrix(a, rank, K, K, 1, grad_dtype));
-    grad_b.push_back(matrix(b, N, rank, rank, 1, grad_dtype));
-    grad_branch_bias.push_back(matrix(bias, 1, rank, rank, 1, grad_dtype));
+  // operands as in forward; grads: the addresses of their gradients, contiguous and of their dtype.
+  void backward(int64_t M, Address grad_y, int64_t ldg, Address x, int64_t ldx, Address w,
+                Address s, const py::tuple &operands, uint64_t seed, int num_threads,
+                Address grad_x, Address grad_bias, const py::tuple &grads, Address packed,
+                int64_t packed_bytes) const {
+    const Branches branches = with(operands);
+    const size_t count = branches.size();
+    expect_addresses("grads", grads);
+    std::vector<deltaops_matrix> wanted(3 * count);
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t R = branches[i].a.rows;
+      const int type = branches[i].a.dtype;
+      wanted[i] = matrix(address(grads, i), R, K_, K_, 1, type);
+      wanted[count + i] = matrix(address(grads, count + i), N_, R, R, 1, type);
+      wanted[2 * count + i] = matrix(address(grads, 2 * count + i), 1, R, R, 1, type);
+    }
+    deltaops_delta_linear_backward_args args = {};
+    args.struct_size = sizeof args;
+    args.num_threads = num_threads;
+    args.grad_y = matrix(grad_y, M, N_, ldg, 1, dtype_);
+    args.x = matrix(x, M, K_, ldx, 1, dtype_);
+    args.weight = weight(w);
+    args.s = matrix(s, M, ranks_, ranks_, 1, DELTAOPS_F32);
+    args.branches = branches.data();
+    args.num_branches = static_cast<int32_t>(count);
+    args.seed = seed;
+    args.grad_x = matrix(grad_x, M, K_, K_, 1, dtype_);
+    args.grad_bias = matrix(grad_bias, 1, N_, N_, 1, dtype_);
+    args.grad_a = wanted.data();
+    args.grad_b = wanted.data() + count;
+    args.grad_branch_bias = wanted.data() + 2 * count;
+    args.packed_weight = reinterpret_cast<const void *>(packed);
+    args.packed_bytes = packed_bytes;
+    deltaops_status status;
+    {
+      py::gil_scoped_release release;
+      status = deltaops_cpu_delta_linear_backward(&args);
+    }
+    raise_unless_ok(status);
   }
-  deltaops_delta_linear_backward_args args = {};
-  args.struct_size = sizeof args;
-  args.num_threads = num_threads;
-  args.grad_y = matrix(grad_y, M, N, ldg, 1, dtype);
-  args.x = matrix(x, M, K, ldx, 1, dtype);
-  args.weight = matrix(w, N, K, w_row_stride, w_col_stride, dtype);
-  args.s = matrix(s, M, R, R, 1, DELTAOPS_F32);
-  args.branches = list.data();
-  args.num_branches = static_cast<int32_t>(list.size());
-  args.seed = seed;
-  args.grad_x = matrix(grad_x, M, K, ld_gradx, 1, dtype);
-  args.grad_bias = matrix(grad_bias, 1, N, N, 1, grad_bias_dtype);
-  args.grad_a = grad_a.data();
-  args.grad_b = grad_b.data();
-  args.grad_branch_bias = grad_branch_bias.data();
-  args.packed_weight = reinterpret_cast<const void *>(packed);
-  args.packed_bytes = packed_bytes;
-  deltaops_status status;
-  {
-    py::gil_scoped_release release;
-    status = deltaops_cpu_delta_linear_backward(&args);
+
+ private:
+  using Branches = std::vector<deltaops_branch>;
+
+  static Address address(const py::tuple &addresses, size_t i) {
+    return addresses[i].cast<Address>();
   }
-  raise_unless_ok(status);
-}
+
+  deltaops_matrix weight(Address w) const {
+    return matrix(w, N_, K_, w_row_stride_, w_col_stride_, dtype_);
+  }
+
+  void expect_addresses(const char *name, const py::tuple &given) const {
+    if (given.size() != 3 * branches_.size())
+      throw py::value_error("deltaops._cpu: " + std::string(name) +
+                            " must be the addresses a..., b..., branch_bias... of " +
+                            std::to_string(branches_.size()) + " branches, got " +
+                            std::to_string(given.size()) + " addresses.");
+  }
+
+  Branches with(const py::tuple &operands) const {
+    expect_addresses("operands", operands);
+    Branches branches = branches_;
+    const size_t count = branches.size();
+    for (size_t i = 0; i < count; ++i) {
+      branches[i].a.data = reinterpret_cast<void *>(address(operands, i));
+      branches[i].b.data = reinterpret_cast<void *>(address(operands, count + i));
+      branches[i].bias.data = reinterpret_cast<void *>(address(operands, 2 * count + i));
+    }
+    return branches;
+  }
+
+  int dtype_;
+  int64_t N_, K_, w_row_stride_, w_col_stride_;
+  int64_t ranks_ = 0;
+  Branches branches_;
+};
 
 void dropout_mask(Address keep, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
                   uint32_t drop_threshold) {
@@ -455,17 +476,11 @@ void rotary(int dtype, const std::array<int64_t, 4> &sizes, Address x,
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The native CPU core (csrc/include/deltaops.h): addresses in, statuses as exceptions.";
-  m.def("delta_linear_forward", &forward, py::arg("dtype"), py::arg("M"), py::arg("N"),
-        py::arg("K"), py::arg("x"), py::arg("ldx"), py::arg("w"), py::arg("w_row_stride"),
-        py::arg("w_col_stride"), py::arg("bias"), py::arg("y"), py::arg("ldy"), py::arg("s"),
-        py::arg("branches"), py::arg("seed"), py::arg("num_threads"), py::arg("packed") = 0,
-        py::arg("packed_bytes") = 0);
-  m.def("delta_linear_backward", &backward, py::arg("dtype"), py::arg("M"), py::arg("N"),
-        py::arg("K"), py::arg("grad_y"), py::arg("ldg"), py::arg("x"), py::arg("ldx"), py::arg("w"),
-        py::arg("w_row_stride"), py::arg("w_col_stride"), py::arg("s"), py::arg("branches"),
-        py::arg("seed"), py::arg("num_threads"), py::arg("grad_x"), py::arg("ld_gradx"),
-        py::arg("grad_bias"), py::arg("grad_bias_dtype"), py::arg("grads"), py::arg("packed") = 0,
-        py::arg("packed_bytes") = 0);
+  py::class_<DeltaLinear>(m, "DeltaLinear")
+      .def(py::init<int, int64_t, int64_t, int64_t, int64_t,
+                    const std::vector<DeltaLinear::Branch> &>())
+      .def("forward", &DeltaLinear::forward)
+      .def("backward", &DeltaLinear::backward);
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
   using deltaops_bindings::Recycler;

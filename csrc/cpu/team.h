@@ -23,6 +23,13 @@ void test_barrier();
 namespace DELTAOPS_ISA {
 namespace {
 
+#if defined(_OPENMP) && !defined(DELTAOPS_TEST_TEAM)
+/* Whether this thread is a team of its own: it starts no region and waits at no barrier. Each is a
+ * futex call in libgomp even then, together longer than a small layer; and the barrier of a
+ * caller's region would be another team's. */
+thread_local bool alone = false;
+#endif
+
 /* Runs body(thread) on `threads` threads and returns `threads`; or, where OpenMP would give fewer
  * (a thread limit, a region inside a region), runs nothing and returns how many it would give. */
 template <class Body>
@@ -33,6 +40,12 @@ int team(int threads, const Body &body) {
       &body);
   return threads;
 #elif defined(_OPENMP)
+  if (threads == 1) {
+    alone = true;
+    body(0);
+    alone = false;
+    return 1;
+  }
   int given = threads;
 #pragma omp parallel num_threads(threads)
   {
@@ -53,6 +66,7 @@ DELTAOPS_INLINE void barrier() {
 #if defined(DELTAOPS_TEST_TEAM)
   test_barrier();
 #elif defined(_OPENMP)
+  if (alone) return;
 #pragma omp barrier
 #endif
 }

@@ -254,6 +254,53 @@ class Backend(Protocol):
         """The wanted gradients, in the order x, bias, a…, b…, branch_bias…."""
 
 
+class DeltaLinearPlan(Protocol):
+    """A ``delta_linear`` whose shapes, strides and settings are known: only tensors are missing.
+
+    Those of the branches come in one sequence, a… b… branch_bias…, of which the last may be None;
+    the backward pass does not read the branches' biases, and may get None for all.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Sequence[Tensor | None],
+        seed: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`Backend.forward`; S only where ``keep`` asks for it."""
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        operands: Sequence[Tensor | None],
+        s: Tensor,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """As :meth:`Backend.backward`."""
+
+
+class PreparingBackend(Backend, Protocol):
+    """One that can do part of a ``delta_linear`` ahead. A plan keeps none of the tensors."""
+
+    def prepare(
+        self,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+    ) -> DeltaLinearPlan:
+        """The plan of all calls with tensors of these dtypes, shapes and strides."""
+
+
 class AdapterBackend(Backend, Protocol):
     """One that also has ``bottleneck`` and ``norm_bias``. x comes flattened, ``[M, K]``."""
 

@@ -6,12 +6,13 @@ import importlib
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaops.memory import large, start
-from deltaops.packing import PACKING, Layout
+from deltaops.memory import LEAST, large, start
+from deltaops.packing import PACKING, SMALLEST, Layout
 from deltaops.reference.philox import drop_threshold
 
 from .base import Call, CrossEntropyCall, DeltaLinearCall, GatedCall, RotaryCall
@@ -54,42 +55,161 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """``torch.empty``, recycled where it is large."""
+    if rows * columns < LEAST // 4:  # strides given: torch.empty takes a microsecond more
+        return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype)
     return large(rows, columns, dtype, _DTYPES[dtype])
 
 
-def _adapter(t: Tensor) -> Tensor:
-    return t if 1 in t.stride() else t.contiguous()
+def _seed(seed: Tensor) -> int:
+    return int(seed) & 0xFFFFFFFFFFFFFFFF
 
 
-def _seed(seed: Tensor | None) -> int:
-    return 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF
+class CpuDeltaLinear:
+    """A ``delta_linear`` of known shapes and strides; see :class:`.base.DeltaLinearPlan`.
 
+    A small layer takes less time than the conversion of its sizes, so that is done here, once.
+    """
 
-def _branches(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    branch_bias: Sequence[Tensor | None],
-    scaling: Sequence[float],
-    dropout: Sequence[float],
-    activation: Sequence[str],
-) -> tuple[tuple[int | float, ...], ...]:
-    return tuple(
-        (
-            a_i.data_ptr(),
-            *a_i.stride(),
-            b_i.data_ptr(),
-            *b_i.stride(),
-            a_i.shape[0],
-            _DTYPES[a_i.dtype],
-            scaling[i],
-            drop_threshold(dropout[i]),
-            i,
-            _ACTIVATIONS[activation[i]],
-            _pointer(branch_bias[i]),
+    def __init__(
+        self,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+    ) -> None:
+        self._shape = n, k = tuple(weight.shape)
+        self._strides = row_stride, col_stride = weight.stride()
+        self._packable = n * k >= SMALLEST
+        given = [*a, *b, *branch_bias]
+        ranks = [t.shape[0] for t in a]
+        self._ranks = sum(ranks)
+        # as the core takes them: nearly always as they are, and then no call looks again
+        given = [*a, *b, *branch_bias]
+        tidy = self._tidy(given)
+        self._copies = any([p is not q for p, q in zip(given, tidy, strict=True)])
+        a, b = tidy[: len(a)], tidy[len(a) : 2 * len(a)]
+        self._grads = [
+            *[((r, k), (k, 1), t.dtype) for t, r in zip(a, ranks, strict=True)],
+            *[((n, r), (r, 1), t.dtype) for t, r in zip(a, ranks, strict=True)],
+            *[((r,), (1,), t.dtype) for t, r in zip(a, ranks, strict=True)],
+        ]
+        self._core = _core()
+        self._native = self._core.DeltaLinear(
+            _DTYPES[weight.dtype],
+            n,
+            k,
+            row_stride,
+            col_stride,
+            [
+                (
+                    *a_i.stride(),
+                    *b_i.stride(),
+                    a_i.shape[0],
+                    _DTYPES[a_i.dtype],
+                    scaling[i],
+                    drop_threshold(dropout[i]),
+                    _ACTIVATIONS[activation[i]],
+                )
+                for i, (a_i, b_i) in enumerate(zip(a, b, strict=True))
+            ],
         )
-        for i, (a_i, b_i) in enumerate(zip(a, b, strict=True))
-    )
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Sequence[Tensor | None],
+        seed: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
+        x = _rows(x)
+        if bias is not None:
+            bias = bias.contiguous()
+        if self._copies:
+            operands = self._tidy(operands)
+        m = x.shape[0]
+        y = _empty(m, self._shape[0], x.dtype)
+        s = _empty(m, self._ranks, torch.float32) if keep else None
+        threads = torch.get_num_threads()
+        packed = self._packed(weight, False, threads) if self._packable else None
+        self._native.forward(
+            m,
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            0 if s is None else s.data_ptr(),
+            tuple([0 if t is None else t.data_ptr() for t in operands]),
+            0 if seed is None else _seed(seed),
+            threads,
+            0 if packed is None else packed.data_ptr(),
+            0 if packed is None else packed.numel(),
+        )
+        return y, s
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        operands: Sequence[Tensor | None],
+        s: Tensor,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
+        grad_y, s = _rows(grad_y), s.contiguous()
+        if x is not None:
+            x = _rows(x)
+        if self._copies:
+            operands = self._tidy(operands)
+        m, (n, k) = grad_y.shape[0], self._shape
+        grad_x = _empty(m, k, grad_y.dtype) if needs[0] else None
+        grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
+        wanted = [
+            torch.empty_strided(shape, strides, dtype=dtype) if need else None
+            for need, (shape, strides, dtype) in zip(needs[2:], self._grads, strict=True)
+        ]
+        threads = torch.get_num_threads()
+        packed = None
+        if self._packable and grad_x is not None:
+            packed = self._packed(weight, True, threads)
+        self._native.backward(
+            m,
+            grad_y.data_ptr(),
+            grad_y.stride(0),
+            0 if x is None else x.data_ptr(),
+            0 if x is None else x.stride(0),
+            weight.data_ptr(),
+            s.data_ptr(),
+            tuple([0 if t is None else t.data_ptr() for t in operands]),
+            0 if seed is None else _seed(seed),
+            threads,
+            0 if grad_x is None else grad_x.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(),
+            tuple([0 if t is None else t.data_ptr() for t in wanted]),
+            0 if packed is None else packed.data_ptr(),
+            0 if packed is None else packed.numel(),
+        )
+        return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+
+    @staticmethod
+    def _tidy(operands: Sequence[Tensor | None]) -> list[Any]:
+        """Each as the core takes it: matrices with a unit stride, vectors of adjacent elements."""
+        return [None if t is None else t if 1 in t.stride() else t.contiguous() for t in operands]
+
+    def _packed(self, weight: Tensor, transposed: bool, threads: int) -> Tensor | None:
+        (n, k), (row_stride, col_stride) = self._shape, self._strides
+        layout = Layout(weight.data_ptr(), n, k, row_stride, col_stride, _DTYPES[weight.dtype])
+        return PACKING.packed(self._core, weight, layout, transposed, threads)
 
 
 class CpuBackend:
@@ -120,6 +240,9 @@ class CpuBackend:
             return "the weight needs rows or columns of adjacent elements"
         return None
 
+    prepare = CpuDeltaLinear
+    """See :class:`deltaops.backends.base.PreparingBackend`."""
+
     def forward(
         self,
         x: Tensor,
@@ -134,36 +257,9 @@ class CpuBackend:
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`deltaops.backends.base.Backend`."""
-        x = _rows(x)
-        if bias is not None:
-            bias = bias.contiguous()
-        a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
-        branch_bias = [None if t is None else t.contiguous() for t in branch_bias]
-        (m, k), n = x.shape, weight.shape[0]
-        y = _large(m, n, x.dtype)
-        s = torch.empty((m, sum(t.shape[0] for t in a)), dtype=torch.float32)
-        core, threads = _core(), torch.get_num_threads()
-        layout = Layout.of(weight, _DTYPES[x.dtype])
-        packed = PACKING.packed(core, weight, layout, False, threads)
-        core.delta_linear_forward(
-            _DTYPES[x.dtype],
-            m,
-            n,
-            k,
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            *weight.stride(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            n,
-            s.data_ptr(),
-            _branches(a, b, branch_bias, scaling, dropout, activation),
-            _seed(seed),
-            threads,
-            _pointer(packed),
-            0 if packed is None else packed.numel(),
-        )
+        plan = CpuDeltaLinear(weight, a, b, branch_bias, scaling, dropout, activation)
+        y, s = plan.forward(x, weight, bias, [*a, *b, *branch_bias], seed, True)
+        assert s is not None  # kept, as asked
         return y, s
 
     def backward(
@@ -181,54 +277,9 @@ class CpuBackend:
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.base.Backend`."""
-        grad_y, s = _rows(grad_y), s.contiguous()
-        if x is not None:
-            x = _rows(x)
-        a, b = [_adapter(t) for t in a], [_adapter(t) for t in b]
-        (m, n), k, count = grad_y.shape, weight.shape[1], len(a)
-        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
-        grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
-        wanted = [
-            torch.empty(t.shape, dtype=t.dtype) if needs[2 + i] else None
-            for i, t in enumerate((*a, *b))
-        ]
-        wanted += [
-            torch.empty(t.shape[0], dtype=t.dtype) if needs[2 + 2 * count + i] else None
-            for i, t in enumerate(a)
-        ]
-        core, threads = _core(), torch.get_num_threads()
-        packed = None
-        if grad_x is not None:
-            layout = Layout.of(weight, _DTYPES[grad_y.dtype])
-            packed = PACKING.packed(core, weight, layout, True, threads)
-        core.delta_linear_backward(
-            _DTYPES[grad_y.dtype],
-            m,
-            n,
-            k,
-            grad_y.data_ptr(),
-            grad_y.stride(0),
-            0 if x is None else x.data_ptr(),
-            0 if x is None else x.stride(0),
-            weight.data_ptr(),
-            *weight.stride(),
-            s.data_ptr(),
-            # the biases' values are in S already
-            _branches(a, b, [None] * count, scaling, dropout, activation),
-            _seed(seed),
-            threads,
-            0 if grad_x is None else grad_x.data_ptr(),
-            k,
-            0 if grad_bias is None else grad_bias.data_ptr(),
-            _DTYPES[grad_y.dtype],
-            tuple(
-                (*(_pointer(wanted[i + j * count]) for j in range(3)), _DTYPES[a[i].dtype])
-                for i in range(count)
-            ),
-            _pointer(packed),
-            0 if packed is None else packed.numel(),
-        )
-        return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+        absent = [None] * len(a)
+        plan = CpuDeltaLinear(weight, a, b, absent, scaling, dropout, activation)
+        return plan.backward(grad_y, x, weight, [*a, *b, *absent], s, seed, needs)
 
     def bottleneck_forward(
         self,
@@ -251,7 +302,7 @@ class CpuBackend:
             residual = _rows(residual)
         parameters = [_whole(t) for t in (gamma, beta, down, down_bias, up, up_bias)]
         (m, k), rank = x.shape, down.shape[0]
-        y = _large(m, k, x.dtype)
+        y = _empty(m, k, x.dtype)
         h = torch.empty((m, rank), dtype=torch.float32)
         stats = torch.empty((0 if norm == "none" else m, 2), dtype=torch.float32)
         _core().bottleneck_forward(
@@ -297,7 +348,7 @@ class CpuBackend:
             x = _rows(x)
         parameters = [_whole(t) for t in (gamma, beta, down, up)]
         (m, k), rank = grad_y.shape, down.shape[0]
-        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
+        grad_x = _empty(m, k, grad_y.dtype) if needs[0] else None
         wanted = [
             torch.empty(shape, dtype=like.dtype) if need and like is not None else None
             for shape, like, need in zip(
@@ -335,7 +386,7 @@ class CpuBackend:
         """See :class:`deltaops.backends.base.AdapterBackend`."""
         x, gamma, bias = _rows(x), _whole(gamma), _whole(bias)
         m, k = x.shape
-        y = _large(m, k, x.dtype)
+        y = _empty(m, k, x.dtype)
         stats = torch.empty((m, 2), dtype=torch.float32)
         _core().norm_bias_forward(
             _DTYPES[x.dtype],
@@ -368,7 +419,7 @@ class CpuBackend:
         if x is not None:
             x = _rows(x)
         m, k = grad_y.shape
-        grad_x = _large(m, k, grad_y.dtype) if needs[0] else None
+        grad_x = _empty(m, k, grad_y.dtype) if needs[0] else None
         grad_gamma = torch.empty(k, dtype=dtype) if needs[1] else None
         grad_bias = torch.empty(k, dtype=dtype) if needs[2] else None
         _core().norm_bias_backward(
@@ -422,7 +473,7 @@ class CpuBackend:
         """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
         logits, target, state = _rows(logits), target.contiguous(), state.contiguous()
         m, v = logits.shape
-        grad = _large(m, v, logits.dtype)
+        grad = _empty(m, v, logits.dtype)
         _core().cross_entropy_backward(
             _DTYPES[logits.dtype],
             m,
@@ -445,7 +496,7 @@ class CpuBackend:
         """See :class:`deltaops.backends.base.GatedBackend`."""
         gate, up = _rows(gate), _rows(up)
         m, k = gate.shape
-        y = _large(m, k, gate.dtype)
+        y = _empty(m, k, gate.dtype)
         _core().gated_forward(
             _DTYPES[gate.dtype],
             m,
@@ -473,7 +524,7 @@ class CpuBackend:
         if up is not None:
             up = _rows(up)
         m, k = gate.shape
-        wanted = [_large(m, k, gate.dtype) if need else None for need in needs]
+        wanted = [_empty(m, k, gate.dtype) if need else None for need in needs]
         _core().gated_backward(
             _DTYPES[gate.dtype],
             m,
@@ -510,7 +561,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool, *, backward
     if cos.stride(2) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     b, h, l, d = x.shape  # noqa: E741
-    y = _large(b * l * h, d, x.dtype)
+    y = _empty(b * l * h, d, x.dtype)
     y = y.view(b, l, h, d).transpose(1, 2) if tokens_first else y.view(b, h, l, d)
     _core().rotary(
         _DTYPES[x.dtype],

@@ -1,8 +1,8 @@
 """An attention module of transformers whose rotary embedding runs as one op.
 
-The function :data:`NAME` is a global of transformers' file, shared by all models of a family. So the
-subclass runs the module's own program, every instruction of it, with our function under that name
-and all other globals as they were when the class was made.
+The function :data:`NAME` is a global of transformers' file, shared by all models of a family. So
+the subclass runs the module's own program, every instruction of it, with our function under that
+name and all other globals as they were when the class was made.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RotaryBlock(Block):
 
     @classmethod
     def over(cls, base: type[nn.Module], backend: str, strict: bool) -> type[Block]:
-        """See :class:`Block`. The settings are in the class: the function does not see the module."""
+        """See :class:`Block`. The settings are in the class: the function sees no module."""
         program: Any = base.forward
         ours = partial(rotate, program.__globals__[NAME], backend, strict)
         forward = FunctionType(

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from deltaops.backends import DeltaLinearCall
+from deltaops.backends.cpu import native
 from deltaops.dispatch import LAST_RESORT, Explanation, explain_call, select
 from deltaops.errors import (
     ConfigError,
@@ -27,10 +27,13 @@ from deltaops.errors import (
     NoBackendError,
     ShapeError,
 )
+from deltaops.packing import PACKING, Layout
 from deltaops.reference import delta_linear as reference
 from deltaops.reference.activation import ACTIVATIONS
 
 from .delta_linear_autograd import DeltaLinearFunction, run_forward
+from .paths import takes_bypass
+from .plans import PLANS, Known, look, make_plan
 
 
 class Branch(NamedTuple):
@@ -82,7 +85,7 @@ def delta_linear(
     if torch.is_autocast_enabled(device):
         target = torch.get_autocast_dtype(device)
         if x.dtype != torch.float64 and x.is_floating_point():
-            x, weight = x.to(target), weight.to(target)
+            x, weight = x.to(target), _converted(weight, target)
             bias = None if bias is None else bias.to(target)
             branches = [
                 r._replace(
@@ -95,6 +98,24 @@ def delta_linear(
         with torch.autocast(device, enabled=False):
             return _run(x, weight, bias, branches, backend, strict)
     return _run(x, weight, bias, branches, backend, strict)
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in autocast's dtype. A frozen one is converted once where the CPU core can tell
+    that it is still the same: torch keeps only the conversions of weights that are trained."""
+    if (
+        weight.dtype == torch.float32 != dtype
+        and weight.dim() == 2
+        and takes_bypass(weight)
+        and not torch._C._are_functorch_transforms_active()
+        and weight.is_cpu
+        and not weight.requires_grad
+        and 1 in weight.stride()
+    ):
+        core = native()
+        if not isinstance(core, str):
+            return PACKING.converted(core, weight, Layout.of(weight, 0), dtype)
+    return weight.to(dtype)
 
 
 def explain(
@@ -130,6 +151,58 @@ def _run(
     backend: str,
     strict: bool,
 ) -> Tensor:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return _run_watched(x, weight, bias, branches, backend, strict)
+    seen = look(x, weight, bias, branches, backend, strict)
+    if seen is None or x.is_meta:
+        return _run_watched(x, weight, bias, branches, backend, strict)
+    key, operands = seen
+    recording = torch.is_grad_enabled()
+    known = PLANS.get(key)
+    if known is None or (recording and weight.requires_grad):
+        _check(x, weight, bias, branches)
+        known = _learn(x, weight, branches, backend, strict)
+        PLANS.keep(key, known)
+    plan, random = known
+    seed = _draw_seed(x.device) if random else None
+    if recording and (
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or any([t is not None and t.requires_grad for t in operands])
+    ):
+        y = DeltaLinearFunction.apply(x, weight, bias, seed, plan, *operands)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+        return y  # type: ignore[no-any-return]
+    return run_forward(x, weight, bias, operands, seed, plan, False)[0]
+
+
+def _learn(
+    x: Tensor, weight: Tensor, branches: Sequence[Branch], backend: str, strict: bool
+) -> Known:
+    a = [r.a for r in branches]
+    b = [r.b for r in branches]
+    branch_bias = [r.bias for r in branches]
+    scaling = [float(r.scaling) for r in branches]
+    dropout = [float(r.dropout) for r in branches]
+    activation = [r.activation for r in branches]
+    call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
+    runner = select(call, backend, strict)
+    plan = make_plan(runner, weight, a, b, branch_bias, scaling, dropout, activation)
+    return Known(plan, any(dropout))
+
+
+def _run_watched(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branches: Sequence[Branch],
+    backend: str,
+    strict: bool,
+) -> Tensor:
+    """Where somebody looks on: a compiler, a transform, a mode, or a tensor of another class."""
     _check(x, weight, bias, branches)
     a = [r.a for r in branches]
     b = [r.b for r in branches]
@@ -145,23 +218,6 @@ def _run(
             flat, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
-    if _takes_bypass(x, weight, bias, a, b, branch_bias):
-        call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
-        runner = select(call, backend, strict)
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or any(t.requires_grad for t in a)
-            or any(t.requires_grad for t in b)
-            or any(t is not None and t.requires_grad for t in branch_bias)
-        ):
-            y = DeltaLinearFunction.apply(
-                x, weight, bias, scaling, dropout, activation, seed, runner, *a, *b, *branch_bias
-            )  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
-            return y  # type: ignore[no-any-return]
-        return run_forward(
-            x, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed, runner
-        )[0]
     if strict:
         call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
         backend = select(call, backend, strict).name
@@ -186,31 +242,6 @@ def _check_transformed(backend: str, strict: bool) -> None:
 
 def _draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-_PLAIN = (Tensor, Parameter)
-
-
-def _takes_bypass(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    branch_bias: Sequence[Tensor | None],
-) -> bool:
-    """Whether the shortcut past the dispatcher gives the same: eager, and nobody is watching."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-        and all(type(t) in _PLAIN for t in a)
-        and all(type(t) in _PLAIN for t in b)
-        and all(t is None or type(t) in _PLAIN for t in branch_bias)
-        and not x.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-    )
 
 
 # ---------------------------------------------------------------------------------------- checks

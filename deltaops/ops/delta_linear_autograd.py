@@ -13,51 +13,46 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaops.backends import Backend, DeltaLinearCall
+from deltaops.backends import DeltaLinearCall, DeltaLinearPlan
 from deltaops.dispatch import select
 from deltaops.errors import GradientError
+
+from .plans import make_plan
 
 
 def run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    branch_bias: Sequence[Tensor | None],
-    scaling: Sequence[float],
-    dropout: Sequence[float],
-    activation: Sequence[str],
+    operands: Sequence[Tensor | None],
     seed: Tensor | None,
-    runner: Backend,
-) -> tuple[Tensor, Tensor]:
+    plan: DeltaLinearPlan,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and S where ``keep`` asks for what the backward pass needs."""
+    if x.dim() == 2:
+        return plan.forward(x, weight, bias, operands, seed, keep)
     n, k = weight.shape
-    flat = x if x.dim() == 2 else x.reshape(-1, k)
-    y, s = runner.forward(flat, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), s
+    y, s = plan.forward(x.reshape(-1, k), weight, bias, operands, seed, keep)
+    return y.view(*x.shape[:-1], n), s
 
 
 def run_backward(
     grad_y: Tensor,
     x: Tensor | None,
     weight: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
+    operands: Sequence[Tensor | None],
     s: Tensor,
-    scaling: Sequence[float],
-    dropout: Sequence[float],
-    activation: Sequence[str],
     seed: Tensor | None,
     needs: Sequence[bool],
-    runner: Backend,
+    plan: DeltaLinearPlan,
 ) -> list[Tensor]:
+    if grad_y.dim() == 2:
+        return plan.backward(grad_y, x, weight, operands, s, seed, needs)
     n, k = weight.shape
-    grad = grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, n)
-    flat = None if x is None else (x if x.dim() == 2 else x.reshape(-1, k))
-    grads: list[Tensor] = runner.backward(
-        grad, flat, weight, a, b, s, scaling, dropout, activation, seed, needs
-    )
-    if needs[0] and grad_y.dim() != 2:
+    flat = None if x is None else x.reshape(-1, k)
+    grads = plan.backward(grad_y.reshape(-1, n), flat, weight, operands, s, seed, needs)
+    if needs[0]:
         grads[0] = grads[0].view(*grad_y.shape[:-1], k)
     return grads
 
@@ -71,50 +66,36 @@ class DeltaLinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        scaling: list[float],
-        dropout: list[float],
-        activation: list[str],
         seed: Tensor | None,
-        runner: Backend,
-        *adapters: Any,  # a…, b…, branch_bias…: the last ones may be None
+        plan: DeltaLinearPlan,
+        *operands: Tensor | None,  # a…, b…, branch_bias…: the last ones may be None
     ) -> Tensor:
-        count = len(scaling)
-        a, b, branch_bias = adapters[:count], adapters[count : 2 * count], adapters[2 * count :]
-        y, s = run_forward(
-            x, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed, runner
-        )
-        needs = ctx.needs_input_grad
-        x_saved = x if any(needs[8 : 8 + count]) else None
-        ctx.save_for_backward(x_saved, weight, s, seed, *a, *b)
-        ctx.settings = scaling, dropout, activation, runner
+        y, s = run_forward(x, weight, bias, operands, seed, plan, True)
+        count = len(operands) // 3
+        x_saved = x if True in ctx.needs_input_grad[5 : 5 + count] else None
+        ctx.save_for_backward(x_saved, weight, s, seed, *operands[: 2 * count])
+        ctx.plan = plan
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, s, seed, *adapters = ctx.saved_tensors
-        scaling, dropout, activation, runner = ctx.settings
-        count = len(scaling)
-        wants = ctx.needs_input_grad
-        needs = [wants[0], wants[2], *wants[8:]]
-        found = iter(
-            run_backward(
-                grad_y,
-                x,
-                weight,
-                adapters[:count],
-                adapters[count:],
-                s,
-                scaling,
-                dropout,
-                activation,
-                seed,
-                needs,
-                runner,
-            )
-        )
-        grads = [next(found) if need else None for need in needs]
-        return (grads[0], None, grads[1], None, None, None, None, None, *grads[2:])
+        # once_differentiable switches gradients off and on, in Python; they are off already where
+        # no second order is asked for
+        gradients = _once_differentiable if torch.is_grad_enabled() else _gradients
+        return gradients(ctx, grad_y)
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, s, seed, *operands = ctx.saved_tensors
+    operands += [None] * (len(operands) // 2)  # the branches' biases are not read again
+    wants = ctx.needs_input_grad
+    needs = [wants[0], wants[2], *wants[5:]]
+    found = iter(run_backward(grad_y, x, weight, operands, s, seed, needs, ctx.plan))
+    grads = [next(found) if need else None for need in needs]
+    return (grads[0], None, grads[1], None, None, *grads[2:])
+
+
+_once_differentiable = once_differentiable(_gradients)
 
 
 # --------------------------------------------------------------------------------- registered op
@@ -156,7 +137,10 @@ def _op_forward(
     present = iter(branch_bias)
     biases = [next(present) if there else None for there in biased]
     runner = select(DeltaLinearCall.of(x, weight, a, biases, dropout, activation), backend)
-    return run_forward(x, weight, bias, a, b, biases, scaling, dropout, activation, seed, runner)
+    plan = make_plan(runner, weight, a, b, biases, scaling, dropout, activation)
+    y, s = run_forward(x, weight, bias, [*a, *b, *biases], seed, plan, True)
+    assert s is not None  # kept, as asked
+    return y, s
 
 
 def _op_backward(
@@ -175,13 +159,13 @@ def _op_backward(
 ) -> list[Tensor]:
     # grad_y [..., N] stands for x [..., K]: the call differs in nothing that a backend looks at
     n, _k = weight.shape
-    call = DeltaLinearCall.of(grad_y, weight, a, [None] * len(a), dropout, activation)
+    no_bias = [None] * len(a)
+    call = DeltaLinearCall.of(grad_y, weight, a, no_bias, dropout, activation)
     biased = any(needs[2 + 2 * len(a) :])
     call = call._replace(m=grad_y.numel() // n if n else 0, branch_bias=biased)
     runner = select(call, backend)
-    return run_backward(
-        grad_y, x, weight, a, b, s, scaling, dropout, activation, seed, needs, runner
-    )
+    plan = make_plan(runner, weight, a, b, no_bias, scaling, dropout, activation)
+    return run_backward(grad_y, x, weight, [*a, *b, *no_bias], s, seed, needs, plan)
 
 
 def _fake_forward(

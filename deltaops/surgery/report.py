@@ -34,7 +34,8 @@ class Row(NamedTuple):
     """What runs it now: a backend's name, or "peft", "torch" where the op does not."""
     reason: str
     packed: int = 0
-    """Bytes of the packed copies of its weight that the CPU core keeps; see ``attach``'s pack."""
+    """Bytes of the copies of its weight that are kept, packed or (under autocast) converted; see
+    ``attach``'s pack."""
 
 
 @dataclass(frozen=True)

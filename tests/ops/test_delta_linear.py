@@ -25,6 +25,7 @@ from deltaops.errors import (
     ShapeError,
 )
 from deltaops.ops import Branch, delta_linear
+from deltaops.ops.plans import PLANS
 from deltaops.reference.activation import ACTIVATIONS
 from deltaops.testing import DeltaLinearCase, assert_accurate
 
@@ -408,6 +409,7 @@ def test_adapters_have_no_triton_kernel_and_that_is_said() -> None:
 
 def test_selection_is_cached_by_what_a_backend_may_look_at() -> None:
     select.cache_clear()
+    PLANS.clear()
     delta_linear(X, W)
     delta_linear(X + 1, W)
     assert select.cache_info().misses == 1

@@ -12,6 +12,7 @@ import deltaops
 from deltaops.errors import ConfigError
 from deltaops.ops import Branch, delta_linear
 from deltaops.packing import PACKING
+from deltaops.testing import assert_accurate
 
 pytestmark = pytest.mark.skipif(
     deltaops.backends()["cpu"] != "ready", reason="the native core is not built"
@@ -122,3 +123,98 @@ def test_attach_runs_the_other_linears_and_report_counts_the_copies() -> None:
         model(x)
     report = deltaops.report(model)
     assert ([row.kind for row in report.rows], report.packed) == (["lora"], 0)
+
+
+def autocast(run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return run()
+
+
+def kept(weight: Tensor) -> Tensor:
+    """The converted weight; fails unless there is just one."""
+    (found,) = [t for e in PACKING._entries.values() for t in e.converted.values()]
+    assert found.shape == weight.shape
+    return found
+
+
+@pytest.mark.parametrize("layout", ["row", "col"])
+def test_under_autocast_the_weight_is_converted_once(layout: str) -> None:
+    weight = weight_of() if layout == "row" else weight_of().t().contiguous().t()
+    PACKING.set_policy(weight, "never")
+    plain = autocast(lambda: call(weight))
+    assert PACKING.bytes(weight) == 0
+    PACKING.set_policy(weight, "auto")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        delta_linear(torch.ones(3, K), weight)  # kept from here on, for calls with gradients too
+    first = kept(weight)
+    for _ in range(3):
+        assert all(
+            torch.equal(p, q) for p, q in zip(autocast(lambda: call(weight)), plain, strict=True)
+        )
+        assert kept(weight) is first
+    assert PACKING.bytes(weight) > first.nbytes + 2 * weight.numel() * 2  # and packed twice
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_weight_is_converted_again(change: Callable[[Tensor], object]) -> None:
+    weight = weight_of()
+    for _ in range(3):
+        autocast(lambda: call(weight))
+    change(weight)
+    again = autocast(lambda: call(weight))
+    assert torch.equal(kept(weight), weight.bfloat16())
+    PACKING.set_policy(weight, "never")
+    fresh = autocast(lambda: call(weight))
+    assert all(torch.equal(p, q) for p, q in zip(again, fresh, strict=True))
+
+
+def test_a_freed_weight_takes_its_conversion_along() -> None:
+    weight = weight_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            call(weight)
+    assert len(PACKING._entries) == 2  # of the weight and of the converted one
+    del weight
+    assert PACKING.bytes(weight_of()) == 0
+    assert len(PACKING._entries) == 0
+
+
+def test_conversions_obey_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PACKING, "_budget", 1000)
+    weight = weight_of()
+    autocast(lambda: call(weight))
+    assert PACKING.bytes(weight) == 0
+    PACKING.set_policy(weight, "always")
+    autocast(lambda: call(weight))
+    assert PACKING.bytes(weight) >= kept(weight).nbytes == 2 * weight.numel()
+
+
+def test_gradients_of_a_kept_conversion_match_the_fp64_oracle() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = weight_of()
+    x, a, b = (torch.randn(s, generator=generator) for s in ((20, K), (4, K), (N, 4)))
+
+    def grads(x: Tensor, a: Tensor, b: Tensor, plain: Tensor | None) -> list[Tensor]:
+        inputs = [t.detach().requires_grad_() for t in (x, a, b)]
+        x, a, b = inputs
+        if plain is None:
+            y = delta_linear(x, weight, None, [Branch(a, b, 0.5)])
+        else:
+            y = x @ plain.T + 0.5 * (x @ a.T) @ b.T
+        return [y.detach(), *torch.autograd.grad(y.sum(), inputs)]
+
+    for _ in range(3):
+        ours = autocast(lambda: grads(x, a, b, None))
+    exact = grads(*(t.bfloat16().double() for t in (x, a, b)), weight.bfloat16().double())
+    low = grads(*(t.bfloat16() for t in (x, a, b)), weight.bfloat16())
+    for name, got, oracle, baseline in zip(("y", "x", "a", "b"), ours, exact, low, strict=True):
+        # autocast's own conversions carry the gradients back to float32: the values are bfloat16's
+        assert_accurate(got.bfloat16(), oracle, baseline, name)
+
+
+def test_report_counts_conversions() -> None:
+    model = nn.Sequential(nn.Linear(K, N, bias=False))
+    deltaops.attach(model, deltaops.LoRA(r=2, target_modules=["0"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(30, K))
+    assert deltaops.report(model).packed == 2 * N * K

@@ -1,0 +1,143 @@
+"""Calls that are known: checked once, and from then on only their tensors are looked at.
+
+A small layer takes less time than its checks. They look at dtypes, shapes, strides, devices and
+settings, and so does the choice of a backend; all of that is a call's signature. What follows from
+a signature, the plan, is kept; a plan holds no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from deltaops.backends import Backend, DeltaLinearPlan
+
+Signature = tuple[Hashable, ...]
+
+_MOST = 4096
+_PLAIN = (Tensor, Parameter)
+
+
+class PlainPlan:
+    """The plan of a backend that prepares nothing: it is told the settings in every call."""
+
+    def __init__(
+        self,
+        runner: Backend,
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+    ) -> None:
+        self._runner = runner
+        self._settings = scaling, dropout, activation
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Sequence[Any],
+        seed: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`deltaops.backends.DeltaLinearPlan`."""
+        count = len(operands) // 3
+        a, b, inner = operands[:count], operands[count : 2 * count], operands[2 * count :]
+        return self._runner.forward(x, weight, bias, a, b, inner, *self._settings, seed)
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        operands: Sequence[Any],
+        s: Tensor,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.DeltaLinearPlan`."""
+        count = len(operands) // 3
+        a, b = operands[:count], operands[count : 2 * count]
+        return self._runner.backward(grad_y, x, weight, a, b, s, *self._settings, seed, needs)
+
+
+def make_plan(
+    runner: Backend,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    activation: Sequence[str],
+) -> DeltaLinearPlan:
+    """``runner``'s own plan where it has one."""
+    prepare = getattr(runner, "prepare", None)
+    if prepare is None:
+        return PlainPlan(runner, scaling, dropout, activation)
+    plan: DeltaLinearPlan = prepare(weight, a, b, branch_bias, scaling, dropout, activation)
+    return plan
+
+
+def look(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branches: Sequence[Any],  # deltaops.ops.Branch
+    backend: str,
+    strict: bool,
+) -> tuple[Signature, list[Tensor | None]] | None:
+    """The signature and the branches' tensors, a… b… bias…; None where one is of another class."""
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN:
+        return None
+    # Written out, with is_cpu for the device: half the time of loops over tuples.
+    parts: list[Hashable] = [backend, strict]
+    parts += x.dtype, x.shape, x.stride(), x.is_cpu or x.device
+    parts += weight.dtype, weight.shape, weight.stride(), weight.is_cpu or weight.device
+    if bias is None:
+        parts.append(None)
+    elif type(bias) in _PLAIN:
+        parts += bias.dtype, bias.shape, bias.stride(), bias.is_cpu or bias.device
+    else:
+        return None
+    downs, ups, inners = [], [], []
+    for a, b, scaling, dropout, activation, inner in branches:
+        if type(a) not in _PLAIN or type(b) not in _PLAIN:
+            return None
+        parts += float(scaling), float(dropout), activation
+        parts += a.dtype, a.shape, a.stride(), a.is_cpu or a.device
+        parts += b.dtype, b.shape, b.stride(), b.is_cpu or b.device
+        if inner is None:
+            parts.append(None)
+        elif type(inner) in _PLAIN:
+            parts += inner.dtype, inner.shape, inner.stride(), inner.is_cpu or inner.device
+        else:
+            return None
+        downs.append(a)
+        ups.append(b)
+        inners.append(inner)
+    return tuple(parts), downs + ups + inners
+
+
+class Known(NamedTuple):
+    """What is kept of a signature."""
+
+    plan: DeltaLinearPlan
+    random: bool
+    """Whether a call draws a seed: some branch has dropout."""
+
+
+class Plans(dict[Signature, Known]):
+    """Those of this process. Safe to use from several threads: a lost plan is made again."""
+
+    def keep(self, key: Signature, known: Known) -> None:
+        """Remember ``known``; after some thousand different calls it starts anew."""
+        if len(self) >= _MOST:
+            self.clear()
+        self[key] = known
+
+
+PLANS = Plans()
