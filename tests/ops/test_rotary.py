@@ -101,6 +101,17 @@ def test_keeps_the_tables_alone(registered_op: bool) -> None:
     assert torch.equal(grad, want)
 
 
+@pytest.mark.parametrize("registered_op", [False, True], ids=["eager", "registered"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@layouts
+def test_result_may_be_changed_in_place(layout: str, backend: str, registered_op: bool) -> None:
+    x, cos, sin = trainable(RotaryCase(2, 3, 5, 8, layout), torch.float32)
+    op = torch.ops.deltaops.rotary
+    y = op(x, cos, sin, backend) if registered_op else rotary(x, cos, sin, backend=backend)
+    (grad,) = torch.autograd.grad(y.mul_(2).sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(2 * llama(x, cos, sin).sum(), x)[0])
+
+
 def test_no_grad_and_inference_mode() -> None:
     x, cos, sin = trainable(RotaryCase(2, 3, 5, 8), torch.float32)
     want = rotary(x, cos, sin)
