@@ -26,7 +26,7 @@ def call_of(x: Tensor, cos: Tensor) -> RotaryCall:
 
 def tokens_first(x: Tensor) -> bool:
     """Whether the memory of x ``[B, H, L, D]`` is ordered ``[B, L, H, D]``."""
-    return x.stride(1) < x.stride(2)
+    return bool(x.stride(1) < x.stride(2))  # a symbol while compiling, which is settled here
 
 
 def refuse_table_gradient(cos: Tensor, sin: Tensor) -> None:

@@ -150,6 +150,17 @@ def test_eager_and_compiled_agree(layout: str, dtype: torch.dtype) -> None:
     )
 
 
+def test_one_compilation_serves_every_length() -> None:
+    compiled = torch.compile(lambda *t: rotary(*t).square(), fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for b, h, l in ((2, 3, 5), (3, 3, 7), (2, 4, 9)):  # noqa: E741
+            x, cos, sin = trainable(RotaryCase(b, h, l, 8), torch.float32)
+            want, got = rotary(x, cos, sin).square(), compiled(x, cos, sin)
+            assert got.stride() == want.stride()
+            grads = (torch.autograd.grad(t.sum(), x) for t in (got, want))
+            torch.testing.assert_close((got, *next(grads)), (want, *next(grads)))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 0, 5, 8), (2, 3, 0, 8), (1, 1, 1, 2)])
 def test_small_and_empty(shape: tuple[int, int, int, int]) -> None:
     x, cos, sin = trainable(RotaryCase(*shape), torch.float32)
