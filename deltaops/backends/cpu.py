@@ -14,6 +14,7 @@ from torch import Tensor
 from deltaops.memory import LEAST, large, start
 from deltaops.packing import PACKING, SMALLEST, Layout
 from deltaops.reference.philox import drop_threshold
+from deltaops.reference.rotary import strides
 
 from .base import Call, CrossEntropyCall, DeltaLinearCall, GatedCall, RotaryCall
 
@@ -561,15 +562,16 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool, *, backward
     if cos.stride(2) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     b, h, l, d = x.shape  # noqa: E741
-    y = _empty(b * l * h, d, x.dtype)
-    y = y.view(b, l, h, d).transpose(1, 2) if tokens_first else y.view(b, h, l, d)
+    # In place: a view would refuse to be changed in place by whoever gets it from autograd.
+    wanted = strides(x.shape, tokens_first)
+    y = _empty(b * h * l, d, x.dtype).as_strided_(x.shape, wanted)
     _core().rotary(
         _DTYPES[x.dtype],
-        (b, h, l, d),
+        x.shape,
         x.data_ptr(),
         x.stride()[:3],
         y.data_ptr(),
-        y.stride()[:3],
+        wanted[:3],
         _DTYPES[cos.dtype],
         cos.data_ptr(),
         sin.data_ptr(),

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from deltaops.backends import Backend, RotaryBackend, RotaryCall
 from deltaops.dispatch import select
 from deltaops.errors import GradientError
+from deltaops.reference import rotary as reference
 
 
 def call_of(x: Tensor, cos: Tensor) -> RotaryCall:
@@ -25,7 +26,7 @@ def call_of(x: Tensor, cos: Tensor) -> RotaryCall:
 
 def tokens_first(x: Tensor) -> bool:
     """Whether the memory of x ``[B, H, L, D]`` is ordered ``[B, L, H, D]``."""
-    return x.stride(1) < x.stride(2)
+    return bool(x.stride(1) < x.stride(2))  # a symbol while compiling, which is settled here
 
 
 def refuse_table_gradient(cos: Tensor, sin: Tensor) -> None:
@@ -90,10 +91,7 @@ def _op_backward(
 
 
 def _dense(like: Tensor, tokens_first: bool) -> Tensor:
-    b, h, l, d = like.shape  # noqa: E741
-    return (
-        like.new_empty(b, l, h, d).transpose(1, 2) if tokens_first else like.new_empty(b, h, l, d)
-    )
+    return like.new_empty_strided(like.shape, reference.strides(like.shape, tokens_first))
 
 
 def _fake_forward(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:

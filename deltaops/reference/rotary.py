@@ -9,6 +9,8 @@ rounded once: eager torch rounds three times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,17 @@ def backward(grad_y: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool) -> Te
     return arrange((work * c - _rot(work * s)).to(grad_y.dtype), tokens_first)
 
 
+def strides(shape: Sequence[int], tokens_first: bool) -> tuple[int, int, int, int]:
+    """Of ``[B, H, L, D]`` in dense memory: in this order, or ``[B, L, H, D]`` seen through a
+    transpose."""
+    _, h, l, d = shape  # noqa: E741
+    return (l * h * d, d, h * d, 1) if tokens_first else (h * l * d, l * d, d, 1)
+
+
 def arrange(t: Tensor, tokens_first: bool) -> Tensor:
-    """``[B, H, L, D]`` in dense memory: in this order, or as the transpose of [B,L,H,D]."""
-    return t.transpose(1, 2).contiguous().transpose(1, 2) if tokens_first else t.contiguous()
+    """``t`` with :func:`strides`, never as a view: the op's result may be changed in place."""
+    wanted = strides(t.shape, tokens_first)
+    return t if t.stride() == wanted else t.new_empty_strided(t.shape, wanted).copy_(t)
 
 
 def _wide(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,6 +101,17 @@ def test_keeps_the_tables_alone(registered_op: bool) -> None:
     assert torch.equal(grad, want)
 
 
+@pytest.mark.parametrize("registered_op", [False, True], ids=["eager", "registered"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@layouts
+def test_result_may_be_changed_in_place(layout: str, backend: str, registered_op: bool) -> None:
+    x, cos, sin = trainable(RotaryCase(2, 3, 5, 8, layout), torch.float32)
+    op = torch.ops.deltaops.rotary
+    y = op(x, cos, sin, backend) if registered_op else rotary(x, cos, sin, backend=backend)
+    (grad,) = torch.autograd.grad(y.mul_(2).sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(2 * llama(x, cos, sin).sum(), x)[0])
+
+
 def test_no_grad_and_inference_mode() -> None:
     x, cos, sin = trainable(RotaryCase(2, 3, 5, 8), torch.float32)
     want = rotary(x, cos, sin)
@@ -137,6 +148,17 @@ def test_eager_and_compiled_agree(layout: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), x)
     )
+
+
+def test_one_compilation_serves_every_length() -> None:
+    compiled = torch.compile(lambda *t: rotary(*t).square(), fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for b, h, l in ((2, 3, 5), (3, 3, 7), (2, 4, 9)):  # noqa: E741
+            x, cos, sin = trainable(RotaryCase(b, h, l, 8), torch.float32)
+            want, got = rotary(x, cos, sin).square(), compiled(x, cos, sin)
+            assert got.stride() == want.stride()
+            grads = (torch.autograd.grad(t.sum(), x) for t in (got, want))
+            torch.testing.assert_close((got, *next(grads)), (want, *next(grads)))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 0, 5, 8), (2, 3, 0, 8), (1, 1, 1, 2)])
