@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "layer.h"
+#include "ops.h"
 
 namespace test {
 namespace {
@@ -551,7 +552,10 @@ void fuzz(uint64_t seed, int64_t calls) {
   std::memset(wild_outputs, 0xFF, sizeof wild_outputs);
   Rng rng = {seed};
   depths = {};
+  std::printf("fuzz: %lld calls, seed %llu\n", static_cast<long long>(calls),
+              static_cast<unsigned long long>(seed));
   for (int64_t i = 0; i < calls; ++i) one(&rng);
+  fuzz_ops(seed, (calls + 3) / 4);
   if (calls < 100) return;  // too few to say anything
   const auto report = [](const char *what, const Depth &depth) {
     std::printf("fuzz: %lld of %lld wild calls of %s were OK\n", static_cast<long long>(depth.ok),
