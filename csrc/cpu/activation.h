@@ -7,8 +7,9 @@
  *
  * Everything comes down to one exp and one division, no branch and no libm. Values and slopes are
  * within a few units in the last place of float, in relative terms: far on the left too, where
- * formulas that take 1 - (nearly 1) have no digit left. What torch would get from inf * 0 is the
- * limit here: an infinity gives 0 on the left and infinity on the right, slopes 0 and 1. A NaN
+ * formulas that take 1 - (nearly 1) have no digit left. There gelu_tanh is off by about |2u| units,
+ * since rounding its exponent 2u is a relative error of e^2u. What torch would get from inf * 0 is
+ * the limit here: an infinity gives 0 on the left and infinity on the right, slopes 0 and 1. A NaN
  * stays a NaN.
  */
 #ifndef DELTAOPS_CPU_ACTIVATION_H

@@ -30,6 +30,12 @@ void *odd(void *pointer) {  // misaligned for every type here
 
 bool has_elements(const deltaops_matrix &m) { return m.data && m.rows > 0 && m.cols > 0; }
 
+// Nothing in it overflows when it is multiplied.
+bool sane(const deltaops_matrix &m) {
+  constexpr int64_t kMuch = 1 << 20;
+  return has_elements(m) && m.rows < kMuch && m.row_stride < kMuch && m.row_stride > -kMuch;
+}
+
 // Makes the pass wrong in the way numbered `way`; false where it offers no place for it.
 bool spoil(int way, Pass *pass, Op *op, Rng *rng) {
   const int64_t sizes[] = {-1, -7, kLeast, kLargest, (int64_t{1} << 40) + 1};
@@ -62,19 +68,19 @@ bool spoil(int way, Pass *pass, Op *op, Rng *rng) {
     case 5:
       m->data = odd(m->data);
       return true;
-    case 6:
-      (rng->one_in(2) ? m->rows : m->cols) = sizes[rng->below(5)];
-      return true;
-    case 7:
-      (rng->one_in(2) ? m->row_stride : m->col_stride) = strides[rng->below(4)];
-      return true;
-    case 8:
-      if (!slot.needed || !has_elements(*m)) return false;
-      m->data = nullptr;
-      return true;
-    case 9:  // the others follow the first, and up follows down
+    case 6:  // the others follow the first, and up follows down
       if (leads || slot.operand) return false;
       ++(rng->one_in(2) ? m->rows : m->cols);
+      return true;
+    case 7:
+      (rng->one_in(2) ? m->rows : m->cols) = sizes[rng->below(5)];
+      return true;
+    case 8:
+      (rng->one_in(2) ? m->row_stride : m->col_stride) = strides[rng->below(4)];
+      return true;
+    case 9:
+      if (!slot.needed || !has_elements(*m)) return false;
+      m->data = nullptr;
       return true;
     case 10:
       if (slot.free || leads) return false;
@@ -98,7 +104,7 @@ bool spoil(int way, Pass *pass, Op *op, Rng *rng) {
     }
     case 14: {  // an output in another's last row, or around its first element
       const deltaops_matrix *other = any_of(pass->slots, rng).view;
-      if (!slot.written || other == m || !has_elements(*m) || !has_elements(*other)) return false;
+      if (!slot.written || other == m || !sane(*m) || !sane(*other)) return false;
       const int64_t size = other->dtype == DELTAOPS_BF16 ? 2 : 4;
       const int64_t step = rng->one_in(2) ? other->rows - 1 : 1 - m->rows;
       const int64_t stride =
@@ -113,12 +119,15 @@ bool spoil(int way, Pass *pass, Op *op, Rng *rng) {
       pointer.set(rng->one_in(2) ? nullptr : odd(pointer.get()));
       return true;
     }
-    case 16: {  // the loss in the logits, a gradient over the targets
-      if (pass->pointers.empty()) return false;
+    case 16: {  // the loss in a matrix, or a matrix over the targets or the gradient of the loss
+      if (pass->pointers.empty() || !has_elements(*m)) return false;
       const Pointer &pointer = any_of(pass->pointers, rng);
-      if (!has_elements(*m) || !(slot.written || pointer.written)) return false;
-      pointer.set(m->data);
-      return pointer.written || pointer.get() != op->targets.data();
+      if (!slot.written && !pointer.written) return false;
+      if (pointer.written)
+        pointer.set(m->data);
+      else
+        m->data = pointer.get();
+      return true;
     }
     default:
       if (op->targets.empty()) return false;
@@ -167,6 +176,24 @@ void misplaced(Op *op, Rng *rng) {
   refused(pass, op, ": short");
 }
 
+// Well formed but for their extent: no count that a body would make of it fits into int64.
+void vast() {
+  constexpr int64_t kMany = int64_t{1} << 40;
+  alignas(8) static float memory[4];
+  deltaops_norm_bias_backward_args norm = {};
+  norm.struct_size = sizeof norm, norm.num_threads = 1, norm.norm = DELTAOPS_RMS_NORM;
+  norm.grad_y = {memory, kMany, kMany, 0, 1, DELTAOPS_F32, 0};  // one row again and again
+  norm.grad_bias = {memory, 1, kMany, kMany, 1, DELTAOPS_F32, 0};
+  CHECK(deltaops_cpu_norm_bias_backward(&norm) == DELTAOPS_INVALID_ARGUMENT, "2^80 elements");
+  deltaops_bottleneck_backward_args bottleneck = {};
+  bottleneck.struct_size = sizeof bottleneck, bottleneck.num_threads = 1;
+  bottleneck.grad_y = {nullptr, 0, kMany, kMany, 1, DELTAOPS_F32, 0};
+  bottleneck.h = {nullptr, 0, kMany, kMany, 1, DELTAOPS_F32, 0};
+  bottleneck.down = {memory, kMany, kMany, 0, 1, DELTAOPS_F32, 0};
+  bottleneck.up = bottleneck.down;
+  CHECK(deltaops_cpu_bottleneck_backward(&bottleneck) == DELTAOPS_INVALID_ARGUMENT, "2^80 steps");
+}
+
 void numbers(Op *op, Rng *rng) {
   const float edges[] = {NAN,     INFINITY, -INFINITY, 3e38f,  -3e38f, 1e-40f,
                          -1e-45f, 0.0f,     -0.0f,     1e-20f, 1e20f,  -130.0f};
@@ -201,7 +228,7 @@ bool wild(Op *op, Rng *rng) {
     int64_t *const fields[] = {&m->rows, &m->cols, &m->row_stride, &m->col_stride};
     switch (rng->below(9)) {
       case 0:
-        m->data = rng->one_in(2) ? nullptr : any_of(pass->slots, rng).view->data;
+        m->data = slot.written || rng->one_in(2) ? nullptr : any_of(pass->slots, rng).view->data;
         break;
       case 1:
         m->dtype = static_cast<int32_t>(rng->below(4)) - 1;
@@ -243,6 +270,7 @@ bool wild(Op *op, Rng *rng) {
 }  // namespace
 
 void fuzz_ops(uint64_t seed, int64_t calls) {
+  vast();
   Rng rng = {seed};
   for (const Kind kind : kKinds) {
     int64_t tried = 0, ok = 0;

@@ -53,6 +53,12 @@ double gate_slope(int32_t kind, double h) {
   }
 }
 
+// How many roundings are in e^x: one, and x itself where it is rounded, which is gelu_tanh's 2u.
+double exponent_error(int32_t kind, double h) {
+  const double u = std::sqrt(2 / M_PI) * (h + 0.044715 * h * h * h);
+  return kind == DELTAOPS_GELU_TANH ? 1 + 2 * std::fabs(u) : 1;
+}
+
 }  // namespace
 
 // |act(h)| <= |h|, and no slope exceeds 1.13.
@@ -61,11 +67,17 @@ Sum activated(int32_t kind, Sum h) {
   return {h.value * gate(kind, h.value), 2.2 * h.size};
 }
 
+Sum activated(int32_t kind, double h) {
+  const double value = h * gate(kind, h);
+  return {value, std::fabs(value) * exponent_error(kind, h)};
+}
+
 // Near its zero it is the difference of two larger terms.
 Sum slope(int32_t kind, double h) {
   Sum sum;
   sum.add(gate(kind, h), 1);
   sum.add(h, gate_slope(kind, h));
+  sum.size *= exponent_error(kind, h);
   return sum;
 }
 
@@ -247,14 +259,19 @@ void Layer::check_backward() const {
   // Past an activation H_i is what s holds: as good as exact here, since it has been checked. up:
   // s_i * act(H_i), what B_i multiplies.
   std::vector<std::vector<Sum>> dh(a_.size());
-  std::vector<std::vector<double>> up(a_.size());
+  std::vector<std::vector<Sum>> up(a_.size());
   int64_t column = 0;
   for (size_t i = 0; i < a_.size(); column += a_[i].rows(), ++i)
     for (int64_t m = 0; m < c.M; ++m)
       for (int64_t q = 0; q < a_[i].rows(); ++q) {
         const int32_t kind = c.branches[i].activation;
         const double s = s_.at(m, column + q), scaling = branches[i].scaling;
-        up[i].push_back(kind == DELTAOPS_IDENTITY ? s : scaling * s * gate(kind, s));
+        Sum scaled;
+        if (kind == DELTAOPS_IDENTITY)
+          scaled.add(s, 1);
+        else
+          scaled.add(activated(kind, s), scaling);
+        up[i].push_back(scaled);
         const Sum step = slope(kind, kind == DELTAOPS_IDENTITY ? 0 : s);
         Sum sum;
         for (int64_t n = 0; n < c.N; ++n) sum.add(scaling * grad_y_.at(m, n), b_[i].at(n, q));
@@ -281,7 +298,7 @@ void Layer::check_backward() const {
       }
       for (int64_t n = 0; n < c.N; ++n) {
         Sum sum;
-        for (int64_t m = 0; m < c.M; ++m) sum.add(grad_y_.at(m, n), up[i][at(m)]);
+        for (int64_t m = 0; m < c.M; ++m) sum.add(up[i][at(m)], grad_y_.at(m, n));
         check_value(grad_b_[i], n, q, sum, "grad_b", name);
       }
       if (!c.branches[i].bias) continue;

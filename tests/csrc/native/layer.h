@@ -207,8 +207,9 @@ void check_value(const Array &got, int64_t r, int64_t col, Sum want, const char 
 
 // An activation is h * gate(h).
 double gate(int32_t kind, double h);
-Sum activated(int32_t kind, Sum h);  // act(h) where h has a rounding error of its own
-Sum slope(int32_t kind, double h);   // act'(h) of an exact h
+Sum activated(int32_t kind, Sum h);     // act(h) where h has a rounding error of its own
+Sum activated(int32_t kind, double h);  // of an exact h
+Sum slope(int32_t kind, double h);      // act'(h) of an exact h
 
 // Bytes that end where their block does and have the alignment of a float and no more; 0xFF at
 // first, and a float of it before them.

@@ -213,8 +213,8 @@ class Bottleneck final : public Op {
         for (int64_t k = 0; k < c.K; ++k) {
           const auto at_qk = static_cast<size_t>(q * c.K + k);
           if (x_read) down[at_qk].add(times(dh.back(), input_of(row, m, k)), 1);
-          up[static_cast<size_t>(k * c.R + q)].add(grad_y_->at(m, k),
-                                                   scaling_ * h * gate(activation_, h));
+          up[static_cast<size_t>(k * c.R + q)].add(times(activated(activation_, h), scaling_),
+                                                   grad_y_->at(m, k));
         }
       }
       for (int64_t k = 0; k < c.K; ++k) {
