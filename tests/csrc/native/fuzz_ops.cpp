@@ -194,6 +194,24 @@ void vast() {
   CHECK(deltaops_cpu_bottleneck_backward(&bottleneck) == DELTAOPS_INVALID_ARGUMENT, "2^80 steps");
 }
 
+// Rows of no class, all ignored: matrices without elements may be NULL.
+void no_classes() {
+  float state[4], loss = 1;
+  const int64_t target[] = {-1, -1};
+  deltaops_cross_entropy_forward_args forward = {};
+  forward.struct_size = sizeof forward, forward.num_threads = 1;
+  forward.logits = {nullptr, 2, 0, 0, 1, DELTAOPS_F32, 0};
+  forward.target = target, forward.ignore_index = -1;
+  forward.state = {state, 2, 2, 2, 1, DELTAOPS_F32, 0}, forward.loss = &loss;
+  CHECK(deltaops_cpu_cross_entropy_forward(&forward) == DELTAOPS_OK && loss == 0, "%g", loss);
+  deltaops_cross_entropy_backward_args backward = {};
+  backward.struct_size = sizeof backward, backward.num_threads = 1;
+  backward.logits = backward.grad_logits = forward.logits;
+  backward.target = target, backward.ignore_index = -1;
+  backward.state = forward.state, backward.grad_loss = &loss;
+  CHECK(deltaops_cpu_cross_entropy_backward(&backward) == DELTAOPS_OK, "%s", deltaops_last_error());
+}
+
 void numbers(Op *op, Rng *rng) {
   const float edges[] = {NAN,     INFINITY, -INFINITY, 3e38f,  -3e38f, 1e-40f,
                          -1e-45f, 0.0f,     -0.0f,     1e-20f, 1e20f,  -130.0f};
@@ -271,6 +289,7 @@ bool wild(Op *op, Rng *rng) {
 
 void fuzz_ops(uint64_t seed, int64_t calls) {
   vast();
+  no_classes();
   Rng rng = {seed};
   for (const Kind kind : kKinds) {
     int64_t tried = 0, ok = 0;
