@@ -7,14 +7,16 @@
  *
  * Everything comes down to one exp and one division, no branch and no libm. Values and slopes are
  * within a few units in the last place of float, in relative terms: far on the left too, where
- * formulas that take 1 - (nearly 1) have no digit left. What torch would get from inf * 0 is the
- * limit here: an infinity gives 0 on the left and infinity on the right, slopes 0 and 1. A NaN
+ * formulas that take 1 - (nearly 1) have no digit left. There gelu_tanh is off by about |2u| units,
+ * since rounding its exponent 2u is a relative error of e^2u. What torch would get from inf * 0 is
+ * the limit here: an infinity gives 0 on the left and infinity on the right, slopes 0 and 1. A NaN
  * stays a NaN.
  */
 #ifndef DELTAOPS_CPU_ACTIVATION_H
 #define DELTAOPS_CPU_ACTIVATION_H
 
 #include "deltaops.h"
+#include "exp.h"
 #include "vec.h"
 
 namespace deltaops {
@@ -43,26 +45,9 @@ DELTAOPS_INLINE VecF polynomial(VecF x, const float (&c)[N]) {
   return sum;
 }
 
-/* e^(x + rest) for x <= 88 and a rest far below 1: 2^n e^r with |r| <= ln(2) / 2, where
- * (e^r - 1 - r) / r^2 is a minimax polynomial (off by 2e-9 in e^r). Below -87 it is 0. */
-DELTAOPS_INLINE VecF exponential(VecF x, VecF rest) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the first is exact times n
-  constexpr float kSeries[] = {0.4999999344f, 0.1666652058f, 0.04166838908f, 0.008368721934f,
-                               0.001381454952f};
-  const VecF held = select((VecI)(x < splat(-87.0f)), splat(-87.0f), x);
-  const VecF shifted = held * splat(1.44269504f) + splat(kRound);
-  const VecF n = shifted - splat(kRound);
-  const VecF r = ((held - n * splat(kLn2High)) - n * splat(kLn2Low)) + rest;
-  const VecF power = (VecF)(((VecU)shifted + 127u) << 23);  // kRound's bits fall off the top
-  const VecF series = r * r * polynomial(r, kSeries) + r;
-  // A product with the power, not a sum of exponents: so a NaN cannot turn into a number.
-  return select((VecI)(x < splat(-87.0f)), VecF{}, series * power + power);
-}
-
 /* sigma(x), and its slope sigma(x) sigma(-x) with all digits on both sides. */
 DELTAOPS_INLINE VecF sigmoid(VecF x, VecF *slope) {
-  const VecF e = exponential(-magnitude(x), VecF{});
+  const VecF e = exp_down(-magnitude(x));
   const VecF large = splat(1.0f) / (splat(1.0f) + e), small = e * large;
   *slope = large * small;
   return select((VecI)(x < VecF{}), small, large);

@@ -1,45 +1,17 @@
-// checks.cpp: every argument of the C ABI, before the first store.
+// checks.cpp: every argument of the C ABI, before the first store; checker.h says how.
 //
-// A sentence says subject, expectation, fact and remedy. After these checks a body may trust its
-// arguments: shapes agree, one stride of a weight or adapter is 1, pointers are aligned, outputs do
-// not overlap themselves, and no size or address that an op derives from them leaves int64.
+// After these checks a body may trust its arguments: shapes agree, one stride of a weight or
+// adapter is 1, pointers are aligned, outputs overlap neither themselves nor anything else, and no
+// size or address that an op derives from them leaves int64.
 
-#include <cinttypes>
-#include <cstdarg>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <initializer_list>
 #include <utility>
 
-#include "core.h"
+#include "checker.h"
 
 namespace deltaops {
 namespace {
 
-constexpr int64_t kMaxSize = int64_t{1} << 40;   // of a dimension
-constexpr int64_t kMaxBytes = int64_t{1} << 56;  // from a matrix's first element to its last
-constexpr int64_t kMaxWork = int64_t{1} << 56;   // multiply-adds: weeks, on any machine
 constexpr int32_t kMaxBranches = 1 << 16;
-
-bool aligned(const void *pointer, size_t to) {
-  return reinterpret_cast<uintptr_t>(pointer) % to == 0;
-}
-
-int64_t element_size(const deltaops_matrix &m) { return m.dtype == DELTAOPS_BF16 ? 2 : 4; }
-
-bool empty(const deltaops_matrix &m) { return m.data == nullptr || m.rows == 0 || m.cols == 0; }
-
-// Bytes from the first element of a dimension to one past its last; -1 beyond kMaxBytes. One stride
-// counts even where the dimension is empty: loops step over it before they end.
-int64_t extent(int64_t count, int64_t stride, int64_t size) {
-  int64_t bytes = 0;
-  if (stride == INT64_MIN ||
-      __builtin_mul_overflow(count > 1 ? count : 1, std::llabs(stride), &bytes) ||
-      __builtin_mul_overflow(bytes, size, &bytes))
-    return -1;
-  return bytes <= kMaxBytes ? bytes : -1;
-}
 
 PackedHeader header_for(int64_t rows, int64_t cols, int32_t dtype, const Kernels &kernels) {
   return {kPackedMagic,
@@ -57,127 +29,26 @@ int64_t packed_size(const PackedHeader &header) {
   return static_cast<int64_t>(sizeof header) + panels * steps * header.panel_columns * 4;
 }
 
-// One call's checks: the first sentence stays.
-class Checker {
+// What only delta_linear takes.
+class DeltaLinearChecker : public Checker {
  public:
-  explicit Checker(const char *op) : op_(op) {}
+  using Checker::Checker;
 
-  deltaops_status status() const { return status_; }
-
-  __attribute__((format(printf, 3, 4))) void expect(bool holds, const char *format, ...) {
-    if (holds || status_ != DELTAOPS_OK) return;
-    char text[512];
-    va_list list;
-    va_start(list, format);
-    std::vsnprintf(text, sizeof text, format, list);
-    va_end(list);
-    status_ = fail(DELTAOPS_INVALID_ARGUMENT, "%s: %s", op_, text);
-  }
-
-  void common(uint32_t struct_size, size_t expected, int32_t threads,
-              const deltaops_branch *branches, int32_t num_branches, int32_t reserved) {
-    expect(struct_size == expected,
-           "struct_size must be %zu, got %u. Build against the deltaops.h of this library.",
-           expected, struct_size);
-    expect(threads >= 1 && threads <= kMaxThreads,
-           "num_threads must be 1 to %d, got %d. Pass the number of cores to use.", kMaxThreads,
-           threads);
-    expect(num_branches >= 0 && num_branches <= kMaxBranches,
-           "num_branches must be 0 to %d, got %d. Zero the struct first.", kMaxBranches,
-           num_branches);
-    expect(num_branches <= 0 || branches != nullptr,
-           "branches must point to num_branches branches, got num_branches=%d and NULL.",
-           num_branches);
+  // The list itself; true where it may be looked at.
+  bool branch_list(const deltaops_branch *branches, int32_t count, int32_t reserved) {
+    expect(count >= 0 && count <= kMaxBranches,
+           "num_branches must be 0 to %d, got %d. Zero the struct first.", kMaxBranches, count);
+    expect(count <= 0 || branches != nullptr,
+           "branches must point to num_branches branches, got num_branches=%d and NULL.", count);
     pointer("branches", branches, alignof(deltaops_branch));
     expect(reserved == 0, "reserved must be 0, got %d. Zero the struct first.", reserved);
-  }
-
-  void pointer(const char *name, const void *data, size_t alignment) {
-    expect(aligned(data, alignment),
-           "%s must be aligned to %zu bytes, got the address %p. Copy it to aligned memory.", name,
-           alignment, data);
-  }
-
-  // Bounds the whole op: every count that a body makes of its sizes stays inside int64.
-  void work(int64_t M, int64_t N, int64_t K, int64_t R) {
-    int64_t all = 0;
-    if (status_ != DELTAOPS_OK) return;
-    expect(!__builtin_mul_overflow(M + 1, N + R + 1, &all) &&
-               !__builtin_mul_overflow(all, K + 1, &all) && all <= kMaxWork,
-           "the sizes must stay below 2^56 multiply-adds, got M=%" PRId64 ", N=%" PRId64
-           ", K=%" PRId64 " and ranks of %" PRId64 ". Cut the batch.",
-           M, N, K, R);
-  }
-
-  // An output that starts inside another matrix, or around its start. Found where both have dense
-  // rows; columns of one buffer interleave without harm, and are let through.
-  void apart(const char *name, const deltaops_matrix &m, const char *other_name,
-             const deltaops_matrix &other) {
-    if (status_ != DELTAOPS_OK || empty(m) || empty(other)) return;
-    expect(!(dense(m) && dense(other) && overlap(m, other)),
-           "%s is written, so it must not overlap %s. Give it memory of its own.", name,
-           other_name);
-  }
-
-  // Shape, type and memory of any matrix.
-  void matrix(const char *name, const deltaops_matrix &m, const char *shape, int64_t rows,
-              int64_t cols, int dtype) {
-    expect(m.dtype == DELTAOPS_F32 || m.dtype == DELTAOPS_BF16,
-           "%s must have dtype 0 (f32) or 1 (bf16), got %d.", name, m.dtype);
-    expect(dtype < 0 || m.dtype == dtype, "%s must be %s, got %s. Convert it first.", name,
-           dtype == DELTAOPS_BF16 ? "bf16" : "f32", m.dtype == DELTAOPS_BF16 ? "bf16" : "f32");
-    expect(m.rows == rows && m.cols == cols,
-           "%s must be %s = [%" PRId64 ", %" PRId64 "], got [%" PRId64 ", %" PRId64 "].", name,
-           shape, rows, cols, m.rows, m.cols);
-    expect(rows >= 0 && cols >= 0 && rows <= kMaxSize && cols <= kMaxSize,
-           "%s must have sizes from 0 to 2^40, got [%" PRId64 ", %" PRId64 "].", name, rows, cols);
-    expect(m.reserved == 0, "%s.reserved must be 0, got %d. Zero the struct first.", name,
-           m.reserved);
-    if (status_ != DELTAOPS_OK) return;
-    expect(m.data != nullptr || rows == 0 || cols == 0,
-           "%s must point to its elements, got NULL for [%" PRId64 ", %" PRId64 "].", name, rows,
-           cols);
-    pointer(name, m.data, static_cast<size_t>(element_size(m)));
-    const int64_t down = extent(rows, m.row_stride, element_size(m));
-    const int64_t across = extent(cols, m.col_stride, element_size(m));
-    expect(down >= 0 && across >= 0 && down + across <= kMaxBytes,
-           "%s must span at most 2^56 bytes, got [%" PRId64 ", %" PRId64 "] with strides (%" PRId64
-           ", %" PRId64 ").",
-           name, rows, cols, m.row_stride, m.col_stride);
-  }
-
-  // Rows of neighbouring elements: activations and their gradients.
-  void rows_of(const char *name, const deltaops_matrix &m, const char *shape, int64_t rows,
-               int64_t cols, int dtype) {
-    matrix(name, m, shape, rows, cols, dtype);
-    expect(rows == 0 || cols <= 1 || m.col_stride == 1,
-           "%s must have col_stride 1, got %" PRId64 ". Make it contiguous first.", name,
-           m.col_stride);
-  }
-
-  void output(const char *name, const deltaops_matrix &m, const char *shape, int64_t rows,
-              int64_t cols, int dtype) {
-    rows_of(name, m, shape, rows, cols, dtype);
-    expect(rows <= 1 || m.row_stride >= cols,
-           "%s is written, so its rows must not overlap: row_stride must be at least %" PRId64
-           ", got %" PRId64 ".",
-           name, cols, m.row_stride);
-  }
-
-  // Weights and adapters: rows or columns of neighbouring elements.
-  void operand(const char *name, const deltaops_matrix &m, const char *shape, int64_t rows,
-               int64_t cols, int dtype) {
-    matrix(name, m, shape, rows, cols, dtype);
-    expect(cols <= 1 || rows <= 1 || m.col_stride == 1 || m.row_stride == 1,
-           "%s must have a unit stride, got strides (%" PRId64 ", %" PRId64
-           "). Make it contiguous first.",
-           name, m.row_stride, m.col_stride);
+    return status() == DELTAOPS_OK;
   }
 
   // A packed weight [rows, cols], as this instruction set packs it.
   void packed(const char *name, const void *memory, int64_t bytes, int64_t rows, int64_t cols,
               int32_t dtype, const Kernels &kernels) {
-    if (status_ != DELTAOPS_OK) return;
+    if (status() != DELTAOPS_OK) return;
     expect(memory != nullptr || bytes == 0,
            "%s must not be NULL with packed_bytes=%" PRId64 ". Pass 0 for no packed weight.", name,
            bytes);
@@ -188,17 +59,18 @@ class Checker {
            "%s must be the %" PRId64 " bytes that deltaops_cpu_pack_weight wrote for [%" PRId64
            ", %" PRId64 "], got %" PRId64 ". Pack the weight again.",
            name, packed_size(wanted), rows, cols, bytes);
-    if (status_ == DELTAOPS_OK)
+    if (status() == DELTAOPS_OK)
       expect(std::memcmp(memory, &wanted, sizeof wanted) == 0,
              "%s was packed for another weight or instruction set than [%" PRId64 ", %" PRId64
              "] on %s. Pack it again.",
              name, rows, cols, kernels.name);
+    remember(name, memory, 1, bytes, 0, false);
   }
 
   // Returns the sum of the ranks.
   int64_t branches(const deltaops_branch *branches, int32_t count, int64_t N, int64_t K) {
     int64_t ranks = 0;
-    for (int32_t i = 0; i < count && status_ == DELTAOPS_OK; ++i) {
+    for (int32_t i = 0; i < count && status() == DELTAOPS_OK; ++i) {
       const deltaops_branch &branch = branches[i];
       char a[32], b[32];
       std::snprintf(a, sizeof a, "branches[%d].a", i);
@@ -218,39 +90,20 @@ class Checker {
       expect(branch.activation >= DELTAOPS_IDENTITY && branch.activation <= DELTAOPS_SILU,
              "branches[%d].activation must be 0 (identity) to 4 (silu), got %d.", i,
              branch.activation);
-      if (status_ != DELTAOPS_OK) break;  // this rank may be any number
+      if (status() != DELTAOPS_OK) break;  // this rank may be any number
       ranks += rank;
       expect(ranks <= kMaxSize, "the ranks must add up to at most 2^40, got %" PRId64 ".", ranks);
     }
     return ranks;
   }
-
- private:
-  static bool dense(const deltaops_matrix &m) {
-    return (m.cols == 1 || m.col_stride == 1) && (m.rows == 1 || m.row_stride == m.cols);
-  }
-
-  static bool overlap(const deltaops_matrix &m, const deltaops_matrix &n) {
-    const auto a = reinterpret_cast<uintptr_t>(m.data), b = reinterpret_cast<uintptr_t>(n.data);
-    return a < b + static_cast<uintptr_t>(n.rows * n.cols * element_size(n)) &&
-           b < a + static_cast<uintptr_t>(m.rows * m.cols * element_size(m));
-  }
-
-  const char *op_;
-  deltaops_status status_ = DELTAOPS_OK;
 };
 
 }  // namespace
 
 deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
-  Checker c("delta_linear_forward");
-  if (args == nullptr)
-    return fail(DELTAOPS_INVALID_ARGUMENT, "delta_linear_forward: args must not be NULL.");
-  c.pointer("args", args, alignof(ForwardArgs));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches, args->num_branches,
-           args->reserved);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  DeltaLinearChecker c("delta_linear_forward");
+  if (!c.header(args) || !c.branch_list(args->branches, args->num_branches, args->reserved))
+    return c.status();
   const int64_t M = args->x.rows, K = args->x.cols, N = args->weight.rows;
   const int dtype = args->x.dtype;
   c.rows_of("x", args->x, "[M, K]", M, K, -1);
@@ -262,24 +115,13 @@ deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
     c.output("s", args->s, "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
   c.work(M, N, K, R);  // before the packed weight, whose size is a product of the others
   c.packed("packed_weight", args->packed_weight, args->packed_bytes, N, K, dtype, kernels);
-  c.apart("y", args->y, "x", args->x);
-  c.apart("y", args->y, "weight", args->weight);
-  c.apart("y", args->y, "bias", args->bias);
-  c.apart("y", args->y, "s", args->s);
-  c.apart("s", args->s, "x", args->x);
-  c.apart("s", args->s, "weight", args->weight);
-  return c.status();
+  return c.disjoint();
 }
 
 deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
-  Checker c("delta_linear_backward");
-  if (args == nullptr)
-    return fail(DELTAOPS_INVALID_ARGUMENT, "delta_linear_backward: args must not be NULL.");
-  c.pointer("args", args, alignof(BackwardArgs));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, args->branches, args->num_branches,
-           args->reserved);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  DeltaLinearChecker c("delta_linear_backward");
+  if (!c.header(args) || !c.branch_list(args->branches, args->num_branches, args->reserved))
+    return c.status();
   const int64_t M = args->grad_y.rows, N = args->grad_y.cols;
   const int dtype = args->grad_y.dtype;
   c.rows_of("grad_y", args->grad_y, "[M, N]", M, N, -1);
@@ -309,14 +151,12 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
     const int64_t rank = args->branches[i].a.rows;
     if (args->grad_a && args->grad_a[i].data) {
       std::snprintf(name, sizeof name, "grad_a[%d]", i);
-      c.output(name, args->grad_a[i], "[R, K]", rank, K, -1);
-      c.expect(rank <= 1 || args->grad_a[i].row_stride == K, "%s must be contiguous.", name);
+      c.dense_output(name, args->grad_a[i], "[R, K]", rank, K, -1);
       any_a = true;
     }
     if (args->grad_b && args->grad_b[i].data) {
       std::snprintf(name, sizeof name, "grad_b[%d]", i);
-      c.output(name, args->grad_b[i], "[N, R]", N, rank, -1);
-      c.expect(N <= 1 || args->grad_b[i].row_stride == rank, "%s must be contiguous.", name);
+      c.dense_output(name, args->grad_b[i], "[N, R]", N, rank, -1);
       any_b = true;
     }
     if (args->grad_branch_bias && args->grad_branch_bias[i].data) {
@@ -334,12 +174,7 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
   c.work(M, N, K, R);
   if (args->grad_x.data)
     c.packed("packed_weight", args->packed_weight, args->packed_bytes, K, N, dtype, kernels);
-  c.apart("grad_x", args->grad_x, "grad_y", args->grad_y);
-  if (any_a) c.apart("grad_x", args->grad_x, "x", args->x);
-  if (s_read) c.apart("grad_x", args->grad_x, "s", args->s);
-  if (args->grad_x.data) c.apart("grad_x", args->grad_x, "weight", args->weight);
-  c.apart("grad_bias", args->grad_bias, "grad_y", args->grad_y);
-  return c.status();
+  return c.disjoint();
 }
 
 deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kernels,
@@ -358,27 +193,21 @@ deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kern
 
 namespace {
 
+// A vector of parameters, which may be absent.
 void parameter(Checker *c, const char *name, const deltaops_matrix &m, const char *shape,
-               int64_t rows, int64_t cols) {
-  if (m.data == nullptr && rows == 1) return;  // a vector may be absent
-  c->rows_of(name, m, shape, rows, cols, -1);
-  c->expect(rows <= 1 || m.row_stride == cols, "%s must be contiguous, got row_stride %" PRId64 ".",
-            name, m.row_stride);
+               int64_t cols) {
+  if (m.data) c->rows_of(name, m, shape, 1, cols, -1);
 }
 
 void gradient(Checker *c, const char *name, const deltaops_matrix &m, const char *shape,
               int64_t rows, int64_t cols) {
-  if (m.data) parameter(c, name, m, shape, rows, cols);
+  if (m.data) c->dense_output(name, m, shape, rows, cols, -1);
 }
 
 void norm_kind(Checker *c, int32_t norm, bool optional) {
   c->expect(
       norm >= (optional ? DELTAOPS_NO_NORM : DELTAOPS_LAYER_NORM) && norm <= DELTAOPS_RMS_NORM,
       "norm must be %s1 (LayerNorm) or 2 (RMSNorm), got %d.", optional ? "0 (none), " : "", norm);
-}
-
-void statistics(Checker *c, const deltaops_matrix &m, int64_t M) {
-  c->output("stats", m, "[M, 2]", M, 2, DELTAOPS_F32);
 }
 
 void activation_kind(Checker *c, int32_t activation) {
@@ -389,13 +218,8 @@ void activation_kind(Checker *c, int32_t activation) {
 }  // namespace
 
 deltaops_status check(const BottleneckForwardArgs *args) {
-  if (args == nullptr)
-    return fail(DELTAOPS_INVALID_ARGUMENT, "bottleneck_forward: args must not be NULL.");
   Checker c("bottleneck_forward");
-  c.pointer("args", args, alignof(deltaops_matrix));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, 0);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  if (!c.header(args)) return c.status();
   const int64_t M = args->x.rows, K = args->x.cols, R = args->down.rows;
   const int dtype = args->x.dtype;
   c.expect(K >= 1 && R >= 1, "K and R must be at least 1, got K=%" PRId64 ", R=%" PRId64 ".", K, R);
@@ -403,26 +227,23 @@ deltaops_status check(const BottleneckForwardArgs *args) {
   activation_kind(&c, args->activation);
   c.rows_of("x", args->x, "[M, K]", M, K, -1);
   if (args->residual.data) c.rows_of("residual", args->residual, "[M, K]", M, K, dtype);
-  parameter(&c, "gamma", args->gamma, "[1, K]", 1, K);
-  parameter(&c, "beta", args->beta, "[1, K]", 1, K);
+  parameter(&c, "gamma", args->gamma, "[1, K]", K);
+  parameter(&c, "beta", args->beta, "[1, K]", K);
   c.operand("down", args->down, "[R, K]", R, K, -1);
-  parameter(&c, "down_bias", args->down_bias, "[1, R]", 1, R);
+  parameter(&c, "down_bias", args->down_bias, "[1, R]", R);
   c.operand("up", args->up, "[K, R] with R from down", K, R, -1);
-  parameter(&c, "up_bias", args->up_bias, "[1, K]", 1, K);
+  parameter(&c, "up_bias", args->up_bias, "[1, K]", K);
   c.output("y", args->y, "[M, K]", M, K, dtype);
   if (args->h.data) c.output("h", args->h, "[M, R]", M, R, DELTAOPS_F32);
-  if (args->stats.data && args->norm != DELTAOPS_NO_NORM) statistics(&c, args->stats, M);
-  return c.status();
+  if (args->stats.data && args->norm != DELTAOPS_NO_NORM)
+    c.output("stats", args->stats, "[M, 2]", M, 2, DELTAOPS_F32);
+  c.work(M, 0, K, R);
+  return c.disjoint();
 }
 
 deltaops_status check(const BottleneckBackwardArgs *args) {
-  if (args == nullptr)
-    return fail(DELTAOPS_INVALID_ARGUMENT, "bottleneck_backward: args must not be NULL.");
   Checker c("bottleneck_backward");
-  c.pointer("args", args, alignof(deltaops_matrix));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, 0);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  if (!c.header(args)) return c.status();
   const int64_t M = args->grad_y.rows, K = args->grad_y.cols, R = args->down.rows;
   const int dtype = args->grad_y.dtype;
   const bool norm = args->norm != DELTAOPS_NO_NORM;
@@ -430,17 +251,19 @@ deltaops_status check(const BottleneckBackwardArgs *args) {
   norm_kind(&c, args->norm, true);
   activation_kind(&c, args->activation);
   c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
+  c.expect(args->residual_is_x == 0 || args->residual_is_x == 1,
+           "residual_is_x must be 0 or 1, got %d.", args->residual_is_x);
   const bool past_norm =
       norm && (args->grad_x.data || args->grad_gamma.data || args->grad_beta.data);
   if (args->grad_down.data || past_norm) {
     c.rows_of("x (needed for grad_down and past a norm)", args->x, "[M, K]", M, K, dtype);
-    if (norm) statistics(&c, args->stats, M);
+    if (norm) c.rows_of("stats", args->stats, "[M, 2]", M, 2, DELTAOPS_F32);
   }
   c.expect(norm || (!args->grad_gamma.data && !args->grad_beta.data),
            "grad_gamma and grad_beta must be absent without a norm.");
   c.rows_of("h", args->h, "[M, R]", M, R, DELTAOPS_F32);
-  parameter(&c, "gamma", args->gamma, "[1, K]", 1, K);
-  parameter(&c, "beta", args->beta, "[1, K]", 1, K);
+  parameter(&c, "gamma", args->gamma, "[1, K]", K);
+  parameter(&c, "beta", args->beta, "[1, K]", K);
   c.operand("down", args->down, "[R, K]", R, K, -1);
   c.operand("up", args->up, "[K, R] with R from down", K, R, -1);
   if (args->grad_x.data) c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);
@@ -450,62 +273,54 @@ deltaops_status check(const BottleneckBackwardArgs *args) {
   gradient(&c, "grad_down_bias", args->grad_down_bias, "[1, R]", 1, R);
   gradient(&c, "grad_up", args->grad_up, "[K, R]", K, R);
   gradient(&c, "grad_up_bias", args->grad_up_bias, "[1, K]", 1, K);
-  return c.status();
+  c.work(M, 0, K, R);
+  return c.disjoint();
 }
 
 deltaops_status check(const NormBiasForwardArgs *args) {
-  if (args == nullptr)
-    return fail(DELTAOPS_INVALID_ARGUMENT, "norm_bias_forward: args must not be NULL.");
   Checker c("norm_bias_forward");
-  c.pointer("args", args, alignof(deltaops_matrix));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, 0);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  if (!c.header(args)) return c.status();
   const int64_t M = args->x.rows, K = args->x.cols;
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
   norm_kind(&c, args->norm, false);
   c.rows_of("x", args->x, "[M, K]", M, K, -1);
-  parameter(&c, "gamma", args->gamma, "[1, K]", 1, K);
-  parameter(&c, "bias", args->bias, "[1, K]", 1, K);
+  parameter(&c, "gamma", args->gamma, "[1, K]", K);
+  parameter(&c, "bias", args->bias, "[1, K]", K);
   c.output("y", args->y, "[M, K]", M, K, args->x.dtype);
-  if (args->stats.data) statistics(&c, args->stats, M);
-  return c.status();
+  if (args->stats.data) c.output("stats", args->stats, "[M, 2]", M, 2, DELTAOPS_F32);
+  c.work(M, 0, K, 0);
+  return c.disjoint();
 }
 
 deltaops_status check(const NormBiasBackwardArgs *args) {
-  if (args == nullptr)
-    return fail(DELTAOPS_INVALID_ARGUMENT, "norm_bias_backward: args must not be NULL.");
   Checker c("norm_bias_backward");
-  c.pointer("args", args, alignof(deltaops_matrix));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, 0);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  if (!c.header(args)) return c.status();
   const int64_t M = args->grad_y.rows, K = args->grad_y.cols;
   const int dtype = args->grad_y.dtype;
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
+  c.expect(args->reserved == 0, "reserved must be 0, got %d. Zero the struct first.",
+           args->reserved);
   norm_kind(&c, args->norm, false);
   c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
   if (args->grad_x.data || args->grad_gamma.data) {
     c.rows_of("x (needed for grad_x and grad_gamma)", args->x, "[M, K]", M, K, dtype);
-    statistics(&c, args->stats, M);
+    c.rows_of("stats", args->stats, "[M, 2]", M, 2, DELTAOPS_F32);
   }
-  parameter(&c, "gamma", args->gamma, "[1, K]", 1, K);
+  parameter(&c, "gamma", args->gamma, "[1, K]", K);
   if (args->grad_x.data) c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);
   gradient(&c, "grad_gamma", args->grad_gamma, "[1, K]", 1, K);
   gradient(&c, "grad_bias", args->grad_bias, "[1, K]", 1, K);
-  return c.status();
+  c.work(M, 0, K, 0);
+  return c.disjoint();
 }
 
 // ------------------------------------------------------------------------------------------ gated
 
 deltaops_status check(const GatedForwardArgs *args) {
-  if (args == nullptr)
-    return fail(DELTAOPS_INVALID_ARGUMENT, "gated_forward: args must not be NULL.");
   Checker c("gated_forward");
-  c.pointer("args", args, alignof(deltaops_matrix));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, args->reserved);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  if (!c.header(args)) return c.status();
+  c.expect(args->reserved == 0, "reserved must be 0, got %d. Zero the struct first.",
+           args->reserved);
   const int64_t M = args->gate.rows, K = args->gate.cols;
   const int dtype = args->gate.dtype;
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
@@ -513,19 +328,15 @@ deltaops_status check(const GatedForwardArgs *args) {
   c.rows_of("gate", args->gate, "[M, K]", M, K, -1);
   c.rows_of("up", args->up, "[M, K] with M and K from gate", M, K, dtype);
   c.output("y", args->y, "[M, K] with M and K from gate", M, K, dtype);
-  c.apart("y", args->y, "gate", args->gate);
-  c.apart("y", args->y, "up", args->up);
-  return c.status();
+  c.work(M, 0, K, 0);
+  return c.disjoint();
 }
 
 deltaops_status check(const GatedBackwardArgs *args) {
-  if (args == nullptr)
-    return fail(DELTAOPS_INVALID_ARGUMENT, "gated_backward: args must not be NULL.");
   Checker c("gated_backward");
-  c.pointer("args", args, alignof(deltaops_matrix));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, args->reserved);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  if (!c.header(args)) return c.status();
+  c.expect(args->reserved == 0, "reserved must be 0, got %d. Zero the struct first.",
+           args->reserved);
   const int64_t M = args->grad_y.rows, K = args->grad_y.cols;
   const int dtype = args->grad_y.dtype;
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
@@ -536,20 +347,11 @@ deltaops_status check(const GatedBackwardArgs *args) {
     c.rows_of("up (needed for grad_gate)", args->up, "[M, K] with M and K from grad_y", M, K,
               dtype);
     c.output("grad_gate", args->grad_gate, "[M, K] with M and K from grad_y", M, K, dtype);
-    c.apart("grad_gate", args->grad_gate, "grad_y", args->grad_y);
-    c.apart("grad_gate", args->grad_gate, "gate", args->gate);
-    c.apart("grad_gate", args->grad_gate, "up", args->up);
   }
-  if (args->grad_up.data) {
+  if (args->grad_up.data)
     c.output("grad_up", args->grad_up, "[M, K] with M and K from grad_y", M, K, dtype);
-    c.apart("grad_up", args->grad_up, "grad_y", args->grad_y);
-    c.apart("grad_up", args->grad_up, "gate", args->gate);
-    if (args->grad_gate.data) {
-      c.apart("grad_up", args->grad_up, "up", args->up);
-      c.apart("grad_up", args->grad_up, "grad_gate", args->grad_gate);
-    }
-  }
-  return c.status();
+  c.work(M, 0, K, 0);
+  return c.disjoint();
 }
 
 // ----------------------------------------------------------------------------------------- rotary
@@ -619,12 +421,10 @@ bool overlap(const Heads &a, const Heads &b) {
 }  // namespace
 
 deltaops_status check(const RotaryArgs *args) {
-  if (args == nullptr) return fail(DELTAOPS_INVALID_ARGUMENT, "rotary: args must not be NULL.");
   Checker c("rotary");
-  c.pointer("args", args, alignof(RotaryArgs));
-  if (c.status() != DELTAOPS_OK) return c.status();
-  c.common(args->struct_size, sizeof *args, args->num_threads, nullptr, 0, args->reserved);
-  if (c.status() != DELTAOPS_OK) return c.status();
+  if (!c.header(args)) return c.status();
+  c.expect(args->reserved == 0, "reserved must be 0, got %d. Zero the struct first.",
+           args->reserved);
   const int64_t *sizes = args->sizes;
   const int32_t dtype = args->dtype, table_dtype = args->table_dtype;
   for (int i = 0; i < 4; ++i)

@@ -7,7 +7,8 @@
  *
  * Ownership   The caller owns every buffer; the library keeps no pointer after it returns.
  * Alignment   That of the element type suffices, and is required.
- * Overlap     Outputs overlap neither the inputs nor one another. The plain cases are refused.
+ * Overlap     Outputs overlap neither the inputs nor one another, or the call is refused. Gaps
+ *             between rows do not count: columns of one buffer interleave.
  * Strides     Counted in elements. Activations and gradients need col_stride == 1; the weight and
  * the adapters need one of their two strides to be 1 (so GPT-2's Conv1D passes W^T as it lies).
  * Precision   Products are accumulated in float and rounded once, at the store.

@@ -11,7 +11,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "csrc" / "cpu"
-SOURCES = ["layer.cpp", "sweep.cpp", "fuzz.cpp", "threads.cpp", "main.cpp"]
+SOURCES = [
+    "layer.cpp",
+    "ops.cpp",
+    "sweep.cpp",
+    "fuzz.cpp",
+    "fuzz_ops.cpp",
+    "threads.cpp",
+    "main.cpp",
+]
 FLAGS = json.loads((CPU / "flags.json").read_text(encoding="utf-8"))
 # The sanitizers and the instruction sets that each of them watches: every width of a vector, every
 # unit of the packed weight. The others would be compiled long and run no other line.

@@ -16,9 +16,9 @@
 
 #include <algorithm>
 #include <limits>
-#include <utility>
 
 #include "layer.h"
+#include "ops.h"
 
 namespace test {
 namespace {
@@ -44,25 +44,26 @@ T *odd(T *pointer) {  // misaligned for every type here
   return reinterpret_cast<T *>(reinterpret_cast<uintptr_t>(pointer) | 1);
 }
 
-// Written matrices, each beside one that it must not overlap.
-using Pairs = std::vector<std::pair<deltaops_matrix *, const deltaops_matrix *>>;
-Pairs apart(Forward *args, bool) {
-  return {{&args->y, &args->x}, {&args->y, &args->weight}, {&args->y, &args->bias},
-          {&args->y, &args->s}, {&args->s, &args->x},      {&args->s, &args->weight}};
+// The matrices that a call writes, and those that it reads. The layer's lists are those of args.
+using Matrices = std::vector<deltaops_matrix *>;
+Matrices written(Forward *args, Layer *) { return {&args->y, &args->s}; }
+Matrices read(Forward *args, Layer *layer) {
+  Matrices all = {&args->x, &args->weight, &args->bias};
+  for (deltaops_branch &branch : layer->branches)
+    all.insert(all.end(), {&branch.a, &branch.b, &branch.bias});
+  return all;
 }
-Pairs apart(Backward *args, bool branched) {
-  Pairs pairs = {{&args->grad_x, &args->grad_y},
-                 {&args->grad_x, &args->weight},
-                 {&args->grad_bias, &args->grad_y}};
-  if (branched)  // else x and s are not read
-    pairs.insert(pairs.end(), {{&args->grad_x, &args->x}, {&args->grad_x, &args->s}});
-  return pairs;
+Matrices written(Backward *args, Layer *layer) {
+  Matrices all = {&args->grad_x, &args->grad_bias};
+  for (auto *list : {&layer->grad_a_list, &layer->grad_b_list, &layer->grad_branch_bias_list})
+    for (deltaops_matrix &m : *list) all.push_back(&m);
+  return all;
 }
-
-// Where an overlap is seen for certain: dense rows, and something in them.
-bool plain(const deltaops_matrix &m) {
-  return m.data != nullptr && has_elements(m) && (m.cols == 1 || m.col_stride == 1) &&
-         (m.rows == 1 || m.row_stride == m.cols);
+Matrices read(Backward *args, Layer *layer) {
+  Matrices all = {&args->grad_y, &args->weight};
+  for (deltaops_branch &branch : layer->branches) all.insert(all.end(), {&branch.a, &branch.b});
+  if (!layer->branches.empty()) all.insert(all.end(), {&args->x, &args->s});  // else not read
+  return all;
 }
 
 // The packed weight of the other direction.
@@ -209,15 +210,15 @@ bool spoil(int way, Args *args, Layer *layer, Rng *rng) {
       return true;
     }
     case 20: {
-      Pairs pairs = apart(args, branched);
-      const auto unseen = [](const auto &pair) {
-        return !plain(*pair.first) || !plain(*pair.second);
+      Matrices outputs = written(args, layer), others = read(args, layer);
+      others.insert(others.end(), outputs.begin(), outputs.end());
+      const auto any = [rng](const Matrices &list) {
+        return list[static_cast<size_t>(rng->below(static_cast<int64_t>(list.size())))];
       };
-      pairs.erase(std::remove_if(pairs.begin(), pairs.end(), unseen), pairs.end());
-      if (pairs.empty()) return false;
-      const auto [written, other] =
-          pairs[static_cast<size_t>(rng->below(static_cast<int64_t>(pairs.size())))];
-      written->data = other->data;
+      deltaops_matrix *output = any(outputs), *other = any(others);
+      if (output == other || !output->data || !other->data) return false;
+      if (!has_elements(*output) || !has_elements(*other)) return false;
+      output->data = other->data;
       return true;
     }
     case 21:
@@ -551,7 +552,10 @@ void fuzz(uint64_t seed, int64_t calls) {
   std::memset(wild_outputs, 0xFF, sizeof wild_outputs);
   Rng rng = {seed};
   depths = {};
+  std::printf("fuzz: %lld calls, seed %llu\n", static_cast<long long>(calls),
+              static_cast<unsigned long long>(seed));
   for (int64_t i = 0; i < calls; ++i) one(&rng);
+  fuzz_ops(seed, (calls + 3) / 4);
   if (calls < 100) return;  // too few to say anything
   const auto report = [](const char *what, const Depth &depth) {
     std::printf("fuzz: %lld of %lld wild calls of %s were OK\n", static_cast<long long>(depth.ok),

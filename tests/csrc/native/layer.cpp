@@ -13,10 +13,11 @@ int64_t total_rank(const Case &c) {
 
 Layout rows_layout(Rng *rng) { return rng->one_in(2) ? Layout::kDense : Layout::kPadded; }
 
-// An activation is h * gate(h). The gates come from erfc and exp, so that the left tails keep their
-// digits.
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
+}  // namespace
+
+// The gates come from erfc and exp, so that the left tails keep their digits.
 double gate(int32_t kind, double h) {
   switch (kind) {
     case DELTAOPS_IDENTITY:
@@ -31,6 +32,8 @@ double gate(int32_t kind, double h) {
       return sigmoid(h);
   }
 }
+
+namespace {
 
 double gate_slope(int32_t kind, double h) {
   switch (kind) {
@@ -50,19 +53,46 @@ double gate_slope(int32_t kind, double h) {
   }
 }
 
-// act(h) where h has a rounding error of its own. |act(h)| <= |h|, and no slope exceeds 1.13.
+// How many roundings are in e^x: one, and x itself where it is rounded, which is gelu_tanh's 2u.
+double exponent_error(int32_t kind, double h) {
+  const double u = std::sqrt(2 / M_PI) * (h + 0.044715 * h * h * h);
+  return kind == DELTAOPS_GELU_TANH ? 1 + 2 * std::fabs(u) : 1;
+}
+
+}  // namespace
+
+// |act(h)| <= |h|, and no slope exceeds 1.13.
 Sum activated(int32_t kind, Sum h) {
   if (kind == DELTAOPS_IDENTITY) return h;
   return {h.value * gate(kind, h.value), 2.2 * h.size};
 }
 
-// act'(h) of an exact h; near its zero it is the difference of two larger terms.
+Sum activated(int32_t kind, double h) {
+  const double value = h * gate(kind, h);
+  return {value, std::fabs(value) * exponent_error(kind, h)};
+}
+
+// Near its zero it is the difference of two larger terms.
 Sum slope(int32_t kind, double h) {
   Sum sum;
   sum.add(gate(kind, h), 1);
   sum.add(h, gate_slope(kind, h));
+  sum.size *= exponent_error(kind, h);
   return sum;
 }
+
+// Float sums in blocks stay far below 64 roundings; the result is rounded once more, to its dtype.
+void check_value(const Array &got, int64_t r, int64_t col, Sum want, const char *what,
+                 const std::string &name) {
+  const double value = got.at(r, col);
+  double bound = 64 * 0x1p-24 * want.size + 1e-30;
+  if (got.matrix().dtype == DELTAOPS_BF16) bound += 0x1p-8 * std::fabs(want.value);
+  CHECK(std::fabs(value - want.value) <= bound, "%s[%lld, %lld] is %.9g, not %.9g +- %.3g (%s)",
+        what, static_cast<long long>(r), static_cast<long long>(col), value, want.value, bound,
+        name.c_str());
+}
+
+namespace {
 
 std::unique_ptr<Buffer> packed(const deltaops_matrix &weight, int threads) {
   int64_t bytes = 0;
@@ -192,17 +222,8 @@ double Layer::scale(size_t i) const {
   return kept > 0 ? 65536.0 / kept : 0.0;
 }
 
-// Float sums in blocks stay far below 64 roundings; the result is rounded once more, to its dtype.
-void Layer::check(const Array &got, int64_t r, int64_t col, Sum want, const char *what) const {
-  const double value = got.at(r, col);
-  double bound = 64 * 0x1p-24 * want.size + 1e-30;
-  if (got.matrix().dtype == DELTAOPS_BF16) bound += 0x1p-8 * std::fabs(want.value);
-  CHECK(std::fabs(value - want.value) <= bound, "%s[%lld, %lld] is %.9g, not %.9g +- %.3g (%s)",
-        what, static_cast<long long>(r), static_cast<long long>(col), value, want.value, bound,
-        c.name().c_str());
-}
-
 void Layer::check_forward() const {
+  const std::string name = c.name();
   std::vector<Sum> up(static_cast<size_t>(ranks_));  // s_i * act(H_i)
   for (int64_t m = 0; m < c.M; ++m) {
     size_t at = 0;
@@ -215,7 +236,7 @@ void Layer::check_forward() const {
         scaled.add(activated(c.branches[i].activation, h), branches[i].scaling);
         up[at] = scaled;
         const Sum &saved = c.branches[i].activation == DELTAOPS_IDENTITY ? scaled : h;
-        if (c.s) check(s_, m, static_cast<int64_t>(at), saved, "s");
+        if (c.s) check_value(s_, m, static_cast<int64_t>(at), saved, "s", name);
       }
     for (int64_t n = 0; n < c.N; ++n) {
       Sum sum;
@@ -224,7 +245,7 @@ void Layer::check_forward() const {
       at = 0;
       for (const Array &b : b_)
         for (int64_t q = 0; q < b.cols(); ++q, ++at) sum.add(up[at], b.at(n, q));
-      check(y_, m, n, sum, "y");
+      check_value(y_, m, n, sum, "y", name);
     }
   }
   CHECK(y_.only_elements_changed() && s_.only_elements_changed(),
@@ -233,18 +254,24 @@ void Layer::check_forward() const {
 }
 
 void Layer::check_backward() const {
+  const std::string name = c.name();
   // The gradient of H_i: dh[i][m * rank + q] = s_i act'(H_i[m, q]) sum_n grad_y[m, n] b_i[n, q].
   // Past an activation H_i is what s holds: as good as exact here, since it has been checked. up:
   // s_i * act(H_i), what B_i multiplies.
   std::vector<std::vector<Sum>> dh(a_.size());
-  std::vector<std::vector<double>> up(a_.size());
+  std::vector<std::vector<Sum>> up(a_.size());
   int64_t column = 0;
   for (size_t i = 0; i < a_.size(); column += a_[i].rows(), ++i)
     for (int64_t m = 0; m < c.M; ++m)
       for (int64_t q = 0; q < a_[i].rows(); ++q) {
         const int32_t kind = c.branches[i].activation;
         const double s = s_.at(m, column + q), scaling = branches[i].scaling;
-        up[i].push_back(kind == DELTAOPS_IDENTITY ? s : scaling * s * gate(kind, s));
+        Sum scaled;
+        if (kind == DELTAOPS_IDENTITY)
+          scaled.add(s, 1);
+        else
+          scaled.add(activated(kind, s), scaling);
+        up[i].push_back(scaled);
         const Sum step = slope(kind, kind == DELTAOPS_IDENTITY ? 0 : s);
         Sum sum;
         for (int64_t n = 0; n < c.N; ++n) sum.add(scaling * grad_y_.at(m, n), b_[i].at(n, q));
@@ -258,7 +285,7 @@ void Layer::check_backward() const {
         if (kept(m, k, i))
           for (int64_t q = 0; q < a_[i].rows(); ++q)
             sum.add(dh[i][static_cast<size_t>(m * a_[i].rows() + q)], scale(i) * a_[i].at(q, k));
-      check(grad_x_, m, k, sum, "grad_x");
+      check_value(grad_x_, m, k, sum, "grad_x", name);
     }
   for (size_t i = 0; i < a_.size(); ++i)
     for (int64_t q = 0; q < a_[i].rows(); ++q) {
@@ -267,23 +294,23 @@ void Layer::check_backward() const {
         Sum sum;
         for (int64_t m = 0; m < c.M; ++m)
           if (kept(m, k, i)) sum.add(dh[i][at(m)], scale(i) * x_.at(m, k));
-        check(grad_a_[i], q, k, sum, "grad_a");
+        check_value(grad_a_[i], q, k, sum, "grad_a", name);
       }
       for (int64_t n = 0; n < c.N; ++n) {
         Sum sum;
-        for (int64_t m = 0; m < c.M; ++m) sum.add(grad_y_.at(m, n), up[i][at(m)]);
-        check(grad_b_[i], n, q, sum, "grad_b");
+        for (int64_t m = 0; m < c.M; ++m) sum.add(up[i][at(m)], grad_y_.at(m, n));
+        check_value(grad_b_[i], n, q, sum, "grad_b", name);
       }
       if (!c.branches[i].bias) continue;
       Sum sum;
       for (int64_t m = 0; m < c.M; ++m) sum.add(dh[i][at(m)], 1);
-      check(grad_branch_bias_[i], 0, q, sum, "grad_branch_bias");
+      check_value(grad_branch_bias_[i], 0, q, sum, "grad_branch_bias", name);
     }
   if (c.bias)
     for (int64_t n = 0; n < c.N; ++n) {
       Sum sum;
       for (int64_t m = 0; m < c.M; ++m) sum.add(grad_y_.at(m, n), 1);
-      check(grad_bias_, 0, n, sum, "grad_bias");
+      check_value(grad_bias_, 0, n, sum, "grad_bias", name);
     }
   each_output([&](const Array &array) {
     CHECK(array.only_elements_changed(), "backward wrote beside its outputs (%s)",

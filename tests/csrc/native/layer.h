@@ -48,7 +48,8 @@ struct Rng {
   double unit() { return static_cast<double>(next() >> 11) * 0x1p-52 - 1.0; }  // [-1, 1)
 };
 
-enum class Layout { kDense, kPadded, kColumns };
+// The last two are for inputs: the rows from the last to the first, and one row again and again.
+enum class Layout { kDense, kPadded, kColumns, kReversed, kRepeated };
 
 // A matrix in a block of its own. The block ends where the last element does and starts a few
 // elements before the first, so data has the alignment of an element and no more. What lies between
@@ -59,7 +60,8 @@ class Array {
     const int64_t size = dtype == DELTAOPS_BF16 ? 2 : 4;
     const int64_t inner = layout == Layout::kColumns ? rows : cols;
     const int64_t outer = layout == Layout::kColumns ? cols : rows;
-    const int64_t stride = inner + (layout == Layout::kDense ? 0 : 1 + rng->below(9));
+    int64_t stride = inner + (layout == Layout::kDense ? 0 : 1 + rng->below(9));
+    if (layout == Layout::kRepeated) stride = 0;
     const int64_t elements = inner && outer ? (outer - 1) * stride + inner : 0;
 #if defined(__SANITIZE_ADDRESS__)
     constexpr int64_t kGuard = 0;
@@ -67,12 +69,17 @@ class Array {
     constexpr int64_t kGuard = 128;
 #endif
     const int64_t before = kGuard + size * rng->below(16);
+    guard_ = static_cast<size_t>(kGuard);
     bytes_ = static_cast<size_t>(before + elements * size + kGuard);
     block_.reset(static_cast<unsigned char *>(std::malloc(bytes_ ? bytes_ : 1)));
     std::memset(block_.get(), 0xFF, bytes_);  // as f32 and as bf16: NaN
     const bool by_columns = layout == Layout::kColumns;
     m_ = {block_.get() + before,   rows,  cols, by_columns ? 1 : stride,
           by_columns ? stride : 1, dtype, 0};
+    if (layout == Layout::kReversed && elements) {
+      m_.data = block_.get() + before + (outer - 1) * stride * size;
+      m_.row_stride = -stride;
+    }
     remember();
   }
 
@@ -94,11 +101,17 @@ class Array {
     return value;
   }
 
-  // Random values; bf16 by cutting, which is exact enough for inputs.
-  void fill(Rng *rng) {
+  // Random values within +-scale.
+  void fill(Rng *rng, double scale = 1) {
+    fill([&] { return static_cast<float>(scale * rng->unit()); });
+  }
+
+  // What value() gives; bf16 by cutting, which is exact enough for inputs.
+  template <class F>
+  void fill(const F &value_of) {
     for (int64_t r = 0; r < m_.rows; ++r)
       for (int64_t c = 0; c < m_.cols; ++c) {
-        const float value = static_cast<float>(rng->unit());
+        const float value = value_of();
         uint32_t bits;
         std::memcpy(&bits, &value, sizeof bits);
         const uint16_t half = static_cast<uint16_t>(bits >> 16);
@@ -128,6 +141,19 @@ class Array {
     return now == before_;
   }
 
+  // Whether all that m claims lies between the guards.
+  bool holds(const deltaops_matrix &m) const {
+    const double size = m.dtype == DELTAOPS_BF16 ? 2 : 4;
+    const double down = (static_cast<double>(m.rows) - 1) * static_cast<double>(m.row_stride);
+    const double across = (static_cast<double>(m.cols) - 1) * static_cast<double>(m.col_stride);
+    const auto *start = static_cast<const unsigned char *>(m.data), *block = block_.get();
+    if (start < block + guard_ || start > block + bytes_ - guard_) return false;
+    const auto at = static_cast<double>(start - block), guard = static_cast<double>(guard_);
+    const double low = at + size * (std::min(down, 0.0) + std::min(across, 0.0));
+    const double high = at + size * (std::max(down, 0.0) + std::max(across, 0.0) + 1);
+    return low >= guard && high <= static_cast<double>(bytes_) - guard;
+  }
+
   std::string bits() const {
     return std::string(reinterpret_cast<const char *>(block_.get()), bytes_);
   }
@@ -143,7 +169,7 @@ class Array {
   }
 
   std::unique_ptr<unsigned char, Free> block_;
-  size_t bytes_;
+  size_t bytes_, guard_;
   deltaops_matrix m_;
   std::vector<unsigned char> before_;
 };
@@ -174,6 +200,16 @@ struct Sum {
   void add(double a, double b) { value += a * b, size += std::fabs(a * b); }
   void add(Sum a, double b) { value += a.value * b, size += a.size * std::fabs(b); }
 };
+
+// Stops where got[r, col] is not what is wanted; `name` is the case's.
+void check_value(const Array &got, int64_t r, int64_t col, Sum want, const char *what,
+                 const std::string &name);
+
+// An activation is h * gate(h).
+double gate(int32_t kind, double h);
+Sum activated(int32_t kind, Sum h);     // act(h) where h has a rounding error of its own
+Sum activated(int32_t kind, double h);  // of an exact h
+Sum slope(int32_t kind, double h);      // act'(h) of an exact h
 
 // Bytes that end where their block does and have the alignment of a float and no more; 0xFF at
 // first, and a float of it before them.
@@ -224,7 +260,6 @@ class Layer {
  private:
   bool kept(int64_t m, int64_t k, size_t i) const;
   double scale(size_t i) const;
-  void check(const Array &got, int64_t r, int64_t col, Sum want, const char *what) const;
   template <class F>
   void each_output(const F &f) const;
 

@@ -1,6 +1,6 @@
 // sweep.cpp: odd shapes, strides, dtypes, ranks, dropout and teams against the double reference.
 
-#include "layer.h"
+#include "ops.h"
 
 namespace test {
 namespace {
@@ -14,6 +14,13 @@ struct Shape {
 const Shape kShapes[] = {{0, 5, 3},     {4, 0, 3},    {4, 5, 0},   {1, 1, 1},
                          {1, 70, 65},   {8, 33, 64},  {9, 13, 31}, {17, 67, 515},
                          {3, 17, 1100}, {65, 20, 40}, {200, 9, 24}};
+// No rows, one of everything, edges of a vector, of a tile, of a block of rows and of 64 columns;
+// and enough of it for a team of several.
+struct OpShape {
+  int64_t M, K, R;
+};
+const OpShape kOpShapes[] = {{0, 5, 3},   {1, 1, 1},     {2, 16, 4},  {7, 31, 33},
+                             {13, 64, 8}, {33, 130, 17}, {200, 9, 2}, {150, 300, 24}};
 const std::vector<BranchSpec> kBranches[] = {
     {},
     {{4, 0}},
@@ -46,6 +53,12 @@ void sweep(bool quick) {
                   seed};
         Layer layer(c);
         check_passes(&layer);
+      }
+  for (const Kind kind : kKinds)
+    for (const OpShape &shape : kOpShapes)
+      for (int round = 0; round < (quick ? 1 : 4); ++round) {
+        const OpCase c = {kind, shape.M, shape.K, shape.R, 1 + round % 3, round == 0, seed += 7};
+        check_passes(make(c).get());
       }
 }
 

@@ -2,7 +2,7 @@
 
 #include <thread>
 
-#include "layer.h"
+#include "ops.h"
 
 namespace test {
 namespace {
@@ -38,9 +38,43 @@ std::string run(Layer *layer, Layer *inputs) {
   return layer->output_bits();
 }
 
+// The same for the other ops: shared inputs are those of another op of the same case.
+std::string run(Op *own, const Op *inputs) {
+  const auto pass = [&](Pass *mine, const Pass &theirs) {
+    for (size_t i = 0; i < mine->slots.size(); ++i)
+      if (!mine->slots[i].written) *mine->slots[i].view = *theirs.slots[i].view;
+    CHECK(mine->call() == DELTAOPS_OK, "%s", deltaops_last_error());
+  };
+  pass(&own->forward, inputs->forward);
+  pass(&own->backward, inputs->backward);
+  return own->output_bits();
+}
+
+void threads_of(const OpCase &c, int rounds) {
+  const std::unique_ptr<Op> shared = make(c);
+  check_passes(shared.get());
+  const std::string want = shared->output_bits();
+  for (const bool share : {false, true}) {
+    std::vector<std::string> got(kCallers);
+    std::vector<std::thread> callers;
+    for (int i = 0; i < kCallers; ++i)
+      callers.emplace_back([&, i] {
+        const std::unique_ptr<Op> own = make(c);
+        for (int round = 0; round < rounds; ++round) {
+          own->restore_outputs();
+          got[static_cast<size_t>(i)] = run(own.get(), share ? shared.get() : own.get());
+        }
+      });
+    for (std::thread &caller : callers) caller.join();
+    for (const std::string &bits : got)
+      CHECK(bits == want, "callers at once gave other bits (%s)", c.name().c_str());
+  }
+}
+
 }  // namespace
 
 void threads(int rounds) {
+  for (const Kind kind : kKinds) threads_of({kind, 60, 200, 24, 2, true, 11}, rounds);
   Layer shared(kCase);
   const std::string want = run(&shared, &shared);
   shared.check_forward();

@@ -1,0 +1,576 @@
+// ops.cpp: the ops beside delta_linear with their double references, straight from deltaops.h.
+
+#include "ops.h"
+
+namespace test {
+namespace {
+
+deltaops_matrix view(const Array *array) { return array ? array->matrix() : deltaops_matrix{}; }
+
+Sum of(double value) { return {value, std::fabs(value)}; }
+Sum times(Sum a, Sum b) { return {a.value * b.value, a.size * b.size}; }
+Sum plus(Sum a, Sum b) { return {a.value + b.value, a.size + b.size}; }
+Sum times(Sum a, double b) { return times(a, of(b)); }
+
+double at(const Array *array, int64_t r, int64_t col, double absent) {
+  return array ? array->at(r, col) : absent;
+}
+
+template <class Args>
+Pass pass_of(Args *args, deltaops_status (*function)(const void *), int threads) {
+  args->struct_size = sizeof *args;
+  args->num_threads = threads;
+  return {args, sizeof *args, function, {}, {}, {}};
+}
+
+void add(Pass *pass, deltaops_matrix *view, Slot slot) {
+  if (view->data == nullptr && !slot.needed) return;
+  slot.view = view;
+  pass->slots.push_back(slot);
+}
+//                          view  written needed free  dense operand
+constexpr Slot kRead = {nullptr, false, true, false, false, false};
+constexpr Slot kVector = {nullptr, false, false, true, false, false};
+constexpr Slot kOperand = {nullptr, false, true, true, false, true};
+constexpr Slot kWritten = {nullptr, true, true, false, false, false};
+constexpr Slot kMaybeRead = {nullptr, false, false, false, false, false};
+constexpr Slot kMaybeWritten = {nullptr, true, false, false, false, false};
+constexpr Slot kGradient = {nullptr, true, false, true, true, false};
+
+// ------------------------------------------------------------------------------------- norms
+
+// A normalized row: n, with the size that its rounding errors are relative to.
+struct Row {
+  Sum mean, rstd;
+  std::vector<Sum> n;
+};
+
+Row normalized(const Array &x, int64_t m, int32_t norm, double eps) {
+  const auto K = static_cast<double>(x.cols());
+  Row row;
+  double spread = 0;
+  for (int64_t k = 0; k < x.cols(); ++k) row.mean.add(x.at(m, k), 1 / K);
+  const double reach = row.mean.size;
+  if (norm == DELTAOPS_RMS_NORM) row.mean = {};
+  for (int64_t k = 0; k < x.cols(); ++k)
+    spread += (x.at(m, k) - row.mean.value) * (x.at(m, k) - row.mean.value) / K;
+  const double rstd = 1 / std::sqrt(spread + eps);
+  row.rstd = {rstd, rstd * (1 + reach * rstd)};
+  for (int64_t k = 0; k < x.cols(); ++k) {
+    const double n = (x.at(m, k) - row.mean.value) * rstd;
+    row.n.push_back(
+        {n, (std::fabs(x.at(m, k)) + reach) * rstd + std::fabs(n) * (1 + reach * rstd)});
+  }
+  return row;
+}
+
+// The same from saved statistics, which are exact here.
+Row saved_row(const Array &x, const Array &stats, int64_t m) {
+  Row row = {of(stats.at(m, 0)), of(stats.at(m, 1)), {}};
+  for (int64_t k = 0; k < x.cols(); ++k)
+    row.n.push_back(times(plus(of(x.at(m, k)), of(-row.mean.value)), row.rstd));
+  return row;
+}
+
+// dx of a row from dy.
+std::vector<Sum> norm_backward(const Row &row, const std::vector<Sum> &dy, const Array *gamma,
+                               int32_t norm) {
+  const auto K = static_cast<double>(dy.size());
+  std::vector<Sum> g, dx;
+  Sum mean_g, mean_gn;
+  for (size_t k = 0; k < dy.size(); ++k) {
+    g.push_back(times(dy[k], at(gamma, 0, static_cast<int64_t>(k), 1)));
+    if (norm == DELTAOPS_LAYER_NORM) mean_g.add(g[k], 1 / K);
+    mean_gn.add(times(g[k], row.n[k]), 1 / K);
+  }
+  for (size_t k = 0; k < dy.size(); ++k) {
+    const Sum inner = plus(plus(g[k], times(mean_g, -1)), times(times(row.n[k], mean_gn), -1));
+    dx.push_back(times(row.rstd, inner));
+  }
+  return dx;
+}
+
+// -------------------------------------------------------------------------------- bottleneck
+
+deltaops_status bottleneck_forward(const void *args) {
+  return deltaops_cpu_bottleneck_forward(
+      static_cast<const deltaops_bottleneck_forward_args *>(args));
+}
+deltaops_status bottleneck_backward(const void *args) {
+  return deltaops_cpu_bottleneck_backward(
+      static_cast<const deltaops_bottleneck_backward_args *>(args));
+}
+
+class Bottleneck final : public Op {
+ public:
+  explicit Bottleneck(const OpCase &given) : Op(given) {
+    const int64_t M = c.M, K = c.K, R = c.R;
+    const int dtype = any_dtype();
+    norm_ = static_cast<int32_t>(rng_.below(3));
+    activation_ = static_cast<int32_t>(rng_.below(5));
+    const bool norm = norm_ != DELTAOPS_NO_NORM;
+    x_ = input(M, K, dtype);
+    residual_is_x_ = rng_.one_in(2);
+    if (!residual_is_x_ && wanted()) residual_ = input(M, K, dtype);
+    if (wanted()) gamma_ = input(1, K, any_dtype());
+    if (wanted()) beta_ = input(1, K, any_dtype());
+    down_ = input(R, K, any_dtype(), true);
+    if (wanted()) down_bias_ = input(1, R, any_dtype());
+    up_ = input(K, R, any_dtype(), true);
+    if (wanted()) up_bias_ = input(1, K, any_dtype());
+    y_ = output(M, K, dtype);
+    h_ = saved(M, R);
+    if (norm) stats_ = saved(M, 2);
+    grad_y_ = input(M, K, dtype);
+    if (wanted()) grad_x_ = output(M, K, dtype);
+    if (norm && wanted()) grad_gamma_ = output(1, K, any_dtype());
+    if (norm && wanted()) grad_beta_ = output(1, K, any_dtype());
+    if (wanted()) grad_down_ = output(R, K, any_dtype(), true);
+    if (wanted()) grad_down_bias_ = output(1, R, any_dtype());
+    if (wanted()) grad_up_ = output(K, R, any_dtype(), true);
+    if (wanted()) grad_up_bias_ = output(1, K, any_dtype());
+    const bool past_norm = norm && (grad_x_ || grad_gamma_ || grad_beta_);
+    const bool x_read = grad_down_ || past_norm;
+
+    f_.x = view(x_), f_.residual = view(residual_is_x_ ? x_ : residual_);
+    f_.gamma = view(gamma_), f_.beta = view(beta_);
+    f_.down = view(down_), f_.down_bias = view(down_bias_);
+    f_.up = view(up_), f_.up_bias = view(up_bias_);
+    f_.y = view(y_), f_.h = view(h_), f_.stats = view(stats_);
+    f_.scaling = scaling_, f_.eps = eps_, f_.activation = activation_, f_.norm = norm_;
+    forward = pass_of(&f_, bottleneck_forward, c.threads);
+    forward.numbers = {{&f_.activation, 0, 4}, {&f_.norm, 0, 2}};
+    add(&forward, &f_.x, kRead);
+    add(&forward, &f_.y, kWritten);
+    add(&forward, &f_.down, kOperand);
+    add(&forward, &f_.up, kOperand);
+    add(&forward, &f_.residual, kMaybeRead);
+    for (deltaops_matrix *m : {&f_.gamma, &f_.beta, &f_.down_bias, &f_.up_bias})
+      add(&forward, m, kVector);
+    add(&forward, &f_.h, kMaybeWritten);
+    add(&forward, &f_.stats, kMaybeWritten);
+
+    b_.grad_y = view(grad_y_), b_.x = view(x_), b_.h = view(h_), b_.stats = view(stats_);
+    b_.gamma = f_.gamma, b_.beta = f_.beta, b_.down = f_.down, b_.up = f_.up;
+    b_.grad_x = view(grad_x_), b_.grad_gamma = view(grad_gamma_), b_.grad_beta = view(grad_beta_);
+    b_.grad_down = view(grad_down_), b_.grad_down_bias = view(grad_down_bias_);
+    b_.grad_up = view(grad_up_), b_.grad_up_bias = view(grad_up_bias_);
+    b_.scaling = scaling_, b_.activation = activation_, b_.norm = norm_;
+    b_.residual_is_x = residual_is_x_;
+    if (!x_read) b_.x = {}, b_.stats = {};
+    backward = pass_of(&b_, bottleneck_backward, c.threads);
+    backward.numbers = {{&b_.activation, 0, 4}, {&b_.norm, 0, 2}, {&b_.residual_is_x, 0, 1}};
+    add(&backward, &b_.grad_y, kRead);
+    add(&backward, &b_.h, kRead);
+    add(&backward, &b_.down, kOperand);
+    add(&backward, &b_.up, kOperand);
+    if (x_read) add(&backward, &b_.x, kRead);
+    if (x_read && norm) add(&backward, &b_.stats, kRead);
+    for (deltaops_matrix *m : {&b_.gamma, &b_.beta}) add(&backward, m, kVector);
+    add(&backward, &b_.grad_x, kMaybeWritten);
+    for (deltaops_matrix *m : {&b_.grad_gamma, &b_.grad_beta, &b_.grad_down, &b_.grad_down_bias,
+                               &b_.grad_up, &b_.grad_up_bias})
+      add(&backward, m, kGradient);
+  }
+
+  void check_forward() const override {
+    for (int64_t m = 0; m < c.M; ++m) {
+      const Row row = norm_ ? normalized(*x_, m, norm_, eps_) : Row{};
+      if (norm_) {
+        check(*stats_, m, 0, row.mean, "mean");
+        check(*stats_, m, 1, row.rstd, "rstd");
+      }
+      std::vector<Sum> act;
+      for (int64_t q = 0; q < c.R; ++q) {
+        Sum h = of(at(down_bias_, 0, q, 0));
+        for (int64_t k = 0; k < c.K; ++k) h.add(input_of(row, m, k), down_->at(q, k));
+        check(*h_, m, q, h, "h");
+        act.push_back(times(activated(activation_, h), scaling_));
+      }
+      for (int64_t k = 0; k < c.K; ++k) {
+        Sum y = of(at(up_bias_, 0, k, 0));
+        y.add(at(residual_is_x_ ? x_ : residual_, m, k, 0), 1);
+        for (int64_t q = 0; q < c.R; ++q) y.add(act[static_cast<size_t>(q)], up_->at(k, q));
+        check(*y_, m, k, y, "y");
+      }
+    }
+  }
+
+  void check_backward() const override {
+    const auto zeros = [](int64_t n) { return std::vector<Sum>(static_cast<size_t>(n)); };
+    std::vector<Sum> gamma = zeros(c.K), beta = zeros(c.K), down_bias = zeros(c.R),
+                     up_bias = zeros(c.K), down = zeros(c.R * c.K), up = zeros(c.K * c.R);
+    for (int64_t m = 0; m < c.M; ++m) {
+      const bool x_read = b_.x.data != nullptr || c.K == 0;
+      const Row row = norm_ && x_read ? saved_row(*x_, *stats_, m) : Row{};
+      std::vector<Sum> dh, dz;
+      for (int64_t q = 0; q < c.R; ++q) {
+        Sum sum;
+        for (int64_t k = 0; k < c.K; ++k) sum.add(grad_y_->at(m, k), up_->at(k, q));
+        const double h = h_->at(m, q);
+        dh.push_back(times(times(sum, scaling_), slope(activation_, h)));
+        down_bias[static_cast<size_t>(q)].add(dh.back(), 1);
+        for (int64_t k = 0; k < c.K; ++k) {
+          const auto at_qk = static_cast<size_t>(q * c.K + k);
+          if (x_read) down[at_qk].add(times(dh.back(), input_of(row, m, k)), 1);
+          up[static_cast<size_t>(k * c.R + q)].add(times(activated(activation_, h), scaling_),
+                                                   grad_y_->at(m, k));
+        }
+      }
+      for (int64_t k = 0; k < c.K; ++k) {
+        Sum sum;
+        for (int64_t q = 0; q < c.R; ++q) sum.add(dh[static_cast<size_t>(q)], down_->at(q, k));
+        dz.push_back(sum);
+        up_bias[static_cast<size_t>(k)].add(grad_y_->at(m, k), 1);
+        beta[static_cast<size_t>(k)].add(sum, 1);
+        if (norm_ && x_read)
+          gamma[static_cast<size_t>(k)].add(times(sum, row.n[static_cast<size_t>(k)]), 1);
+      }
+      if (grad_x_) {
+        std::vector<Sum> dx = norm_ ? norm_backward(row, dz, gamma_, norm_) : dz;
+        for (int64_t k = 0; k < c.K; ++k) {
+          Sum &sum = dx[static_cast<size_t>(k)];
+          if (residual_is_x_) sum.add(grad_y_->at(m, k), 1);
+          check(*grad_x_, m, k, sum, "grad_x");
+        }
+      }
+    }
+    const auto all = [this](const Array *got, const std::vector<Sum> &want, const char *what) {
+      for (size_t i = 0; got && i < want.size(); ++i)
+        check(*got, static_cast<int64_t>(i) / got->cols(), static_cast<int64_t>(i) % got->cols(),
+              want[i], what);
+    };
+    all(grad_gamma_, gamma, "grad_gamma"), all(grad_beta_, beta, "grad_beta");
+    all(grad_down_, down, "grad_down"), all(grad_down_bias_, down_bias, "grad_down_bias");
+    all(grad_up_, up, "grad_up"), all(grad_up_bias_, up_bias, "grad_up_bias");
+  }
+
+ private:
+  // What Down multiplies: x, or n * gamma + beta.
+  Sum input_of(const Row &row, int64_t m, int64_t k) const {
+    if (!norm_) return of(x_->at(m, k));
+    return plus(times(row.n[static_cast<size_t>(k)], at(gamma_, 0, k, 1)), of(at(beta_, 0, k, 0)));
+  }
+
+  static constexpr float scaling_ = 0.75f, eps_ = 1e-3f;
+  int32_t norm_, activation_;
+  bool residual_is_x_;
+  Array *x_ = nullptr, *residual_ = nullptr, *gamma_ = nullptr, *beta_ = nullptr, *down_ = nullptr,
+        *down_bias_ = nullptr, *up_ = nullptr, *up_bias_ = nullptr, *y_ = nullptr, *h_ = nullptr,
+        *stats_ = nullptr, *grad_y_ = nullptr, *grad_x_ = nullptr, *grad_gamma_ = nullptr,
+        *grad_beta_ = nullptr, *grad_down_ = nullptr, *grad_down_bias_ = nullptr,
+        *grad_up_ = nullptr, *grad_up_bias_ = nullptr;
+  deltaops_bottleneck_forward_args f_ = {};
+  deltaops_bottleneck_backward_args b_ = {};
+};
+
+// --------------------------------------------------------------------------------- norm_bias
+
+deltaops_status norm_bias_forward(const void *args) {
+  return deltaops_cpu_norm_bias_forward(static_cast<const deltaops_norm_bias_forward_args *>(args));
+}
+deltaops_status norm_bias_backward(const void *args) {
+  return deltaops_cpu_norm_bias_backward(
+      static_cast<const deltaops_norm_bias_backward_args *>(args));
+}
+
+class NormBias final : public Op {
+ public:
+  explicit NormBias(const OpCase &given) : Op(given) {
+    const int64_t M = c.M, K = c.K;
+    const int dtype = any_dtype();
+    norm_ = 1 + static_cast<int32_t>(rng_.below(2));
+    x_ = input(M, K, dtype);
+    if (wanted()) gamma_ = input(1, K, any_dtype());
+    if (wanted()) bias_ = input(1, K, any_dtype());
+    y_ = output(M, K, dtype);
+    stats_ = saved(M, 2);
+    grad_y_ = input(M, K, dtype);
+    if (wanted()) grad_x_ = output(M, K, dtype);
+    if (wanted()) grad_gamma_ = output(1, K, any_dtype());
+    if (wanted()) grad_bias_ = output(1, K, any_dtype());
+    const bool x_read = grad_x_ || grad_gamma_;
+
+    f_.x = view(x_), f_.gamma = view(gamma_), f_.bias = view(bias_);
+    f_.y = view(y_), f_.stats = view(stats_);
+    f_.eps = eps_, f_.norm = norm_;
+    forward = pass_of(&f_, norm_bias_forward, c.threads);
+    forward.numbers = {{&f_.norm, 1, 2}};
+    add(&forward, &f_.x, kRead);
+    add(&forward, &f_.y, kWritten);
+    add(&forward, &f_.gamma, kVector);
+    add(&forward, &f_.bias, kVector);
+    add(&forward, &f_.stats, kMaybeWritten);
+
+    b_.grad_y = view(grad_y_), b_.gamma = f_.gamma;
+    if (x_read) b_.x = f_.x, b_.stats = f_.stats;
+    b_.grad_x = view(grad_x_), b_.grad_gamma = view(grad_gamma_), b_.grad_bias = view(grad_bias_);
+    b_.norm = norm_;
+    backward = pass_of(&b_, norm_bias_backward, c.threads);
+    backward.numbers = {{&b_.norm, 1, 2}, {&b_.reserved, 0, 0}};
+    add(&backward, &b_.grad_y, kRead);
+    if (x_read) add(&backward, &b_.x, kRead);
+    if (x_read) add(&backward, &b_.stats, kRead);
+    add(&backward, &b_.gamma, kVector);
+    add(&backward, &b_.grad_x, kMaybeWritten);
+    add(&backward, &b_.grad_gamma, kGradient);
+    add(&backward, &b_.grad_bias, kGradient);
+  }
+
+  void check_forward() const override {
+    for (int64_t m = 0; m < c.M; ++m) {
+      const Row row = normalized(*x_, m, norm_, eps_);
+      check(*stats_, m, 0, row.mean, "mean");
+      check(*stats_, m, 1, row.rstd, "rstd");
+      for (int64_t k = 0; k < c.K; ++k)
+        check(
+            *y_, m, k,
+            plus(times(row.n[static_cast<size_t>(k)], at(gamma_, 0, k, 1)), of(at(bias_, 0, k, 0))),
+            "y");
+    }
+  }
+
+  void check_backward() const override {
+    std::vector<Sum> gamma(static_cast<size_t>(c.K)), bias(static_cast<size_t>(c.K));
+    const bool x_read = grad_x_ || grad_gamma_;
+    for (int64_t m = 0; m < c.M; ++m) {
+      std::vector<Sum> dy;
+      const Row row = x_read ? saved_row(*x_, *stats_, m) : Row{};
+      for (int64_t k = 0; k < c.K; ++k) {
+        const auto i = static_cast<size_t>(k);
+        dy.push_back(of(grad_y_->at(m, k)));
+        if (x_read) gamma[i].add(times(dy[i], row.n[i]), 1);
+        bias[i].add(dy[i], 1);
+      }
+      if (!grad_x_) continue;
+      const std::vector<Sum> dx = norm_backward(row, dy, gamma_, norm_);
+      for (int64_t k = 0; k < c.K; ++k) check(*grad_x_, m, k, dx[static_cast<size_t>(k)], "grad_x");
+    }
+    for (int64_t k = 0; k < c.K; ++k) {
+      if (grad_gamma_) check(*grad_gamma_, 0, k, gamma[static_cast<size_t>(k)], "grad_gamma");
+      if (grad_bias_) check(*grad_bias_, 0, k, bias[static_cast<size_t>(k)], "grad_bias");
+    }
+  }
+
+ private:
+  static constexpr float eps_ = 1e-5f;
+  int32_t norm_;
+  Array *x_ = nullptr, *gamma_ = nullptr, *bias_ = nullptr, *y_ = nullptr, *stats_ = nullptr,
+        *grad_y_ = nullptr, *grad_x_ = nullptr, *grad_gamma_ = nullptr, *grad_bias_ = nullptr;
+  deltaops_norm_bias_forward_args f_ = {};
+  deltaops_norm_bias_backward_args b_ = {};
+};
+
+// ----------------------------------------------------------------------------- cross_entropy
+
+deltaops_status cross_entropy_forward(const void *args) {
+  return deltaops_cpu_cross_entropy_forward(
+      static_cast<const deltaops_cross_entropy_forward_args *>(args));
+}
+deltaops_status cross_entropy_backward(const void *args) {
+  return deltaops_cpu_cross_entropy_backward(
+      static_cast<const deltaops_cross_entropy_backward_args *>(args));
+}
+
+class CrossEntropy final : public Op {
+ public:
+  explicit CrossEntropy(const OpCase &given) : Op(given) {
+    const int64_t M = c.M, V = c.K;
+    const int dtype = any_dtype();
+    const int32_t reduction = static_cast<int32_t>(rng_.below(2));
+    ignored = rng_.one_in(3) && V > 0 ? rng_.below(V) : -100;
+    for (int64_t m = 0; m < M; ++m) {
+      const bool skip = V == 0 || rng_.one_in(5);
+      targets.push_back(skip ? ignored : rng_.below(V));
+      counted_ += targets.back() != ignored;
+    }
+    targets_before_ = targets;
+    x_ = input(M, V, dtype);
+    x_->fill(&rng_, 12);
+    state_ = saved(M, 2, true);
+    loss_ = output(1, 1, DELTAOPS_F32);
+    grad_loss_ = input(1, 1, DELTAOPS_F32);
+    grad_x_ = output(M, V, dtype);
+    mean_ = reduction == DELTAOPS_MEAN;
+
+    f_.logits = view(x_), f_.target = targets.data(), f_.ignore_index = ignored;
+    f_.reduction = reduction, f_.state = view(state_);
+    f_.loss = static_cast<float *>(loss_->matrix().data);
+    forward = pass_of(&f_, cross_entropy_forward, c.threads);
+    forward.numbers = {{&f_.reduction, 0, 1}, {&f_.reserved, 0, 0}};
+    add(&forward, &f_.logits, kRead);
+    add(&forward, &f_.state, {nullptr, true, true, false, true, false});
+    forward.pointers = {{&f_.loss, true}};
+    if (M > 0) forward.pointers.push_back({&f_.target, false});
+
+    b_.logits = f_.logits, b_.target = f_.target, b_.ignore_index = ignored;
+    b_.reduction = reduction, b_.state = f_.state, b_.grad_logits = view(grad_x_);
+    b_.grad_loss = static_cast<const float *>(grad_loss_->matrix().data);
+    backward = pass_of(&b_, cross_entropy_backward, c.threads);
+    backward.numbers = {{&b_.reduction, 0, 1}, {&b_.reserved, 0, 0}};
+    add(&backward, &b_.logits, kRead);
+    add(&backward, &b_.state, {nullptr, false, true, false, true, false});
+    add(&backward, &b_.grad_logits, kWritten);
+    backward.pointers = {{&b_.grad_loss, false}};
+    if (M > 0) backward.pointers.push_back({&b_.target, false});
+  }
+
+  void check_forward() const override {
+    Sum loss;
+    for (int64_t m = 0; m < c.M; ++m) {
+      const int64_t target = targets[static_cast<size_t>(m)];
+      if (target == ignored) continue;
+      double top = -INFINITY;
+      Sum sum;
+      for (int64_t v = 0; v < c.K; ++v) top = std::max(top, x_->at(m, v));
+      for (int64_t v = 0; v < c.K; ++v) {
+        const double p = std::exp(x_->at(m, v) - top);
+        sum = plus(sum, {p, p * (1 + std::fabs(x_->at(m, v)) + std::fabs(top))});
+      }
+      check(*state_, m, 0, of(top), "maximum");
+      check(*state_, m, 1, {1 / sum.value, sum.size / (sum.value * sum.value)}, "1 / sum");
+      const double log = std::log(sum.value);
+      const Sum row = {log, std::fabs(log) + sum.size / sum.value};
+      loss = plus(loss, plus(row, plus(of(top), of(-x_->at(m, target)))));
+    }
+    if (mean_ && counted_ == 0) return;  // NaN: another test's
+    check(*loss_, 0, 0, times(loss, mean_ ? 1.0 / static_cast<double>(counted_) : 1), "loss");
+  }
+
+  void check_backward() const override {
+    const double g = grad_loss_->at(0, 0) / (mean_ ? static_cast<double>(counted_) : 1);
+    for (int64_t m = 0; m < c.M; ++m)
+      for (int64_t v = 0; v < c.K; ++v) {
+        const int64_t target = targets[static_cast<size_t>(m)];
+        const double x = x_->at(m, v), top = state_->at(m, 0);
+        const double p = std::exp(x - top) * state_->at(m, 1);
+        Sum want = {p, p * (1 + std::fabs(x) + std::fabs(top))};
+        if (v == target) want = plus(want, of(-1));
+        if (target == ignored) want = {};
+        check(*grad_x_, m, v, target == ignored ? want : times(want, g), "grad_logits");
+      }
+  }
+
+ private:
+  bool mean_;
+  int64_t counted_ = 0;
+  Array *x_ = nullptr, *state_ = nullptr, *loss_ = nullptr, *grad_loss_ = nullptr,
+        *grad_x_ = nullptr;
+  deltaops_cross_entropy_forward_args f_ = {};
+  deltaops_cross_entropy_backward_args b_ = {};
+};
+
+}  // namespace
+
+std::string OpCase::name() const {
+  const char *const names[] = {"bottleneck", "norm_bias", "cross_entropy"};
+  return std::string(names[static_cast<int>(kind)]) + " M=" + std::to_string(M) +
+         " K=" + std::to_string(K) + " R=" + std::to_string(R) +
+         " threads=" + std::to_string(threads) + (whole ? " whole" : "") +
+         " seed=" + std::to_string(seed) + " isa=" + deltaops_cpu_isa();
+}
+
+Array *Op::input(int64_t rows, int64_t cols, int dtype, bool operand) {
+  const Layout by_rows[] = {Layout::kDense, Layout::kPadded, Layout::kReversed, Layout::kRepeated};
+  const Layout layout = operand ? static_cast<Layout>(rng_.below(3)) : by_rows[rng_.below(4)];
+  inputs_.push_back(&memory_.emplace_back(rows, cols, dtype, layout, &rng_));
+  inputs_.back()->fill(&rng_);
+  return inputs_.back();
+}
+
+Array *Op::output(int64_t rows, int64_t cols, int dtype, bool dense) {
+  const Layout layout = dense || rng_.one_in(2) ? Layout::kDense : Layout::kPadded;
+  outputs_.push_back(&memory_.emplace_back(rows, cols, dtype, layout, &rng_));
+  return outputs_.back();
+}
+
+Array *Op::saved(int64_t rows, int64_t cols, bool dense) {
+  saved_.push_back(output(rows, cols, DELTAOPS_F32, dense));
+  return saved_.back();
+}
+
+void Op::keep_saved() {
+  for (Array *array : saved_) array->remember();
+}
+
+void Op::fill_inputs(const std::function<float()> &value) {
+  for (Array *array : inputs_) array->fill(value);
+}
+
+bool Op::inputs_untouched() const {
+  bool same = targets == targets_before_;
+  for (const Array *array : inputs_) same = same && array->untouched();
+  return same;
+}
+
+bool Op::outputs_untouched() const {
+  bool same = true;
+  for (const Array *array : outputs_) same = same && array->untouched();
+  return same;
+}
+
+bool Op::only_outputs_changed() const {
+  bool same = inputs_untouched();
+  for (const Array *array : outputs_) same = same && array->only_elements_changed();
+  return same;
+}
+
+void Op::restore_outputs() {
+  for (Array *array : outputs_) array->restore();
+}
+
+std::string Op::output_bits() const {
+  std::string bits;
+  for (const Array *array : outputs_) bits += array->bits();
+  return bits;
+}
+
+bool Op::holds(const deltaops_matrix &m) const {
+  if (m.data == nullptr) return true;
+  if (std::fabs(static_cast<double>(m.rows) * static_cast<double>(m.cols)) > 1 << 20) return false;
+  for (const Array &array : memory_)
+    if (array.holds(m)) return true;
+  return false;
+}
+
+std::unique_ptr<Op> make(const OpCase &c) {
+  switch (c.kind) {
+    case Kind::kBottleneck:
+      return std::make_unique<Bottleneck>(c);
+    case Kind::kNormBias:
+      return std::make_unique<NormBias>(c);
+    default:
+      return std::make_unique<CrossEntropy>(c);
+  }
+}
+
+OpCase random_op(Kind kind, Rng *rng) {
+  const auto size = [&] { return 1 + rng->below(rng->one_in(8) ? 90 : 20); };
+  OpCase c = {kind, rng->one_in(10) ? 0 : size(), size(), size(), 0, rng->one_in(3), 0};
+  if (kind == Kind::kCrossEntropy && rng->one_in(12)) c.K = 0;
+  c.threads = rng->one_in(30) ? 1024 : 1 + static_cast<int>(rng->below(3));
+  c.seed = rng->next();
+  return c;
+}
+
+void check_passes(Op *op) {
+  const std::string name = op->c.name();
+  const auto run = [&](const Pass &pass) {
+    CHECK(pass.call() == DELTAOPS_OK, "%s (%s)", deltaops_last_error(), name.c_str());
+    CHECK(op->only_outputs_changed(), "written beside the outputs (%s)", name.c_str());
+  };
+  run(op->forward);
+  op->check_forward();
+  op->keep_saved();
+  run(op->backward);
+  op->check_backward();
+  const std::string want = op->output_bits();
+  op->restore_outputs();
+  for (const Pass *pass : {&op->forward, &op->backward}) {
+    *pass->threads() = op->c.threads % 3 + 2;
+    run(*pass);
+  }
+  CHECK(op->output_bits() == want, "another team gave other bits (%s)", name.c_str());
+}
+
+}  // namespace test
