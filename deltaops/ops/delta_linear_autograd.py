@@ -17,6 +17,7 @@ from deltaops.backends import DeltaLinearCall, DeltaLinearPlan
 from deltaops.dispatch import select
 from deltaops.errors import GradientError
 
+from .paths import shaped
 from .plans import make_plan
 
 
@@ -34,7 +35,7 @@ def run_forward(
         return plan.forward(x, weight, bias, operands, seed, keep)
     n, k = weight.shape
     y, s = plan.forward(x.reshape(-1, k), weight, bias, operands, seed, keep)
-    return y.view(*x.shape[:-1], n), s
+    return shaped(y, (*x.shape[:-1], n)), s
 
 
 def run_backward(
@@ -53,7 +54,7 @@ def run_backward(
     flat = None if x is None else x.reshape(-1, k)
     grads = plan.backward(grad_y.reshape(-1, n), flat, weight, operands, s, seed, needs)
     if needs[0]:
-        grads[0] = grads[0].view(*grad_y.shape[:-1], k)
+        grads[0] = shaped(grads[0], (*grad_y.shape[:-1], k))
     return grads
 
 

@@ -16,6 +16,8 @@ from deltaops.backends import Backend, GatedBackend, GatedCall
 from deltaops.dispatch import select
 from deltaops.errors import GradientError
 
+from .paths import shaped
+
 
 def call_of(gate: Tensor, activation: str) -> GatedCall:
     """The call of these tensors; gate ``[..., K]``."""
@@ -31,7 +33,7 @@ def _rows(t: Tensor) -> Tensor:
 def _like(rows: Tensor, gate: Tensor) -> Tensor:
     """A result in the shape of gate, and contiguous as the fakes say: eager torch's, and so the
     reference's, has the strides of its inputs."""
-    return rows.contiguous() if gate.dim() == 2 else rows.contiguous().view(gate.shape)
+    return shaped(rows.contiguous(), gate.shape)
 
 
 def run_forward(gate: Tensor, up: Tensor, activation: str, runner: Backend) -> Tensor:

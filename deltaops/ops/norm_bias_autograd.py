@@ -16,6 +16,8 @@ from deltaops.backends import AdapterBackend, Backend, NormBiasCall
 from deltaops.dispatch import select
 from deltaops.errors import GradientError
 
+from .paths import shaped
+
 
 def call_of(x: Tensor, gamma: Tensor | None, bias: Tensor | None, norm: str) -> NormBiasCall:
     """The call of these tensors; x ``[..., K]``."""
@@ -41,7 +43,7 @@ def run_forward(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, stats = cast(AdapterBackend, runner).norm_bias_forward(flat, gamma, bias, eps, norm)
     y = y.contiguous()  # as the fake says; eager torch's, and the reference's, has x's strides
-    return (y if x.dim() == 2 else y.view(x.shape)), stats
+    return shaped(y, x.shape), stats
 
 
 def run_backward(
@@ -61,7 +63,7 @@ def run_backward(
         grad, flat, stats, gamma, dtype, norm, needs
     )
     if needs[0]:
-        grads[0] = grads[0].contiguous().view(grad_y.shape)
+        grads[0] = shaped(grads[0].contiguous(), grad_y.shape)
     return grads
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -49,3 +51,12 @@ def check_device(op: str, name: str, tensor: Tensor, x: Tensor, *, of: str = "x"
             f"{op}: {name} must be on the device of {of}, {x.device}, got {tensor.device}. "
             "Move the model or the input."
         )
+
+
+def shaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """``fresh``, a contiguous result that nobody else holds, in another shape of as many elements.
+
+    The tensor itself, no view of it: what a Function returns as a view, autograd lets nobody change
+    in place.
+    """
+    return fresh.resize_(shape)
