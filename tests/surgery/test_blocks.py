@@ -1,4 +1,4 @@
-"""RMSNorm and gated MLPs of transformers on one op each: whose they are, and what is left."""
+"""RMSNorm, gated MLPs and rotary embeddings on one op each: whose they are, what is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import deltaops
 from deltaops import LoRA
 from deltaops.errors import NoBackendError
-from deltaops.modules import Block, GatedMlpBlock, RmsNormBlock
+from deltaops.modules import Block, GatedMlpBlock, RmsNormBlock, rotary_block
 from deltaops.surgery import blocks
 
 transformers = pytest.importorskip("transformers")
@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
 ]
 
+ALL = ["GatedMlpBlock", "RmsNormBlock", "RotaryBlock"]
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 24,
@@ -69,11 +70,11 @@ def rows(model: nn.Module, kind: str) -> list[Any]:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("Llama", ["GatedMlpBlock", "RmsNormBlock"]),
-        ("Mistral", ["GatedMlpBlock", "RmsNormBlock"]),
-        ("Qwen2", ["GatedMlpBlock", "RmsNormBlock"]),
-        ("Phi3", ["RmsNormBlock"]),  # gate and up are one projection
-        ("Gemma", ["GatedMlpBlock"]),  # its norm multiplies by 1 + weight
+        ("Llama", ALL),
+        ("Mistral", ALL),
+        ("Qwen2", ALL),
+        ("Phi3", ["RmsNormBlock"]),  # gate and up are one projection, and it turns a part of a head
+        ("Gemma", ["GatedMlpBlock", "RotaryBlock"]),  # its norm multiplies by 1 + weight
         ("GPTNeoX", []),
     ],
 )
@@ -96,7 +97,8 @@ def test_the_report_names_them_and_revert_gives_the_classes_back() -> None:
     handle = deltaops.attach(model, LoRA(r=4))
     assert len(rows(model, "norm")) == 5
     assert len(rows(model, "gated mlp")) == 2
-    for row in (*rows(model, "norm"), *rows(model, "gated mlp")):
+    assert len(rows(model, "rotary")) == 2
+    for row in (*rows(model, "norm"), *rows(model, "gated mlp"), *rows(model, "rotary")):
         assert (row.backend, row.reason) == ("cpu", "fused by cpu")
     handle.revert()
     assert [type(m) for m in model.modules()] == classes
@@ -109,11 +111,14 @@ def test_accelerate_takes_them_and_its_revert_too() -> None:
     model = peft.get_peft_model(model_of("Llama"), config)
     want = answer(model)
     report = deltaops.accelerate(model)
-    assert kinds(model) == ["GatedMlpBlock", "RmsNormBlock"]
+    assert kinds(model) == ALL
     for got, expected in zip(answer(model), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     deltaops.accelerate(model, backend="reference")
-    assert {row.backend for row in rows(model, "norm")} == {"reference"}
+    for kind in ("norm", "gated mlp", "rotary"):
+        assert {row.backend for row in rows(model, kind)} == {"reference"}
+    for got, expected in zip(answer(model), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     report.revert()
     assert kinds(model) == []
 
@@ -169,7 +174,7 @@ def test_what_is_not_known_is_left_alone() -> None:
     model = model_of("Llama", hidden_act="mish")
     model.model.norm.forward = lambda x: x  # somebody has been here
     blocks.swap_blocks(model, "auto", False)
-    assert kinds(model) == ["RmsNormBlock"]
+    assert kinds(model) == ["RmsNormBlock", "RotaryBlock"]
     assert not isinstance(model.model.norm, Block)
 
     class Own(nn.Module):
@@ -249,6 +254,77 @@ def test_a_program_that_computes_something_else_is_not_taken(
     try:
         model = model_of("Llama")
         blocks.swap_blocks(model, "auto", False)
-        assert kinds(model) == ["GatedMlpBlock"]
+        assert kinds(model) == ["GatedMlpBlock", "RotaryBlock"]
     finally:
         blocks._known.cache_clear()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes that reached the op ``rotary``."""
+    seen: list[torch.Size] = []
+    real = rotary_block.rotary
+
+    def rotary(x: Tensor, *tables: Tensor, **settings: Any) -> Tensor:
+        seen.append(x.shape)
+        return real(x, *tables, **settings)
+
+    monkeypatch.setattr(rotary_block, "rotary", rotary)
+    return seen
+
+
+def test_shared_heads_and_generation_are_turned_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("Llama", num_key_value_heads=1).eval()
+    seen = counted(monkeypatch)
+    ids = torch.tensor([[5, 6, 7]])
+    settings = {"max_new_tokens": 4, "do_sample": False, "use_cache": True}
+    want = model.generate(ids, **settings)
+    blocks.swap_blocks(model, "auto", False)
+    assert torch.equal(model.generate(ids, **settings), want)
+    assert torch.Size([1, 2, 3, 12]) in seen
+    assert torch.Size([1, 1, 1, 12]) in seen
+
+
+def test_other_settings_give_another_class_and_the_same_ones_the_same() -> None:
+    model, twin = model_of("Llama"), model_of("Llama")
+    attention = model.model.layers[0].self_attn
+    base = type(attention)
+    blocks.swap_blocks(model, "auto", False)
+    first = type(attention)
+    blocks.swap_blocks(twin, "auto", False)
+    assert type(twin.model.layers[0].self_attn) is first
+    blocks.swap_blocks(model, "reference", False)
+    assert type(attention) is not first
+    assert type(attention).__mro__[2:4] == first.__mro__[2:4]
+    assert issubclass(type(attention), base)
+    blocks.restore_blocks(model)
+    assert type(attention) is base
+
+
+def test_what_the_op_does_not_take_is_turned_by_transformers() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as theirs
+
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, h, 5, 6, generator=generator) for h in (4, 2))
+    cos, sin = torch.randn(2, 2, 5, 6, generator=generator)
+    wide = cos.double(), sin.double()
+    trained = cos.clone().requires_grad_(), sin
+    for tables, settings in (((cos, sin), {"unsqueeze_dim": 1}), (wide, {}), (trained, {})):
+        got = rotary_block.rotate(theirs, "auto", False, q, k, *tables, **settings)
+        for a, b in zip(got, theirs(q, k, *tables, **settings), strict=True):
+            assert torch.equal(a, b)
+            assert a.dtype == b.dtype
+
+
+def test_another_rotation_under_the_same_name_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def interleaved(x: Tensor) -> Tensor:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+    blocks._known()  # as it was when the first model came
+    monkeypatch.setattr(modeling_llama, "rotate_half", interleaved)
+    model = model_of("Llama")
+    blocks.swap_blocks(model, "auto", False)
+    assert kinds(model) == ["GatedMlpBlock", "RmsNormBlock"]
