@@ -27,25 +27,32 @@ class RotaryBlock(Block):
     """An attention that turns its queries and keys as Llama does."""
 
     kind = "rotary"
+    turned: Any
+    """The module's program on our function."""
 
     @classmethod
     def over(cls, base: type[nn.Module], backend: str, strict: bool) -> type[Block]:
         """See :class:`Block`. The settings are in the class: the function sees no module."""
         program: Any = base.forward
         ours = partial(rotate, program.__globals__[NAME], backend, strict)
-        forward = FunctionType(
+        turned = FunctionType(
             program.__code__, {**program.__globals__, NAME: ours}, program.__name__,
             program.__defaults__,
         )  # fmt: skip
-        forward.__kwdefaults__ = program.__kwdefaults__
-        forward.__doc__ = program.__doc__
-        return subclass(cls, base, (backend, strict), forward=forward)
+        turned.__kwdefaults__ = program.__kwdefaults__
+        return subclass(cls, base, (backend, strict), turned=turned)
 
     def call(self, tokens: int) -> RotaryCall:
         """See :class:`Block`."""
         weight = next(self.parameters())
         width: Any = getattr(self, "head_dim", 64)
         return RotaryCall(weight.device.type, weight.dtype, weight.dtype, 1, 1, tokens, width)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own ``forward`` takes and gives."""
+        if torch.compiler.is_compiling():  # the compiler looks globals up by the name of the file
+            return super().forward(*args, **kwargs)
+        return self.turned(*args, **kwargs)
 
 
 def rotate(
