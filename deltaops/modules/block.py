@@ -78,10 +78,10 @@ class RmsNormBlock(Block):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.norm_bias`."""
         weight = self.weight
-        rows = hidden_states.numel() // weight.shape[0]
         # of two dtypes transformers' result has the wider one, the op's that of x
-        if weight.dtype is not hidden_states.dtype or not takes(
-            self.call(rows), self.backend, self.strict
+        fits = plain(hidden_states, weight) and weight.dtype is hidden_states.dtype
+        if not fits or not takes(
+            self.call(hidden_states.numel() // weight.shape[0]), self.backend, self.strict
         ):
             out: Tensor = super().forward(hidden_states)
             return out
@@ -115,7 +115,7 @@ class GatedMlpBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.gated`."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        activation = activation_of(self.act_fn)
+        activation = activation_of(self.act_fn) if plain(gate, up) else None
         rows, columns = gate.numel() // max(gate.shape[-1], 1), gate.shape[-1]
         call = self._call(gate.device.type, gate.dtype, rows, columns)
         if activation is None or not takes(call, self.backend, self.strict):
@@ -131,6 +131,11 @@ def activation_of(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return None
     return _ACTIVATIONS.get((type(module).__module__, type(module).__name__))
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether all are torch's own tensors: a subclass (DTensor, …) may know more than our ops."""
+    return all([type(t) in (Tensor, nn.Parameter) for t in tensors])
 
 
 def takes(call: Call, backend: str, strict: bool) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltaops.backends import RotaryCall
 from deltaops.ops import rotary
 
-from .block import Block, subclass, takes
+from .block import Block, plain, subclass, takes
 
 NAME = "apply_rotary_pos_emb"
 """``(q, k, cos, sin, unsqueeze_dim=1)`` → both turned."""
@@ -92,7 +92,9 @@ def rotate(
 
 def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the op takes these; of two dtypes transformers' result has the wider one."""
-    if x.dim() != 4 or cos.dim() != 3 or cos.dtype is not x.dtype or sin.shape != cos.shape:
+    if not plain(x, cos, sin) or x.dim() != 4 or cos.dim() != 3:
+        return False
+    if cos.dtype is not x.dtype or sin.shape != cos.shape:
         return False
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return False

@@ -218,6 +218,22 @@ def test_float64_runs_as_before_or_says_why_not() -> None:
         answer(model)
 
 
+class Marked(Tensor):
+    """A tensor of a class of its own, as a DTensor is."""
+
+
+def test_tensors_of_other_classes_are_left_to_transformers() -> None:
+    model = model_of("Llama")
+    norm, mlp = model.model.norm, model.model.layers[0].mlp
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    want = norm(x), mlp(x)
+    blocks.swap_blocks(model, "auto", True)
+    for module, expected in zip((norm, mlp), want, strict=True):
+        got = module(x.as_subclass(Marked))
+        assert type(got) is Marked
+        assert torch.equal(got.as_subclass(Tensor), expected)
+
+
 def test_compiled_whole_and_left_to_the_compiler() -> None:
     model = model_of("Llama")
     norm, mlp = model.model.norm, model.model.layers[0].mlp
