@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from deltaops.backends import AdapterBackend, Backend, BottleneckCall
 from deltaops.dispatch import select
-from deltaops.errors import GradientError
 
 from .paths import shaped
+from .registered import register
 
 
 def call_of(
@@ -180,24 +180,6 @@ class BottleneckFunction(torch.autograd.Function):
 
 # --------------------------------------------------------------------------------- registered op
 
-_library = torch.library.Library("deltaops", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _define(schema: str) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-
-
-_define(
-    "bottleneck(Tensor x, Tensor? residual, Tensor? gamma, Tensor? beta, Tensor down, "
-    "Tensor? down_bias, Tensor up, Tensor? up_bias, float scaling, float eps, str activation, "
-    "str norm, bool residual_is_x, str backend) -> (Tensor y, Tensor h, Tensor stats)"
-)
-_define(
-    "bottleneck_backward(Tensor grad_y, Tensor? x, Tensor h, Tensor stats, Tensor? gamma, "
-    "Tensor? beta, Tensor down, Tensor up, float scaling, str activation, str norm, "
-    "bool residual_is_x, bool[] needs, str backend) -> Tensor[]"
-)
-
 
 def _op_forward(
     x: Tensor,
@@ -332,18 +314,18 @@ def _op_autograd(
     return (grads[0], grad_y if wants[1] else None, *grads[1:], *[None] * 6)
 
 
-def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:
-    raise GradientError(
-        "bottleneck: gradients are of first order only; a second backward pass went through "
-        "them. Compute it with torch's own functions in eager mode instead."
-    )
-
-
-for _name, _kernel in (("bottleneck", _op_forward), ("bottleneck_backward", _op_backward)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("deltaops::bottleneck", _fake_forward, lib=_library)
-torch.library.register_fake("deltaops::bottleneck_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "deltaops::bottleneck", _op_autograd, setup_context=_setup_context, lib=_library
+register(
+    "bottleneck(Tensor x, Tensor? residual, Tensor? gamma, Tensor? beta, Tensor down, "
+    "Tensor? down_bias, Tensor up, Tensor? up_bias, float scaling, float eps, str activation, "
+    "str norm, bool residual_is_x, str backend) -> (Tensor y, Tensor h, Tensor stats)",
+    "bottleneck_backward(Tensor grad_y, Tensor? x, Tensor h, Tensor stats, Tensor? gamma, "
+    "Tensor? beta, Tensor down, Tensor up, float scaling, str activation, str norm, "
+    "bool residual_is_x, bool[] needs, str backend) -> Tensor[]",
+    forward=_op_forward,
+    backward=_op_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    autograd=_op_autograd,
+    instead="Compute it with torch's own functions in eager mode instead.",
 )
-torch.library.register_autograd("deltaops::bottleneck_backward", _no_second_order, lib=_library)

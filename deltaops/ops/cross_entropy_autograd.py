@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from deltaops.backends import Backend, CrossEntropyBackend, CrossEntropyCall
 from deltaops.dispatch import select
-from deltaops.errors import GradientError
 from deltaops.reference.cross_entropy import work_dtype
+
+from .registered import register
 
 
 def run_forward(
@@ -48,22 +49,6 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------- registered op
-
-_library = torch.library.Library("deltaops", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _define(schema: str) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-
-
-_define(
-    "cross_entropy(Tensor logits, Tensor target, int ignore_index, bool mean, str backend) "
-    "-> (Tensor loss, Tensor state)"
-)
-_define(
-    "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor state, "
-    "int ignore_index, bool mean, str backend) -> Tensor"
-)
 
 
 def _op_forward(
@@ -117,18 +102,16 @@ def _op_autograd(ctx: Any, grad_loss: Tensor, _grad_state: Tensor | None) -> tup
     return grad, None, None, None, None
 
 
-def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:
-    raise GradientError(
-        "cross_entropy: gradients are of first order only; a second backward pass went through "
-        "them. Compute it with torch.nn.functional.cross_entropy instead."
-    )
-
-
-for _name, _kernel in (("cross_entropy", _op_forward), ("cross_entropy_backward", _op_backward)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("deltaops::cross_entropy", _fake_forward, lib=_library)
-torch.library.register_fake("deltaops::cross_entropy_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "deltaops::cross_entropy", _op_autograd, setup_context=_setup_context, lib=_library
+register(
+    "cross_entropy(Tensor logits, Tensor target, int ignore_index, bool mean, str backend) "
+    "-> (Tensor loss, Tensor state)",
+    "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor state, "
+    "int ignore_index, bool mean, str backend) -> Tensor",
+    forward=_op_forward,
+    backward=_op_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    autograd=_op_autograd,
+    instead="Compute it with torch.nn.functional.cross_entropy instead.",
 )
-torch.library.register_autograd("deltaops::cross_entropy_backward", _no_second_order, lib=_library)

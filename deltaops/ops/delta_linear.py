@@ -175,7 +175,7 @@ def _run(
         or any([t is not None and t.requires_grad for t in operands])
     ):
         y = DeltaLinearFunction.apply(x, weight, bias, seed, plan, *operands)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
-        return y  # type: ignore[no-any-return]
+        return y  # type: ignore[no-any-return]  # Function.apply again
     return run_forward(x, weight, bias, operands, seed, plan, False)[0]
 
 

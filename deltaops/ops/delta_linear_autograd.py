@@ -19,6 +19,7 @@ from deltaops.errors import GradientError
 
 from .paths import shaped
 from .plans import make_plan
+from .registered import register
 
 
 def run_forward(
@@ -100,25 +101,6 @@ _once_differentiable = once_differentiable(_gradients)
 
 
 # --------------------------------------------------------------------------------- registered op
-
-_library = torch.library.Library("deltaops", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _define(schema: str) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-
-
-# No defaults: the dispatcher drops trailing ones, and needs_input_grad gets shorter.
-_define(
-    "delta_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, "
-    "Tensor[] branch_bias, bool[] biased, float[] scaling, float[] dropout, str[] activation, "
-    "Tensor? seed, str backend) -> (Tensor y, Tensor s)",
-)
-_define(
-    "delta_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor[] a, Tensor[] b, "
-    "Tensor s, float[] scaling, float[] dropout, str[] activation, Tensor? seed, bool[] needs, "
-    "str backend) -> Tensor[]",
-)
 
 
 def _op_forward(
@@ -260,18 +242,18 @@ def _op_autograd(ctx: Any, grad_y: Tensor, _grad_s: Tensor | None) -> tuple[Any,
     return (grads[0], None, grads[1], grad_a, grad_b, grad_present, *settings, None, None)
 
 
-def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:
-    raise GradientError(
-        "delta_linear: gradients are of first order only; a second backward pass went through "
-        "them. Compute it with backend='reference' in eager torch functions instead."
-    )
-
-
-for _name, _kernel in (("delta_linear", _op_forward), ("delta_linear_backward", _op_backward)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("deltaops::delta_linear", _fake_forward, lib=_library)
-torch.library.register_fake("deltaops::delta_linear_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "deltaops::delta_linear", _op_autograd, setup_context=_setup_context, lib=_library
+register(
+    "delta_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, "
+    "Tensor[] branch_bias, bool[] biased, float[] scaling, float[] dropout, str[] activation, "
+    "Tensor? seed, str backend) -> (Tensor y, Tensor s)",
+    "delta_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor[] a, Tensor[] b, "
+    "Tensor s, float[] scaling, float[] dropout, str[] activation, Tensor? seed, bool[] needs, "
+    "str backend) -> Tensor[]",
+    forward=_op_forward,
+    backward=_op_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    autograd=_op_autograd,
+    instead="Compute it with backend='reference' in eager torch functions instead.",
 )
-torch.library.register_autograd("deltaops::delta_linear_backward", _no_second_order, lib=_library)

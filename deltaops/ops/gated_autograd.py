@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from deltaops.backends import Backend, GatedBackend, GatedCall
 from deltaops.dispatch import select
-from deltaops.errors import GradientError
 
 from .paths import shaped
+from .registered import register
 
 
 def call_of(gate: Tensor, activation: str) -> GatedCall:
@@ -76,19 +76,6 @@ class GatedFunction(torch.autograd.Function):
 
 # --------------------------------------------------------------------------------- registered op
 
-_library = torch.library.Library("deltaops", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _define(schema: str) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-
-
-_define("gated(Tensor gate, Tensor up, str activation, str backend) -> Tensor")
-_define(
-    "gated_backward(Tensor grad_y, Tensor gate, Tensor? up, str activation, bool[] needs, "
-    "str backend) -> Tensor[]"
-)
-
 
 def _op_forward(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
     return run_forward(gate, up, activation, select(call_of(gate, activation), backend))
@@ -135,18 +122,15 @@ def _op_autograd(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     return (*(next(found) if need else None for need in needs), None, None)
 
 
-def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:
-    raise GradientError(
-        "gated: gradients are of first order only; a second backward pass went through them. "
-        "Compute it as torch.nn.functional.silu(gate) * up instead."
-    )
-
-
-for _name, _kernel in (("gated", _op_forward), ("gated_backward", _op_backward)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("deltaops::gated", _fake_forward, lib=_library)
-torch.library.register_fake("deltaops::gated_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "deltaops::gated", _op_autograd, setup_context=_setup_context, lib=_library
+register(
+    "gated(Tensor gate, Tensor up, str activation, str backend) -> Tensor",
+    "gated_backward(Tensor grad_y, Tensor gate, Tensor? up, str activation, bool[] needs, "
+    "str backend) -> Tensor[]",
+    forward=_op_forward,
+    backward=_op_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    autograd=_op_autograd,
+    instead="Compute it as torch.nn.functional.silu(gate) * up instead.",
 )
-torch.library.register_autograd("deltaops::gated_backward", _no_second_order, lib=_library)

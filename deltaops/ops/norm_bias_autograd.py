@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from deltaops.backends import AdapterBackend, Backend, NormBiasCall
 from deltaops.dispatch import select
-from deltaops.errors import GradientError
 
 from .paths import shaped
+from .registered import register
 
 
 def call_of(x: Tensor, gamma: Tensor | None, bias: Tensor | None, norm: str) -> NormBiasCall:
@@ -102,22 +102,6 @@ class NormBiasFunction(torch.autograd.Function):
 
 # --------------------------------------------------------------------------------- registered op
 
-_library = torch.library.Library("deltaops", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _define(schema: str) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-
-
-_define(
-    "norm_bias(Tensor x, Tensor? gamma, Tensor? bias, float eps, str norm, str backend) "
-    "-> (Tensor y, Tensor stats)"
-)
-_define(
-    "norm_bias_backward(Tensor grad_y, Tensor? x, Tensor stats, Tensor? gamma, ScalarType dtype, "
-    "str norm, bool[] needs, str backend) -> Tensor[]"
-)
-
 
 def _op_forward(
     x: Tensor, gamma: Tensor | None, bias: Tensor | None, eps: float, norm: str, backend: str
@@ -187,18 +171,16 @@ def _op_autograd(ctx: Any, grad_y: Tensor, _grad_stats: Tensor | None) -> tuple[
     return (*(next(found) if need else None for need in needs), None, None, None)
 
 
-def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:
-    raise GradientError(
-        "norm_bias: gradients are of first order only; a second backward pass went through "
-        "them. Compute it with torch.nn.functional.layer_norm instead."
-    )
-
-
-for _name, _kernel in (("norm_bias", _op_forward), ("norm_bias_backward", _op_backward)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("deltaops::norm_bias", _fake_forward, lib=_library)
-torch.library.register_fake("deltaops::norm_bias_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "deltaops::norm_bias", _op_autograd, setup_context=_setup_context, lib=_library
+register(
+    "norm_bias(Tensor x, Tensor? gamma, Tensor? bias, float eps, str norm, str backend) "
+    "-> (Tensor y, Tensor stats)",
+    "norm_bias_backward(Tensor grad_y, Tensor? x, Tensor stats, Tensor? gamma, ScalarType dtype, "
+    "str norm, bool[] needs, str backend) -> Tensor[]",
+    forward=_op_forward,
+    backward=_op_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    autograd=_op_autograd,
+    instead="Compute it with torch.nn.functional.layer_norm instead.",
 )
-torch.library.register_autograd("deltaops::norm_bias_backward", _no_second_order, lib=_library)

@@ -17,6 +17,8 @@ from deltaops.dispatch import select
 from deltaops.errors import GradientError
 from deltaops.reference import rotary as reference
 
+from .registered import register
+
 
 def call_of(x: Tensor, cos: Tensor) -> RotaryCall:
     """The call of these tensors; x ``[B, H, L, D]``."""
@@ -66,19 +68,6 @@ class RotaryFunction(torch.autograd.Function):
 
 # --------------------------------------------------------------------------------- registered op
 
-_library = torch.library.Library("deltaops", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _define(schema: str) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-
-
-_define("rotary(Tensor x, Tensor cos, Tensor sin, str backend) -> Tensor")
-_define(
-    "rotary_backward(Tensor grad_y, Tensor cos, Tensor sin, bool tokens_first, str backend) "
-    "-> Tensor"
-)
-
 
 def _op_forward(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
     return run_forward(x, cos, sin, select(call_of(x, cos), backend))
@@ -116,18 +105,15 @@ def _op_autograd(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     return torch.ops.deltaops.rotary_backward(grad_y, *tables, *settings), None, None, None
 
 
-def _no_second_order(ctx: Any, *_grads: Any) -> tuple[Any, ...]:
-    raise GradientError(
-        "rotary: gradients are of first order only; a second backward pass went through them. "
-        "Compute it as x * cos + rotate_half(x) * sin in torch instead."
-    )
-
-
-for _name, _kernel in (("rotary", _op_forward), ("rotary_backward", _op_backward)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("deltaops::rotary", _fake_forward, lib=_library)
-torch.library.register_fake("deltaops::rotary_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "deltaops::rotary", _op_autograd, setup_context=_setup_context, lib=_library
+register(
+    "rotary(Tensor x, Tensor cos, Tensor sin, str backend) -> Tensor",
+    "rotary_backward(Tensor grad_y, Tensor cos, Tensor sin, bool tokens_first, str backend) "
+    "-> Tensor",
+    forward=_op_forward,
+    backward=_op_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    autograd=_op_autograd,
+    instead="Compute it as x * cos + rotate_half(x) * sin in torch instead.",
 )
-torch.library.register_autograd("deltaops::rotary_backward", _no_second_order, lib=_library)
