@@ -16,6 +16,7 @@ from deltaops.measure.cases import DTYPES, OPS, QUICK_SHAPES, LayerCase
 from deltaops.measure.cell import EAGER, FROZEN, OURS, OWN_FROZEN, PEFT, PEFT_NARROW, PREPACKED
 from deltaops.measure.gate import hold_layer
 
+# an extra: whoever tests without timing need not have it
 pytest.importorskip("pytest_benchmark", reason="pip install '.[bench]'")
 
 PEERS = {
@@ -48,7 +49,7 @@ def test_forward_and_backward(setting: Case, peer: str, benchmark: Any) -> None:
     op, shape, dtype, dropout = setting
     case = LayerCase.of(op, shape, dtype)
     runs, absent = layers.peers(case, dropout)
-    if peer not in runs:
+    if peer not in runs:  # such as bf16 adapters in float32, or oneDNN without BF16 instructions
         pytest.skip(absent.get(peer, f"{peer} has no {dtype} form of its own"))
     run: Callable[[], object] = runs[peer]
     if peer not in (FROZEN, OWN_FROZEN):

@@ -81,7 +81,7 @@ class _Entry:
             self.version, self.fingerprint = version, fingerprint
 
     def expired(self) -> bool:
-        return bool(self.storage.expired())  # type: ignore[no-untyped-call]
+        return bool(self.storage.expired())  # type: ignore[no-untyped-call]  # torch's own has no types
 
 
 class Packing:
@@ -192,7 +192,7 @@ class Packing:
 
     def _policy(self, pointer: int) -> Policy:
         found = self._policies.get(pointer)
-        if found is None or found[0].expired():  # type: ignore[no-untyped-call]
+        if found is None or found[0].expired():  # type: ignore[no-untyped-call]  # torch's own has no types
             return "auto"
         return found[1]
 
@@ -243,7 +243,7 @@ class Packing:
             for layout in expired:
                 del self._entries[layout]
         for pointer, (reference, _) in list(self._policies.items()):
-            if reference.expired():  # type: ignore[no-untyped-call]
+            if reference.expired():  # type: ignore[no-untyped-call]  # torch's own has no types
                 del self._policies[pointer]
 
 
@@ -256,7 +256,7 @@ def _version(weight: Tensor) -> int:
 
 
 def _reference(weight: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    return StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]  # torch's own has no types
 
 
 def check_policy(policy: str) -> None:

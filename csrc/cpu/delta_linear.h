@@ -14,7 +14,6 @@
 #define DELTAOPS_CPU_DELTA_LINEAR_H
 
 #include "core.h"
-#include "cross_entropy.h"  // for the table at the end
 #include "outer.h"
 #include "peak.h"
 #include "product.h"

@@ -6,9 +6,9 @@
  * of a tile do not fall on the same cache sets
  *
  * A unit is a float (one k) or a Pair of bf16 (two k: the low half is the even k). bf16 is
- * widened on the way where the unit is float. The frozen weight is packed on the fly, panel by
- * panel, from either layout; nothing is kept, so it costs no memory: one read of the panel per row
- * block, against block_rows multiply-adds for each element.
+ * widened on the way where the unit is float. A frozen weight is packed once where its owner keeps
+ * the panels; else on the fly, panel by panel, from either layout, which costs no memory: one read
+ * of the panel per row block, against block_rows multiply-adds for each element.
  */
 #ifndef DELTAOPS_CPU_PACK_H
 #define DELTAOPS_CPU_PACK_H

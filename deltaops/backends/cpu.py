@@ -86,7 +86,6 @@ class CpuDeltaLinear:
         self._shape = n, k = tuple(weight.shape)
         self._strides = row_stride, col_stride = weight.stride()
         self._packable = n * k >= SMALLEST
-        given = [*a, *b, *branch_bias]
         ranks = [t.shape[0] for t in a]
         self._ranks = sum(ranks)
         # as the core takes them: nearly always as they are, and then no call looks again

@@ -7,5 +7,5 @@ def quiet_transformers() -> None:
     """Leave transformers its errors, and nothing else."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' has no types
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers' has no types

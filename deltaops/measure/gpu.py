@@ -158,7 +158,7 @@ def steady(
 def cuda_clock(call: Call) -> float:
     """Seconds of ``call`` on the GPU, from one event to the next."""
     begin, end = (
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own has no types
         for _ in range(2)
     )
     begin.record()
@@ -170,7 +170,7 @@ def cuda_clock(call: Call) -> float:
 
 def captured(call: Call) -> Call:
     """``call`` as a CUDA graph, so that no launch is waited for. Raises: RuntimeError."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own has no types
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):

@@ -164,7 +164,7 @@ def _delta_peers(
 
 
 def _addmm(t: Tensors, dropout: float, packed: Prepacked) -> Tensor:
-    y: Tensor = PrepackedLora.apply(t["x"], t["a"], t["b"], SCALING, dropout, packed)  # type: ignore[no-untyped-call]
+    y: Tensor = PrepackedLora.apply(t["x"], t["a"], t["b"], SCALING, dropout, packed)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
     return y
 
 

@@ -76,7 +76,7 @@ def measure_steps(
             if name in models:
                 hold_step(name, _answer(models[name], batch), oracle, baseline)
     saved = {
-        name: saved_bytes(lambda m=model: _loss(m, batch), _held(model, batch))  # type: ignore[misc]
+        name: saved_bytes(lambda m=model: _loss(m, batch), _held(model, batch))  # type: ignore[misc]  # a default in a lambda
         for name, model in models.items()
     }
     if compiled:
@@ -183,7 +183,7 @@ def _leaf(model: nn.Module, batch: Batch) -> Batch:
     """The batch of a model with nothing to train: its input gets the gradient instead."""
     if "pixel_values" in batch:
         return {**batch, "pixel_values": batch["pixel_values"].detach().requires_grad_()}
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # transformers' models have it
     inputs = embeddings(batch["input_ids"]).detach().requires_grad_()
     return {"inputs_embeds": inputs, "labels": batch["labels"]}
 
@@ -240,7 +240,7 @@ def _expected(probe: Workload, model: nn.Module, dtype: torch.dtype) -> float:
     took = 0.0
     for _ in range(2):  # the first call builds what is kept
         began = time.perf_counter()
-        _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        _loss(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own has no types
         took = time.perf_counter() - began
     model.zero_grad(set_to_none=True)
     return took / probe.tokens
@@ -252,7 +252,7 @@ def _held(model: nn.Module, batch: Batch) -> Iterable[Tensor]:
 
 def _compiled(model: nn.Module) -> nn.Module:
     compiled: Any = torch.compile(model, dynamic=False)
-    return compiled  # type: ignore[no-any-return]
+    return compiled  # type: ignore[no-any-return]  # a module, as it was before
 
 
 def _stepper(model: nn.Module, batch: Batch) -> Callable[[], None]:
@@ -260,13 +260,13 @@ def _stepper(model: nn.Module, batch: Batch) -> Callable[[], None]:
     if not parameters:  # the frozen base: what its activations cost, with nothing to train
 
         def frozen_step() -> None:
-            _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            _loss(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own has no types
 
         return frozen_step
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def step() -> None:
-        _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        _loss(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own has no types
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     def call(self, tokens: int) -> Call:
         """What the op is asked for ``tokens`` rows in the dtype of the weights; for the report."""
-        raise NotImplementedError
+        raise NotImplementedError  # a mixin of mixins: each block asks for its own op
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the class of before; the subclass is made where it is wanted."""

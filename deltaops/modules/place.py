@@ -91,11 +91,11 @@ class LoraPlace(LinearPlace):
             return []
         modules, training = self._modules, self.training
         # nn.ModuleDict's own lookup costs more than the rest of this function
-        a, b = modules["lora_A"]._modules, modules["lora_B"]._modules  # type: ignore[union-attr]
+        a, b = modules["lora_A"]._modules, modules["lora_B"]._modules  # type: ignore[union-attr]  # add_lora made them
         return [
             Branch(
-                a[name]._parameters["weight"],  # type: ignore[union-attr, arg-type]
-                b[name]._parameters["weight"],  # type: ignore[union-attr, arg-type]
+                a[name]._parameters["weight"],  # type: ignore[union-attr, arg-type]  # a Factor's, not None
+                b[name]._parameters["weight"],  # type: ignore[union-attr, arg-type]  # a Factor's, not None
                 settings.scaling,
                 settings.dropout if training else 0.0,
             )

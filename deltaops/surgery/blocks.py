@@ -117,7 +117,7 @@ def _known() -> dict[_Program | None, type[Block]]:
         if torch.allclose(norm(x), norm_bias(x, norm.weight, None, 0.1, "rms")[0], atol=1e-6):
             found[_program(llama.LlamaRMSNorm.forward)] = RmsNormBlock
         config = LlamaConfig(hidden_size=6, intermediate_size=6, num_attention_heads=1)
-        mlp = llama.LlamaMLP(config).float()  # type: ignore[no-untyped-call]
+        mlp = llama.LlamaMLP(config).float()  # type: ignore[no-untyped-call]  # transformers' has no types
         product = gated(mlp.gate_proj(x), mlp.up_proj(x), "silu")
         if torch.allclose(mlp(x), mlp.down_proj(product), atol=1e-6):
             found[_program(llama.LlamaMLP.forward)] = GatedMlpBlock

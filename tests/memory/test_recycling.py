@@ -69,7 +69,7 @@ def test_idle_blocks_stay_below_the_limit_and_go_back_on_demand() -> None:
     while tensors:
         del tensors[0]  # the oldest two have to make room
     assert memory.idle() == 3 * BLOCK
-    assert [large().data_ptr() for _ in range(1)] == kept[-1:]
+    assert large().data_ptr() == kept[-1]
     CORE.recycle_limit(BLOCK)
     assert memory.idle() == BLOCK
     memory.release()
