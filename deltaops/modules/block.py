@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltaops.backends import Call, GatedCall, NormBiasCall
 from deltaops.dispatch import LAST_RESORT, select
 from deltaops.ops import gated, norm_bias
+from deltaops.ops.paths import PLAIN
 
 _ACTIVATIONS = {
     (nn.ReLU.__module__, "ReLU"): "relu",
@@ -134,8 +135,8 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether all are torch's own tensors: a subclass (DTensor, …) may know more than our ops."""
-    return all([type(t) in (Tensor, nn.Parameter) for t in tensors])
+    """Whether all are torch's own tensors."""
+    return all([type(t) in PLAIN for t in tensors])
 
 
 def takes(call: Call, backend: str, strict: bool) -> bool:

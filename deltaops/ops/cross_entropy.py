@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from deltaops.backends import CrossEntropyCall
-from deltaops.dispatch import LAST_RESORT, select
-from deltaops.errors import ConfigError, DeviceError, DtypeError, NoBackendError, ShapeError
+from deltaops.dispatch import select
+from deltaops.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from deltaops.reference import cross_entropy as reference
 
 from .cross_entropy_autograd import CrossEntropyFunction, run_forward
-
-_PLAIN = (Tensor, Parameter)
+from .paths import needs_grad, takes_bypass, transformed
 
 
 def cross_entropy(
@@ -52,12 +50,11 @@ def cross_entropy(
     """
     _check(logits, target, reduction)
     mean = reduction == "mean"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _check_transformed(backend, strict)
+    if transformed("cross_entropy", backend, strict):
         return reference.forward(logits, target, ignore_index, mean)[0]
-    if _takes_bypass(logits, target):
+    if takes_bypass(logits, target):
         runner = select(CrossEntropyCall.of(logits), backend, strict)
-        if torch.is_grad_enabled() and logits.requires_grad:
+        if needs_grad(logits):
             loss: Tensor = CrossEntropyFunction.apply(logits, target, ignore_index, mean, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return loss
         return run_forward(logits, target, ignore_index, mean, runner)[0]
@@ -65,27 +62,6 @@ def cross_entropy(
         backend = select(CrossEntropyCall.of(logits), backend, strict).name
     out, _ = torch.ops.deltaops.cross_entropy(logits, target, ignore_index, mean, backend)
     return out  # type: ignore[no-any-return]  # torch.ops has no types
-
-
-def _takes_bypass(logits: Tensor, target: Tensor) -> bool:
-    """Whether the shortcut past the dispatcher gives the same: eager, and nobody is watching."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(logits) in _PLAIN
-        and type(target) in _PLAIN
-        and not logits.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-    )
-
-
-def _check_transformed(backend: str, strict: bool) -> None:
-    """Under torch.func (vmap, grad, jvp): the reference, which every transform understands."""
-    if strict or backend not in ("auto", LAST_RESORT):
-        raise NoBackendError(
-            "cross_entropy: under torch.func transforms only the reference runs, and "
-            f"backend={backend!r}, strict={strict} was asked for. "
-            "Pass backend='auto' and strict=False, or leave the transform."
-        )
 
 
 def _check(logits: Tensor, target: Tensor, reduction: str) -> None:

@@ -11,14 +11,15 @@ from torch.nn import Parameter
 from deltaops.dispatch import LAST_RESORT
 from deltaops.errors import DeviceError, NoBackendError
 
-_PLAIN = (Tensor, Parameter)
+PLAIN = (Tensor, Parameter)
+"""Torch's own: a subclass (DTensor, a fake) may know more than our ops."""
 
 
 def takes_bypass(*tensors: Tensor | None) -> bool:
     """Whether the shortcut past the dispatcher gives the same: eager, and nobody is watching."""
     return (
         not torch.compiler.is_compiling()
-        and all([t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors])
+        and all([t is None or (type(t) in PLAIN and not t.is_meta) for t in tensors])
         and not torch._C._len_torch_dispatch_stack()
     )
 

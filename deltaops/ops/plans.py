@@ -11,14 +11,14 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from deltaops.backends import Backend, DeltaLinearPlan
+
+from .paths import PLAIN
 
 Signature = tuple[Hashable, ...]
 
 _MOST = 4096
-_PLAIN = (Tensor, Parameter)
 
 
 class PlainPlan:
@@ -91,7 +91,7 @@ def look(
     strict: bool,
 ) -> tuple[Signature, list[Tensor | None]] | None:
     """The signature and the branches' tensors, a… b… bias…; None where one is of another class."""
-    if type(x) not in _PLAIN or type(weight) not in _PLAIN:
+    if type(x) not in PLAIN or type(weight) not in PLAIN:
         return None
     # Written out, with is_cpu for the device: half the time of loops over tuples.
     parts: list[Hashable] = [backend, strict]
@@ -99,20 +99,20 @@ def look(
     parts += weight.dtype, weight.shape, weight.stride(), weight.is_cpu or weight.device
     if bias is None:
         parts.append(None)
-    elif type(bias) in _PLAIN:
+    elif type(bias) in PLAIN:
         parts += bias.dtype, bias.shape, bias.stride(), bias.is_cpu or bias.device
     else:
         return None
     downs, ups, inners = [], [], []
     for a, b, scaling, dropout, activation, inner in branches:
-        if type(a) not in _PLAIN or type(b) not in _PLAIN:
+        if type(a) not in PLAIN or type(b) not in PLAIN:
             return None
         parts += float(scaling), float(dropout), activation
         parts += a.dtype, a.shape, a.stride(), a.is_cpu or a.device
         parts += b.dtype, b.shape, b.stride(), b.is_cpu or b.device
         if inner is None:
             parts.append(None)
-        elif type(inner) in _PLAIN:
+        elif type(inner) in PLAIN:
             parts += inner.dtype, inner.shape, inner.stride(), inner.is_cpu or inner.device
         else:
             return None
