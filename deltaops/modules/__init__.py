@@ -19,8 +19,10 @@ from .place import (
 )
 from .rotary_block import NAME as ROTARY
 from .rotary_block import RotaryBlock
+from .sharing import APART, sharing
 
 __all__ = [
+    "APART",
     "ROTARY",
     "UNFROZEN",
     "Block",
@@ -40,6 +42,7 @@ __all__ = [
     "is_conv1d",
     "lora_class",
     "plain_linear",
+    "sharing",
     "start_values",
     "unbecome",
 ]

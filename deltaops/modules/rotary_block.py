@@ -18,9 +18,28 @@ from deltaops.backends import RotaryCall
 from deltaops.ops import rotary
 
 from .block import Block, plain, subclass, takes
+from .sharing import sharing
 
 NAME = "apply_rotary_pos_emb"
 """``(q, k, cos, sin, unsqueeze_dim=1)`` → both turned."""
+
+
+PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+"""What attention modules call the layers that read the same tokens."""
+
+
+def projections(module: nn.Module) -> list[Any]:
+    """Those layers of an attention; empty where they are not found."""
+    modules = module._modules
+    for names in PROJECTIONS:
+        if all([name in modules for name in names]):
+            return [modules[name] for name in names]
+    return []
 
 
 class RotaryBlock(Block):
@@ -52,7 +71,8 @@ class RotaryBlock(Block):
         """What the module's own ``forward`` takes and gives."""
         if torch.compiler.is_compiling():  # the compiler looks globals up by the name of the file
             return super().forward(*args, **kwargs)
-        return self.turned(*args, **kwargs)
+        with sharing(self, projections(self)):
+            return self.turned(*args, **kwargs)
 
 
 def rotate(

@@ -19,6 +19,7 @@ from torch import nn
 
 from deltaops.dispatch import LAST_RESORT, explain_call
 from deltaops.modules import (
+    APART,
     ROTARY,
     Block,
     GatedMlpBlock,
@@ -51,7 +52,7 @@ def restore_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.__class__ = module.base_class  # type: ignore[assignment]  # its class of before
-            for name in ("backend", "strict"):
+            for name in ("backend", "strict", APART):
                 module.__dict__.pop(name, None)
 
 
