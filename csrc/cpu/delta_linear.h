@@ -187,7 +187,7 @@ void lay_out_backward(const BackwardArgs &args, Backward *b, Arena *arena) {
   b->bits = arena->take<uint8_t>(masked * b->bits_each);
   b->ds = arena->take<float>(b->need_ds ? b->p.M * b->p.ranks : 0);
   b->up = arena->take<float>(b->again ? b->p.M * b->p.ranks : 0);
-  b->outer_each = (kOuterRows + b->p.ranks) * kTileColumns + 64;
+  b->outer_each = (kOuterRows + kOuterPanels * b->p.ranks) * kTileColumns + 64;
   b->outer = arena->take<float>(args.num_threads * b->outer_each);
   if (b->need_ds) lay_out<T>(b->p, &b->cut, arena);
   set_terms(args.branches, branches, false, terms, segments, &b->p);
@@ -269,15 +269,14 @@ void backward_thread(const BackwardArgs &args, const Backward &b, int self, int 
   if (b.need_ds || b.again) barrier();
   float *scratch = b.outer + self * b.outer_each;
   const Range panels = share(b.a_panels + b.b_panels, self, threads);
-  for (int64_t index = panels.begin; index < panels.end; ++index) {
-    if (index < b.a_panels)
-      outer_products(static_cast<const T *>(args.x.data), args.x.row_stride, p.M, p.N, index,
-                     b.a_outers, b.num_a, nullptr, false, scratch);
-    else
-      outer_products(static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, p.M, p.K,
-                     index - b.a_panels, b.b_outers, b.num_b, args.grad_bias.data,
-                     args.grad_bias.dtype == DELTAOPS_BF16, scratch);
-  }
+  const int64_t a_panels = b.a_panels;
+  outer_products(static_cast<const T *>(args.x.data), args.x.row_stride, p.M, p.N,
+                 {panels.begin, least(panels.end, a_panels)}, b.a_outers, b.num_a, nullptr, false,
+                 scratch);
+  outer_products(static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, p.M, p.K,
+                 {panels.begin < a_panels ? 0 : panels.begin - a_panels, panels.end - a_panels},
+                 b.b_outers, b.num_b, args.grad_bias.data, args.grad_bias.dtype == DELTAOPS_BF16,
+                 scratch);
   if (b.any_bias) branch_bias_grads(args, b, self, threads);
 }
 
