@@ -244,7 +244,8 @@ void lay_out_backward(int threads, Backward *b, Arena *arena) {
       }
   }
   b->a_outers = arena->take<Outer>(branches);
-  b->outer_each = (kOuterRows + (b->a_panels ? ranks_of_x : most_ranks)) * kTileColumns + 64;
+  b->outer_each =
+      (kOuterRows + kOuterPanels * (b->a_panels ? ranks_of_x : most_ranks)) * kTileColumns + 64;
   b->outer = arena->take<float>(threads * b->outer_each);
   if (b->num_products > 0) lay_out<T>(b->products(), arena);
 }
@@ -320,22 +321,24 @@ inline void prepare(const Product &p, const Layer &layer, int self, int threads)
                 ceil_div(p.N, 8), p.seed, p.terms[t].stream, p.terms[t].threshold);
 }
 
-/* The outer products of panel `index`: of x first, then of each dy in turn. */
+/* Some of the panels for outer products: those of x come first, then each dy's. */
 template <class T>
-void outer_panels(const Backward &b, int64_t index, float *scratch) {
+void outer_panels(const Backward &b, Range panels, float *scratch) {
   const int64_t M = b.parts[0].p.M;
-  if (index < b.a_panels) {
-    outer_products(static_cast<const T *>(b.x->data), b.x->row_stride, M, b.x->cols, index,
-                   b.a_outers, b.num_a, nullptr, false, scratch);
-    return;
+  if (b.a_panels > 0)
+    outer_products(static_cast<const T *>(b.x->data), b.x->row_stride, M, b.x->cols,
+                   {panels.begin, least(panels.end, b.a_panels)}, b.a_outers, b.num_a, nullptr,
+                   false, scratch);
+  int64_t before = b.a_panels;
+  for (int64_t i = 0; i < b.count; before += b.layers[i++].b_panels) {
+    const Layer &layer = b.layers[i];
+    const BackwardArgs &args = *b.of[i];
+    outer_products(static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, M,
+                   args.grad_y.cols,
+                   {most(panels.begin - before, 0), least(panels.end - before, layer.b_panels)},
+                   layer.b_outers, layer.num_b, args.grad_bias.data,
+                   args.grad_bias.dtype == DELTAOPS_BF16, scratch);
   }
-  index -= b.a_panels;
-  int64_t l = 0;
-  while (index >= b.layers[l].b_panels) index -= b.layers[l++].b_panels;
-  const BackwardArgs &args = *b.of[l];
-  outer_products(static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, M,
-                 args.grad_y.cols, index, b.layers[l].b_outers, b.layers[l].num_b,
-                 args.grad_bias.data, args.grad_bias.dtype == DELTAOPS_BF16, scratch);
 }
 
 template <class T>
@@ -353,10 +356,7 @@ void backward_thread(Backward &b, int self, int threads) {
     run_product<T>(b.products(), self);
   }
   if (b.num_products > 0 || again) barrier();
-  float *scratch = b.outer + self * b.outer_each;
-  const Range panels = share(all_panels, self, threads);
-  for (int64_t index = panels.begin; index < panels.end; ++index)
-    outer_panels<T>(b, index, scratch);
+  outer_panels<T>(b, share(all_panels, self, threads), b.outer + self * b.outer_each);
   for (int64_t i = 0; i < b.count; ++i)
     if (b.layers[i].any_bias) branch_bias_grads(*b.of[i], b.parts[i].p, b.layers[i], self, threads);
 }

@@ -4,10 +4,12 @@
  *     da_i = sum_m dH_i  [R_i]
  *
  * Work is cut by columns of x or dy, never by rows: each thread owns its columns for all M, so no
- * partial sums meet and the result does not depend on the team. A panel of kTileColumns columns
- * and a block of rows is copied (widened, masked) into L1, and the column sums for db are taken on
- * the way; then the micro-kernel runs with S as the broadcast side (its ranks are neighbours in
- * memory) and the panel as the vector side. dy is read once for dB of every branch and db.
+ * partial sums meet and the result does not depend on the team. A thread goes down its columns
+ * kOuterColumns at a time, in blocks of rows. Of each block a panel of kTileColumns columns is
+ * copied (widened, masked) into L1, by the first tile that reads it, or before where a mask or a
+ * column sum is taken on the way; the micro-kernel runs with S as the broadcast side (its ranks are
+ * neighbours in memory) and the panel as the vector side. While it runs, the lines of the next
+ * block are asked for. dy is read once for dB of every branch and db.
  */
 #ifndef DELTAOPS_CPU_OUTER_H
 #define DELTAOPS_CPU_OUTER_H
@@ -18,7 +20,9 @@ namespace deltaops {
 namespace DELTAOPS_ISA {
 namespace {
 
-constexpr int64_t kOuterRows = 256;
+constexpr int64_t kOuterRows = 128, kOuterColumns = 64;
+static_assert(kOuterRows <= kChain && kOuterColumns % kTileColumns == 0, "whole panels");
+constexpr int64_t kOuterPanels = kOuterColumns / kTileColumns;
 
 /* One gradient of an outer product: `rank` columns of g [M, ...], to [rank, columns] or its
  * transpose. */
@@ -46,32 +50,95 @@ void column_sums(const float *g, int64_t g_row, int64_t M, int64_t count, double
   }
 }
 
-/* acc[q][:] += sum over rows of g[row][q] * panel[row][:]. */
-template <int MR>
-__attribute__((noinline)) void outer_tile(const float *g, ptrdiff_t g_row, const float *panel,
-                                          int64_t rows, float *sum) {
+/* Asks for the lines of some rows, row by row and a line at a time, into L2. The columns of a block
+ * are a short run on every page of x, which hardware prefetchers start afresh each time. */
+class Ahead {
+ public:
+  Ahead() = default;
+  /* tiles: how many read each panel of the block at work, and so share the lines. */
+  template <class T>
+  Ahead(const T *x, int64_t x_row, int64_t rows, int64_t columns, int64_t tiles)
+      : at_(reinterpret_cast<const char *>(x)),
+        rows_(rows),
+        lines_(ceil_div(columns * static_cast<int64_t>(sizeof(T)), kLine)),
+        left_(lines_),
+        skip_(x_row * static_cast<int64_t>(sizeof(T)) - lines_ * kLine),
+        each_(tiles > 0 ? ceil_div(kSteps, tiles) : 0) {}
+
+  static constexpr int64_t kSteps = 4;  // of a tile, for each some()
+
+  DELTAOPS_INLINE void one() {
+    if (rows_ == 0) return;
+    __builtin_prefetch(at_, 0, 2);
+    at_ += kLine;
+    if (--left_ == 0) left_ = lines_, at_ += skip_, --rows_;
+  }
+  DELTAOPS_INLINE void some() {
+    for (int64_t i = 0; i < each_; ++i) one();
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *at_ = nullptr;
+  int64_t rows_ = 0, lines_ = 0, left_ = 0, skip_ = 0, each_ = 0;
+};
+
+/* sum[q][:] += sum over rows of g[row][q] * panel[row][:]. Copying: the panel is x[row][:], copied
+ * on the way; loads and stores hide under the products. */
+template <int MR, bool Copying, class T>
+__attribute__((noinline)) void outer_tile_ahead(const float *g, ptrdiff_t g_row, const T *x,
+                                                ptrdiff_t x_row, float *panel, int64_t rows,
+                                                float *sum, Ahead *state) {
+  Ahead ahead = *state;  // in registers
   VecF acc[MR][kTileVectors];
   DELTAOPS_UNROLL
   for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
   for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
-  accumulate(acc, g, 1, g_row, panel, rows);
+  for (int64_t left = rows; left > 0; left -= Ahead::kSteps) {
+    ahead.some();
+    for (int64_t step = 0; step < least(left, Ahead::kSteps); ++step) {
+      VecF column[kTileVectors];
+      DELTAOPS_UNROLL
+      for (int j = 0; j < kTileVectors; ++j) {
+        if constexpr (Copying) {
+          column[j] = load(x + j * kLanes);
+          store(panel + j * kLanes, column[j]);
+        } else {
+          column[j] = load(panel + j * kLanes);
+        }
+      }
+      DELTAOPS_UNROLL
+      for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+      for (int j = 0; j < kTileVectors; ++j) acc[i][j] = multiply_add(acc[i][j], g[i], column[j]);
+      g += g_row;
+      panel += kTileColumns;
+      if constexpr (Copying) x += x_row;
+    }
+  }
   DELTAOPS_UNROLL
   for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
   for (int j = 0; j < kTileVectors; ++j) {
     float *to = sum + i * kTileColumns + j * kLanes;
     store(to, load(to) + acc[i][j]);
   }
+  *state = ahead;
 }
 
-/* panel = rows of x, columns n ... n + columns - 1, masked; column sums added to `total`. A panel
- * is a short run on every page of x, which no hardware prefetcher follows: the rows from `next` on,
- * which the next panel will want, are asked for now and come while the products run. */
+/* The same from a panel that lies ready, with nothing to ask for. */
+template <int MR>
+DELTAOPS_INLINE void outer_tile(const float *g, ptrdiff_t g_row, float *panel, int64_t rows,
+                                float *sum) {
+  Ahead nothing;
+  outer_tile_ahead<MR, false>(g, g_row, panel, 0, panel, rows, sum, &nothing);
+}
+
+/* panel = rows of x, columns n ... n + columns - 1, masked; column sums added to `total`. */
 template <bool Whole, bool Masked, class T>
 DELTAOPS_INLINE void outer_rows(float *panel, const T *x, int64_t x_row, int64_t rows, int64_t n,
                                 int64_t columns, const uint8_t *bits, int64_t bits_row,
-                                const T *next, VecF (&column)[kTileVectors]) {
-  for (int64_t i = 0; i < rows; ++i, x += x_row, next += x_row, panel += kTileColumns) {
-    __builtin_prefetch(next, 0, 2);
+                                Ahead *ahead, VecF (&column)[kTileVectors]) {
+  for (int64_t i = 0; i < rows; ++i, x += x_row, panel += kTileColumns) {
+    ahead->one();
     DELTAOPS_UNROLL
     for (int j = 0; j < kTileVectors; ++j) {
       VecF v = Whole ? load(x + j * kLanes)
@@ -86,20 +153,20 @@ DELTAOPS_INLINE void outer_rows(float *panel, const T *x, int64_t x_row, int64_t
 template <class T>
 void outer_panel(float *panel, const T *x, int64_t x_row, int64_t m, int64_t rows, int64_t n,
                  int64_t columns, const uint8_t *bits, int64_t bits_row, float *total,
-                 const T *next) {
+                 Ahead *ahead) {
   VecF column[kTileVectors] = {};
   const T *from = x + m * x_row + n;
   const bool whole = columns == kTileColumns;
   if (bits == nullptr && whole)
-    outer_rows<true, false>(panel, from, x_row, rows, n, columns, bits, 0, next, column);
+    outer_rows<true, false>(panel, from, x_row, rows, n, columns, bits, 0, ahead, column);
   else if (bits == nullptr)
-    outer_rows<false, false>(panel, from, x_row, rows, n, columns, bits, 0, next, column);
+    outer_rows<false, false>(panel, from, x_row, rows, n, columns, bits, 0, ahead, column);
   else if (whole)
     outer_rows<true, true>(panel, from, x_row, rows, n, columns, bits + m * bits_row, bits_row,
-                           next, column);
+                           ahead, column);
   else
     outer_rows<false, true>(panel, from, x_row, rows, n, columns, bits + m * bits_row, bits_row,
-                            next, column);
+                            ahead, column);
   if (total) DELTAOPS_UNROLL
   for (int j = 0; j < kTileVectors; ++j)
     store(total + j * kLanes, load(total + j * kLanes) + column[j]);
@@ -115,56 +182,90 @@ void outer_store(const Outer &outer, const float *sum, int64_t n, int64_t column
     }
 }
 
-/* All gradients that read one matrix x [M, C], for one panel of its columns. Those without keep
- * bits share a panel; scratch: [kOuterRows][kTileColumns] and then the sums, by rank. */
+/* All gradients that read one matrix x [M, C], for `group` panels of its columns, the first at n0.
+ * Those without keep bits share a panel. scratch: [kOuterRows][kTileColumns] and then, panel by
+ * panel, the sums by rank. */
 template <class T>
-void outer_products(const T *x, int64_t x_row, int64_t M, int64_t C, int64_t index,
-                    const Outer *outers, int64_t count, void *bias_grad, bool bias_bf16,
-                    float *scratch) {
-  const int64_t n = index * kTileColumns, columns = least(kTileColumns, C - n);
+void outer_columns(const T *x, int64_t x_row, int64_t M, int64_t C, int64_t n0, int64_t group,
+                   const Outer *outers, int64_t count, void *bias_grad, bool bias_bf16,
+                   float *scratch) {
   float *panel = scratch, *sums = scratch + kOuterRows * kTileColumns;
-  float total[kTileColumns] = {};
-  int64_t ranks = 0, plain = 0;
-  for (int64_t j = 0; j < count; ++j) ranks += outers[j].rank, plain += outers[j].bits == nullptr;
-  memset(sums, 0, static_cast<size_t>(ranks * kTileColumns) * sizeof(float));
+  float total[kOuterColumns] = {};
+  const int64_t width = least(group * kTileColumns, C - n0), right = n0 + width;
+  int64_t ranks = 0, tiles = 0, plain = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    ranks += outers[j].rank;
+    tiles += ceil_div(outers[j].rank, kTileRows);
+    plain += outers[j].bits == nullptr;
+  }
+  memset(sums, 0, static_cast<size_t>(group * ranks * kTileColumns) * sizeof(float));
   for (int64_t m = 0; m < M; m += kOuterRows) {
-    const int64_t rows = least(kOuterRows, M - m);
-    const T *next = m + kOuterRows < M ? x + (m + kOuterRows) * x_row + n
-                    : n + columns < C  ? x + n + columns
-                                       : x + m * x_row + n;
-    if (bias_grad || plain > 0)
-      outer_panel(panel, x, x_row, m, rows, n, columns, nullptr, 0, bias_grad ? total : nullptr,
-                  next);
-    for (int masked = 0; masked < 2; ++masked) {  // the shared panel is in place for the first lap
-      int64_t rank = 0;
-      for (int64_t j = 0; j < count; rank += outers[j].rank, ++j) {
-        const Outer &outer = outers[j];
-        if ((outer.bits != nullptr) != (masked == 1)) continue;
-        if (masked)
-          outer_panel(panel, x, x_row, m, rows, n, columns, outer.bits, outer.bits_row, nullptr,
-                      next);
-        for (int64_t q = 0; q < outer.rank; q += kTileRows)
-          with_rows<kTileRows>(least(kTileRows, outer.rank - q), [&](auto size) {
-            outer_tile<decltype(size)::value>(outer.g + m * outer.g_row + q, outer.g_row, panel,
-                                              rows, sums + (rank + q) * kTileColumns);
-          });
+    const int64_t rows = least(kOuterRows, M - m), below = m + rows;
+    Ahead ahead;  // the rows below, or the top of the columns to the right
+    if (below < M)
+      ahead = Ahead(x + below * x_row + n0, x_row, least(kOuterRows, M - below), width, tiles);
+    else if (right < C)
+      ahead = Ahead(x + right, x_row, least(kOuterRows, M), least(kOuterColumns, C - right), tiles);
+    for (int64_t p = 0; p < group; ++p) {
+      const int64_t n = n0 + p * kTileColumns, columns = least(kTileColumns, C - n);
+      const T *from = x + m * x_row + n;
+      float *sum = sums + p * ranks * kTileColumns;
+      bool copied = bias_grad || columns < kTileColumns;
+      if (bias_grad || (copied && plain > 0))
+        outer_panel(panel, x, x_row, m, rows, n, columns, nullptr, 0,
+                    bias_grad ? total + p * kTileColumns : nullptr, &ahead);
+      for (int masked = 0; masked < 2; ++masked) {  // the shared panel is there for the first lap
+        int64_t rank = 0;
+        for (int64_t j = 0; j < count; rank += outers[j].rank, ++j) {
+          const Outer &outer = outers[j];
+          if ((outer.bits != nullptr) != (masked == 1)) continue;
+          if (masked)
+            outer_panel(panel, x, x_row, m, rows, n, columns, outer.bits, outer.bits_row, nullptr,
+                        &ahead);
+          // Tiles of about the same height: one of few rows waits for its own sums.
+          const int64_t heights = ceil_div(outer.rank, kTileRows);
+          for (int64_t t = 0; t < heights; ++t) {
+            const Range q = share(outer.rank, t, heights);
+            const float *g = outer.g + m * outer.g_row + q.begin;
+            float *to = sum + (rank + q.begin) * kTileColumns;
+            with_rows<kTileRows>(q.end - q.begin, [&](auto size) {
+              constexpr int MR = decltype(size)::value;
+              if (copied || masked)
+                outer_tile_ahead<MR, false>(g, outer.g_row, from, x_row, panel, rows, to, &ahead);
+              else
+                outer_tile_ahead<MR, true>(g, outer.g_row, from, x_row, panel, rows, to, &ahead);
+            });
+            copied = true;
+          }
+        }
       }
     }
   }
-  for (int64_t j = 0; j < count; ++j) {
-    if (outers[j].bf16)
-      outer_store<Bf16>(outers[j], sums, n, columns);
-    else
-      outer_store<float>(outers[j], sums, n, columns);
-    sums += outers[j].rank * kTileColumns;
-  }
-  if (bias_grad)
-    for (int64_t c = 0; c < columns; ++c) {
-      if (bias_bf16)
-        narrow(total[c], static_cast<Bf16 *>(bias_grad) + n + c);
+  for (int64_t n = n0; n < right; n += kTileColumns)
+    for (int64_t j = 0; j < count; ++j) {
+      if (outers[j].bf16)
+        outer_store<Bf16>(outers[j], sums, n, least(kTileColumns, C - n));
       else
-        narrow(total[c], static_cast<float *>(bias_grad) + n + c);
+        outer_store<float>(outers[j], sums, n, least(kTileColumns, C - n));
+      sums += outers[j].rank * kTileColumns;
     }
+  if (bias_grad)
+    for (int64_t c = 0; c < width; ++c) {
+      if (bias_bf16)
+        narrow(total[c], static_cast<Bf16 *>(bias_grad) + n0 + c);
+      else
+        narrow(total[c], static_cast<float *>(bias_grad) + n0 + c);
+    }
+}
+
+/* The same for a range of panels, which may be empty. */
+template <class T>
+void outer_products(const T *x, int64_t x_row, int64_t M, int64_t C, Range panels,
+                    const Outer *outers, int64_t count, void *bias_grad, bool bias_bf16,
+                    float *scratch) {
+  for (int64_t first = panels.begin; first < panels.end; first += kOuterPanels)
+    outer_columns(x, x_row, M, C, first * kTileColumns, least(kOuterPanels, panels.end - first),
+                  outers, count, bias_grad, bias_bf16, scratch);
 }
 
 }  // namespace

@@ -259,6 +259,37 @@ def test_backward_computes_only_what_is_asked(
         assert "s (needed" in core.error()
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("ranks", [(1,), (5,), (16,), (33,), (130,), (6, 7)], ids=str)
+def test_outer_products_at_every_edge_of_their_blocks(
+    core: Any, core_module: ModuleType, ranks: tuple[int, ...], dtype: str
+) -> None:
+    # Rows and columns around a block's; and with db, which copies a panel before the first tile
+    # and not with it, the same bits.
+    f64, spec = core_module.to_f64, [Spec(rank) for rank in ranks]
+    for shape in [(1, 64, 16), (127, 15, 65), (128, 130, 63), (129, 17, 128), (259, 191, 81)]:
+        m, n, k = shape
+        layer = make(core_module, shape, spec, dtype=dtype, adapters="f32", layout="row")
+        grad_y = make(core_module, (m, 1, n), [], dtype=dtype, adapters="f32", layout="row",
+                      seed=1).x  # fmt: skip
+        _, parts = expected(core_module, layer)
+        s = saved(parts, m).astype(np.float32)
+        found = []
+        for grad_bias, threads in ((None, 1), (poisoned(1, n, "f32"), 1), (None, 3)):
+            grad_a = [poisoned(rank, k, "f32") for rank in ranks]
+            grad_b = [poisoned(n, rank, "f32") for rank in ranks]
+            status = core.backward(
+                layer, grad_y, s, None, grad_bias, grad_a, grad_b, threads=threads
+            )
+            assert status == 0, core.error()
+            found.append(b"".join(grad.tobytes() for grad in (*grad_a, *grad_b)))
+        assert found[0] == found[1] == found[2]
+        for i, part in enumerate(parts):
+            dh = part.adapter.scaling * f64(grad_y) @ f64(part.adapter.b)
+            assert_close(core_module, grad_a[i], dh.T @ f64(layer.x), "f32")
+            assert_close(core_module, grad_b[i], f64(grad_y).T @ part.up, "f32")
+
+
 @pytest.mark.parametrize("shape", [(300, 200, 520), (40, 300, 64), (5, 300, 70)], ids=str)
 def test_same_bits_again_for_any_team_and_from_many_threads(
     core: Any, core_module: ModuleType, shape: tuple[int, int, int]
