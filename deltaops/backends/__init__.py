@@ -6,6 +6,8 @@ from functools import cache
 
 from .base import (
     AdapterBackend,
+    AttentionBackend,
+    AttentionCall,
     Backend,
     BottleneckCall,
     Call,
@@ -26,6 +28,8 @@ from .triton import TritonBackend
 
 __all__ = [
     "AdapterBackend",
+    "AttentionBackend",
+    "AttentionCall",
     "Backend",
     "BottleneckCall",
     "Call",

@@ -3,6 +3,8 @@
 ``conv1d`` and ``peft_linear`` import transformers and peft, so they are not imported here.
 """
 
+from .attention_block import AttentionBlock
+from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .factor import Factor, start_values
 from .kinds import frozen_class, is_conv1d, lora_class
@@ -17,12 +19,11 @@ from .place import (
     plain_linear,
     unbecome,
 )
-from .rotary_block import NAME as ROTARY
-from .rotary_block import RotaryBlock
+from .program import Program, program_of
 
 __all__ = [
-    "ROTARY",
     "UNFROZEN",
+    "AttentionBlock",
     "Block",
     "Factor",
     "FrozenLinear",
@@ -31,8 +32,8 @@ __all__ = [
     "LoraLinear",
     "LoraPlace",
     "LoraSettings",
+    "Program",
     "RmsNormBlock",
-    "RotaryBlock",
     "activation_of",
     "become",
     "features",
@@ -40,6 +41,8 @@ __all__ = [
     "is_conv1d",
     "lora_class",
     "plain_linear",
+    "program_of",
+    "stand_ins",
     "start_values",
     "unbecome",
 ]
