@@ -170,7 +170,6 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *rest: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -187,7 +186,6 @@ def attend(
         key: ``[B, Hkv, Lk, D]``.
         value: as ``key``.
         attention_mask: ``[B or 1, H or 1, Lq, Lk]``.
-        *rest: settings by position, which no module of transformers has.
         dropout: of the weights.
         scaling: of the scores; ``D ** -0.5`` where None.
         is_causal: instead of the module's own.
@@ -204,13 +202,13 @@ def attend(
         k, v = key[:, :, :length], value[:, :, :length]
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
     fits = (
-        not (rest or dropout or _asks(theirs, named))
+        not (dropout or _asks(theirs, named))
         and _attends(query, k, v, attention_mask, groups, causal)
         and takes(AttentionCall.of(query, k, attention_mask, causal), backend, strict)
     )
     if not fits:
         out: tuple[Tensor, Tensor | None] = theirs(
-            module, query, key, value, attention_mask, *rest,
+            module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **named,
         )  # fmt: skip
         return out
