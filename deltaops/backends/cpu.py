@@ -22,7 +22,7 @@ from .base import AttentionCall, Call, CrossEntropyCall, DeltaLinearCall, GatedC
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _NORMS = {"none": 0, "layer": 1, "rms": 2}
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 
 @cache
