@@ -228,9 +228,7 @@ class CpuBackend:
             return f"runs on the CPU, the tensors are on {call.device}"
         if call.dtype not in _DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
-        if isinstance(call, AttentionCall):
-            return "has no attention yet"
-        if isinstance(call, CrossEntropyCall | GatedCall | RotaryCall):
+        if isinstance(call, AttentionCall | CrossEntropyCall | GatedCall | RotaryCall):
             return None
         if not isinstance(call, DeltaLinearCall):
             foreign = [t for t in call.parameter_dtypes if t not in _DTYPES]
