@@ -264,6 +264,9 @@ class Backend(Protocol):
     def unsupported(self, call: Call) -> str | None:
         """Why this call cannot run, in words; None when it can."""
 
+    def outrun(self, call: Call) -> str | None:
+        """Why "auto" leaves this call to torch, which is faster; None where it is not."""
+
     def forward(
         self,
         x: Tensor,

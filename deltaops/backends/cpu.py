@@ -23,6 +23,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _NORMS = {"none": 0, "layer": 1, "rms": 2}
 ABI_VERSION = 5
+SHORT = 48
+"""Fewer queries of an attention fill no block of the core's: measured with AVX2 and two threads,
+torch is faster below, and we are from there on. In bfloat16 torch's backward pass is so much slower
+there that only where keys are few, too, it is ahead."""
 
 
 @cache
@@ -239,6 +243,15 @@ class CpuBackend:
         if call.weight_layout == "strided":
             return "the weight needs rows or columns of adjacent elements"
         return None
+
+    def outrun(self, call: Call) -> str | None:
+        """None, or where torch's own attention is faster."""
+        if not isinstance(call, AttentionCall):
+            return None
+        what, length = ("queries", call.l_q) if call.dtype == torch.float32 else ("keys", call.l_kv)
+        if length >= SHORT:
+            return None
+        return f"torch's scaled_dot_product_attention is faster below {SHORT} {what}, here {length}"
 
     prepare = CpuDeltaLinear
     """See :class:`deltaops.backends.base.PreparingBackend`."""

@@ -43,6 +43,10 @@ class ReferenceBackend:
         """Takes every floating dtype on every device that torch has."""
         return None
 
+    def outrun(self, call: Call) -> str | None:
+        """It is torch."""
+        return None
+
     def cross_entropy_forward(
         self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
     ) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from deltaops.backends import AttentionCall
-from deltaops.dispatch import select
+from deltaops.dispatch import LAST_RESORT, select
 from deltaops.errors import ConfigError, DtypeError, ShapeError
 from deltaops.reference import attention as reference
+from deltaops.reference.heads import arrange
 
 from .attention_autograd import AttentionFunction, run_forward
 from .paths import check_device, needs_grad, takes_bypass, transformed
@@ -50,7 +52,9 @@ def attention(
             Lq = Lk.
         scale: of the scores; ``D ** -0.5`` where None.
         backend: "auto", or the name of one in ``deltaops.backends()``, which then runs or raises.
-        strict: with "auto", raise instead of ending in eager torch.
+            Where none takes a call, or torch is faster, "auto" runs torch's own
+            scaled_dot_product_attention (the reference, where a compiler has the op in its graph).
+        strict: with "auto", run a fused backend or raise.
     Returns: ``[B, H, Lq, D]`` in the dtype of ``q``, under autocast too; zeros for a query that
         sees no key. Its memory is dense and ordered ``[B, Lq, H, D]``, as the projection behind it
         reads it.
@@ -71,6 +75,8 @@ def attention(
         return reference.forward(q, k, v, mask, scale, causal)[0]
     if takes_bypass(q, k, v, mask):
         runner = select(AttentionCall.of(q, k, mask, causal), backend, strict)
+        if backend == "auto" and runner.name == LAST_RESORT:
+            return _torch(q, k, v, mask, scale, causal)
         if needs_grad(q, k, v):
             y: Tensor = AttentionFunction.apply(q, k, v, mask, scale, causal, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return y
@@ -78,6 +84,19 @@ def attention(
     if strict:
         backend = select(AttentionCall.of(q, k, mask, causal), backend, strict).name
     return torch.ops.deltaops.attention(q, k, v, mask, scale, causal, backend)[0]  # type: ignore[no-any-return]  # torch.ops has no types
+
+
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """Torch's own, which is faster than the reference, with the gradients that it has."""
+    if causal and mask is not None:  # it takes one of them
+        mask, causal = mask & mask.new_ones(mask.shape[2:]).tril(), False
+    with torch.autocast(q.device.type, enabled=False):
+        y = scaled_dot_product_attention(
+            q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=k.shape[1] < q.shape[1]
+        )
+    return arrange(y, True)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> None:

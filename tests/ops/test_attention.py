@@ -35,6 +35,7 @@ SETTINGS = {
 }
 settings = pytest.mark.parametrize("case", SETTINGS.values(), ids=SETTINGS)
 both = pytest.mark.parametrize("registered_op", [False, True], ids=["eager", "registered"])
+anyone = pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
 BACKENDS = [("reference", torch.float64), ("cpu", torch.float32), ("cpu", torch.bfloat16)]
 
 
@@ -58,11 +59,12 @@ def positional(leaves: list[Tensor], given: dict[str, Any], backend: str) -> tup
     return (*leaves, given["mask"], given["scale"], given["causal"], backend)
 
 
+@anyone
 @settings
-def test_equals_torchs(case: AttentionCase) -> None:
+def test_equals_torchs(case: AttentionCase, backend: str) -> None:
     leaves, given = leaves_of(case, torch.float32)
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    got, want = attention(*leaves, **given), torchs(*exact, **given)
+    got, want = attention(*leaves, **given, backend=backend), torchs(*exact, **given)
     torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(got.square().sum(), leaves)
     wanted = torch.autograd.grad(want.square().sum(), exact)
@@ -78,24 +80,25 @@ def test_masks_are_broadcast_and_not_copied(shape: tuple[int, ...]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.data_ptr()) or t, lambda t: t
     ):
-        got = attention(q, k, v, mask=mask)
+        got = attention(q, k, v, mask=mask, backend="cpu")
     torch.testing.assert_close(got, torchs(q, k, v, mask, False, None), rtol=1e-5, atol=1e-6)
     assert mask.data_ptr() in saved
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["cpu", "reference"])
+@anyone
 @settings
-def test_results_lie_as_projections_read_them(case: AttentionCase, dtype: torch.dtype) -> None:
-    leaves, given = leaves_of(case, dtype)
-    y = attention(*leaves, **given)
+def test_results_lie_as_projections_read_them(case: AttentionCase, backend: str) -> None:
+    leaves, given = leaves_of(case, torch.float32)
+    y = attention(*leaves, **given, backend=backend)
     assert y.transpose(1, 2).is_contiguous()
     assert y.transpose(1, 2).contiguous().data_ptr() == y.data_ptr()
     assert not y._is_view()
-    for grad in torch.autograd.grad(y.sum(), leaves):
-        assert grad.transpose(1, 2).is_contiguous()
+    if backend != "auto":  # torch has its own order
+        for grad in torch.autograd.grad(y.sum(), leaves):
+            assert grad.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@anyone
 def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(backend: str) -> None:
     (q, k, v), given = leaves_of(SETTINGS["masked"], torch.float32)
     blind = ~given["mask"].any(-1)
@@ -107,14 +110,16 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(backend: str) -> 
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradcheck(backend: str) -> None:
     leaves, given = leaves_of(AttentionCase(1, 4, 3, 5, h_kv=2, mask="each"), torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: attention(*t, **given), leaves)
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, **given, backend=backend), leaves)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_only_the_wanted_gradients(wanted: tuple[int, ...]) -> None:
     leaves, given = leaves_of(SETTINGS["shared-heads"], torch.float32)
+    given["backend"] = "cpu"
     every = torch.autograd.grad(attention(*leaves, **given).square().sum(), leaves)
     some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
     asked = [t for t in some if t.requires_grad]
@@ -157,8 +162,10 @@ def test_result_may_be_changed_in_place_where_no_gradient_needs_it(
         y.sum().backward()
 
 
-def test_no_grad_and_inference_mode() -> None:
+@anyone
+def test_no_grad_and_inference_mode(backend: str) -> None:
     leaves, given = leaves_of(SETTINGS["causal"], torch.float32)
+    given["backend"] = backend
     want = attention(*leaves, **given)
     assert want.requires_grad
     for mode in (torch.no_grad(), torch.inference_mode()):
@@ -168,9 +175,11 @@ def test_no_grad_and_inference_mode() -> None:
         assert not y.requires_grad
 
 
+@anyone
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
+def test_checkpointing_gives_the_same_bits(reentrant: bool, backend: str) -> None:
     leaves, given = leaves_of(SETTINGS["causal"], torch.float32)
+    given["backend"] = backend
 
     def run(*t: Tensor) -> Tensor:
         return attention(*t, **given)
@@ -197,11 +206,12 @@ def test_registered_op_passes_opcheck(
         opcheck(torch.ops.deltaops.attention_backward, given_back)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["cpu", "reference"])
+@anyone
 @settings
-def test_eager_and_compiled_agree(case: AttentionCase, dtype: torch.dtype) -> None:
+def test_eager_and_compiled_agree(case: AttentionCase, backend: str) -> None:
     torch._dynamo.reset()  # the same lambda for all: it counts how often that is compiled
-    leaves, given = leaves_of(case, dtype)
+    leaves, given = leaves_of(case, torch.float32)
+    given["backend"] = backend
     compiled = torch.compile(lambda *t: attention(*t, **given).square(), fullgraph=True)
     want, got = attention(*leaves, **given).square(), compiled(*leaves)
     torch.testing.assert_close(got, want)
@@ -213,35 +223,40 @@ def test_eager_and_compiled_agree(case: AttentionCase, dtype: torch.dtype) -> No
 
 def test_one_compilation_serves_every_length() -> None:
     compiled = torch.compile(
-        lambda *t: attention(*t, causal=True).square(), fullgraph=True, dynamic=True
+        lambda *t: attention(*t, causal=True, backend="cpu").square(), fullgraph=True, dynamic=True
     )
     with torch._dynamo.config.patch(error_on_recompile=True):
         for b, h, length in ((2, 3, 5), (3, 3, 7), (2, 4, 9)):
             leaves, _ = leaves_of(AttentionCase(b, h, length, 8), torch.float32)
-            want, got = attention(*leaves, causal=True).square(), compiled(*leaves)
+            want = attention(*leaves, causal=True, backend="cpu").square()
+            got = compiled(*leaves)
             assert got.stride() == want.stride()
             grads = (torch.autograd.grad(t.sum(), leaves) for t in (got, want))
             torch.testing.assert_close((got, *next(grads)), (want, *next(grads)))
 
 
+@anyone
 @pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8), (1, 1, 1, 1)], ids=str)
-def test_small_and_empty(shape: tuple[int, int, int, int]) -> None:
+def test_small_and_empty(shape: tuple[int, int, int, int], backend: str) -> None:
     leaves, _ = leaves_of(AttentionCase(*shape), torch.float32)
-    y = attention(*leaves)
+    y = attention(*leaves, backend=backend)
     assert y.shape == shape
     y.sum().backward()
     assert all(t.grad is not None and t.grad.shape == t.shape for t in leaves)
 
 
-def test_without_keys_nothing_is_seen() -> None:
+@anyone
+def test_without_keys_nothing_is_seen(backend: str) -> None:
     leaves, _ = leaves_of(AttentionCase(2, 3, 5, 8, l_kv=0), torch.float32)
-    y = attention(*leaves)
+    y = attention(*leaves, backend=backend)
     assert torch.equal(y, torch.zeros(2, 3, 5, 8))
     assert torch.equal(torch.autograd.grad(y.sum(), leaves)[0], torch.zeros(2, 3, 5, 8))
 
 
-def test_autocast_changes_nothing() -> None:
+@anyone
+def test_autocast_changes_nothing(backend: str) -> None:
     (q, k, v), given = leaves_of(SETTINGS["causal"], torch.float32)
+    given["backend"] = backend
     with torch.autocast("cpu", torch.bfloat16):
         want = attention(q, k, v, **given)
         assert want.dtype == torch.float32
@@ -271,7 +286,7 @@ def test_transforms_run_the_reference() -> None:
 
 def test_second_order_is_refused() -> None:
     leaves, given = leaves_of(SETTINGS["causal"], torch.float32)
-    y = attention(*leaves, **given)
+    y = attention(*leaves, **given, backend="cpu")
     (grad,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -325,9 +340,28 @@ def test_dispatch_says_why() -> None:
     with pytest.raises(NoBackendError, match="strict=True"):
         attention(*wide, strict=True)
     assert attention(Q, K, K, strict=True).shape == Q.shape
-    call = AttentionCall.of(Q, K, M, True)
-    want = "attention B=2 H=4/2 L=5 D=8 causal masked torch.float32 on cpu → cpu"
+    call = AttentionCall.of(Q, K, M, True)._replace(l_q=48, l_kv=48)
+    want = "attention B=2 H=4/2 L=48 D=8 causal masked torch.float32 on cpu → cpu"
     assert str(explain_call(call)).startswith(want)
     assert explain_call(call._replace(dtype=torch.float16)).chosen == "reference"
     reason = registered()["triton"].unsupported(call._replace(device="cuda"))
     assert reason == "has no kernel for attention yet"
+
+
+def test_torchs_own_runs_where_it_is_faster_and_the_explanation_says_so() -> None:
+    call = AttentionCall.of(Q, K, None, False)
+    told = explain_call(call)
+    assert told.chosen == "reference"
+    assert "scaled_dot_product_attention is faster below 48 queries, here 5" in told.reason
+    assert explain_call(call, strict=True).chosen == explain_call(call, "cpu").chosen == "cpu"
+    assert explain_call(call._replace(l_q=48)).chosen == "cpu"
+    narrow = call._replace(dtype=torch.bfloat16)
+    assert "below 48 keys" in explain_call(narrow).reason
+    assert explain_call(narrow._replace(l_kv=48)).chosen == "cpu"
+    leaf = Q.clone().requires_grad_()
+    y, strict = attention(leaf, K, K), attention(leaf, K, K, strict=True)
+    assert "AttentionFunction" not in str(y.grad_fn)
+    assert "AttentionFunction" in str(strict.grad_fn)
+    torch.testing.assert_close(y, strict)
+    both = {"mask": M.tril(), "causal": True}  # torch takes one of them
+    torch.testing.assert_close(attention(Q, K, K, **both), attention(Q, K, K, causal=True))
