@@ -114,6 +114,30 @@ void store_token(const float *from, int64_t D, float factor, T *to) {
   });
 }
 
+/* Brings what the next head will be read from into L2, a few lines at each tile: its tokens are
+ * short runs on as many pages, which no hardware prefetcher follows. */
+template <class T>
+class Ahead {
+ public:
+  Ahead(int64_t D, int64_t tiles) : D_(D), tiles_(tiles) {}
+
+  void add(const deltaops_heads &heads, int64_t b, int64_t h, int64_t count) {
+    constexpr int64_t kMost = 1 << 16;  // bytes of one tensor: two or three of them fill half of L2
+    const Tokens<const T> from = tokens<const T>(heads, b, h);
+    const int64_t some = least(count, kMost / (D_ * static_cast<int64_t>(sizeof(T))));
+    if (some > 0) list_[used_++] = Prefetch<T>({from.data, from.stride, 1}, some, D_, tiles_);
+  }
+
+  DELTAOPS_INLINE void some() {
+    for (int i = 0; i < used_; ++i) list_[i].some();
+  }
+
+ private:
+  int64_t D_, tiles_;
+  Prefetch<T> list_[5];
+  int used_ = 0;
+};
+
 /* Which of a block's keys its queries see. Rows and keys count from the block's first ones. */
 struct Block {
   int64_t r0, rows, k0, keys;
@@ -129,11 +153,14 @@ struct Block {
 };
 
 /* c [rows][kScoreRow] = factor a b^T in the tiles that some query sees. */
-inline void score_block(const Shape &s, const Block &block, const float *a, const float *panels,
-                        float factor, float *c) {
+template <class T>
+void score_block(const Shape &s, const Block &block, const float *a, const float *panels,
+                 float factor, float *c, Ahead<T> *ahead) {
   for (int64_t n = 0; n < block.keys; n += kTileColumns, panels += s.panel)
-    for (int64_t i = block.first(n) / kTileRows * kTileRows; i < block.rows; i += kTileRows)
+    for (int64_t i = block.first(n) / kTileRows * kTileRows; i < block.rows; i += kTileRows) {
+      ahead->some();
       score_tile(a + i * s.row, s.row, panels, s.D, factor, c + i * kScoreRow + n);
+    }
 }
 
 /* c [rows][row] += a b, a the scores and b the keys' rows, over the keys that a strip sees. */
@@ -172,55 +199,72 @@ DELTAOPS_INLINE MaskRow mask_row(const Args &args, int64_t b, int64_t h, int64_t
   return {args.mask + b * at[0] + h * at[1] + i * at[2] + k0 * at[3], at[3] == 0};
 }
 
-/* Hides scores of a row: -infinity where the mask has 0 and from `visible` to the end of its last
- * vector. Returns how many scores are left to look at, in whole vectors. */
-DELTAOPS_INLINE int64_t hide(float *score, int64_t visible, MaskRow mask) {
+/* Hides scores of a row, by -infinity: where the mask has 0, and from `visible` to `width`. */
+DELTAOPS_INLINE void hide(float *score, int64_t visible, int64_t width, MaskRow mask) {
   if (mask.bytes && mask.broadcast) {
-    if (*mask.bytes == 0) return 0;
+    if (*mask.bytes == 0) visible = 0;
     mask.bytes = nullptr;
   }
-  const int64_t end = round_up(visible, kLanes);
-  for (int64_t n = visible; n < end; ++n) score[n] = -kInfinity;
-  if (mask.bytes) {
-    typedef uint8_t VecB __attribute__((vector_size(kLanes)));
-    each_vector(visible, [&](int64_t n, int64_t lanes) {
-      VecB bytes = {};
-      memcpy(&bytes, mask.bytes + n, static_cast<size_t>(lanes));
-      const VecF value = load(score + n);
-      store(score + n, __builtin_convertvector(bytes, VecU) != 0u ? value : splat(-kInfinity));
-    });
-  }
-  return end;
+  for (int64_t n = visible; n < width; ++n) score[n] = -kInfinity;
+  if (mask.bytes == nullptr) return;
+  typedef uint8_t VecB __attribute__((vector_size(kLanes)));
+  each_vector(visible, [&](int64_t n, int64_t lanes) {
+    VecB bytes = {};
+    memcpy(&bytes, mask.bytes + n, static_cast<size_t>(lanes));
+    const VecF value = load(score + n);
+    store(score + n, __builtin_convertvector(bytes, VecU) != 0u ? value : splat(-kInfinity));
+  });
 }
 
 /* ------------------------------------------------------------------------------------- forward */
 
-/* A query's softmax so far. */
+/* The softmax of a block's queries so far. */
 struct Running {
-  float maximum, sum;
+  float maximum[kQueries + kLanes], sum[kQueries + kLanes];  // whole vectors from any strip's start
 };
 
-/* scores -> exp(score - maximum) for the first `visible` keys, 0 up to `width`. Returns what the
- * sums so far must be multiplied by, the new maximum being the larger one. */
-inline float softmax_row(float *score, int64_t visible, int64_t width, MaskRow mask, Running *run) {
-  const int64_t end = hide(score, visible, mask);
-  VecF top = splat(-kInfinity);
-  for (int64_t n = 0; n < end; n += kLanes) top = larger(load(score + n), top);
-  float maximum = run->maximum;
+/* f over kTileRows rows of vectors, as a vector of one number for each row: the lanes of each
+ * row's vector are folded side by side, once transposed. */
+template <class F>
+DELTAOPS_INLINE VecF fold(const VecF (&rows)[kTileRows], const F &f) {
+  static_assert(kTileRows <= kLanes, "");
+  VecF r[kLanes];
   DELTAOPS_UNROLL
-  for (int i = 0; i < kLanes; ++i) maximum = top[i] > maximum ? top[i] : maximum;
+  for (int i = 0; i < kLanes; ++i) r[i] = rows[i < kTileRows ? i : 0];
+  transpose(r);
+  DELTAOPS_UNROLL
+  for (int half = kLanes / 2; half > 0; half /= 2) DELTAOPS_UNROLL
+  for (int i = 0; i < half; ++i) r[i] = f(r[i], r[i + half]);
+  return r[0];
+}
+
+/* scores -> exp(score - maximum) for kTileRows queries, `width` of them whole vectors. Together,
+ * since one row alone is a chain of latencies. Returns for each row what its sums so far must be
+ * multiplied by, the new maximum being the larger one. */
+inline VecF softmax_strip(float *score, int64_t width, float *maximum, float *sums) {
+  VecF top[kTileRows], total[kTileRows] = {}, off[kTileRows];
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) top[i] = splat(-kInfinity);
+  for (int64_t n = 0; n < width; n += kLanes) DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) top[i] = larger(load(score + i * kScoreRow + n), top[i]);
+  const VecF before = load(maximum);
+  const VecF after = larger(before, fold(top, [](VecF a, VecF b) { return larger(a, b); }));
   // Whatever is taken off scores of -infinity alone: they add nothing, as long as it is finite.
-  const float off = maximum == -kInfinity ? 0.0f : maximum;
-  VecF total = {};
-  for (int64_t n = 0; n < end; n += kLanes) {
-    const VecF p = exp_down(load(score + n) - splat(off));
-    total += p;
-    store(score + n, p);
+  const VecF finite = after == splat(-kInfinity) ? VecF{} : after;
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) off[i] = splat(finite[i]);
+  for (int64_t n = 0; n < width; n += kLanes) DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) {
+    const VecF p = exp_down(load(score + i * kScoreRow + n) - off[i]);
+    total[i] += p;
+    store(score + i * kScoreRow + n, p);
   }
-  for (int64_t n = end; n < width; ++n) score[n] = 0.0f;
-  const float factor = run->maximum == maximum ? 1.0f : exp_down(run->maximum - off);
-  run->maximum = maximum;
-  run->sum = run->sum * factor + sum(total);
+  const VecF factor = exp_down(before - finite);
+  const VecF sum = fold(total, [](VecF a, VecF b) { return a + b; });
+  // Only the strip's own rows: the next strip's are in the lanes behind.
+  const VecF sum_after = load(sums) * factor + sum;
+  memcpy(maximum, &after, kTileRows * sizeof(float));
+  memcpy(sums, &sum_after, kTileRows * sizeof(float));
   return factor;
 }
 
@@ -245,36 +289,46 @@ inline ForwardScratch forward_scratch(const Shape &s, Arena *arena) {
 /* Queries r0 ... r0 + rows - 1 of one head, against keys and values that are packed. */
 template <class T>
 void forward_block(const AttentionForwardArgs &args, const Shape &s, const ForwardScratch &at,
-                   int64_t b, int64_t h, int64_t r0, int64_t rows) {
+                   int64_t b, int64_t h, int64_t r0, int64_t rows, Ahead<T> *ahead) {
   pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, round_up(rows, kTileRows), at.q);
-  Running run[kQueries];
-  for (Running &one : run) one = {-kInfinity, 0.0f};
+  const Tokens<T> y = tokens<T>(args.y, b, h);
+  Running run;
+  for (float &maximum : run.maximum) maximum = -kInfinity;
+  for (float &sum : run.sum) sum = 0.0f;
   const int64_t seen = s.causal ? r0 + rows : s.Lk;
   for (int64_t k0 = 0; k0 < seen; k0 += kKeys) {
     const Block block = {r0, rows, k0, least(kKeys, seen - k0), s.causal};
-    score_block(s, block, at.q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t width = block.visible(i / kTileRows * kTileRows + kTileRows - 1);
-      const float factor = softmax_row(at.scores + i * kScoreRow, block.visible(i), width,
-                                       mask_row(args, b, h, r0 + i, k0), run + i);
-      if (k0 == 0 || factor == 1.0f) continue;
-      float *y = at.y + i * s.row;
-      for (int64_t d = 0; d < s.columns; d += kLanes) store(y + d, load(y + d) * splat(factor));
+    score_block(s, block, at.q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores,
+                ahead);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      float *strip = at.scores + i * kScoreRow;
+      const int64_t width = round_up(block.visible(i + kTileRows - 1), kLanes);
+      if (width == 0) continue;
+      for (int64_t j = 0; j < least(kTileRows, rows - i); ++j)
+        hide(strip + j * kScoreRow, block.visible(i + j), width,
+             mask_row(args, b, h, r0 + i + j, k0));
+      const VecF factor = softmax_strip(strip, width, run.maximum + i, run.sum + i);
+      if (k0 == 0) continue;
+      for (int j = 0; j < kTileRows; ++j) {
+        float *sums = at.y + (i + j) * s.row;
+        if (factor[j] == 1.0f) continue;
+        for (int64_t d = 0; d < s.columns; d += kLanes)
+          store(sums + d, load(sums + d) * splat(factor[j]));
+      }
     }
     const float *values = at.values + k0 * s.row;
     k0 == 0 ? query_block<false>(s, block, at.scores, values, at.y)
             : query_block<true>(s, block, at.scores, values, at.y);
   }
-  const Tokens<T> y = tokens<T>(args.y, b, h);
   for (int64_t i = 0; i < rows; ++i) {
-    const bool blind = run[i].sum == 0.0f;
+    const bool blind = run.sum[i] == 0.0f;
     if (blind)
       memset(y.at(r0 + i), 0, static_cast<size_t>(s.D) * sizeof(T));
     else
-      store_token(at.y + i * s.row, s.D, 1.0f / run[i].sum, y.at(r0 + i));
+      store_token(at.y + i * s.row, s.D, 1.0f / run.sum[i], y.at(r0 + i));
     if (args.lse)
       args.lse[(b * s.H + h) * s.Lq + r0 + i] =
-          blind ? kInfinity : run[i].maximum + __builtin_logf(run[i].sum);
+          blind ? kInfinity : run.maximum[i] + __builtin_logf(run.sum[i]);
   }
 }
 
@@ -295,6 +349,10 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
       Arena arena(static_cast<char *>(memory) + each * static_cast<size_t>(self));
       const ForwardScratch at = forward_scratch(s, &arena);
       const Range mine = share(items, self, threads);
+      const int64_t strips = ceil_div(s.Lq, kTileRows),
+                    tiles =
+                        strips * s.group * ceil_div(s.Lk, kTileColumns) / (s.causal ? 2 : 1) + 1;
+      Ahead<T> ahead(s.D, tiles);
       int64_t packed = -1;
       for (int64_t item = mine.begin; item < mine.end; ++item) {
         const int64_t head = item / blocks, b = head / s.H, h = head % s.H;
@@ -303,12 +361,18 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
           pack_transposed(s, tokens<const T>(args.k, b, h / s.group), 0, s.Lk, at.keys);
           pack_tokens(s, tokens<const T>(args.v, b, h / s.group), 0, s.Lk, s.Lk, at.values);
           packed = owner;
+          ahead = Ahead<T>(s.D, tiles);
+          if (const int64_t next = head - h % s.group + s.group; next * blocks < mine.end) {
+            ahead.add(args.k, next / s.H, next % s.H / s.group, s.Lk);
+            ahead.add(args.v, next / s.H, next % s.H / s.group, s.Lk);
+            ahead.add(args.q, next / s.H, next % s.H, s.Lq);
+          }
         }
         // First, last, second, last but one: any run of them has its share of causal work.
         const int64_t turn = item % blocks;
         const int64_t index = turn % 2 ? blocks - 1 - turn / 2 : turn / 2;
         forward_block<T>(args, s, at, b, h, index * kQueries,
-                         least(kQueries, s.Lq - index * kQueries));
+                         least(kQueries, s.Lq - index * kQueries), &ahead);
       }
     });
     if (given == threads) return DELTAOPS_OK;
@@ -349,17 +413,41 @@ inline BackwardScratch backward_scratch(const Shape &s, Arena *arena) {
   return at;
 }
 
-/* scores and dp -> p and ds, 0 where the query does not see the key. Up to `width` keys. */
-inline void slope_row(float *score, float *dp, int64_t visible, int64_t width, MaskRow mask,
-                      float lse, float delta, float scale) {
-  const int64_t end = hide(score, visible, mask);
-  for (int64_t n = 0; n < end; n += kLanes) {
-    const VecF p = exp_down(load(score + n) - splat(lse));
-    const VecF ds = p * (load(dp + n) - splat(delta)) * splat(scale);
-    store(score + n, p);
-    store(dp + n, p == VecF{} ? VecF{} : ds);  // a NaN that is hidden stays so
+/* scores and dp -> p and ds for kTileRows queries, `width` of them whole vectors. With all keys in
+ * this block rowsum(dY y) is taken as rowsum(P dP), from which it differs by rounding alone: then
+ * the two parts of ds are rounded alike, and what must cancel does. Else it is `delta`. */
+template <bool all_keys>
+void slope_strip(float *score, float *dp, int64_t width, const float *lse, const float *delta,
+                 float scale) {
+  VecF off[kTileRows], total[kTileRows] = {};
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) off[i] = splat(lse[i]);
+  if constexpr (all_keys) {
+    for (int64_t n = 0; n < width; n += kLanes) DELTAOPS_UNROLL
+    for (int i = 0; i < kTileRows; ++i) {
+      float *at = score + i * kScoreRow + n;
+      const VecF p = exp_down(load(at) - off[i]), slope = load(dp + i * kScoreRow + n);
+      total[i] += p == VecF{} ? VecF{} : p * slope;
+      store(at, p);
+    }
+    const VecF sums = fold(total, [](VecF a, VecF b) { return a + b; });
+    DELTAOPS_UNROLL
+    for (int i = 0; i < kTileRows; ++i) total[i] = splat(sums[i]);
+  } else {
+    DELTAOPS_UNROLL
+    for (int i = 0; i < kTileRows; ++i) total[i] = splat(delta[i]);
   }
-  for (int64_t n = end; n < width; ++n) score[n] = dp[n] = 0.0f;
+  for (int64_t n = 0; n < width; n += kLanes) DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) {
+    float *at = score + i * kScoreRow + n, *to = dp + i * kScoreRow + n;
+    VecF p = load(at);
+    if constexpr (!all_keys) {
+      p = exp_down(p - off[i]);
+      store(at, p);
+    }
+    const VecF ds = p * (load(to) - total[i]) * splat(scale);
+    store(to, p == VecF{} ? VecF{} : ds);  // a NaN that is hidden stays so
+  }
 }
 
 /* rowsum(dY y) of a head. */
@@ -378,19 +466,33 @@ void deltas(const Shape &s, const Tokens<const T> &dy, const Tokens<const T> &y,
 /* What queries r0 ... r0 + rows - 1 of head h give to keys k0 ... k0 + keys - 1, and get. */
 template <class T>
 void backward_block(const AttentionBackwardArgs &args, const Shape &s, const BackwardScratch &at,
-                    int64_t b, int64_t h, const Block &block) {
+                    int64_t b, int64_t h, const Block &block, Ahead<T> *ahead) {
   const int64_t member = h % s.group, r0 = block.r0, rows = block.rows;
   const int64_t padded = round_up(rows, kTileRows);
   pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, padded, at.q);
   pack_tokens(s, tokens<const T>(args.grad_y, b, h), r0, rows, padded, at.dy);
-  score_block(s, block, at.q, at.keys, args.scale, at.p);
-  score_block(s, block, at.dy, at.values, 1.0f, at.ds);
+  score_block(s, block, at.q, at.keys, args.scale, at.p, ahead);
+  score_block(s, block, at.dy, at.values, 1.0f, at.ds, ahead);
   const float *lse = args.lse + (b * s.H + h) * s.Lq + r0;
   const float *delta = at.delta + member * s.Lq + r0;
-  const int64_t width = round_up(block.keys, kTileColumns);
-  for (int64_t i = 0; i < rows; ++i)
-    slope_row(at.p + i * kScoreRow, at.ds + i * kScoreRow, block.visible(i), width,
-              mask_row(args, b, h, r0 + i, block.k0), lse[i], delta[i], args.scale);
+  const bool all_keys = s.Lk <= kKeys;
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    // What a strip of keys sees of these queries ends at most that far behind the last of them.
+    const int64_t last = block.visible(i + kTileRows - 1);
+    const int64_t width = round_up(last + kTileRows - 1, kLanes);
+    float row_lse[kTileRows] = {}, row_delta[kTileRows] = {};
+    for (int64_t j = 0; j < kTileRows; ++j) {
+      const bool valid = i + j < rows;
+      hide(at.p + (i + j) * kScoreRow, valid ? block.visible(i + j) : 0, width,
+           valid ? mask_row(args, b, h, r0 + i + j, block.k0) : MaskRow{nullptr, false});
+      if (!valid) continue;
+      row_lse[j] = lse[i + j];
+      if (!all_keys) row_delta[j] = delta[i + j];
+    }
+    float *p = at.p + i * kScoreRow, *ds = at.ds + i * kScoreRow;
+    all_keys ? slope_strip<true>(p, ds, width, row_lse, row_delta, args.scale)
+             : slope_strip<false>(p, ds, width, row_lse, row_delta, args.scale);
+  }
   if (args.grad_v.data) key_block(s, block, at.p, at.dy, at.dv);
   if (args.grad_k.data) key_block(s, block, at.ds, at.q, at.dk);
   if (args.grad_q.data) {
@@ -412,9 +514,9 @@ void store_gradient(const Shape &s, const deltaops_heads &grad, int64_t b, int64
 /* Everything that one head of keys has a part in. */
 template <class T>
 void backward_head(const AttentionBackwardArgs &args, const Shape &s, const BackwardScratch &at,
-                   int64_t b, int64_t kv) {
+                   int64_t b, int64_t kv, Ahead<T> *ahead) {
   const int64_t h0 = kv * s.group, member = (s.Lq + kTileRows) * s.row;
-  for (int64_t g = 0; g < s.group; ++g)
+  for (int64_t g = 0; g < s.group && s.Lk > kKeys; ++g)
     deltas(s, tokens<const T>(args.grad_y, b, h0 + g), tokens<const T>(args.y, b, h0 + g),
            at.delta + g * s.Lq);
   const Tokens<const T> k = tokens<const T>(args.k, b, kv), v = tokens<const T>(args.v, b, kv);
@@ -430,7 +532,7 @@ void backward_head(const AttentionBackwardArgs &args, const Shape &s, const Back
     for (int64_t g = 0; g < s.group; ++g)
       for (int64_t r0 = begin; r0 < s.Lq; r0 += kQueries)
         backward_block<T>(args, s, at, b, h0 + g,
-                          {r0, least(kQueries, s.Lq - r0), k0, keys, s.causal});
+                          {r0, least(kQueries, s.Lq - r0), k0, keys, s.causal}, ahead);
     store_gradient<T>(s, args.grad_k, b, kv, k0, keys, at.dk);
     store_gradient<T>(s, args.grad_v, b, kv, k0, keys, at.dv);
   }
@@ -456,8 +558,20 @@ deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
       Arena arena(static_cast<char *>(memory) + each * static_cast<size_t>(self));
       const BackwardScratch at = backward_scratch(s, &arena);
       const Range mine = share(heads, self, threads);
-      for (int64_t head = mine.begin; head < mine.end; ++head)
-        backward_head<T>(args, s, at, head / s.Hkv, head % s.Hkv);
+      const int64_t tiles = 2 * s.group * ceil_div(s.Lq, kTileRows) * ceil_div(s.Lk, kTileColumns) /
+                                (s.causal ? 2 : 1) +
+                            1;
+      for (int64_t head = mine.begin; head < mine.end; ++head) {
+        Ahead<T> ahead(s.D, tiles);
+        if (const int64_t b = (head + 1) / s.Hkv, kv = (head + 1) % s.Hkv; head + 1 < mine.end) {
+          ahead.add(args.k, b, kv, s.Lk);
+          ahead.add(args.v, b, kv, s.Lk);
+          ahead.add(args.grad_y, b, kv * s.group, s.Lq);
+          if (s.Lk > kKeys) ahead.add(args.y, b, kv * s.group, s.Lq);
+          ahead.add(args.q, b, kv * s.group, s.Lq);
+        }
+        backward_head<T>(args, s, at, head / s.Hkv, head % s.Hkv, &ahead);
+      }
     });
     if (given == threads) return DELTAOPS_OK;
     threads = given;
