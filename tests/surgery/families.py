@@ -49,5 +49,5 @@ def kinds(model: nn.Module) -> list[str]:
     return sorted({type(m).mixin.__name__ for m in model.modules() if isinstance(m, Block)})
 
 
-def rows(model: nn.Module, kind: str) -> list[Any]:
-    return [row for row in deltaops.report(model).rows if row.kind == kind]
+def rows(model: nn.Module, kind: str, **settings: Any) -> list[Any]:
+    return [row for row in deltaops.report(model, **settings).rows if row.kind == kind]

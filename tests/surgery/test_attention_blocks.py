@@ -34,22 +34,14 @@ PADDED = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
 
 
 def clip() -> Tiny:
-    class Loss(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, pixel_values: Tensor) -> Any:
-            out = self.inner(pixel_values=pixel_values)
-            out.loss = out.pooler_output.square().mean()
-            return out
-
-    config = transformers.CLIPVisionConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
+    vision = {
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.CLIPConfig(vision_config=vision, num_labels=2)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    return Tiny(Loss(transformers.CLIPVisionModel(config)), {"pixel_values": pixels})
+    batch = {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
+    return Tiny(transformers.CLIPForImageClassification(config), batch, ("classifier",))
 
 
 def language(name: str, **settings: Any) -> Tiny:
@@ -136,7 +128,7 @@ def test_bfloat16_is_as_near_to_float64(name: str, tiny: Callable[..., Tiny]) ->
     model = given.model.to(torch.bfloat16)
     oracle = result(given, copy.deepcopy(model).double())
     baseline = result(given, model)
-    blocks.swap_blocks(model, "auto", False)
+    blocks.swap_blocks(model, "cpu", False)
     got = result(given, model)
     for what, *those in zip(("loss", "gradients"), got, oracle, baseline, strict=True):
         assert_accurate(*those, what)
@@ -168,6 +160,17 @@ def test_shared_heads_and_single_tokens_are_turned(monkeypatch: pytest.MonkeyPat
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert torch.Size([1, 2, 3, 12]) in seen
     assert torch.Size([1, 1, 1, 12]) in seen
+
+
+def test_auto_leaves_short_sequences_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("Llama").eval()
+    seen = counted(monkeypatch, "attention")
+    blocks.swap_blocks(model, "auto", False)
+    model(input_ids=torch.arange(47)[None])
+    assert not seen
+    model(input_ids=torch.arange(48)[None])
+    assert len(seen) == 2
+    assert "below 48 queries, here 9" in rows(model, "attention", tokens=9)[0].reason
 
 
 @backends
@@ -220,7 +223,7 @@ def test_other_implementations_stay_and_the_report_says_so(
         assert row.reason.startswith("rotary fused by cpu; attention by transformers")
         assert "'eager'" in row.reason
     model.set_attn_implementation("sdpa")
-    model(input_ids=torch.tensor([[5, 6, 7]]))
+    model(input_ids=torch.arange(48)[None])
     assert len(seen) == 2
     assert rows(model, "attention")[0].reason == "rotary and attention fused by cpu"
 
@@ -257,7 +260,7 @@ def test_compiled_it_is_transformers_own(
 ) -> None:
     given = tiny("bert")
     want = given.loss()
-    blocks.swap_blocks(given.model, "auto", False)
+    blocks.swap_blocks(given.model, "cpu", False)
     seen = counted(monkeypatch, "attention")
     compiled = torch.compile(given.model, fullgraph=True, backend="eager")
     torch.testing.assert_close(given.loss(compiled), want)
