@@ -66,12 +66,25 @@ class DeltaLinear {
     }
   }
 
+  using Branches = std::vector<deltaops_branch>;
+
+  // One call's arguments, and the memory that they point to.
+  struct Forward {
+    Branches branches;
+    deltaops_delta_linear_forward_args args;
+  };
+  struct Backward {
+    Branches branches;
+    std::vector<deltaops_matrix> wanted;
+    deltaops_delta_linear_backward_args args;
+  };
+
   // operands: the addresses a..., b..., branch_bias...
-  void forward(int64_t M, Address x, int64_t ldx, Address w, Address bias, Address y, Address s,
-               const py::tuple &operands, uint64_t seed, int num_threads, Address packed,
-               int64_t packed_bytes) const {
-    const Branches branches = with(operands);
-    deltaops_delta_linear_forward_args args = {};
+  Forward forward_of(int64_t M, Address x, int64_t ldx, Address w, Address bias, Address y,
+                     Address s, const py::tuple &operands, uint64_t seed, int num_threads,
+                     Address packed, int64_t packed_bytes) const {
+    Forward call = {with(operands), {}};
+    auto &args = call.args;
     args.struct_size = sizeof args;
     args.num_threads = num_threads;
     args.x = matrix(x, M, K_, ldx, 1, dtype_);
@@ -79,28 +92,25 @@ class DeltaLinear {
     args.bias = matrix(bias, 1, N_, N_, 1, dtype_);
     args.y = matrix(y, M, N_, N_, 1, dtype_);
     args.s = matrix(s, M, ranks_, ranks_, 1, DELTAOPS_F32);
-    args.branches = branches.data();
-    args.num_branches = static_cast<int32_t>(branches.size());
+    args.branches = call.branches.data();
+    args.num_branches = static_cast<int32_t>(call.branches.size());
     args.seed = seed;
     args.packed_weight = reinterpret_cast<const void *>(packed);
     args.packed_bytes = packed_bytes;
-    deltaops_status status;
-    {
-      py::gil_scoped_release release;
-      status = deltaops_cpu_delta_linear_forward(&args);
-    }
-    raise_unless_ok(status);
+    return call;
   }
 
   // operands as in forward; grads: the addresses of their gradients, contiguous and of their dtype.
-  void backward(int64_t M, Address grad_y, int64_t ldg, Address x, int64_t ldx, Address w,
-                Address s, const py::tuple &operands, uint64_t seed, int num_threads,
-                Address grad_x, Address grad_bias, const py::tuple &grads, Address packed,
-                int64_t packed_bytes) const {
-    const Branches branches = with(operands);
+  Backward backward_of(int64_t M, Address grad_y, int64_t ldg, Address x, int64_t ldx, Address w,
+                       Address s, const py::tuple &operands, uint64_t seed, int num_threads,
+                       Address grad_x, Address grad_bias, const py::tuple &grads, Address packed,
+                       int64_t packed_bytes) const {
+    Backward call = {with(operands), {}, {}};
+    const Branches &branches = call.branches;
     const size_t count = branches.size();
     expect_addresses("grads", grads);
-    std::vector<deltaops_matrix> wanted(3 * count);
+    std::vector<deltaops_matrix> &wanted = call.wanted;
+    wanted.resize(3 * count);
     for (size_t i = 0; i < count; ++i) {
       const int64_t R = branches[i].a.rows;
       const int type = branches[i].a.dtype;
@@ -108,7 +118,7 @@ class DeltaLinear {
       wanted[count + i] = matrix(address(grads, count + i), N_, R, R, 1, type);
       wanted[2 * count + i] = matrix(address(grads, 2 * count + i), 1, R, R, 1, type);
     }
-    deltaops_delta_linear_backward_args args = {};
+    auto &args = call.args;
     args.struct_size = sizeof args;
     args.num_threads = num_threads;
     args.grad_y = matrix(grad_y, M, N_, ldg, 1, dtype_);
@@ -125,17 +135,10 @@ class DeltaLinear {
     args.grad_branch_bias = wanted.data() + 2 * count;
     args.packed_weight = reinterpret_cast<const void *>(packed);
     args.packed_bytes = packed_bytes;
-    deltaops_status status;
-    {
-      py::gil_scoped_release release;
-      status = deltaops_cpu_delta_linear_backward(&args);
-    }
-    raise_unless_ok(status);
+    return call;
   }
 
  private:
-  using Branches = std::vector<deltaops_branch>;
-
   static Address address(const py::tuple &addresses, size_t i) {
     return addresses[i].cast<Address>();
   }
@@ -169,6 +172,42 @@ class DeltaLinear {
   int64_t ranks_ = 0;
   Branches branches_;
 };
+
+// Layers that share x, in one call; or one.
+template <class Call, class Args>
+void run(const std::vector<const Call *> &calls, deltaops_status (*core)(const Args *, int32_t)) {
+  std::vector<Args> layers;
+  layers.reserve(calls.size());
+  for (const Call *call : calls) layers.push_back(call->args);
+  deltaops_status status;
+  {
+    py::gil_scoped_release release;
+    status = core(layers.data(), static_cast<int32_t>(layers.size()));
+  }
+  raise_unless_ok(status);
+}
+
+void group_forward(const std::vector<const DeltaLinear::Forward *> &calls) {
+  run(calls, deltaops_cpu_delta_linear_group_forward);
+}
+
+void group_backward(const std::vector<const DeltaLinear::Backward *> &calls) {
+  run(calls, deltaops_cpu_delta_linear_group_backward);
+}
+
+// What makes a call's arguments, as a function that makes the call.
+template <class Call, class Args, class... Given>
+auto runs(Call (DeltaLinear::*call_of)(Given...) const, deltaops_status (*core)(const Args *)) {
+  return [call_of, core](const DeltaLinear &layer, Given... given) {
+    const Call call = (layer.*call_of)(given...);
+    deltaops_status status;
+    {
+      py::gil_scoped_release release;
+      status = core(&call.args);
+    }
+    raise_unless_ok(status);
+  };
+}
 
 void dropout_mask(Address keep, int64_t M, int64_t K, uint64_t seed, uint32_t stream,
                   uint32_t drop_threshold) {
@@ -551,8 +590,14 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<DeltaLinear>(m, "DeltaLinear")
       .def(py::init<int, int64_t, int64_t, int64_t, int64_t,
                     const std::vector<DeltaLinear::Branch> &>())
-      .def("forward", &DeltaLinear::forward)
-      .def("backward", &DeltaLinear::backward);
+      .def("forward", runs(&DeltaLinear::forward_of, deltaops_cpu_delta_linear_forward))
+      .def("backward", runs(&DeltaLinear::backward_of, deltaops_cpu_delta_linear_backward))
+      .def("forward_call", &DeltaLinear::forward_of)
+      .def("backward_call", &DeltaLinear::backward_of);
+  py::class_<DeltaLinear::Forward>(m, "DeltaLinearForward");
+  py::class_<DeltaLinear::Backward>(m, "DeltaLinearBackward");
+  m.def("delta_linear_group_forward", &group_forward);
+  m.def("delta_linear_group_backward", &group_backward);
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
   using deltaops_bindings::Recycler;

@@ -45,7 +45,7 @@ struct Footprint {
   uintptr_t begin;
   int64_t runs, width, stride;
   bool written;
-  char name[48];
+  char name[64];
 
   uintptr_t end() const { return begin + static_cast<uintptr_t>((runs - 1) * stride + width); }
 
@@ -88,8 +88,14 @@ class Checker {
     va_start(list, format);
     std::vsnprintf(text, sizeof text, format, list);
     va_end(list);
-    status_ = fail(DELTAOPS_INVALID_ARGUMENT, "%s: %s", op_, text);
+    if (layer_ < 0)
+      status_ = fail(DELTAOPS_INVALID_ARGUMENT, "%s: %s", op_, text);
+    else
+      status_ = fail(DELTAOPS_INVALID_ARGUMENT, "%s: layers[%d]: %s", op_, layer_, text);
   }
+
+  /* What follows is of layer `i` of a group; -1: of all. */
+  void layer(int32_t i) { layer_ = i; }
 
   /* The struct itself; true where its fields may be looked at. One of another size may end before
    * they do. */
@@ -186,7 +192,11 @@ class Checker {
     if (stride <= width) width += (runs - 1) * stride, runs = 1;
     Footprint &at = seen_[count_++];
     at = {begin, runs, width, stride, written, {}};
-    std::snprintf(at.name, sizeof at.name, "%.*s", static_cast<int>(sizeof at.name) - 1, name);
+    if (layer_ < 0)
+      std::snprintf(at.name, sizeof at.name, "%.*s", static_cast<int>(sizeof at.name) - 1, name);
+    else
+      std::snprintf(at.name, sizeof at.name, "layers[%d].%.*s", layer_,
+                    static_cast<int>(sizeof at.name) - 22, name);
   }
 
   /* The last check: nothing that is written overlaps what else was seen. */
@@ -265,6 +275,7 @@ class Checker {
   }
 
   const char *op_;
+  int32_t layer_ = -1;
   deltaops_status status_ = DELTAOPS_OK;
   Footprint few_[32];
   Footprint *seen_ = few_;

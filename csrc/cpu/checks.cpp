@@ -100,10 +100,12 @@ class DeltaLinearChecker : public Checker {
 
 }  // namespace
 
-deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
-  DeltaLinearChecker c("delta_linear_forward");
-  if (!c.header(args) || !c.branch_list(args->branches, args->num_branches, args->reserved))
-    return c.status();
+namespace {
+
+// All but disjointness.
+void examine(DeltaLinearChecker *checker, const ForwardArgs *args, const Kernels &kernels) {
+  DeltaLinearChecker &c = *checker;
+  if (!c.header(args) || !c.branch_list(args->branches, args->num_branches, args->reserved)) return;
   const int64_t M = args->x.rows, K = args->x.cols, N = args->weight.rows;
   const int dtype = args->x.dtype;
   c.rows_of("x", args->x, "[M, K]", M, K, -1);
@@ -115,13 +117,13 @@ deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
     c.output("s", args->s, "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
   c.work(M, N, K, R);  // before the packed weight, whose size is a product of the others
   c.packed("packed_weight", args->packed_weight, args->packed_bytes, N, K, dtype, kernels);
-  return c.disjoint();
 }
 
-deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
-  DeltaLinearChecker c("delta_linear_backward");
-  if (!c.header(args) || !c.branch_list(args->branches, args->num_branches, args->reserved))
-    return c.status();
+// grad_x: the layer's own, or that of the group, which is an output of its first layer alone.
+void examine(DeltaLinearChecker *checker, const BackwardArgs *args, const deltaops_matrix &grad_x,
+             const Kernels &kernels) {
+  DeltaLinearChecker &c = *checker;
+  if (!c.header(args) || !c.branch_list(args->branches, args->num_branches, args->reserved)) return;
   const int64_t M = args->grad_y.rows, N = args->grad_y.cols;
   const int dtype = args->grad_y.dtype;
   c.rows_of("grad_y", args->grad_y, "[M, N]", M, N, -1);
@@ -129,20 +131,18 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
   c.pointer("grad_a", args->grad_a, alignof(deltaops_matrix));
   c.pointer("grad_b", args->grad_b, alignof(deltaops_matrix));
   c.pointer("grad_branch_bias", args->grad_branch_bias, alignof(deltaops_matrix));
-  if (c.status() != DELTAOPS_OK) return c.status();
+  if (c.status() != DELTAOPS_OK) return;
 
   // K comes from whoever is there.
   int64_t K = 0;
-  if (args->grad_x.data)
-    K = args->grad_x.cols;
+  if (grad_x.data)
+    K = grad_x.cols;
   else if (args->num_branches > 0)
     K = args->branches[0].a.cols;
   const int64_t R = c.branches(args->branches, args->num_branches, N, K);
 
-  if (args->grad_x.data) {
-    c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);
-    c.operand("weight (needed for grad_x)", args->weight, "[N, K]", N, K, dtype);
-  }
+  if (args->grad_x.data) c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);
+  if (grad_x.data) c.operand("weight (needed for grad_x)", args->weight, "[N, K]", N, K, dtype);
   if (args->grad_bias.data) c.output("grad_bias", args->grad_bias, "[1, N]", 1, N, -1);
   bool any_a = false, any_b = false, any_branch_bias = false, activated = false;
   for (int32_t i = 0; i < args->num_branches && c.status() == DELTAOPS_OK; ++i) {
@@ -166,14 +166,83 @@ deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
     }
   }
   if (any_a) c.rows_of("x (needed for grad_a)", args->x, "[M, K]", M, K, dtype);
-  const bool inner = any_a || any_branch_bias || args->grad_x.data;
+  const bool inner = any_a || any_branch_bias || grad_x.data;
   const bool s_read = any_b || (activated && inner);
   if (s_read)
     c.rows_of("s (needed for grad_b, and past an activation)", args->s,
               "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
   c.work(M, N, K, R);
-  if (args->grad_x.data)
+  if (grad_x.data)
     c.packed("packed_weight", args->packed_weight, args->packed_bytes, K, N, dtype, kernels);
+}
+
+void group_list(Checker *c, const void *layers, int32_t count, size_t alignment) {
+  c->expect(layers != nullptr, "layers must not be NULL.");
+  c->pointer("layers", layers, alignment);
+  c->expect(count >= 1 && count <= DELTAOPS_MAX_GROUP, "count must be 1 to %d, got %d.",
+            DELTAOPS_MAX_GROUP, count);
+}
+
+// What the layers of a group must have alike.
+void same_x(Checker *c, const deltaops_matrix &x, const deltaops_matrix &first) {
+  c->expect(x.data == first.data && x.rows == first.rows && x.cols == first.cols &&
+                x.row_stride == first.row_stride && x.dtype == first.dtype,
+            "x must be that of the layers before, got another matrix. Run the layer on its own.");
+}
+
+void same_threads(Checker *c, int32_t threads, int32_t first) {
+  c->expect(threads == first, "num_threads must be %d, as in layers[0], got %d.", first, threads);
+}
+
+}  // namespace
+
+deltaops_status check(const ForwardArgs *args, const Kernels &kernels) {
+  DeltaLinearChecker c("delta_linear_forward");
+  examine(&c, args, kernels);
+  return c.disjoint();
+}
+
+deltaops_status check(const BackwardArgs *args, const Kernels &kernels) {
+  DeltaLinearChecker c("delta_linear_backward");
+  if (c.header(args)) examine(&c, args, args->grad_x, kernels);
+  return c.disjoint();
+}
+
+deltaops_status check_group(const ForwardArgs *layers, int32_t count, const Kernels &kernels) {
+  DeltaLinearChecker c("delta_linear_group_forward");
+  group_list(&c, layers, count, alignof(ForwardArgs));
+  for (int32_t i = 0; c.status() == DELTAOPS_OK && i < count; ++i) {
+    c.layer(i);
+    examine(&c, layers + i, kernels);
+    if (c.status() != DELTAOPS_OK) break;
+    same_x(&c, layers[i].x, layers[0].x);
+    same_threads(&c, layers[i].num_threads, layers[0].num_threads);
+  }
+  c.layer(-1);
+  return c.disjoint();
+}
+
+deltaops_status check_group(const BackwardArgs *layers, int32_t count, const Kernels &kernels) {
+  DeltaLinearChecker c("delta_linear_group_backward");
+  group_list(&c, layers, count, alignof(BackwardArgs));
+  const deltaops_matrix *x = nullptr;  // of the first layer that has it
+  for (int32_t i = 0; c.status() == DELTAOPS_OK && i < count; ++i) {
+    c.layer(i);
+    examine(&c, layers + i, layers[0].grad_x, kernels);
+    if (c.status() != DELTAOPS_OK) break;
+    const deltaops_matrix &dy = layers[i].grad_y, &first = layers[0].grad_y;
+    c.expect(dy.rows == first.rows && dy.dtype == first.dtype,
+             "grad_y must have the rows and dtype of layers[0].grad_y: %" PRId64
+             " rows, got %" PRId64 ".",
+             first.rows, dy.rows);
+    c.expect(i == 0 || layers[i].grad_x.data == nullptr,
+             "grad_x must be absent: the sum goes to layers[0].grad_x.");
+    same_threads(&c, layers[i].num_threads, layers[0].num_threads);
+    if (layers[i].x.data == nullptr) continue;
+    if (x == nullptr) x = &layers[i].x;
+    same_x(&c, layers[i].x, *x);
+  }
+  c.layer(-1);
   return c.disjoint();
 }
 

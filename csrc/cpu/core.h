@@ -45,8 +45,8 @@ constexpr int32_t kMaxThreads = 1024;
 /* One instruction set's bodies. Arguments have been checked; the only way to fail is memory. */
 struct Kernels {
   const char *name;
-  deltaops_status (*delta_linear_forward)(const ForwardArgs &);
-  deltaops_status (*delta_linear_backward)(const BackwardArgs &);
+  deltaops_status (*delta_linear_forward)(const ForwardArgs *layers, int64_t count);
+  deltaops_status (*delta_linear_backward)(const BackwardArgs *layers, int64_t count);
   void (*pack_weight)(const deltaops_matrix &weight, void *packed, int num_threads);
   int32_t panel_columns, unit_k_f32, unit_k_bf16;  // the packed weight's format
   int64_t (*fma_peak)(int32_t dtype, int64_t steps, int num_threads);
@@ -81,6 +81,8 @@ void advise_huge_pages(void *data, size_t bytes);  // of the whole huge pages in
 /* checks.cpp: DELTAOPS_OK, or a status with its sentence in fail(). */
 deltaops_status check(const ForwardArgs *args, const Kernels &kernels);
 deltaops_status check(const BackwardArgs *args, const Kernels &kernels);
+deltaops_status check_group(const ForwardArgs *layers, int32_t count, const Kernels &kernels);
+deltaops_status check_group(const BackwardArgs *layers, int32_t count, const Kernels &kernels);
 deltaops_status check_packing(const deltaops_matrix *weight, const Kernels &kernels,
                               int64_t *bytes);
 deltaops_status check(const BottleneckForwardArgs *args);

@@ -102,8 +102,8 @@ inline deltaops_status no_memory(const char *op, size_t bytes) {
               op, bytes);
 }
 
-template <class T>
-deltaops_status forward_as(const ForwardArgs &args) {
+/* The product of one layer's forward pass; the terms come later. */
+inline Product forward_product(const ForwardArgs &args) {
   Product p = {};
   p.M = args.x.rows;
   p.N = args.weight.rows;
@@ -119,124 +119,180 @@ deltaops_status forward_as(const ForwardArgs &args) {
   p.s = static_cast<float *>(args.s.data);
   p.s_row = args.s.row_stride;
   p.seed = args.seed;
-  const int64_t branches = args.num_branches;
-  set_terms(args.branches, branches, true, nullptr, nullptr, &p);
-  if (p.M == 0 || (p.N == 0 && (p.s == nullptr || p.ranks == 0))) return DELTAOPS_OK;
+  set_terms(args.branches, args.num_branches, true, nullptr, nullptr, &p);
   if (p.N == 0)
     p.w.data = nullptr;  // S alone
   else if (p.w.data == nullptr)
-    p.w.data = &p;  // K = 0: never read, but there is an output
+    p.w.data = &args;  // K = 0: never read, but there is an output
+  return p;
+}
 
-  int threads = useful_threads(args.num_threads, p.M * (p.N + p.ranks) * (p.K + 1));
+template <class T>
+void lay_out_forward(const ForwardArgs *const *of, const Group &group, Arena *arena) {
+  for (Part &part : group) {
+    const ForwardArgs &args = **of++;
+    Term *terms = arena->take<Term>(args.num_branches);
+    Segment *segments = arena->take<Segment>(args.num_branches);
+    set_terms(args.branches, args.num_branches, true, terms, segments, &part.p);
+  }
+  lay_out<T>(group, arena);
+}
+
+/* One layer, or some that share x. */
+template <class T>
+deltaops_status forward_as(const ForwardArgs *layers, int64_t count) {
+  Part parts[DELTAOPS_MAX_GROUP];
+  const ForwardArgs *of[DELTAOPS_MAX_GROUP];
+  Group group = {parts, 0, false};
+  int64_t work = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Product p = forward_product(layers[i]);
+    if (p.M == 0 || (p.N == 0 && (p.s == nullptr || p.ranks == 0))) continue;
+    work += p.M * (p.N + p.ranks) * (p.K + 1);
+    of[group.count] = &layers[i];
+    parts[group.count++] = {p, {}};
+  }
+  if (group.count == 0) return DELTAOPS_OK;
+
+  int threads = useful_threads(layers[0].num_threads, work);
   for (;;) {
-    Cut cut = plan<T>(p, threads);
+    plan<T>(group, threads);
     Arena size(nullptr);
-    size.take<Term>(branches);
-    size.take<Segment>(branches);
-    lay_out<T>(p, &cut, &size);
+    lay_out_forward<T>(of, group, &size);
     void *memory = workspace(size.used());
     if (memory == nullptr) return no_memory("delta_linear_forward", size.used());
     Arena arena(memory);
-    Term *terms = arena.take<Term>(branches);
-    Segment *segments = arena.take<Segment>(branches);
-    lay_out<T>(p, &cut, &arena);
-    set_terms(args.branches, branches, true, terms, segments, &p);
+    lay_out_forward<T>(of, group, &arena);
     const int given = team(threads, [&](int self) {
-      if (p.num_terms > 0) {
-        pack_p(p, cut, self);
-        barrier();
-      }
-      run_product<T>(p, cut, self);
+      if (pack_adapters(group, self)) barrier();
+      run_product<T>(group, self);
     });
     if (given == threads) return DELTAOPS_OK;
     threads = given;
   }
 }
 
-/* What the backward pass shares between its phases. */
-struct Backward {
-  Product p;
-  Cut cut;
+/* What one layer's backward pass has beside its part: see Backward. */
+struct Layer {
   bool need_ds;
   float *ds;  // [M, ranks], branches side by side
   uint8_t *bits;
   int64_t bits_each;
-  Outer *a_outers, *b_outers;
-  int64_t num_a, num_b;
-  int64_t a_panels, b_panels;
+  Outer *b_outers;
+  int64_t num_b, b_panels;
   bool any_bias;
   bool again;  // some dB is wanted past an activation
   float *up;   // [M, ranks]: S made again, in the columns of branches with an activation
+};
+
+/* What the backward pass shares between its phases. Layers with a product (need_ds) come first. */
+struct Backward {
+  const BackwardArgs *of[DELTAOPS_MAX_GROUP];
+  Part parts[DELTAOPS_MAX_GROUP];
+  Layer layers[DELTAOPS_MAX_GROUP];
+  int64_t count, num_products;
+  const deltaops_matrix *x;
+  Outer *a_outers;  // of all layers: x is read once for them
+  int64_t num_a, a_panels;
   float *outer;
   int64_t outer_each;
+
+  Group products() { return {parts, num_products, true}; }
 };
 
 inline bool wanted(const deltaops_matrix *grads, int64_t i) {
   return grads != nullptr && grads[i].data != nullptr && grads[i].rows > 0 && grads[i].cols > 0;
 }
 
+inline bool any_wanted(const deltaops_matrix *grads, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (wanted(grads, i)) return true;
+  return false;
+}
+
 template <class T>
-void lay_out_backward(const BackwardArgs &args, Backward *b, Arena *arena) {
-  const int64_t branches = args.num_branches;
-  Term *terms = arena->take<Term>(branches);
-  Segment *segments = arena->take<Segment>(branches);
-  b->a_outers = arena->take<Outer>(branches);
-  b->b_outers = arena->take<Outer>(branches);
-  const int64_t masked = b->need_ds ? b->p.num_terms - b->p.num_plain : 0;
-  b->bits_each = b->p.M * b->p.bits_row;
-  b->bits = arena->take<uint8_t>(masked * b->bits_each);
-  b->ds = arena->take<float>(b->need_ds ? b->p.M * b->p.ranks : 0);
-  b->up = arena->take<float>(b->again ? b->p.M * b->p.ranks : 0);
-  b->outer_each = (kOuterRows + b->p.ranks) * kTileColumns + 64;
-  b->outer = arena->take<float>(args.num_threads * b->outer_each);
-  if (b->need_ds) lay_out<T>(b->p, &b->cut, arena);
-  set_terms(args.branches, branches, false, terms, segments, &b->p);
-  if (terms == nullptr) return;
-  for (int64_t t = b->p.num_plain; t < b->p.num_terms; ++t)
-    terms[t].bits = b->bits + (t - b->p.num_plain) * b->bits_each;
-  for (int64_t t = 0; t < b->p.num_terms; ++t)
-    if (terms[t].activation != DELTAOPS_IDENTITY && args.s.data) {
-      terms[t].h = static_cast<const float *>(args.s.data) + terms[t].plain_column;
-      terms[t].h_row = args.s.row_stride;
+void lay_out_backward(int threads, Backward *b, Arena *arena) {
+  int64_t branches = 0, ranks_of_x = 0, most_ranks = 0;
+  for (int64_t i = 0; i < b->count; ++i) {
+    const int64_t count = b->of[i]->num_branches;
+    Product &p = b->parts[i].p;
+    Layer &layer = b->layers[i];
+    Term *terms = arena->take<Term>(count);
+    Segment *segments = arena->take<Segment>(count);
+    layer.b_outers = arena->take<Outer>(count);
+    layer.bits_each = p.M * p.bits_row;
+    layer.bits =
+        arena->take<uint8_t>(layer.need_ds ? (p.num_terms - p.num_plain) * layer.bits_each : 0);
+    layer.ds = arena->take<float>(layer.need_ds ? p.M * p.ranks : 0);
+    layer.up = arena->take<float>(layer.again ? p.M * p.ranks : 0);
+    if (layer.need_ds) {
+      p.s = layer.ds;
+      p.s_row = p.ranks;
     }
+    branches += count;
+    ranks_of_x += p.ranks;
+    most_ranks = most(most_ranks, p.ranks);
+    set_terms(b->of[i]->branches, count, false, terms, segments, &p);
+    if (terms == nullptr) continue;
+    for (int64_t t = p.num_plain; t < p.num_terms; ++t)
+      terms[t].bits = layer.bits + (t - p.num_plain) * layer.bits_each;
+    const deltaops_matrix &s = b->of[i]->s;
+    for (int64_t t = 0; t < p.num_terms; ++t)
+      if (terms[t].activation != DELTAOPS_IDENTITY && s.data) {
+        terms[t].h = static_cast<const float *>(s.data) + terms[t].plain_column;
+        terms[t].h_row = s.row_stride;
+      }
+  }
+  b->a_outers = arena->take<Outer>(branches);
+  b->outer_each = (kOuterRows + (b->a_panels ? ranks_of_x : most_ranks)) * kTileColumns + 64;
+  b->outer = arena->take<float>(threads * b->outer_each);
+  if (b->num_products > 0) lay_out<T>(b->products(), arena);
 }
 
 /* The outer products that are wanted, once the buffers have their places. */
-inline void set_outers(const BackwardArgs &args, Backward *b) {
-  b->num_a = b->num_b = 0;
-  int64_t column = 0;
-  for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
-    const int64_t rank = rank_of(args.branches[i]);
-    if (wanted(args.grad_a, i)) {
-      const uint8_t *bits = nullptr;
-      for (int64_t t = 0; t < b->p.num_terms; ++t)
-        if (b->p.terms[t].plain_column == column) bits = b->p.terms[t].bits;
-      b->a_outers[b->num_a++] = {b->ds + column,
-                                 b->p.ranks,
-                                 rank,
-                                 args.grad_a[i].data,
-                                 args.grad_a[i].dtype == DELTAOPS_BF16,
-                                 false,
-                                 b->p.N,
-                                 bits,
-                                 b->p.bits_row};
+inline void set_outers(Backward *b) {
+  b->num_a = 0;
+  for (int64_t l = 0; l < b->count; ++l) {
+    const BackwardArgs &args = *b->of[l];
+    const Product &p = b->parts[l].p;
+    Layer &layer = b->layers[l];
+    layer.num_b = 0;
+    int64_t column = 0;
+    for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
+      const int64_t rank = rank_of(args.branches[i]);
+      if (wanted(args.grad_a, i)) {
+        const uint8_t *bits = nullptr;
+        for (int64_t t = 0; t < p.num_terms; ++t)
+          if (p.terms[t].plain_column == column) bits = p.terms[t].bits;
+        b->a_outers[b->num_a++] = {layer.ds + column,
+                                   p.ranks,
+                                   rank,
+                                   args.grad_a[i].data,
+                                   args.grad_a[i].dtype == DELTAOPS_BF16,
+                                   false,
+                                   p.N,
+                                   bits,
+                                   p.bits_row};
+      }
+      const bool kept = args.branches[i].activation == DELTAOPS_IDENTITY;
+      if (wanted(args.grad_b, i))
+        layer.b_outers[layer.num_b++] = {
+            (kept ? static_cast<const float *>(args.s.data) : layer.up) + column,
+            kept ? args.s.row_stride : p.ranks,
+            rank,
+            args.grad_b[i].data,
+            args.grad_b[i].dtype == DELTAOPS_BF16,
+            true,
+            p.K,
+            nullptr,
+            0};
     }
-    const bool kept = args.branches[i].activation == DELTAOPS_IDENTITY;
-    if (wanted(args.grad_b, i))
-      b->b_outers[b->num_b++] = {(kept ? static_cast<const float *>(args.s.data) : b->up) + column,
-                                 kept ? args.s.row_stride : b->p.ranks,
-                                 rank,
-                                 args.grad_b[i].data,
-                                 args.grad_b[i].dtype == DELTAOPS_BF16,
-                                 true,
-                                 b->p.K,
-                                 nullptr,
-                                 0};
   }
 }
 
 /* Thread `self`'s branches' da: whole sums, so that no team changes a bit. */
-inline void branch_bias_grads(const BackwardArgs &args, const Backward &b, int self, int threads) {
+inline void branch_bias_grads(const BackwardArgs &args, const Product &p, const Layer &layer,
+                              int self, int threads) {
   int64_t column = 0;
   for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
     if (i % threads != self || !wanted(args.grad_branch_bias, i)) continue;
@@ -244,105 +300,169 @@ inline void branch_bias_grads(const BackwardArgs &args, const Backward &b, int s
     const int64_t rank = rank_of(args.branches[i]);
     const double scale = scale_of(args.branches[i]);
     if (grad.dtype == DELTAOPS_BF16)
-      column_sums(b.ds + column, b.p.ranks, b.p.M, rank, scale, static_cast<Bf16 *>(grad.data));
+      column_sums(layer.ds + column, p.ranks, p.M, rank, scale, static_cast<Bf16 *>(grad.data));
     else
-      column_sums(b.ds + column, b.p.ranks, b.p.M, rank, scale, static_cast<float *>(grad.data));
+      column_sums(layer.ds + column, p.ranks, p.M, rank, scale, static_cast<float *>(grad.data));
   }
 }
 
-template <class T>
-void backward_thread(const BackwardArgs &args, const Backward &b, int self, int threads) {
-  const Product &p = b.p;
+/* Thread `self`'s part of what the products need: S past an activation, and the keep-bits. */
+inline void prepare(const Product &p, const Layer &layer, int self, int threads) {
   const Range rows = share(p.M, self, threads);
-  if (b.again)
+  if (layer.again)
     for (int64_t t = 0; t < p.num_terms; ++t)
-      if (p.terms[t].h) activate_rows(p.terms[t], rows, b.up + p.terms[t].plain_column, p.ranks);
-  if (b.need_ds) {
-    for (int64_t t = p.num_plain; t < p.num_terms; ++t)
-      for (int64_t m = rows.begin; m < rows.end; ++m)
-        keep_bits(b.bits + (t - p.num_plain) * b.bits_each + m * p.bits_row, m, 0, ceil_div(p.N, 8),
-                  p.seed, p.terms[t].stream, p.terms[t].threshold);
-    pack_p(p, b.cut, self);
-    barrier();
-    run_product<T>(p, b.cut, self);
+      if (p.terms[t].h)
+        activate_rows(p.terms[t], rows, layer.up + p.terms[t].plain_column, p.ranks);
+  if (!layer.need_ds) return;
+  for (int64_t t = p.num_plain; t < p.num_terms; ++t)
+    for (int64_t m = rows.begin; m < rows.end; ++m)
+      keep_bits(layer.bits + (t - p.num_plain) * layer.bits_each + m * p.bits_row, m, 0,
+                ceil_div(p.N, 8), p.seed, p.terms[t].stream, p.terms[t].threshold);
+}
+
+/* The outer products of panel `index`: of x first, then of each dy in turn. */
+template <class T>
+void outer_panels(const Backward &b, int64_t index, float *scratch) {
+  const int64_t M = b.parts[0].p.M;
+  if (index < b.a_panels) {
+    outer_products(static_cast<const T *>(b.x->data), b.x->row_stride, M, b.x->cols, index,
+                   b.a_outers, b.num_a, nullptr, false, scratch);
+    return;
   }
-  if (b.need_ds || b.again) barrier();
-  float *scratch = b.outer + self * b.outer_each;
-  const Range panels = share(b.a_panels + b.b_panels, self, threads);
-  for (int64_t index = panels.begin; index < panels.end; ++index) {
-    if (index < b.a_panels)
-      outer_products(static_cast<const T *>(args.x.data), args.x.row_stride, p.M, p.N, index,
-                     b.a_outers, b.num_a, nullptr, false, scratch);
-    else
-      outer_products(static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, p.M, p.K,
-                     index - b.a_panels, b.b_outers, b.num_b, args.grad_bias.data,
-                     args.grad_bias.dtype == DELTAOPS_BF16, scratch);
-  }
-  if (b.any_bias) branch_bias_grads(args, b, self, threads);
+  index -= b.a_panels;
+  int64_t l = 0;
+  while (index >= b.layers[l].b_panels) index -= b.layers[l++].b_panels;
+  const BackwardArgs &args = *b.of[l];
+  outer_products(static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, M,
+                 args.grad_y.cols, index, b.layers[l].b_outers, b.layers[l].num_b,
+                 args.grad_bias.data, args.grad_bias.dtype == DELTAOPS_BF16, scratch);
 }
 
 template <class T>
-deltaops_status backward_as(const BackwardArgs &args) {
-  Backward b = {};
-  const int64_t branches = args.num_branches;
-  bool any_a = false, any_b = false;
-  for (int64_t i = 0; i < branches; ++i) {
-    any_a = any_a || wanted(args.grad_a, i);
-    any_b = any_b || wanted(args.grad_b, i);
-    b.any_bias = b.any_bias || wanted(args.grad_branch_bias, i);
-    b.again = b.again || (wanted(args.grad_b, i) && args.grad_y.rows > 0 &&
-                          args.branches[i].activation != DELTAOPS_IDENTITY);
+void backward_thread(Backward &b, int self, int threads) {
+  int64_t all_panels = b.a_panels;
+  bool again = false;
+  for (int64_t i = 0; i < b.count; ++i) {
+    prepare(b.parts[i].p, b.layers[i], self, threads);
+    all_panels += b.layers[i].b_panels;
+    again = again || b.layers[i].again;
   }
-  Product &p = b.p;  // dX [M, K of the op] = dy [M, N of the op] W: N and K change places
+  if (b.num_products > 0) {
+    pack_adapters(b.products(), self);
+    barrier();
+    run_product<T>(b.products(), self);
+  }
+  if (b.num_products > 0 || again) barrier();
+  float *scratch = b.outer + self * b.outer_each;
+  const Range panels = share(all_panels, self, threads);
+  for (int64_t index = panels.begin; index < panels.end; ++index)
+    outer_panels<T>(b, index, scratch);
+  for (int64_t i = 0; i < b.count; ++i)
+    if (b.layers[i].any_bias) branch_bias_grads(*b.of[i], b.parts[i].p, b.layers[i], self, threads);
+}
+
+/* The product of one layer's backward pass, dX [M, K of the op] = dy [M, N of the op] W: N and K
+ * change places. grad_x: the sum of a group's. */
+inline Product backward_product(const BackwardArgs &args, const deltaops_matrix &grad_x) {
+  Product p = {};
   p.M = args.grad_y.rows;
   p.K = args.grad_y.cols;
-  p.N = args.grad_x.data ? args.grad_x.cols : any_a ? args.x.cols : 0;
+  p.N = grad_x.data ? grad_x.cols : any_wanted(args.grad_a, args.num_branches) ? args.x.cols : 0;
   p.x = args.grad_y.data;
   p.x_row = args.grad_y.row_stride;
-  const bool need_dx = args.grad_x.data != nullptr && p.M > 0 && p.N > 0;
-  if (need_dx) {
+  if (grad_x.data && p.M > 0 && p.N > 0) {
     p.w = transposed(view(args.weight));
-    if (p.w.data == nullptr) p.w.data = &b;  // N = 0 of the op: never read, dX is zero
+    if (p.w.data == nullptr) p.w.data = &args;  // N = 0 of the op: never read, dX is zero
     p.packed = panels_of(args.packed_weight);
   }
-  p.out = args.grad_x.data;
-  p.out_row = args.grad_x.row_stride;
+  p.out = grad_x.data;
+  p.out_row = grad_x.row_stride;
   p.mask_x = false;
   p.seed = args.seed;
   p.bits_row = round_up(ceil_div(p.N, 8), 8) + 8;
-  set_terms(args.branches, branches, false, nullptr, nullptr, &p);
-  b.need_ds = p.M > 0 && (need_dx || any_a || b.any_bias);
-  b.a_panels = any_a ? ceil_div(p.N, kTileColumns) : 0;
-  b.b_panels = any_b || args.grad_bias.data ? ceil_div(p.K, kTileColumns) : 0;
-  if (!b.need_ds && !b.any_bias && b.a_panels + b.b_panels == 0) return DELTAOPS_OK;
+  set_terms(args.branches, args.num_branches, false, nullptr, nullptr, &p);
+  return p;
+}
 
-  const int64_t work = (need_dx ? p.M * p.N * (p.K + 1) : 0) + p.M * (p.N + p.K) * (p.ranks + 1);
-  int threads = useful_threads(args.num_threads, work);
+/* Adds a layer; true where it has anything to do. */
+inline bool add_layer(const BackwardArgs &args, const Product &p, Backward *b) {
+  const int64_t branches = args.num_branches;
+  const bool any_a = any_wanted(args.grad_a, branches), any_b = any_wanted(args.grad_b, branches);
+  Layer layer = {};
+  layer.any_bias = any_wanted(args.grad_branch_bias, branches);
+  for (int64_t i = 0; i < branches; ++i)
+    layer.again = layer.again || (wanted(args.grad_b, i) && p.M > 0 &&
+                                  args.branches[i].activation != DELTAOPS_IDENTITY);
+  layer.need_ds = p.M > 0 && (p.w.data || any_a || layer.any_bias);
+  layer.b_panels = any_b || args.grad_bias.data ? ceil_div(p.K, kTileColumns) : 0;
+  if (any_a) {
+    b->x = &args.x;
+    b->a_panels = ceil_div(p.N, kTileColumns);
+  }
+  if (!layer.need_ds && !layer.any_bias && !any_a && layer.b_panels == 0) return false;
+  int64_t at = b->count++;
+  if (layer.need_ds) {  // before those without a product
+    const int64_t first = b->num_products++;
+    b->of[at] = b->of[first], b->parts[at] = b->parts[first], b->layers[at] = b->layers[first];
+    at = first;
+  }
+  b->of[at] = &args;
+  b->parts[at] = {p, {}};
+  b->layers[at] = layer;
+  return true;
+}
+
+/* One layer, or some that share x, whose gradient is the first one's grad_x. */
+template <class T>
+deltaops_status backward_as(const BackwardArgs *layers, int64_t count) {
+  Backward b;
+  b.count = b.num_products = b.num_a = b.a_panels = 0;
+  int64_t work = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Product p = backward_product(layers[i], layers[0].grad_x);
+    if (add_layer(layers[i], p, &b))
+      work += (p.w.data ? p.M * p.N * (p.K + 1) : 0) + p.M * (p.N + p.K) * (p.ranks + 1);
+  }
+  if (b.count == 0) return DELTAOPS_OK;
+  if (layers[0].grad_x.data)
+    for (int64_t i = 0; i < b.num_products; ++i) {
+      b.parts[i].p.adds = i > 0;
+      b.parts[i].p.more = i + 1 < b.num_products;
+    }
+
+  int threads = useful_threads(layers[0].num_threads, work);
   for (;;) {
-    if (b.need_ds) b.cut = plan<T>(p, threads);
+    if (b.num_products > 0) plan<T>(b.products(), threads);
     Arena size(nullptr);
-    lay_out_backward<T>(args, &b, &size);
+    lay_out_backward<T>(threads, &b, &size);
     void *memory = workspace(size.used());
     if (memory == nullptr) return no_memory("delta_linear_backward", size.used());
     Arena arena(memory);
-    lay_out_backward<T>(args, &b, &arena);
-    if (b.need_ds) {
-      p.s = b.ds;
-      p.s_row = p.ranks;
-    }
-    set_outers(args, &b);
-    const int given = team(threads, [&](int self) { backward_thread<T>(args, b, self, threads); });
+    lay_out_backward<T>(threads, &b, &arena);
+    set_outers(&b);
+    const int given = team(threads, [&](int self) { backward_thread<T>(b, self, threads); });
     if (given == threads) return DELTAOPS_OK;
     threads = given;
   }
 }
 
-deltaops_status forward(const ForwardArgs &args) {
-  return args.x.dtype == DELTAOPS_BF16 ? forward_as<Bf16>(args) : forward_as<float>(args);
+deltaops_status forward(const ForwardArgs *layers, int64_t count) {
+  const auto some = [&](const ForwardArgs *from, int64_t of) {
+    return from->x.dtype == DELTAOPS_BF16 ? forward_as<Bf16>(from, of)
+                                          : forward_as<float>(from, of);
+  };
+  bool alike = true;
+  for (int64_t i = 1; i < count; ++i)
+    alike = alike && by_dots(forward_product(layers[i])) == by_dots(forward_product(layers[0]));
+  if (alike) return some(layers, count);
+  deltaops_status status = DELTAOPS_OK;
+  for (int64_t i = 0; i < count && status == DELTAOPS_OK; ++i) status = some(layers + i, 1);
+  return status;
 }
 
-deltaops_status backward(const BackwardArgs &args) {
-  return args.grad_y.dtype == DELTAOPS_BF16 ? backward_as<Bf16>(args) : backward_as<float>(args);
+deltaops_status backward(const BackwardArgs *layers, int64_t count) {
+  return layers[0].grad_y.dtype == DELTAOPS_BF16 ? backward_as<Bf16>(layers, count)
+                                                 : backward_as<float>(layers, count);
 }
 
 template <class T>

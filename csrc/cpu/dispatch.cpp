@@ -180,7 +180,7 @@ deltaops_status deltaops_cpu_delta_linear_forward(const deltaops_delta_linear_fo
   const Kernels *kernels = nullptr;
   deltaops_status status = current(&kernels);
   if (status == DELTAOPS_OK) status = check(args, *kernels);
-  return status == DELTAOPS_OK ? kernels->delta_linear_forward(*args) : status;
+  return status == DELTAOPS_OK ? kernels->delta_linear_forward(args, 1) : status;
 }
 
 deltaops_status deltaops_cpu_delta_linear_backward(
@@ -188,7 +188,23 @@ deltaops_status deltaops_cpu_delta_linear_backward(
   const Kernels *kernels = nullptr;
   deltaops_status status = current(&kernels);
   if (status == DELTAOPS_OK) status = check(args, *kernels);
-  return status == DELTAOPS_OK ? kernels->delta_linear_backward(*args) : status;
+  return status == DELTAOPS_OK ? kernels->delta_linear_backward(args, 1) : status;
+}
+
+deltaops_status deltaops_cpu_delta_linear_group_forward(
+    const deltaops_delta_linear_forward_args *layers, int32_t count) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check_group(layers, count, *kernels);
+  return status == DELTAOPS_OK ? kernels->delta_linear_forward(layers, count) : status;
+}
+
+deltaops_status deltaops_cpu_delta_linear_group_backward(
+    const deltaops_delta_linear_backward_args *layers, int32_t count) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check_group(layers, count, *kernels);
+  return status == DELTAOPS_OK ? kernels->delta_linear_backward(layers, count) : status;
 }
 
 deltaops_status deltaops_cpu_packed_bytes(const deltaops_matrix *weight, int64_t *bytes) {

@@ -5,6 +5,10 @@
  * The forward pass is this with P = A, Q = B and the dropout on x; the gradient of x is this with
  * x = dy, W, A and B transposed (strides swapped) and the mask on the low-rank product.
  *
+ * Layers that share x (q, k and v; gate and up) are a group of such products. Forward they have the
+ * same x: a block of it is fetched once, for all of them. Backward they have the same out: it is
+ * the sum of their products, which add to one another where it lies.
+ *
  * Threads form a grid of row groups x column shares. A thread walks its rows in blocks, and each
  * block through k in blocks: copy the block of x (L2), add its part of S, then for each panel of
  * W: pack it (L1) and run the tiles down the block. Threads that share rows share the copy, double
@@ -60,6 +64,7 @@ struct Product {
   int64_t s_row;
   int64_t bits_row;  // bytes of one row of the keep-bits (backward)
   uint64_t seed;
+  bool adds, more;  // in a sum: not the first of it, not the last
 };
 
 /* How a Product is cut for a team, and the team's buffers. */
@@ -99,18 +104,37 @@ struct MainUnit<Bf16> {
 };
 #endif
 
+/* One product of a group, and how it is cut. Rows, k and threads are cut alike for all of them. */
+struct Part {
+  Product p;
+  Cut cut;
+};
+
+/* Its products: those of one x, or those of one out. */
+struct Group {
+  Part *parts;
+  int64_t count;
+  bool sum;
+
+  Part *begin() const { return parts; }
+  Part *end() const { return parts + count; }
+  bool sums() const { return sum && count > 1; }
+};
+
 /* The grid with the least work on its busiest thread, in multiply-adds per k: a column packed
  * costs about as much as kPackRows rows of it, a row copied kCopyColumns columns of it. */
-inline void choose_grid(const Product &p, Cut *cut) {
-  constexpr int64_t kCopyColumns = 4, kBarrier = 6144;
-  const int64_t kPackRows = p.packed ? 0 : 8;
+inline void choose_grid(const Group &group, Cut *cut) {
+  constexpr int64_t kPackRows = 8, kCopyColumns = 4, kBarrier = 6144;
+  const int64_t passes = group.sum ? group.count : 1, M = group.parts[0].p.M;
   int64_t least_cost = -1;
   for (int shares = 1; shares <= cut->threads; ++shares) {
     if (cut->threads % shares != 0) continue;
-    const int64_t rows = ceil_div(p.M, cut->threads / shares);
-    const int64_t columns = ceil_div(cut->panels, shares) * kTileColumns;
-    const int64_t cost = rows * columns + kPackRows * columns + kCopyColumns * rows / shares +
-                         (shares > 1 ? kBarrier : 0);
+    const int64_t rows = ceil_div(M, cut->threads / shares);
+    int64_t cost = passes * (kCopyColumns * rows / shares + (shares > 1 ? kBarrier : 0));
+    for (const Part &part : group) {
+      const int64_t columns = ceil_div(part.cut.panels, shares) * kTileColumns;
+      cost += (rows + (part.p.packed ? 0 : kPackRows)) * columns;
+    }
     if (least_cost >= 0 && cost >= least_cost) continue;
     least_cost = cost;
     cut->shares = shares;
@@ -118,58 +142,94 @@ inline void choose_grid(const Product &p, Cut *cut) {
   cut->row_groups = cut->threads / cut->shares;
 }
 
+/* Few rows, and rows of W to read as they lie. Another order of the sums: the layers of a group go
+ * the same way, which is the way that they go alone. */
+inline bool by_dots(const Product &p) { return p.M <= kDotRows && p.w.col_stride == 1; }
+
 /* Rows this many floats apart share cache sets: a block of them would evict itself from L2. */
 constexpr int64_t kConflict = 512;
 
 template <class T>
-Cut plan(const Product &p, int threads) {
+void plan(const Group &group, int threads) {
+  const int64_t M = group.parts[0].p.M;
+  int64_t K = 0;
   Cut cut = {};
   cut.threads = threads;
-  cut.panels = p.w.data ? ceil_div(p.N, kTileColumns) : 0;
-  cut.dot = p.M <= kDotRows && p.w.data && p.w.col_stride == 1;
-  choose_grid(p, &cut);
+  cut.dot = !group.sums();
+  bool products = false;
+  for (Part &part : group) {
+    const Product &p = part.p;
+    K = most(K, p.K);
+    cut.dot = cut.dot && (p.w.data == nullptr || by_dots(p));
+    products = products || p.w.data;
+    part.cut.panels = p.w.data ? ceil_div(p.N, kTileColumns) : 0;
+  }
+  cut.dot = cut.dot && products;
+  choose_grid(group, &cut);
   if (cut.dot) {
     cut.shares = threads;
     cut.row_groups = 1;
   }
-  cut.panels_each = ceil_div(cut.panels, cut.shares);
-  cut.group_rows = ceil_div(p.M, cut.row_groups);
+  cut.group_rows = ceil_div(M, cut.row_groups);
   const int64_t row_limit = DELTAOPS_BLOCK_ROWS;
   cut.blocks = ceil_div(cut.group_rows, row_limit);
   cut.block_rows =
       cut.blocks ? round_up(ceil_div(cut.group_rows, cut.blocks), kTileRows) : kTileRows;
   cut.blocks = ceil_div(cut.group_rows, cut.block_rows);
   const int64_t k_limit = sizeof(T) == 4 ? DELTAOPS_BLOCK_K_F32 : DELTAOPS_BLOCK_K_BF16;
-  cut.k_blocks = cut.dot || p.K == 0 ? 1 : ceil_div(p.K, k_limit);
+  const int64_t k_blocks = cut.dot || K == 0 ? 1 : ceil_div(K, k_limit);
   // Whole bytes of keep-bits and whole vectors in every block but the last.
-  cut.block_k = round_up(ceil_div(p.K, cut.k_blocks), 16);
-  cut.k_blocks = p.K ? ceil_div(p.K, cut.block_k) : 1;
+  cut.block_k = round_up(ceil_div(K, k_blocks), 16);
   cut.x_row = cut.block_k + 16;
-  // Floats sum up in y itself; bf16 needs a place for the sums between blocks of k.
-  cut.scratch_c = sizeof(T) != 4 && cut.k_blocks > 1 && !cut.dot;
-  cut.k_padded = round_up(p.K, kLanes);
-  cut.copy_x = sizeof(T) != 4 || (cut.k_blocks > 1 && p.x_row % kConflict == 0);
-  return cut;
+  for (Part &part : group) {
+    const Product &p = part.p;
+    cut.panels = part.cut.panels;
+    cut.panels_each = ceil_div(cut.panels, cut.shares);
+    cut.k_blocks = p.K ? ceil_div(p.K, cut.block_k) : 1;
+    // Floats sum up in y itself; bf16 needs a place for the sums between blocks of k.
+    cut.scratch_c = sizeof(T) != 4 && (cut.k_blocks > 1 || group.sums()) && !cut.dot;
+    cut.k_padded = round_up(p.K, kLanes);
+    cut.copy_x = sizeof(T) != 4 || (cut.k_blocks > 1 && p.x_row % kConflict == 0);
+    part.cut = cut;
+  }
 }
 
+/* What the parts use one after the other they share: x, and each thread's scratch. */
 template <class T>
-void lay_out(const Product &p, Cut *cut, Arena *arena) {
-  const int64_t buffers = cut->shares > 1 ? 2 : 1;
-  cut->x_buffer = cut->copy_x ? cut->block_rows * cut->x_row * 4 : 0;
-  cut->s_buffer = cut->block_rows * p.s_columns;
-  cut->panel_each = cut->dot || p.packed ? 0 : cut->block_k * kTileColumns + 64;
-  cut->q_each = p.ranks * kTileColumns + 64;
-  cut->c_each = cut->scratch_c ? cut->block_rows * cut->panels_each * kTileColumns + 64 : 0;
-  cut->rows_each = kNarrowRows * cut->x_row + 64;
-  cut->bits_each = cut->block_k / 8 + 64;
-  cut->packed_p = arena->take<float>(p.s_columns * cut->k_padded);
-  cut->x = arena->take<char>(cut->row_groups * buffers * cut->x_buffer);
-  cut->s = arena->take<float>(cut->row_groups * buffers * cut->s_buffer);
-  cut->panel = arena->take<float>(cut->threads * cut->panel_each);
-  cut->q = arena->take<float>(cut->threads * cut->q_each);
-  cut->c = arena->take<float>(cut->threads * cut->c_each);
-  cut->rows = arena->take<float>(cut->threads * cut->rows_each);
-  cut->bits = arena->take<uint8_t>(cut->threads * cut->bits_each);
+void lay_out(const Group &group, Arena *arena) {
+  Cut all = {};
+  for (const Part &part : group) {
+    const Cut &cut = part.cut;
+    if (cut.copy_x) all.x_buffer = cut.block_rows * cut.x_row * 4;
+    if (!cut.dot && !part.p.packed) all.panel_each = cut.block_k * kTileColumns + 64;
+    all.q_each = most(all.q_each, part.p.ranks * kTileColumns + 64);
+  }
+  const Cut &one = group.parts[0].cut;
+  const int64_t buffers = one.shares > 1 ? 2 : 1;
+  all.rows_each = kNarrowRows * one.x_row + 64;
+  all.bits_each = one.block_k / 8 + 64;
+  all.x = arena->take<char>(one.row_groups * buffers * all.x_buffer);
+  all.panel = arena->take<float>(one.threads * all.panel_each);
+  all.q = arena->take<float>(one.threads * all.q_each);
+  all.rows = arena->take<float>(one.threads * all.rows_each);
+  all.bits = arena->take<uint8_t>(one.threads * all.bits_each);
+  for (Part &part : group) {
+    Cut *cut = &part.cut;
+    cut->x_buffer = all.x_buffer, cut->x = all.x;
+    cut->panel_each = all.panel_each, cut->panel = all.panel;
+    cut->q_each = all.q_each, cut->q = all.q;
+    cut->rows_each = all.rows_each, cut->rows = all.rows;
+    cut->bits_each = all.bits_each, cut->bits = all.bits;
+    cut->packed_p = arena->take<float>(part.p.s_columns * cut->k_padded);
+    cut->s_buffer = cut->block_rows * part.p.s_columns;
+    cut->s = arena->take<float>(cut->row_groups * buffers * cut->s_buffer);
+    if (group.sum && &part != group.parts) {
+      cut->c_each = one.c_each, cut->c = one.c;
+      continue;
+    }
+    cut->c_each = cut->scratch_c ? cut->block_rows * cut->panels_each * kTileColumns + 64 : 0;
+    cut->c = arena->take<float>(cut->threads * cut->c_each);
+  }
 }
 
 /* Thread `self`'s part of packing P for all. */
@@ -188,6 +248,16 @@ inline void pack_p(const Product &p, const Cut &cut, int self) {
     else
       pack_term<float>(cut.packed_p, cut.k_padded, term, group_begin, group_end, begin, end, p.K);
   }
+}
+
+/* The same for a group; true where anything was packed. */
+inline bool pack_adapters(const Group &group, int self) {
+  bool any = false;
+  for (const Part &part : group) {
+    pack_p(part.p, part.cut, self);
+    any = any || part.p.num_terms > 0;
+  }
+  return any;
 }
 
 /* S for rows m ... m + rows - 1, over ks elements from k0 on. `floats`: the same rows as floats,
@@ -284,8 +354,8 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
       t.a = x + i * x_row;
       t.s = s + i * p.s_columns;
       T *out = static_cast<T *>(p.out) + (m + i) * p.out_row + n;
-      t.y = last ? out : nullptr;
-      t.add_c = !first;
+      t.y = last && !p.more ? out : nullptr;
+      t.add_c = !first || p.adds;
       if constexpr (sizeof(T) == 4) {
         t.c = out;
         t.c_row = p.out_row;
@@ -321,59 +391,84 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
   }
 }
 
-/* One thread's part; all threads of the team call it, after P has been packed. */
+/* One thread's part of one block of rows, for products of the same x. step: how many copies of x
+ * were made; the two places take turns. */
 template <class T, class Unit>
-void product(const Product &p, const Cut &cut, int self) {
+void row_block(const Part *parts, int64_t count, int self, int64_t block, int64_t *step) {
+  const Product &one = parts[0].p;
+  const Cut &cut = parts[0].cut;
   const int group = self / cut.shares, member = self % cut.shares;
-  const int64_t begin = group * cut.group_rows, end = least(p.M, begin + cut.group_rows);
+  const int64_t begin = group * cut.group_rows, end = least(one.M, begin + cut.group_rows);
   const int64_t buffers = cut.shares > 1 ? 2 : 1;
-  const Range columns = share(cut.panels, member, cut.shares);
-  int64_t step = 0;
-  for (int64_t block = 0; block < cut.blocks; ++block) {
-    const int64_t m = begin + block * cut.block_rows;
-    const int64_t rows = m < end ? least(cut.block_rows, end - m) : 0;
-    const Range mine = share(rows, member, cut.shares);
-    float *s = cut.s + (group * buffers + block % buffers) * cut.s_buffer;
-    for (int64_t kb = 0; kb < cut.k_blocks; ++kb, ++step) {
-      const int64_t k0 = kb * cut.block_k, ks = least(cut.block_k, p.K - k0);
-      const int64_t steps = ceil_div(ks, UnitOf<Unit>::k);
-      const T *rows_of_x = static_cast<const T *>(p.x) + m * p.x_row + k0;
-      const Unit *x;
-      int64_t x_row = cut.x_row;
-      if (cut.copy_x) {
-        Unit *copy =
-            reinterpret_cast<Unit *>(cut.x + (group * buffers + step % buffers) * cut.x_buffer);
-        if (p.w.data || UnitOf<Unit>::k == 1)
-          for (int64_t i = mine.begin; i < mine.end; ++i)
-            pack_row(copy + i * x_row, rows_of_x + i * p.x_row, ks, steps);
-        x = copy;
-      } else {
-        x = reinterpret_cast<const Unit *>(rows_of_x);
-        x_row = p.x_row;
-      }
-      if (p.num_terms > 0 && mine.begin < mine.end) {
+  const int64_t m = begin + block * cut.block_rows;
+  const int64_t rows = m < end ? least(cut.block_rows, end - m) : 0;
+  const Range mine = share(rows, member, cut.shares);
+  const auto s_of = [&](const Part &part) {
+    return part.cut.s + (group * buffers + block % buffers) * part.cut.s_buffer;
+  };
+  bool products = false, terms = false;
+  for (const Part *part = parts; part != parts + count; ++part) {
+    products = products || part->p.w.data;
+    terms = terms || part->p.num_terms > 0;
+  }
+  for (int64_t kb = 0; kb < cut.k_blocks; ++kb) {
+    const int64_t k0 = kb * cut.block_k, ks = least(cut.block_k, one.K - k0);
+    const int64_t steps = ceil_div(ks, UnitOf<Unit>::k);
+    const T *rows_of_x = static_cast<const T *>(one.x) + m * one.x_row + k0;
+    const Unit *x;
+    int64_t x_row = cut.x_row;
+    if (cut.copy_x) {
+      Unit *copy =
+          reinterpret_cast<Unit *>(cut.x + (group * buffers + *step % buffers) * cut.x_buffer);
+      ++*step;
+      if (products || UnitOf<Unit>::k == 1)
+        for (int64_t i = mine.begin; i < mine.end; ++i)
+          pack_row(copy + i * x_row, rows_of_x + i * one.x_row, ks, steps);
+      x = copy;
+    } else {
+      x = reinterpret_cast<const Unit *>(rows_of_x);
+      x_row = one.x_row;
+    }
+    if (mine.begin < mine.end)
+      for (const Part *part = parts; part != parts + count; ++part) {
+        const Product &p = part->p;
+        if (p.num_terms == 0) continue;
         const float *floats = nullptr;
         if constexpr (UnitOf<Unit>::k == 1) floats = x + mine.begin * x_row;
-        float *s_mine = s + mine.begin * p.s_columns;
-        lowrank_rows<T>(p, cut, self, m + mine.begin, mine.end - mine.begin, k0, ks, floats, x_row,
-                        s_mine);
+        float *s_mine = s_of(*part) + mine.begin * p.s_columns;
+        lowrank_rows<T>(p, part->cut, self, m + mine.begin, mine.end - mine.begin, k0, ks, floats,
+                        x_row, s_mine);
         if (k0 + ks == p.K)
           finish_s(p.terms, p.num_terms, s_mine, p.s_columns, m + mine.begin, mine.end - mine.begin,
                    p.s ? p.s + (m + mine.begin) * p.s_row : nullptr, p.s_row);
       }
-      if (cut.shares > 1 && (cut.copy_x || p.num_terms > 0)) barrier();
-      if (rows > 0) panels<T, Unit>(p, cut, self, m, rows, x, x_row, s, k0, ks, columns);
-    }
+    if (cut.shares > 1 && (cut.copy_x || terms)) barrier();
+    if (rows > 0)
+      for (const Part *part = parts; part != parts + count; ++part)
+        panels<T, Unit>(part->p, part->cut, self, m, rows, x, x_row, s_of(*part), k0, ks,
+                        share(part->cut.panels, member, cut.shares));
+  }
+}
+
+/* One thread's part; all threads of the team call it, after P has been packed. */
+template <class T, class Unit>
+void product(const Group &group, int self) {
+  int64_t step = 0;
+  for (int64_t block = 0; block < group.parts[0].cut.blocks; ++block) {
+    if (group.sum)
+      for (const Part &part : group) row_block<T, Unit>(&part, 1, self, block, &step);
+    else
+      row_block<T, Unit>(group.parts, group.count, self, block, &step);
   }
 }
 
 /* Dots read floats whatever the ISA multiplies; every other product its own unit. */
 template <class T>
-void run_product(const Product &p, const Cut &cut, int self) {
-  if (cut.dot)
-    product<T, float>(p, cut, self);
+void run_product(const Group &group, int self) {
+  if (group.parts[0].cut.dot)
+    product<T, float>(group, self);
   else
-    product<T, typename MainUnit<T>::type>(p, cut, self);
+    product<T, typename MainUnit<T>::type>(group, self);
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ struct Constant {
 };
 
 DELTAOPS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+DELTAOPS_INLINE int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 DELTAOPS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DELTAOPS_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -133,6 +133,15 @@ DELTAOPS_API deltaops_status
 deltaops_cpu_delta_linear_forward(const deltaops_delta_linear_forward_args *args);
 DELTAOPS_API deltaops_status
 deltaops_cpu_delta_linear_backward(const deltaops_delta_linear_backward_args *args);
+/* 1 to DELTAOPS_MAX_GROUP layers that share x (q, k and v; gate and up), in one pass over it. All
+ * have the same x, dtype and num_threads. Forward, each gives the bits that it gives alone.
+ * Backward, the gradient of x is the sum of the layers': the first one's grad_x, or absent there;
+ * the others must be absent. Weights are needed, and packed ones used, where it is wanted. */
+#define DELTAOPS_MAX_GROUP 16
+DELTAOPS_API deltaops_status deltaops_cpu_delta_linear_group_forward(
+    const deltaops_delta_linear_forward_args *layers, int32_t count);
+DELTAOPS_API deltaops_status deltaops_cpu_delta_linear_group_backward(
+    const deltaops_delta_linear_backward_args *layers, int32_t count);
 /* A frozen weight may be packed once, in the order in which the product reads it, instead of in
  * every call: about rows * cols floats (pairs of bf16 where the CPU multiplies those) for each of
  * the two orientations. Packed memory belongs to the caller, holds for the instruction set in use,

@@ -333,6 +333,40 @@ class DeltaLinearPlan(Protocol):
         """As :meth:`Backend.backward`."""
 
 
+class GroupMember(NamedTuple):
+    """One of several ``delta_linear`` of the same x."""
+
+    plan: DeltaLinearPlan
+    weight: Tensor
+    bias: Tensor | None
+    operands: Sequence[Tensor | None]
+    """As :class:`DeltaLinearPlan` has them."""
+    seed: Tensor | None
+
+
+class GroupingPlan(DeltaLinearPlan, Protocol):
+    """One whose backend runs several layers of the same x in one pass over it.
+
+    The plans of all members are of the same class.
+    """
+
+    def forward_group(
+        self, x: Tensor, members: Sequence[GroupMember], keep: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """What each member's ``forward`` gives, to the bit."""
+
+    def backward_group(
+        self,
+        grad_y: Sequence[Tensor],
+        x: Tensor | None,
+        members: Sequence[GroupMember],
+        s: Sequence[Tensor],
+        needs: Sequence[Sequence[bool]],
+    ) -> list[list[Tensor]]:
+        """What each member's ``backward`` gives, but for the gradient of x: all members want it or
+        none does, and the first one gets the sum."""
+
+
 class PreparingBackend(Backend, Protocol):
     """One that can do part of a ``delta_linear`` ahead. A plan keeps none of the tensors."""
 

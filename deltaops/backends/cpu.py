@@ -16,7 +16,15 @@ from deltaops.packing import PACKING, SMALLEST, Layout
 from deltaops.reference.heads import strides
 from deltaops.reference.philox import drop_threshold
 
-from .base import AttentionCall, Call, CrossEntropyCall, DeltaLinearCall, GatedCall, RotaryCall
+from .base import (
+    AttentionCall,
+    Call,
+    CrossEntropyCall,
+    DeltaLinearCall,
+    GatedCall,
+    GroupMember,
+    RotaryCall,
+)
 
 # deltaops_dtype, deltaops_activation and deltaops_norm of csrc/include/deltaops.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -69,6 +77,10 @@ def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 def _seed(seed: Tensor) -> int:
     return int(seed) & 0xFFFFFFFFFFFFFFFF
+
+
+_Prepared = tuple[Any, tuple[Any, ...]]
+"""A call that was not made yet, and what must live until it is."""
 
 
 class CpuDeltaLinear:
@@ -131,8 +143,12 @@ class CpuDeltaLinear:
         operands: Sequence[Tensor | None],
         seed: Tensor | None,
         keep: bool,
+        group: list[_Prepared] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
+        """See :class:`deltaops.backends.base.DeltaLinearPlan`.
+
+        group: where the call is put instead of being made.
+        """
         x = _rows(x)
         if bias is not None:
             bias = bias.contiguous()
@@ -143,7 +159,7 @@ class CpuDeltaLinear:
         s = _empty(m, self._ranks, torch.float32) if keep else None
         threads = torch.get_num_threads()
         packed = self._packed(weight, False, threads) if self._packable else None
-        self._native.forward(
+        call = (self._native.forward if group is None else self._native.forward_call)(
             m,
             x.data_ptr(),
             x.stride(0),
@@ -157,7 +173,22 @@ class CpuDeltaLinear:
             0 if packed is None else packed.data_ptr(),
             0 if packed is None else packed.numel(),
         )
+        if group is not None:
+            group.append((call, (bias, operands, packed)))
         return y, s
+
+    def forward_group(
+        self, x: Tensor, members: Sequence[GroupMember], keep: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """See :class:`deltaops.backends.base.GroupingPlan`."""
+        x = _rows(x)
+        group: list[_Prepared] = []
+        results = []
+        for plan, weight, bias, operands, seed in members:
+            assert isinstance(plan, CpuDeltaLinear)
+            results.append(plan.forward(x, weight, bias, operands, seed, keep, group))
+        self._core.delta_linear_group_forward([call for call, _ in group])
+        return results
 
     def backward(
         self,
@@ -168,15 +199,19 @@ class CpuDeltaLinear:
         s: Tensor,
         seed: Tensor | None,
         needs: Sequence[bool],
+        group: list[_Prepared] | None = None,
     ) -> list[Tensor]:
-        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
+        """See :class:`deltaops.backends.base.DeltaLinearPlan`.
+
+        group: where the call is put instead of being made; its first one gets the gradient of x.
+        """
         grad_y, s = _rows(grad_y), s.contiguous()
         if x is not None:
             x = _rows(x)
         if self._copies:
             operands = self._tidy(operands)
         m, (n, k) = grad_y.shape[0], self._shape
-        grad_x = _empty(m, k, grad_y.dtype) if needs[0] else None
+        grad_x = _empty(m, k, grad_y.dtype) if needs[0] and not group else None
         grad_bias = torch.empty(n, dtype=grad_y.dtype) if needs[1] else None
         wanted = [
             torch.empty_strided(shape, strides, dtype=dtype) if need else None
@@ -184,9 +219,9 @@ class CpuDeltaLinear:
         ]
         threads = torch.get_num_threads()
         packed = None
-        if self._packable and grad_x is not None:
+        if self._packable and needs[0]:
             packed = self._packed(weight, True, threads)
-        self._native.backward(
+        call = (self._native.backward if group is None else self._native.backward_call)(
             m,
             grad_y.data_ptr(),
             grad_y.stride(0),
@@ -203,7 +238,29 @@ class CpuDeltaLinear:
             0 if packed is None else packed.data_ptr(),
             0 if packed is None else packed.numel(),
         )
+        if group is not None:
+            group.append((call, (grad_y, s, operands, packed)))
         return [g for g in (grad_x, grad_bias, *wanted) if g is not None]
+
+    def backward_group(
+        self,
+        grad_y: Sequence[Tensor],
+        x: Tensor | None,
+        members: Sequence[GroupMember],
+        s: Sequence[Tensor],
+        needs: Sequence[Sequence[bool]],
+    ) -> list[list[Tensor]]:
+        """See :class:`deltaops.backends.base.GroupingPlan`."""
+        if x is not None:
+            x = _rows(x)
+        group: list[_Prepared] = []
+        results = []
+        for grad, member, s_i, wanted in zip(grad_y, members, s, needs, strict=True):
+            plan, weight, _bias, operands, seed = member
+            assert isinstance(plan, CpuDeltaLinear)
+            results.append(plan.backward(grad, x, weight, operands, s_i, seed, wanted, group))
+        self._core.delta_linear_group_backward([call for call, _ in group])
+        return results
 
     @staticmethod
     def _tidy(operands: Sequence[Tensor | None]) -> list[Any]:

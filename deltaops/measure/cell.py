@@ -38,9 +38,12 @@ class Cell:
     note: str = ""
 
     def ratio(self, above: str, below: str) -> float | None:
-        """Median over median; None where a peer is missing."""
+        """The median of the rounds' ratios, else of the medians; None where a peer is missing."""
         if above not in self.timings or below not in self.timings:
             return None
+        paired = self.timings[above].over(self.timings[below])
+        if paired is not None:
+            return paired.median
         return self.timings[above].median / self.timings[below].median
 
     def speedup(self, peer: str, over: str = PEFT) -> float | None:
@@ -65,7 +68,10 @@ class Cell:
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> Cell:
         """What :meth:`as_json` wrote."""
-        timings = {name: Timing(**t) for name, t in value["timings"].items()}
+        timings = {
+            name: Timing(**{**t, "each": tuple(t.get("each", ()))})
+            for name, t in value["timings"].items()
+        }
         shape = tuple(value["shape"]) if value["shape"] else None
         return cls(**{**value, "timings": timings, "shape": shape})
 

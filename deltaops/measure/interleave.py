@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,20 +17,34 @@ class Timing:
     low: float
     high: float
     rounds: int
+    each: tuple[float | None, ...] = ()
+    """By round of the run, None where the peer sat it out; empty where that was not kept."""
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        """Summary of one peer's rounds; at least one."""
-        if len(seconds) == 1:
-            return cls(seconds[0], seconds[0], seconds[0], 1)
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(median, low, high, len(seconds))
+    def of(cls, seconds: Sequence[float | None]) -> Timing:
+        """Summary of one peer's rounds, of which it played at least one; None: it sat out."""
+        played = [s for s in seconds if s is not None]
+        each = tuple([None if s is None else float(f"{s:.4g}") for s in seconds])
+        if len(played) == 1:
+            return cls(played[0], played[0], played[0], 1, each)
+        low, median, high = statistics.quantiles(played, n=4, method="inclusive")
+        return cls(median, low, high, len(played), each)
 
     def scaled(self, factor: float) -> Timing:
         """The same rounds in another unit, or a share of each."""
-        return Timing(self.median * factor, self.low * factor, self.high * factor, self.rounds)
+        each = tuple([None if s is None else s * factor for s in self.each])
+        return Timing(
+            self.median * factor, self.low * factor, self.high * factor, self.rounds, each
+        )
 
-    def as_json(self) -> dict[str, float]:
+    def over(self, other: Timing) -> Timing | None:
+        """This peer's time over the other's, round by round: a machine that changes its speed
+        changes both. None where fewer than three rounds have both."""
+        pairs = zip(self.each, other.each, strict=False)
+        ratios = [a / b for a, b in pairs if a is not None and b is not None]
+        return Timing.of(ratios) if len(ratios) >= 3 else None
+
+    def as_json(self) -> dict[str, Any]:
         """Field → value."""
         return asdict(self)
 
@@ -61,14 +76,14 @@ def interleaved(
             taken[name] = time.perf_counter() - began
         on_round()
     turns = {name: _turns(rounds, seconds / max(len(names), 1), taken[name]) for name in names}
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[float | None]] = {name: [None] * rounds for name in names}
     for turn in range(rounds):
         shift = turn % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
             if _plays(turn, turns[name], rounds):
                 began = time.perf_counter()
                 peers[name]()
-                found[name].append(time.perf_counter() - began)
+                found[name][turn] = time.perf_counter() - began
         on_round()
     return {name: Timing.of(values) for name, values in found.items()}
 

@@ -20,8 +20,10 @@ from .place import (
     unbecome,
 )
 from .program import Program, program_of
+from .sharing import APART, sharing
 
 __all__ = [
+    "APART",
     "UNFROZEN",
     "AttentionBlock",
     "Block",
@@ -42,6 +44,7 @@ __all__ = [
     "lora_class",
     "plain_linear",
     "program_of",
+    "sharing",
     "stand_ins",
     "start_values",
     "unbecome",

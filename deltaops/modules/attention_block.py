@@ -15,8 +15,26 @@ from torch import nn
 
 from deltaops.backends import AttentionCall, Call, RotaryCall
 
-from .attention_functions import ROTARY, SDPA, TABLE, stand_ins
+from .attention_functions import BIAS, ROTARY, SDPA, TABLE, stand_ins, words
 from .block import Block, subclass, told
+from .sharing import sharing
+
+PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+"""What attention modules call the layers that read the same tokens."""
+
+
+def projections(module: nn.Module) -> list[Any]:
+    """Those layers of an attention; empty where they are not found."""
+    modules = module._modules
+    for names in PROJECTIONS:
+        if all([name in modules for name in names]):
+            return [modules[name] for name in names]
+    return []
 
 
 class AttentionBlock(Block):
@@ -55,7 +73,9 @@ class AttentionBlock(Block):
             call: Call = RotaryCall(device, dtype, dtype, 1, heads, tokens, width)
             found["rotary"] = told(call, self.backend)
         implementation = getattr(config, "_attn_implementation", None)
-        if TABLE in self.ours and implementation == SDPA:
+        if TABLE in self.ours and BIAS in words(self.on_ours.__code__):
+            found["attention"] = "torch", "by transformers: a bias is added to the scores"
+        elif TABLE in self.ours and implementation == SDPA:
             causal = bool(getattr(self, "is_causal", True))
             call = AttentionCall(
                 device, dtype, 1, heads, shared, tokens, tokens, width, False, causal
@@ -75,7 +95,8 @@ class AttentionBlock(Block):
         """What the module's own ``forward`` takes and gives."""
         if torch.compiler.is_compiling():  # the compiler looks globals up by the name of the file
             return super().forward(*args, **kwargs)
-        return self.on_ours(*args, **kwargs)
+        with sharing(self, projections(self)):
+            return self.on_ours(*args, **kwargs)
 
 
 def _number(holder: Any, *names: str) -> int | None:

@@ -29,7 +29,7 @@ TABLE = "ALL_ATTENTION_FUNCTIONS"
 SDPA = "sdpa"
 """The implementation that runs torch's scaled_dot_product_attention."""
 BIAS = "position_bias"
-"""What T5 adds to the scores."""
+"""What T5 hands on to be added to the scores; the op takes none."""
 
 
 def stand_ins(function: Any, backend: str, strict: bool) -> dict[str, Any]:
@@ -46,8 +46,7 @@ def stand_ins(function: Any, backend: str, strict: bool) -> dict[str, Any]:
     ours: dict[str, Any] = {}
     if ROTARY in code.co_names and _is_rotary(there.get(ROTARY)):
         ours[ROTARY] = partial(rotate, there[ROTARY], backend, strict)
-    # A program that names a bias hands it on, and the op takes none.
-    if TABLE in code.co_names and _is_table(there.get(TABLE)) and BIAS not in _words(code):
+    if TABLE in code.co_names and _is_table(there.get(TABLE)):
         ours[TABLE] = AttentionTable(there[TABLE], backend, strict)
     return ours
 
@@ -221,7 +220,7 @@ def attend(
 
 def _asks(theirs: Any, named: dict[str, Any]) -> bool:
     """Whether one of the settings is on that their program has a word for."""
-    known = _words(theirs.__code__)
+    known = words(theirs.__code__)
     return any([x is not None and x is not False for name, x in named.items() if name in known])
 
 
@@ -277,7 +276,7 @@ def known_sdpa() -> Any:
 
 
 @cache
-def _words(code: CodeType) -> frozenset[str]:
+def words(code: CodeType) -> frozenset[str]:
     """Names of variables and texts of a program, those of its keyword arguments among them."""
     words = set(code.co_varnames)
     waiting: list[Any] = list(code.co_consts)

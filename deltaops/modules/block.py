@@ -17,6 +17,8 @@ from deltaops.dispatch import LAST_RESORT, explain_call, select
 from deltaops.ops import gated, norm_bias
 from deltaops.ops.paths import PLAIN
 
+from .sharing import sharing
+
 _ACTIVATIONS = {
     (nn.ReLU.__module__, "ReLU"): "relu",
     (nn.SiLU.__module__, "SiLU"): "silu",
@@ -119,7 +121,11 @@ class GatedMlpBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.gated`."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.compiler.is_compiling():
+            traced: Tensor = super().forward(x)
+            return traced
+        with sharing(self, (self.gate_proj, self.up_proj)):
+            gate, up = self.gate_proj(x), self.up_proj(x)
         activation = activation_of(self.act_fn) if plain(gate, up) else None
         rows, columns = gate.numel() // max(gate.shape[-1], 1), gate.shape[-1]
         call = self._call(gate.device.type, gate.dtype, rows, columns)

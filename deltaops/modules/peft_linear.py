@@ -15,12 +15,13 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from deltaops.ops import Branch, delta_linear
+from deltaops.ops import Branch, Layer, delta_linear
 from deltaops.packing import PACKING, Policy
 
 from .kinds import is_conv1d
 from .linear import FrozenLinear
 from .place import UNFROZEN
+from .sharing import shared
 
 
 class PeftLoraLinear(PeftLinear):
@@ -59,15 +60,27 @@ class PeftLoraLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: ``[..., K]`` → ``[..., N]``, in the dtype that the base layer returns."""
-        # arguments are adapter_names, aLoRA offsets and the like
-        branches = self._resolve() if not args and not kwargs else ""
+        layer = None
+        if not args and not kwargs:  # they are adapter_names, aLoRA offsets and the like
+            y = shared(self, x)
+            if y is not None:
+                return y
+            layer = self.layer()
+        if layer is None:
+            theirs: Tensor = super().forward(x, *args, **kwargs)
+            return theirs
+        weight, bias, branches = layer
+        return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
+
+    def layer(self) -> Layer | None:
+        """What the op takes for the next call; None where PEFT's own forward runs it."""
+        branches = self._resolve()
         if isinstance(branches, str):
-            y: Tensor = super().forward(x, *args, **kwargs)
-            return y
+            return None
         weight, bias = self.base()
         if self.pack != "auto":
             PACKING.keep_policy(weight, self.pack)
-        return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
+        return Layer(weight, bias, branches)
 
     def _resolve(self) -> list[Branch] | str:
         """The branches of the next call, or the reason why PEFT's own forward must run it."""

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops.ops import Branch, delta_linear
+from deltaops.ops import Branch, Layer, delta_linear
 from deltaops.packing import PACKING, Policy
 from deltaops.reference.activation import activate
 
 from .factor import Factor
+from .sharing import shared
 
 UNFROZEN = "the base weight requires a gradient, which the fused op does not compute: plain torch"
 """The reason that ``deltaops.report`` shows while a place runs :func:`plain_linear`."""
@@ -64,16 +65,25 @@ class LinearPlace(nn.Module):
         """Why the next call would leave the op for plain torch; None when it does not."""
         return UNFROZEN if self.base()[0].requires_grad else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` → ``[..., N]``; see :func:`deltaops.ops.delta_linear`."""
+    def layer(self) -> Layer | None:
+        """What the op takes for the next call; None where that leaves the op for plain torch."""
         weight, bias = self.base()
         if weight.requires_grad:
-            return plain_linear(x, weight, bias, self.branches())
+            return None
         if self.pack != "auto":
             PACKING.keep_policy(weight, self.pack)
-        return delta_linear(
-            x, weight, bias, self.branches(), backend=self.backend, strict=self.strict
-        )
+        return Layer(weight, bias, self.branches())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` → ``[..., N]``; see :func:`deltaops.ops.delta_linear`."""
+        y = shared(self, x)
+        if y is not None:
+            return y
+        layer = self.layer()
+        if layer is None:
+            return plain_linear(x, *self.base(), self.branches())
+        weight, bias, branches = layer
+        return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
 
 
 class LoraPlace(LinearPlace):

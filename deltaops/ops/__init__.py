@@ -4,16 +4,19 @@ from .attention import attention
 from .bottleneck import bottleneck
 from .cross_entropy import cross_entropy
 from .delta_linear import Branch, delta_linear, explain
+from .delta_linear_group import Layer, delta_linear_group
 from .gated import gated
 from .norm_bias import norm_bias
 from .rotary import rotary
 
 __all__ = [
     "Branch",
+    "Layer",
     "attention",
     "bottleneck",
     "cross_entropy",
     "delta_linear",
+    "delta_linear_group",
     "explain",
     "gated",
     "norm_bias",

@@ -85,19 +85,26 @@ def delta_linear(
     if torch.is_autocast_enabled(device):
         target = torch.get_autocast_dtype(device)
         if x.dtype != torch.float64 and x.is_floating_point():
-            x, weight = x.to(target), _converted(weight, target)
-            bias = None if bias is None else bias.to(target)
-            branches = [
-                r._replace(
-                    a=r.a.to(target),
-                    b=r.b.to(target),
-                    bias=None if r.bias is None else r.bias.to(target),
-                )
-                for r in branches
-            ]
+            x = x.to(target)
+            weight, bias, branches = cast_layer(weight, bias, branches, target)
         with torch.autocast(device, enabled=False):
             return _run(x, weight, bias, branches, backend, strict)
     return _run(x, weight, bias, branches, backend, strict)
+
+
+def cast_layer(
+    weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], target: torch.dtype
+) -> tuple[Tensor, Tensor | None, Sequence[Branch]]:
+    """A layer in autocast's dtype."""
+    cast = [
+        r._replace(
+            a=r.a.to(target),
+            b=r.b.to(target),
+            bias=None if r.bias is None else r.bias.to(target),
+        )
+        for r in branches
+    ]
+    return _converted(weight, target), None if bias is None else bias.to(target), cast
 
 
 def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,25 +158,14 @@ def _run(
     backend: str,
     strict: bool,
 ) -> Tensor:
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    ):
+    if watched():
         return _run_watched(x, weight, bias, branches, backend, strict)
-    seen = look(x, weight, bias, branches, backend, strict)
-    if seen is None or x.is_meta:
+    prepared = prepare(x, weight, bias, branches, backend, strict)
+    if prepared is None:
         return _run_watched(x, weight, bias, branches, backend, strict)
-    key, operands = seen
-    recording = torch.is_grad_enabled()
-    known = PLANS.get(key)
-    if known is None or (recording and weight.requires_grad):
-        _check(x, weight, bias, branches)
-        known = _learn(x, weight, branches, backend, strict)
-        PLANS.keep(key, known)
-    plan, random = known
-    seed = _draw_seed(x.device) if random else None
-    if recording and (
+    (plan, random), operands = prepared
+    seed = draw_seed(x.device) if random else None
+    if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
         or any([t is not None and t.requires_grad for t in operands])
@@ -177,6 +173,37 @@ def _run(
         y = DeltaLinearFunction.apply(x, weight, bias, seed, plan, *operands)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
         return y  # type: ignore[no-any-return]  # Function.apply again
     return run_forward(x, weight, bias, operands, seed, plan, False)[0]
+
+
+def watched() -> bool:
+    """Whether a compiler, a transform or a mode looks on, which must see the registered op."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branches: Sequence[Branch],
+    backend: str,
+    strict: bool,
+) -> tuple[Known, list[Tensor | None]] | None:
+    """What is known of an eager call, checked, and the branches' tensors, a… b… bias…; None where
+    a tensor is of another class."""
+    seen = look(x, weight, bias, branches, backend, strict)
+    if seen is None or x.is_meta:
+        return None
+    key, operands = seen
+    known = PLANS.get(key)
+    if known is None or (weight.requires_grad and torch.is_grad_enabled()):
+        _check(x, weight, bias, branches)
+        known = _learn(x, weight, branches, backend, strict)
+        PLANS.keep(key, known)
+    return known, operands
 
 
 def _learn(
@@ -210,7 +237,7 @@ def _run_watched(
     scaling = [float(r.scaling) for r in branches]
     dropout = [float(r.dropout) for r in branches]
     activation = [r.activation for r in branches]
-    seed = _draw_seed(x.device) if any(dropout) else None
+    seed = draw_seed(x.device) if any(dropout) else None
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         _check_transformed(backend, strict)
         flat = x.reshape(-1, x.shape[-1])
@@ -240,7 +267,8 @@ def _check_transformed(backend: str, strict: bool) -> None:
         )
 
 
-def _draw_seed(device: torch.device) -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
+    """What decides a call's dropout, from torch's generator for ``device``."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from deltaops.modules import (
+    APART,
     AttentionBlock,
     Block,
     GatedMlpBlock,
@@ -48,7 +49,7 @@ def restore_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.__class__ = module.base_class  # type: ignore[assignment]  # its class of before
-            for name in ("backend", "strict"):
+            for name in ("backend", "strict", APART):
                 module.__dict__.pop(name, None)
 
 

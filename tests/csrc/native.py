@@ -14,6 +14,7 @@ CPU = ROOT / "csrc" / "cpu"
 SOURCES = [
     "layer.cpp",
     "ops.cpp",
+    "group.cpp",
     "sweep.cpp",
     "fuzz.cpp",
     "fuzz_ops.cpp",

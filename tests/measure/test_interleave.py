@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 from deltaops.measure import interleave
@@ -14,8 +15,20 @@ from .results import cell
 def test_median_and_quartiles() -> None:
     timing = Timing.of([5.0, 1.0, 3.0, 2.0, 4.0])
     assert (timing.low, timing.median, timing.high, timing.rounds) == (2.0, 3.0, 4.0, 5)
-    assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
-    assert Timing.of([2.0]).scaled(0.5) == Timing(1.0, 1.0, 1.0, 1)
+    assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1, (2.0,))
+    assert Timing.of([2.0, None]).scaled(0.5) == Timing(1.0, 1.0, 1.0, 1, (1.0, None))
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """A machine at half speed for most of one peer's rounds says nothing against that peer."""
+    slow, fast = Timing.of([2.0, 4.0, 4.2, None, 2.2]), Timing.of([1.0, 2.0, 2.0, 1.0, 1.0])
+    ratio = slow.over(fast)
+    assert ratio is not None
+    assert (ratio.rounds, ratio.median) == (4, 2.05)
+    assert Timing.of([2.0, None, 4.0]).over(fast) is None
+    both = Cell("step", "m", "f32", 0.0, {PEFT: slow, OURS: fast})
+    assert both.ratio(PEFT, OURS) == 2.05
+    assert Cell.of_json(json.loads(json.dumps(both.as_json()))) == both
 
 
 def test_every_peer_runs_once_a_round_in_rotating_order() -> None:

@@ -228,10 +228,14 @@ def test_other_implementations_stay_and_the_report_says_so(
     assert rows(model, "attention")[0].reason == "rotary and attention fused by cpu"
 
 
-def test_a_bias_on_the_scores_is_left_alone(tiny: Callable[..., Tiny]) -> None:
+def test_a_bias_on_the_scores_is_transformers_own(tiny: Callable[..., Tiny]) -> None:
     model = tiny("t5").model
     blocks.swap_blocks(model, "auto", False)
-    assert kinds(model) == []
+    found = rows(model, "attention")
+    assert len(found) == 6
+    for row in found:
+        assert row.backend == "torch"
+        assert row.reason == "attention by transformers: a bias is added to the scores"
 
 
 def test_revert_copies_and_pickles(tiny: Callable[..., Tiny]) -> None:

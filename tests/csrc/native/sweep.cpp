@@ -54,6 +54,7 @@ void sweep(bool quick) {
         Layer layer(c);
         check_passes(&layer);
       }
+  groups(seed, quick ? 40 : 300);
   for (const Kind kind : kKinds)
     for (const OpShape &shape : kOpShapes)
       for (int round = 0; round < (quick ? 1 : 4); ++round) {
