@@ -53,9 +53,13 @@ def _reason(backend: Backend, call: Call) -> str | None:
     return backend.unsupported(call) or backend.unavailable()
 
 
-def explain_call(call: Call, backend: str = "auto") -> Explanation:
+def explain_call(call: Call, backend: str = "auto", strict: bool = False) -> Explanation:
     """Who would run ``call``; never raises for a backend that cannot.
 
+    Args:
+        call: what is asked for.
+        backend: as :func:`select`'s.
+        strict: a fused backend is wanted even where eager torch is faster.
     Raises: NoBackendError when ``backend`` is no backend's name.
     """
     candidates = registered()
@@ -69,7 +73,7 @@ def explain_call(call: Call, backend: str = "auto") -> Explanation:
         return Explanation(call, None if reason else backend, (Verdict(backend, reason),))
     verdicts = []
     for candidate in candidates.values():
-        reason = _reason(candidate, call)
+        reason = _reason(candidate, call) or (None if strict else candidate.outrun(call))
         verdicts.append(Verdict(candidate.name, reason))
         if reason is None:
             return Explanation(call, candidate.name, tuple(verdicts))
@@ -85,7 +89,7 @@ def select(call: Call, backend: str = "auto", strict: bool = False) -> Backend:
         strict: refuse the eager last resort that "auto" would otherwise end with.
     Raises: NoBackendError with every reason.
     """
-    explanation = explain_call(call, backend)
+    explanation = explain_call(call, backend, strict)
     if explanation.chosen is None or (strict and backend == "auto" and not explanation.fast):
         wish = "a fused backend (strict=True)" if strict else f"backend {backend!r}"
         raise NoBackendError(

@@ -26,6 +26,8 @@ using CrossEntropyBackwardArgs = deltaops_cross_entropy_backward_args;
 using GatedForwardArgs = deltaops_gated_forward_args;
 using GatedBackwardArgs = deltaops_gated_backward_args;
 using RotaryArgs = deltaops_rotary_args;
+using AttentionForwardArgs = deltaops_attention_forward_args;
+using AttentionBackwardArgs = deltaops_attention_backward_args;
 
 /* What a packed weight starts with; panels follow, each [steps][panel_columns] units. */
 struct PackedHeader {
@@ -59,6 +61,8 @@ struct Kernels {
   deltaops_status (*gated_forward)(const GatedForwardArgs &);
   deltaops_status (*gated_backward)(const GatedBackwardArgs &);
   deltaops_status (*rotary)(const RotaryArgs &);
+  deltaops_status (*attention_forward)(const AttentionForwardArgs &);
+  deltaops_status (*attention_backward)(const AttentionBackwardArgs &);
 };
 
 /* Where other bodies would stand: AMX (tdpbf16ps tiles) after avx512_bf16, NEON and SVE beside
@@ -87,7 +91,10 @@ deltaops_status check(const NormBiasForwardArgs *args);
 deltaops_status check(const NormBiasBackwardArgs *args);
 deltaops_status check(const GatedForwardArgs *args);
 deltaops_status check(const GatedBackwardArgs *args);
+/* checks_heads.cpp */
 deltaops_status check(const RotaryArgs *args);
+deltaops_status check(const AttentionForwardArgs *args);
+deltaops_status check(const AttentionBackwardArgs *args);
 /* checks_cross_entropy.cpp */
 deltaops_status check(const CrossEntropyForwardArgs *args);
 deltaops_status check(const CrossEntropyBackwardArgs *args);

@@ -353,6 +353,20 @@ deltaops_status deltaops_cpu_rotary(const deltaops_rotary_args *args) {
   return status == DELTAOPS_OK ? kernels->rotary(*args) : status;
 }
 
+deltaops_status deltaops_cpu_attention_forward(const deltaops_attention_forward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->attention_forward(*args) : status;
+}
+
+deltaops_status deltaops_cpu_attention_backward(const deltaops_attention_backward_args *args) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args);
+  return status == DELTAOPS_OK ? kernels->attention_backward(*args) : status;
+}
+
 void deltaops_cpu_advise_huge_pages(void *data, int64_t bytes) {
   if (data != nullptr && bytes > 0) advise_huge_pages(data, static_cast<size_t>(bytes));
 }

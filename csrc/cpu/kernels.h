@@ -2,6 +2,7 @@
 #ifndef DELTAOPS_CPU_KERNELS_H
 #define DELTAOPS_CPU_KERNELS_H
 
+#include "attention.h"
 #include "bottleneck.h"
 #include "cross_entropy.h"
 #include "delta_linear.h"
@@ -29,6 +30,8 @@
                                  isa::cross_entropy_backward,                    \
                                  isa::gated_forward,                             \
                                  isa::gated_backward,                            \
-                                 isa::rotary};                                   \
+                                 isa::rotary,                                    \
+                                 isa::attention_forward,                         \
+                                 isa::attention_backward};                       \
   }
 #endif

@@ -34,11 +34,13 @@ DELTAOPS_INLINE VecF multiply_add(VecF acc, Pair a, VecF b) {
 }
 
 /* acc += a b over `steps` steps. a: element (row, step) at a[row * a_row + step * a_step];
- * b: [steps][NV * kLanes]. Three rows share a pointer: base, base + a_row and base + 2 a_row are
- * all addressing modes, so that six rows cost two increments. */
+ * b: NV * kLanes neighbours at b[step * b_step], packed where it is left out. Three rows share a
+ * pointer: base, base + a_row and base + 2 a_row are all addressing modes, so that six rows cost
+ * two increments. */
 template <int MR, int NV, class Unit>
 DELTAOPS_INLINE void accumulate(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_row,
-                                ptrdiff_t a_step, const Unit *b, int64_t steps) {
+                                ptrdiff_t a_step, const Unit *b, int64_t steps,
+                                ptrdiff_t b_step = NV * kLanes) {
   constexpr int kBases = (MR + 2) / 3;
   const Unit *base[kBases];
   DELTAOPS_UNROLL
@@ -55,7 +57,7 @@ DELTAOPS_INLINE void accumulate(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_
     }
     DELTAOPS_UNROLL
     for (int g = 0; g < kBases; ++g) base[g] += a_step;
-    b += NV * kLanes;
+    b += b_step;
   }
 }
 

@@ -352,6 +352,67 @@ typedef struct {
 
 DELTAOPS_API deltaops_status deltaops_cpu_rotary(const deltaops_rotary_args *args);
 
+/* ---- attention: softmax over the keys, for each query of each head (Vaswani et al. 2017, eq. 1)
+ *
+ *     s_ij = scale q_i . k_j,    lse_i = log sum_j exp(s_ij),    p_ij = exp(s_ij - lse_i)
+ *     y_i  = sum_j p_ij v_j
+ *
+ * over the keys j that query i sees: with `causal` those with j <= i, with a mask those whose byte
+ * is 1. A query that sees none has y = 0, lse = +infinity and gradients of 0. No p is kept; the
+ * backward pass (dy: the gradient of y) makes it again from lse:
+ *
+ *     ds_ij = scale p_ij (dy_i . v_j - dy_i . y_i)
+ *     dq_i = sum_j ds_ij k_j,    dk_j = sum_i ds_ij q_i,    dv_j = sum_i p_ij dy_i
+ *
+ * B sequences; H heads of queries, Hkv of keys and values, which H / Hkv neighbouring heads of
+ * queries share; Lq queries and Lk keys of D elements, which lie side by side everywhere. The
+ * scores may be of any size: maxima come off before the exponentials. A NaN comes out in every row
+ * that sees it, and may in rows from which it is hidden. The result does not depend on num_threads.
+ */
+typedef struct {
+  void *data;
+  int64_t strides[3]; /* of the batch, the head and the token */
+} deltaops_heads;
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int64_t sizes[6];        /* B, H, Hkv, Lq, Lk, D */
+  deltaops_heads q;        /* [B, H, Lq, D] f32 or bf16, all alike */
+  deltaops_heads k, v;     /* [B, Hkv, Lk, D] */
+  const uint8_t *mask;     /* [B, H, Lq, Lk] of 0 and 1, or NULL: all see all */
+  int64_t mask_strides[4]; /* 0 where it is broadcast; the last 0 or 1 */
+  deltaops_heads y;        /* [B, H, Lq, D], written; strides keep the heads apart */
+  float *lse;              /* [B, H, Lq], contiguous, written for the backward pass; or NULL */
+  float scale;             /* 1 / sqrt D, as a rule */
+  int32_t causal;          /* 1: query i sees keys 0 ... i; Lq = Lk. Else 0 */
+  int32_t dtype;           /* deltaops_dtype */
+  int32_t reserved;        /* 0 */
+} deltaops_attention_forward_args;
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t num_threads;
+  int64_t sizes[6];
+  deltaops_heads grad_y; /* [B, H, Lq, D] */
+  deltaops_heads q, k, v;
+  const uint8_t *mask;
+  int64_t mask_strides[4];
+  deltaops_heads y;              /* what the forward pass wrote */
+  const float *lse;              /* so too */
+  deltaops_heads grad_q;         /* [B, H, Lq, D], or absent: data NULL; so the next two */
+  deltaops_heads grad_k, grad_v; /* [B, Hkv, Lk, D] */
+  float scale;
+  int32_t causal;
+  int32_t dtype;
+  int32_t reserved;
+} deltaops_attention_backward_args;
+
+DELTAOPS_API deltaops_status
+deltaops_cpu_attention_forward(const deltaops_attention_forward_args *args);
+DELTAOPS_API deltaops_status
+deltaops_cpu_attention_backward(const deltaops_attention_backward_args *args);
+
 #ifdef __cplusplus
 }
 #endif

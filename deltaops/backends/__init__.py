@@ -6,6 +6,8 @@ from functools import cache
 
 from .base import (
     AdapterBackend,
+    AttentionBackend,
+    AttentionCall,
     Backend,
     BottleneckCall,
     Call,
@@ -28,6 +30,8 @@ from .triton import TritonBackend
 
 __all__ = [
     "AdapterBackend",
+    "AttentionBackend",
+    "AttentionCall",
     "Backend",
     "BottleneckCall",
     "Call",

@@ -202,8 +202,53 @@ class RotaryCall(NamedTuple):
         return f"rotary B={self.b} H={self.h} L={self.l} D={self.d} {self.dtype} on {self.device}"
 
 
+class AttentionCall(NamedTuple):
+    """All that a backend may look at to accept or refuse an ``attention``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    b: int
+    h: int
+    h_kv: int
+    """Heads of keys and values, each read by ``h / h_kv`` heads of queries."""
+    l_q: int
+    l_kv: int
+    d: int
+    masked: bool
+    causal: bool
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "attention"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        heads = f"{self.h}" if self.h == self.h_kv else f"{self.h}/{self.h_kv}"
+        length = f"{self.l_q}" if self.l_q == self.l_kv else f"{self.l_q}/{self.l_kv}"
+        return (
+            f"attention B={self.b} H={heads} L={length} D={self.d}"
+            f"{' causal' if self.causal else ''}{' masked' if self.masked else ''} "
+            f"{self.dtype} on {self.device}"
+        )
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> AttentionCall:
+        """The call of these tensors; q ``[B, H, Lq, D]``, k ``[B, Hkv, Lk, D]``."""
+        b, h, l_q, d = q.shape
+        device = "cpu" if q.is_cpu else q.device.type
+        return cls(device, q.dtype, b, h, k.shape[1], l_q, k.shape[2], d, mask is not None, causal)
+
+
 Call: TypeAlias = (
-    DeltaLinearCall | BottleneckCall | NormBiasCall | CrossEntropyCall | GatedCall | RotaryCall
+    DeltaLinearCall
+    | BottleneckCall
+    | NormBiasCall
+    | CrossEntropyCall
+    | GatedCall
+    | RotaryCall
+    | AttentionCall
 )
 """A call of any op: ``call.op`` names it."""
 
@@ -218,6 +263,9 @@ class Backend(Protocol):
 
     def unsupported(self, call: Call) -> str | None:
         """Why this call cannot run, in words; None when it can."""
+
+    def outrun(self, call: Call) -> str | None:
+        """Why "auto" leaves this call to torch, which is faster; None where it is not."""
 
     def forward(
         self,
@@ -441,3 +489,31 @@ class RotaryBackend(Backend, Protocol):
         self, grad_y: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool
     ) -> Tensor:
         """``grad_x [B, H, L, D]``."""
+
+
+class AttentionBackend(Backend, Protocol):
+    """One that also has ``attention``: q ``[B, H, Lq, D]``, k and v ``[B, Hkv, Lk, D]``, any
+    strides; mask ``[B, H, Lq, Lk]`` bool, of any strides too, True where a query sees a key.
+
+    The memory of y and of the gradients is ``[B, L, H, D]``.
+    """
+
+    def attention_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``(y [B, H, Lq, D], lse [B, H, Lq])``; see :mod:`deltaops.reference.attention`."""
+
+    def attention_backward(
+        self,
+        grad_y: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """The wanted gradients: q, k, v."""

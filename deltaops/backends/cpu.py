@@ -13,10 +13,11 @@ from torch import Tensor
 
 from deltaops.memory import LEAST, large, start
 from deltaops.packing import PACKING, SMALLEST, Layout
+from deltaops.reference.heads import strides
 from deltaops.reference.philox import drop_threshold
-from deltaops.reference.rotary import strides
 
 from .base import (
+    AttentionCall,
     Call,
     CrossEntropyCall,
     DeltaLinearCall,
@@ -30,6 +31,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _NORMS = {"none": 0, "layer": 1, "rms": 2}
 ABI_VERSION = 5
+SHORT = 48
+"""Fewer queries of an attention fill no block of the core's: measured with AVX2 and two threads,
+torch is faster below, and we are from there on. In bfloat16 torch's backward pass is so much slower
+there that only where keys are few, too, it is ahead."""
 
 
 @cache
@@ -284,7 +289,7 @@ class CpuBackend:
             return f"runs on the CPU, the tensors are on {call.device}"
         if call.dtype not in _DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
-        if isinstance(call, CrossEntropyCall | GatedCall | RotaryCall):
+        if isinstance(call, AttentionCall | CrossEntropyCall | GatedCall | RotaryCall):
             return None
         if not isinstance(call, DeltaLinearCall):
             foreign = [t for t in call.parameter_dtypes if t not in _DTYPES]
@@ -295,6 +300,15 @@ class CpuBackend:
         if call.weight_layout == "strided":
             return "the weight needs rows or columns of adjacent elements"
         return None
+
+    def outrun(self, call: Call) -> str | None:
+        """None, or where torch's own attention is faster."""
+        if not isinstance(call, AttentionCall):
+            return None
+        what, length = ("queries", call.l_q) if call.dtype == torch.float32 else ("keys", call.l_kv)
+        if length >= SHORT:
+            return None
+        return f"torch's scaled_dot_product_attention is faster below {SHORT} {what}, here {length}"
 
     prepare = CpuDeltaLinear
     """See :class:`deltaops.backends.base.PreparingBackend`."""
@@ -609,24 +623,92 @@ class CpuBackend:
         """See :class:`deltaops.backends.base.RotaryBackend`."""
         return _rotary(grad_y, cos, sin, tokens_first, backward=True)
 
+    # ----------------------------------------------------------------------------- attention
+
+    def attention_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AttentionBackend`."""
+        q, k, v, mask = _heads(q), _heads(k), _heads(v), _bytes(mask)
+        y = _empty_heads(q.shape, True, q.dtype)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        _core().attention_forward(
+            _DTYPES[q.dtype],
+            (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+            *_placed(q),
+            *_placed(k),
+            *_placed(v),
+            *_placed_mask(mask),
+            *_placed(y),
+            lse.data_ptr(),
+            scale,
+            causal,
+            torch.get_num_threads(),
+        )
+        return y, lse
+
+    def attention_backward(
+        self,
+        grad_y: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AttentionBackend`."""
+        grad_y, q, k, v, y = [_heads(t) for t in (grad_y, q, k, v, y)]
+        mask, lse = _bytes(mask), lse.contiguous()
+        wanted = [
+            _empty_heads(t.shape, True, t.dtype) if need else None
+            for t, need in zip((q, k, v), needs, strict=True)
+        ]
+        _core().attention_backward(
+            _DTYPES[q.dtype],
+            (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+            *_placed(grad_y),
+            *_placed(q),
+            *_placed(k),
+            *_placed(v),
+            *_placed_mask(mask),
+            *_placed(y),
+            lse.data_ptr(),
+            *_placed(wanted[0]),
+            *_placed(wanted[1]),
+            *_placed(wanted[2]),
+            scale,
+            causal,
+            torch.get_num_threads(),
+        )
+        return [g for g in wanted if g is not None]
+
+
+def _placed(t: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """Address and strides of the batch, the head and the token, as the core takes heads."""
+    return (0, (0, 0, 0)) if t is None else (t.data_ptr(), t.stride()[:3])
+
+
+def _placed_mask(mask: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    return (0, (0, 0, 0, 0)) if mask is None else (mask.data_ptr(), mask.stride())
+
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool, *, backward: bool) -> Tensor:
     """Either way: backward turns the heads back."""
-    if x.stride(3) != 1:
-        x = x.contiguous()
+    x = _heads(x)
     if cos.stride(2) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    b, h, l, d = x.shape  # noqa: E741
-    # In place: a view would refuse to be changed in place by whoever gets it from autograd.
-    wanted = strides(x.shape, tokens_first)
-    y = _empty(b * h * l, d, x.dtype).as_strided_(x.shape, wanted)
+    y = _empty_heads(x.shape, tokens_first, x.dtype)
     _core().rotary(
         _DTYPES[x.dtype],
         x.shape,
         x.data_ptr(),
         x.stride()[:3],
         y.data_ptr(),
-        wanted[:3],
+        y.stride()[:3],
         _DTYPES[cos.dtype],
         cos.data_ptr(),
         sin.data_ptr(),
@@ -635,6 +717,26 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool, *, backward
         torch.get_num_threads(),
     )
     return y
+
+
+def _empty_heads(shape: Sequence[int], tokens_first: bool, dtype: torch.dtype) -> Tensor:
+    """``[B, H, L, D]`` with :func:`strides`, recycled where it is large."""
+    b, h, l, d = shape  # noqa: E741
+    # In place: a view would refuse to be changed in place by whoever gets it from autograd.
+    return _empty(b * h * l, d, dtype).as_strided_(shape, strides(shape, tokens_first))
+
+
+def _heads(t: Tensor) -> Tensor:
+    """``[B, H, L, D]`` with adjacent elements in a head; a copy only where it must be."""
+    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask whose keys lie side by side, or are all the same."""
+    if mask is None or mask.stride(3) in (0, 1) or mask.shape[3] == 1:
+        return mask
+    single = mask[tuple([slice(None if step else 1) for step in mask.stride()])]
+    return single.contiguous().expand(mask.shape)
 
 
 def _whole(t: Tensor | None) -> Tensor | None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deltaops.reference import bottleneck, cross_entropy, delta_linear, gated, norm_bias, rotary
+from deltaops.reference import (
+    attention,
+    bottleneck,
+    cross_entropy,
+    delta_linear,
+    gated,
+    norm_bias,
+    rotary,
+)
 
 from .base import Call
 
@@ -24,6 +32,8 @@ class ReferenceBackend:
     gated_backward = staticmethod(gated.backward)
     rotary_forward = staticmethod(rotary.forward)
     rotary_backward = staticmethod(rotary.backward)
+    attention_forward = staticmethod(attention.forward)
+    attention_backward = staticmethod(attention.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""
@@ -31,6 +41,10 @@ class ReferenceBackend:
 
     def unsupported(self, call: Call) -> str | None:
         """Takes every floating dtype on every device that torch has."""
+        return None
+
+    def outrun(self, call: Call) -> str | None:
+        """It is torch."""
         return None
 
     def cross_entropy_forward(

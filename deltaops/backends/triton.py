@@ -66,6 +66,10 @@ class TritonBackend:
             return "has no kernel for a branch with a bias yet"
         return None
 
+    def outrun(self, call: Call) -> str | None:
+        """Never: torch has nothing that does what these kernels do."""
+        return None
+
     def forward(
         self,
         x: Tensor,

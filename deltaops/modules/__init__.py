@@ -3,6 +3,8 @@
 ``conv1d`` and ``peft_linear`` import transformers and peft, so they are not imported here.
 """
 
+from .attention_block import AttentionBlock
+from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .factor import Factor, start_values
 from .kinds import frozen_class, is_conv1d, lora_class
@@ -17,14 +19,13 @@ from .place import (
     plain_linear,
     unbecome,
 )
-from .rotary_block import NAME as ROTARY
-from .rotary_block import RotaryBlock
+from .program import Program, program_of
 from .sharing import APART, sharing
 
 __all__ = [
     "APART",
-    "ROTARY",
     "UNFROZEN",
+    "AttentionBlock",
     "Block",
     "Factor",
     "FrozenLinear",
@@ -33,8 +34,8 @@ __all__ = [
     "LoraLinear",
     "LoraPlace",
     "LoraSettings",
+    "Program",
     "RmsNormBlock",
-    "RotaryBlock",
     "activation_of",
     "become",
     "features",
@@ -42,7 +43,9 @@ __all__ = [
     "is_conv1d",
     "lora_class",
     "plain_linear",
+    "program_of",
     "sharing",
+    "stand_ins",
     "start_values",
     "unbecome",
 ]

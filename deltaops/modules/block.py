@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.backends import Call, GatedCall, NormBiasCall
-from deltaops.dispatch import LAST_RESORT, select
+from deltaops.dispatch import LAST_RESORT, explain_call, select
 from deltaops.ops import gated, norm_bias
 from deltaops.ops.paths import PLAIN
 
@@ -58,6 +58,10 @@ class Block(nn.Module):
     def call(self, tokens: int) -> Call:
         """What the op is asked for ``tokens`` rows in the dtype of the weights; for the report."""
         raise NotImplementedError  # a mixin of mixins: each block asks for its own op
+
+    def told(self, tokens: int) -> tuple[str, str]:
+        """What runs it for ``tokens`` rows, "torch" or a backend, and why; for the report."""
+        return told(self.call(tokens), self.backend)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the class of before; the subclass is made where it is wanted."""
@@ -143,6 +147,13 @@ def activation_of(module: nn.Module) -> str | None:
 def plain(*tensors: Tensor) -> bool:
     """Whether all are torch's own tensors."""
     return all([type(t) in PLAIN for t in tensors])
+
+
+def told(call: Call, backend: str) -> tuple[str, str]:
+    """What runs ``call`` in a block, "torch" or a backend, and why."""
+    explanation = explain_call(call, backend)
+    eager = explanation.chosen == LAST_RESORT and backend != LAST_RESORT
+    return "torch" if eager else explanation.chosen or "none", explanation.reason
 
 
 def takes(call: Call, backend: str, strict: bool) -> bool:

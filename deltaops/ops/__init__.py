@@ -1,5 +1,6 @@
 """One op per place of a model that a delta binds to."""
 
+from .attention import attention
 from .bottleneck import bottleneck
 from .cross_entropy import cross_entropy
 from .delta_linear import Branch, delta_linear, explain
@@ -11,6 +12,7 @@ from .rotary import rotary
 __all__ = [
     "Branch",
     "Layer",
+    "attention",
     "bottleneck",
     "cross_entropy",
     "delta_linear",

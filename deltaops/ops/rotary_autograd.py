@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from deltaops.backends import Backend, RotaryBackend, RotaryCall
 from deltaops.dispatch import select
 from deltaops.errors import GradientError
-from deltaops.reference import rotary as reference
+from deltaops.reference.heads import strides
 
 from .registered import register
 
@@ -80,7 +80,7 @@ def _op_backward(
 
 
 def _dense(like: Tensor, tokens_first: bool) -> Tensor:
-    return like.new_empty_strided(like.shape, reference.strides(like.shape, tokens_first))
+    return like.new_empty_strided(like.shape, strides(like.shape, tokens_first))
 
 
 def _fake_forward(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:

@@ -42,8 +42,10 @@ def attach(
         loss: where a model of transformers has transformers' own loss of a language model, compute
             the same number by :func:`deltaops.ops.cross_entropy`. None does so where it can, True
             also says in the report why not elsewhere, False leaves the loss as it is.
-        blocks: run transformers' RMSNorm and gated MLPs by :func:`deltaops.ops.norm_bias` and
-            :func:`deltaops.ops.gated`, in models that have Llama's under any name.
+        blocks: run transformers' RMSNorm, gated MLPs and rotary embeddings by
+            :func:`deltaops.ops.norm_bias`, :func:`deltaops.ops.gated` and
+            :func:`deltaops.ops.rotary`, in models that have Llama's under any name, and what its
+            implementation "sdpa" computes by :func:`deltaops.ops.attention`.
         generator: draws the start values; torch's global CPU generator without one.
     Returns: a :class:`Handle`; ``print`` it, ``revert()``, ``merge()``, ``save(path)``.
     Raises: TargetError, AttachError, ConfigError, NoBackendError; the model is as it was then.

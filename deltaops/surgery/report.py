@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
     path: str
     kind: str
-    """"lora", "frozen", "peft lora", "norm", "gated mlp", "loss", or "left alone"."""
+    """"lora", "frozen", "peft lora", "norm", "gated mlp", "attention", "loss", or "left alone"."""
     backend: str
     """What runs it now: a backend's name, or "peft", "torch" where the op does not."""
     reason: str

@@ -7,6 +7,7 @@ from .adapter_cases import (
     BottleneckTensors,
     NormBiasCase,
 )
+from .attention_cases import ATTENTION_CASES, AttentionCase, AttentionTensors
 from .cases import DELTA_LINEAR_CASES, DeltaLinearCase, DeltaLinearTensors
 from .compare import assert_accurate, relative_error
 from .gated_cases import GATED_CASES, GatedCase
@@ -14,11 +15,14 @@ from .rotary_cases import ROTARY_CASES, RotaryCase
 from .tolerances import bound, rounding
 
 __all__ = [
+    "ATTENTION_CASES",
     "BOTTLENECK_CASES",
     "DELTA_LINEAR_CASES",
     "GATED_CASES",
     "NORM_BIAS_CASES",
     "ROTARY_CASES",
+    "AttentionCase",
+    "AttentionTensors",
     "BottleneckCase",
     "BottleneckTensors",
     "DeltaLinearCase",

@@ -14,7 +14,10 @@ import pytest
 
 from deltaops.backends.cpu import native
 
-SUITES = [Path(__file__).with_name(f"test_{op}.py") for op in ("delta_linear", "gated", "rotary")]
+SUITES = [
+    Path(__file__).with_name(f"test_{op}.py")
+    for op in ("attention", "delta_linear", "gated", "rotary")
+]
 
 
 def other_isas() -> list[str]:

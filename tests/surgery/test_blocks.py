@@ -1,4 +1,4 @@
-"""RMSNorm, gated MLPs and rotary embeddings on one op each: whose they are, what is left."""
+"""RMSNorm, gated MLPs and attentions on one op each: whose they are, what is left."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import deltaops
 from deltaops import LoRA
 from deltaops.errors import NoBackendError
-from deltaops.modules import Block, GatedMlpBlock, RmsNormBlock, rotary_block
+from deltaops.modules import Block, GatedMlpBlock, RmsNormBlock
 from deltaops.surgery import blocks
+
+from .families import answer, kinds, model_of, rows
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -26,45 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
 ]
 
-ALL = ["GatedMlpBlock", "RmsNormBlock", "RotaryBlock"]
-SIZES: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
-
-
-def model_of(name: str, **settings: Any) -> nn.Module:
-    """A causal language model of the family ``name``, norms with weights that are not one."""
-    config = getattr(transformers, f"{name}Config")(**SIZES | settings)
-    torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if "norm" in path:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def answer(model: nn.Module, **settings: Any) -> list[Tensor]:
-    """The loss and the gradients of all that trains."""
-    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(1))
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **settings).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-def kinds(model: nn.Module) -> list[str]:
-    return sorted({type(m).mixin.__name__ for m in model.modules() if isinstance(m, Block)})
-
-
-def rows(model: nn.Module, kind: str) -> list[Any]:
-    return [row for row in deltaops.report(model).rows if row.kind == kind]
+ALL = ["AttentionBlock", "GatedMlpBlock", "RmsNormBlock"]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +37,9 @@ def rows(model: nn.Module, kind: str) -> list[Any]:
         ("Llama", ALL),
         ("Mistral", ALL),
         ("Qwen2", ALL),
-        ("Phi3", ["RmsNormBlock"]),  # gate and up are one projection, and it turns a part of a head
-        ("Gemma", ["GatedMlpBlock", "RotaryBlock"]),  # its norm multiplies by 1 + weight
-        ("GPTNeoX", []),
+        ("Phi3", ["AttentionBlock", "RmsNormBlock"]),  # gate and up are one projection
+        ("Gemma", ["AttentionBlock", "GatedMlpBlock"]),  # its norm multiplies by 1 + weight
+        ("GPTNeoX", ["AttentionBlock"]),
     ],
 )
 def test_families_by_their_programs(name: str, expected: list[str]) -> None:
@@ -97,9 +61,11 @@ def test_the_report_names_them_and_revert_gives_the_classes_back() -> None:
     handle = deltaops.attach(model, LoRA(r=4))
     assert len(rows(model, "norm")) == 5
     assert len(rows(model, "gated mlp")) == 2
-    assert len(rows(model, "rotary")) == 2
-    for row in (*rows(model, "norm"), *rows(model, "gated mlp"), *rows(model, "rotary")):
+    assert len(rows(model, "attention")) == 2
+    for row in (*rows(model, "norm"), *rows(model, "gated mlp")):
         assert (row.backend, row.reason) == ("cpu", "fused by cpu")
+    for row in rows(model, "attention"):
+        assert (row.backend, row.reason) == ("cpu", "rotary and attention fused by cpu")
     handle.revert()
     assert [type(m) for m in model.modules()] == classes
     assert [set(vars(m)) for m in model.modules()] == attributes
@@ -115,7 +81,7 @@ def test_accelerate_takes_them_and_its_revert_too() -> None:
     for got, expected in zip(answer(model), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     deltaops.accelerate(model, backend="reference")
-    for kind in ("norm", "gated mlp", "rotary"):
+    for kind in ("norm", "gated mlp", "attention"):
         assert {row.backend for row in rows(model, kind)} == {"reference"}
     for got, expected in zip(answer(model), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
@@ -174,7 +140,7 @@ def test_what_is_not_known_is_left_alone() -> None:
     model = model_of("Llama", hidden_act="mish")
     model.model.norm.forward = lambda x: x  # somebody has been here
     blocks.swap_blocks(model, "auto", False)
-    assert kinds(model) == ["RmsNormBlock", "RotaryBlock"]
+    assert kinds(model) == ["AttentionBlock", "RmsNormBlock"]
     assert not isinstance(model.model.norm, Block)
 
     class Own(nn.Module):
@@ -270,77 +236,6 @@ def test_a_program_that_computes_something_else_is_not_taken(
     try:
         model = model_of("Llama")
         blocks.swap_blocks(model, "auto", False)
-        assert kinds(model) == ["GatedMlpBlock", "RotaryBlock"]
+        assert kinds(model) == ["AttentionBlock", "GatedMlpBlock"]
     finally:
         blocks._known.cache_clear()
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Shapes that reached the op ``rotary``."""
-    seen: list[torch.Size] = []
-    real = rotary_block.rotary
-
-    def rotary(x: Tensor, *tables: Tensor, **settings: Any) -> Tensor:
-        seen.append(x.shape)
-        return real(x, *tables, **settings)
-
-    monkeypatch.setattr(rotary_block, "rotary", rotary)
-    return seen
-
-
-def test_shared_heads_and_generation_are_turned_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("Llama", num_key_value_heads=1).eval()
-    seen = counted(monkeypatch)
-    ids = torch.tensor([[5, 6, 7]])
-    settings = {"max_new_tokens": 4, "do_sample": False, "use_cache": True}
-    want = model.generate(ids, **settings)
-    blocks.swap_blocks(model, "auto", False)
-    assert torch.equal(model.generate(ids, **settings), want)
-    assert torch.Size([1, 2, 3, 12]) in seen
-    assert torch.Size([1, 1, 1, 12]) in seen
-
-
-def test_other_settings_give_another_class_and_the_same_ones_the_same() -> None:
-    model, twin = model_of("Llama"), model_of("Llama")
-    attention = model.model.layers[0].self_attn
-    base = type(attention)
-    blocks.swap_blocks(model, "auto", False)
-    first = type(attention)
-    blocks.swap_blocks(twin, "auto", False)
-    assert type(twin.model.layers[0].self_attn) is first
-    blocks.swap_blocks(model, "reference", False)
-    assert type(attention) is not first
-    assert type(attention).__mro__[2:4] == first.__mro__[2:4]
-    assert issubclass(type(attention), base)
-    blocks.restore_blocks(model)
-    assert type(attention) is base
-
-
-def test_what_the_op_does_not_take_is_turned_by_transformers() -> None:
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as theirs
-
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, h, 5, 6, generator=generator) for h in (4, 2))
-    cos, sin = torch.randn(2, 2, 5, 6, generator=generator)
-    wide = cos.double(), sin.double()
-    trained = cos.clone().requires_grad_(), sin
-    for tables, settings in (((cos, sin), {"unsqueeze_dim": 1}), (wide, {}), (trained, {})):
-        got = rotary_block.rotate(theirs, "auto", False, q, k, *tables, **settings)
-        for a, b in zip(got, theirs(q, k, *tables, **settings), strict=True):
-            assert torch.equal(a, b)
-            assert a.dtype == b.dtype
-
-
-def test_another_rotation_under_the_same_name_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from transformers.models.llama import modeling_llama
-
-    def interleaved(x: Tensor) -> Tensor:
-        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-
-    blocks._known()  # as it was when the first model came
-    monkeypatch.setattr(modeling_llama, "rotate_half", interleaved)
-    model = model_of("Llama")
-    blocks.swap_blocks(model, "auto", False)
-    assert kinds(model) == ["GatedMlpBlock", "RmsNormBlock"]

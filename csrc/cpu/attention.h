@@ -1,0 +1,589 @@
+/* attention.h: the op, forward and backward (deltaops.h has its mathematics).
+ *
+ *     forward    S = scale Q K^T,  P = exp(S - max),  y = P V / sum P     over blocks of keys, with
+ *                the maximum and the sum carried along (Milakov and Gimelshein 2018)
+ *     backward   P = exp(S - lse),  dP = dY V^T,  dS = scale P (dP - rowsum(dY y))
+ *                dQ = dS K,  dK = dS^T Q,  dV = P^T dY       (Dao et al. 2022, algorithm 4)
+ *
+ * Two products forward and five backward, each of kQueries queries and kKeys keys, run on the
+ * micro-kernel of tile.h with operands that stay in L2: keys (and values, backward) transposed into
+ * panels for the products that make a score, everything else as rows of floats whose stride is an
+ * odd number of cache lines, so that a column of them spreads over all sets. P never leaves a
+ * block. What causality hides is left out tile by tile: nearly half of the work.
+ *
+ * Forward a block of queries belongs to one thread, backward a head of keys with all its heads of
+ * queries. How they are cut and the order in a block depend on the sizes alone: the same bits for
+ * any team.
+ */
+#ifndef DELTAOPS_CPU_ATTENTION_H
+#define DELTAOPS_CPU_ATTENTION_H
+
+#include "cross_entropy.h"
+#include "gated.h"
+
+namespace deltaops {
+namespace DELTAOPS_ISA {
+namespace {
+
+constexpr int64_t kQueries = 48;           // of a block: their rows, and one panel, lie in L1
+constexpr int64_t kKeys = 128;             // of a block
+constexpr int64_t kScoreRow = kKeys + 16;  // odd in lines; a strip of keys may hang over the edge
+static_assert(kQueries % kTileRows == 0 && kKeys % kTileColumns == 0 && kKeys <= kChain, "");
+static_assert(kTileRows <= kScoreRow - kKeys, "");
+
+/* c = factor a b for kTileRows rows of neighbours a and a panel b. */
+__attribute__((noinline)) void score_tile(const float *a, ptrdiff_t a_row, const float *b,
+                                          int64_t steps, float factor, float *c) {
+  VecF acc[kTileRows][kTileVectors] = {};
+  accumulate_chains(acc, a, a_row, b, steps);
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j)
+    store(c + i * kScoreRow + j * kLanes, acc[i][j] * splat(factor));
+}
+
+/* c = a b, or c += a b, over at most kChain steps. */
+template <bool add>
+__attribute__((noinline)) void sum_tile(const float *a, ptrdiff_t a_row, ptrdiff_t a_step,
+                                        const float *b, int64_t steps, ptrdiff_t row, float *c) {
+  VecF acc[kTileRows][kTileVectors] = {};
+  accumulate(acc, a, a_row, a_step, b, steps, row);
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) {
+    float *to = c + i * row + j * kLanes;
+    store(to, add ? load(to) + acc[i][j] : acc[i][j]);
+  }
+}
+
+/* The sizes of a call and what follows from them. */
+struct Shape {
+  int64_t B, H, Hkv, Lq, Lk, D;
+  int64_t group;         // heads of queries that share a head of keys
+  int64_t columns, row;  // of D floats in scratch: whole panels, and the stride
+  int64_t panel;         // floats
+  bool causal;
+};
+
+inline Shape shape_of(const int64_t *sizes, bool causal) {
+  Shape s = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], 0, 0, 0, 0, causal};
+  s.group = s.Hkv ? s.H / s.Hkv : 0;
+  s.columns = round_up(s.D, kTileColumns);
+  s.row = (ceil_div(s.columns, 16) | 1) * 16;
+  s.panel = s.D * kTileColumns;
+  return s;
+}
+
+/* One head: tokens `stride` apart. */
+template <class T>
+struct Tokens {
+  T *data;
+  int64_t stride;
+
+  T *at(int64_t token) const { return data + token * stride; }
+};
+
+template <class T>
+DELTAOPS_INLINE Tokens<T> tokens(const deltaops_heads &heads, int64_t b, int64_t h) {
+  return {static_cast<T *>(heads.data) + b * heads.strides[0] + h * heads.strides[1],
+          heads.strides[2]};
+}
+
+/* Tokens first ... first + count - 1 as rows of floats; then rows of zeros up to `padded`. */
+template <class T>
+void pack_tokens(const Shape &s, const Tokens<T> &from, int64_t first, int64_t count,
+                 int64_t padded, float *to) {
+  for (int64_t i = 0; i < count; ++i) pack_row(to + i * s.row, from.at(first + i), s.D, s.columns);
+  if (count < padded)
+    memset(to + count * s.row, 0, static_cast<size_t>((padded - count) * s.row) * sizeof(float));
+}
+
+/* The same tokens transposed, in panels. */
+template <class T>
+void pack_transposed(const Shape &s, const Tokens<T> &from, int64_t first, int64_t count,
+                     float *to) {
+  for (int64_t n = 0; n < count; n += kTileColumns, to += s.panel)
+    pack_panel_rows(to, kTileColumns, from.at(first + n), from.stride,
+                    least(kTileColumns, count - n), s.D, s.D);
+}
+
+template <class T>
+void store_token(const float *from, int64_t D, float factor, T *to) {
+  each_vector(D, [&](int64_t k, int64_t lanes) {
+    store_lanes(to + k, load(from + k) * splat(factor), lanes);
+  });
+}
+
+/* Brings what the next head will be read from into L2, a few lines at each tile: its tokens are
+ * short runs on as many pages, which no hardware prefetcher follows. */
+template <class T>
+class Ahead {
+ public:
+  Ahead(int64_t D, int64_t tiles) : D_(D), tiles_(tiles) {}
+
+  void add(const deltaops_heads &heads, int64_t b, int64_t h, int64_t count) {
+    constexpr int64_t kMost = 1 << 16;  // bytes of one tensor: two or three of them fill half of L2
+    const Tokens<const T> from = tokens<const T>(heads, b, h);
+    const int64_t some = least(count, kMost / (D_ * static_cast<int64_t>(sizeof(T))));
+    if (some > 0) list_[used_++] = Prefetch<T>({from.data, from.stride, 1}, some, D_, tiles_);
+  }
+
+  DELTAOPS_INLINE void some() {
+    for (int i = 0; i < used_; ++i) list_[i].some();
+  }
+
+ private:
+  int64_t D_, tiles_;
+  Prefetch<T> list_[5];
+  int used_ = 0;
+};
+
+/* Which of a block's keys its queries see. Rows and keys count from the block's first ones. */
+struct Block {
+  int64_t r0, rows, k0, keys;
+  bool causal;
+
+  /* Query `i` sees keys 0 ... visible(i) - 1, a mask aside. */
+  int64_t visible(int64_t i) const {
+    const int64_t seen = causal ? r0 + i + 1 - k0 : keys;
+    return seen < 0 ? 0 : least(seen, keys);
+  }
+  /* The first query that sees key n. */
+  int64_t first(int64_t n) const { return causal && k0 + n > r0 ? least(k0 + n - r0, rows) : 0; }
+};
+
+/* c [rows][kScoreRow] = factor a b^T in the tiles that some query sees. */
+template <class T>
+void score_block(const Shape &s, const Block &block, const float *a, const float *panels,
+                 float factor, float *c, Ahead<T> *ahead) {
+  for (int64_t n = 0; n < block.keys; n += kTileColumns, panels += s.panel)
+    for (int64_t i = block.first(n) / kTileRows * kTileRows; i < block.rows; i += kTileRows) {
+      ahead->some();
+      score_tile(a + i * s.row, s.row, panels, s.D, factor, c + i * kScoreRow + n);
+    }
+}
+
+/* c [rows][row] += a b, a the scores and b the keys' rows, over the keys that a strip sees. */
+template <bool add>
+void query_block(const Shape &s, const Block &block, const float *a, const float *b, float *c) {
+  for (int64_t d = 0; d < s.columns; d += kTileColumns)
+    for (int64_t i = 0; i < block.rows; i += kTileRows) {
+      const int64_t steps = block.visible(i + kTileRows - 1);
+      if (add && steps == 0) continue;
+      sum_tile<add>(a + i * kScoreRow, kScoreRow, 1, b + d, steps, s.row, c + i * s.row + d);
+    }
+}
+
+/* c [keys][row] += a^T b, b the queries' rows, over the queries that see a strip of keys. */
+inline void key_block(const Shape &s, const Block &block, const float *a, const float *b,
+                      float *c) {
+  for (int64_t d = 0; d < s.columns; d += kTileColumns)
+    for (int64_t n = 0; n < block.keys; n += kTileRows) {
+      const int64_t i = block.first(n);
+      if (i < block.rows)
+        sum_tile<true>(a + i * kScoreRow + n, 1, kScoreRow, b + i * s.row + d, block.rows - i,
+                       s.row, c + n * s.row + d);
+    }
+}
+
+/* A query's row of a mask, from a block's first key on; bytes NULL: it sees all. */
+struct MaskRow {
+  const uint8_t *bytes;
+  bool broadcast;  // one byte for all keys
+};
+
+template <class Args>
+DELTAOPS_INLINE MaskRow mask_row(const Args &args, int64_t b, int64_t h, int64_t i, int64_t k0) {
+  if (args.mask == nullptr) return {nullptr, false};
+  const int64_t *at = args.mask_strides;
+  return {args.mask + b * at[0] + h * at[1] + i * at[2] + k0 * at[3], at[3] == 0};
+}
+
+/* Hides scores of a row, by -infinity: where the mask has 0, and from `visible` to `width`. */
+DELTAOPS_INLINE void hide(float *score, int64_t visible, int64_t width, MaskRow mask) {
+  if (mask.bytes && mask.broadcast) {
+    if (*mask.bytes == 0) visible = 0;
+    mask.bytes = nullptr;
+  }
+  for (int64_t n = visible; n < width; ++n) score[n] = -kInfinity;
+  if (mask.bytes == nullptr) return;
+  typedef uint8_t VecB __attribute__((vector_size(kLanes)));
+  each_vector(visible, [&](int64_t n, int64_t lanes) {
+    VecB bytes = {};
+    memcpy(&bytes, mask.bytes + n, static_cast<size_t>(lanes));
+    const VecF value = load(score + n);
+    store(score + n, __builtin_convertvector(bytes, VecU) != 0u ? value : splat(-kInfinity));
+  });
+}
+
+/* ------------------------------------------------------------------------------------- forward */
+
+/* The softmax of a block's queries so far. */
+struct Running {
+  float maximum[kQueries + kLanes], sum[kQueries + kLanes];  // whole vectors from any strip's start
+};
+
+/* f over kTileRows rows of vectors, as a vector of one number for each row: the lanes of each
+ * row's vector are folded side by side, once transposed. */
+template <class F>
+DELTAOPS_INLINE VecF fold(const VecF (&rows)[kTileRows], const F &f) {
+  static_assert(kTileRows <= kLanes, "");
+  VecF r[kLanes];
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kLanes; ++i) r[i] = rows[i < kTileRows ? i : 0];
+  transpose(r);
+  DELTAOPS_UNROLL
+  for (int half = kLanes / 2; half > 0; half /= 2) DELTAOPS_UNROLL
+  for (int i = 0; i < half; ++i) r[i] = f(r[i], r[i + half]);
+  return r[0];
+}
+
+/* scores -> exp(score - maximum) for kTileRows queries, `width` of them whole vectors. Together,
+ * since one row alone is a chain of latencies. Returns for each row what its sums so far must be
+ * multiplied by, the new maximum being the larger one. */
+inline VecF softmax_strip(float *score, int64_t width, float *maximum, float *sums) {
+  VecF top[kTileRows], total[kTileRows] = {}, off[kTileRows];
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) top[i] = splat(-kInfinity);
+  for (int64_t n = 0; n < width; n += kLanes) DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) top[i] = larger(load(score + i * kScoreRow + n), top[i]);
+  const VecF before = load(maximum);
+  const VecF after = larger(before, fold(top, [](VecF a, VecF b) { return larger(a, b); }));
+  // Whatever is taken off scores of -infinity alone: they add nothing, as long as it is finite.
+  const VecF finite = after == splat(-kInfinity) ? VecF{} : after;
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) off[i] = splat(finite[i]);
+  for (int64_t n = 0; n < width; n += kLanes) DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) {
+    const VecF p = exp_down(load(score + i * kScoreRow + n) - off[i]);
+    total[i] += p;
+    store(score + i * kScoreRow + n, p);
+  }
+  const VecF factor = exp_down(before - finite);
+  const VecF sum = fold(total, [](VecF a, VecF b) { return a + b; });
+  // Only the strip's own rows: the next strip's are in the lanes behind.
+  const VecF sum_after = load(sums) * factor + sum;
+  memcpy(maximum, &after, kTileRows * sizeof(float));
+  memcpy(sums, &sum_after, kTileRows * sizeof(float));
+  return factor;
+}
+
+struct ForwardScratch {
+  float *keys;    // [panels][D][kTileColumns]
+  float *values;  // [Lk][row]
+  float *q;       // [kQueries][row]
+  float *scores;  // [kQueries][kScoreRow]
+  float *y;       // [kQueries][row]
+};
+
+inline ForwardScratch forward_scratch(const Shape &s, Arena *arena) {
+  ForwardScratch at;
+  at.keys = arena->take<float>(ceil_div(s.Lk, kTileColumns) * s.panel);
+  at.values = arena->take<float>(s.Lk * s.row);
+  at.q = arena->take<float>(kQueries * s.row);
+  at.scores = arena->take<float>(kQueries * kScoreRow);
+  at.y = arena->take<float>(kQueries * s.row);
+  return at;
+}
+
+/* Queries r0 ... r0 + rows - 1 of one head, against keys and values that are packed. */
+template <class T>
+void forward_block(const AttentionForwardArgs &args, const Shape &s, const ForwardScratch &at,
+                   int64_t b, int64_t h, int64_t r0, int64_t rows, Ahead<T> *ahead) {
+  pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, round_up(rows, kTileRows), at.q);
+  const Tokens<T> y = tokens<T>(args.y, b, h);
+  Running run;
+  for (float &maximum : run.maximum) maximum = -kInfinity;
+  for (float &sum : run.sum) sum = 0.0f;
+  const int64_t seen = s.causal ? r0 + rows : s.Lk;
+  for (int64_t k0 = 0; k0 < seen; k0 += kKeys) {
+    const Block block = {r0, rows, k0, least(kKeys, seen - k0), s.causal};
+    score_block(s, block, at.q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores,
+                ahead);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      float *strip = at.scores + i * kScoreRow;
+      const int64_t width = round_up(block.visible(i + kTileRows - 1), kLanes);
+      if (width == 0) continue;
+      for (int64_t j = 0; j < least(kTileRows, rows - i); ++j)
+        hide(strip + j * kScoreRow, block.visible(i + j), width,
+             mask_row(args, b, h, r0 + i + j, k0));
+      const VecF factor = softmax_strip(strip, width, run.maximum + i, run.sum + i);
+      if (k0 == 0) continue;
+      for (int j = 0; j < kTileRows; ++j) {
+        float *sums = at.y + (i + j) * s.row;
+        if (factor[j] == 1.0f) continue;
+        for (int64_t d = 0; d < s.columns; d += kLanes)
+          store(sums + d, load(sums + d) * splat(factor[j]));
+      }
+    }
+    const float *values = at.values + k0 * s.row;
+    k0 == 0 ? query_block<false>(s, block, at.scores, values, at.y)
+            : query_block<true>(s, block, at.scores, values, at.y);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool blind = run.sum[i] == 0.0f;
+    if (blind)
+      memset(y.at(r0 + i), 0, static_cast<size_t>(s.D) * sizeof(T));
+    else
+      store_token(at.y + i * s.row, s.D, 1.0f / run.sum[i], y.at(r0 + i));
+    if (args.lse)
+      args.lse[(b * s.H + h) * s.Lq + r0 + i] =
+          blind ? kInfinity : run.maximum[i] + __builtin_logf(run.sum[i]);
+  }
+}
+
+template <class T>
+deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
+  const Shape s = shape_of(args.sizes, args.causal);
+  const int64_t blocks = ceil_div(s.Lq, kQueries), items = s.B * s.H * blocks;
+  if (items == 0) return DELTAOPS_OK;
+  int threads = useful_threads(static_cast<int>(least(args.num_threads, items)),
+                               2 * s.B * s.H * s.Lq * (s.Lk + 1) * s.D);
+  for (;;) {
+    Arena size(nullptr);
+    for (int i = 0; i < threads; ++i) forward_scratch(s, &size);
+    void *memory = workspace(size.used());
+    if (memory == nullptr) return no_memory("attention_forward", size.used());
+    const size_t each = size.used() / static_cast<size_t>(threads);
+    const int given = team(threads, [&](int self) {
+      Arena arena(static_cast<char *>(memory) + each * static_cast<size_t>(self));
+      const ForwardScratch at = forward_scratch(s, &arena);
+      const Range mine = share(items, self, threads);
+      const int64_t strips = ceil_div(s.Lq, kTileRows),
+                    tiles =
+                        strips * s.group * ceil_div(s.Lk, kTileColumns) / (s.causal ? 2 : 1) + 1;
+      Ahead<T> ahead(s.D, tiles);
+      int64_t packed = -1;
+      for (int64_t item = mine.begin; item < mine.end; ++item) {
+        const int64_t head = item / blocks, b = head / s.H, h = head % s.H;
+        const int64_t owner = head / s.group;
+        if (owner != packed) {
+          pack_transposed(s, tokens<const T>(args.k, b, h / s.group), 0, s.Lk, at.keys);
+          pack_tokens(s, tokens<const T>(args.v, b, h / s.group), 0, s.Lk, s.Lk, at.values);
+          packed = owner;
+          ahead = Ahead<T>(s.D, tiles);
+          if (const int64_t next = head - h % s.group + s.group; next * blocks < mine.end) {
+            ahead.add(args.k, next / s.H, next % s.H / s.group, s.Lk);
+            ahead.add(args.v, next / s.H, next % s.H / s.group, s.Lk);
+            ahead.add(args.q, next / s.H, next % s.H, s.Lq);
+          }
+        }
+        // First, last, second, last but one: any run of them has its share of causal work.
+        const int64_t turn = item % blocks;
+        const int64_t index = turn % 2 ? blocks - 1 - turn / 2 : turn / 2;
+        forward_block<T>(args, s, at, b, h, index * kQueries,
+                         least(kQueries, s.Lq - index * kQueries), &ahead);
+      }
+    });
+    if (given == threads) return DELTAOPS_OK;
+    threads = given;
+  }
+}
+
+deltaops_status attention_forward(const AttentionForwardArgs &args) {
+  return args.dtype == DELTAOPS_BF16 ? attention_forward_as<Bf16>(args)
+                                     : attention_forward_as<float>(args);
+}
+
+/* ------------------------------------------------------------------------------------ backward */
+
+struct BackwardScratch {
+  float *keys, *values;  // [panels of kKeys][D][kTileColumns]
+  float *key_rows;       // [kKeys][row]
+  float *q, *dy;         // [kQueries][row]
+  float *p, *ds;         // [kQueries][kScoreRow]
+  float *dk, *dv;        // [kKeys and a strip][row]
+  float *dq;             // [group][Lq and a strip][row]
+  float *delta;          // [group][Lq]
+};
+
+inline BackwardScratch backward_scratch(const Shape &s, Arena *arena) {
+  BackwardScratch at;
+  at.keys = arena->take<float>(kKeys / kTileColumns * s.panel);
+  at.values = arena->take<float>(kKeys / kTileColumns * s.panel);
+  at.key_rows = arena->take<float>(kKeys * s.row);
+  at.q = arena->take<float>(kQueries * s.row);
+  at.dy = arena->take<float>(kQueries * s.row);
+  at.p = arena->take<float>(kQueries * kScoreRow);
+  at.ds = arena->take<float>(kQueries * kScoreRow);
+  at.dk = arena->take<float>((kKeys + kTileRows) * s.row);
+  at.dv = arena->take<float>((kKeys + kTileRows) * s.row);
+  at.dq = arena->take<float>(s.group * (s.Lq + kTileRows) * s.row);
+  at.delta = arena->take<float>(s.group * s.Lq);
+  return at;
+}
+
+/* scores and dp -> p and ds for kTileRows queries, `width` of them whole vectors. With all keys in
+ * this block rowsum(dY y) is taken as rowsum(P dP), from which it differs by rounding alone: then
+ * the two parts of ds are rounded alike, and what must cancel does. Else it is `delta`. */
+template <bool all_keys>
+void slope_strip(float *score, float *dp, int64_t width, const float *lse, const float *delta,
+                 float scale) {
+  VecF off[kTileRows], total[kTileRows] = {};
+  DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) off[i] = splat(lse[i]);
+  if constexpr (all_keys) {
+    for (int64_t n = 0; n < width; n += kLanes) DELTAOPS_UNROLL
+    for (int i = 0; i < kTileRows; ++i) {
+      float *at = score + i * kScoreRow + n;
+      const VecF p = exp_down(load(at) - off[i]), slope = load(dp + i * kScoreRow + n);
+      total[i] += p == VecF{} ? VecF{} : p * slope;
+      store(at, p);
+    }
+    const VecF sums = fold(total, [](VecF a, VecF b) { return a + b; });
+    DELTAOPS_UNROLL
+    for (int i = 0; i < kTileRows; ++i) total[i] = splat(sums[i]);
+  } else {
+    DELTAOPS_UNROLL
+    for (int i = 0; i < kTileRows; ++i) total[i] = splat(delta[i]);
+  }
+  for (int64_t n = 0; n < width; n += kLanes) DELTAOPS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) {
+    float *at = score + i * kScoreRow + n, *to = dp + i * kScoreRow + n;
+    VecF p = load(at);
+    if constexpr (!all_keys) {
+      p = exp_down(p - off[i]);
+      store(at, p);
+    }
+    const VecF ds = p * (load(to) - total[i]) * splat(scale);
+    store(to, p == VecF{} ? VecF{} : ds);  // a NaN that is hidden stays so
+  }
+}
+
+/* rowsum(dY y) of a head. */
+template <class T>
+void deltas(const Shape &s, const Tokens<const T> &dy, const Tokens<const T> &y, float *delta) {
+  for (int64_t i = 0; i < s.Lq; ++i) {
+    const T *a = dy.at(i), *b = y.at(i);
+    VecF total = {};
+    each_vector(s.D, [&](int64_t k, int64_t lanes) {
+      total += load_lanes(a + k, lanes) * load_lanes(b + k, lanes);
+    });
+    delta[i] = sum(total);
+  }
+}
+
+/* What queries r0 ... r0 + rows - 1 of head h give to keys k0 ... k0 + keys - 1, and get. */
+template <class T>
+void backward_block(const AttentionBackwardArgs &args, const Shape &s, const BackwardScratch &at,
+                    int64_t b, int64_t h, const Block &block, Ahead<T> *ahead) {
+  const int64_t member = h % s.group, r0 = block.r0, rows = block.rows;
+  const int64_t padded = round_up(rows, kTileRows);
+  pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, padded, at.q);
+  pack_tokens(s, tokens<const T>(args.grad_y, b, h), r0, rows, padded, at.dy);
+  score_block(s, block, at.q, at.keys, args.scale, at.p, ahead);
+  score_block(s, block, at.dy, at.values, 1.0f, at.ds, ahead);
+  const float *lse = args.lse + (b * s.H + h) * s.Lq + r0;
+  const float *delta = at.delta + member * s.Lq + r0;
+  const bool all_keys = s.Lk <= kKeys;
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    // What a strip of keys sees of these queries ends at most that far behind the last of them.
+    const int64_t last = block.visible(i + kTileRows - 1);
+    const int64_t width = round_up(last + kTileRows - 1, kLanes);
+    float row_lse[kTileRows] = {}, row_delta[kTileRows] = {};
+    for (int64_t j = 0; j < kTileRows; ++j) {
+      const bool valid = i + j < rows;
+      hide(at.p + (i + j) * kScoreRow, valid ? block.visible(i + j) : 0, width,
+           valid ? mask_row(args, b, h, r0 + i + j, block.k0) : MaskRow{nullptr, false});
+      if (!valid) continue;
+      row_lse[j] = lse[i + j];
+      if (!all_keys) row_delta[j] = delta[i + j];
+    }
+    float *p = at.p + i * kScoreRow, *ds = at.ds + i * kScoreRow;
+    all_keys ? slope_strip<true>(p, ds, width, row_lse, row_delta, args.scale)
+             : slope_strip<false>(p, ds, width, row_lse, row_delta, args.scale);
+  }
+  if (args.grad_v.data) key_block(s, block, at.p, at.dy, at.dv);
+  if (args.grad_k.data) key_block(s, block, at.ds, at.q, at.dk);
+  if (args.grad_q.data) {
+    float *dq = at.dq + (member * (s.Lq + kTileRows) + r0) * s.row;
+    block.k0 == 0 ? query_block<false>(s, block, at.ds, at.key_rows, dq)
+                  : query_block<true>(s, block, at.ds, at.key_rows, dq);
+  }
+}
+
+/* Rows of sums to the tokens of a gradient, where it is wanted. */
+template <class T>
+void store_gradient(const Shape &s, const deltaops_heads &grad, int64_t b, int64_t h, int64_t first,
+                    int64_t count, const float *sums) {
+  if (grad.data == nullptr) return;
+  const Tokens<T> to = tokens<T>(grad, b, h);
+  for (int64_t i = 0; i < count; ++i) store_token(sums + i * s.row, s.D, 1.0f, to.at(first + i));
+}
+
+/* Everything that one head of keys has a part in. */
+template <class T>
+void backward_head(const AttentionBackwardArgs &args, const Shape &s, const BackwardScratch &at,
+                   int64_t b, int64_t kv, Ahead<T> *ahead) {
+  const int64_t h0 = kv * s.group, member = (s.Lq + kTileRows) * s.row;
+  for (int64_t g = 0; g < s.group && s.Lk > kKeys; ++g)
+    deltas(s, tokens<const T>(args.grad_y, b, h0 + g), tokens<const T>(args.y, b, h0 + g),
+           at.delta + g * s.Lq);
+  const Tokens<const T> k = tokens<const T>(args.k, b, kv), v = tokens<const T>(args.v, b, kv);
+  const size_t sums = static_cast<size_t>(kKeys * s.row) * sizeof(float);
+  for (int64_t k0 = 0; k0 < s.Lk; k0 += kKeys) {
+    const int64_t keys = least(kKeys, s.Lk - k0);
+    pack_transposed(s, k, k0, keys, at.keys);
+    pack_transposed(s, v, k0, keys, at.values);
+    pack_tokens(s, k, k0, keys, keys, at.key_rows);
+    memset(at.dk, 0, sums);
+    memset(at.dv, 0, sums);
+    const int64_t begin = s.causal ? k0 / kQueries * kQueries : 0;
+    for (int64_t g = 0; g < s.group; ++g)
+      for (int64_t r0 = begin; r0 < s.Lq; r0 += kQueries)
+        backward_block<T>(args, s, at, b, h0 + g,
+                          {r0, least(kQueries, s.Lq - r0), k0, keys, s.causal}, ahead);
+    store_gradient<T>(s, args.grad_k, b, kv, k0, keys, at.dk);
+    store_gradient<T>(s, args.grad_v, b, kv, k0, keys, at.dv);
+  }
+  if (s.Lk == 0) memset(at.dq, 0, static_cast<size_t>(s.group * member) * sizeof(float));
+  for (int64_t g = 0; g < s.group; ++g)
+    store_gradient<T>(s, args.grad_q, b, h0 + g, 0, s.Lq, at.dq + g * member);
+}
+
+template <class T>
+deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
+  const Shape s = shape_of(args.sizes, args.causal);
+  const int64_t heads = s.B * s.Hkv;
+  if (heads == 0) return DELTAOPS_OK;
+  int threads = useful_threads(static_cast<int>(least(args.num_threads, heads)),
+                               5 * s.B * s.H * s.Lq * (s.Lk + 1) * s.D);
+  for (;;) {
+    Arena size(nullptr);
+    for (int i = 0; i < threads; ++i) backward_scratch(s, &size);
+    void *memory = workspace(size.used());
+    if (memory == nullptr) return no_memory("attention_backward", size.used());
+    const size_t each = size.used() / static_cast<size_t>(threads);
+    const int given = team(threads, [&](int self) {
+      Arena arena(static_cast<char *>(memory) + each * static_cast<size_t>(self));
+      const BackwardScratch at = backward_scratch(s, &arena);
+      const Range mine = share(heads, self, threads);
+      const int64_t tiles = 2 * s.group * ceil_div(s.Lq, kTileRows) * ceil_div(s.Lk, kTileColumns) /
+                                (s.causal ? 2 : 1) +
+                            1;
+      for (int64_t head = mine.begin; head < mine.end; ++head) {
+        Ahead<T> ahead(s.D, tiles);
+        if (const int64_t b = (head + 1) / s.Hkv, kv = (head + 1) % s.Hkv; head + 1 < mine.end) {
+          ahead.add(args.k, b, kv, s.Lk);
+          ahead.add(args.v, b, kv, s.Lk);
+          ahead.add(args.grad_y, b, kv * s.group, s.Lq);
+          if (s.Lk > kKeys) ahead.add(args.y, b, kv * s.group, s.Lq);
+          ahead.add(args.q, b, kv * s.group, s.Lq);
+        }
+        backward_head<T>(args, s, at, head / s.Hkv, head % s.Hkv, &ahead);
+      }
+    });
+    if (given == threads) return DELTAOPS_OK;
+    threads = given;
+  }
+}
+
+deltaops_status attention_backward(const AttentionBackwardArgs &args) {
+  return args.dtype == DELTAOPS_BF16 ? attention_backward_as<Bf16>(args)
+                                     : attention_backward_as<float>(args);
+}
+
+}  // namespace
+}  // namespace DELTAOPS_ISA
+}  // namespace deltaops
+#endif

@@ -1,0 +1,273 @@
+// checks_heads.cpp: the arguments of rotary and attention, whose tensors have three strides.
+
+#include <utility>
+
+#include "checker.h"
+
+namespace deltaops {
+namespace {
+
+// A dimension of some memory, its stride in bytes.
+struct Level {
+  int64_t size, stride;
+};
+
+constexpr int kMostLevels = 3;
+constexpr int64_t kMostFootprints = 4096;
+
+void by_stride(Level *levels, int count) {
+  std::sort(levels, levels + count,
+            [](const Level &a, const Level &b) { return a.stride < b.stride; });
+}
+
+// Remembers runs of `width` bytes at every sum of the levels' strides. Two levels are a footprint;
+// a third that does not continue the second makes a footprint each. Past thousands of those the
+// gaps between them count as touched.
+void remember(Checker *c, const char *name, const void *data, const Level *given, int count,
+              int64_t width, bool written) {
+  if (c->status() != DELTAOPS_OK || data == nullptr || width <= 0) return;
+  Level levels[kMostLevels + 1];
+  int used = 0;
+  const char *begin = static_cast<const char *>(data);
+  for (int i = 0; i < count; ++i) {
+    if (given[i].size <= 0) return;
+    if (given[i].size == 1 || given[i].stride == 0) continue;
+    const int64_t reach = (given[i].size - 1) * given[i].stride;
+    if (reach < 0) begin += reach;
+    levels[used++] = {given[i].size, std::llabs(given[i].stride)};
+  }
+  by_stride(levels, used);
+  int at = 0;
+  for (; at < used && levels[at].stride <= width; ++at)
+    width += (levels[at].size - 1) * levels[at].stride;
+  Level runs = {1, width};
+  if (at < used) runs = levels[at++];
+  for (; at < used && levels[at].stride == runs.size * runs.stride; ++at)
+    runs.size *= levels[at].size;
+  int64_t prints = 1;
+  bool many = false;
+  for (int i = at; i < used; ++i)
+    many = many || __builtin_mul_overflow(prints, levels[i].size, &prints);
+  if (many || prints > kMostFootprints) {
+    width += (runs.size - 1) * runs.stride;
+    for (int i = at; i < used; ++i) width += (levels[i].size - 1) * levels[i].stride;
+    return c->remember(name, begin, 1, width, 0, written);
+  }
+  for (int64_t print = 0; print < prints; ++print) {
+    const char *start = begin;
+    int64_t rest = print;
+    for (int i = at; i < used; rest /= levels[i].size, ++i)
+      start += rest % levels[i].size * levels[i].stride;
+    c->remember(name, start, runs.size, width, runs.stride, written);
+  }
+}
+
+// A dimension's reach must be counted in bytes without overflow before remember() may.
+void reach(Checker *c, const char *name, int64_t size, int64_t stride, int64_t element) {
+  c->expect(extent(size, stride, element) >= 0,
+            "%s must span at most 2^56 bytes, got %" PRId64 " at a stride of %" PRId64 ".", name,
+            size, stride);
+}
+
+// Sizes [B, H, L, D] of one tensor, with the strides of the first three; D elements lie side by
+// side.
+struct Heads {
+  const char *name;
+  const void *data;
+  int64_t sizes[4];
+  const int64_t *strides;
+  int64_t element;  // bytes
+
+  bool empty() const { return sizes[0] == 0 || sizes[1] == 0 || sizes[2] == 0; }
+
+  void memory(Checker *c, bool written) const {
+    if (c->status() != DELTAOPS_OK) return;
+    c->expect(data != nullptr || empty(), "%s must point to its elements, got NULL.", name);
+    c->pointer(name, data, static_cast<size_t>(element));
+    Level levels[3];
+    for (int i = 0; i < 3; ++i) {
+      reach(c, name, sizes[i], strides[i], element);
+      if (c->status() != DELTAOPS_OK) return;
+      levels[i] = {sizes[i], strides[i] * element};
+    }
+    if (empty()) return;
+    if (written)
+      c->expect(apart(),
+                "%s is written, so its heads must not overlap, got strides (%" PRId64 ", %" PRId64
+                ", %" PRId64 ") for [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64 "].",
+                name, strides[0], strides[1], strides[2], sizes[0], sizes[1], sizes[2], sizes[3]);
+    remember(c, name, data, levels, 3, sizes[3] * element, written);
+  }
+
+  // Whether each of the three strides steps over all that the smaller ones reach.
+  bool apart() const {
+    Level levels[3];
+    for (int i = 0; i < 3; ++i) levels[i] = {sizes[i], strides[i]};
+    by_stride(levels, 3);
+    int64_t end = sizes[3];
+    for (const Level &level : levels) {
+      if (level.size == 1) continue;
+      if (level.stride < end) return false;
+      end += (level.size - 1) * level.stride;
+    }
+    return true;
+  }
+};
+
+void float_or_bf16(Checker *c, int32_t dtype) {
+  c->expect(dtype == DELTAOPS_F32 || dtype == DELTAOPS_BF16,
+            "dtype must be 0 (f32) or 1 (bf16), got %d.", dtype);
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------------------- rotary
+
+deltaops_status check(const RotaryArgs *args) {
+  Checker c("rotary");
+  if (!c.header(args)) return c.status();
+  c.expect(args->reserved == 0, "reserved must be 0, got %d. Zero the struct first.",
+           args->reserved);
+  const int64_t *sizes = args->sizes;
+  const int32_t dtype = args->dtype, table_dtype = args->table_dtype;
+  for (int i = 0; i < 4; ++i)
+    c.expect(sizes[i] >= 0 && sizes[i] <= kMaxSize, "%c must be 0 to 2^40, got %" PRId64 ".",
+             "BHLD"[i], sizes[i]);
+  int64_t all = 1;
+  for (int i = 0; i < 4 && c.status() == DELTAOPS_OK; ++i)
+    c.expect(!__builtin_mul_overflow(all, sizes[i] + 1, &all) && all <= kMaxWork / 16,
+             "the sizes must stay below 2^52 elements, got [%" PRId64 ", %" PRId64 ", %" PRId64
+             ", %" PRId64 "]. Cut the batch.",
+             sizes[0], sizes[1], sizes[2], sizes[3]);
+  c.expect(sizes[3] >= 2 && sizes[3] % 2 == 0, "D must be even and at least 2, got %" PRId64 ".",
+           sizes[3]);
+  float_or_bf16(&c, dtype);
+  c.expect(table_dtype == DELTAOPS_F32 || table_dtype == dtype,
+           "table_dtype must be 0 (f32) or that of x, %d, got %d. Convert cos and sin.", dtype,
+           table_dtype);
+  c.expect(args->backward == 0 || args->backward == 1, "backward must be 0 or 1, got %d.",
+           args->backward);
+  if (c.status() != DELTAOPS_OK) return c.status();
+  const int64_t B = sizes[0], H = sizes[1], L = sizes[2], D = sizes[3];
+  const int64_t element = dtype == DELTAOPS_BF16 ? 2 : 4;
+  Heads{"x", args->x, {B, H, L, D}, args->x_strides, element}.memory(&c, false);
+  Heads{"y", args->y, {B, H, L, D}, args->y_strides, element}.memory(&c, true);
+  // The tables are heads too: one for each token, in one sequence where the batch shares them.
+  const int64_t tables = B > 1 && args->table_strides[0] == 0 ? 1 : B;
+  const int64_t strides[] = {args->table_strides[0], 0, args->table_strides[1]};
+  const int64_t table_element = table_dtype == DELTAOPS_BF16 ? 2 : 4;
+  const int64_t one = H > 0 ? 1 : 0;  // without heads no table is read
+  Heads{"cos", args->cos, {tables, one, L, D}, strides, table_element}.memory(&c, false);
+  Heads{"sin", args->sin, {tables, one, L, D}, strides, table_element}.memory(&c, false);
+  return c.disjoint();
+}
+
+// -------------------------------------------------------------------------------------- attention
+
+namespace {
+
+// What both directions take, and the tensors that both read. Args: either of the two structs.
+template <class Args>
+bool sizes_fit(Checker *c, const Args &args) {
+  static const char *const kNames[] = {"B", "H", "Hkv", "Lq", "Lk", "D"};
+  const int64_t *sizes = args.sizes;
+  c->expect(args.reserved == 0, "reserved must be 0, got %d. Zero the struct first.",
+            args.reserved);
+  for (int i = 0; i < 6; ++i)
+    c->expect(sizes[i] >= 0 && sizes[i] <= kMaxSize, "%s must be 0 to 2^40, got %" PRId64 ".",
+              kNames[i], sizes[i]);
+  if (c->status() != DELTAOPS_OK) return false;
+  const int64_t H = sizes[1], Hkv = sizes[2], Lq = sizes[3], Lk = sizes[4], D = sizes[5];
+  c->expect(D >= 1, "D must be at least 1, got %" PRId64 ".", D);
+  c->expect(Hkv > 0 ? H % Hkv == 0 : H == 0,
+            "H must be a multiple of Hkv, got H=%" PRId64 ", Hkv=%" PRId64
+            ". Heads of keys are shared by equally many heads of queries.",
+            H, Hkv);
+  // Past this a thread's scratch memory could not be counted; it is 256 GiB then.
+  int64_t longest = 0;
+  c->expect(!__builtin_mul_overflow((Lq + 1) * (Hkv > 0 ? H / Hkv : 1) + Lk, D, &longest) &&
+                longest <= int64_t{1} << 36,
+            "(Lq H / Hkv + Lk) D must be at most 2^36, got Lq=%" PRId64 ", Lk=%" PRId64
+            ", D=%" PRId64 ". Cut the sequences.",
+            Lq, Lk, D);
+  int64_t all = 1;
+  for (const int64_t size : {sizes[0], H, Lq, Lk, D})
+    c->expect(c->status() != DELTAOPS_OK ||
+                  (!__builtin_mul_overflow(all, size + 1, &all) && all <= kMaxWork),
+              "the sizes must stay below 2^56 multiply-adds, got B=%" PRId64 ", H=%" PRId64
+              ", Lq=%" PRId64 ", Lk=%" PRId64 ", D=%" PRId64 ". Cut the batch.",
+              sizes[0], H, Lq, Lk, D);
+  float_or_bf16(c, args.dtype);
+  c->expect(args.causal == 0 || args.causal == 1, "causal must be 0 or 1, got %d.", args.causal);
+  c->expect(args.causal != 1 || Lq == Lk,
+            "causal needs as many queries as keys, got Lq=%" PRId64 ", Lk=%" PRId64
+            ". Pass a mask that says which query sees which key.",
+            Lq, Lk);
+  return c->status() == DELTAOPS_OK;
+}
+
+template <class Args>
+void operands(Checker *c, const Args &args) {
+  const int64_t B = args.sizes[0], H = args.sizes[1], Hkv = args.sizes[2], Lq = args.sizes[3],
+                Lk = args.sizes[4], D = args.sizes[5];
+  const int64_t element = args.dtype == DELTAOPS_BF16 ? 2 : 4;
+  Heads{"q", args.q.data, {B, H, Lq, D}, args.q.strides, element}.memory(c, false);
+  Heads{"k", args.k.data, {B, Hkv, Lk, D}, args.k.strides, element}.memory(c, false);
+  Heads{"v", args.v.data, {B, Hkv, Lk, D}, args.v.strides, element}.memory(c, false);
+  if (c->status() != DELTAOPS_OK || args.mask == nullptr) return;
+  const int64_t *strides = args.mask_strides;
+  c->expect(strides[3] == 0 || strides[3] == 1,
+            "mask must have stride 1 along the keys, or 0, got %" PRId64 ". Make it contiguous.",
+            strides[3]);
+  Level levels[3];
+  for (int i = 0; i < 3; ++i) {
+    const int64_t size = args.sizes[i == 0 ? 0 : i == 1 ? 1 : 3];
+    reach(c, "mask", size, strides[i], 1);
+    if (c->status() != DELTAOPS_OK) return;
+    levels[i] = {size, strides[i]};
+  }
+  remember(c, "mask", args.mask, levels, 3, strides[3] == 0 && Lk > 0 ? 1 : Lk, false);
+}
+
+void statistics(Checker *c, const float *lse, const int64_t *sizes, bool written) {
+  const int64_t count = sizes[0] * sizes[1] * sizes[3];
+  if (count > 0 && c->status() == DELTAOPS_OK) c->array("lse", lse, count, written);
+}
+
+}  // namespace
+
+deltaops_status check(const AttentionForwardArgs *args) {
+  Checker c("attention_forward");
+  if (!c.header(args) || !sizes_fit(&c, *args)) return c.status();
+  const int64_t B = args->sizes[0], H = args->sizes[1], Lq = args->sizes[3], D = args->sizes[5];
+  const int64_t element = args->dtype == DELTAOPS_BF16 ? 2 : 4;
+  operands(&c, *args);
+  Heads{"y", args->y.data, {B, H, Lq, D}, args->y.strides, element}.memory(&c, true);
+  if (args->lse != nullptr) statistics(&c, args->lse, args->sizes, true);
+  return c.disjoint();
+}
+
+deltaops_status check(const AttentionBackwardArgs *args) {
+  Checker c("attention_backward");
+  if (!c.header(args) || !sizes_fit(&c, *args)) return c.status();
+  const int64_t B = args->sizes[0], H = args->sizes[1], Hkv = args->sizes[2], Lq = args->sizes[3],
+                Lk = args->sizes[4], D = args->sizes[5];
+  const int64_t element = args->dtype == DELTAOPS_BF16 ? 2 : 4;
+  Heads{"grad_y", args->grad_y.data, {B, H, Lq, D}, args->grad_y.strides, element}.memory(&c,
+                                                                                          false);
+  operands(&c, *args);
+  Heads{"y", args->y.data, {B, H, Lq, D}, args->y.strides, element}.memory(&c, false);
+  statistics(&c, args->lse, args->sizes, false);
+  if (args->grad_q.data != nullptr)
+    Heads{"grad_q", args->grad_q.data, {B, H, Lq, D}, args->grad_q.strides, element}.memory(&c,
+                                                                                            true);
+  if (args->grad_k.data != nullptr)
+    Heads{"grad_k", args->grad_k.data, {B, Hkv, Lk, D}, args->grad_k.strides, element}.memory(&c,
+                                                                                              true);
+  if (args->grad_v.data != nullptr)
+    Heads{"grad_v", args->grad_v.data, {B, Hkv, Lk, D}, args->grad_v.strides, element}.memory(&c,
+                                                                                              true);
+  return c.disjoint();
+}
+
+}  // namespace deltaops

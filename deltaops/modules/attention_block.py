@@ -1,0 +1,104 @@
+"""An attention module of transformers whose rotary embedding and attention run as one op each.
+
+What computes them are globals of transformers' files, shared by all models of a family. So the
+subclass runs the module's own program, every instruction of it, with ours under those names and all
+other globals as they were when the class was made.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaops.backends import AttentionCall, Call, RotaryCall
+
+from .attention_functions import BIAS, ROTARY, SDPA, TABLE, stand_ins, words
+from .block import Block, subclass, told
+from .sharing import sharing
+
+PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+"""What attention modules call the layers that read the same tokens."""
+
+
+def projections(module: nn.Module) -> list[Any]:
+    """Those layers of an attention; empty where they are not found."""
+    modules = module._modules
+    for names in PROJECTIONS:
+        if all([name in modules for name in names]):
+            return [modules[name] for name in names]
+    return []
+
+
+class AttentionBlock(Block):
+    """An attention that turns its queries and keys as Llama does, asks transformers' table for the
+    function that attends, or does both."""
+
+    kind = "attention"
+    on_ours: Any
+    """The module's program on our functions."""
+    ours: frozenset[str]
+    """The globals of it that are ours."""
+
+    @classmethod
+    def over(cls, base: type[nn.Module], backend: str, strict: bool) -> type[Block]:
+        """See :class:`Block`. The settings are in the class: ``rotate`` sees no module."""
+        program: Any = base.forward
+        ours = stand_ins(program, backend, strict)
+        on_ours = FunctionType(
+            program.__code__, program.__globals__ | ours, program.__name__, program.__defaults__
+        )
+        on_ours.__kwdefaults__ = program.__kwdefaults__
+        return subclass(cls, base, (backend, strict), on_ours=on_ours, ours=frozenset(ours))
+
+    def told(self, tokens: int) -> tuple[str, str]:
+        """See :class:`Block`; ``tokens`` in one sequence."""
+        weight, config = next(self.parameters()), getattr(self, "config", None)
+        device, dtype = weight.device.type, weight.dtype
+        heads = _number(self, "num_heads", "num_attention_heads") or _number(
+            config, "num_attention_heads"
+        )
+        heads = heads or 1
+        width = _number(self, "head_dim", "attention_head_size") or 64
+        shared = max(heads // (_number(self, "num_key_value_groups") or 1), 1)
+        found: dict[str, tuple[str, str]] = {}
+        if ROTARY in self.ours:
+            call: Call = RotaryCall(device, dtype, dtype, 1, heads, tokens, width)
+            found["rotary"] = told(call, self.backend)
+        implementation = getattr(config, "_attn_implementation", None)
+        if TABLE in self.ours and BIAS in words(self.on_ours.__code__):
+            found["attention"] = "torch", "by transformers: a bias is added to the scores"
+        elif TABLE in self.ours and implementation == SDPA:
+            causal = bool(getattr(self, "is_causal", True))
+            call = AttentionCall(
+                device, dtype, 1, heads, shared, tokens, tokens, width, False, causal
+            )
+            found["attention"] = told(call, self.backend)
+        elif TABLE in self.ours:
+            why = f"by transformers: ours stands in for {SDPA!r}, and this is {implementation!r}"
+            found["attention"] = "torch", why
+        backends = [backend for backend, _ in found.values()]
+        names: dict[str, list[str]] = {}
+        for name, (_, reason) in found.items():
+            names.setdefault(reason, []).append(name)
+        reasons = [f"{' and '.join(those)} {reason}" for reason, those in names.items()]
+        return max(backends, key=lambda name: name != "torch"), "; ".join(reasons)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own ``forward`` takes and gives."""
+        if torch.compiler.is_compiling():  # the compiler looks globals up by the name of the file
+            return super().forward(*args, **kwargs)
+        with sharing(self, projections(self)):
+            return self.on_ours(*args, **kwargs)
+
+
+def _number(holder: Any, *names: str) -> int | None:
+    """The first of these attributes that is a number."""
+    return next((n for name in names if isinstance(n := getattr(holder, name, None), int)), None)

@@ -1,0 +1,464 @@
+"""``attention`` of the ABI against numpy float64, for every instruction set that can run here."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+# B, H, Hkv, Lq, Lk, D: odd ones, more keys and queries than a block has, none of either, groups
+SHAPES = [
+    (2, 2, 2, 16, 16, 64),
+    (1, 4, 2, 37, 53, 17),
+    (2, 2, 1, 131, 131, 20),
+    (1, 1, 1, 150, 300, 80),
+    (1, 6, 2, 7, 260, 33),
+    (1, 1, 1, 70, 5, 3),
+    (1, 2, 2, 9, 9, 300),
+    (2, 3, 3, 1, 1, 1),
+    (2, 2, 1, 0, 4, 8),
+    (2, 2, 1, 4, 0, 8),
+    (0, 2, 1, 4, 4, 8),
+    (2, 0, 0, 4, 4, 8),
+]
+DTYPES = ["f32", "bf16"]
+ROUNDING = {"f32": 2.0**-24, "bf16": 2.0**-9}
+WAYS = ["all", "causal", "mask", "mask-causal", "rows", "shared"]
+GRADS = ("grad_q", "grad_k", "grad_v")
+
+
+class Heads(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("strides", c_int64 * 3)]
+
+
+def _fields(*, backward: bool) -> list[tuple[str, Any]]:
+    before = ["grad_y", "q", "k", "v"] if backward else ["q", "k", "v"]
+    after = [(name, Heads) for name in GRADS] if backward else []
+    return [
+        ("struct_size", c_uint32),
+        ("num_threads", c_int32),
+        ("sizes", c_int64 * 6),
+        *((name, Heads) for name in before),
+        ("mask", c_void_p),
+        ("mask_strides", c_int64 * 4),
+        ("y", Heads),
+        ("lse", c_void_p),
+        *after,
+        ("scale", c_float),
+        *((name, c_int32) for name in ("causal", "dtype", "reserved")),
+    ]
+
+
+class ForwardArgs(ctypes.Structure):
+    _fields_ = _fields(backward=False)
+
+
+class BackwardArgs(ctypes.Structure):
+    _fields_ = _fields(backward=True)
+
+
+@dataclass
+class Case:
+    """Arrays of one call and of its results. Memory is [B, L, H, D], as transformers has it."""
+
+    sizes: tuple[int, ...]
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    grad_y: np.ndarray
+    mask: np.ndarray | None
+    causal: bool
+    scale: float
+    y: np.ndarray = field(init=False)
+    lse: np.ndarray = field(init=False)
+    grad_q: np.ndarray = field(init=False)
+    grad_k: np.ndarray = field(init=False)
+    grad_v: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        b, h, hkv, lq, lk, d = self.sizes
+        kind = "bf16" if self.q.dtype == np.uint16 else "f32"
+        self.y, self.grad_q = (
+            poisoned((b, lq, h, d), kind).transpose(0, 2, 1, 3) for _ in range(2)
+        )
+        self.grad_k, self.grad_v = (
+            poisoned((b, lk, hkv, d), kind).transpose(0, 2, 1, 3) for _ in range(2)
+        )
+        self.lse = poisoned((b, h, lq))
+
+    def results(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in ("y", *GRADS)}
+
+
+def poisoned(shape: tuple[int, ...], dtype: str = "f32") -> np.ndarray:
+    if dtype == "bf16":
+        return np.full(shape, 0x7FC0, np.uint16)
+    return np.full(shape, np.nan, np.float32)
+
+
+def make(helper: ModuleType, sizes: tuple[int, ...], dtype: str, way: str = "all") -> Case | None:
+    """None where a way has no meaning for the sizes."""
+    b, h, hkv, lq, lk, d = sizes
+    if "causal" in way and lq != lk:
+        return None
+    rng = np.random.default_rng(sum(sizes))
+
+    def heads(count: int, tokens: int) -> np.ndarray:
+        t = rng.standard_normal((b, tokens, count, d)).astype(np.float32)
+        return (helper.to_bf16(t) if dtype == "bf16" else t).transpose(0, 2, 1, 3)
+
+    q, k, v, grad_y = heads(h, lq), heads(hkv, lk), heads(hkv, lk), heads(h, lq)
+    mask = None
+    if way.startswith("mask"):  # one for all heads
+        mask = (rng.random((b, 1, lq, lk)) < 0.6).astype(np.uint8)
+    elif way == "rows":  # queries that see nothing at all, by one byte each
+        mask = (rng.random((b, h, lq, 1)) < 0.6).astype(np.uint8)
+    elif way == "shared":  # padding: the same keys for all queries of a sequence
+        mask = (rng.random((b, 1, 1, lk)) < 0.6).astype(np.uint8)
+    return Case(sizes, q, k, v, grad_y, mask, "causal" in way, float(np.float32(d**-0.5)))
+
+
+class Attention:
+    """The two functions of a library, with arguments from a case."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    @staticmethod
+    def _args(
+        kind: type[ctypes.Structure], case: Case, threads: int, changes: dict[str, Any]
+    ) -> Any:
+        args = kind()
+        args.struct_size, args.num_threads = ctypes.sizeof(kind), threads
+        args.sizes = case.sizes
+        for name, of in kind._fields_:
+            if of is Heads:
+                t = getattr(case, name)
+                strides = tuple(s // t.itemsize for s in t.strides[:3])
+                setattr(args, name, Heads(t.ctypes.data, strides))
+        if case.mask is not None:
+            m = case.mask
+            args.mask = m.ctypes.data
+            args.mask_strides = tuple(
+                0 if n == 1 else s for n, s in zip(m.shape, m.strides, strict=True)
+            )
+        args.lse = case.lse.ctypes.data
+        args.scale, args.causal = case.scale, case.causal
+        args.dtype = int(case.q.dtype == np.uint16)
+        for name, value in changes.items():
+            setattr(args, name, value)
+        return args
+
+    def forward(self, case: Case, threads: int = 2, **changes: Any) -> int:
+        args = self._args(ForwardArgs, case, threads, changes)
+        return int(self.core.lib.deltaops_cpu_attention_forward(ctypes.byref(args)))
+
+    def backward(self, case: Case, threads: int = 2, **changes: Any) -> int:
+        args = self._args(BackwardArgs, case, threads, changes)
+        return int(self.core.lib.deltaops_cpu_attention_backward(ctypes.byref(args)))
+
+    def both(self, case: Case, threads: int = 2) -> None:
+        assert self.forward(case, threads) == 0, self.core.error()
+        assert self.backward(case, threads) == 0, self.core.error()
+
+
+@pytest.fixture
+def attention(core: Any) -> Attention:
+    return Attention(core)
+
+
+def seen(case: Case) -> np.ndarray:
+    b, h, _, lq, lk, _ = case.sizes
+    out = np.ones((b, h, lq, lk), bool)
+    if case.causal:
+        out = np.tril(out)
+    return out if case.mask is None else out & (case.mask != 0)
+
+
+def formula(
+    case: Case, wide: Callable[[np.ndarray], np.ndarray], round_y: Callable[[np.ndarray], Any]
+) -> dict[str, np.ndarray]:
+    """The formula of deltaops.h in the type that ``wide`` gives; y is rounded before its use."""
+    q, k, v, grad_y = (wide(t) for t in (case.q, case.k, case.v, case.grad_y))
+    b, h, hkv, _, lk, d = case.sizes
+    group = h // hkv if hkv else 1
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    visible, scale = seen(case), q.dtype.type(case.scale)
+    scores = np.where(visible, q @ k.swapaxes(2, 3) * scale, -np.inf)
+    top = np.max(scores, -1, keepdims=True, initial=-np.finfo(q.dtype).max)
+    e = np.exp(scores - top)
+    total = e.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = np.where(total == 0, np.inf, top + np.log(total))[..., 0]
+    p = e / np.where(total == 0, 1, total)
+    y = round_y(p @ v)
+    ds = p * (grad_y @ v.swapaxes(2, 3) - (grad_y * wide(y)).sum(-1, keepdims=True)) * scale
+
+    def shared(t: np.ndarray) -> np.ndarray:
+        return t.reshape(b, hkv, group, lk, d).sum(2) if hkv else t.reshape(b, hkv, lk, d)
+
+    return {
+        "y": wide(y),
+        "lse": lse,
+        "grad_q": ds @ k,
+        "grad_k": shared(ds.swapaxes(2, 3) @ q),
+        "grad_v": shared(p.swapaxes(2, 3) @ grad_y),
+    }
+
+
+def exact(helper: ModuleType, case: Case) -> dict[str, np.ndarray]:
+    return formula(case, helper.to_f64, lambda y: y)
+
+
+def rounded(helper: ModuleType, case: Case) -> dict[str, np.ndarray]:
+    """The formula in float32, y rounded to the type of the case."""
+    bf16 = case.q.dtype == np.uint16
+
+    def wide(t: np.ndarray) -> np.ndarray:
+        return helper.to_f64(t).astype(np.float32)
+
+    return formula(case, wide, helper.to_bf16 if bf16 else lambda y: y)
+
+
+def off(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative L2 error."""
+    norm = float(np.linalg.norm(want))
+    return float(np.linalg.norm(got - want)) / (norm or 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_matches_float64_for_any_team(
+    attention: Attention, core_module: ModuleType, way: str, dtype: str
+) -> None:
+    """As tolerances.py has it: twice what the formula is off in float32, and one rounding."""
+    for sizes in SHAPES:
+        bits = set()
+        for threads in (1, 2, 3, 2):
+            case = make(core_module, sizes, dtype, way)
+            if case is None:
+                break
+            attention.both(case, threads)
+            bits.add(b"".join(t.tobytes() for t in (*case.results().values(), case.lse)))
+        if case is None:
+            continue
+        assert len(bits) == 1, f"{sizes}: neither the team nor a second run may change a bit"
+        want, low = exact(core_module, case), rounded(core_module, case)
+        for name, result in case.results().items():
+            bound = 2 * (off(low[name], want[name]) + ROUNDING[dtype])
+            error = off(core_module.to_f64(result), want[name])
+            assert error <= bound, f"{sizes} {name}: {error} > {bound}"
+        np.testing.assert_allclose(case.lse, want["lse"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_zeros(
+    attention: Attention, core_module: ModuleType
+) -> None:
+    case = make(core_module, (2, 2, 1, 60, 60, 20), "f32", "rows")
+    assert case is not None
+    attention.both(case)
+    blind = ~seen(case).any(-1)
+    assert blind.any()
+    assert not case.y[blind].any()
+    assert np.isposinf(case.lse[blind]).all()
+    assert not case.grad_q[blind].any()
+    assert np.isfinite(case.grad_k).all()
+
+
+@pytest.mark.parametrize("way", ["all", "causal", "mask"])
+def test_large_scores_do_not_overflow(
+    attention: Attention, core_module: ModuleType, way: str
+) -> None:
+    """The largest score wins all; beside it exp(-10000) is 0, and no difference is infinite."""
+    case = make(core_module, (1, 2, 2, 140, 140, 16), "f32", way)
+    assert case is not None
+    case.q *= np.float32(3e4)
+    attention.both(case)
+    for name, result in case.results().items():
+        assert np.isfinite(result).all(), name
+    visible = seen(case)
+    scores = np.where(visible, case.q.astype(float) @ case.k.swapaxes(2, 3).astype(float), -np.inf)
+    first, second = np.sort(scores, -1)[..., -1], np.sort(scores, -1)[..., -2]
+    clear = (first - second) * case.scale > 100
+    best = np.take_along_axis(case.v, scores.argmax(-1)[..., None], 2)
+    np.testing.assert_allclose(case.y[clear], best[clear], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_comes_out_where_it_is_seen(
+    attention: Attention, core_module: ModuleType, dtype: str
+) -> None:
+    nan = 0x7FC0 if dtype == "bf16" else np.nan
+    for name, row in (("q", 30), ("k", 140), ("v", 140)):
+        case = make(core_module, (1, 1, 1, 150, 150, 20), dtype, "causal")
+        assert case is not None
+        getattr(case, name)[0, 0, row, 7] = nan
+        attention.both(case)
+        y, grad_q = core_module.to_f64(case.y), core_module.to_f64(case.grad_q)
+        hit = np.arange(150) == row if name == "q" else np.arange(150) >= row
+        assert np.isnan(y[0, 0, hit]).any(-1).all(), name
+        assert np.isnan(grad_q[0, 0, hit]).any(-1).all(), name
+        far = np.arange(150) < row - 16 if name != "q" else ~hit
+        assert not np.isnan(y[0, 0, far]).any(), name
+        assert not np.isnan(grad_q[0, 0, far]).any(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_and_nothing_around_them_is_touched(
+    attention: Attention, core_module: ModuleType, dtype: str
+) -> None:
+    sizes = 2, 3, 3, 23, 23, 22
+    plain = make(core_module, sizes, dtype, "causal")
+    case = make(core_module, sizes, dtype, "causal")
+    assert plain is not None
+    assert case is not None
+    attention.both(plain)
+    # Gradients side by side in one buffer, as those of a merged projection; y among gaps.
+    wide = poisoned((2, 23, 5, 3, 3, 22), dtype)
+    for i, name in enumerate(GRADS):
+        setattr(case, name, wide[:, :, 1, i].transpose(0, 2, 1, 3))
+    gaps = poisoned((2, 5, 23, 24), dtype)
+    case.y = gaps[:, 1:4, :, 1:23][:, ::-1]
+    for name in ("q", "k", "v", "grad_y"):
+        setattr(case, name, np.ascontiguousarray(getattr(case, name)[:, ::-1])[:, ::-1])
+    # y is written, so its heads may not run backwards; what is read may.
+    case.y = gaps[:, 1:4, :, 1:23]
+    attention.both(case)
+    for name in ("y", *GRADS):
+        np.testing.assert_array_equal(getattr(case, name), getattr(plain, name), err_msg=name)
+    touched = np.ones(wide.shape, bool)
+    touched[:, :, 1] = False
+    np.testing.assert_array_equal(wide[touched], poisoned(wide.shape, dtype)[touched])
+    gaps[:, 1:4, :, 1:23] = poisoned((1,), dtype)
+    np.testing.assert_array_equal(gaps, poisoned(gaps.shape, dtype))
+
+
+@pytest.mark.parametrize("wanted", [(), ("grad_q",), ("grad_k",), ("grad_v",)], ids="-".join)
+def test_only_what_is_wanted_is_written(
+    attention: Attention, core_module: ModuleType, wanted: tuple[str, ...]
+) -> None:
+    full, case = (make(core_module, (2, 4, 2, 50, 140, 20), "f32") for _ in range(2))
+    assert full is not None
+    assert case is not None
+    attention.both(full)
+    assert attention.forward(case) == 0
+    absent = {name: Heads() for name in GRADS if name not in wanted}
+    assert attention.backward(case, **absent) == 0, attention.core.error()
+    for name in GRADS:
+        want = getattr(full, name) if name in wanted else poisoned((1,))
+        np.testing.assert_array_equal(
+            getattr(case, name), np.broadcast_to(want, getattr(case, name).shape)
+        )
+
+
+def test_lse_may_be_absent(attention: Attention, core_module: ModuleType) -> None:
+    case, other = (make(core_module, (1, 2, 2, 20, 20, 8), "f32") for _ in range(2))
+    assert case is not None
+    assert other is not None
+    assert attention.forward(case, lse=None) == 0
+    assert attention.forward(other) == 0
+    np.testing.assert_array_equal(case.y, other.y)
+    assert np.isnan(case.lse).all()
+
+
+S6, S4, ENDLESS = c_int64 * 6, c_int64 * 4, 2**62
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "struct_size": ({"struct_size": 8}, "struct_size must be"),
+    "threads": ({"num_threads": 0}, "num_threads must be 1"),
+    "reserved": ({"reserved": 1}, "reserved must be 0"),
+    "negative": ({"sizes": S6(2, 2, 1, -1, 5, 6)}, "Lq must be 0 to 2^40, got -1"),
+    "no-columns": ({"sizes": S6(2, 2, 1, 5, 5, 0)}, "D must be at least 1, got 0"),
+    "group": ({"sizes": S6(2, 3, 2, 5, 5, 6)}, "H must be a multiple of Hkv, got H=3, Hkv=2"),
+    "no-keys-heads": ({"sizes": S6(2, 2, 0, 5, 5, 6)}, "H must be a multiple of Hkv"),
+    "long": ({"sizes": S6(1, 1, 1, 2**35, 2**35, 6)}, "(Lq H / Hkv + Lk) D must be at most 2^36"),
+    "huge": ({"sizes": S6(2**30, 2, 1, 2**20, 5, 6)}, "the sizes must stay below 2^56"),
+    "dtype": ({"dtype": 7}, "dtype must be 0 (f32) or 1 (bf16), got 7"),
+    "causal": ({"causal": 2}, "causal must be 0 or 1, got 2"),
+    "oblong": (
+        {"causal": 1, "sizes": S6(2, 2, 1, 4, 5, 6)},
+        "causal needs as many queries as keys, got Lq=4, Lk=5",
+    ),
+    **{f"{n}-null": ({n: Heads()}, f"{n} must point to its elements") for n in "qkvy"},
+    "mask-stride": ({"mask_strides": S4(25, 0, 5, 2)}, "mask must have stride 1 along the keys"),
+    "mask-far": ({"mask_strides": S4(ENDLESS, 0, 5, 1)}, "mask must span at most 2^56 bytes"),
+}  # fmt: skip
+SIZES = 2, 2, 1, 5, 5, 6
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("changes", "sentence"), WRONG.values(), ids=WRONG)
+def test_bad_arguments_end_in_a_status_and_change_nothing(
+    attention: Attention,
+    core_module: ModuleType,
+    changes: dict[str, Any],
+    sentence: str,
+    backward: bool,
+) -> None:
+    case = make(core_module, SIZES, "f32", "mask")
+    assert case is not None
+    call, name = (
+        (attention.backward, "attention_backward")
+        if backward
+        else (attention.forward, "attention_forward")
+    )
+    assert call(case, **changes) == 1
+    assert attention.core.error().startswith(f"{name}: {sentence}")
+    for result in case.results().values():
+        assert np.isnan(result).all()
+    assert np.isnan(case.lse).all()
+
+
+def test_backward_needs_its_own(attention: Attention, core_module: ModuleType) -> None:
+    case = make(core_module, SIZES, "f32")
+    assert case is not None
+    for name, nothing in (("grad_y", Heads()), ("y", Heads()), ("lse", None)):
+        assert attention.backward(case, **{name: nothing}) == 1
+        assert f"{name} must point to its elements" in attention.core.error()
+
+
+def test_addresses_must_be_aligned(attention: Attention, core_module: ModuleType) -> None:
+    case = make(core_module, SIZES, "f32")
+    assert case is not None
+    for name in ("q", "k", "v", "y", "grad_y", *GRADS):
+        t = getattr(case, name)
+        moved = Heads(t.ctypes.data + 2, tuple(s // 4 for s in t.strides[:3]))
+        assert attention.backward(case, **{name: moved}) == 1
+        assert f"{name} must be aligned to 4 bytes" in attention.core.error()
+    assert attention.forward(case, lse=case.lse.ctypes.data + 2) == 1
+    assert "lse must be aligned to 4 bytes" in attention.core.error()
+
+
+def test_outputs_stand_apart(attention: Attention, core_module: ModuleType) -> None:
+    case = make(core_module, SIZES, "f32", "mask")
+    assert case is not None
+    assert case.mask is not None
+
+    def at(t: np.ndarray, like: np.ndarray) -> Heads:
+        return Heads(t.ctypes.data, tuple(s // like.itemsize for s in like.strides[:3]))
+
+    for name in ("q", "k", "v", "lse"):
+        assert attention.forward(case, y=at(getattr(case, name), case.y)) == 1
+        assert "written, so it must not overlap" in attention.core.error(), name
+    for grad in GRADS:
+        for name in ("q", "k", "v", "y", "grad_y", "lse", *(g for g in GRADS if g != grad)):
+            changes = {grad: at(getattr(case, name), getattr(case, grad))}
+            assert attention.backward(case, **changes) == 1
+            assert "written, so it must not overlap" in attention.core.error(), (grad, name)
+    mask = case.mask.ctypes.data & ~3  # the word in which the mask begins
+    assert attention.forward(case, lse=mask) == 1
+    assert "lse is written, so it must not overlap mask" in attention.core.error()
+    for strides in ((60, 5, 12), (60, 6, 11), (59, 30, 6), (0, 6, 12)):
+        assert attention.forward(case, y=Heads(case.y.ctypes.data, strides)) == 1
+        assert "y is written, so its heads must not overlap" in attention.core.error()
+
+
+def test_null_is_refused(core: Any) -> None:
+    for name in ("forward", "backward"):
+        assert getattr(core.lib, f"deltaops_cpu_attention_{name}")(None) == 1
+        assert core.error() == f"attention_{name}: args must not be NULL."
