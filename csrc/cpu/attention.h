@@ -25,7 +25,7 @@ namespace deltaops {
 namespace DELTAOPS_ISA {
 namespace {
 
-constexpr int64_t kQueries = 48;           // of a block: their rows, and one panel, lie in L1
+constexpr int64_t kQueries = 96;           // of a block, at most: their rows stay in L2
 constexpr int64_t kKeys = 128;             // of a block
 constexpr int64_t kScoreRow = kKeys + 16;  // odd in lines; a strip of keys may hang over the edge
 static_assert(kQueries % kTileRows == 0 && kKeys % kTileColumns == 0 && kKeys <= kChain, "");
@@ -335,8 +335,9 @@ void forward_block(const AttentionForwardArgs &args, const Shape &s, const Forwa
 template <class T>
 deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
   const Shape s = shape_of(args.sizes, args.causal);
-  const int64_t blocks = ceil_div(s.Lq, kQueries), items = s.B * s.H * blocks;
-  if (items == 0) return DELTAOPS_OK;
+  if (s.B == 0 || s.H == 0 || s.Lq == 0) return DELTAOPS_OK;
+  const int64_t most = round_up(ceil_div(s.Lq, ceil_div(s.Lq, kQueries)), kTileRows);
+  const int64_t blocks = ceil_div(s.Lq, most), items = s.B * s.H * blocks;
   int threads = useful_threads(static_cast<int>(least(args.num_threads, items)),
                                2 * s.B * s.H * s.Lq * (s.Lk + 1) * s.D);
   for (;;) {
@@ -371,8 +372,7 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
         // First, last, second, last but one: any run of them has its share of causal work.
         const int64_t turn = item % blocks;
         const int64_t index = turn % 2 ? blocks - 1 - turn / 2 : turn / 2;
-        forward_block<T>(args, s, at, b, h, index * kQueries,
-                         least(kQueries, s.Lq - index * kQueries), &ahead);
+        forward_block<T>(args, s, at, b, h, index * most, least(most, s.Lq - index * most), &ahead);
       }
     });
     if (given == threads) return DELTAOPS_OK;
