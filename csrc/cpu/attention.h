@@ -117,9 +117,9 @@ void store_token(const float *from, int64_t D, float factor, T *to) {
 /* Brings what the next head will be read from into L2, a few lines at each tile: its tokens are
  * short runs on as many pages, which no hardware prefetcher follows. */
 template <class T>
-class Ahead {
+class TokensAhead {
  public:
-  Ahead(int64_t D, int64_t tiles) : D_(D), tiles_(tiles) {}
+  TokensAhead(int64_t D, int64_t tiles) : D_(D), tiles_(tiles) {}
 
   void add(const deltaops_heads &heads, int64_t b, int64_t h, int64_t count) {
     constexpr int64_t kMost = 1 << 16;  // bytes of one tensor: two or three of them fill half of L2
@@ -155,7 +155,7 @@ struct Block {
 /* c [rows][kScoreRow] = factor a b^T in the tiles that some query sees. */
 template <class T>
 void score_block(const Shape &s, const Block &block, const float *a, const float *panels,
-                 float factor, float *c, Ahead<T> *ahead) {
+                 float factor, float *c, TokensAhead<T> *ahead) {
   for (int64_t n = 0; n < block.keys; n += kTileColumns, panels += s.panel)
     for (int64_t i = block.first(n) / kTileRows * kTileRows; i < block.rows; i += kTileRows) {
       ahead->some();
@@ -289,7 +289,7 @@ inline ForwardScratch forward_scratch(const Shape &s, Arena *arena) {
 /* Queries r0 ... r0 + rows - 1 of one head, against keys and values that are packed. */
 template <class T>
 void forward_block(const AttentionForwardArgs &args, const Shape &s, const ForwardScratch &at,
-                   int64_t b, int64_t h, int64_t r0, int64_t rows, Ahead<T> *ahead) {
+                   int64_t b, int64_t h, int64_t r0, int64_t rows, TokensAhead<T> *ahead) {
   pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, round_up(rows, kTileRows), at.q);
   const Tokens<T> y = tokens<T>(args.y, b, h);
   Running run;
@@ -353,7 +353,7 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
       const int64_t strips = ceil_div(s.Lq, kTileRows),
                     tiles =
                         strips * s.group * ceil_div(s.Lk, kTileColumns) / (s.causal ? 2 : 1) + 1;
-      Ahead<T> ahead(s.D, tiles);
+      TokensAhead<T> ahead(s.D, tiles);
       int64_t packed = -1;
       for (int64_t item = mine.begin; item < mine.end; ++item) {
         const int64_t head = item / blocks, b = head / s.H, h = head % s.H;
@@ -362,7 +362,7 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
           pack_transposed(s, tokens<const T>(args.k, b, h / s.group), 0, s.Lk, at.keys);
           pack_tokens(s, tokens<const T>(args.v, b, h / s.group), 0, s.Lk, s.Lk, at.values);
           packed = owner;
-          ahead = Ahead<T>(s.D, tiles);
+          ahead = TokensAhead<T>(s.D, tiles);
           if (const int64_t next = head - h % s.group + s.group; next * blocks < mine.end) {
             ahead.add(args.k, next / s.H, next % s.H / s.group, s.Lk);
             ahead.add(args.v, next / s.H, next % s.H / s.group, s.Lk);
@@ -466,7 +466,7 @@ void deltas(const Shape &s, const Tokens<const T> &dy, const Tokens<const T> &y,
 /* What queries r0 ... r0 + rows - 1 of head h give to keys k0 ... k0 + keys - 1, and get. */
 template <class T>
 void backward_block(const AttentionBackwardArgs &args, const Shape &s, const BackwardScratch &at,
-                    int64_t b, int64_t h, const Block &block, Ahead<T> *ahead) {
+                    int64_t b, int64_t h, const Block &block, TokensAhead<T> *ahead) {
   const int64_t member = h % s.group, r0 = block.r0, rows = block.rows;
   const int64_t padded = round_up(rows, kTileRows);
   pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, padded, at.q);
@@ -514,7 +514,7 @@ void store_gradient(const Shape &s, const deltaops_heads &grad, int64_t b, int64
 /* Everything that one head of keys has a part in. */
 template <class T>
 void backward_head(const AttentionBackwardArgs &args, const Shape &s, const BackwardScratch &at,
-                   int64_t b, int64_t kv, Ahead<T> *ahead) {
+                   int64_t b, int64_t kv, TokensAhead<T> *ahead) {
   const int64_t h0 = kv * s.group, member = (s.Lq + kTileRows) * s.row;
   for (int64_t g = 0; g < s.group && s.Lk > kKeys; ++g)
     deltas(s, tokens<const T>(args.grad_y, b, h0 + g), tokens<const T>(args.y, b, h0 + g),
@@ -562,7 +562,7 @@ deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
                                 (s.causal ? 2 : 1) +
                             1;
       for (int64_t head = mine.begin; head < mine.end; ++head) {
-        Ahead<T> ahead(s.D, tiles);
+        TokensAhead<T> ahead(s.D, tiles);
         if (const int64_t b = (head + 1) / s.Hkv, kv = (head + 1) % s.Hkv; head + 1 < mine.end) {
           ahead.add(args.k, b, kv, s.Lk);
           ahead.add(args.v, b, kv, s.Lk);

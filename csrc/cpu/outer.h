@@ -52,12 +52,12 @@ void column_sums(const float *g, int64_t g_row, int64_t M, int64_t count, double
 
 /* Asks for the lines of some rows, row by row and a line at a time, into L2. The columns of a block
  * are a short run on every page of x, which hardware prefetchers start afresh each time. */
-class Ahead {
+class RowsAhead {
  public:
-  Ahead() = default;
+  RowsAhead() = default;
   /* tiles: how many read each panel of the block at work, and so share the lines. */
   template <class T>
-  Ahead(const T *x, int64_t x_row, int64_t rows, int64_t columns, int64_t tiles)
+  RowsAhead(const T *x, int64_t x_row, int64_t rows, int64_t columns, int64_t tiles)
       : at_(reinterpret_cast<const char *>(x)),
         rows_(rows),
         lines_(ceil_div(columns * static_cast<int64_t>(sizeof(T)), kLine)),
@@ -88,15 +88,15 @@ class Ahead {
 template <int MR, bool Copying, class T>
 __attribute__((noinline)) void outer_tile_ahead(const float *g, ptrdiff_t g_row, const T *x,
                                                 ptrdiff_t x_row, float *panel, int64_t rows,
-                                                float *sum, Ahead *state) {
-  Ahead ahead = *state;  // in registers
+                                                float *sum, RowsAhead *state) {
+  RowsAhead ahead = *state;  // in registers
   VecF acc[MR][kTileVectors];
   DELTAOPS_UNROLL
   for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
   for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
-  for (int64_t left = rows; left > 0; left -= Ahead::kSteps) {
+  for (int64_t left = rows; left > 0; left -= RowsAhead::kSteps) {
     ahead.some();
-    for (int64_t step = 0; step < least(left, Ahead::kSteps); ++step) {
+    for (int64_t step = 0; step < least(left, RowsAhead::kSteps); ++step) {
       VecF column[kTileVectors];
       DELTAOPS_UNROLL
       for (int j = 0; j < kTileVectors; ++j) {
@@ -128,7 +128,7 @@ __attribute__((noinline)) void outer_tile_ahead(const float *g, ptrdiff_t g_row,
 template <int MR>
 DELTAOPS_INLINE void outer_tile(const float *g, ptrdiff_t g_row, float *panel, int64_t rows,
                                 float *sum) {
-  Ahead nothing;
+  RowsAhead nothing;
   outer_tile_ahead<MR, false>(g, g_row, panel, 0, panel, rows, sum, &nothing);
 }
 
@@ -136,7 +136,7 @@ DELTAOPS_INLINE void outer_tile(const float *g, ptrdiff_t g_row, float *panel, i
 template <bool Whole, bool Masked, class T>
 DELTAOPS_INLINE void outer_rows(float *panel, const T *x, int64_t x_row, int64_t rows, int64_t n,
                                 int64_t columns, const uint8_t *bits, int64_t bits_row,
-                                Ahead *ahead, VecF (&column)[kTileVectors]) {
+                                RowsAhead *ahead, VecF (&column)[kTileVectors]) {
   for (int64_t i = 0; i < rows; ++i, x += x_row, panel += kTileColumns) {
     ahead->one();
     DELTAOPS_UNROLL
@@ -153,7 +153,7 @@ DELTAOPS_INLINE void outer_rows(float *panel, const T *x, int64_t x_row, int64_t
 template <class T>
 void outer_panel(float *panel, const T *x, int64_t x_row, int64_t m, int64_t rows, int64_t n,
                  int64_t columns, const uint8_t *bits, int64_t bits_row, float *total,
-                 Ahead *ahead) {
+                 RowsAhead *ahead) {
   VecF column[kTileVectors] = {};
   const T *from = x + m * x_row + n;
   const bool whole = columns == kTileColumns;
@@ -201,11 +201,12 @@ void outer_columns(const T *x, int64_t x_row, int64_t M, int64_t C, int64_t n0, 
   memset(sums, 0, static_cast<size_t>(group * ranks * kTileColumns) * sizeof(float));
   for (int64_t m = 0; m < M; m += kOuterRows) {
     const int64_t rows = least(kOuterRows, M - m), below = m + rows;
-    Ahead ahead;  // the rows below, or the top of the columns to the right
+    RowsAhead ahead;  // the rows below, or the top of the columns to the right
     if (below < M)
-      ahead = Ahead(x + below * x_row + n0, x_row, least(kOuterRows, M - below), width, tiles);
+      ahead = RowsAhead(x + below * x_row + n0, x_row, least(kOuterRows, M - below), width, tiles);
     else if (right < C)
-      ahead = Ahead(x + right, x_row, least(kOuterRows, M), least(kOuterColumns, C - right), tiles);
+      ahead =
+          RowsAhead(x + right, x_row, least(kOuterRows, M), least(kOuterColumns, C - right), tiles);
     for (int64_t p = 0; p < group; ++p) {
       const int64_t n = n0 + p * kTileColumns, columns = least(kTileColumns, C - n);
       const T *from = x + m * x_row + n;

@@ -298,6 +298,10 @@ void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t
   }
 }
 
+/* So few tiles would each ask for so many lines of the next panel at once that they wait for them
+ * themselves: there the lines are asked for while a tile runs, a few at a time. */
+constexpr int64_t kFewTiles = 6;
+
 /* The panels of one thread over one block of rows and k. */
 template <class T, class Unit>
 void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows, const Unit *x,
@@ -342,12 +346,21 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
       }
     if (t.bias) pack_row(bias, static_cast<const T *>(p.bias) + n, t.columns, kTileColumns);
     Prefetch<T> next;
-    if (p.packed && index + 1 < range.end)
-      next = Prefetch<T>(t.b + ceil_div(p.K, kUnit) * kTileColumns, t.steps * kTileColumns,
-                         ceil_div(rows, kTileRows));
-    else if (!cut.dot && index + 1 < range.end)
+    const bool another = index + 1 < range.end;
+    const int64_t tiles = ceil_div(rows, kTileRows);
+    const Unit *next_panel = t.b + ceil_div(p.K, kUnit) * kTileColumns;
+    t.ahead = {};
+    int64_t lines = 0;  // for each tile to ask for
+    if (p.packed && another && !cut.dot && tiles <= kFewTiles && ks > 0) {
+      lines = ceil_div(t.steps * kTileColumns, 16 * tiles);
+      t.ahead = {reinterpret_cast<const char *>(next_panel),
+                 ceil_div(lines * PanelAhead::kSlice, t.steps)};
+    } else if (p.packed && another) {
+      next = Prefetch<T>(next_panel, t.steps * kTileColumns, tiles);
+    } else if (!cut.dot && another) {
       next = Prefetch<T>(w.at(n + kTileColumns, k0), least(kTileColumns, p.N - n - kTileColumns),
-                         ks, ceil_div(rows, kTileRows));
+                         ks, tiles);
+    }
     for (int64_t i = 0; i < rows; i += kTileRows) {
       next.some();
       const int64_t count = least(kTileRows, rows - i);
@@ -387,6 +400,7 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
         }
         tile<MR>(t);
       });
+      t.ahead.line += lines * 64;
     }
   }
 }

@@ -33,19 +33,30 @@ DELTAOPS_INLINE VecF multiply_add(VecF acc, Pair a, VecF b) {
   return dpbf16(acc, (VecF)(a.bits - VecU{}), b);
 }
 
+/* Lines of memory to ask for on the way: some of them for every kSlice steps. */
+struct PanelAhead {
+  static constexpr int64_t kSlice = 8;
+  const char *line;
+  int64_t each;
+};
+
 /* acc += a b over `steps` steps. a: element (row, step) at a[row * a_row + step * a_step];
  * b: NV * kLanes neighbours at b[step * b_step], packed where it is left out. Three rows share a
  * pointer: base, base + a_row and base + 2 a_row are all addressing modes, so that six rows cost
- * two increments. */
-template <int MR, int NV, class Unit>
+ * two increments. Asking: for the lines of `ahead`. */
+template <int MR, int NV, bool Asking = false, class Unit>
 DELTAOPS_INLINE void accumulate(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_row,
                                 ptrdiff_t a_step, const Unit *b, int64_t steps,
-                                ptrdiff_t b_step = NV * kLanes) {
+                                ptrdiff_t b_step = NV * kLanes, PanelAhead *ahead = nullptr) {
   constexpr int kBases = (MR + 2) / 3;
   const Unit *base[kBases];
   DELTAOPS_UNROLL
   for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * a_row;
   for (int64_t step = 0; step < steps; ++step) {
+    if constexpr (Asking)
+      if (step % PanelAhead::kSlice == 0)
+        for (int64_t i = 0; i < ahead->each; ++i, ahead->line += 64)
+          __builtin_prefetch(ahead->line, 0, 2);
     VecF column[NV];
     DELTAOPS_UNROLL
     for (int j = 0; j < NV; ++j) memcpy(&column[j], b + j * kLanes, sizeof column[j]);
@@ -62,10 +73,10 @@ DELTAOPS_INLINE void accumulate(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_
 }
 
 /* The same for rows of a, in chains of kChain. */
-template <int MR, int NV, class Unit>
+template <int MR, int NV, bool Asking = false, class Unit>
 DELTAOPS_INLINE void accumulate_chains(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_row,
-                                       const Unit *b, int64_t steps) {
-  accumulate(acc, a, a_row, 1, b, least(steps, kChain));
+                                       const Unit *b, int64_t steps, PanelAhead *ahead = nullptr) {
+  accumulate<MR, NV, Asking>(acc, a, a_row, 1, b, least(steps, kChain), NV * kLanes, ahead);
   for (int64_t step = kChain; step < steps; step += kChain) {
     float held[MR][NV * kLanes];
     DELTAOPS_UNROLL
@@ -74,7 +85,8 @@ DELTAOPS_INLINE void accumulate_chains(VecF (&acc)[MR][NV], const Unit *a, ptrdi
       store(held[i] + j * kLanes, acc[i][j]);
       acc[i][j] = VecF{};
     }
-    accumulate(acc, a + step, a_row, 1, b + step * NV * kLanes, least(steps - step, kChain));
+    accumulate<MR, NV, Asking>(acc, a + step, a_row, 1, b + step * NV * kLanes,
+                               least(steps - step, kChain), NV * kLanes, ahead);
     DELTAOPS_UNROLL
     for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
     for (int j = 0; j < NV; ++j) acc[i][j] += load(held[i] + j * kLanes);
@@ -104,7 +116,8 @@ struct Tile {
   bool add_c;  // c has a sum already
   T *y;        // the finished tile goes here, rounded; NULL: to c
   ptrdiff_t y_row;
-  int64_t columns;  // valid ones, at most kTileColumns
+  int64_t columns;   // valid ones, at most kTileColumns
+  PanelAhead ahead;  // what the next panel will be read from, or nothing
 };
 
 template <int MR, class Unit, class T>
@@ -129,7 +142,11 @@ __attribute__((noinline)) void tile(const Tile<Unit, T> &t) {
   for (int64_t g = 0; g < t.num_segments; ++g)
     accumulate(acc, t.s + t.segments[g].column, t.s_row, 1, t.q + t.segments[g].step * kTileColumns,
                t.segments[g].rank);
-  accumulate_chains(acc, t.a, t.a_row, t.b, t.steps);
+  PanelAhead ahead = t.ahead;
+  if (ahead.each > 0)
+    accumulate_chains<MR, kTileVectors, true>(acc, t.a, t.a_row, t.b, t.steps, &ahead);
+  else
+    accumulate_chains(acc, t.a, t.a_row, t.b, t.steps);
 
   float edge[MR][kTileColumns];  // a tile that hangs over the right edge goes through here
   const bool whole = t.columns == kTileColumns;
