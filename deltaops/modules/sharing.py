@@ -46,6 +46,7 @@ class _Group:
         if waiting is None:
             layers = [member.layer() for member in self.places]
             if None in layers:
+                self.places = ()  # not in this run: each looks for itself
                 return None
             ready: list[Any] = layers
             found = delta_linear_group(x, ready, backend=place.backend, strict=place.strict)
@@ -96,11 +97,12 @@ def _together(places: Sequence[Any]) -> bool:
     """Whether all are places that call the op the same way, and nothing changes their input."""
     if not places or global_hooks._global_forward_pre_hooks:
         return False
+    if not all([hasattr(place, "layer") for place in places]):
+        return False
     first = places[0]
     return all(
         [
-            hasattr(place, "layer")
-            and place.backend == first.backend
+            place.backend == first.backend
             and place.strict == first.strict
             and not place._forward_pre_hooks
             and "forward" not in place.__dict__

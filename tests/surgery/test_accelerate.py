@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,29 @@ def case(tiny: Callable[..., Any], shake: Callable[[nn.Module], None]) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Calls that reached the op."""
+    """Calls of PEFT's layers that reached the op, alone or in a group: x, weight, bias, branches."""
     from deltaops.modules import peft_linear
+    from deltaops.ops import delta_linear_group
 
     seen: list[Any] = []
-    real = peft_linear.delta_linear
+    theirs: list[Any] = []
+    real, layer_of = peft_linear.delta_linear, peft_linear.PeftLoraLinear.layer
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
+    def layer(place: Any) -> Any:
+        theirs.append(layer_of(place))
+        return theirs[-1]
+
+    def alone(*args: Any, **kwargs: Any) -> Tensor:
         seen.append(args)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(peft_linear, "delta_linear", counted)
+    def together(x: Tensor, layers: list[Any], **kwargs: Any) -> list[Tensor]:
+        seen.extend((x, *one) for one in layers if any(one is other for other in theirs))
+        return delta_linear_group(x, layers, **kwargs)
+
+    monkeypatch.setattr(peft_linear.PeftLoraLinear, "layer", layer)
+    monkeypatch.setattr(peft_linear, "delta_linear", alone)
+    monkeypatch.setattr(sys.modules["deltaops.modules.sharing"], "delta_linear_group", together)
     return seen
 
 

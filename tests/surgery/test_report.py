@@ -20,12 +20,17 @@ def test_rows_and_text_cover_every_site(tiny: Callable[..., Any]) -> None:
     report = deltaops.report(case.model)
     assert tuple(row.path for row in report.rows if row.kind == "lora") == handle.sites
     others = {row.path: row.kind for row in report.rows if row.kind != "lora"}
-    assert others == {"lm_head": "frozen", "loss_function": "loss"}
+    assert others == {
+        "lm_head": "frozen",
+        "loss_function": "loss",
+        "transformer.h.0.attn": "attention",
+        "transformer.h.1.attn": "attention",
+    }
     assert {row.backend for row in report.rows} == {"reference"}
     assert report.fused == 0
     lines = str(report).splitlines()
-    assert len([line for line in lines if "transformer.h" in line]) == len(handle.sites)
-    assert lines[-1] == "0 of 10 layers run on a fused backend"
+    assert len([line for line in lines if "transformer.h" in line]) == len(handle.sites) + 2
+    assert lines[-1] == "0 of 12 layers run on a fused backend"
 
 
 def test_states_show(tiny: Callable[..., Any]) -> None:
