@@ -50,7 +50,7 @@ def case(tiny: Callable[..., Any], shake: Callable[[nn.Module], None]) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Calls of PEFT's layers that reached the op, alone or in a group: x, weight, bias, branches."""
+    """Calls of PEFT's layers that reached the op, alone or grouped: x, weight, bias, branches."""
     from deltaops.modules import peft_linear
     from deltaops.ops import delta_linear_group
 
