@@ -121,7 +121,7 @@ class GatedMlpBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.gated`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # which fuses it as well, and sees no state of threads
             traced: Tensor = super().forward(x)
             return traced
         with sharing(self, (self.gate_proj, self.up_proj)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import deltaops
-from deltaops import ops
 from deltaops.modules import APART, sharing
 from deltaops.ops import delta_linear_group
 
@@ -47,8 +47,6 @@ def adapted() -> Projections:
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each group had that was run."""
-    import sys
-
     run: list[int] = []
 
     def counted(x: Tensor, layers: Any, **settings: Any) -> list[Tensor]:
@@ -229,7 +227,3 @@ def test_real_models_share_and_train_the_same(
         assert (p.grad is None) == (other.grad is None), name
         if p.grad is not None and other.grad is not None:
             torch.testing.assert_close(p.grad, other.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_the_group_op_is_public() -> None:
-    assert ops.delta_linear_group is delta_linear_group
