@@ -14,10 +14,12 @@ CPU = ROOT / "csrc" / "cpu"
 SOURCES = [
     "layer.cpp",
     "ops.cpp",
+    "heads.cpp",
     "group.cpp",
     "sweep.cpp",
     "fuzz.cpp",
     "fuzz_ops.cpp",
+    "fuzz_heads.cpp",
     "threads.cpp",
     "main.cpp",
 ]
