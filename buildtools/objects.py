@@ -30,9 +30,16 @@ class Unit:
     reads: tuple[Path, ...]  # folders: any file in them may be included
     compiler_version: str
 
+    def object(self, folder: Path) -> Path:
+        """Where compile_all() puts its object."""
+        return folder / f"{self.source.parent.name}-{self.source.stem}-{self.key()}.o"
+
     def key(self) -> str:
-        digest = hashlib.sha256()
-        digest.update("\0".join((*self.command, self.compiler_version, self.source.name)).encode())
+        """The hash; what a folder holds counts, not where it lies."""
+        command = "\0".join((*self.command, self.compiler_version, self.source.name))
+        for number, folder in enumerate(self.reads):
+            command = command.replace(str(folder), f"<{number}>")
+        digest = hashlib.sha256(command.encode())
         files = {path for folder in self.reads for path in folder.iterdir() if path.is_file()}
         for path in sorted(files | {self.source}):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -47,8 +54,8 @@ def compile_all(units: Sequence[Unit], folder: Path, jobs: int, say: Say) -> lis
 
 
 def _compile(unit: Unit, folder: Path, say: Say) -> Path:
-    stem = f"{unit.source.parent.name}-{unit.source.stem}"
-    target = folder / f"{stem}-{unit.key()}.o"
+    target = unit.object(folder)
+    stem = target.stem[: -KEY_LENGTH - 1]
     if target.exists():
         return target
     fresh = folder / f"{target.stem}.{os.getpid()}.tmp.o"

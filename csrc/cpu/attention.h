@@ -85,8 +85,9 @@ struct Tokens {
 
 template <class T>
 DELTAOPS_INLINE Tokens<T> tokens(const deltaops_heads &heads, int64_t b, int64_t h) {
-  return {static_cast<T *>(heads.data) + b * heads.strides[0] + h * heads.strides[1],
-          heads.strides[2]};
+  T *data = static_cast<T *>(heads.data);
+  if (data) data += b * heads.strides[0] + h * heads.strides[1];  // NULL: there are no elements
+  return {data, heads.strides[2]};
 }
 
 /* Tokens first ... first + count - 1 as rows of floats; then rows of zeros up to `padded`. */
@@ -483,8 +484,12 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
     float row_lse[kTileRows] = {}, row_delta[kTileRows] = {};
     for (int64_t j = 0; j < kTileRows; ++j) {
       const bool valid = i + j < rows;
-      hide(at.p + (i + j) * kScoreRow, valid ? block.visible(i + j) : 0, width,
+      const int64_t visible = valid ? block.visible(i + j) : 0;
+      hide(at.p + (i + j) * kScoreRow, visible, width,
            valid ? mask_row(args, b, h, r0 + i + j, block.k0) : MaskRow{nullptr, false});
+      // Tiles that no query sees were left out: where lse is NaN so is p, and the sign of NaN times
+      // NaN must not come from an earlier call's scratch.
+      for (int64_t n = visible; n < width; ++n) at.ds[(i + j) * kScoreRow + n] = 0.0f;
       if (!valid) continue;
       row_lse[j] = lse[i + j];
       if (!all_keys) row_delta[j] = delta[i + j];

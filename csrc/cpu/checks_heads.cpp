@@ -16,24 +16,26 @@ constexpr int kMostLevels = 3;
 constexpr int64_t kMostFootprints = 4096;
 
 void by_stride(Level *levels, int count) {
-  std::sort(levels, levels + count,
-            [](const Level &a, const Level &b) { return a.stride < b.stride; });
+  for (int i = 1; i < count; ++i)
+    for (int j = i; j > 0 && levels[j].stride < levels[j - 1].stride; --j)
+      std::swap(levels[j], levels[j - 1]);
 }
 
 // Remembers runs of `width` bytes at every sum of the levels' strides. Two levels are a footprint;
 // a third that does not continue the second makes a footprint each. Past thousands of those the
-// gaps between them count as touched.
+// gaps between them count as touched. Addresses are numbers here: those of arguments that do not
+// fit may lie outside of any memory.
 void remember(Checker *c, const char *name, const void *data, const Level *given, int count,
               int64_t width, bool written) {
   if (c->status() != DELTAOPS_OK || data == nullptr || width <= 0) return;
   Level levels[kMostLevels + 1];
   int used = 0;
-  const char *begin = static_cast<const char *>(data);
+  auto begin = reinterpret_cast<uintptr_t>(data);
   for (int i = 0; i < count; ++i) {
     if (given[i].size <= 0) return;
     if (given[i].size == 1 || given[i].stride == 0) continue;
     const int64_t reach = (given[i].size - 1) * given[i].stride;
-    if (reach < 0) begin += reach;
+    if (reach < 0) begin += static_cast<uintptr_t>(reach);
     levels[used++] = {given[i].size, std::llabs(given[i].stride)};
   }
   by_stride(levels, used);
@@ -51,14 +53,15 @@ void remember(Checker *c, const char *name, const void *data, const Level *given
   if (many || prints > kMostFootprints) {
     width += (runs.size - 1) * runs.stride;
     for (int i = at; i < used; ++i) width += (levels[i].size - 1) * levels[i].stride;
-    return c->remember(name, begin, 1, width, 0, written);
+    return c->remember(name, reinterpret_cast<const void *>(begin), 1, width, 0, written);
   }
   for (int64_t print = 0; print < prints; ++print) {
-    const char *start = begin;
+    uintptr_t start = begin;
     int64_t rest = print;
     for (int i = at; i < used; rest /= levels[i].size, ++i)
-      start += rest % levels[i].size * levels[i].stride;
-    c->remember(name, start, runs.size, width, runs.stride, written);
+      start += static_cast<uintptr_t>(rest % levels[i].size * levels[i].stride);
+    c->remember(name, reinterpret_cast<const void *>(start), runs.size, width, runs.stride,
+                written);
   }
 }
 

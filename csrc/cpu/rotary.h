@@ -32,6 +32,7 @@ template <bool backward, class T, class Table>
 void rotary_as(const RotaryArgs &args) {
   const int64_t heads = args.sizes[1], tokens = args.sizes[2], half = args.sizes[3] / 2;
   const int64_t *from = args.x_strides, *to = args.y_strides;
+  if (heads == 0) return;  // x and y may be NULL, from which no stride counts
   each_row_of(args.sizes[0] * tokens, heads * half, args.num_threads, 16, [&](int64_t row) {
     const int64_t b = row / tokens, l = row % tokens;
     const T *x = static_cast<const T *>(args.x) + b * from[0] + l * from[2];

@@ -2,6 +2,7 @@
 
 ``DELTAOPS_FUZZ_CALLS=1000000 DELTAOPS_FUZZ_SEED=7 pytest tests/csrc/test_native.py -k fuzz`` makes
 the fuzz run as long as wanted, on another stream; a failure names the call, its seed repeats it.
+Under the sanitizers: see test_sanitizers.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,14 +20,9 @@ SEED = os.environ.get("DELTAOPS_FUZZ_SEED", "1")
 
 
 @pytest.fixture(scope="module")
-def programs(
-    builds: Builds, native_module: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    tests = native_module.compile_tests(tmp_path_factory.mktemp("native-tests"))
-    return {
-        kind: native_module.link_with([*core, *tests], tmp_path_factory.mktemp(f"program-{kind}"))
-        for kind, (_, core) in builds.items()
-    }
+def programs(ahead: Any) -> dict[str, Path]:
+    out: dict[str, Path] = ahead.result("programs")
+    return out
 
 
 @pytest.fixture(params=["native", "emulated"])

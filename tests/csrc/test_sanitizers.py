@@ -1,45 +1,36 @@
 """The native test program under the sanitizers, for the instruction sets that ``native`` lists.
 
-Small shapes and -O1: each build is compiled once and all runs together take seconds.
+Small shapes and -O1: each build is compiled once and all runs together take seconds. A long fuzz,
+30000 calls of each op on each of those instruction sets, takes ten minutes:
+
+    DELTAOPS_FUZZ_CALLS=120000 pytest tests/csrc/test_sanitizers.py -k "addresses and fuzz"
+
+``DELTAOPS_FUZZ_SEED`` chooses another stream; a failure names the call, its seed repeats it.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-Builds = dict[str, tuple[Path, list[Path]]]
+CALLS = os.environ.get("DELTAOPS_FUZZ_CALLS")  # of delta_linear, and a quarter of each other op
+SEED = os.environ.get("DELTAOPS_FUZZ_SEED", "1")
 
 
-def build(
-    sanitizer: str,
-    builds: Builds,
-    native_module: ModuleType,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    folder = tmp_path_factory.mktemp(sanitizer.replace(",", "-"))
-    reason = native_module.runs_here(sanitizer, folder)
-    if reason is not None:
-        pytest.skip(reason)
-    plain = builds["native" if native_module.has_avx512() else "emulated"][1]
-    program: Path = native_module.build_with(sanitizer, folder, plain)
+@pytest.fixture(scope="module")
+def addresses(ahead: Any) -> Path:
+    program: Path = ahead.result("addresses")
     return program
 
 
 @pytest.fixture(scope="module")
-def addresses(
-    builds: Builds, native_module: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return build("address,undefined", builds, native_module, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def races(
-    builds: Builds, native_module: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return build("thread", builds, native_module, tmp_path_factory)
+def races(ahead: Any) -> Path:
+    program: Path = ahead.result("races")
+    return program
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +51,7 @@ def run(
     assert f"{words[0]} baseline ok" in said
 
 
-@pytest.mark.parametrize("words", [("quick",), ("fuzz", "1500"), ("threads", "2")],
+@pytest.mark.parametrize("words", [("quick",), ("fuzz", CALLS or "1500", SEED), ("threads", "2")],
                          ids=lambda words: words[0])  # fmt: skip
 def test_addresses_and_behaviour_are_defined(
     addresses: Path, leak_blindness: str | None, native_module: ModuleType, words: tuple[str, ...]
@@ -75,7 +66,7 @@ def test_leaks_are_looked_for(leak_blindness: str | None) -> None:
         pytest.skip(leak_blindness)
 
 
-@pytest.mark.parametrize("words", [("fuzz", "400"), ("threads", "2")],
+@pytest.mark.parametrize("words", [("fuzz", CALLS or "400", SEED), ("threads", "2")],
                          ids=lambda words: words[0])  # fmt: skip
 def test_threads_do_not_race(
     races: Path, native_module: ModuleType, words: tuple[str, ...]

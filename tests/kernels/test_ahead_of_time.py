@@ -10,8 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,24 @@ SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 GEMMS = ("_forward_kernel", "_grad_input_kernel")
 KERNELS = {*GEMMS, "_project_kernel", "_grad_up_kernel", "_grad_down_kernel"}
 
+ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
+SABOTAGES = {
+    "registers": "bytes spilled",
+    "stages": "bytes of shared memory",
+    "warps": "no wgmma",
+}
+
 pytestmark = pytest.mark.slow
 
 
 def compiled(cache: Path, arch: str, *sabotage: str) -> list[dict[str, Any]]:
     """What ahead.py found. An empty cache, so that everything is compiled and reported on."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run(
         [sys.executable, "-P", str(SCRIPT), arch, *sabotage],
         env=environment,
+        cwd=SCRIPT.parent,
         capture_output=True,
         text=True,
         check=False,
@@ -67,34 +74,28 @@ def problems(found: list[dict[str, Any]], arch: str) -> list[str]:
     return lines
 
 
-@pytest.fixture(scope="module")
-def compile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """Results by architecture; all start at once, on two processors."""
-    pool = ThreadPoolExecutor(2)
-    running: dict[str, Future[list[dict[str, Any]]]] = {
-        arch: pool.submit(compiled, tmp_path_factory.mktemp(f"sm_{arch}"), arch) for arch in SHARED
-    }
-    pool.shutdown(wait=False)
-    return lambda arch: running[arch].result()
+def compile_all(folder: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """What was found by arguments of ahead.py, on two processors; the longest first."""
+    runs: list[tuple[str, ...]] = [*((arch,) for arch in reversed(SHARED)),
+                                   *(("90", sabotage) for sabotage in SABOTAGES)]  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda words: compiled(folder / "-".join(words), *words), runs)
+        return dict(zip(runs, found, strict=True))
+
+
+def prepare(ahead: Any, fixtures: set[str]) -> None:
+    """Called by tests/conftest.py."""
+    ahead.start("ahead_of_time", compile_all)
 
 
 @pytest.mark.parametrize("arch", SHARED)
-def test_every_configuration_compiles_within_the_limits(
-    compile_for: Callable[[str], list[dict[str, Any]]], arch: str
-) -> None:
-    found = compile_for(arch)
+def test_every_configuration_compiles_within_the_limits(ahead: Any, arch: str) -> None:
+    found = ahead.result("ahead_of_time")[arch,]
     assert {kernel["kernel"] for kernel in found} >= KERNELS
     assert problems(found, arch) == []
 
 
-@pytest.mark.parametrize(
-    ("sabotage", "message"),
-    [
-        ("registers", "bytes spilled"),
-        ("stages", "bytes of shared memory"),
-        ("warps", "no wgmma"),
-    ],
-)
-def test_the_gate_can_fail(tmp_path: Path, sabotage: str, message: str) -> None:
-    found = problems(compiled(tmp_path, "90", sabotage), "90")
+@pytest.mark.parametrize(("sabotage", "message"), SABOTAGES.items())
+def test_the_gate_can_fail(ahead: Any, sabotage: str, message: str) -> None:
+    found = problems(ahead.result("ahead_of_time")["90", sabotage], "90")
     assert any("_forward_kernel" in line and message in line for line in found), found

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,22 +20,38 @@ from deltaops.testing import DELTA_LINEAR_CASES
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("interpreted.py")
 SHARES = 2
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1"}
 
 
-@pytest.mark.parametrize("share", range(SHARES))
-def test_kernels_match_fp64_and_repeat_their_bits(share: int) -> None:
+def interpret(share: int) -> subprocess.CompletedProcess[str]:
     # big ones take long to interpret and run on a GPU's tests; adapters have no kernel yet
     numbers = [
         str(i)
         for i, case in enumerate(DELTA_LINEAR_CASES)
         if max(case.m, case.n, case.k) < 500 and not (case.activation or case.branch_bias)
     ][share::SHARES]
-    result = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env=ENVIRONMENT,
+        cwd=SCRIPT.parent,
         capture_output=True,
         text=True,
         check=False,
         timeout=600,
     )
+
+
+def prepare(ahead: Any, fixtures: set[str]) -> None:
+    """Called by tests/conftest.py."""
+
+    def all_shares(folder: Path) -> list[subprocess.CompletedProcess[str]]:
+        with ThreadPoolExecutor(SHARES) as pool:
+            return list(pool.map(interpret, range(SHARES)))
+
+    ahead.start("interpreted", all_shares)
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_kernels_match_fp64_and_repeat_their_bits(ahead: Any, share: int) -> None:
+    result = ahead.result("interpreted")[share]
     assert result.returncode == 0, result.stderr[-3000:]

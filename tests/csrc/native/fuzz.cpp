@@ -39,11 +39,6 @@ std::vector<deltaops_matrix *> required(Backward *args) {
 
 bool has_elements(const deltaops_matrix &m) { return m.rows > 0 && m.cols > 0; }
 
-template <class T>
-T *odd(T *pointer) {  // misaligned for every type here
-  return reinterpret_cast<T *>(reinterpret_cast<uintptr_t>(pointer) | 1);
-}
-
 // The matrices that a call writes, and those that it reads. The layer's lists are those of args.
 using Matrices = std::vector<deltaops_matrix *>;
 Matrices written(Forward *args, Layer *) { return {&args->y, &args->s}; }
@@ -277,20 +272,6 @@ alignas(64) unsigned char wild_input[2 * kHalf], wild_outputs[kOutputs][2 * kHal
 
 bool canary(const unsigned char *block, size_t bytes) {
   return block[0] == 0xFF && std::memcmp(block, block + 1, bytes - 1) == 0;
-}
-
-int64_t wild_number(Rng *rng) {
-  const int64_t edges[] = {0,
-                           1,
-                           2,
-                           3,
-                           -1,
-                           1 << 16,
-                           int64_t{1} << 40,
-                           int64_t{1} << 62,
-                           std::numeric_limits<int64_t>::max(),
-                           std::numeric_limits<int64_t>::min()};
-  return edges[rng->below(10)];
 }
 
 // A size that fits, now and then one that does not.
@@ -546,6 +527,20 @@ void one(Rng *rng) {
 }
 
 }  // namespace
+
+int64_t wild_number(Rng *rng) {
+  const int64_t edges[] = {0,
+                           1,
+                           2,
+                           3,
+                           -1,
+                           1 << 16,
+                           int64_t{1} << 40,
+                           int64_t{1} << 62,
+                           std::numeric_limits<int64_t>::max(),
+                           std::numeric_limits<int64_t>::min()};
+  return edges[rng->below(10)];
+}
 
 void fuzz(uint64_t seed, int64_t calls) {
   std::memset(wild_input, 0xFF, sizeof wild_input);

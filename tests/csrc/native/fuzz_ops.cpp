@@ -1,4 +1,5 @@
-// fuzz_ops.cpp: fuzz.cpp's kinds of calls for bottleneck, norm_bias and cross_entropy.
+// fuzz_ops.cpp: fuzz.cpp's kinds of calls for the ops beside delta_linear; fuzz_heads.cpp has those
+// parts that look into tensors.
 //
 //     valid     a random call; OK and right
 //     numbers   the same with NaN, infinities, denormals and huge values among the inputs; OK, and
@@ -18,15 +19,6 @@ namespace {
 
 constexpr int64_t kLargest = std::numeric_limits<int64_t>::max(),
                   kLeast = std::numeric_limits<int64_t>::min();
-
-template <class T>
-T &any_of(std::vector<T> &list, Rng *rng) {
-  return list[static_cast<size_t>(rng->below(static_cast<int64_t>(list.size())))];
-}
-
-void *odd(void *pointer) {  // misaligned for every type here
-  return reinterpret_cast<void *>(reinterpret_cast<uintptr_t>(pointer) | 1);
-}
 
 bool has_elements(const deltaops_matrix &m) { return m.data && m.rows > 0 && m.cols > 0; }
 
@@ -139,7 +131,7 @@ bool spoil(int way, Pass *pass, Op *op, Rng *rng) {
       return true;
   }
 }
-constexpr int kWays = 18;
+constexpr int kMatrixWays = 18;
 
 void refused(const Pass &pass, Op *op, const std::string &ways) {
   const deltaops_status status = pass.call();
@@ -152,12 +144,15 @@ void refused(const Pass &pass, Op *op, const std::string &ways) {
 
 void spoiled(Op *op, Rng *rng) {
   Pass *pass = rng->one_in(2) ? &op->forward : &op->backward;
+  const bool heads = !pass->heads.empty();
+  const int count = heads ? kHeadsWays : kMatrixWays;
   int made = 0, way = 0;
   std::string ways;
   // In rising order, so that no way meets what it made wrong itself and none is taken twice.
-  for (int left = 1 + static_cast<int>(rng->below(3)); left > 0 && way < kWays; --left) {
-    way += static_cast<int>(rng->below(kWays - way));
-    if (spoil(way, pass, op, rng)) ++made, ways += " " + std::to_string(way);
+  for (int left = 1 + static_cast<int>(rng->below(3)); left > 0 && way < count; --left) {
+    way += static_cast<int>(rng->below(count - way));
+    if (heads ? spoil_heads(way, pass, rng) : spoil(way, pass, op, rng))
+      ++made, ways += " " + std::to_string(way);
     ++way;
   }
   if (made > 0) refused(*pass, op, ways);
@@ -231,15 +226,9 @@ void numbers(Op *op, Rng *rng) {
   }
 }
 
-int64_t wild_number(Rng *rng) {
-  const int64_t edges[] = {0,        1,     2, 3, -1, 1 << 16, int64_t{1} << 40, int64_t{1} << 62,
-                           kLargest, kLeast};
-  return edges[rng->below(10)];
-}
-
-// Whether the call was OK.
-bool wild(Op *op, Rng *rng) {
-  Pass *pass = rng->one_in(2) ? &op->forward : &op->backward;
+// Changes some fields; what claims more memory than is there is taken away, a lie that no check can
+// see through.
+void wild_matrices(Pass *pass, Op *op, Rng *rng) {
   for (int64_t left = 1 + rng->below(3); left > 0; --left) {
     Slot &slot = any_of(pass->slots, rng);
     deltaops_matrix *m = slot.view;
@@ -268,12 +257,17 @@ bool wild(Op *op, Rng *rng) {
         *fields[rng->below(4)] = rng->one_in(2) ? wild_number(rng) : rng->below(20) - 4;
     }
   }
-  // A lie that no check can see through is none that a caller may tell.
   for (Slot &slot : pass->slots)
     if (!op->holds(*slot.view)) slot.view->data = rng->one_in(2) ? nullptr : odd(slot.view->data);
   if (static_cast<int64_t>(op->targets.size()) < pass->slots[0].view->rows)
     for (const Pointer &pointer : pass->pointers)
       if (!pointer.written && pointer.get() == op->targets.data()) pointer.set(nullptr);
+}
+
+// Whether the call was OK.
+bool wild(Op *op, Rng *rng) {
+  Pass *pass = rng->one_in(2) ? &op->forward : &op->backward;
+  pass->heads.empty() ? wild_matrices(pass, op, rng) : wild_heads(pass, op, rng);
   const deltaops_status status = pass->call();
   CHECK(status == DELTAOPS_OK || status == DELTAOPS_INVALID_ARGUMENT ||
             status == DELTAOPS_OUT_OF_MEMORY,
@@ -290,6 +284,7 @@ bool wild(Op *op, Rng *rng) {
 void fuzz_ops(uint64_t seed, int64_t calls) {
   vast();
   no_classes();
+  no_heads();
   Rng rng = {seed};
   for (const Kind kind : kKinds) {
     int64_t tried = 0, ok = 0;

@@ -82,11 +82,15 @@ Sum slope(int32_t kind, double h) {
 }
 
 // Float sums in blocks stay far below 64 roundings; the result is rounded once more, to its dtype.
+double error_bound(Sum want, int dtype) {
+  const double bound = 64 * 0x1p-24 * want.size + 1e-30;
+  return dtype == DELTAOPS_BF16 ? bound + 0x1p-8 * std::fabs(want.value) : bound;
+}
+
 void check_value(const Array &got, int64_t r, int64_t col, Sum want, const char *what,
                  const std::string &name) {
   const double value = got.at(r, col);
-  double bound = 64 * 0x1p-24 * want.size + 1e-30;
-  if (got.matrix().dtype == DELTAOPS_BF16) bound += 0x1p-8 * std::fabs(want.value);
+  const double bound = error_bound(want, got.matrix().dtype);
   CHECK(std::fabs(value - want.value) <= bound, "%s[%lld, %lld] is %.9g, not %.9g +- %.3g (%s)",
         what, static_cast<long long>(r), static_cast<long long>(col), value, want.value, bound,
         name.c_str());

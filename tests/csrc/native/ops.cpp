@@ -1,4 +1,5 @@
-// ops.cpp: the ops beside delta_linear with their double references, straight from deltaops.h.
+// ops.cpp: the ops of matrices beside delta_linear with their double references, straight from
+// deltaops.h.
 
 #include "ops.h"
 
@@ -7,20 +8,8 @@ namespace {
 
 deltaops_matrix view(const Array *array) { return array ? array->matrix() : deltaops_matrix{}; }
 
-Sum of(double value) { return {value, std::fabs(value)}; }
-Sum times(Sum a, Sum b) { return {a.value * b.value, a.size * b.size}; }
-Sum plus(Sum a, Sum b) { return {a.value + b.value, a.size + b.size}; }
-Sum times(Sum a, double b) { return times(a, of(b)); }
-
 double at(const Array *array, int64_t r, int64_t col, double absent) {
   return array ? array->at(r, col) : absent;
-}
-
-template <class Args>
-Pass pass_of(Args *args, deltaops_status (*function)(const void *), int threads) {
-  args->struct_size = sizeof *args;
-  args->num_threads = threads;
-  return {args, sizeof *args, function, {}, {}, {}};
 }
 
 void add(Pass *pass, deltaops_matrix *view, Slot slot) {
@@ -460,10 +449,80 @@ class CrossEntropy final : public Op {
   deltaops_cross_entropy_backward_args b_ = {};
 };
 
+// ------------------------------------------------------------------------------------- gated
+
+deltaops_status gated_forward(const void *args) {
+  return deltaops_cpu_gated_forward(static_cast<const deltaops_gated_forward_args *>(args));
+}
+deltaops_status gated_backward(const void *args) {
+  return deltaops_cpu_gated_backward(static_cast<const deltaops_gated_backward_args *>(args));
+}
+
+class Gated final : public Op {
+ public:
+  explicit Gated(const OpCase &given) : Op(given) {
+    const int64_t M = c.M, K = c.K;
+    const int dtype = any_dtype();
+    activation_ = static_cast<int32_t>(rng_.below(5));
+    gate_ = input(M, K, dtype);
+    gate_->fill(&rng_, 6);
+    up_ = input(M, K, dtype);
+    y_ = output(M, K, dtype);
+    grad_y_ = input(M, K, dtype);
+    if (wanted()) grad_gate_ = output(M, K, dtype);
+    if (wanted()) grad_up_ = output(M, K, dtype);
+
+    f_.gate = view(gate_), f_.up = view(up_), f_.y = view(y_);
+    f_.activation = activation_;
+    forward = pass_of(&f_, gated_forward, c.threads);
+    forward.numbers = {{&f_.activation, 0, 4}, {&f_.reserved, 0, 0}};
+    add(&forward, &f_.gate, kRead);
+    add(&forward, &f_.up, kRead);
+    add(&forward, &f_.y, kWritten);
+
+    b_.grad_y = view(grad_y_), b_.gate = f_.gate;
+    if (grad_gate_) b_.up = f_.up;
+    b_.grad_gate = view(grad_gate_), b_.grad_up = view(grad_up_);
+    b_.activation = activation_;
+    backward = pass_of(&b_, gated_backward, c.threads);
+    backward.numbers = {{&b_.activation, 0, 4}, {&b_.reserved, 0, 0}};
+    add(&backward, &b_.grad_y, kRead);
+    add(&backward, &b_.gate, kRead);
+    if (grad_gate_) add(&backward, &b_.up, kRead);
+    add(&backward, &b_.grad_gate, kMaybeWritten);
+    add(&backward, &b_.grad_up, kMaybeWritten);
+  }
+
+  void check_forward() const override {
+    for (int64_t m = 0; m < c.M; ++m)
+      for (int64_t k = 0; k < c.K; ++k)
+        check(*y_, m, k, times(activated(activation_, gate_->at(m, k)), up_->at(m, k)), "y");
+  }
+
+  void check_backward() const override {
+    for (int64_t m = 0; m < c.M; ++m)
+      for (int64_t k = 0; k < c.K; ++k) {
+        const double gate = gate_->at(m, k), dy = grad_y_->at(m, k);
+        if (grad_up_) check(*grad_up_, m, k, times(activated(activation_, gate), dy), "grad_up");
+        if (grad_gate_)
+          check(*grad_gate_, m, k, times(times(slope(activation_, gate), up_->at(m, k)), dy),
+                "grad_gate");
+      }
+  }
+
+ private:
+  int32_t activation_;
+  Array *gate_ = nullptr, *up_ = nullptr, *y_ = nullptr, *grad_y_ = nullptr, *grad_gate_ = nullptr,
+        *grad_up_ = nullptr;
+  deltaops_gated_forward_args f_ = {};
+  deltaops_gated_backward_args b_ = {};
+};
+
 }  // namespace
 
 std::string OpCase::name() const {
-  const char *const names[] = {"bottleneck", "norm_bias", "cross_entropy"};
+  const char *const names[] = {"bottleneck", "norm_bias", "cross_entropy",
+                               "gated",      "rotary",    "attention"};
   return std::string(names[static_cast<int>(kind)]) + " M=" + std::to_string(M) +
          " K=" + std::to_string(K) + " R=" + std::to_string(R) +
          " threads=" + std::to_string(threads) + (whole ? " whole" : "") +
@@ -473,64 +532,129 @@ std::string OpCase::name() const {
 Array *Op::input(int64_t rows, int64_t cols, int dtype, bool operand) {
   const Layout by_rows[] = {Layout::kDense, Layout::kPadded, Layout::kReversed, Layout::kRepeated};
   const Layout layout = operand ? static_cast<Layout>(rng_.below(3)) : by_rows[rng_.below(4)];
-  inputs_.push_back(&memory_.emplace_back(rows, cols, dtype, layout, &rng_));
+  inputs_.push_back(&arrays_.emplace_back(rows, cols, dtype, layout, &rng_));
   inputs_.back()->fill(&rng_);
-  return inputs_.back();
+  return &arrays_.back();
 }
 
 Array *Op::output(int64_t rows, int64_t cols, int dtype, bool dense) {
   const Layout layout = dense || rng_.one_in(2) ? Layout::kDense : Layout::kPadded;
-  outputs_.push_back(&memory_.emplace_back(rows, cols, dtype, layout, &rng_));
-  return outputs_.back();
+  outputs_.push_back(&arrays_.emplace_back(rows, cols, dtype, layout, &rng_));
+  return &arrays_.back();
 }
 
 Array *Op::saved(int64_t rows, int64_t cols, bool dense) {
   saved_.push_back(output(rows, cols, DELTAOPS_F32, dense));
-  return saved_.back();
+  return &arrays_.back();
+}
+
+Tensor *Op::tensor(const int64_t (&sizes)[4], int dtype, Tensor::Use use) {
+  Tensor *made = &tensors_.emplace_back(sizes, size_of(dtype), use, &rng_);
+  (use == Tensor::Use::kWritten ? outputs_ : inputs_).push_back(made);
+  if (use == Tensor::Use::kRead) made->fill(&rng_);
+  return made;
+}
+
+Tensor *Op::tensor_like(const Tensor &other) {  // an input
+  inputs_.push_back(&tensors_.emplace_back(other, &rng_));
+  inputs_.back()->fill(&rng_);
+  return &tensors_.back();
+}
+
+Tensor *Op::saved_tensor(const int64_t (&sizes)[4], int dtype) {
+  saved_.push_back(tensor(sizes, dtype, Tensor::Use::kWritten));
+  return &tensors_.back();
+}
+
+// Of bytes; each query sees most of the keys, or few.
+Tensor *Op::mask(const int64_t (&sizes)[4]) {
+  Tensor *made = &tensors_.emplace_back(sizes, 1, Tensor::Use::kMask, &rng_);
+  const int64_t hidden = 1 + rng_.below(100);
+  made->fill([&] { return static_cast<float>(rng_.below(100) >= hidden); });
+  inputs_.push_back(made);
+  return made;
+}
+
+void Op::check(const Tensor &got, const int64_t (&at)[4], Sum want, const char *what) const {
+  const double value = got.at(at[0], at[1], at[2], at[3]);
+  const double bound = error_bound(want, got.size() == 2 ? DELTAOPS_BF16 : DELTAOPS_F32);
+  CHECK(std::fabs(value - want.value) <= bound,
+        "%s[%lld, %lld, %lld, %lld] is %.9g, not %.9g +- %.3g (%s)", what,
+        static_cast<long long>(at[0]), static_cast<long long>(at[1]), static_cast<long long>(at[2]),
+        static_cast<long long>(at[3]), value, want.value, bound, name_.c_str());
 }
 
 void Op::keep_saved() {
-  for (Array *array : saved_) array->remember();
+  for (Memory *memory : saved_) memory->remember();
 }
 
 void Op::fill_inputs(const std::function<float()> &value) {
-  for (Array *array : inputs_) array->fill(value);
+  for (Memory *memory : inputs_)
+    if (memory->size() > 1) memory->fill(value);  // a mask stays
 }
 
 bool Op::inputs_untouched() const {
   bool same = targets == targets_before_;
-  for (const Array *array : inputs_) same = same && array->untouched();
+  for (const Memory *memory : inputs_) same = same && memory->untouched();
   return same;
 }
 
 bool Op::outputs_untouched() const {
   bool same = true;
-  for (const Array *array : outputs_) same = same && array->untouched();
+  for (const Memory *memory : outputs_) same = same && memory->untouched();
   return same;
 }
 
 bool Op::only_outputs_changed() const {
   bool same = inputs_untouched();
-  for (const Array *array : outputs_) same = same && array->only_elements_changed();
+  for (const Memory *memory : outputs_) same = same && memory->only_elements_changed();
   return same;
 }
 
 void Op::restore_outputs() {
-  for (Array *array : outputs_) array->restore();
+  for (Memory *memory : outputs_) memory->restore();
 }
 
 std::string Op::output_bits() const {
   std::string bits;
-  for (const Array *array : outputs_) bits += array->bits();
+  for (const Memory *memory : outputs_) bits += memory->bits();
   return bits;
+}
+
+bool Op::holds(const void *data, double low, double high) const {
+  const auto in = [&](const Memory &memory) { return memory.holds(data, low, high); };
+  return std::any_of(arrays_.begin(), arrays_.end(), in) ||
+         std::any_of(tensors_.begin(), tensors_.end(), in);
 }
 
 bool Op::holds(const deltaops_matrix &m) const {
   if (m.data == nullptr) return true;
   if (std::fabs(static_cast<double>(m.rows) * static_cast<double>(m.cols)) > 1 << 20) return false;
-  for (const Array &array : memory_)
-    if (array.holds(m)) return true;
-  return false;
+  const auto size = static_cast<double>(size_of(m.dtype));
+  const double down = (static_cast<double>(m.rows) - 1) * static_cast<double>(m.row_stride);
+  const double across = (static_cast<double>(m.cols) - 1) * static_cast<double>(m.col_stride);
+  return holds(m.data, size * (std::min(down, 0.0) + std::min(across, 0.0)),
+               size * (std::max(down, 0.0) + std::max(across, 0.0) + 1));
+}
+
+bool Op::holds(const HeadsSlot &slot) const {
+  if (!slot.has_elements()) return true;
+  const auto size = static_cast<double>(slot.element());
+  double low = 0, high = 0, all = 1;
+  bool strided = false;
+  for (int axis = 0; axis < 4; ++axis) {
+    const auto count = static_cast<double>(slot.count(axis));
+    all *= count;
+    if (slot.strides[axis] == nullptr) {
+      if (axis == 3) high += count - 1;
+      continue;
+    }
+    const double reach = (count - 1) * static_cast<double>(*slot.strides[axis]);
+    strided = true;
+    low += std::min(reach, 0.0), high += std::max(reach, 0.0);
+  }
+  if (all > 1 << 16) return false;
+  return holds(slot.data.get(), size * low, size * (strided ? high + 1 : all));
 }
 
 std::unique_ptr<Op> make(const OpCase &c) {
@@ -539,15 +663,21 @@ std::unique_ptr<Op> make(const OpCase &c) {
       return std::make_unique<Bottleneck>(c);
     case Kind::kNormBias:
       return std::make_unique<NormBias>(c);
-    default:
+    case Kind::kCrossEntropy:
       return std::make_unique<CrossEntropy>(c);
+    case Kind::kGated:
+      return std::make_unique<Gated>(c);
+    case Kind::kRotary:
+      return make_rotary(c);
+    default:
+      return make_attention(c);
   }
 }
 
 OpCase random_op(Kind kind, Rng *rng) {
   const auto size = [&] { return 1 + rng->below(rng->one_in(8) ? 90 : 20); };
   OpCase c = {kind, rng->one_in(10) ? 0 : size(), size(), size(), 0, rng->one_in(3), 0};
-  if (kind == Kind::kCrossEntropy && rng->one_in(12)) c.K = 0;
+  if ((kind == Kind::kCrossEntropy || kind == Kind::kAttention) && rng->one_in(12)) c.K = 0;
   c.threads = rng->one_in(30) ? 1024 : 1 + static_cast<int>(rng->below(3));
   c.seed = rng->next();
   return c;

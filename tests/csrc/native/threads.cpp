@@ -43,6 +43,8 @@ std::string run(Op *own, const Op *inputs) {
   const auto pass = [&](Pass *mine, const Pass &theirs) {
     for (size_t i = 0; i < mine->slots.size(); ++i)
       if (!mine->slots[i].written) *mine->slots[i].view = *theirs.slots[i].view;
+    for (size_t i = 0; i < mine->heads.size(); ++i)
+      if (!mine->heads[i].data.written) mine->heads[i].data.set(theirs.heads[i].data.get());
     CHECK(mine->call() == DELTAOPS_OK, "%s", deltaops_last_error());
   };
   pass(&own->forward, inputs->forward);

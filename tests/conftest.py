@@ -1,0 +1,89 @@
+"""Compilers start once the tests are collected, and run beside the tests that come first.
+
+Most tests keep one processor busy. A test module that needs something compiled, or any other long
+process, has ``prepare(ahead, fixtures)``, which is called with the names of the fixtures that its
+selected tests use; it calls ``ahead.start(name, job)``, and a fixture asks ``ahead.result(name)``.
+Jobs run one after another, in the order of the tests, each with a folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NICE = 10  # the tests go first
+
+
+class Ahead:
+    """Jobs and their results, by name."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="deltaops-ahead-")
+        self.results: dict[str, Future[Any]] = {}
+        self.jobs: queue.SimpleQueue[tuple[str, Callable[[Path], Any]]] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    def start(self, name: str, job: Callable[[Path], Any]) -> None:
+        """Run ``job`` after those that were started before it."""
+        assert name not in self.results, f"two jobs called {name}"
+        self.results[name] = Future()
+        self.jobs.put((name, job))
+        if self.thread is None:
+            # daemon: a run that stops early does not wait for what nobody asks for any more
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+
+    def result(self, name: str) -> Any:
+        """What the job returned, once it has; what it raised is raised."""
+        return self.results[name].result()
+
+    def _work(self) -> None:
+        # of this thread, and so of the processes that it starts
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while True:
+            name, job = self.jobs.get()
+            folder, future = Path(self.folder.name, name), self.results[name]
+            try:
+                folder.mkdir()
+                future.set_result(job(folder))
+            except BaseException as error:  # a skip, too, is what the test that asks shall see
+                future.set_exception(error)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Ahead(), "ahead")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    plugin = config.pluginmanager.get_plugin("ahead")
+    assert isinstance(plugin, Ahead)
+    plugin.folder.cleanup()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        return
+    fixtures: dict[Any, set[str]] = {}  # by module, in the order of the tests
+    for item in session.items:
+        if isinstance(item, pytest.Function):
+            fixtures.setdefault(item.module, set()).update(item.fixturenames)
+    ahead = session.config.pluginmanager.get_plugin("ahead")
+    for module, names in fixtures.items():
+        if hasattr(module, "prepare"):
+            module.prepare(ahead, names)
+
+
+@pytest.fixture(scope="session")
+def ahead(pytestconfig: pytest.Config) -> Ahead:
+    plugin = pytestconfig.pluginmanager.get_plugin("ahead")
+    assert isinstance(plugin, Ahead)
+    return plugin

@@ -1,0 +1,312 @@
+// heads.cpp: the ops of tensors with their double references, straight from deltaops.h.
+
+#include "ops.h"
+
+namespace test {
+namespace {
+
+void copy_strides(const Tensor *from, int64_t *to, int count) {
+  std::copy(from->strides(), from->strides() + count, to);
+}
+
+// ------------------------------------------------------------------------------------ rotary
+
+deltaops_status rotary(const void *args) {
+  return deltaops_cpu_rotary(static_cast<const deltaops_rotary_args *>(args));
+}
+
+class Rotary final : public Op {
+ public:
+  explicit Rotary(const OpCase &given) : Op(given) {
+    B_ = c.whole ? 2 : rng_.below(4), H_ = c.whole ? 3 : c.K % 6;
+    dtype_ = any_dtype();
+    table_dtype_ = dtype_ == DELTAOPS_BF16 ? any_dtype() : DELTAOPS_F32;
+    const int64_t all[] = {B_, H_, c.M, 2 * c.R}, table[] = {B_, 1, c.M, 2 * c.R};
+    x_ = tensor(all, dtype_, Tensor::Use::kRead);
+    cos_ = tensor(table, table_dtype_, Tensor::Use::kRead);
+    sin_ = tensor_like(*cos_);
+    y_ = tensor(all, dtype_, Tensor::Use::kWritten);
+    grad_y_ = tensor(all, dtype_, Tensor::Use::kRead);
+    grad_x_ = tensor(all, dtype_, Tensor::Use::kWritten);
+    set(&forward, &f_, x_, y_, 0);
+    set(&backward, &b_, grad_y_, grad_x_, 1);
+  }
+
+  void check_forward() const override {
+    each([this](int64_t b, int64_t h, int64_t l, int64_t d) {
+      const int64_t other = d < c.R ? d + c.R : d - c.R;
+      Sum y;
+      y.add(x_->at(b, h, l, d), cos_->at(b, 0, l, d));
+      y.add(x_->at(b, h, l, other), d < c.R ? -sin_->at(b, 0, l, d) : sin_->at(b, 0, l, d));
+      check(*y_, {b, h, l, d}, y, "y");
+    });
+  }
+
+  void check_backward() const override {
+    each([this](int64_t b, int64_t h, int64_t l, int64_t d) {
+      const int64_t other = d < c.R ? d + c.R : d - c.R;
+      const double sin = sin_->at(b, 0, l, other);
+      Sum dx;
+      dx.add(grad_y_->at(b, h, l, d), cos_->at(b, 0, l, d));
+      dx.add(grad_y_->at(b, h, l, other), d < c.R ? sin : -sin);
+      check(*grad_x_, {b, h, l, d}, dx, "grad_x");
+    });
+  }
+
+ private:
+  void set(Pass *pass, deltaops_rotary_args *args, const Tensor *x, const Tensor *y,
+           int32_t back) const {
+    *pass = pass_of(args, rotary, c.threads);
+    std::copy(x->sizes(), x->sizes() + 4, args->sizes);
+    args->x = x->data(), args->y = y->data(), args->cos = cos_->data(), args->sin = sin_->data();
+    copy_strides(x, args->x_strides, 3), copy_strides(y, args->y_strides, 3);
+    args->table_strides[0] = cos_->strides()[0], args->table_strides[1] = cos_->strides()[2];
+    args->dtype = dtype_, args->table_dtype = table_dtype_, args->backward = back;
+    pass->numbers = {{&args->dtype, 0, 1},
+                     {&args->table_dtype, 0, dtype_},
+                     {&args->backward, 0, 1},
+                     {&args->reserved, 0, 0}};
+    int64_t *const s = args->sizes, *const xs = args->x_strides, *const ys = args->y_strides,
+                   *const ts = args->table_strides;
+    pass->heads = {
+        {{&args->x, false}, true, {s, s + 1, s + 2, s + 3}, {xs, xs + 1, xs + 2}, &args->dtype, 0},
+        {{&args->y, true}, true, {s, s + 1, s + 2, s + 3}, {ys, ys + 1, ys + 2}, &args->dtype, 0}};
+    for (const void **table : {&args->cos, &args->sin})
+      pass->heads.push_back({{table, false},
+                             H_ > 0,
+                             {s, nullptr, s + 2, s + 3},
+                             {ts, nullptr, ts + 1},
+                             &args->table_dtype,
+                             0});
+    pass->sizes = {s, s + 1, s + 2, s + 3};
+    pass->misfits = {[s] { s[3] = 0; }, [s] { ++s[3]; }};
+  }
+
+  template <class F>
+  void each(const F &f) const {
+    for (int64_t b = 0; b < B_; ++b)
+      for (int64_t h = 0; h < H_; ++h)
+        for (int64_t l = 0; l < c.M; ++l)
+          for (int64_t d = 0; d < 2 * c.R; ++d) f(b, h, l, d);
+  }
+
+  int64_t B_, H_;
+  int dtype_, table_dtype_;
+  Tensor *x_, *cos_, *sin_, *y_, *grad_y_, *grad_x_;
+  deltaops_rotary_args f_ = {}, b_ = {};
+};
+
+// --------------------------------------------------------------------------------- attention
+
+deltaops_status attention_forward(const void *args) {
+  return deltaops_cpu_attention_forward(static_cast<const deltaops_attention_forward_args *>(args));
+}
+deltaops_status attention_backward(const void *args) {
+  return deltaops_cpu_attention_backward(
+      static_cast<const deltaops_attention_backward_args *>(args));
+}
+
+class Attention final : public Op {
+ public:
+  explicit Attention(const OpCase &given) : Op(given) {
+    const auto small = [this] { return c.whole || !rng_.one_in(15) ? 1 + rng_.below(3) : 0; };
+    causal_ = rng_.one_in(3);
+    B_ = small(), Hkv_ = small(), group_ = 1 + rng_.below(3), H_ = Hkv_ * group_;
+    Lq_ = c.M, Lk_ = causal_ ? c.M : c.K, D_ = c.R;
+    dtype_ = any_dtype();
+    scale_ = static_cast<float>(rng_.one_in(3) ? rng_.unit() * 2 : 1 / std::sqrt(D_));
+    const int64_t queries[] = {B_, H_, Lq_, D_}, keys[] = {B_, Hkv_, Lk_, D_};
+    q_ = tensor(queries, dtype_, Tensor::Use::kRead);
+    k_ = tensor(keys, dtype_, Tensor::Use::kRead);
+    v_ = tensor(keys, dtype_, Tensor::Use::kRead);
+    if (rng_.one_in(2)) mask_ = mask({B_, H_, Lq_, Lk_});
+    y_ = saved_tensor(queries, dtype_);
+    lse_ = saved(1, B_ * H_ * Lq_, true);
+    grad_y_ = tensor(queries, dtype_, Tensor::Use::kRead);
+    if (wanted(3)) grad_q_ = tensor(queries, dtype_, Tensor::Use::kWritten);
+    if (wanted(3)) grad_k_ = tensor(keys, dtype_, Tensor::Use::kWritten);
+    if (wanted(3)) grad_v_ = tensor(keys, dtype_, Tensor::Use::kWritten);
+
+    forward = common(&f_, attention_forward);
+    add(&forward, &f_.y, y_, f_.sizes, true, true);
+    f_.lse = static_cast<float *>(lse_->matrix().data);
+    add_lse(&forward, &f_.lse, f_.sizes, true);
+
+    backward = common(&b_, attention_backward);
+    add(&backward, &b_.grad_y, grad_y_, b_.sizes, true, false);
+    add(&backward, &b_.y, y_, b_.sizes, true, false);
+    b_.lse = static_cast<const float *>(lse_->matrix().data);
+    add_lse(&backward, &b_.lse, b_.sizes, false);
+    add(&backward, &b_.grad_q, grad_q_, b_.sizes, true, true);
+    add(&backward, &b_.grad_k, grad_k_, b_.sizes, false, true);
+    add(&backward, &b_.grad_v, grad_v_, b_.sizes, false, true);
+  }
+
+  void check_forward() const override {
+    each_query([this](int64_t b, int64_t h, int64_t i) {
+      std::vector<Sum> scores;
+      double top = -INFINITY, roundings = 0;
+      for (int64_t j = 0; j < Lk_; ++j) {
+        scores.push_back(score(b, h, i, j));
+        if (!sees(b, h, i, j)) continue;
+        top = std::max(top, scores.back().value);
+        roundings = std::max(roundings, 1 + 2 * scores.back().size);
+      }
+      double sum = 0;
+      std::vector<double> p;
+      for (int64_t j = 0; j < Lk_; ++j) {
+        const bool seen = sees(b, h, i, j);
+        p.push_back(seen ? std::exp(scores[static_cast<size_t>(j)].value - top) : 0);
+        sum += p.back();
+      }
+      const int64_t row = (b * H_ + h) * Lq_ + i;
+      if (sum == 0)
+        CHECK(lse_->at(0, row) == INFINITY, "lse of a query that sees no key (%s)", name_.c_str());
+      else
+        check(*lse_, 0, row, {top + std::log(sum), std::fabs(top) + std::log(sum) + roundings},
+              "lse");
+      for (int64_t d = 0; d < D_; ++d) {
+        Sum y;
+        for (int64_t j = 0; j < Lk_; ++j) {
+          const double share = sum > 0 ? p[static_cast<size_t>(j)] / sum : 0;
+          y.add(Sum{share, share * roundings * 2}, v_->at(b, h / group_, j, d));
+        }
+        check(*y_, {b, h, i, d}, y, "y");
+      }
+    });
+  }
+
+  void check_backward() const override {
+    const auto zeros = [this](int64_t heads, int64_t tokens) {
+      return std::vector<Sum>(static_cast<size_t>(B_ * heads * tokens * D_));
+    };
+    std::vector<Sum> dk = zeros(Hkv_, Lk_), dv = zeros(Hkv_, Lk_);
+    each_query([&](int64_t b, int64_t h, int64_t i) {
+      const int64_t kv = h / group_;
+      const double lse = lse_->at(0, (b * H_ + h) * Lq_ + i);
+      // rowsum(dY y), from the y that was saved, or what it is made of: rowsum(P dP). The second
+      // knows nothing of the rounding of y.
+      Sum delta;
+      for (int64_t d = 0; d < D_; ++d) delta.add(grad_y_->at(b, h, i, d), y_->at(b, h, i, d));
+      if (dtype_ == DELTAOPS_BF16) delta.size *= 1 + 0x1p-9 / (64 * 0x1p-24);
+      std::vector<Sum> p(static_cast<size_t>(Lk_)), dp = p, dq(static_cast<size_t>(D_));
+      for (int64_t j = 0; j < Lk_; ++j) {
+        if (!sees(b, h, i, j)) continue;
+        const auto at = static_cast<size_t>(j);
+        const Sum s = score(b, h, i, j);
+        const double value = std::exp(s.value - lse);
+        p[at] = {value, value * (1 + 2 * s.size + std::fabs(lse))};
+        for (int64_t d = 0; d < D_; ++d) dp[at].add(grad_y_->at(b, h, i, d), v_->at(b, kv, j, d));
+        delta.size += p[at].size * dp[at].size;
+      }
+      for (int64_t j = 0; j < Lk_; ++j) {
+        if (!sees(b, h, i, j)) continue;
+        const auto at = static_cast<size_t>(j);
+        const Sum ds = times(times(p[at], plus(dp[at], times(delta, -1))), scale_);
+        for (int64_t d = 0; d < D_; ++d) {
+          const auto to = static_cast<size_t>(((b * Hkv_ + kv) * Lk_ + j) * D_ + d);
+          dq[static_cast<size_t>(d)].add(ds, k_->at(b, kv, j, d));
+          dk[to].add(ds, q_->at(b, h, i, d));
+          dv[to].add(p[at], grad_y_->at(b, h, i, d));
+        }
+      }
+      for (int64_t d = 0; grad_q_ && d < D_; ++d)
+        check(*grad_q_, {b, h, i, d}, dq[static_cast<size_t>(d)], "grad_q");
+    });
+    for (int64_t b = 0; b < B_; ++b)
+      for (int64_t kv = 0; kv < Hkv_; ++kv)
+        for (int64_t j = 0; j < Lk_; ++j)
+          for (int64_t d = 0; d < D_; ++d) {
+            const auto at = static_cast<size_t>(((b * Hkv_ + kv) * Lk_ + j) * D_ + d);
+            if (grad_k_) check(*grad_k_, {b, kv, j, d}, dk[at], "grad_k");
+            if (grad_v_) check(*grad_v_, {b, kv, j, d}, dv[at], "grad_v");
+          }
+  }
+
+ private:
+  // The sizes, and what both directions read.
+  template <class Args>
+  Pass common(Args *args, deltaops_status (*function)(const void *)) {
+    Pass pass = pass_of(args, function, c.threads);
+    int64_t *const s = args->sizes;
+    const int64_t sizes[] = {B_, H_, Hkv_, Lq_, Lk_, D_};
+    std::copy(sizes, sizes + 6, s);
+    args->scale = scale_, args->causal = causal_, args->dtype = dtype_;
+    pass.numbers = {{&args->causal, 0, 1}, {&args->dtype, 0, 1}, {&args->reserved, 0, 0}};
+    pass.sizes = {s, s + 1, s + 2, s + 3, s + 4, s + 5};
+    pass.misfits = {[s] { s[5] = 0; }, [s] { s[2] = s[1] + 2, ++s[1]; }};
+    if (causal_) pass.misfits.push_back([s] { ++s[3]; });
+    add(&pass, &args->q, q_, s, true, false);
+    add(&pass, &args->k, k_, s, false, false);
+    add(&pass, &args->v, v_, s, false, false);
+    if (mask_ == nullptr) return pass;
+    args->mask = static_cast<const uint8_t *>(mask_->data());
+    int64_t *const strides = args->mask_strides;
+    copy_strides(mask_, strides, 4);
+    pass.misfits.push_back([strides] { strides[3] = 2; });
+    pass.misfits.push_back([strides] { strides[3] = -1; });
+    pass.heads.push_back({{&args->mask, false},
+                          false,
+                          {s, s + 1, s + 3, s + 4},
+                          {strides, strides + 1, strides + 2, strides + 3},
+                          nullptr,
+                          1});
+    return pass;
+  }
+
+  void add(Pass *pass, deltaops_heads *heads, const Tensor *tensor, int64_t *s, bool of_queries,
+           bool written) {
+    if (tensor == nullptr) return;
+    heads->data = tensor->data();
+    copy_strides(tensor, heads->strides, 3);
+    pass->heads.push_back({{&heads->data, written},
+                           !written || tensor == y_,
+                           {s, of_queries ? s + 1 : s + 2, of_queries ? s + 3 : s + 4, s + 5},
+                           {heads->strides, heads->strides + 1, heads->strides + 2},
+                           &dtype_of(pass),
+                           0});
+  }
+
+  void add_lse(Pass *pass, void *field, int64_t *s, bool written) {
+    pass->heads.push_back({{field, written}, !written, {s, s + 1, s + 3, nullptr}, {}, nullptr, 4});
+  }
+
+  const int32_t &dtype_of(const Pass *pass) const {
+    return pass->args == &f_ ? f_.dtype : b_.dtype;
+  }
+
+  bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return (!causal_ || j <= i) && (mask_ == nullptr || mask_->at(b, h, i, j) != 0);
+  }
+
+  Sum score(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    Sum s;
+    for (int64_t d = 0; d < D_; ++d)
+      s.add(q_->at(b, h, i, d) * scale_, k_->at(b, h / group_, j, d));
+    return s;
+  }
+
+  template <class F>
+  void each_query(const F &f) const {
+    for (int64_t b = 0; b < B_; ++b)
+      for (int64_t h = 0; h < H_; ++h)
+        for (int64_t i = 0; i < Lq_; ++i) f(b, h, i);
+  }
+
+  int64_t B_, Hkv_, group_, H_, Lq_, Lk_, D_;
+  bool causal_;
+  int dtype_;
+  float scale_;
+  Tensor *q_, *k_, *v_, *mask_ = nullptr, *y_, *grad_y_, *grad_q_ = nullptr, *grad_k_ = nullptr,
+                        *grad_v_ = nullptr;
+  Array *lse_;
+  deltaops_attention_forward_args f_ = {};
+  deltaops_attention_backward_args b_ = {};
+};
+
+}  // namespace
+
+std::unique_ptr<Op> make_rotary(const OpCase &c) { return std::make_unique<Rotary>(c); }
+std::unique_ptr<Op> make_attention(const OpCase &c) { return std::make_unique<Attention>(c); }
+
+}  // namespace test
