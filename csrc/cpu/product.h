@@ -146,8 +146,17 @@ inline void choose_grid(const Group &group, Cut *cut) {
  * the same way, which is the way that they go alone. */
 inline bool by_dots(const Product &p) { return p.M <= kDotRows && p.w.col_stride == 1; }
 
-/* Rows this many floats apart share cache sets: a block of them would evict itself from L2. */
-constexpr int64_t kConflict = 512;
+/* Rows this many bytes apart share cache sets: a block of them would evict itself from L2. */
+constexpr int64_t kConflict = 2048;
+
+/* Whether rows of x lie as the tiles read them: whole units, each where a unit may stand. */
+template <class T>
+bool lies_ready(const Product &p) {
+  using Unit = typename MainUnit<T>::type;
+  constexpr int64_t kUnit = UnitOf<Unit>::k;
+  return sizeof(Unit) == kUnit * sizeof(T) && p.K % kUnit == 0 && p.x_row % kUnit == 0 &&
+         reinterpret_cast<uintptr_t>(p.x) % alignof(Unit) == 0;
+}
 
 template <class T>
 void plan(const Group &group, int threads) {
@@ -189,7 +198,9 @@ void plan(const Group &group, int threads) {
     // Floats sum up in y itself; bf16 needs a place for the sums between blocks of k.
     cut.scratch_c = sizeof(T) != 4 && (cut.k_blocks > 1 || group.sums()) && !cut.dot;
     cut.k_padded = round_up(p.K, kLanes);
-    cut.copy_x = sizeof(T) != 4 || (cut.k_blocks > 1 && p.x_row % kConflict == 0);
+    const bool conflict = p.x_row * static_cast<int64_t>(sizeof(T)) % kConflict == 0;
+    // Dots read floats.
+    cut.copy_x = !lies_ready<T>(p) || (sizeof(T) != 4 && cut.dot) || (cut.k_blocks > 1 && conflict);
     part.cut = cut;
   }
 }
@@ -441,7 +452,7 @@ void row_block(const Part *parts, int64_t count, int self, int64_t block, int64_
       x = copy;
     } else {
       x = reinterpret_cast<const Unit *>(rows_of_x);
-      x_row = one.x_row;
+      x_row = one.x_row / UnitOf<Unit>::k;
     }
     if (mine.begin < mine.end)
       for (const Part *part = parts; part != parts + count; ++part) {

@@ -16,7 +16,7 @@ def causes(goal: str, dtype: str, where: str, value: float, results: Results) ->
     if dtype == "bf16" and not results.machine.get("bf16_instructions"):
         found.append("this CPU has no BF16 instructions: bf16 is widened to float32")
     if cell is not None:
-        found += _own_work(goal, cell)
+        found += _own_work(goal, cell, results)
         found += _torch_at_the_peak(goal, cell, results)
         found += _others_product(goal, cell, results)
         found += _free_delta(goal, cell)
@@ -49,11 +49,17 @@ def branch_floor(cell: Cell) -> float:
     return 1 + 6 * cell.rank * (n + k) / (4 * n * k)
 
 
-def _own_work(goal: str, cell: Cell) -> list[str]:
+def _own_work(goal: str, cell: Cell, results: Results) -> list[str]:
+    """What the branch's products cost at the rate of the frozen one, and at that of its factors:
+    they are float32, as PEFT keeps them, beside a bf16 weight too."""
     if not goal.startswith("lora-own"):
         return []
     floor = branch_floor(cell)
-    return [f"the branch's own products make {floor:.3f} at the frozen layer's rate"]
+    found = f"the branch's own products make {floor:.3f} at the frozen layer's rate"
+    wide, half = results.peak.get("f32"), results.peak.get("bf16")
+    if cell.dtype == "bf16" and isinstance(wide, float) and isinstance(half, float):
+        found += f", {1 + (floor - 1) * half / wide:.3f} at that of float32, which its factors are"
+    return [found]
 
 
 def _torch_at_the_peak(goal: str, cell: Cell, results: Results) -> list[str]:

@@ -319,6 +319,35 @@ def test_same_bits_again_for_any_team_and_from_many_threads(
         assert set(pool.map(run, [2] * 12)) == {first}
 
 
+def test_rows_are_read_where_they_lie_or_from_a_copy(core: Any, core_module: ModuleType) -> None:
+    # bf16 goes in pairs: rows of x at any address and stride, the same bits. Two blocks of k.
+    m, n, k, spec = 20, 2050, 2052, [Spec(8), Spec(3, 6554)]
+    ready = make(core_module, (m, n, k), spec, dtype="bf16", adapters="f32", layout="row")
+    rng = np.random.default_rng(1)
+    grad = core_module.to_bf16(rng.standard_normal((m, n)).astype(np.float32))
+
+    def moved(x: np.ndarray, more: int, by: int) -> np.ndarray:
+        whole = np.zeros(x.shape[0] * (x.shape[1] + more) + by, np.uint16)
+        place = whole[by:].reshape(x.shape[0], -1)[:, : x.shape[1]]
+        place[:] = x
+        return place
+
+    found = []
+    for more, by in ((0, 0), (6, 2), (5, 0), (0, 1)):
+        layer = replace(ready, x=moved(ready.x, more, by))
+        y, s = poisoned(m, n, "bf16"), poisoned(m, 11, "f32")
+        assert core.forward(layer, y, s) == 0, core.error()
+        grad_x = poisoned(m, k, "bf16")
+        grads = [[poisoned(*shape, "f32") for shape in shapes]
+                 for shapes in ([(8, k), (3, k)], [(n, 8), (n, 3)])]  # fmt: skip
+        status = core.backward(layer, moved(grad, more, by), s, grad_x, None, *grads)
+        assert status == 0, core.error()
+        found.append(b"".join(a.tobytes() for a in (y, s, grad_x, *grads[0], *grads[1])))
+        if not (more or by):
+            assert_close(core_module, y, expected(core_module, layer)[0], "bf16")
+    assert len(set(found)) == 1
+
+
 @pytest.mark.parametrize("threshold", [0, 1, 6554, 32768, 65535, 65536])
 def test_dropout_mask_is_philox(core: Any, core_module: ModuleType, threshold: int) -> None:
     for m, k, stream in ((5, 1003, 2), (3, 8, 0), (2, 1, 7), (0, 4, 0)):

@@ -60,6 +60,14 @@ def test_hidden_size_decides_which_overhead_goal_counts() -> None:
     assert branch_floor(small) == pytest.approx(1.125)
 
 
+def test_beside_a_bf16_weight_the_factors_run_at_the_rate_of_float32() -> None:
+    slow = cell("lora", {OURS: 1.3, OWN_FROZEN: 1.0}, what="1024×384×384", dtype="bf16",
+                shape=(1024, 384, 384))  # fmt: skip
+    found = results(slow, bf16_instructions=True)
+    found.peak["bf16"] = 2 * 200.0
+    assert "1.250 at that of float32" in outcome(found, "lora-own-384", "bf16").causes[0]
+
+
 def test_dropout_is_compared_with_the_same_shape_without() -> None:
     found = results(
         cell("lora", {OURS: 1.0}),
