@@ -1,6 +1,7 @@
 // cpu_delta_linear.cpp: delta_linear by layers and groups, its dropout and its packed weights.
 
 #include "cpu_module.h"
+#include "tensors.h"
 
 #include <string>
 #include <tuple>
@@ -10,7 +11,7 @@ namespace deltaops_bindings {
 
 namespace {
 
-// A layer whose shapes, strides and settings are converted once; a call brings the addresses.
+// A layer whose shapes, strides and settings are converted once; a call brings the tensors.
 // Calls copy the branches before they write into them, so several threads may share one layer.
 class DeltaLinear {
  public:
@@ -44,90 +45,104 @@ class DeltaLinear {
     deltaops_delta_linear_backward_args args;
   };
 
-  // operands: the addresses a..., b..., branch_bias...
-  Forward forward_of(int64_t M, Address x, int64_t ldx, Address w, Address bias, Address y,
-                     Address s, const py::tuple &operands, uint64_t seed, int num_threads,
-                     Address packed, int64_t packed_bytes) const {
+  // operands: the tensors a..., b..., branch_bias...
+  Forward forward_of(Rows x, Memory w, Memory bias, Memory y, Memory s, const py::handle &operands,
+                     uint64_t seed, int num_threads, Memory packed) const {
     Forward call = {with(operands), {}};
     auto &args = call.args;
     args.struct_size = sizeof args;
     args.num_threads = num_threads;
-    args.x = matrix(x, M, K_, ldx, 1, dtype_);
-    args.weight = weight(w);
-    args.bias = matrix(bias, 1, N_, N_, 1, dtype_);
-    args.y = matrix(y, M, N_, N_, 1, dtype_);
-    args.s = matrix(s, M, ranks_, ranks_, 1, DELTAOPS_F32);
+    args.x = matrix(x.data, x.rows, K_, x.stride, 1, dtype_);
+    args.weight = weight(w.data);
+    args.bias = matrix(bias.data, 1, N_, N_, 1, dtype_);
+    args.y = matrix(y.data, x.rows, N_, N_, 1, dtype_);
+    args.s = matrix(s.data, x.rows, ranks_, ranks_, 1, DELTAOPS_F32);
     args.branches = call.branches.data();
     args.num_branches = static_cast<int32_t>(call.branches.size());
     args.seed = seed;
-    args.packed_weight = reinterpret_cast<const void *>(packed);
-    args.packed_bytes = packed_bytes;
+    args.packed_weight = reinterpret_cast<const void *>(packed.data);
+    args.packed_bytes = packed.elements;  // of one byte each
     return call;
   }
 
-  // operands as in forward; grads: the addresses of their gradients, contiguous and of their dtype.
-  Backward backward_of(int64_t M, Address grad_y, int64_t ldg, Address x, int64_t ldx, Address w,
-                       Address s, const py::tuple &operands, uint64_t seed, int num_threads,
-                       Address grad_x, Address grad_bias, const py::tuple &grads, Address packed,
-                       int64_t packed_bytes) const {
+  // operands as in forward; grads: their gradients, contiguous and of their dtype.
+  Backward backward_of(Rows grad_y, Rows x, Memory w, Memory s, const py::handle &operands,
+                       uint64_t seed, int num_threads, Memory grad_x, Memory grad_bias,
+                       const py::handle &grads, Memory packed) const {
     Backward call = {with(operands), {}, {}};
     const Branches &branches = call.branches;
     const size_t count = branches.size();
-    expect_addresses("grads", grads);
+    const Items wanted_tensors = items("grads", grads);
     std::vector<deltaops_matrix> &wanted = call.wanted;
     wanted.resize(3 * count);
     for (size_t i = 0; i < count; ++i) {
       const int64_t R = branches[i].a.rows;
       const int type = branches[i].a.dtype;
-      wanted[i] = matrix(address(grads, i), R, K_, K_, 1, type);
-      wanted[count + i] = matrix(address(grads, count + i), N_, R, R, 1, type);
-      wanted[2 * count + i] = matrix(address(grads, 2 * count + i), 1, R, R, 1, type);
+      wanted[i] = matrix(wanted_tensors[i], R, K_, K_, 1, type);
+      wanted[count + i] = matrix(wanted_tensors[count + i], N_, R, R, 1, type);
+      wanted[2 * count + i] = matrix(wanted_tensors[2 * count + i], 1, R, R, 1, type);
     }
     auto &args = call.args;
     args.struct_size = sizeof args;
     args.num_threads = num_threads;
-    args.grad_y = matrix(grad_y, M, N_, ldg, 1, dtype_);
-    args.x = matrix(x, M, K_, ldx, 1, dtype_);
-    args.weight = weight(w);
-    args.s = matrix(s, M, ranks_, ranks_, 1, DELTAOPS_F32);
+    const int64_t M = grad_y.rows;
+    args.grad_y = matrix(grad_y.data, M, N_, grad_y.stride, 1, dtype_);
+    args.x = matrix(x.data, M, K_, x.stride, 1, dtype_);
+    args.weight = weight(w.data);
+    args.s = matrix(s.data, M, ranks_, ranks_, 1, DELTAOPS_F32);
     args.branches = branches.data();
     args.num_branches = static_cast<int32_t>(count);
     args.seed = seed;
-    args.grad_x = matrix(grad_x, M, K_, K_, 1, dtype_);
-    args.grad_bias = matrix(grad_bias, 1, N_, N_, 1, dtype_);
+    args.grad_x = matrix(grad_x.data, M, K_, K_, 1, dtype_);
+    args.grad_bias = matrix(grad_bias.data, 1, N_, N_, 1, dtype_);
     args.grad_a = wanted.data();
     args.grad_b = wanted.data() + count;
     args.grad_branch_bias = wanted.data() + 2 * count;
-    args.packed_weight = reinterpret_cast<const void *>(packed);
-    args.packed_bytes = packed_bytes;
+    args.packed_weight = reinterpret_cast<const void *>(packed.data);
+    args.packed_bytes = packed.elements;  // of one byte each
     return call;
   }
 
  private:
-  static Address address(const py::tuple &addresses, size_t i) {
-    return addresses[i].cast<Address>();
-  }
+  // The addresses of three tensors a branch, each of which may be None.
+  class Items {
+   public:
+    explicit Items(py::handle sequence)
+        : list_(py::reinterpret_steal<py::object>(
+              PySequence_Fast(sequence.ptr(), "deltaops._cpu: expected a sequence of tensors"))) {
+      if (!list_) throw py::error_already_set();
+    }
+    size_t size() const { return static_cast<size_t>(PySequence_Fast_GET_SIZE(list_.ptr())); }
+    Address operator[](size_t i) const {
+      return memory_of(PySequence_Fast_GET_ITEM(list_.ptr(), static_cast<Py_ssize_t>(i))).data;
+    }
+
+   private:
+    py::object list_;
+  };
 
   deltaops_matrix weight(Address w) const {
     return matrix(w, N_, K_, w_row_stride_, w_col_stride_, dtype_);
   }
 
-  void expect_addresses(const char *name, const py::tuple &given) const {
-    if (given.size() != 3 * branches_.size())
+  Items items(const char *name, const py::handle &given) const {
+    Items found(given);
+    if (found.size() != 3 * branches_.size())
       throw py::value_error("deltaops._cpu: " + std::string(name) +
-                            " must be the addresses a..., b..., branch_bias... of " +
+                            " must be the tensors a..., b..., branch_bias... of " +
                             std::to_string(branches_.size()) + " branches, got " +
-                            std::to_string(given.size()) + " addresses.");
+                            std::to_string(found.size()) + " of them.");
+    return found;
   }
 
-  Branches with(const py::tuple &operands) const {
-    expect_addresses("operands", operands);
+  Branches with(const py::handle &operands) const {
+    const Items tensors = items("operands", operands);
     Branches branches = branches_;
     const size_t count = branches.size();
     for (size_t i = 0; i < count; ++i) {
-      branches[i].a.data = reinterpret_cast<void *>(address(operands, i));
-      branches[i].b.data = reinterpret_cast<void *>(address(operands, count + i));
-      branches[i].bias.data = reinterpret_cast<void *>(address(operands, 2 * count + i));
+      branches[i].a.data = reinterpret_cast<void *>(tensors[i]);
+      branches[i].b.data = reinterpret_cast<void *>(tensors[count + i]);
+      branches[i].bias.data = reinterpret_cast<void *>(tensors[2 * count + i]);
     }
     return branches;
   }

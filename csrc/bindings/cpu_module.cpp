@@ -92,6 +92,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The native CPU core (csrc/include/deltaops.h): addresses in, statuses as exceptions.";
   add_core(m);
   add_recycling(m);
+  add_tensors(m);
   add_delta_linear(m);
   add_adapters(m);
   add_cross_entropy(m);

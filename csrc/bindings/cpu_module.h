@@ -41,6 +41,7 @@ void run(deltaops_status (*core)(const Args *), const Args &args) {
   without_gil([&] { return core(&args); });
 }
 
+void add_tensors(py::module_ &m);
 void add_delta_linear(py::module_ &m);
 void add_adapters(py::module_ &m);
 void add_cross_entropy(py::module_ &m);

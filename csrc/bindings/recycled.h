@@ -17,34 +17,11 @@
 #include <vector>
 
 #include "deltaops.h"
+#include "dlpack.h"
 
 namespace deltaops_bindings {
 
 namespace py = pybind11;
-
-// The ABI of DLPack 0.x, as its specification lays it out.
-struct DLDevice {
-  int32_t device_type, device_id;
-};
-struct DLDataType {
-  uint8_t code, bits;
-  uint16_t lanes;
-};
-struct DLTensor {
-  void *data;
-  DLDevice device;
-  int32_t ndim;
-  DLDataType dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct DLManagedTensor {
-  DLTensor tensor;
-  void *context;
-  void (*deleter)(DLManagedTensor *);
-};
-constexpr int32_t kDLCPU = 1;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
 class Recycler {
  public:

@@ -192,8 +192,9 @@ class Checker {
     if (stride <= width) width += (runs - 1) * stride, runs = 1;
     Footprint &at = seen_[count_++];
     at = {begin, runs, width, stride, written, {}};
+    // Copied by hand where there is no number: snprintf takes as long as a small layer's product.
     if (layer_ < 0)
-      std::snprintf(at.name, sizeof at.name, "%.*s", static_cast<int>(sizeof at.name) - 1, name);
+      std::memcpy(at.name, name, ::strnlen(name, sizeof at.name - 1));
     else
       std::snprintf(at.name, sizeof at.name, "layers[%d].%.*s", layer_,
                     static_cast<int>(sizeof at.name) - 22, name);

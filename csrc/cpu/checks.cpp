@@ -4,6 +4,9 @@
 // adapter is 1, pointers are aligned, outputs overlap neither themselves nor anything else, and no
 // size or address that an op derives from them leaves int64.
 
+#include <algorithm>
+#include <charconv>
+#include <cstring>
 #include <utility>
 
 #include "checker.h"
@@ -67,14 +70,22 @@ class DeltaLinearChecker : public Checker {
     remember(name, memory, 1, bytes, 0, false);
   }
 
+  // "branches[i]" and the part, at most 31 characters; without snprintf, as in remember().
+  static void name_branch(char (&name)[32], int32_t i, const char *part) {
+    char *end = std::copy_n("branches[", 9, name);
+    end = std::to_chars(end, end + 11, i).ptr;
+    *end++ = ']';
+    std::memcpy(end, part, std::strlen(part) + 1);
+  }
+
   // Returns the sum of the ranks.
   int64_t branches(const deltaops_branch *branches, int32_t count, int64_t N, int64_t K) {
     int64_t ranks = 0;
     for (int32_t i = 0; i < count && status() == DELTAOPS_OK; ++i) {
       const deltaops_branch &branch = branches[i];
       char a[32], b[32];
-      std::snprintf(a, sizeof a, "branches[%d].a", i);
-      std::snprintf(b, sizeof b, "branches[%d].b", i);
+      name_branch(a, i, ".a");
+      name_branch(b, i, ".b");
       const int64_t rank = branch.a.rows;
       expect(rank >= 1, "%s must be [R, K] with R at least 1, got R=%" PRId64 ".", a, rank);
       operand(a, branch.a, "[R, K]", rank, K, -1);
@@ -84,7 +95,7 @@ class DeltaLinearChecker : public Checker {
              branch.drop_threshold);
       if (branch.bias.data) {
         char bias[32];
-        std::snprintf(bias, sizeof bias, "branches[%d].bias", i);
+        name_branch(bias, i, ".bias");
         rows_of(bias, branch.bias, "[1, R] with R from a", 1, rank, branch.a.dtype);
       }
       expect(branch.activation >= DELTAOPS_IDENTITY && branch.activation <= DELTAOPS_SILU,

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from deltaops.memory import LEAST, large, start
 
@@ -34,6 +35,7 @@ def native() -> ModuleType | str:
             "rebuild it (pip install --force-reinstall deltaops)"
         )
     start(module)
+    module.set_tensor_types(Tensor, Parameter)
     return module
 
 

@@ -85,29 +85,27 @@ class CpuDeltaLinear:
 
         group: where the call is put instead of being made.
         """
-        x = as_rows(x)
+        if not x.is_contiguous():
+            x = as_rows(x)
         if bias is not None:
             bias = bias.contiguous()
         if self._copies:
             operands = self._tidy(operands)
-        m = x.shape[0]
+        m = x.size(0)
         y = empty(m, self._shape[0], x.dtype)
         s = empty(m, self._ranks, torch.float32) if keep else None
         threads = torch.get_num_threads()
         packed = self._packed(weight, False, threads) if self._packable else None
         call = (self._native.forward if group is None else self._native.forward_call)(
-            m,
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            0 if s is None else s.data_ptr(),
-            tuple([0 if t is None else t.data_ptr() for t in operands]),
+            x,
+            weight,
+            bias,
+            y,
+            s,
+            operands,
             0 if seed is None else _seed(seed),
             threads,
-            0 if packed is None else packed.data_ptr(),
-            0 if packed is None else packed.numel(),
+            packed,
         )
         if group is not None:
             group.append((call, (bias, operands, packed)))
@@ -158,21 +156,17 @@ class CpuDeltaLinear:
         if self._packable and needs[0]:
             packed = self._packed(weight, True, threads)
         call = (self._native.backward if group is None else self._native.backward_call)(
-            m,
-            grad_y.data_ptr(),
-            grad_y.stride(0),
-            0 if x is None else x.data_ptr(),
-            0 if x is None else x.stride(0),
-            weight.data_ptr(),
-            s.data_ptr(),
-            tuple([0 if t is None else t.data_ptr() for t in operands]),
+            grad_y,
+            x,
+            weight,
+            s,
+            operands,
             0 if seed is None else _seed(seed),
             threads,
-            0 if grad_x is None else grad_x.data_ptr(),
-            0 if grad_bias is None else grad_bias.data_ptr(),
-            tuple([0 if t is None else t.data_ptr() for t in wanted]),
-            0 if packed is None else packed.data_ptr(),
-            0 if packed is None else packed.numel(),
+            grad_x,
+            grad_bias,
+            wanted,
+            packed,
         )
         if group is not None:
             group.append((call, (grad_y, s, operands, packed)))
