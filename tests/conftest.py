@@ -27,7 +27,9 @@ class Ahead:
     """Jobs and their results, by name."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="deltaops-ahead-")
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="deltaops-ahead-", ignore_cleanup_errors=True
+        )
         self.results: dict[str, Future[Any]] = {}
         self.jobs: queue.SimpleQueue[tuple[str, Callable[[Path], Any]]] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
