@@ -91,6 +91,10 @@ class BuildNative(build_ext):
         return [str(Path(root, "deltaops", LIBRARIES[ext.name])) for ext in self.extensions]
 
 
+def sources(device: str) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in recipe.binding_sources(device)]
+
+
 setup(
     # kernels/ installs as deltaops.kernels: the name "kernels" belongs to Hugging Face's package.
     packages=[
@@ -105,8 +109,8 @@ setup(
     },
     package_data={"deltaops": ["py.typed"], "deltaops.include": ["*.h"]},
     ext_modules=[
-        Extension(CPU, ["csrc/bindings/cpu_module.cpp"], language="c++"),
-        Extension(CUDA, ["csrc/bindings/cuda_module.cpp"], language="c++"),
+        Extension(CPU, sources("cpu"), language="c++"),
+        Extension(CUDA, sources("cuda"), language="c++"),
     ],
     cmdclass={"build": CleanBuild, "build_ext": BuildNative},
     zip_safe=False,

@@ -1,7 +1,7 @@
 """What is built: a C library and a thin pybind11 module over it, for the CPU and for CUDA.
 
-    csrc/cpu   ->  deltaops/libdeltaops.so       <-  deltaops/_cpu*.so   of bindings/cpu_module.cpp
-    csrc/cuda  ->  deltaops/libdeltaops_cuda.so  <-  deltaops/_cuda*.so  of bindings/cuda_module.cpp
+    csrc/cpu   ->  deltaops/libdeltaops.so       <-  deltaops/_cpu*.so   of bindings/cpu_*.cpp
+    csrc/cuda  ->  deltaops/libdeltaops_cuda.so  <-  deltaops/_cuda*.so  of bindings/cuda_*.cpp
 
 The libraries hold no Python symbols, so C programs can link them; the modules find them beside
 themselves ($ORIGIN). No torch header is read.
@@ -81,12 +81,17 @@ def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
     ]
 
 
+def binding_sources(device: str) -> list[Path]:
+    """The files of the pybind11 module for "cpu" or "cuda"."""
+    return sorted((CSRC / "bindings").glob(f"{device}_*.cpp"))
+
+
 def build_cpu(build: Build, compiler: Compiler, module: Path) -> None:
     """libdeltaops.so in ``build.package`` and the pybind11 module at ``module``."""
     flags = json.loads((CSRC / "cpu" / "flags.json").read_text(encoding="utf-8"))
     objects = compile_all(cpu_units(compiler), build.objects, build.jobs, build.say)
     _link_library(build, compiler, CPU_LIBRARY, objects, tuple(flags["link"]))
-    _build_module(build, compiler, "cpu_module.cpp", module, CPU_LIBRARY)
+    _build_module(build, compiler, binding_sources("cpu"), module, CPU_LIBRARY)
 
 
 def build_cuda(build: Build, compiler: Compiler, toolkit: CudaToolkit, module: Path) -> None:
@@ -98,7 +103,7 @@ def build_cuda(build: Build, compiler: Compiler, toolkit: CudaToolkit, module: P
     objects = compile_all(cuda_units(toolkit), build.objects, build.jobs, build.say)
     libraries = (str(toolkit.cudart), "-ldl", "-lrt", "-lpthread")
     _link_library(build, compiler, CUDA_LIBRARY, objects, libraries)
-    _build_module(build, compiler, "cuda_module.cpp", module, CUDA_LIBRARY)
+    _build_module(build, compiler, binding_sources("cuda"), module, CUDA_LIBRARY)
 
 
 def _link_library(
@@ -112,19 +117,15 @@ def _link_library(
 
 
 def _build_module(
-    build: Build, compiler: Compiler, source: str, module: Path, library: str
+    build: Build, compiler: Compiler, sources: list[Path], module: Path, library: str
 ) -> None:
     folder = CSRC / "bindings"
     includes = (f"-I{INCLUDE}", f"-isystem{pybind11_include()}", f"-isystem{python_include()}")
-    unit = Unit(
-        source=folder / source,
-        command=(*compiler.command, *BINDING_FLAGS, *includes),
-        reads=(INCLUDE, folder),
-        compiler_version=compiler.version,
-    )
-    objects = compile_all([unit], build.objects, 1, build.say)
+    command = (*compiler.command, *BINDING_FLAGS, *includes)
+    units = [Unit(source, command, (INCLUDE, folder), compiler.version) for source in sources]
+    objects = [str(path) for path in compile_all(units, build.objects, build.jobs, build.say)]
     command = (
-        *(*compiler.command, "-shared", str(objects[0]), str(build.package / library)),
+        *(*compiler.command, "-shared", *objects, str(build.package / library)),
         "-Wl,-rpath,$ORIGIN",
     )
     link(command, module, build.say)

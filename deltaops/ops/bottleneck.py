@@ -8,8 +8,6 @@ the registered op ``deltaops::bottleneck`` for everything else.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from deltaops.reference import bottleneck as reference
 from deltaops.reference.activation import ACTIVATIONS
 from deltaops.reference.norm_bias import NORMS
 
-from .bottleneck_autograd import BottleneckFunction, call_of, run_forward
+from .bottleneck_autograd import BottleneckFunction, Forward, call_of, run_forward
 from .paths import check_device, needs_grad, takes_bypass, transformed
 
 
@@ -83,30 +81,35 @@ def bottleneck(
         "down_bias": down_bias, "up": up, "up_bias": up_bias,
     }  # fmt: skip
     _check(x, tensors, activation, norm)
-    named = norm or "none"
-    arguments: tuple[Any, ...] = (
+    given = Forward(
         x,
-        *tensors.values(),
+        residual,
+        gamma,
+        beta,
+        down,
+        down_bias,
+        up,
+        up_bias,
         float(scaling),
         float(eps),
         activation,
-        named,
+        norm or "none",
         own,
     )
     if transformed("bottleneck", backend, strict):
         flat = x.reshape(-1, x.shape[-1])
         added = flat if own else None if residual is None else residual.reshape(flat.shape)
-        return reference.forward(flat, added, *arguments[2:-1])[0].reshape(x.shape)
+        return reference.forward(flat, added, *given[2:-1])[0].reshape(x.shape)
     if takes_bypass(x, *tensors.values()):
-        runner = select(call_of(x, gamma, beta, down, activation, named), backend, strict)
+        runner = select(call_of(given), backend, strict)
         if needs_grad(x, *tensors.values()):
-            y: Tensor = BottleneckFunction.apply(*arguments, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+            y: Tensor = BottleneckFunction.apply(runner, *given)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return y
-        return run_forward(runner, *arguments)[0]
+        return run_forward(runner, given)[0]
     if strict:
-        backend = select(call_of(x, gamma, beta, down, activation, named), backend, strict).name
+        backend = select(call_of(given), backend, strict).name
     with torch.autocast(device, enabled=False):
-        out, _, _ = torch.ops.deltaops.bottleneck(*arguments, backend)
+        out, _, _ = torch.ops.deltaops.bottleneck(*given, backend)
     return out  # type: ignore[no-any-return]  # torch.ops has no types
 
 

@@ -8,7 +8,7 @@ it is another tensor its gradient is grad_y itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,94 +21,75 @@ from .paths import shaped
 from .registered import register
 
 
-def call_of(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    down: Tensor,
-    activation: str,
-    norm: str,
-) -> BottleneckCall:
-    """The call of these tensors; x ``[..., K]``."""
-    rank, k = down.shape
+class Forward(NamedTuple):
+    """What a forward pass takes; x ``[..., K]``."""
+
+    x: Tensor
+    residual: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    scaling: float
+    eps: float
+    activation: str
+    norm: str
+    residual_is_x: bool
+
+
+class Backward(NamedTuple):
+    """What a backward pass takes; x only where it is needed."""
+
+    grad_y: Tensor
+    x: Tensor | None
+    h: Tensor
+    stats: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    down: Tensor
+    up: Tensor
+    scaling: float
+    activation: str
+    norm: str
+    residual_is_x: bool
+
+
+def call_of(given: Forward | Backward) -> BottleneckCall:
+    """The call of these tensors; grad_y ``[..., K]`` stands for x."""
+    like = given.x if isinstance(given, Forward) else given.grad_y
+    rank, k = given.down.shape
     return BottleneckCall(
-        "cpu" if x.is_cpu else x.device.type,
-        x.dtype,
-        tuple([t.dtype for t in (down, gamma, beta) if t is not None]),
-        x.numel() // k,
+        "cpu" if like.is_cpu else like.device.type,
+        like.dtype,
+        tuple([t.dtype for t in (given.down, given.gamma, given.beta) if t is not None]),
+        like.numel() // k,
         k,
         rank,
-        activation,
-        norm,
+        given.activation,
+        given.norm,
     )
 
 
-def run_forward(
-    runner: Backend,
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    scaling: float,
-    eps: float,
-    activation: str,
-    norm: str,
-    residual_is_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def run_forward(runner: Backend, given: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual = given.x, given.residual
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     added = residual if residual is None or x.dim() == 2 else residual.reshape(flat.shape)
     y, h, stats = cast(AdapterBackend, runner).bottleneck_forward(
-        flat,
-        flat if residual_is_x else added,
-        gamma,
-        beta,
-        down,
-        down_bias,
-        up,
-        up_bias,
-        scaling,
-        eps,
-        activation,
-        norm,
+        flat, flat if given.residual_is_x else added, *given[2:12]
     )
     y = y.contiguous()  # as the fake says; eager torch's, and the reference's, has x's strides
     return shaped(y, x.shape), h, stats
 
 
-def run_backward(
-    runner: Backend,
-    needs: Sequence[bool],
-    grad_y: Tensor,
-    x: Tensor | None,
-    h: Tensor,
-    stats: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scaling: float,
-    activation: str,
-    norm: str,
-    residual_is_x: bool,
-) -> list[Tensor]:
+def run_backward(runner: Backend, given: Backward, needs: Sequence[bool]) -> list[Tensor]:
+    grad_y, x = given.grad_y, given.x
     k = grad_y.shape[-1]
     grads = cast(AdapterBackend, runner).bottleneck_backward(
         grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, k),
         x if x is None or x.dim() == 2 else x.reshape(-1, k),
-        h,
-        stats,
-        gamma,
-        beta,
-        down,
-        up,
-        scaling,
-        activation,
-        norm,
-        residual_is_x,
+        *given[2:],
         needs,
     )
     if needs[0]:
@@ -125,159 +106,58 @@ class BottleneckFunction(torch.autograd.Function):
     """The eager path."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        down: Tensor,
-        down_bias: Tensor | None,
-        up: Tensor,
-        up_bias: Tensor | None,
-        scaling: float,
-        eps: float,
-        activation: str,
-        norm: str,
-        residual_is_x: bool,
-        runner: Backend,
-    ) -> Tensor:
-        y, h, stats = run_forward(
-            runner,
-            x,
-            residual,
-            gamma,
-            beta,
-            down,
-            down_bias,
-            up,
-            up_bias,
-            scaling,
-            eps,
-            activation,
-            norm,
-            residual_is_x,
-        )
-        saved = x if _needs_x(norm, ctx.needs_input_grad) else None
-        ctx.save_for_backward(saved, h, stats, gamma, beta, down, up)
-        ctx.settings = scaling, activation, norm, residual_is_x
+    def forward(ctx: Any, runner: Backend, *arguments: Any) -> Tensor:  # those of Forward
+        given = Forward(*arguments)
+        y, h, stats = run_forward(runner, given)
+        saved = given.x if _needs_x(given.norm, ctx.needs_input_grad[1:]) else None
+        ctx.save_for_backward(saved, h, stats, given.gamma, given.beta, given.down, given.up)
+        ctx.settings = given.scaling, given.activation, given.norm, given.residual_is_x
         ctx.runner = runner
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        wants = ctx.needs_input_grad
+        wants = ctx.needs_input_grad[1:]
         needs = [wants[0], *wants[2:8]]
-        found = iter(
-            run_backward(ctx.runner, needs, grad_y, *ctx.saved_tensors, *ctx.settings)
-            if any(needs)
-            else ()
-        )
+        given = Backward(grad_y, *ctx.saved_tensors, *ctx.settings)
+        found = iter(run_backward(ctx.runner, given, needs) if any(needs) else ())
         grads = [next(found) if need else None for need in needs]
-        return (grads[0], grad_y if wants[1] else None, *grads[1:], *[None] * 6)
+        return (None, grads[0], grad_y if wants[1] else None, *grads[1:], *[None] * 5)
 
 
 # --------------------------------------------------------------------------------- registered op
 
 
-def _op_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    scaling: float,
-    eps: float,
-    activation: str,
-    norm: str,
-    residual_is_x: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return run_forward(
-        select(call_of(x, gamma, beta, down, activation, norm), backend),
-        x,
-        residual,
-        gamma,
-        beta,
-        down,
-        down_bias,
-        up,
-        up_bias,
-        scaling,
-        eps,
-        activation,
-        norm,
-        residual_is_x,
-    )
+def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, backend = arguments
+    forward = Forward(*given)
+    return run_forward(select(call_of(forward), backend), forward)
 
 
-def _op_backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    h: Tensor,
-    stats: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scaling: float,
-    activation: str,
-    norm: str,
-    residual_is_x: bool,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
-    return run_backward(
-        select(call_of(grad_y, gamma, beta, down, activation, norm), backend),
-        needs,
-        grad_y,
-        x,
-        h,
-        stats,
-        gamma,
-        beta,
-        down,
-        up,
-        scaling,
-        activation,
-        norm,
-        residual_is_x,
-    )
+def _op_backward(*arguments: Any) -> list[Tensor]:
+    *given, needs, backend = arguments
+    backward = Backward(*given)
+    return run_backward(select(call_of(backward), backend), backward, needs)
 
 
-def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    down, norm = arguments[3], arguments[10]
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = Forward(*arguments[:-1])
+    x = given.x
     m = 1
     for size in x.shape[:-1]:
         m = m * size
     dtype = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(x.shape),
-        x.new_empty((m, down.shape[0]), dtype=dtype),
-        x.new_empty((0 if norm == "none" else m, 2), dtype=dtype),
+        x.new_empty((m, given.down.shape[0]), dtype=dtype),
+        x.new_empty((0 if given.norm == "none" else m, 2), dtype=dtype),
     )
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    h: Tensor,
-    stats: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scaling: float,
-    activation: str,
-    norm: str,
-    residual_is_x: bool,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    *given, needs, _backend = arguments
+    grad_y, _x, _h, _stats, gamma, beta, down, up = Backward(*given)[:8]
     rank, k = down.shape
     shapes = ((k,), (k,), (rank, k), (rank,), (k, rank), (k,))
     likes = (gamma, beta, down, down, up, up)
@@ -289,13 +169,13 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _residual, gamma, beta, down, _down_bias, up = inputs[:7]
-    scaling, _eps, activation, norm, residual_is_x, backend = inputs[8:]
+    *arguments, ctx.backend = inputs
+    given = Forward(*arguments)
     ctx.mark_non_differentiable(*output[1:])
-    wants = [t is not None and t.requires_grad for t in inputs[:8]]
-    ctx.save_for_backward(x if _needs_x(norm, wants) else None, *output[1:], gamma, beta, down, up)
-    ctx.settings = scaling, activation, norm, residual_is_x
-    ctx.backend = backend
+    wants = [t is not None and t.requires_grad for t in arguments[:8]]
+    saved = given.x if _needs_x(given.norm, wants) else None
+    ctx.save_for_backward(saved, *output[1:], given.gamma, given.beta, given.down, given.up)
+    ctx.settings = given.scaling, given.activation, given.norm, given.residual_is_x
 
 
 def _op_autograd(

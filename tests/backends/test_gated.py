@@ -154,6 +154,11 @@ def test_each_gradient_alone(backend: str, wanted: int, dtype: torch.dtype) -> N
     assert run.gated_backward(grad_y, gate, None, "gelu", [False, False]) == []
 
 
+def gelu_as_written(h: Tensor) -> Tensor:
+    """torch's own gives NaN for infinity where it runs AVX-512 code, and infinity elsewhere."""
+    return h * (1 + torch.erf(h / 2**0.5)) / 2
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @activations
 @dtypes
@@ -165,7 +170,8 @@ def test_extreme_values_give_what_torch_gives(
     gate = torch.tensor(extreme, dtype=dtype)[:, None].expand(-1, width).contiguous()
     up = torch.full_like(gate, 0.75)
     leaves = gate.float().requires_grad_(), up.float().requires_grad_()
-    y = TORCHS[activation](leaves[0]) * leaves[1]
+    exact = activation == "gelu" and backend != "reference"
+    y = (gelu_as_written if exact else TORCHS[activation])(leaves[0]) * leaves[1]
     want = [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
     run = named(backend)
     got = [

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from deltaops.backends import registered
+from deltaops.backends import BottleneckCall, registered
 from deltaops.dispatch import explain_call
 from deltaops.errors import ConfigError, DeviceError, DtypeError, NoBackendError, ShapeError
 from deltaops.ops import bottleneck
-from deltaops.ops.bottleneck_autograd import call_of
 from deltaops.reference import bottleneck as reference
 from deltaops.reference.activation import ACTIVATIONS
 from deltaops.testing import BOTTLENECK_CASES, BottleneckCase, BottleneckTensors, assert_accurate
@@ -310,7 +309,7 @@ def test_dispatch_says_why() -> None:
     with pytest.raises(NoBackendError, match="strict=True"):
         bottleneck(X.double(), D.double(), U.double(), strict=True)
     assert bottleneck(X, D, U, strict=True).shape == (4, 12)
-    wanted = call_of(X, None, None, D, "relu", "none")
+    wanted = BottleneckCall("cpu", torch.float32, (torch.float32,), 4, 12, 3, "relu", "none")
     assert explain_call(wanted).chosen == "cpu"
     assert "bottleneck M=4 K=12 R=3 relu" in str(explain_call(wanted))
     reason = registered()["triton"].unsupported(wanted._replace(device="cuda"))

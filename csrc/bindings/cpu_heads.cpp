@@ -1,0 +1,113 @@
+// cpu_heads.cpp: rotary and attention, whose tensors are [B, H, L, D] of any strides.
+
+#include "cpu_module.h"
+
+#include <algorithm>
+#include <array>
+
+namespace deltaops_bindings {
+
+namespace {
+
+void rotary(int dtype, const std::array<int64_t, 4> &sizes, Address x,
+            const std::array<int64_t, 3> &x_strides, Address y,
+            const std::array<int64_t, 3> &y_strides, int table_dtype, Address cos, Address sin,
+            const std::array<int64_t, 2> &table_strides, bool backward, int num_threads) {
+  deltaops_rotary_args args = {};
+  args.struct_size = sizeof args;
+  args.num_threads = num_threads;
+  std::copy(sizes.begin(), sizes.end(), args.sizes);
+  args.x = reinterpret_cast<const void *>(x);
+  std::copy(x_strides.begin(), x_strides.end(), args.x_strides);
+  args.y = reinterpret_cast<void *>(y);
+  std::copy(y_strides.begin(), y_strides.end(), args.y_strides);
+  args.cos = reinterpret_cast<const void *>(cos);
+  args.sin = reinterpret_cast<const void *>(sin);
+  std::copy(table_strides.begin(), table_strides.end(), args.table_strides);
+  args.dtype = dtype;
+  args.table_dtype = table_dtype;
+  args.backward = backward;
+  run(deltaops_cpu_rotary, args);
+}
+
+using Strides = std::array<int64_t, 3>;
+
+deltaops_heads heads(Address data, const Strides &strides) {
+  return {reinterpret_cast<void *>(data), {strides[0], strides[1], strides[2]}};
+}
+
+// What both directions take.
+template <class Args>
+Args attention_args(int dtype, const std::array<int64_t, 6> &sizes, Address q,
+                    const Strides &q_strides, Address k, const Strides &k_strides, Address v,
+                    const Strides &v_strides, Address mask,
+                    const std::array<int64_t, 4> &mask_strides, Address y, const Strides &y_strides,
+                    Address lse, float scale, bool causal, int num_threads) {
+  Args args = {};
+  args.struct_size = sizeof args;
+  args.num_threads = num_threads;
+  std::copy(sizes.begin(), sizes.end(), args.sizes);
+  args.q = heads(q, q_strides);
+  args.k = heads(k, k_strides);
+  args.v = heads(v, v_strides);
+  args.mask = reinterpret_cast<const uint8_t *>(mask);
+  std::copy(mask_strides.begin(), mask_strides.end(), args.mask_strides);
+  args.y = heads(y, y_strides);
+  args.lse = reinterpret_cast<float *>(lse);
+  args.scale = scale;
+  args.causal = causal;
+  args.dtype = dtype;
+  return args;
+}
+
+void attention_forward(int dtype, const std::array<int64_t, 6> &sizes, Address q,
+                       const Strides &q_strides, Address k, const Strides &k_strides, Address v,
+                       const Strides &v_strides, Address mask,
+                       const std::array<int64_t, 4> &mask_strides, Address y,
+                       const Strides &y_strides, Address lse, float scale, bool causal,
+                       int num_threads) {
+  const auto args = attention_args<deltaops_attention_forward_args>(
+      dtype, sizes, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides, y, y_strides, lse,
+      scale, causal, num_threads);
+  run(deltaops_cpu_attention_forward, args);
+}
+
+void attention_backward(int dtype, const std::array<int64_t, 6> &sizes, Address grad_y,
+                        const Strides &grad_y_strides, Address q, const Strides &q_strides,
+                        Address k, const Strides &k_strides, Address v, const Strides &v_strides,
+                        Address mask, const std::array<int64_t, 4> &mask_strides, Address y,
+                        const Strides &y_strides, Address lse, Address grad_q,
+                        const Strides &grad_q_strides, Address grad_k,
+                        const Strides &grad_k_strides, Address grad_v,
+                        const Strides &grad_v_strides, float scale, bool causal, int num_threads) {
+  auto args = attention_args<deltaops_attention_backward_args>(
+      dtype, sizes, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides, y, y_strides, lse,
+      scale, causal, num_threads);
+  args.grad_y = heads(grad_y, grad_y_strides);
+  args.grad_q = heads(grad_q, grad_q_strides);
+  args.grad_k = heads(grad_k, grad_k_strides);
+  args.grad_v = heads(grad_v, grad_v_strides);
+  run(deltaops_cpu_attention_backward, args);
+}
+
+}  // namespace
+
+void add_heads(py::module_ &m) {
+  m.def("rotary", &rotary, py::arg("dtype"), py::arg("sizes"), py::arg("x"), py::arg("x_strides"),
+        py::arg("y"), py::arg("y_strides"), py::arg("table_dtype"), py::arg("cos"), py::arg("sin"),
+        py::arg("table_strides"), py::arg("backward"), py::arg("num_threads"));
+  m.def("attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"), py::arg("q"),
+        py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
+        py::arg("v_strides"), py::arg("mask"), py::arg("mask_strides"), py::arg("y"),
+        py::arg("y_strides"), py::arg("lse"), py::arg("scale"), py::arg("causal"),
+        py::arg("num_threads"), "sizes: B, H, Hkv, Lq, Lk, D; mask and lse: 0 where absent.");
+  m.def("attention_backward", &attention_backward, py::arg("dtype"), py::arg("sizes"),
+        py::arg("grad_y"), py::arg("grad_y_strides"), py::arg("q"), py::arg("q_strides"),
+        py::arg("k"), py::arg("k_strides"), py::arg("v"), py::arg("v_strides"), py::arg("mask"),
+        py::arg("mask_strides"), py::arg("y"), py::arg("y_strides"), py::arg("lse"),
+        py::arg("grad_q"), py::arg("grad_q_strides"), py::arg("grad_k"), py::arg("grad_k_strides"),
+        py::arg("grad_v"), py::arg("grad_v_strides"), py::arg("scale"), py::arg("causal"),
+        py::arg("num_threads"), "Gradients of address 0 are not wanted.");
+}
+
+}  // namespace deltaops_bindings

@@ -1,0 +1,100 @@
+"""``attention`` in the native core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deltaops.backends.base import AttentionCall
+
+from .core import DTYPES, core
+from .heads import as_heads, empty_heads, placed
+
+SHORT = 48
+"""Fewer queries of an attention fill no block of the core's: measured with AVX2 and two threads,
+torch is faster below, and we are from there on. In bfloat16 torch's backward pass is so much slower
+there that only where keys are few, too, it is ahead."""
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """See :class:`deltaops.backends.base.AttentionBackend`."""
+    q, k, v, mask = as_heads(q), as_heads(k), as_heads(v), _bytes(mask)
+    y = empty_heads(q.shape, True, q.dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    core().attention_forward(
+        DTYPES[q.dtype],
+        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+        *placed(q),
+        *placed(k),
+        *placed(v),
+        *_placed_mask(mask),
+        *placed(y),
+        lse.data_ptr(),
+        scale,
+        causal,
+        torch.get_num_threads(),
+    )
+    return y, lse
+
+
+def backward(
+    grad_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See :class:`deltaops.backends.base.AttentionBackend`."""
+    grad_y, q, k, v, y = [as_heads(t) for t in (grad_y, q, k, v, y)]
+    mask, lse = _bytes(mask), lse.contiguous()
+    wanted = [
+        empty_heads(t.shape, True, t.dtype) if need else None
+        for t, need in zip((q, k, v), needs, strict=True)
+    ]
+    core().attention_backward(
+        DTYPES[q.dtype],
+        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+        *placed(grad_y),
+        *placed(q),
+        *placed(k),
+        *placed(v),
+        *_placed_mask(mask),
+        *placed(y),
+        lse.data_ptr(),
+        *placed(wanted[0]),
+        *placed(wanted[1]),
+        *placed(wanted[2]),
+        scale,
+        causal,
+        torch.get_num_threads(),
+    )
+    return [g for g in wanted if g is not None]
+
+
+def _placed_mask(mask: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    return (0, (0, 0, 0, 0)) if mask is None else (mask.data_ptr(), mask.stride())
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask whose keys lie side by side, or are all the same."""
+    if mask is None or mask.stride(3) in (0, 1) or mask.shape[3] == 1:
+        return mask
+    single = mask[tuple([slice(None if step else 1) for step in mask.stride()])]
+    return single.contiguous().expand(mask.shape)
+
+
+def outrun(call: AttentionCall) -> str | None:
+    """None, or where torch's own attention is faster."""
+    what, length = ("queries", call.l_q) if call.dtype == torch.float32 else ("keys", call.l_kv)
+    if length >= SHORT:
+        return None
+    return f"torch's scaled_dot_product_attention is faster below {SHORT} {what}, here {length}"
