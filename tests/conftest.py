@@ -3,7 +3,8 @@
 Most tests keep one processor busy. A test module that needs something compiled, or any other long
 process, has ``prepare(ahead, fixtures)``, which is called with the names of the fixtures that its
 selected tests use; it calls ``ahead.start(name, job)``, and a fixture asks ``ahead.result(name)``.
-Jobs run one after another, in the order of the tests, each with a folder of its own.
+Jobs run one after another, in the order of the tests, each with a folder of its own. Tests marked
+``waits`` come last of all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Ahead:
     """Jobs and their results, by name."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="deltaops-ahead-")
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="deltaops-ahead-", ignore_cleanup_errors=True
+        )
         self.results: dict[str, Future[Any]] = {}
         self.jobs: queue.SimpleQueue[tuple[str, Callable[[Path], Any]]] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
@@ -66,6 +69,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     plugin = config.pluginmanager.get_plugin("ahead")
     assert isinstance(plugin, Ahead)
     plugin.folder.cleanup()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("waits") is not None)
 
 
 @pytest.hookimpl(trylast=True)

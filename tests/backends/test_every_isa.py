@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deltaops.backends.cpu import native
 
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = dict(os.environ)  # what tests change of it stays with them
 SUITES = [
     Path(__file__).with_name(f"test_{op}.py")
     for op in ("attention", "delta_linear", "gated", "rotary")
@@ -28,19 +32,35 @@ def other_isas() -> list[str]:
 
 
 def ask(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"DELTAOPS_CPU_ISA": isa}
+    environment = ENVIRONMENT | {"DELTAOPS_CPU_ISA": isa}
     return subprocess.run(
-        [sys.executable, "-P", *command], env=environment, capture_output=True, text=True
+        [sys.executable, "-P", *command], env=environment, cwd=ROOT, capture_output=True, text=True
     )
 
 
+def run_suites(isa: str) -> subprocess.CompletedProcess[str]:
+    # Deselected: other backends, which the variable does not reach.
+    return ask(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or native_core",
+               *map(str, SUITES))  # fmt: skip
+
+
+def prepare(ahead: Any, fixtures: set[str]) -> None:
+    """Called by tests/conftest.py."""
+
+    def all_isas(folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(other_isas(), pool.map(run_suites, other_isas()), strict=True))
+
+    if "ahead" in fixtures:
+        ahead.start("every_isa", all_isas)
+
+
+@pytest.mark.waits
 @pytest.mark.parametrize("isa", other_isas())
-def test_fp64_suites_under_each_isa(isa: str) -> None:
+def test_fp64_suites_under_each_isa(ahead: Any, isa: str) -> None:
     word = ask(isa, "-c", "from deltaops.backends.cpu import native; print(native().isa())")
     assert word.stdout.strip() == isa, word.stderr
-    # Deselected: other backends, which the variable does not reach.
-    done = ask(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or native_core",
-               *map(str, SUITES))  # fmt: skip
+    done = ahead.result("every_isa")[isa]
     assert done.returncode == 0, done.stdout[-6000:]
     assert "skipped" not in done.stdout
     assert " passed" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import shutil
@@ -123,6 +124,14 @@ def saved(parts: list[Part], m: int) -> np.ndarray:
     return np.concatenate([np.zeros((m, 0)), *(part.saved for part in parts)], 1)
 
 
+@functools.cache
+def known(helper: ModuleType, shape: tuple[int, int, int], spec: tuple[Any, ...], dtype: str,
+          adapters: str, layout: str) -> tuple[Any, np.ndarray, list[Part]]:  # fmt: skip
+    """A layer and what is expected of it, made once for all instruction sets and both passes."""
+    layer = make(helper, shape, list(spec), dtype=dtype, adapters=adapters, layout=layout)
+    return layer, *expected(helper, layer)
+
+
 KINDS = [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")]
 matrix_of_cases = [
     pytest.mark.parametrize("spec", list(BRANCHES.values()), ids=list(BRANCHES)),
@@ -148,9 +157,8 @@ def test_forward_matches_float64_and_writes_nothing_else(
 ) -> None:
     for shape, layout in with_layouts(spec):
         m, n, _ = shape
-        layer = make(core_module, shape, spec, dtype=dtype, adapters=adapters, layout=layout)
+        layer, want, parts = known(core_module, shape, tuple(spec), dtype, adapters, layout)
         before = [layer.x.copy(), layer.weight.copy()]
-        want, parts = expected(core_module, layer)
         y, y_buffer = guarded(m, n, dtype)
         s, s_buffer = guarded(m, sum(r for r, *_ in spec), "f32")
         bits = y_buffer.copy()
@@ -172,8 +180,7 @@ def test_backward_matches_float64(
     f64 = core_module.to_f64
     for shape, layout in with_layouts(spec):
         m, n, k = shape
-        layer = make(core_module, shape, spec, dtype=dtype, adapters=adapters, layout=layout)
-        _, parts = expected(core_module, layer)
+        layer, _, parts = known(core_module, shape, tuple(spec), dtype, adapters, layout)
         s = saved(parts, m).astype(np.float32)
         grad_y = make(core_module, (m, 1, n), [], dtype=dtype, adapters=adapters, layout="row",
                       seed=1).x  # fmt: skip
@@ -269,10 +276,9 @@ def test_outer_products_at_every_edge_of_their_blocks(
     f64, spec = core_module.to_f64, [Spec(rank) for rank in ranks]
     for shape in [(1, 64, 16), (127, 15, 65), (128, 130, 63), (129, 17, 128), (259, 191, 81)]:
         m, n, k = shape
-        layer = make(core_module, shape, spec, dtype=dtype, adapters="f32", layout="row")
+        layer, _, parts = known(core_module, shape, tuple(spec), dtype, "f32", "row")
         grad_y = make(core_module, (m, 1, n), [], dtype=dtype, adapters="f32", layout="row",
                       seed=1).x  # fmt: skip
-        _, parts = expected(core_module, layer)
         s = saved(parts, m).astype(np.float32)
         found = []
         for grad_bias, threads in ((None, 1), (poisoned(1, n, "f32"), 1), (None, 3)):

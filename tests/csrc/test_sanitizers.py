@@ -20,6 +20,8 @@ import pytest
 CALLS = os.environ.get("DELTAOPS_FUZZ_CALLS")  # of delta_linear, and a quarter of each other op
 SEED = os.environ.get("DELTAOPS_FUZZ_SEED", "1")
 
+pytestmark = pytest.mark.waits
+
 
 @pytest.fixture(scope="module")
 def addresses(ahead: Any) -> Path:

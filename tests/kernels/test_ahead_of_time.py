@@ -33,7 +33,7 @@ SABOTAGES = {
     "warps": "no wgmma",
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.waits]
 
 
 def compiled(cache: Path, arch: str, *sabotage: str) -> list[dict[str, Any]]:

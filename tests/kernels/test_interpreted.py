@@ -22,6 +22,8 @@ SCRIPT = Path(__file__).with_name("interpreted.py")
 SHARES = 2
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1"}
 
+pytestmark = pytest.mark.waits
+
 
 def interpret(share: int) -> subprocess.CompletedProcess[str]:
     # big ones take long to interpret and run on a GPU's tests; adapters have no kernel yet

@@ -25,7 +25,8 @@ bool has_elements(const deltaops_matrix &m) { return m.data && m.rows > 0 && m.c
 // Nothing in it overflows when it is multiplied.
 bool sane(const deltaops_matrix &m) {
   constexpr int64_t kMuch = 1 << 20;
-  return has_elements(m) && m.rows < kMuch && m.row_stride < kMuch && m.row_stride > -kMuch;
+  return has_elements(m) && m.rows < kMuch && m.cols < kMuch && m.row_stride < kMuch &&
+         m.row_stride > -kMuch;
 }
 
 // Makes the pass wrong in the way numbered `way`; false where it offers no place for it.
@@ -79,7 +80,7 @@ bool spoil(int way, Pass *pass, Op *op, Rng *rng) {
       m->dtype ^= 1;
       return true;
     case 11:  // rows that overlap, or with a gap where there may be none
-      if (m->rows < 2 || m->cols < 1 || !(slot.written || slot.dense)) return false;
+      if (!sane(*m) || m->rows < 2 || !(slot.written || slot.dense)) return false;
       m->row_stride = slot.dense && rng->one_in(2) ? m->cols + 1 : m->cols - 1;
       return true;
     case 12:
