@@ -264,7 +264,7 @@ def test_broken_configuration(
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"some_future_feature": 3}, "some_future_feature"),
-        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"peft_type": "VERA"}, "peft_type='VERA'"),
         ({"peft_type": None}, "peft_type=None"),
         ({"peft_type": ["LORA"]}, "peft_type"),
         ({"r": "8"}, "r must be an integer"),
