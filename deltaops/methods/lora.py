@@ -1,14 +1,17 @@
 """LoRA: low-rank adaptation.      y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ
 
 W [N, K] stays frozen; A [r, K] and B [N, r] are trained; s = alpha / r, with ``use_rslora``
-s = alpha / √r. Merged, the weight is W + s · B A.
-Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732).
+s = alpha / √r. Merged, the weight is W + s · B A. With ``use_dora`` each row of that sum is scaled
+to a length m [N] that is trained too.
+Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732);
+DoRA: Liu et al. 2024 (2402.09353).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +24,7 @@ from deltaops.modules import DeltaPlace, LoraSettings, start_values, unbecome
 from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
 from .peft_config import listed, required, target_fields, unexpressed
-from .targets import ALL_LINEAR, check_flags, is_count, is_number, normalise
+from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, normalise
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +41,12 @@ class LoRA(Delta):
         exclude_modules: names or a regular expression, taken out of the targets.
         modules_to_save: modules that are trained whole and saved along, such as a new head.
         use_rslora: scale by ``alpha / √r``.
+        use_dora: train the lengths of the adapted weight's rows as well. In training, ``dropout``
+            acts on the branch alone; PEFT lets it act on a part of the frozen product too, for
+            which it computes that product twice.
+        rank_pattern: ranks of some modules that differ from ``r``: a mapping from a name (from the
+            end of the path) or regular expression, as PEFT has it. The first that matches counts.
+        alpha_pattern: the same for ``alpha``.
         layers_to_transform: indices of the layers that get the delta (with a list of names only).
         layers_pattern: names of the module list that the indices count, such as "layers".
         autocast_adapter_dtype: keep A and B in float32 where the weight is float16 or bfloat16.
@@ -53,6 +62,9 @@ class LoRA(Delta):
     exclude_modules: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     autocast_adapter_dtype: bool = True
@@ -60,7 +72,7 @@ class LoRA(Delta):
 
     kind: ClassVar[str] = "lora"
     peft_type: ClassVar[str | None] = "LORA"
-    promises: ClassVar[frozenset[Promise]] = frozenset(Promise)
+    promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -72,7 +84,9 @@ class LoRA(Delta):
             raise ConfigError(
                 f"LoRA: dropout must be in [0, 1), got {self.dropout!r}. Pass 0.05 for 5 %."
             )
-        check_flags(self, "use_rslora", "autocast_adapter_dtype")
+        for field, valid in (("rank_pattern", is_count), ("alpha_pattern", is_number)):
+            object.__setattr__(self, field, _pattern(field, getattr(self, field), valid))
+        check_flags(self, "use_rslora", "use_dora", "autocast_adapter_dtype")
         normalise(self)
 
     def __repr__(self) -> str:
@@ -81,17 +95,24 @@ class LoRA(Delta):
 
     @property
     def scaling(self) -> float:
-        """The factor of the branch."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """The factor of the branch, where no pattern says otherwise."""
+        return self._scaling(self.r, self.alpha)
+
+    def rank(self, path: str) -> int:
+        """The rank at ``path``."""
+        return int(_first(self.rank_pattern, path, self.r))
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     # ------------------------------------------------------------------------------- binding
 
     def unfit(self, site: Site, module: nn.Module) -> str | None:
         """A rank above either dimension adds parameters and no rank."""
-        if self.r > min(site.in_features, site.out_features):
+        rank = self.rank(site.path)
+        if rank > min(site.in_features, site.out_features):
             return (
-                f"r={self.r} is above its smaller dimension "
-                f"({site.in_features}→{site.out_features})"
+                f"r={rank} is above its smaller dimension ({site.in_features}→{site.out_features})"
             )
         return None
 
@@ -100,8 +121,10 @@ class LoRA(Delta):
         module = modules[site.path]
         weight = module.weight
         assert isinstance(weight, Tensor)
+        rank = self.rank(site.path)
+        alpha = float(_first(self.alpha_pattern, site.path, self.alpha))
         a, b = start_values(
-            self.r,
+            rank,
             site.in_features,
             site.out_features,
             device=weight.device,
@@ -109,8 +132,10 @@ class LoRA(Delta):
             generator=binding.generator,
         )
         place = become_place(module, self.kind, binding)
-        settings = LoraSettings(self.r, float(self.alpha), self.scaling, float(self.dropout))
+        settings = LoraSettings(rank, alpha, self._scaling(rank, alpha), float(self.dropout))
         place.add_lora(binding.name, settings, a, b)
+        if self.use_dora:
+            place.add_magnitude(binding.name)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
@@ -131,17 +156,21 @@ class LoRA(Delta):
     def delta_weight(self, module: nn.Module, name: str) -> Tensor:
         """``s · B A`` [N, K], multiplied in float32 at least."""
         assert isinstance(module, DeltaPlace)
-        a, b = self.tensors(module, name).values()
+        a, b, *_ = self.tensors(module, name).values()
         # autocast would take the product in half precision
         with torch.autocast(a.device.type, enabled=False):
             return (b.to(wide(b)) @ a.to(wide(a))) * module.lora[name].scaling
 
     def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
-        """``W + s · B A``."""
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        change = laid_out(module, self.delta_weight(module, name))
-        return {"weight": weight.to(change.dtype) + change}
+        """``W + s · B A``, with DoRA each row scaled to its length."""
+        assert isinstance(module, DeltaPlace)
+        change = self.delta_weight(module, name)
+        total = module.base()[0].to(change.dtype) + change
+        if self.use_dora:
+            *_, magnitude = self.tensors(module, name).values()
+            norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+            total = total * (magnitude.to(total.dtype).unsqueeze(1) / norms)
+        return {"weight": laid_out(module, total)}
 
     # ----------------------------------------------------------------------------------- files
 
@@ -153,14 +182,20 @@ class LoRA(Delta):
             weight = getattr(module, side)[name].weight
             assert isinstance(weight, nn.Parameter)
             found[f"{side}.weight"] = weight
+        if self.use_dora:
+            magnitude = module.lora_magnitude_vector[name].weight
+            assert isinstance(magnitude, nn.Parameter)
+            found["lora_magnitude_vector"] = magnitude
         return found
 
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
-        return {
-            "lora_A.weight": (self.r, site.in_features),
-            "lora_B.weight": (site.out_features, self.r),
+        rank = self.rank(site.path)
+        found: dict[str, tuple[int, ...]] = {
+            "lora_A.weight": (rank, site.in_features),
+            "lora_B.weight": (site.out_features, rank),
         }
+        return found | ({"lora_magnitude_vector": (site.out_features,)} if self.use_dora else {})
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LoraConfig that this delta sets; the others keep their defaults."""
@@ -172,6 +207,9 @@ class LoRA(Delta):
             "bias": "none",
             "fan_in_fan_out": False,
             "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
             "init_lora_weights": True,
             "layers_to_transform": (
                 None if self.layers_to_transform is None else list(self.layers_to_transform)
@@ -192,12 +230,40 @@ class LoRA(Delta):
                 exclude_modules=config.get("exclude_modules") or None,
                 modules_to_save=listed(config, "modules_to_save") or (),
                 use_rslora=config.get("use_rslora", False),
+                use_dora=config.get("use_dora", False),
+                rank_pattern=config.get("rank_pattern") or {},
+                alpha_pattern=config.get("alpha_pattern") or {},
                 layers_to_transform=config.get("layers_to_transform"),
                 layers_pattern=listed(config, "layers_pattern") or (),
                 task_type=config.get("task_type"),
             )
         except ConfigError as error:
             raise CheckpointError(f"adapter_config.json: {error}") from error
+
+
+def _pattern(
+    field: str, value: Any, valid: Callable[[object], bool]
+) -> tuple[tuple[str, Any], ...]:
+    """``value`` as pairs, in its order; the delta has to be hashable."""
+    try:
+        found = tuple((key, number) for key, number in dict(value).items())
+    except (TypeError, ValueError):
+        found = ((None, value),)
+    for key, number in found:
+        if not isinstance(key, str) or not key or not valid(number):
+            what = "ranks ≥ 1" if field == "rank_pattern" else "finite numbers"
+            raise ConfigError(
+                f"LoRA: {field} must map names or regular expressions to {what}, got {value!r}. "
+                "Pass {'q_proj': 16}."
+            )
+        check_regex(f"LoRA: {field}", key)
+    return found
+
+
+def _first(pattern: Any, path: str, otherwise: float) -> float:
+    """The value of the first key that matches ``path``, by PEFT's rule for patterns."""
+    hits = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
+    return next(hits, otherwise)
 
 
 # ------------------------------------------------------------------------- PEFT's configuration
@@ -211,6 +277,9 @@ _EXPRESSED = frozenset(
         "exclude_modules",
         "modules_to_save",
         "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
         "layers_to_transform",
         "layers_pattern",
         "task_type",

@@ -64,7 +64,7 @@ def selector(subject: str, value: str | Iterable[str]) -> str | tuple[str, ...]:
         if not value:
             raise ConfigError(f"{subject} is empty. Name modules, or leave the default.")
         if not roles(value):
-            _check_regex(subject, value)
+            check_regex(subject, value)
         return value
     found = names(subject, value)
     if not found:
@@ -134,7 +134,8 @@ def _indices(title: str, value: int | Iterable[int] | None) -> tuple[int, ...] |
     return found
 
 
-def _check_regex(subject: str, pattern: str) -> None:
+def check_regex(subject: str, pattern: str) -> None:
+    """Raises: ConfigError where ``pattern`` does not compile."""
     try:
         re.compile(pattern)
     except re.error as error:

@@ -8,6 +8,7 @@ from .around import Relay
 from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
+from .dora import row_norms
 from .factor import Factor, start_values
 from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
 from .kinds import delta_class, frozen_class, is_conv1d
@@ -62,6 +63,7 @@ __all__ = [
     "near_zero",
     "plain_linear",
     "program_of",
+    "row_norms",
     "sharing",
     "stand_ins",
     "start_values",

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .dora import row_norms, scaled
+
 
 @dataclass(frozen=True)
 class Part:
@@ -48,6 +50,18 @@ class GainAfter(Part):
         """Multiplied in the wider dtype, rounded once."""
         gain: Tensor = place.ia3_l[self.name]
         return (y * gain.flatten()).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class Rescale(Part):
+    """DoRA on an output; see :mod:`deltaops.modules.dora`."""
+
+    def after(self, place: Any, y: Tensor) -> Tensor:
+        """The norms are new in every step, since A and B are."""
+        weight, bias = place.base()
+        a, b = place.lora_A[self.name].weight, place.lora_B[self.name].weight
+        norms = row_norms(weight, a, b, place.lora[self.name].scaling)
+        return scaled(y, bias, place.lora_magnitude_vector[self.name].weight, norms)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from deltaops.packing import PACKING, Policy
 from deltaops.reference.activation import activate
 
 from .adapter import Bottleneck
-from .around import GainAfter, GainBefore, Part, Relay, Sequential, SpanEnd, SpanStart
+from .around import GainAfter, GainBefore, Part, Relay, Rescale, Sequential, SpanEnd, SpanStart
+from .dora import Magnitude, row_norms
 from .factor import Factor
 from .kept import copies, give_back, has_copies
 from .sharing import ALTERS_INPUT, shared
@@ -97,6 +98,7 @@ class DeltaPlace(LinearPlace):
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    lora_magnitude_vector: nn.ModuleDict
     ia3_l: nn.ParameterDict
     adapter: nn.ModuleDict
     lora: dict[str, LoraSettings]
@@ -151,6 +153,17 @@ class DeltaPlace(LinearPlace):
                 self.add_module(side, nn.ModuleDict())
             getattr(self, side)[name] = Factor(factor)
         self.lora[name] = settings
+
+    def add_magnitude(self, name: str) -> None:
+        """Make the branch ``name`` DoRA's; its magnitudes start as the rows' norms ``[N]``."""
+        if "lora_magnitude_vector" not in self._modules:
+            self.add_module("lora_magnitude_vector", nn.ModuleDict())
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        start = row_norms(self.base()[0], a, b, self.lora[name].scaling).to(a.dtype)
+        self.lora_magnitude_vector[name] = Magnitude(start)
+        self._add(Rescale(name))
 
     def add_gain(self, name: str, gain: Tensor, *, before: bool) -> None:
         """Add (IA)³'s vector: ``[1, K]`` for the input (``before``), ``[N, 1]`` for the output."""
@@ -250,7 +263,7 @@ def unbecome(module: nn.Module) -> None:
     if isinstance(module, LinearPlace):
         module.__class__ = module.base_class  # type: ignore[assignment]  # its exact class of before
     give_back(module)
-    for name in ("lora_A", "lora_B", "ia3_l", "adapter"):
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l", "adapter"):
         module._modules.pop(name, None)
     for name in _ATTRIBUTES:
         module.__dict__.pop(name, None)

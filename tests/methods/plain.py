@@ -42,8 +42,15 @@ def apply_plainly(
 
 
 def _lora(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
-    def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        return y + delta.scaling * (args[0] @ t["lora_A.weight"].T @ t["lora_B.weight"].T)
+    def hook(module: Any, args: Any, y: Tensor) -> Tensor:
+        a, b = t["lora_A.weight"], t["lora_B.weight"]
+        y = y + delta.scaling * (args[0] @ a.T @ b.T)
+        if not delta.use_dora:
+            return y
+        weight = module.weight.T if hasattr(module, "nf") else module.weight
+        norm = (weight + delta.scaling * (b @ a).detach()).norm(dim=1)
+        bias = torch.zeros(()) if module.bias is None else module.bias
+        return (y - bias) * (t["lora_magnitude_vector"] / norm) + bias
 
     model.get_submodule(site.path).register_forward_hook(hook)
 

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 METHODS: dict[str, Callable[[], Delta]] = {
     "lora": lambda: LoRA(r=3, alpha=5),
     "rslora": lambda: LoRA(r=3, alpha=5, use_rslora=True, target_modules=["attention-output"]),
+    "dora": lambda: LoRA(r=3, alpha=5, use_dora=True),
     "houlsby": lambda: Adapter(reduction_factor=4),
     "pfeiffer": lambda: Adapter(style="pfeiffer", size=5, layer_norm=True, non_linearity="silu"),
     "parallel": lambda: ParallelAdapter(),

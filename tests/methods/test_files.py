@@ -35,20 +35,49 @@ def saved(delta: Any, name: str, folder: Path) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("delta", [IA3(), LNTuning()], ids=["ia3", "lntuning"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_peft_reads_ours_and_we_read_pefts(delta: Any, name: str, tmp_path: Path) -> None:
+PATTERNS = LoRA(
+    r=2,
+    alpha=4,
+    target_modules=["attention-output", "feed-forward-output"],
+    rank_pattern={r".*\.0\..*": 3, "attention.output.dense": 5},
+    alpha_pattern={"1.output.dense": 1.5},
+)
+CASES = [(delta, name) for delta in (IA3(), LNTuning()) for name in ARCHITECTURES]
+CASES += [(LoRA(r=3, alpha=5, use_dora=True), "gpt2"), (PATTERNS, "bert")]
+
+
+@pytest.mark.parametrize(
+    ("delta", "name"), CASES, ids=[f"{delta.kind}-{name}" for delta, name in CASES]
+)
+def test_peft_computes_the_same_and_files_go_both_ways(
+    delta: Any, name: str, tmp_path: Path
+) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = saved(delta, name, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "ours").eval()
-    assert relative_error(answer(name, theirs), answer(name, model)) < 16 * bound(
-        0.0, torch.float32
-    )
+    ours = deltaops.surgery.handle_of(model)
+    assert ours is not None
+    theirs = peft.PeftModel.from_pretrained(
+        build(name), tmp_path / "ours", is_trainable=True
+    ).eval()
+    found, expected = answer(name, model), answer(name, theirs)
+    assert relative_error(found, expected) < 16 * bound(0.0, torch.float32)
+    for y in (found, expected):
+        (y * torch.linspace(-1, 2, y.numel()).reshape(y.shape)).mean().backward()
+    grads = {
+        key.removeprefix("base_model.model.").replace(".default", ""): p.grad
+        for key, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    for key, tensor in ours.state().items():
+        grad = grads.pop(key if key in grads else f"{key}.weight")
+        assert (grad is None) == (tensor.grad is None)
+        if grad is not None and tensor.grad is not None:
+            torch.testing.assert_close(tensor.grad, grad, rtol=1e-3, atol=1e-6)
+    assert not grads
     theirs.save_pretrained(tmp_path / "theirs")
-    assert (tmp_path / "theirs" / WEIGHTS).read_bytes() == (
-        tmp_path / "ours" / WEIGHTS
-    ).read_bytes()
+    bits = [(tmp_path / folder / WEIGHTS).read_bytes() for folder in ("ours", "theirs")]
+    assert bits[0] == bits[1]
     back = build(name)
     deltaops.load(back, tmp_path / "theirs")
     assert torch.equal(answer(name, back), answer(name, model))

@@ -255,9 +255,9 @@ def test_broken_configuration(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"rank_pattern": {"query": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"query": 2}}, "alpha_pattern"),
+        ({"use_dora": True}, "tensors are missing"),
+        ({"rank_pattern": {"query": 2}}, r"must be \[2, 24\]"),
+        ({"alpha_pattern": {"query": "2"}}, "alpha_pattern must map"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa"}, "changes the base weights"),
