@@ -92,7 +92,7 @@ class Adapter(Delta):
             return shown._shown("style")
         return self._shown("style")
 
-    def unfit(self, site: Site, module: nn.Module) -> str | None:
+    def unfit(self, site: Site) -> str | None:
         """See :meth:`Delta.unfit`."""
         return bottleneck.misfit(self, site.out_features)
 

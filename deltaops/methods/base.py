@@ -1,10 +1,10 @@
 """What every delta method is: a value that says where it binds, how, and what it promises.
 
 A method is one file here. Surgery asks it, in this order: which modules (``target_modules`` and the
-other fields about targets), whether a site can have it (:meth:`Delta.unfit`), to bind and unbind
-(:meth:`Delta.bind`, :meth:`Delta.unbind`), what to merge (:meth:`Delta.unmergeable`,
-:meth:`Delta.merged`) and what to save (:meth:`Delta.tensors`, :meth:`Delta.shapes`, and
-:meth:`Delta.to_peft` where PEFT has a name for the delta).
+other fields about targets), whether one can have it and its sizes suit (:meth:`Delta.unbindable`,
+:meth:`Delta.unfit`), to bind and unbind (:meth:`Delta.bind`, :meth:`Delta.unbind`), what to merge
+(:meth:`Delta.unmergeable`, :meth:`Delta.merged`) and what to save (:meth:`Delta.tensors`,
+:meth:`Delta.shapes`, and :meth:`Delta.to_peft` where PEFT has a name for the delta).
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ class Delta(ABC):
 
     # ------------------------------------------------------------------------------- binding
 
-    def unfit(self, site: Site, module: nn.Module) -> str | None:
-        """Why this site cannot have the delta, though modules of its kind can; None when it can.
-
-        The user is told, and nothing is changed.
-        """
+    def unbindable(self, module: nn.Module) -> str | None:
+        """What this module lacks, so that a role leaves it alone and a name is refused; or None."""
         return None
 
-    def unwanted(self, module: nn.Module) -> str | None:
-        """Why a role leaves this module out, such as a missing bias; None when it does not."""
+    def unfit(self, site: Site) -> str | None:
+        """Why the delta's sizes do not suit the site; None when they do.
+
+        Attaching is refused then, before anything is changed.
+        """
         return None
 
     @abstractmethod

@@ -42,7 +42,7 @@ class BitFit(Delta):
             :class:`deltaops.LoRA`. By default every linear layer but the output embedding, and
             every LayerNorm and RMSNorm; convolutions are left out.
         create_missing: give layers and norms without a bias one that starts at zero. False leaves
-            out those that a role found, and refuses those that are named.
+            those alone that a role found, and refuses those that are named.
         exclude_modules: names or a regular expression, taken out of the targets.
         modules_to_save: modules that are trained whole and saved along, such as a new head.
         layers_to_transform: indices of the layers that get the delta.
@@ -72,13 +72,10 @@ class BitFit(Delta):
         """Whatever differs from its default."""
         return self._shown()
 
-    def unwanted(self, module: nn.Module) -> str | None:
-        """See :meth:`Delta.unwanted`."""
-        return None if self.create_missing else _no_bias(module)
-
-    def unfit(self, site: Site, module: nn.Module) -> str | None:
-        """See :meth:`Delta.unfit`."""
-        return None if self.create_missing else _no_bias(module)
+    def unbindable(self, module: nn.Module) -> str | None:
+        """See :meth:`Delta.unbindable`."""
+        missing = module._parameters.get("bias") is None
+        return "it has no bias" if missing and not self.create_missing else None
 
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
@@ -123,7 +120,3 @@ class BitFit(Delta):
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
         return {"bias": (site.out_features,)}
-
-
-def _no_bias(module: nn.Module) -> str | None:
-    return "it has no bias" if module._parameters.get("bias") is None else None

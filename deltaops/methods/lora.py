@@ -107,7 +107,7 @@ class LoRA(Delta):
 
     # ------------------------------------------------------------------------------- binding
 
-    def unfit(self, site: Site, module: nn.Module) -> str | None:
+    def unfit(self, site: Site) -> str | None:
         """A rank above either dimension adds parameters and no rank."""
         rank = self.rank(site.path)
         if rank > min(site.in_features, site.out_features):

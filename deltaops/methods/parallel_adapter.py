@@ -5,7 +5,8 @@ reads (after the norm, where a model normalizes first), and the branch joins wha
 returns, before the residual. Beside one named layer, f(x) = x Wᵀ + b, and the branch runs in the
 layer's own op; its bias u is then the layer's bias, trained from where it stands.
 
-Down [R, K] starts like LoRA's A, Up [N, R] and the biases at zero: the model starts as it was.
+Down [R, K] starts like LoRA's A, Up [N, R] and the biases at zero: the model starts as it was. In
+the paper's code s multiplies u as well, which is the same set of functions.
 Where a model drops elements of the feed-forward's output (BERT, GPT-2), the branch shares that
 dropout.
 Source: He et al. 2022 (arXiv 2110.04366), table 1 and §4.6 (s = 4, φ = relu, R = K / 2).
@@ -86,7 +87,7 @@ class ParallelAdapter(Delta):
         """Whatever differs from its default."""
         return self._shown()
 
-    def unfit(self, site: Site, module: nn.Module) -> str | None:
+    def unfit(self, site: Site) -> str | None:
         """See :meth:`Delta.unfit`."""
         return bottleneck.misfit(self, _inputs(site))
 

@@ -112,7 +112,7 @@ def near_zero(
     """``down [rank, width]`` and ``up [width, rank]``, N(0, 10⁻²) cut at two deviations.
 
     Drawn as :func:`start_values` draws.
-    Source: Houlsby et al. 2019, §3.
+    Source: Houlsby et al. 2019, §3.6.
     """
     shapes = (rank, width), (width, rank)
     if device.type == "meta":

@@ -8,9 +8,11 @@ place, so that copies, pickles and ``state_dict`` see parameters where they look
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .dora import row_norms, scaled
@@ -79,17 +81,27 @@ class Relay:
     """Carries the input of a sub-layer from its first layer to its last.
 
     Both places hold it. What is carried is taken within the same forward pass, so nothing outlives
-    the sub-layer; under checkpointing both passes carry their own.
+    the sub-layer; under checkpointing both passes carry their own, and so does each thread
+    (nn.DataParallel runs one model in several).
     """
 
     active: bool = True
-    x: Tensor | None = field(default=None, repr=False)
+    carried: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """By thread."""
+
+    def leave(self, x: Tensor) -> None:
+        """What the first layer reads."""
+        self.carried[_thread()] = x
 
     def take(self) -> Tensor:
         """What the first layer left."""
-        x, self.x = self.x, None
+        x = self.carried.pop(_thread(), None)
         assert x is not None, "the last layer of a sub-layer was called before its first"
         return x
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class SpanStart(Part):
     def before(self, place: Any, x: Tensor) -> Tensor:
         """Leaves ``x`` for the last layer."""
         if self.relay.active:
-            self.relay.x = x
+            self.relay.leave(x)
         return x
 
 

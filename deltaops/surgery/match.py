@@ -75,14 +75,10 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
             continue
         if delta.exclude_modules is not None and selects(delta.exclude_modules, path):
             continue
-        entry = "" if named or path not in found else found[path].entry
-        reason = unswappable(module, delta, parents.get(path))
+        entry = "" if named else found[path].entry
+        reason = unswappable(module, delta, parents.get(path)) or delta.unbindable(module)
         if reason is None and entry:
             reason = unswappable(modules[entry], delta, parents.get(entry))
-        if reason is None and not named:
-            reason = delta.unwanted(module)
-            if reason is not None:
-                continue
         if reason is None:
             wanted.append(path)
         else:
@@ -97,7 +93,7 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
             f"delta:\n{_listing(refused)}\nName the {_wanted(delta)} inside them, or take them out "
             "with exclude_modules."
         )
-    by_role = {p: f for p, f in found.items() if p in set(wanted) and not _named(p, delta)}
+    by_role = {p: found[p] for p in wanted if p in found and not _named(p, delta)}
     return Match(tuple(wanted), saved, tuple(skipped), by_role)
 
 

@@ -179,7 +179,7 @@ def make_plan(
             *_features(modules[path]),
             *(("", "") if role is None else (role.role, role.entry)),
         )
-        reason = delta.unfit(site, modules[path])
+        reason = delta.unfit(site)
         if reason is not None:
             unfit.append(f"  {path}: {reason}")
         sites.append(site)
@@ -210,7 +210,10 @@ def check_name(name: str) -> None:
     Raises: ConfigError.
     """
     plain = isinstance(name, str) and name.replace("-", "_").isidentifier() and name.isascii()
-    if not plain or hasattr(nn.ModuleDict, name) or name.startswith("lora_"):
+    taken = (
+        any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)) if plain else False
+    )
+    if not plain or taken or name.startswith("lora_"):
         raise ConfigError(
             f"attach: {name!r} cannot name an adapter: letters, digits, - and _ only, starting "
             "with a letter, no word that nn.ModuleDict uses, not starting with lora_. Try "

@@ -114,7 +114,7 @@ def merged_parameters(
     assert isinstance(weight, nn.Parameter)
     with torch.no_grad():
         for key, exact in delta.merged(module, name).items():
-            value = exact.to(weight.dtype)
+            value = exact.to(weight.dtype).contiguous()
             if not bool(torch.isfinite(value).all()):
                 raise AttachError(
                     f"handle.merge: the merged {key} of {path!r} is not finite. The adapter or the "

@@ -38,14 +38,20 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 ARCHITECTURES = tuple(_SETTINGS)
 
 
-def build(name: str, **settings: Any) -> nn.Module:
-    """The bare model, the same bits every time, its norms not the plain ones."""
+def build(name: str, *, head: str = "Model", **settings: Any) -> nn.Module:
+    """The model, the same bits every time, its norms not the plain ones.
+
+    Args:
+        name: one of ``ARCHITECTURES``.
+        head: what its class is called after the family, such as "ForCausalLM"; by default bare.
+        **settings: of its configuration.
+    """
     import transformers
 
     family, defaults = _SETTINGS[name]
     config = getattr(transformers, f"{family}Config")(**defaults | settings)
     torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, f"{family}Model")(config)
+    model: nn.Module = getattr(transformers, f"{family}{head}")(config)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "norm" in path.lower() or parameter.dim() == 1:

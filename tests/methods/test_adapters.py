@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -95,7 +97,31 @@ def test_nothing_of_a_sub_layer_is_kept_after_it() -> None:
         answer("llama", model)
     relays = [r for path in handle.sites for r in model.get_submodule(path).relays()]  # type: ignore[operator]  # a place's
     assert len(relays) == 2
-    assert all(relay.x is None for relay in relays)
+    assert not any(relay.carried for relay in relays)
+
+
+def test_two_threads_in_one_sub_layer_do_not_meet() -> None:
+    model = build("bert")
+    handle = deltaops.attach(model, ParallelAdapter())
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    inputs = [torch.randint(3, 60, (2, 7)) for _ in range(2)]
+    with torch.no_grad():
+        alone = [model(input_ids=ids).last_hidden_state for ids in inputs]
+        both_inside = threading.Barrier(2)
+        for block in model.encoder.layer:  # type: ignore[union-attr]  # a BERT's
+            act: nn.Module = block.intermediate.intermediate_act_fn  # type: ignore[union-attr, assignment]
+            act.register_forward_hook(lambda module, args, y: (both_inside.wait(timeout=60), y)[1])
+
+        def run(ids: Tensor) -> Tensor:
+            with torch.no_grad():
+                found: Tensor = model(input_ids=ids).last_hidden_state
+            return found
+
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(run, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_an_adapter_beside_one_layer_runs_in_its_op(monkeypatch: pytest.MonkeyPatch) -> None:

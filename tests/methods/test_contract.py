@@ -30,8 +30,7 @@ from .plain import apply_plainly
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 METHODS: dict[str, Callable[[], Delta]] = {
-    "lora": lambda: LoRA(r=3, alpha=5),
-    "rslora": lambda: LoRA(r=3, alpha=5, use_rslora=True, target_modules=["attention-output"]),
+    "lora": lambda: LoRA(r=3, alpha=5, use_rslora=True),
     "dora": lambda: LoRA(r=3, alpha=5, use_dora=True),
     "houlsby": lambda: Adapter(reduction_factor=4),
     "pfeiffer": lambda: Adapter(style="pfeiffer", size=5, layer_norm=True, non_linearity="silu"),
@@ -144,12 +143,12 @@ def test_save_and_load_give_the_same_bits(method: str, name: str, tmp_path: Path
 
 
 @for_each_method
-@everywhere
+@on_a_few
 def test_merge_equals_apply_or_says_why_not(method: str, name: str) -> None:
     model = build(name)
     handle = attached(method, model)
     applied = answer(name, model)
-    biased_norm = method == "bitfit" and name in ("llama", "qwen3", "t5")
+    biased_norm = method == "bitfit" and name in ("llama", "t5")
     if biased_norm or Promise.MERGE_EQUALS_APPLY not in handle.delta.promises:
         with pytest.raises(AttachError, match="Keep the delta applied"):
             handle.merge()
@@ -241,7 +240,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, name: str)
         loss_of(answer(name, model)).backward()
         grads.append(torch.cat([_grad(p).flatten() for p in handle.parameters()]))
     # T5's decoder layers add to the gradient of what they all read in another order
-    assert relative_error(grads[1], grads[0]) <= (4 * bound(0.0, torch.float32)) * (name == "t5")
+    assert relative_error(grads[1], grads[0]) <= (16 * bound(0.0, torch.float32)) * (name == "t5")
 
 
 @for_each_method
@@ -255,6 +254,20 @@ def test_bfloat16(method: str, name: str) -> None:
     assert relative_error(y, answer(name, wide)) < 16 * bound(0.0, torch.bfloat16)
     loss_of(y).backward()
     assert all(bool(torch.isfinite(_grad(p)).all()) for p in handle.parameters())
+
+
+@for_each_method
+def test_generation_with_a_cache_equals_without(method: str) -> None:
+    model = build("llama", head="ForCausalLM")
+    attached(method, model)
+    prompt = torch.tensor([[5, 17, 3, 40]])
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with_cache, without = (
+        model.generate(prompt, use_cache=cache, **settings)  # type: ignore[operator]  # transformers'
+        for cache in (True, False)
+    )
+    assert with_cache.shape == (1, 10)
+    assert torch.equal(with_cache, without)
 
 
 @for_each_method

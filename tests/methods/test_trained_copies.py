@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deltaops
 from deltaops import BitFit, LNTuning, LoRA
-from deltaops.errors import AttachError, ConfigError, TargetError
+from deltaops.errors import AttachError, TargetError
 from deltaops.testing.architectures import HIDDEN, answer, build
 
 
@@ -44,7 +44,7 @@ def test_missing_biases_are_created_at_zero_and_removed() -> None:
 def test_missing_biases_can_be_left_missing() -> None:
     with pytest.raises(TargetError, match="leaves no module for bitfit"):
         deltaops.attach(build("llama"), BitFit(create_missing=False))
-    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj: it has no bias"):
+    with pytest.raises(TargetError, match=r"layers\.0\.self_attn\.q_proj: it has no bias"):
         deltaops.attach(build("llama"), BitFit(target_modules=["q_proj"], create_missing=False))
     handle = deltaops.attach(build("gpt2"), BitFit(create_missing=False))
     assert len(handle.sites) == 2 * 4 + 5

@@ -89,7 +89,9 @@ def test_a_plan_applied_twice_is_refused(tiny: Callable[..., Any]) -> None:
         plan.apply()
 
 
-@pytest.mark.parametrize("name", ["..", "a/b", "a.b", "", "keys", "lora_x", "ü", "a\x00", 3])
+@pytest.mark.parametrize(
+    "name", ["..", "a/b", "a.b", "", "keys", "setdefault", "lora_x", "ü", "a\x00", 3]
+)
 def test_hostile_adapter_names_are_refused(tiny: Callable[..., Any], name: Any) -> None:
     with pytest.raises(ConfigError, match="cannot name an adapter"):
         deltaops.attach(tiny("llama").model, LoRA(r=4), name=name)

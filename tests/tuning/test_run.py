@@ -51,6 +51,18 @@ def test_resuming_gives_the_same_bits(base: Path, text: Path, tmp_path: Path) ->
     assert [p.loss for p in outcome.history][:3] == [p.loss for p in stopped.history]
 
 
+def test_a_method_with_a_manifest_resumes_alike(base: Path, text: Path, tmp_path: Path) -> None:
+    wanted = settings(base, text, delta="bitfit:create_missing=true", lr=0.01)
+    outcome = run(wanted, tmp_path / "straight")
+    assert outcome.before is not None
+    assert outcome.after is not None
+    assert outcome.after["loss"] < outcome.before["loss"]
+    interrupted(wanted, tmp_path / "resumed", after=3)
+    run(wanted, tmp_path / "resumed", resume=True)
+    files = [tmp_path / name / "deltaops.safetensors" for name in ("straight", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_stopped_run_is_loadable(base: Path, text: Path, tmp_path: Path) -> None:
     import transformers
 
