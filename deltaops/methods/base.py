@@ -105,6 +105,10 @@ class Delta(ABC):
     def activate(self, module: nn.Module, active: bool) -> None:
         """Switch the delta of ``module`` on or off (disabled, or merged); again is nothing new."""
 
+    def pace(self, suffix: str) -> float:
+        """The factor of the learning rate for the tensor ``suffix``; see ``Handle``."""
+        return 1.0
+
     # ------------------------------------------------------------------------------- merging
 
     @abstractmethod

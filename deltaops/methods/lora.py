@@ -4,7 +4,7 @@ W [N, K] stays frozen; A [r, K] and B [N, r] are trained; s = alpha / r, with ``
 s = alpha / √r. Merged, the weight is W + s · B A. With ``use_dora`` each row of that sum is scaled
 to a length m [N] that is trained too.
 Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732);
-DoRA: Liu et al. 2024 (2402.09353).
+DoRA: Liu et al. 2024 (2402.09353); LoRA+: Hayou et al. 2024 (2402.12354).
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class LoRA(Delta):
         rank_pattern: ranks of some modules that differ from ``r``: a mapping from a name (from the
             end of the path) or regular expression, as PEFT has it. The first that matches counts.
         alpha_pattern: the same for ``alpha``.
+        lr_ratio: how many times A's learning rate B has (LoRA+; 16 is usual), in the groups of
+            ``handle.parameter_groups(lr)`` and in ``deltaops tune``. Files do not keep it.
         layers_to_transform: indices of the layers that get the delta (with a list of names only).
         layers_pattern: names of the module list that the indices count, such as "layers".
         autocast_adapter_dtype: keep A and B in float32 where the weight is float16 or bfloat16.
@@ -65,6 +67,7 @@ class LoRA(Delta):
     use_dora: bool = False
     rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    lr_ratio: float = 1.0
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     autocast_adapter_dtype: bool = True
@@ -84,6 +87,8 @@ class LoRA(Delta):
             raise ConfigError(
                 f"LoRA: dropout must be in [0, 1), got {self.dropout!r}. Pass 0.05 for 5 %."
             )
+        if not is_number(self.lr_ratio) or self.lr_ratio <= 0:
+            raise ConfigError(f"LoRA: lr_ratio must be above 0, got {self.lr_ratio!r}. Try 16.")
         for field, valid in (("rank_pattern", is_count), ("alpha_pattern", is_number)):
             object.__setattr__(self, field, _pattern(field, getattr(self, field), valid))
         check_flags(self, "use_rslora", "use_dora", "autocast_adapter_dtype")
@@ -145,6 +150,10 @@ class LoRA(Delta):
         """See :meth:`Delta.activate`."""
         assert isinstance(module, DeltaPlace)
         module.delta_active = active
+
+    def pace(self, suffix: str) -> float:
+        """See :meth:`Delta.pace`."""
+        return float(self.lr_ratio) if suffix.startswith("lora_B") else 1.0
 
     # ------------------------------------------------------------------------------- merging
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -62,6 +63,23 @@ class Handle:
             yield from self.delta.tensors(self._module(path), self.name).values()
         for path in self._record.saved:
             yield from self._module(path).parameters()
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """What is trained, as groups for an optimizer: what learns faster than the rest apart.
+
+        Args:
+            lr: learning rate of all that has none of its own.
+        Returns: a group for each rate, with "params", "lr" and "pace": its factor of ``lr``, for
+            whoever sets rates anew in each step.
+        """
+        self._check_attached("parameter_groups")
+        by_pace: dict[float, list[nn.Parameter]] = {}
+        for path in self.sites:
+            for suffix, parameter in self.delta.tensors(self._module(path), self.name).items():
+                by_pace.setdefault(self.delta.pace(suffix), []).append(parameter)
+        for path in self._record.saved:
+            by_pace.setdefault(1.0, []).extend(self._module(path).parameters())
+        return [{"params": p, "lr": lr * pace, "pace": pace} for pace, p in by_pace.items()]
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, keys as ``<module>.<suffix>``."""

@@ -44,6 +44,7 @@ from deltaops.testing import bound, relative_error
         ({"layers_to_transform": [0]}, "needs a list of names"),
         ({"layers_to_transform": [-1], "target_modules": ["q"]}, "layer indices"),
         ({"layers_to_transform": "0", "target_modules": ["q"]}, "layer indices"),
+        ({"lr_ratio": 0}, "lr_ratio must be above 0"),
         ({"use_dora": "yes"}, "use_dora must be a bool"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern must map names or regular expressions to ranks"),
         ({"rank_pattern": {"": 1}}, "rank_pattern must map"),
@@ -119,6 +120,25 @@ def test_the_first_pattern_that_matches_decides() -> None:
     assert [lora.rank(path) for path in ("0.q", "1.q", "q", "1.rest", "crest", "k")] == [
         3, 4, 4, 5, 2, 2
     ]  # fmt: skip
+
+
+def test_lora_plus_lets_b_learn_faster() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lora = LoRA(r=2, lr_ratio=16, target_modules=["0"], modules_to_save=["1"])
+    handle = deltaops.attach(model, lora)
+    slow, fast = handle.parameter_groups(1e-3)
+    assert (slow["lr"], slow["pace"], fast["lr"], fast["pace"]) == (1e-3, 1.0, 16e-3, 16.0)
+    assert [tuple(p.shape) for p in fast["params"]] == [(8, 2)]
+    everything = {id(p) for p in [*slow["params"], *fast["params"]]}
+    assert everything == {id(p) for p in handle.parameters()}
+    optimizer = torch.optim.SGD([slow, fast])
+    before = {k: t.detach().clone() for k, t in handle.state().items()}
+    for parameter in handle.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for key, tensor in handle.state().items():
+        rate = 16e-3 if "lora_B" in key else 1e-3
+        torch.testing.assert_close(before[key] - tensor, torch.full_like(tensor, rate))
 
 
 def test_doras_norms_need_no_merged_weight() -> None:

@@ -16,7 +16,8 @@ from deltaops.tuning.state import FILE
 
 def settings(base: Path, data: Path, **changes: object) -> Settings:
     values: dict[str, object] = {
-        "steps": 6, "batch_size": 4, "seq_len": 16, "delta": "lora:r=4,alpha=8,dropout=0.1",
+        "steps": 6, "batch_size": 4, "seq_len": 16,
+        "delta": "lora:r=4,alpha=8,dropout=0.1,lr_ratio=2",
     }  # fmt: skip
     return Settings(str(base), str(data), **{**values, **changes})
 
