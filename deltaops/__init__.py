@@ -18,12 +18,17 @@ from .dispatch import backends
 
 if TYPE_CHECKING:
     from . import errors, memory, ops
-    from .methods.lora import LoRA
+    from .methods import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
     from .ops import explain
     from .surgery import accelerate, attach, load, report
 
 __all__ = [
+    "IA3",
+    "Adapter",
+    "BitFit",
+    "LNTuning",
     "LoRA",
+    "ParallelAdapter",
     "__version__",
     "accelerate",
     "attach",
@@ -39,7 +44,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LoRA": "methods.lora",
+    "Adapter": "methods",
+    "BitFit": "methods",
+    "IA3": "methods",
+    "LNTuning": "methods",
+    "LoRA": "methods",
+    "ParallelAdapter": "methods",
     "accelerate": "surgery",
     "attach": "surgery",
     "errors": "",

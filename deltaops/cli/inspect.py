@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,13 @@ def inspect(
 
     Example:  deltaops inspect path/to/model --delta lora:r=8
 
+    Example:  deltaops inspect path/to/model --delta adapter:style=pfeiffer
+
     Example:  deltaops inspect my-adapter
     """
     console = Console()
     folder = Path(model).expanduser()
-    if (folder / "adapter_config.json").is_file():
+    if any((folder / name).is_file() for name in ("adapter_config.json", "deltaops.json")):
         _show_adapter(console, folder)
     else:
         _show_model(console, model, delta)
@@ -39,19 +40,22 @@ def inspect(
 def _show_adapter(console: Console, folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
-    weights = folder / "adapter_model.safetensors"
+    from deltaops.surgery.files import files_in, read_config
+
+    files = files_in(folder)
+    config = read_config(folder, files)
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        with safe_open(weights, framework="pt") as file:
+        with safe_open(folder / files.weights, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (json.JSONDecodeError, SafetensorError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{folder}: the adapter cannot be read ({error}). It needs adapter_config.json and "
-            "adapter_model.safetensors, both whole."
+            f"{folder}: the adapter cannot be read ({error}). It needs {files.config} and "
+            f"{files.weights}, both whole."
         ) from error
-    for key in ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"):
-        if key in config:
-            console.print(f"{key:<26}{config[key]}")
+    shown = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout")
+    facts = {key: config[key] for key in (*shown, "method", "base_model") if key in config}
+    for key, value in (facts | config.get("settings", {})).items():
+        console.print(f"{key:<26}{value}", highlight=False, markup=False)
     table = Table("tensor", "shape", box=None, pad_edge=False, header_style="bold")
     total = 0
     for name, shape in shapes.items():

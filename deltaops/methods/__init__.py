@@ -1,6 +1,30 @@
 """Delta methods, one file each; see :mod:`deltaops.methods.base` for what they all are."""
 
-from .base import ALL_LINEAR, Delta, Promise
+from .adapter import Adapter
+from .base import Binding, Delta, Promise, Site
+from .bitfit import BitFit
+from .ia3 import IA3
+from .ln_tuning import LNTuning
 from .lora import LoRA
+from .parallel_adapter import ParallelAdapter
+from .targets import ALL_LINEAR
 
-__all__ = ["ALL_LINEAR", "Delta", "LoRA", "Promise"]
+__all__ = [
+    "ALL_LINEAR",
+    "IA3",
+    "METHODS",
+    "Adapter",
+    "Binding",
+    "BitFit",
+    "Delta",
+    "LNTuning",
+    "LoRA",
+    "ParallelAdapter",
+    "Promise",
+    "Site",
+]
+
+_ALL: tuple[type[Delta], ...] = (LoRA, Adapter, ParallelAdapter, BitFit, IA3, LNTuning)
+
+METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}
+"""By the name that files and the command line use."""

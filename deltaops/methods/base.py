@@ -1,40 +1,77 @@
 """What every delta method is: a value that says where it binds, how, and what it promises.
 
-A method is one file here. Surgery asks it, in this order: which modules (``target_modules``,
-``exclude_modules``, ``modules_to_save``), whether one fits (:meth:`Delta.unfit`), to bind and
-unbind (:meth:`Delta.bind`, :meth:`Delta.unbind`), what to merge (:meth:`Delta.delta_weight`) and
-what to save (:meth:`Delta.tensors`, :meth:`Delta.shapes`, :meth:`Delta.to_peft`).
+A method is one file here. Surgery asks it, in this order: which modules (``target_modules`` and the
+other fields about targets), whether one can have it and its sizes suit (:meth:`Delta.unbindable`,
+:meth:`Delta.unfit`), to bind and unbind (:meth:`Delta.bind`, :meth:`Delta.unbind`), what to merge
+(:meth:`Delta.unmergeable`, :meth:`Delta.merged`) and what to save (:meth:`Delta.tensors`,
+:meth:`Delta.shapes`, and :meth:`Delta.to_peft` where PEFT has a name for the delta).
 """
 
 from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deltaops.errors import ConfigError
+from deltaops.packing import Policy
 
-ALL_LINEAR = "all-linear"
+LINEAR, NORM = "linear", "norm"
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Promise(enum.Enum):
     """What a method promises; ``tests/methods`` runs a contract test for each."""
 
     IDENTITY_AT_START = "a freshly attached model computes what it computed before"
+    NEAR_IDENTITY_AT_START = "a freshly attached model computes nearly what it computed before"
     MERGE_EQUALS_APPLY = "merged weights compute what the applied delta computes"
     REVERT_RESTORES_BITS = "reverting gives back every bit and every requires_grad flag"
 
 
+@dataclass(frozen=True)
+class Site:
+    """One place that gets a delta."""
+
+    path: str
+    place: str
+    """"linear" or "norm"."""
+    kind: str
+    """Name of the module's class."""
+    in_features: int
+    out_features: int
+    role: str = ""
+    """The one by which it was found; empty where it was named."""
+    entry: str = ""
+    """Path of the layer where the sub-layer begins that ends here, with the role "feed-forward"."""
+
+
+class Binding(NamedTuple):
+    """How a delta is bound to all of its sites."""
+
+    name: str
+    """Of the adapter."""
+    backend: str
+    strict: bool
+    pack: Policy
+    generator: torch.Generator | None
+    """Draws the start values; torch's global CPU generator without one."""
+
+
 class Delta(ABC):
-    """A delta method with its settings."""
+    """A delta method with its settings: a frozen dataclass."""
 
     kind: ClassVar[str]
     """Short name, as in ``deltaops tune --delta KIND:key=value``."""
     promises: ClassVar[frozenset[Promise]]
+    places: ClassVar[frozenset[str]] = frozenset({LINEAR})
+    """Kinds of place that it binds to."""
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name for it; None where PEFT has none, and our own manifest holds it."""
 
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...] | None
@@ -43,78 +80,88 @@ class Delta(ABC):
     layers_pattern: tuple[str, ...]
     task_type: str | None
 
-    @abstractmethod
-    def unfit(self, in_features: int, out_features: int) -> str | None:
-        """Why a layer of this size cannot have the delta; None when it can."""
+    # ------------------------------------------------------------------------------- binding
+
+    def unbindable(self, module: nn.Module) -> str | None:
+        """What this module lacks, so that a role leaves it alone and a name is refused; or None."""
+        return None
+
+    def unfit(self, site: Site) -> str | None:
+        """Why the delta's sizes do not suit the site; None when they do.
+
+        Attaching is refused then, before anything is changed.
+        """
+        return None
 
     @abstractmethod
-    def place(self, kind: type[nn.Module]) -> type[nn.Module] | None:
-        """The class that a module of exactly ``kind`` becomes; None when it cannot."""
+    def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
+        """Turn the module of ``site`` into its place and give it the start values."""
 
     @abstractmethod
-    def bind(
-        self,
-        module: nn.Module,
-        name: str,
-        *,
-        backend: str,
-        strict: bool,
-        generator: torch.Generator | None,
-    ) -> None:
-        """Turn ``module`` into its place and give it the start values of adapter ``name``."""
-
-    @abstractmethod
-    def unbind(self, module: nn.Module) -> None:
-        """Undo :meth:`bind`; also called where ``bind`` failed halfway."""
+    def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
+        """Undo :meth:`bind`; also called where ``bind`` failed halfway, or never came."""
 
     @abstractmethod
     def activate(self, module: nn.Module, active: bool) -> None:
-        """Switch the delta of ``module`` on or off (disabled, or merged into the weight)."""
+        """Switch the delta of ``module`` on or off (disabled, or merged); again is nothing new."""
+
+    def pace(self, suffix: str) -> float:
+        """The factor of the learning rate for the tensor ``suffix``; see ``Handle``."""
+        return 1.0
+
+    # ------------------------------------------------------------------------------- merging
 
     @abstractmethod
-    def delta_weight(self, module: nn.Module, name: str) -> Tensor:
-        """What merging adds to the weight ``[N, K]``, in float32 (float64 for float64 weights)."""
+    def unmergeable(self, module: nn.Module) -> str | None:
+        """Why the delta of ``module`` cannot become part of its parameters; None when it can."""
+
+    @abstractmethod
+    def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
+        """Name of a parameter → its merged value, in float32 at least, laid out as it is."""
+
+    # ----------------------------------------------------------------------------------- files
 
     @abstractmethod
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """Suffix in a checkpoint → parameter."""
 
     @abstractmethod
-    def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-        """Suffix in a checkpoint → shape, for a layer of this size."""
+    def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Suffix in a checkpoint → shape, before anything is bound."""
 
-    @abstractmethod
-    def to_peft(self) -> dict[str, Any]:
-        """This method's part of PEFT's ``adapter_config.json``."""
+    def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
+        """This method's part of PEFT's ``adapter_config.json``, where there is one.
+
+        Args:
+            sites: where it is bound; for what PEFT lists by name.
+        """
+        raise NotImplementedError  # only asked of a method that has a peft_type
 
     @classmethod
-    @abstractmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Delta:
         """The method of an ``adapter_config.json``; CheckpointError for what it cannot express."""
+        raise NotImplementedError  # only asked of a method that has a peft_type
+
+    def settings(self) -> dict[str, Any]:
+        """Every field, as JSON can hold it; for our own manifest."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # every method is a dataclass
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    def _shown(self, *always: str) -> str:
+        """For ``__repr__``: the fields ``always`` and whatever differs from its default."""
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)  # type: ignore[arg-type]  # every method is a dataclass
+            if field.name in always or getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def names(subject: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
-    """``value`` as a tuple of distinct module names; a single string is one name."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        value = (value,)
-    found = tuple(value) if isinstance(value, Iterable) else (value,)
-    for name in found:
-        if not isinstance(name, str) or not name:
-            raise ConfigError(
-                f"{subject} must be module names, got {name!r}. Pass strings such as 'q_proj'."
-            )
-    return tuple(dict.fromkeys(found))
+def adapter_dtype(weight: Tensor, autocast: bool) -> torch.dtype:
+    """The dtype of what is added beside ``weight``: float32 for half precision, if asked for."""
+    return torch.float32 if autocast and weight.dtype in HALF else weight.dtype
 
 
-def selector(subject: str, value: str | Iterable[str]) -> str | tuple[str, ...]:
-    """``value`` as a regular expression (a string) or a tuple of names (anything else)."""
-    if isinstance(value, str):
-        if not value:
-            raise ConfigError(f"{subject} is empty. Name modules, or leave the default.")
-        return value
-    found = names(subject, value)
-    if not found:
-        raise ConfigError(f"{subject} is empty. Name at least one module, or use {ALL_LINEAR!r}.")
-    return found
+def wide(tensor: Tensor) -> torch.dtype:
+    """The dtype in which ``tensor`` is merged: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,35 +1,30 @@
 """LoRA: low-rank adaptation.      y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ
 
 W [N, K] stays frozen; A [r, K] and B [N, r] are trained; s = alpha / r, with ``use_rslora``
-s = alpha / √r. Merged, the weight is W + s · B A.
-Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732).
+s = alpha / √r. Merged, the weight is W + s · B A. With ``use_dora`` each row of that sum is scaled
+to a length m [N] that is trained too.
+Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732);
+DoRA: Liu et al. 2024 (2402.09353); LoRA+: Hayou et al. 2024 (2402.12354).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import (
-    LoraPlace,
-    LoraSettings,
-    become,
-    features,
-    lora_class,
-    start_values,
-    unbecome,
-)
+from deltaops.modules import DeltaPlace, LoraSettings, start_values, unbecome
 
-from .base import ALL_LINEAR, Delta, Promise, names, selector
-
-_HALF = (torch.float16, torch.bfloat16)
+from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
+from .linear import become_place, laid_out
+from .peft_config import listed, required, target_fields, unexpressed
+from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, normalise
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,12 +35,20 @@ class LoRA(Delta):
         r: rank, ≥ 1.
         alpha: scale; the branch is multiplied by ``alpha / r`` (``alpha / √r`` with rsLoRA).
         dropout: probability of dropping an element of the branch's input while training, in [0, 1).
-        target_modules: "all-linear" (every linear layer but the output embedding), names matched
-            from the end of the path (``["q_proj", "v_proj"]``), or a regular expression for the
-            whole path.
+        target_modules: "all-linear" (every linear layer but the output embedding) or another role,
+            names matched from the end of the path (``["q_proj", "v_proj"]``), or a regular
+            expression for the whole path.
         exclude_modules: names or a regular expression, taken out of the targets.
         modules_to_save: modules that are trained whole and saved along, such as a new head.
         use_rslora: scale by ``alpha / √r``.
+        use_dora: train the lengths of the adapted weight's rows as well. In training, ``dropout``
+            acts on the branch alone; PEFT lets it act on a part of the frozen product too, for
+            which it computes that product twice.
+        rank_pattern: ranks of some modules that differ from ``r``: a mapping from a name (from the
+            end of the path) or regular expression, as PEFT has it. The first that matches counts.
+        alpha_pattern: the same for ``alpha``.
+        lr_ratio: how many times A's learning rate B has (LoRA+; 16 is usual), in the groups of
+            ``handle.parameter_groups(lr)`` and in ``deltaops tune``. Files do not keep it.
         layers_to_transform: indices of the layers that get the delta (with a list of names only).
         layers_pattern: names of the module list that the indices count, such as "layers".
         autocast_adapter_dtype: keep A and B in float32 where the weight is float16 or bfloat16.
@@ -61,165 +64,166 @@ class LoRA(Delta):
     exclude_modules: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    lr_ratio: float = 1.0
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     autocast_adapter_dtype: bool = True
     task_type: str | None = None
 
     kind: ClassVar[str] = "lora"
-    promises: ClassVar[frozenset[Promise]] = frozenset(Promise)
+    peft_type: ClassVar[str | None] = "LORA"
+    promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+        if not is_count(self.r):
             raise ConfigError(f"LoRA: r must be an integer ≥ 1, got {self.r!r}. 8 is usual.")
-        if not _is_number(self.alpha) or not math.isfinite(self.alpha):
+        if not is_number(self.alpha):
             raise ConfigError(f"LoRA: alpha must be finite, got {self.alpha!r}. Try 2·r.")
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(
                 f"LoRA: dropout must be in [0, 1), got {self.dropout!r}. Pass 0.05 for 5 %."
             )
-        for flag in ("use_rslora", "autocast_adapter_dtype"):
-            if not isinstance(getattr(self, flag), bool):
-                raise ConfigError(f"LoRA: {flag} must be a bool, got {getattr(self, flag)!r}.")
-        put = object.__setattr__  # the dataclass is frozen; this normalises what was passed
-        put(self, "target_modules", selector("LoRA: target_modules", self.target_modules))
-        if self.exclude_modules is not None:
-            put(self, "exclude_modules", selector("LoRA: exclude_modules", self.exclude_modules))
-        put(self, "modules_to_save", names("LoRA: modules_to_save", self.modules_to_save))
-        put(self, "layers_pattern", names("LoRA: layers_pattern", self.layers_pattern))
-        put(self, "layers_to_transform", _indices(self.layers_to_transform))
-        for subject, value in (
-            ("target_modules", self.target_modules),
-            ("exclude_modules", self.exclude_modules),
-        ):
-            if isinstance(value, str):
-                _check_regex(subject, value)
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ConfigError(
-                "LoRA: layers_to_transform needs a list of names in target_modules, got the string "
-                f"{self.target_modules!r}. Put the layers into the regular expression."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                "LoRA: layers_pattern says what layers_to_transform counts, and that is missing. "
-                "Pass both or neither."
-            )
+        if not is_number(self.lr_ratio) or self.lr_ratio <= 0:
+            raise ConfigError(f"LoRA: lr_ratio must be above 0, got {self.lr_ratio!r}. Try 16.")
+        for field, valid in (("rank_pattern", is_count), ("alpha_pattern", is_number)):
+            object.__setattr__(self, field, _pattern(field, getattr(self, field), valid))
+        check_flags(self, "use_rslora", "use_dora", "autocast_adapter_dtype")
+        normalise(self)
 
     def __repr__(self) -> str:
         """Rank, alpha and whatever differs from its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)
-            if field.name in ("r", "alpha") or getattr(self, field.name) != field.default
-        ]
-        return f"LoRA({', '.join(shown)})"
+        return self._shown("r", "alpha")
 
     @property
     def scaling(self) -> float:
-        """The factor of the branch."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """The factor of the branch, where no pattern says otherwise."""
+        return self._scaling(self.r, self.alpha)
+
+    def rank(self, path: str) -> int:
+        """The rank at ``path``."""
+        return int(_first(self.rank_pattern, path, self.r))
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     # ------------------------------------------------------------------------------- binding
 
-    def unfit(self, in_features: int, out_features: int) -> str | None:
+    def unfit(self, site: Site) -> str | None:
         """A rank above either dimension adds parameters and no rank."""
-        if self.r > min(in_features, out_features):
-            return f"r={self.r} is above its smaller dimension ({in_features}→{out_features})"
+        rank = self.rank(site.path)
+        if rank > min(site.in_features, site.out_features):
+            return (
+                f"r={rank} is above its smaller dimension ({site.in_features}→{site.out_features})"
+            )
         return None
 
-    def place(self, kind: type[nn.Module]) -> type[nn.Module] | None:
-        """LoRA binds to linear layers."""
-        return lora_class(kind)
-
-    def bind(
-        self,
-        module: nn.Module,
-        name: str,
-        *,
-        backend: str,
-        strict: bool,
-        generator: torch.Generator | None,
-    ) -> None:
+    def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
-        place = lora_class(type(module))
-        assert place is not None, f"{type(module)} passed matching and has no place"
-        in_features, out_features = features(module)
+        module = modules[site.path]
         weight = module.weight
         assert isinstance(weight, Tensor)
-        upcast = self.autocast_adapter_dtype and weight.dtype in _HALF
+        rank = self.rank(site.path)
+        alpha = float(_first(self.alpha_pattern, site.path, self.alpha))
         a, b = start_values(
-            self.r,
-            in_features,
-            out_features,
+            rank,
+            site.in_features,
+            site.out_features,
             device=weight.device,
-            dtype=torch.float32 if upcast else weight.dtype,
-            generator=generator,
+            dtype=adapter_dtype(weight, self.autocast_adapter_dtype),
+            generator=binding.generator,
         )
-        become(module, place, backend, strict)
-        assert isinstance(module, LoraPlace)
-        module.add_lora(
-            name, LoraSettings(self.r, float(self.alpha), self.scaling, float(self.dropout)), a, b
-        )
+        place = become_place(module, self.kind, binding)
+        settings = LoraSettings(rank, alpha, self._scaling(rank, alpha), float(self.dropout))
+        place.add_lora(binding.name, settings, a, b)
+        if self.use_dora:
+            place.add_magnitude(binding.name)
 
-    def unbind(self, module: nn.Module) -> None:
+    def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
-        unbecome(module)
+        unbecome(modules[site.path])
 
     def activate(self, module: nn.Module, active: bool) -> None:
         """See :meth:`Delta.activate`."""
-        assert isinstance(module, LoraPlace)
+        assert isinstance(module, DeltaPlace)
         module.delta_active = active
 
+    def pace(self, suffix: str) -> float:
+        """See :meth:`Delta.pace`."""
+        return float(self.lr_ratio) if suffix.startswith("lora_B") else 1.0
+
     # ------------------------------------------------------------------------------- merging
+
+    def unmergeable(self, module: nn.Module) -> str | None:
+        """See :meth:`Delta.unmergeable`."""
+        return None
 
     @torch.no_grad()
     def delta_weight(self, module: nn.Module, name: str) -> Tensor:
         """``s · B A`` [N, K], multiplied in float32 at least."""
-        assert isinstance(module, LoraPlace)
-        tensors = self.tensors(module, name)
-        a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
-        wide = torch.promote_types(a.dtype, torch.float32)
+        assert isinstance(module, DeltaPlace)
+        a, b, *_ = self.tensors(module, name).values()
         # autocast would take the product in half precision
         with torch.autocast(a.device.type, enabled=False):
-            return (b.to(wide) @ a.to(wide)) * module.lora[name].scaling
+            return (b.to(wide(b)) @ a.to(wide(a))) * module.lora[name].scaling
+
+    def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
+        """``W + s · B A``, with DoRA each row scaled to its length."""
+        assert isinstance(module, DeltaPlace)
+        change = self.delta_weight(module, name)
+        total = module.base()[0].to(change.dtype) + change
+        if self.use_dora:
+            *_, magnitude = self.tensors(module, name).values()
+            norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+            total = total * (magnitude.to(total.dtype).unsqueeze(1) / norms)
+        return {"weight": laid_out(module, total)}
 
     # ----------------------------------------------------------------------------------- files
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """PEFT's suffixes."""
-        assert isinstance(module, LoraPlace)
+        assert isinstance(module, DeltaPlace)
         found = {}
         for side in ("lora_A", "lora_B"):
             weight = getattr(module, side)[name].weight
             assert isinstance(weight, nn.Parameter)
             found[f"{side}.weight"] = weight
+        if self.use_dora:
+            magnitude = module.lora_magnitude_vector[name].weight
+            assert isinstance(magnitude, nn.Parameter)
+            found["lora_magnitude_vector"] = magnitude
         return found
 
-    def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
-        return {"lora_A.weight": (self.r, in_features), "lora_B.weight": (out_features, self.r)}
+        rank = self.rank(site.path)
+        found: dict[str, tuple[int, ...]] = {
+            "lora_A.weight": (rank, site.in_features),
+            "lora_B.weight": (site.out_features, rank),
+        }
+        return found | ({"lora_magnitude_vector": (site.out_features,)} if self.use_dora else {})
 
-    def to_peft(self) -> dict[str, Any]:
+    def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LoraConfig that this delta sets; the others keep their defaults."""
-        listed = isinstance(self.target_modules, tuple)
-        excluded = self.exclude_modules
-        return {
-            "peft_type": "LORA",
+        return target_fields(self, sites) | {
+            "peft_type": self.peft_type,
             "r": self.r,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "bias": "none",
+            "fan_in_fan_out": False,
             "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
             "init_lora_weights": True,
-            "target_modules": sorted(self.target_modules) if listed else self.target_modules,
-            "exclude_modules": sorted(excluded) if isinstance(excluded, tuple) else excluded,
-            "modules_to_save": list(self.modules_to_save) or None,
             "layers_to_transform": (
                 None if self.layers_to_transform is None else list(self.layers_to_transform)
             ),
             "layers_pattern": list(self.layers_pattern) or None,
-            "task_type": self.task_type,
         }
 
     @classmethod
@@ -231,16 +235,44 @@ class LoRA(Delta):
                 r=config.get("r", 8),
                 alpha=config.get("lora_alpha", 8),
                 dropout=config.get("lora_dropout", 0.0),
-                target_modules=_required(config, "target_modules"),
+                target_modules=required(config, "target_modules"),
                 exclude_modules=config.get("exclude_modules") or None,
-                modules_to_save=_listed(config, "modules_to_save") or (),
+                modules_to_save=listed(config, "modules_to_save") or (),
                 use_rslora=config.get("use_rslora", False),
+                use_dora=config.get("use_dora", False),
+                rank_pattern=config.get("rank_pattern") or {},
+                alpha_pattern=config.get("alpha_pattern") or {},
                 layers_to_transform=config.get("layers_to_transform"),
-                layers_pattern=_listed(config, "layers_pattern") or (),
+                layers_pattern=listed(config, "layers_pattern") or (),
                 task_type=config.get("task_type"),
             )
         except ConfigError as error:
             raise CheckpointError(f"adapter_config.json: {error}") from error
+
+
+def _pattern(
+    field: str, value: Any, valid: Callable[[object], bool]
+) -> tuple[tuple[str, Any], ...]:
+    """``value`` as pairs, in its order; the delta has to be hashable."""
+    try:
+        found = tuple((key, number) for key, number in dict(value).items())
+    except (TypeError, ValueError):
+        found = ((None, value),)
+    for key, number in found:
+        if not isinstance(key, str) or not key or not valid(number):
+            what = "ranks ≥ 1" if field == "rank_pattern" else "finite numbers"
+            raise ConfigError(
+                f"LoRA: {field} must map names or regular expressions to {what}, got {value!r}. "
+                "Pass {'q_proj': 16}."
+            )
+        check_regex(f"LoRA: {field}", key)
+    return found
+
+
+def _first(pattern: Any, path: str, otherwise: float) -> float:
+    """The value of the first key that matches ``path``, by PEFT's rule for patterns."""
+    hits = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
+    return next(hits, otherwise)
 
 
 # ------------------------------------------------------------------------- PEFT's configuration
@@ -254,6 +286,9 @@ _EXPRESSED = frozenset(
         "exclude_modules",
         "modules_to_save",
         "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
         "layers_to_transform",
         "layers_pattern",
         "task_type",
@@ -294,54 +329,4 @@ def _refuse_unknown_features(config: Mapping[str, Any]) -> None:
         elif value not in (None, False, "none") and value != {} and value != []:
             refused.append(f"{key}={value!r}")
     if refused:
-        raise CheckpointError(
-            "adapter_config.json uses what deltaops.LoRA does not express: "
-            f"{', '.join(sorted(refused))}. Load it with peft and, where it helps, call "
-            "deltaops.accelerate on the result."
-        )
-
-
-def _required(config: Mapping[str, Any], key: str) -> str | tuple[str, ...]:
-    value = config.get(key)
-    if value is None:
-        raise CheckpointError(f"adapter_config.json has no {key}, so nothing says where it binds.")
-    return value if isinstance(value, str) else _listed(config, key) or ()
-
-
-def _listed(config: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
-    value = config.get(key)
-    if value is None or value == []:
-        return None
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise CheckpointError(f"adapter_config.json: {key} must be a list of names, got {value!r}.")
-    return tuple(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _indices(value: int | Iterable[int] | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        found = (value,) if isinstance(value, int) else tuple(value)
-    except TypeError:
-        found = ()
-    if not found or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in found):
-        raise ConfigError(
-            f"LoRA: layers_to_transform must be layer indices ≥ 0, got {value!r}. Pass [0, 1]."
-        )
-    return found
-
-
-def _check_regex(subject: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"LoRA: {subject}={pattern!r} is a string, so it is a regular expression, and it does "
-            f"not compile: {error}. Pass a list for plain names."
-        ) from error
+        raise CheckpointError(unexpressed("LoRA", refused))

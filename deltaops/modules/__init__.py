@@ -3,16 +3,21 @@
 ``conv1d`` and ``peft_linear`` import transformers and peft, so they are not imported here.
 """
 
+from .adapter import AdapterSettings, Bottleneck, near_zero
+from .around import Relay
 from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
+from .dora import row_norms
 from .factor import Factor, start_values
-from .kinds import frozen_class, is_conv1d, lora_class
-from .linear import FrozenLinear, LoraLinear
+from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
+from .kinds import delta_class, frozen_class, is_conv1d
+from .linear import DeltaLinear, FrozenLinear
+from .norm import BiasedNorm, allow_bias, disallow_bias, is_norm, lacks_bias
 from .place import (
     UNFROZEN,
+    DeltaPlace,
     LinearPlace,
-    LoraPlace,
     LoraSettings,
     become,
     features,
@@ -25,27 +30,44 @@ from .sharing import APART, sharing
 __all__ = [
     "APART",
     "UNFROZEN",
+    "AdapterSettings",
     "AttentionBlock",
+    "BiasedNorm",
     "Block",
+    "Bottleneck",
+    "DeltaLinear",
+    "DeltaPlace",
     "Factor",
     "FrozenLinear",
     "GatedMlpBlock",
     "LinearPlace",
-    "LoraLinear",
-    "LoraPlace",
     "LoraSettings",
     "Program",
+    "Relay",
     "RmsNormBlock",
+    "activate_copies",
     "activation_of",
+    "allow_bias",
     "become",
+    "copies",
+    "delta_class",
+    "disallow_bias",
     "features",
+    "follow",
     "frozen_class",
+    "give_back",
+    "has_copies",
     "is_conv1d",
-    "lora_class",
+    "is_norm",
+    "lacks_bias",
+    "near_zero",
     "plain_linear",
     "program_of",
+    "row_norms",
     "sharing",
     "stand_ins",
     "start_values",
+    "train_copies",
     "unbecome",
+    "zeros_for",
 ]

@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class RmsNormBlock(Block):
-    """``weight · x / √(mean x² + variance_epsilon)``, as Llama has it."""
+    """``weight · x / √(mean x² + variance_epsilon)``, as Llama has it, and BitFit's bias."""
 
     kind = "norm"
     weight: nn.Parameter
@@ -84,17 +84,18 @@ class RmsNormBlock(Block):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.norm_bias`."""
-        weight = self.weight
+        weight, bias = self.weight, self._parameters.get("bias")
         # of two dtypes transformers' result has the wider one, the op's that of x
         fits = plain(hidden_states, weight) and weight.dtype is hidden_states.dtype
         if not fits or not takes(
             self.call(hidden_states.numel() // weight.shape[0]), self.backend, self.strict
         ):
             out: Tensor = super().forward(hidden_states)
-            return out
+            return out if bias is None else out + bias
         return norm_bias(
             hidden_states,
             weight,
+            bias,
             norm="rms",
             eps=self.variance_epsilon,
             backend=self.backend,

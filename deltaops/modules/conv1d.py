@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .place import LinearPlace, LoraPlace
+from .place import DeltaPlace, LinearPlace
 
 
 class _TransposedWeight(LinearPlace):
@@ -24,8 +24,8 @@ class _TransposedWeight(LinearPlace):
         return nn.Module.__repr__(self)
 
 
-class LoraConv1D(LoraPlace, _TransposedWeight, Conv1D):
-    """A ``Conv1D`` whose frozen weight and LoRA branches run as one op."""
+class DeltaConv1D(DeltaPlace, _TransposedWeight, Conv1D):
+    """A ``Conv1D`` whose frozen weight and deltas run as one op."""
 
     base_class = Conv1D
 

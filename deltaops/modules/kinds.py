@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .linear import FrozenLinear, LoraLinear
-from .place import LinearPlace, LoraPlace
+from .linear import DeltaLinear, FrozenLinear
+from .place import DeltaPlace, LinearPlace
 
 
 def is_conv1d(kind: type) -> bool:
@@ -13,14 +13,14 @@ def is_conv1d(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def lora_class(kind: type[nn.Module]) -> type[LoraPlace] | None:
-    """The LoRA place of exactly ``kind``, or None."""
+def delta_class(kind: type[nn.Module]) -> type[DeltaPlace] | None:
+    """The place with deltas of exactly ``kind``, or None."""
     if kind is nn.Linear:
-        return LoraLinear
+        return DeltaLinear
     if is_conv1d(kind):
-        from .conv1d import LoraConv1D  # a model that has this layer has loaded transformers
+        from .conv1d import DeltaConv1D  # a model that has this layer has loaded transformers
 
-        return LoraConv1D
+        return DeltaConv1D
     return None
 
 

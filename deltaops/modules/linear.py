@@ -1,14 +1,14 @@
-"""``nn.Linear`` as a place: with LoRA branches, and frozen without any."""
+"""``nn.Linear`` as a place: with deltas, and frozen without any."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from .place import LinearPlace, LoraPlace
+from .place import DeltaPlace, LinearPlace
 
 
-class LoraLinear(LoraPlace, nn.Linear):
-    """An ``nn.Linear`` whose frozen weight and LoRA branches run as one op."""
+class DeltaLinear(DeltaPlace, nn.Linear):
+    """An ``nn.Linear`` whose frozen weight and deltas run as one op."""
 
     base_class = nn.Linear
 

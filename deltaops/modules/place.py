@@ -19,8 +19,12 @@ from deltaops.ops import Branch, Layer, delta_linear
 from deltaops.packing import PACKING, Policy
 from deltaops.reference.activation import activate
 
+from .adapter import Bottleneck
+from .around import GainAfter, GainBefore, Part, Relay, Rescale, Sequential, SpanEnd, SpanStart
+from .dora import Magnitude, row_norms
 from .factor import Factor
-from .sharing import shared
+from .kept import copies, give_back, has_copies
+from .sharing import ALTERS_INPUT, shared
 
 UNFROZEN = "the base weight requires a gradient, which the fused op does not compute: plain torch"
 """The reason that ``deltaops.report`` shows while a place runs :func:`plain_linear`."""
@@ -86,37 +90,112 @@ class LinearPlace(nn.Module):
         return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
 
 
-class LoraPlace(LinearPlace):
-    """Mixin of a place with LoRA branches, by adapter name."""
+class DeltaPlace(LinearPlace):
+    """Mixin of a place with deltas: LoRA branches by adapter name, and parts around the op.
+
+    Of the containers, a place has those that its deltas need.
+    """
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    lora_magnitude_vector: nn.ModuleDict
+    ia3_l: nn.ParameterDict
+    adapter: nn.ModuleDict
     lora: dict[str, LoraSettings]
+    around: tuple[Part, ...]
+    """Gains and adapters; see :mod:`deltaops.modules.around`."""
+    beside: tuple[str, ...]
+    """Names of the adapters that are branches of the op."""
+    delta_kind: str
+    """For the report; missing on a layer that only begins a sub-layer with an adapter beside it."""
     delta_active: bool
     """False while the deltas are disabled or already merged into the weight."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` → ``[..., N]``: the parts around the op, if there are any, and the op."""
+        if not self.around or not self.delta_active:
+            return super().forward(x)
+        for part in self.around:
+            x = part.before(self, x)
+        y = super().forward(x)
+        for part in self.around:
+            y = part.after(self, y)
+        return y
+
     def branches(self) -> list[Branch]:
-        """One branch for each adapter, none while they are disabled or merged."""
+        """One branch for each LoRA or parallel adapter, none while they are off or merged."""
         if not self.delta_active:
             return []
-        modules, training = self._modules, self.training
-        # nn.ModuleDict's own lookup costs more than the rest of this function
-        a, b = modules["lora_A"]._modules, modules["lora_B"]._modules  # type: ignore[union-attr]  # add_lora made them
-        return [
-            Branch(
-                a[name]._parameters["weight"],  # type: ignore[union-attr, arg-type]  # a Factor's, not None
-                b[name]._parameters["weight"],  # type: ignore[union-attr, arg-type]  # a Factor's, not None
-                settings.scaling,
-                settings.dropout if training else 0.0,
-            )
-            for name, settings in self.lora.items()
-        ]
+        found: list[Branch] = []
+        if self.lora:
+            modules, training = self._modules, self.training
+            # nn.ModuleDict's own lookup costs more than the rest of this function
+            a, b = modules["lora_A"]._modules, modules["lora_B"]._modules  # type: ignore[union-attr]  # add_lora made them
+            found = [
+                Branch(
+                    a[name]._parameters["weight"],  # type: ignore[union-attr, arg-type]  # a Factor's, not None
+                    b[name]._parameters["weight"],  # type: ignore[union-attr, arg-type]  # a Factor's, not None
+                    settings.scaling,
+                    settings.dropout if training else 0.0,
+                )
+                for name, settings in self.lora.items()
+            ]
+        for name in self.beside:
+            adapter = self.adapter[name]
+            assert isinstance(adapter, Bottleneck)
+            found.append(adapter.branch())
+        return found
 
     def add_lora(self, name: str, settings: LoraSettings, a: Tensor, b: Tensor) -> None:
         """Add the branch ``name`` with ``a [R, K]`` and ``b [N, R]``."""
-        self.lora_A[name] = Factor(a)
-        self.lora_B[name] = Factor(b)
+        for side, factor in (("lora_A", a), ("lora_B", b)):
+            if side not in self._modules:
+                self.add_module(side, nn.ModuleDict())
+            getattr(self, side)[name] = Factor(factor)
         self.lora[name] = settings
+
+    def add_magnitude(self, name: str) -> None:
+        """Make the branch ``name`` DoRA's; its magnitudes start as the rows' norms ``[N]``."""
+        if "lora_magnitude_vector" not in self._modules:
+            self.add_module("lora_magnitude_vector", nn.ModuleDict())
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        start = row_norms(self.base()[0], a, b, self.lora[name].scaling).to(a.dtype)
+        self.lora_magnitude_vector[name] = Magnitude(start)
+        self._add(Rescale(name))
+
+    def add_gain(self, name: str, gain: Tensor, *, before: bool) -> None:
+        """Add (IA)³'s vector: ``[1, K]`` for the input (``before``), ``[N, 1]`` for the output."""
+        if "ia3_l" not in self._modules:
+            self.add_module("ia3_l", nn.ParameterDict())
+        self.ia3_l[name] = nn.Parameter(gain)
+        self._add(GainBefore(name) if before else GainAfter(name))
+        if before:
+            # a group computes q, k and v from one x; this place's is another
+            self.__dict__[ALTERS_INPUT] = True
+
+    def gains_input(self, name: str) -> bool:
+        """Whether (IA)³'s vector ``name`` is for the input."""
+        return GainBefore(name) in self.around
+
+    def add_adapter(self, name: str, adapter: Bottleneck, relay: Relay | None) -> None:
+        """Add an adapter after the layer; with a relay, beside the sub-layer that ends here."""
+        self._hold(name, adapter)
+        self._add(Sequential(name) if relay is None else SpanEnd(name, relay))
+
+    def add_branch(self, name: str, adapter: Bottleneck) -> None:
+        """Add an adapter beside this one layer, as a branch of its op."""
+        self._hold(name, adapter)
+        self.__dict__["beside"] = (*self.beside, name)
+
+    def begin_span(self, name: str, relay: Relay) -> None:
+        """Note that a sub-layer with an adapter beside it begins here."""
+        self._add(SpanStart(name, relay))
+
+    def relays(self) -> list[Relay]:
+        """Those of the sub-layers that end here."""
+        return [part.relay for part in self.around if isinstance(part, SpanEnd)]
 
     def describe_deltas(self) -> str:
         """For ``extra_repr``: what is bound here."""
@@ -125,8 +204,20 @@ class LoraPlace(LinearPlace):
             + (f", dropout={s.dropout:g}" if s.dropout else "")
             for name, s in self.lora.items()
         ]
-        state = "" if self.delta_active else ", inactive"
-        return f"lora=({'; '.join(parts)}){state}"
+        found = [f"lora=({'; '.join(parts)})"] if parts else []
+        found += [f"branch {name}" for name in self.beside]
+        found += [type(part).__name__ for part in self.around]
+        if has_copies(self):
+            found.append(f"trained {', '.join(copies(self))}")
+        return ", ".join(found) + ("" if self.delta_active else ", inactive")
+
+    def _hold(self, name: str, adapter: Bottleneck) -> None:
+        if "adapter" not in self._modules:
+            self.add_module("adapter", nn.ModuleDict())
+        self.adapter[name] = adapter
+
+    def _add(self, part: Part) -> None:
+        self.__dict__["around"] = (*self.around, part)
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch]) -> Tensor:
@@ -143,6 +234,13 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[
     return y.to(base.dtype)
 
 
+_ATTRIBUTES = (
+    "backend", "strict", "pack", "delta_active", "delta_kind", "lora", "around", "beside",
+    ALTERS_INPUT,
+)  # fmt: skip
+"""What a place has in its ``__dict__`` beside what the layer had."""
+
+
 def become(
     module: nn.Module, place: type[LinearPlace], backend: str, strict: bool, pack: Policy = "auto"
 ) -> None:
@@ -153,11 +251,10 @@ def become(
     module.__dict__["backend"] = backend
     module.__dict__["strict"] = strict
     module.__dict__["pack"] = pack
-    if issubclass(place, LoraPlace):
+    if issubclass(place, DeltaPlace):
         module.__dict__["delta_active"] = True
         module.__dict__["lora"] = {}
-        module.add_module("lora_A", nn.ModuleDict())
-        module.add_module("lora_B", nn.ModuleDict())
+        module.__dict__["around"] = module.__dict__["beside"] = ()
     module.__class__ = place
 
 
@@ -165,9 +262,10 @@ def unbecome(module: nn.Module) -> None:
     """Undo :func:`become`: the exact class of before and none of the place's attributes."""
     if isinstance(module, LinearPlace):
         module.__class__ = module.base_class  # type: ignore[assignment]  # its exact class of before
-    for name in ("lora_A", "lora_B"):
+    give_back(module)
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l", "adapter"):
         module._modules.pop(name, None)
-    for name in ("backend", "strict", "pack", "delta_active", "lora"):
+    for name in _ATTRIBUTES:
         module.__dict__.pop(name, None)
 
 

@@ -22,6 +22,9 @@ from deltaops.ops import delta_linear_group
 APART = "_deltaops_apart"
 """In the ``__dict__`` of a module whose layers turned out not to share x."""
 
+ALTERS_INPUT = "_deltaops_alters_input"
+"""In the ``__dict__`` of a place whose op reads something else than the x it is called with."""
+
 
 class _Waiting(NamedTuple):
     x: Tensor
@@ -106,6 +109,7 @@ def _together(places: Sequence[Any]) -> bool:
             and place.strict == first.strict
             and not place._forward_pre_hooks
             and "forward" not in place.__dict__
+            and ALTERS_INPUT not in place.__dict__
             for place in places
         ]
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from deltaops.errors import AttachError, TargetError
-from deltaops.modules import LinearPlace, LoraPlace, become, frozen_class, unbecome
+from deltaops.modules import DeltaPlace, LinearPlace, become, frozen_class, unbecome
 from deltaops.packing import Policy, check_policy
 
 from .blocks import restore_blocks, swap_blocks
@@ -59,7 +59,7 @@ def accelerate(
     check_policy(pack)
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        if isinstance(module, LoraPlace):
+        if isinstance(module, DeltaPlace):
             raise AttachError(
                 f"accelerate: {path!r} has a delta of deltaops.attach, which is fused already. "
                 "Call handle.revert() first if PEFT is to own the adapters."
@@ -110,7 +110,7 @@ def unaccelerate(model: nn.Module) -> None:
             module.__class__ = module.base_class  # type: ignore[assignment]  # a class attribute
             for name in ("backend", "strict", "pack"):
                 module.__dict__.pop(name, None)
-        elif isinstance(module, LinearPlace) and not isinstance(module, LoraPlace):
+        elif isinstance(module, LinearPlace) and not isinstance(module, DeltaPlace):
             unbecome(module)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from deltaops.modules import (
     APART,
     AttentionBlock,
+    BiasedNorm,
     Block,
     GatedMlpBlock,
     Program,
@@ -65,15 +66,17 @@ def block_rows(model: nn.Module, tokens: int) -> Iterator[tuple[str, str, str, s
 
 def _mixin(module: Any) -> type[Block] | None:
     """What ``module`` becomes, or is; None for all but the blocks that we know."""
-    if isinstance(module, Block):
+    if isinstance(module, Block) and module.mixin is not BiasedNorm:
         return module.mixin
+    otherwise = BiasedNorm if isinstance(module, Block) else None
+    kind = module.base_class if isinstance(module, Block) else type(module)
     if "forward" in module.__dict__ or "transformers.modeling_utils" not in sys.modules:
-        return None  # its forward is replaced already, or nothing here is of transformers
-    forward = type(module).forward
+        return otherwise  # its forward is replaced already, or nothing here is of transformers
+    forward = kind.forward
     program = program_of(forward)
     if program is None:
-        return None
-    mixin = _known().get(program)
+        return otherwise
+    mixin = _known().get(program, otherwise)
     if mixin is GatedMlpBlock and activation_of(module.act_fn) is None:
         return None
     if mixin is None and not forward.__code__.co_freevars and stand_ins(forward, "auto", False):

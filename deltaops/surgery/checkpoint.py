@@ -1,8 +1,10 @@
-"""Save and load an adapter in PEFT's format, bit for bit.
+"""Save and load an adapter, bit for bit: in PEFT's format where PEFT has the method, else in ours.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` with keys
-``base_model.model.<module>.lora_A.weight``; the adapter's name is not in the keys. Loading checks
-the whole file against the model first and changes the model after.
+PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors`` with keys
+``base_model.model.<module>.lora_A.weight``; the adapter's name is not in the keys.
+Ours: ``deltaops.json``, a manifest with the method and its settings, and ``deltaops.safetensors``
+with keys ``<module>.<suffix>``. Loading checks the whole file against the model first and changes
+the model after.
 """
 
 from __future__ import annotations
@@ -15,23 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaops.errors import CheckpointError, TargetError
-from deltaops.methods import LoRA
+from deltaops.errors import CheckpointError, ConfigError, TargetError
+from deltaops.methods import METHODS
 from deltaops.methods.base import Delta
+from deltaops.methods.targets import roles
 from deltaops.modules import LinearPlace
 from deltaops.packing import Policy
 
 from .blocks import swap_blocks
-from .files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
+from .files import OURS, PEFT, Files, files_in, read_config, read_weights, write_adapter
 from .handle import Handle
 from .losses import swap_losses
 from .match import selects
 from .plan import Plan, check_name, make_plan
 
 PREFIX = "base_model.model."
-
-_METHODS: dict[str, type[Delta]] = {"LORA": LoRA}
-"""PEFT's ``peft_type`` → the method that reads it."""
+FORMAT = "deltaops"
+VERSION = 1
+"""Of the manifest; raised when an older reader would misread a newer file."""
 
 
 def save(handle: Handle, path: str | os.PathLike[str]) -> None:
@@ -44,11 +47,13 @@ def save(handle: Handle, path: str | os.PathLike[str]) -> None:
     folder = Path(path)
     if handle.name != "default":
         folder = folder / handle.name
+    files = OURS if handle.delta.peft_type is None else PEFT
+    config = _manifest(handle) if files is OURS else _peft_config(handle)
     tensors = {}
     for key, tensor in handle.state().items():
         # clone: safetensors refuses tensors that share storage, and the file must not
-        tensors[f"{PREFIX}{key}"] = tensor.detach().cpu().contiguous().clone()
-    write_adapter(folder, _peft_config(handle), tensors)
+        tensors[_prefix(files) + key] = tensor.detach().cpu().contiguous().clone()
+    write_adapter(folder, config, tensors, files)
 
 
 def load(
@@ -66,6 +71,8 @@ def load(
     allow_nonfinite: bool = False,
 ) -> Handle:
     """Attach the adapter in the folder ``path``, written by ``handle.save`` or by PEFT.
+
+    The folder says itself which of the two formats it holds.
 
     Args:
         model: the base model, without a delta; changed in place once all checks have passed.
@@ -85,8 +92,9 @@ def load(
     """
     check_name(name)
     folder = Path(path)
-    config = read_config(folder)
-    delta = _method(config).from_peft(config)
+    files = files_in(folder)
+    config = read_config(folder, files)
+    delta = _delta(config, files)
     try:
         plan = make_plan(
             model, delta, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack,
@@ -94,17 +102,24 @@ def load(
         )  # fmt: skip
     except TargetError as error:
         raise CheckpointError(f"load: {str(folder)!r} does not fit this model: {error}") from error
-    tensors = read_weights(folder)
+    tensors = read_weights(folder, files)
     if not tensors:
-        raise CheckpointError(f"load: {WEIGHTS} in {str(folder)!r} holds no tensors.")
-    expected = _expected(model, plan)
-    _check_keys(tensors, expected, folder)
-    _check_tensors(tensors, expected, folder, allow_nonfinite)
+        raise CheckpointError(f"load: {files.weights} in {str(folder)!r} holds no tensors.")
+    delta_shapes, saved_shapes = _expected(model, plan, _prefix(files))
+    shapes = delta_shapes | saved_shapes
+    _check_keys(tensors, shapes, folder, files)
+    where = f"load: {files.weights} in {str(folder)!r}"
+    for key in delta_shapes:
+        if not tensors[key].is_floating_point():
+            raise CheckpointError(
+                f"{where}: {key!r} must be floating point, got {tensors[key].dtype}."
+            )
+    _check_tensors(tensors, shapes, where, files, allow_nonfinite)
     handle = plan.apply()
     try:
         with torch.no_grad():
             for key, tensor in handle.state().items():
-                tensor.copy_(tensors[f"{PREFIX}{key}"])
+                tensor.copy_(tensors[_prefix(files) + key])
         if not trainable:
             for parameter in handle.parameters():
                 parameter.requires_grad_(False)
@@ -125,12 +140,11 @@ def _peft_config(handle: Handle) -> dict[str, Any]:
     """All that PEFT needs to build the same adapter on the same base model."""
     model, delta = handle.model, handle.delta
     sites = handle.sites
-    config = delta.to_peft()
-    if not _means_the_same(model, delta, sites):
+    config = delta.to_peft(handle.places)
+    if "layers_to_transform" in config and not _means_the_same(model, delta, sites):
         # every path in full, as PEFT writes "all-linear": it means the same to every reader
         config["target_modules"] = sorted(sites)
         config["layers_to_transform"] = config["layers_pattern"] = None
-    base = getattr(getattr(model, "config", None), "name_or_path", None)
     kind = type(model)
     config.update(
         auto_mapping=(
@@ -138,18 +152,41 @@ def _peft_config(handle: Handle) -> dict[str, Any]:
             if delta.task_type is None
             else None
         ),
-        base_model_name_or_path=base or getattr(model, "name_or_path", None) or None,
-        # PEFT reads it as the layout of the last matched layer and corrects it, layer by layer
-        fan_in_fan_out=bool(sites) and hasattr(model.get_submodule(sites[-1]), "nf"),
+        base_model_name_or_path=_base_model(model),
         inference_mode=True,
     )
+    if "fan_in_fan_out" in config:
+        # PEFT reads it as the layout of the last matched layer and corrects it, layer by layer
+        last = model.get_submodule(sites[-1]) if sites else None
+        config["fan_in_fan_out"] = hasattr(last, "nf")
     return config
+
+
+def _manifest(handle: Handle) -> dict[str, Any]:
+    """All that :func:`load` needs to build the same adapter on the same base model."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "method": handle.delta.kind,
+        "settings": handle.delta.settings(),
+        "base_model": _base_model(handle.model),
+    }
+
+
+def _base_model(model: nn.Module) -> str | None:
+    """Where the base model came from, if it says so."""
+    config = getattr(model, "config", None)
+    return getattr(config, "name_or_path", None) or getattr(model, "name_or_path", None) or None
+
+
+def _prefix(files: Files) -> str:
+    return PREFIX if files is PEFT else ""
 
 
 def _means_the_same(model: nn.Module, delta: Delta, sites: tuple[str, ...]) -> bool:
     """Whether another reader of the delta's own names, who knows no places, matches these sites."""
     target = delta.target_modules
-    if isinstance(target, str) or delta.layers_to_transform is not None:
+    if isinstance(target, str) or roles(target) or delta.layers_to_transform is not None:
         return False
     linear = [p for p, m in model.named_modules() if isinstance(m, (nn.Linear, LinearPlace))]
     found = {p for p in linear if selects(target, p)}
@@ -161,30 +198,54 @@ def _means_the_same(model: nn.Module, delta: Delta, sites: tuple[str, ...]) -> b
 # ------------------------------------------------------------------------------------------ load
 
 
-def _method(config: Mapping[str, Any]) -> type[Delta]:
-    kind = config.get("peft_type")
-    method = _METHODS.get(kind) if isinstance(kind, str) else None
-    if method is None:
+def _delta(config: Mapping[str, Any], files: Files) -> Delta:
+    """The method and settings of a file."""
+    if files is PEFT:
+        by_type = {m.peft_type: m for m in METHODS.values() if m.peft_type is not None}
+        kind = config.get("peft_type")
+        if not isinstance(kind, str) or kind not in by_type:
+            raise CheckpointError(
+                f"load: {files.config} has peft_type={kind!r}; deltaops reads {', '.join(by_type)}."
+            )
+        return by_type[kind].from_peft(config)
+    if config.get("format") != FORMAT or config.get("version") != VERSION:
         raise CheckpointError(
-            f"load: {CONFIG} has peft_type={kind!r}; deltaops reads {', '.join(_METHODS)}."
+            f"load: {files.config} must have format={FORMAT!r} and version={VERSION}, got "
+            f"{config.get('format')!r} and {config.get('version')!r}. A newer deltaops may read it."
         )
-    return method
+    kind, settings = config.get("method"), config.get("settings")
+    method = METHODS.get(kind) if isinstance(kind, str) else None
+    if method is None or not isinstance(settings, dict):
+        raise CheckpointError(
+            f"load: {files.config} has method={kind!r}; deltaops knows {', '.join(METHODS)}, each "
+            "with an object of settings."
+        )
+    try:
+        return method(**settings)
+    except (ConfigError, TypeError) as error:  # TypeError: a setting that the method does not have
+        raise CheckpointError(f"load: {files.config}: {error}") from error
 
 
-def _expected(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Every key that the file must have, with its shape."""
-    expected: dict[str, tuple[int, ...]] = {}
+def _expected(
+    model: nn.Module, plan: Plan, prefix: str
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Every key that the file must have, with its shape: the delta's, and those saved whole."""
+    ours: dict[str, tuple[int, ...]] = {}
+    saved: dict[str, tuple[int, ...]] = {}
     for site in plan.sites:
-        for suffix, shape in plan.delta.shapes(site.in_features, site.out_features).items():
-            expected[f"{PREFIX}{site.path}.{suffix}"] = shape
+        for suffix, shape in plan.delta.shapes(site, model.get_submodule(site.path)).items():
+            ours[f"{prefix}{site.path}.{suffix}"] = shape
     for path in plan.saved:
         for key, tensor in model.get_submodule(path).state_dict().items():
-            expected[f"{PREFIX}{path}.{key}"] = tuple(tensor.shape)
-    return expected
+            saved[f"{prefix}{path}.{key}"] = tuple(tensor.shape)
+    return ours, saved
 
 
 def _check_keys(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    files: Files,
 ) -> None:
     missing = [key for key in expected if key not in tensors]
     foreign = sorted(key for key in tensors if key not in expected)
@@ -196,7 +257,8 @@ def _check_keys(
     if foreign:
         parts.append(f"{len(foreign)} belong to nothing in this model: {_some(foreign)}")
     raise CheckpointError(
-        f"load: {WEIGHTS} in {str(folder)!r} does not fit this model and its {CONFIG}: "
+        f"load: {files.weights} in {str(folder)!r} does not fit this model and its "
+        f"{files.config}: "
         f"{'; '.join(parts)}. Is this the base model that it was trained on?"
     )
 
@@ -204,20 +266,18 @@ def _check_keys(
 def _check_tensors(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
-    folder: Path,
+    where: str,
+    files: Files,
     allow_nonfinite: bool,
 ) -> None:
-    where = f"load: {WEIGHTS} in {str(folder)!r}"
     # in the model's order: safetensors hands tensors out in the order of its hash table
     for key, shape in expected.items():
         tensor = tensors[key]
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{where}: {key!r} must be {list(shape)} for this model and {CONFIG}, got "
+                f"{where}: {key!r} must be {list(shape)} for this model and {files.config}, got "
                 f"{list(tensor.shape)}. Is this the base model that it was trained on?"
             )
-        if ".lora_" in key and not tensor.is_floating_point():
-            raise CheckpointError(f"{where}: {key!r} must be floating point, got {tensor.dtype}.")
         if (
             not allow_nonfinite
             and tensor.is_floating_point()

@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -25,27 +25,63 @@ from deltaops.errors import CheckpointError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+MANIFEST = "deltaops.json"
+TENSORS = "deltaops.safetensors"
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+class Files(NamedTuple):
+    """Names of the two files of an adapter."""
+
+    config: str
+    weights: str
+
+
+PEFT = Files(CONFIG, WEIGHTS)
+"""PEFT's format, for the methods that PEFT has."""
+OURS = Files(MANIFEST, TENSORS)
+"""Our own, for all others."""
+
+
+def files_in(folder: Path) -> Files:
+    """Which of the two formats ``folder`` holds; PEFT's where it holds neither.
+
+    Raises: CheckpointError where it holds both.
+    """
+    found = [files for files in (PEFT, OURS) if (folder / files.config).exists()]
+    if len(found) == 2:
+        raise CheckpointError(
+            f"load: {str(folder)!r} holds two adapters, in {CONFIG} and {MANIFEST}. Move one of "
+            "them and its weights elsewhere."
+        )
+    return found[0] if found else PEFT
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Files = PEFT
+) -> None:
     """Write both files of an adapter into ``folder``; all or nothing.
 
     A folder that does not exist yet appears with both files at once. In one that does, both files
-    are staged beside the old ones and then renamed over them, weights first.
+    are staged beside the old ones and then renamed over them, weights first; an adapter in the
+    other format goes.
     Raises: CheckpointError with the operating system's reason; what was there is untouched.
     """
     text = json.dumps(config, indent=2, sort_keys=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _staging(folder) as stage:
-            safetensors.torch.save_file(dict(tensors), stage / WEIGHTS, metadata={"format": "pt"})
-            (stage / CONFIG).write_text(text, encoding="utf-8")
-            for name in (WEIGHTS, CONFIG):
+            safetensors.torch.save_file(
+                dict(tensors), stage / files.weights, metadata={"format": "pt"}
+            )
+            (stage / files.config).write_text(text, encoding="utf-8")
+            for name in (files.weights, files.config):
                 (stage / name).chmod(0o666 & ~_umask())
                 flush(stage / name)
             if folder.exists():
-                for name in (WEIGHTS, CONFIG):
+                for name in (files.weights, files.config):
                     os.replace(stage / name, folder / name)
+                for name in OURS if files == PEFT else PEFT:
+                    (folder / name).unlink(missing_ok=True)
                 flush(folder)
             else:
                 stage.chmod(0o777 & ~_umask())
@@ -58,8 +94,8 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``adapter_config.json``.
+def read_config(folder: Path, files: Files = PEFT) -> dict[str, Any]:
+    """The parsed ``adapter_config.json`` or ``deltaops.json``.
 
     Raises: CheckpointError when the folder or file is missing, or is not a JSON object.
     """
@@ -69,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{WEIGHTS}; download an adapter from a hub first."
         )
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / files.config).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"load: {str(folder)!r} has no {CONFIG}, so it is not an adapter that PEFT or deltaops "
@@ -77,28 +113,31 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(
-            f"load: {CONFIG} in {str(folder)!r} cannot be read: {error}. Save the adapter again."
+            f"load: {files.config} in {str(folder)!r} cannot be read: {error}. Save the adapter "
+            "again."
         ) from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"load: {CONFIG} must hold an object, got {type(config).__name__}.")
+        raise CheckpointError(
+            f"load: {files.config} must hold an object, got {type(config).__name__}."
+        )
     return config
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``, on the CPU.
+def read_weights(folder: Path, files: Files = PEFT) -> dict[str, Tensor]:
+    """The tensors of the adapter's safetensors file, on the CPU.
 
     Raises: CheckpointError when it is missing, truncated or no safetensors file, or when there is
         only a pickle.
     """
-    file = folder / WEIGHTS
+    file = folder / files.weights
     if not file.is_file():
-        if (folder / PICKLE).exists():
+        if files == PEFT and (folder / PICKLE).exists():
             raise CheckpointError(
                 f"load: {str(folder)!r} has only {PICKLE}, a pickle, and opening one runs the code "
                 f"in it. If you trust it, convert it once: load it with peft and save_pretrained()."
             )
         raise CheckpointError(
-            f"load: {str(folder)!r} has no {WEIGHTS}. It holds: {_content(folder)}."
+            f"load: {str(folder)!r} has no {files.weights}. It holds: {_content(folder)}."
         )
     try:
         # not mapped into memory: a file replaced meanwhile must not change what was checked

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from deltaops.errors import AttachError
-from deltaops.methods.base import Delta
-from deltaops.modules import LinearPlace, features, unbecome
+from deltaops.methods.base import Delta, Site
+from deltaops.modules import unbecome
 
 from .blocks import restore_blocks
 from .losses import restore_losses
-from .record import Record, exchange, follow, merged_weight, read, write
+from .record import Record, exchange, exchange_parameters, merged_parameters, read, write
 from .tree import Leaf, draw
 
 
@@ -38,6 +39,11 @@ class Handle:
     @property
     def sites(self) -> tuple[str, ...]:
         """Paths of the places that have the delta."""
+        return tuple(site.path for site in self._record.sites)
+
+    @property
+    def places(self) -> tuple[Site, ...]:
+        """The places themselves."""
         return self._record.sites
 
     @property
@@ -53,16 +59,33 @@ class Handle:
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained: the delta's parameters, then those of ``modules_to_save``."""
         self._check_attached("parameters")
-        for path in self._record.sites:
+        for path in self.sites:
             yield from self.delta.tensors(self._module(path), self.name).values()
         for path in self._record.saved:
             yield from self._module(path).parameters()
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """What is trained, as groups for an optimizer: what learns faster than the rest apart.
+
+        Args:
+            lr: learning rate of all that has none of its own.
+        Returns: a group for each rate, with "params", "lr" and "pace": its factor of ``lr``, for
+            whoever sets rates anew in each step.
+        """
+        self._check_attached("parameter_groups")
+        by_pace: dict[float, list[nn.Parameter]] = {}
+        for path in self.sites:
+            for suffix, parameter in self.delta.tensors(self._module(path), self.name).items():
+                by_pace.setdefault(self.delta.pace(suffix), []).append(parameter)
+        for path in self._record.saved:
+            by_pace.setdefault(1.0, []).extend(self._module(path).parameters())
+        return [{"params": p, "lr": lr * pace, "pace": pace} for pace, p in by_pace.items()]
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, keys as ``<module>.<suffix>``."""
         self._check_attached("state")
         found: dict[str, Tensor] = {}
-        for path in self._record.sites:
+        for path in self.sites:
             for suffix, tensor in self.delta.tensors(self._module(path), self.name).items():
                 found[f"{path}.{suffix}"] = tensor
         for path in self._record.saved:
@@ -79,10 +102,10 @@ class Handle:
         if not self.attached:
             return repr(self)
         leaves = []
-        for path in self._record.sites:
-            module = self._module(path)
-            size = sum(t.numel() for t in self.delta.tensors(module, self.name).values())
-            leaves.append(Leaf(path, f"{_describe(module)} {self.delta.kind}", f"+{size:,}"))
+        for site in self._record.sites:
+            tensors = self.delta.tensors(self._module(site.path), self.name)
+            size = sum(t.numel() for t in tensors.values())
+            leaves.append(Leaf(site.path, f"{describe(site)} {self.delta.kind}", f"+{size:,}"))
         for path in self._record.saved:
             size = sum(p.numel() for p in self._module(path).parameters())
             leaves.append(Leaf(path, "trained whole", f"{size:,}"))
@@ -106,18 +129,18 @@ class Handle:
         """
         self._check_attached("disabled")
         merged = self._exchange_merged() if self.merged else {}
-        for path in self._record.sites:
-            self.delta.activate(self._module(path), False)
+        self._activate(False)
         trained = {p: exchange(self._module(p), o) for p, o in self._record.originals.items()}
         try:
             yield
         finally:
             for path, tensors in trained.items():
                 exchange(self._module(path), tensors)
-            for path in self._record.sites:
-                self.delta.activate(self._module(path), path not in merged)
-            for path, weight in merged.items():
-                self._module(path).weight = weight
+            if merged:
+                for path, parameters in merged.items():
+                    exchange_parameters(self._module(path), parameters)
+            else:
+                self._activate(True)
 
     # -------------------------------------------------------------------------------- merging
 
@@ -128,27 +151,28 @@ class Handle:
         gives its bits back. That is the memory of all merged weights once more. With
         ``keep_base=False`` it is dropped, and neither unmerge nor revert is possible any more.
 
-        Raises: AttachError when already merged, or when a merged weight is not finite; the model
-            is as it was then.
+        Raises: AttachError when already merged, when the delta cannot become part of the weights
+            (an adapter's activation stands in the way), or when a merged weight is not finite; the
+            model is as it was then.
         """
         self._check_attached("merge")
         if self.merged:
             raise AttachError("handle.merge: already merged. Call handle.unmerge() first.")
-        done: dict[str, nn.Parameter] = {}
-        try:
-            for path in self._record.sites:
-                module = self._module(path)
-                weight = merged_weight(self.delta, module, self.name, path)
-                original = module.weight
-                assert isinstance(original, nn.Parameter)
-                done[path] = original
-                module.weight = weight
-        except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
-            for path, original in done.items():
-                self._module(path).weight = original
-            raise
-        for path in self._record.sites:
-            self.delta.activate(self._module(path), False)
+        for path in self.sites:
+            reason = self.delta.unmergeable(self._module(path))
+            if reason is not None:
+                raise AttachError(
+                    f"handle.merge: {path!r}: {reason}. Keep the delta applied, and save it with "
+                    "handle.save(path)."
+                )
+        values = {
+            path: merged_parameters(self.delta, self._module(path), self.name, path)
+            for path in self.sites
+        }
+        self._activate(False)
+        done: dict[str, dict[str, nn.Parameter | None]] = {}
+        for path, parameters in values.items():
+            done[path] = exchange_parameters(self._module(path), dict(parameters))
         self._record.merged = dict(done) if keep_base else dict.fromkeys(done)
 
     def unmerge(self) -> None:
@@ -160,8 +184,7 @@ class Handle:
         if not self.merged:
             raise AttachError("handle.unmerge: the delta is not merged. Call handle.merge() first.")
         self._exchange_merged()
-        for path in self._record.sites:
-            self.delta.activate(self._module(path), True)
+        self._activate(True)
         self._record.merged = {}
 
     def merge_and_unload(self) -> nn.Module:
@@ -183,7 +206,7 @@ class Handle:
     # ---------------------------------------------------------------------- saving, undoing
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapter as PEFT does; see :func:`deltaops.surgery.save`."""
+        """Write the adapter, in PEFT's format where it has one: :func:`deltaops.surgery.save`."""
         from .checkpoint import save  # checkpoint needs Handle for what load returns
 
         save(self, path)
@@ -216,29 +239,27 @@ class Handle:
                 "deltaops.attach or deltaops.load."
             )
 
-    def _exchange_merged(self) -> dict[str, nn.Parameter]:
-        """Put the originals back; returns the merged weights."""
-        if any(original is None for original in self._record.merged.values()):
+    def _activate(self, active: bool) -> None:
+        for path in self.sites:
+            self.delta.activate(self._module(path), active)
+
+    def _exchange_merged(self) -> dict[str, dict[str, nn.Parameter | None]]:
+        """Put the originals back; returns the merged parameters."""
+        merged = self._record.merged
+        originals = {path: kept for path, kept in merged.items() if kept is not None}
+        if len(originals) < len(merged):
             raise AttachError(
                 "the base weights were dropped by handle.merge(keep_base=False), so their bits "
                 "cannot come back. Load the base model again."
             )
-        merged: dict[str, nn.Parameter] = {}
-        for path, original in self._record.merged.items():
-            module = self._module(path)
-            weight = module.weight
-            assert original is not None
-            assert isinstance(weight, nn.Parameter)
-            merged[path] = weight
-            follow(original, weight)
-            module.weight = original
-        return merged
+        return {p: exchange_parameters(self._module(p), kept) for p, kept in originals.items()}
 
     def _unbind(self) -> None:
-        for path in self._record.sites:
-            self.delta.unbind(self._module(path))
+        modules = dict(self.model.named_modules())
+        for site in self._record.sites:
+            self.delta.unbind(site, modules)
         for path in self._record.frozen:
-            unbecome(self._module(path))
+            unbecome(modules[path])
 
     def _restore_flags(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -251,7 +272,8 @@ def handle_of(model: nn.Module) -> Handle | None:
     return None if record is None else Handle(model, record)
 
 
-def _describe(module: nn.Module) -> str:
-    kind = module.base_class if isinstance(module, LinearPlace) else type(module)
-    in_features, out_features = features(module)
-    return f"{kind.__name__} {in_features}→{out_features}"
+def describe(site: Site) -> str:
+    """A site's class and size."""
+    if site.place == "norm":
+        return f"{site.kind} {site.in_features}"
+    return f"{site.kind} {site.in_features}→{site.out_features}"

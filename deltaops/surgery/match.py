@@ -17,8 +17,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deltaops.errors import AttachError, TargetError
-from deltaops.methods.base import ALL_LINEAR, Delta
-from deltaops.modules import LinearPlace, is_conv1d
+from deltaops.methods.base import LINEAR, NORM, Delta
+from deltaops.methods.targets import ALL_LINEAR, plain, roles
+from deltaops.modules import LinearPlace, delta_class, has_copies, is_norm
+
+from .anatomy import Found, resolve
 
 _HEADS = ("score", "classifier")
 """Where transformers keeps a sequence classification head."""
@@ -39,6 +42,8 @@ class Match(NamedTuple):
     sites: tuple[str, ...]
     saved: tuple[str, ...]
     skipped: tuple[Skip, ...]
+    found: dict[str, Found]
+    """What a role found, by path; a site that is not in it was named."""
 
 
 def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
@@ -54,31 +59,42 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
     _refuse_second_delta(modules)
     saved = _saved_paths(modules, delta, lenient)
     parents = encoder_children(modules)
-    everywhere = _is_all_linear(delta)
-    heads = _output_heads(model, delta) if everywhere else set()
+    wished = roles(delta.target_modules)
+    found = resolve(model, wished)
+    heads = _output_heads(model, delta) if ALL_LINEAR in wished else set()
     wanted: list[str] = []
     skipped: list[Skip] = []
+    refused: list[Skip] = []
     for path, module in modules.items():
-        if not path or inside(path, saved) or not _selected(path, module, delta, heads):
+        if not path or inside(path, saved):
+            continue
+        named = _named(path, delta)
+        if not named and (path not in found or id(module) in heads):
+            continue
+        if not _in_chosen_layer(path, delta):
             continue
         if delta.exclude_modules is not None and selects(delta.exclude_modules, path):
             continue
-        reason = unswappable(module, delta, parents.get(path))
+        entry = "" if named else found[path].entry
+        reason = unswappable(module, delta, parents.get(path)) or delta.unbindable(module)
+        if reason is None and entry:
+            reason = unswappable(modules[entry], delta, parents.get(entry))
         if reason is None:
             wanted.append(path)
         else:
-            skipped.append(Skip(path, reason))
-    if not everywhere and not lenient:
+            (refused if named else skipped).append(Skip(path, reason))
+    if not lenient:
         _refuse_unmatched_names(modules, delta)
     if not wanted:
-        raise TargetError(_nothing_matched(modules, delta, skipped))
-    if skipped and not everywhere:
+        raise TargetError(_nothing_matched(modules, delta, skipped + refused))
+    if refused:
         raise TargetError(
             f"target_modules={_spelt(delta.target_modules)} names modules that cannot have this "
-            f"delta:\n{_listing(skipped)}\nName the linear layers inside them, or take them out "
+            f"delta:\n{_listing(refused)}\nName the {_wanted(delta)} inside them, or take them out "
             "with exclude_modules."
         )
-    return Match(tuple(wanted), saved, tuple(skipped))
+    by_role = {p: found[p] for p in wanted if p in found and not _named(p, delta)}
+    return Match(tuple(wanted), saved, tuple(skipped), by_role)
 
 
 def selects(pattern: str | Iterable[str], path: str) -> bool:
@@ -98,10 +114,11 @@ def unswappable(module: nn.Module, delta: Delta | None, parent: nn.Module | None
     kind = type(module)
     if parametrize.is_parametrized(module):
         return "parametrized: its weight is computed at every access"
-    if not (kind is nn.Linear or is_conv1d(kind)):
+    norm = delta is not None and NORM in delta.places and is_norm(module)
+    if not norm and delta is not None and LINEAR not in delta.places:
+        return f"{kind.__name__} is no LayerNorm or RMSNorm"
+    if not norm and delta_class(kind) is None:
         return _why_not_kind(module)
-    if delta is not None and delta.place(kind) is None:
-        return f"{delta.kind} does not bind to {kind.__name__}"
     weight = module.weight
     if type(weight) is not nn.Parameter:
         return (
@@ -109,6 +126,8 @@ def unswappable(module: nn.Module, delta: Delta | None, parent: nn.Module | None
         )
     if weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}; a delta needs float16, bfloat16, float32 or float64"
+    if norm:
+        return None
     if weight.dim() != 2 or 0 in weight.shape:
         return f"its weight has the shape {list(weight.shape)}, not [out, in]"
     if "forward" in module.__dict__:
@@ -142,16 +161,14 @@ def nearest(path: str, known: Iterable[str], count: int = 5) -> list[str]:
 # --------------------------------------------------------------------------------------- details
 
 
-def _is_all_linear(delta: Delta) -> bool:
-    target = delta.target_modules
-    return isinstance(target, str) and target.lower() == ALL_LINEAR
+def _named(path: str, delta: Delta) -> bool:
+    """Whether ``target_modules`` takes ``path`` by a name or a regular expression."""
+    pattern = plain(delta.target_modules)
+    return bool(pattern) and selects(pattern, path)
 
 
-def _selected(path: str, module: nn.Module, delta: Delta, heads: set[int]) -> bool:
-    if _is_all_linear(delta):
-        linear = isinstance(module, nn.Linear) or is_conv1d(type(module))
-        return linear and id(module) not in heads
-    return selects(delta.target_modules, path) and _in_chosen_layer(path, delta)
+def _wanted(delta: Delta) -> str:
+    return " and ".join({LINEAR: "linear layers", NORM: "norms"}[p] for p in sorted(delta.places))
 
 
 def _in_chosen_layer(path: str, delta: Delta) -> bool:
@@ -221,7 +238,7 @@ def _why_not_kind(module: nn.Module) -> str:
 
 def _refuse_second_delta(modules: dict[str, nn.Module]) -> None:
     for path, module in modules.items():
-        if isinstance(module, LinearPlace):
+        if isinstance(module, LinearPlace) or has_copies(module):
             raise AttachError(
                 f"the model has a delta already, at {path or 'its root'!r}. Call handle.revert() "
                 "or handle.merge_and_unload() first (deltaops.surgery.handle_of(model) finds it)."
@@ -236,7 +253,7 @@ def _refuse_second_delta(modules: dict[str, nn.Module]) -> None:
 def _refuse_unmatched_names(modules: dict[str, nn.Module], delta: Delta) -> None:
     if isinstance(delta.target_modules, str):
         return
-    for name in delta.target_modules:
+    for name in plain(delta.target_modules):
         if not any(selects((name,), path) for path in modules):
             raise TargetError(_no_such_name("target_modules", name, modules))
 
@@ -252,7 +269,7 @@ def _nothing_matched(modules: dict[str, nn.Module], delta: Delta, skipped: list[
     head = f"target_modules={_spelt(target)} leaves no module for {delta.kind}"
     if skipped:
         return f"{head}; each of those it matches is left alone:\n{_listing(skipped)}"
-    if isinstance(target, str) and not _is_all_linear(delta):
+    if isinstance(target, str) and not roles(target):
         close = nearest(target, modules)
         hint = f"nearest names: {', '.join(close)}" if close else f"it has {_ends(modules)}"
         return (

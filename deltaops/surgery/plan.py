@@ -13,26 +13,14 @@ from torch import nn
 from deltaops.backends import DeltaLinearCall
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError, ConfigError
-from deltaops.methods.base import Delta
-from deltaops.modules import become, features, frozen_class, unbecome
+from deltaops.methods.base import LINEAR, NORM, Binding, Delta, Site
+from deltaops.modules import become, features, frozen_class, is_norm, unbecome
 from deltaops.packing import Policy, check_policy
 
-from .handle import Handle
+from .handle import Handle, describe
 from .match import frozen_linears, inside, match, unswappable
 from .record import Record, exchange, take_over, write
 from .tree import Leaf, draw
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place that gets the delta."""
-
-    path: str
-    kind: str
-    in_features: int
-    out_features: int
-    parameters: int
-    """How many the delta adds here."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +40,7 @@ class Plan:
     pack: Policy
 
     def __str__(self) -> str:
-        leaves = [
-            Leaf(s.path, f"{s.kind} {s.in_features}→{s.out_features}", f"+{s.parameters:,}")
-            for s in self.sites
-        ]
+        leaves = [Leaf(s.path, describe(s), f"+{self._size(s):,}") for s in self.sites]
         leaves += [Leaf(p, "trained whole", f"{_count(self.model, p):,}") for p in self.saved]
         leaves += [Leaf(path, f"left alone: {reason}", "") for path, reason in self.skipped]
         return f"{self.delta} on {type(self.model).__name__}\n{draw(leaves)}"
@@ -77,22 +62,16 @@ class Plan:
                 originals[path] = take_over(modules[path])
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+            binding = Binding(self.name, self.backend, self.strict, self.pack, generator)
             for site in self.sites:
-                self.delta.bind(
-                    modules[site.path],
-                    self.name,
-                    backend=self.backend,
-                    strict=self.strict,
-                    generator=generator,
-                )
-                modules[site.path].__dict__["pack"] = self.pack
+                self.delta.bind(site, modules, binding)
             for path in self.frozen:
                 place = frozen_class(type(modules[path]))
                 if place is not None:  # None: no longer the type that the plan saw
                     become(modules[path], place, self.backend, self.strict, self.pack)
         except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
             for site in self.sites:
-                self.delta.unbind(modules[site.path])
+                self.delta.unbind(site, modules)
             for path in self.frozen:
                 unbecome(modules[path])
             for path, tensors in originals.items():
@@ -103,7 +82,7 @@ class Plan:
         record = Record(
             self.delta,
             self.name,
-            tuple(site.path for site in self.sites),
+            self.sites,
             self.saved,
             self.skipped,
             trained,
@@ -113,12 +92,17 @@ class Plan:
         write(self.model, record)
         return Handle(self.model, record)
 
+    def _size(self, site: Site) -> int:
+        """How many parameters the delta adds or trains there."""
+        shapes = self.delta.shapes(site, self.model.get_submodule(site.path))
+        return sum(torch.Size(shape).numel() for shape in shapes.values())
+
     def _check_unchanged(self, modules: dict[str, nn.Module]) -> None:
         for site in self.sites:
             module = modules.get(site.path)
             reason = "it is gone" if module is None else unswappable(module, self.delta, None)
             if reason is None and module is not None:
-                now = features(module)
+                now = _features(module)
                 if now != (site.in_features, site.out_features):
                     reason = f"it is now {now[0]}→{now[1]}"
             if reason is not None:
@@ -185,25 +169,30 @@ def make_plan(
     found = match(model, delta, lenient=lenient)
     modules = dict(model.named_modules())
     sites = []
-    too_small = []
+    unfit = []
     for path in found.sites:
-        in_features, out_features = features(modules[path])
-        reason = delta.unfit(in_features, out_features)
+        role = found.found.get(path)
+        site = Site(
+            path,
+            NORM if is_norm(modules[path]) else LINEAR,
+            type(modules[path]).__name__,
+            *_features(modules[path]),
+            *(("", "") if role is None else (role.role, role.entry)),
+        )
+        reason = delta.unfit(site)
         if reason is not None:
-            too_small.append(f"  {path}: {reason}")
-        size = sum(torch.Size(s).numel() for s in delta.shapes(in_features, out_features).values())
-        kind = type(modules[path]).__name__
-        sites.append(Site(path, kind, in_features, out_features, size))
-    if too_small and not lenient:
-        listing = "\n".join(too_small[:10])
+            unfit.append(f"  {path}: {reason}")
+        sites.append(site)
+    if unfit and not lenient:
+        listing = "\n".join(unfit[:10])
         raise ConfigError(
-            f"attach: the delta does not fit {len(too_small)} of the {len(sites)} matched "
-            f"layers:\n{listing}\nLower the rank, or name those layers in exclude_modules (a new "
+            f"attach: the delta does not fit {len(unfit)} of the {len(sites)} matched "
+            f"layers:\n{listing}\nChange its size, or name those layers in exclude_modules (a new "
             "head belongs in modules_to_save)."
         )
     others = []
     if frozen:
-        taken = set(found.sites)
+        taken = set(found.sites) | {site.entry for site in sites}
         others = [
             path
             for path in frozen_linears(modules)
@@ -221,7 +210,10 @@ def check_name(name: str) -> None:
     Raises: ConfigError.
     """
     plain = isinstance(name, str) and name.replace("-", "_").isidentifier() and name.isascii()
-    if not plain or hasattr(nn.ModuleDict, name) or name.startswith("lora_"):
+    taken = (
+        any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)) if plain else False
+    )
+    if not plain or taken or name.startswith("lora_"):
         raise ConfigError(
             f"attach: {name!r} cannot name an adapter: letters, digits, - and _ only, starting "
             "with a letter, no word that nn.ModuleDict uses, not starting with lora_. Try "
@@ -235,6 +227,15 @@ def check_backend(backend: str) -> None:
     Raises: NoBackendError.
     """
     explain_call(DeltaLinearCall("cpu", torch.float32, (), 1, 1, 1, (), False, "row"), backend)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """``(in, out)`` of a linear layer; a norm's one size twice."""
+    if is_norm(module):
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        return len(weight), len(weight)
+    return features(module)
 
 
 def _count(model: nn.Module, path: str) -> int:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import AttachError
-from deltaops.methods.base import Delta
+from deltaops.methods.base import Delta, Site
+from deltaops.modules import follow
 
 _ATTRIBUTE = "_deltaops_record"
 
@@ -25,7 +26,7 @@ class Record:
 
     delta: Delta
     name: str
-    sites: tuple[str, ...]
+    sites: tuple[Site, ...]
     saved: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     trained_before: frozenset[str]
@@ -34,8 +35,8 @@ class Record:
     """Paths of the linear layers that run by the op without a delta."""
     originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Path of a module trained whole → its original parameters (and copies of its buffers)."""
-    merged: dict[str, nn.Parameter | None] = field(default_factory=dict)
-    """Path of a merged place → its original weight; None where that was not kept."""
+    merged: dict[str, dict[str, nn.Parameter | None] | None] = field(default_factory=dict)
+    """Path of a merged place → its original parameters; None where they were not kept."""
 
 
 def read(model: nn.Module) -> Record | None:
@@ -90,12 +91,6 @@ def exchange(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return replaced
 
 
-def follow(tensor: Tensor, current: Tensor) -> None:
-    """Move ``tensor`` to where ``current`` is: the model may have been moved or cast meanwhile."""
-    if tensor.device != current.device or tensor.dtype != current.dtype:
-        tensor.data = tensor.data.to(device=current.device, dtype=current.dtype)
-
-
 def _owned(module: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module, str]]:
     """``(path, module that holds it, name)`` of every parameter or buffer below ``module``."""
     for prefix, holder in module.named_modules():
@@ -107,21 +102,36 @@ def _owned(module: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module, str]]
 # -------------------------------------------------------------------------------------- merging
 
 
-def merged_weight(delta: Delta, module: nn.Module, name: str, path: str) -> nn.Parameter:
-    """``W + ΔW`` in the dtype and layout of W, added in float32 at least and rounded once.
+def merged_parameters(
+    delta: Delta, module: nn.Module, name: str, path: str
+) -> dict[str, nn.Parameter]:
+    """What merging puts into ``module``, computed in float32 at least and rounded once.
 
-    Raises: AttachError when the sum is not finite.
+    Raises: AttachError where a value is not finite.
     """
+    found: dict[str, nn.Parameter] = {}
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     with torch.no_grad():
-        change = delta.delta_weight(module, name)
-        if hasattr(module, "nf"):  # Conv1D stores [K, N]
-            change = change.t()
-        total = (weight.to(change.dtype) + change).to(weight.dtype)
-        if not bool(torch.isfinite(total).all()):
-            raise AttachError(
-                f"handle.merge: the merged weight of {path!r} is not finite. The adapter or the "
-                "base weight holds NaN or infinity; nothing was merged."
-            )
-    return nn.Parameter(total, requires_grad=weight.requires_grad)
+        for key, exact in delta.merged(module, name).items():
+            value = exact.to(weight.dtype).contiguous()
+            if not bool(torch.isfinite(value).all()):
+                raise AttachError(
+                    f"handle.merge: the merged {key} of {path!r} is not finite. The adapter or the "
+                    "base weight holds NaN or infinity; nothing was merged."
+                )
+            found[key] = nn.Parameter(value, requires_grad=False)
+    return found
+
+
+def exchange_parameters(
+    module: nn.Module, parameters: dict[str, nn.Parameter | None]
+) -> dict[str, nn.Parameter | None]:
+    """Put ``parameters`` into ``module`` and return what they replace."""
+    replaced: dict[str, nn.Parameter | None] = {}
+    for name, parameter in parameters.items():
+        current = replaced[name] = module._parameters.get(name)
+        if parameter is not None and current is not None:
+            follow(parameter, current)
+        module._parameters[name] = parameter
+    return replaced

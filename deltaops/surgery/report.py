@@ -13,7 +13,8 @@ from deltaops.backends.base import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
-from deltaops.modules import LinearPlace, LoraPlace
+from deltaops.methods.base import NORM
+from deltaops.modules import Block, DeltaPlace, LinearPlace
 from deltaops.packing import PACKING
 
 from .blocks import block_rows
@@ -29,7 +30,8 @@ class Row(NamedTuple):
 
     path: str
     kind: str
-    """"lora", "frozen", "peft lora", "norm", "gated mlp", "attention", "loss", or "left alone"."""
+    """A method's, such as "lora"; or "frozen", "peft lora", "norm", "gated mlp", "attention",
+    "loss", "left alone"."""
     backend: str
     """What runs it now: a backend's name, or "peft", "torch" where the op does not."""
     reason: str
@@ -115,8 +117,8 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
     for path, module in model.named_modules():
         if is_accelerated(module):
             yield _row(path, module, "peft lora", "peft", tokens)
-        elif isinstance(module, LoraPlace):
-            yield _row(path, module, "lora", "torch", tokens)
+        elif isinstance(module, DeltaPlace) and "delta_kind" in module.__dict__:
+            yield _row(path, module, module.delta_kind, "torch", tokens)
         elif isinstance(module, LinearPlace):
             yield _row(path, module, "frozen", "torch", tokens)
         elif type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
@@ -127,6 +129,12 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
         yield Row(*row)
     record = read(model)
     if record is not None:
+        for site in record.sites:
+            module = model.get_submodule(site.path)
+            if site.place == NORM and not isinstance(module, Block):
+                yield Row(
+                    site.path, record.delta.kind, "torch", "a norm of torch's, trained as it is"
+                )
         for path, reason in record.skipped:
             yield Row(path, "left alone", "torch", reason)
 
@@ -152,7 +160,7 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
     )
     explanation = explain_call(call, module.backend)  # type: ignore[arg-type]  # a string on places
     note = ""
-    if isinstance(module, LoraPlace) and not module.delta_active:
+    if isinstance(module, DeltaPlace) and not module.delta_active:
         note = "; the delta is disabled or merged"
     return Row(
         path,

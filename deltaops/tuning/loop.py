@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from deltaops.errors import ConfigError
 
@@ -45,11 +44,16 @@ class Point:
     tokens_per_second: float
 
 
-def make_optimizer(parameters: Mapping[str, Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW without weight decay: a delta starts at zero, and is pulled there by nothing else."""
-    if not parameters:
+def make_optimizer(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
+    """AdamW without weight decay: a delta starts at zero, and is pulled there by nothing else.
+
+    Args:
+        groups: such as ``handle.parameter_groups(lr)``; "pace" is a group's factor of the rate.
+        lr: of groups that have none.
+    """
+    if not any(group["params"] for group in groups):
         raise ConfigError("nothing to train: no parameter requires a gradient. Attach a delta.")
-    return torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
 
 
 def train(
@@ -77,7 +81,7 @@ def train(
         began = time.perf_counter()
         rate = schedule.rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("pace", 1.0)
         batch = data.batch(order.rows(step))
         loss = model(**to_device(batch, device)).loss
         loss.backward()

@@ -98,7 +98,7 @@ def run(
     model = _load_model(settings, labels, data.pad)
     handle = attach(model, _delta(settings, model))
     parameters = trainable(model)
-    optimizer = make_optimizer(parameters, settings.lr)
+    optimizer = make_optimizer(handle.parameter_groups(settings.lr), settings.lr)
     order = Order(len(fit), settings.batch_size, settings.seed)
     history: list[Point] = []
     start = 0

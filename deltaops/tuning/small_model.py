@@ -33,7 +33,7 @@ def build(folder: Path, steps: int, on_step: Callable[[Point], None]) -> None:
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     data = pack_text([Example(english(), None, 1)], tokenizer, LENGTH)
-    optimizer = make_optimizer(dict(model.named_parameters()), RATE)
+    optimizer = make_optimizer([{"params": list(model.parameters())}], RATE)
     order = Order(len(data), BATCH, SEED)
     train(model, data, order, optimizer, Schedule(steps, RATE), on_step=on_step)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,9 @@ from deltaops.errors import ConfigError
 
 def methods() -> dict[str, type[Any]]:
     """Name on the command line → configuration class."""
-    from deltaops import LoRA
+    from deltaops.methods import METHODS
 
-    return {"lora": LoRA}
+    return dict(METHODS)
 
 
 def parse_delta(spec: str, **defaults: Any) -> Any:

@@ -98,6 +98,21 @@ def test_inspect_draws_a_model_and_where_a_delta_binds(base: Path) -> None:
     assert "c_attn" in result.stdout
 
 
+def test_inspect_takes_any_method_and_shows_its_file(base: Path, tmp_path: Path) -> None:
+    import torch
+
+    import deltaops
+
+    drawn = call("inspect", base, "--delta", "adapter:style=pfeiffer,reduction_factor=8")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "Adapter(style='pfeiffer', reduction_factor=8)" in drawn.stdout
+    model = torch.nn.ModuleDict({"out": torch.nn.Linear(8, 8)})
+    deltaops.attach(model, deltaops.BitFit(target_modules=["out"])).save(tmp_path)
+    shown = call("inspect", tmp_path)
+    assert "bitfit" in shown.stdout
+    assert "1 tensors, 8 parameters" in shown.stdout
+
+
 def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     arguments = ["demo", "--base-steps", 2, "--tune-steps", 2, "--rounds", 0]
     result = call(*arguments, cache=tmp_path)

@@ -16,6 +16,7 @@ from torch import nn
 import deltaops
 from deltaops import LoRA
 from deltaops.errors import CheckpointError, ConfigError
+from deltaops.modules import row_norms
 from deltaops.testing import bound, relative_error
 
 
@@ -43,6 +44,13 @@ from deltaops.testing import bound, relative_error
         ({"layers_to_transform": [0]}, "needs a list of names"),
         ({"layers_to_transform": [-1], "target_modules": ["q"]}, "layer indices"),
         ({"layers_to_transform": "0", "target_modules": ["q"]}, "layer indices"),
+        ({"lr_ratio": 0}, "lr_ratio must be above 0"),
+        ({"use_dora": "yes"}, "use_dora must be a bool"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern must map names or regular expressions to ranks"),
+        ({"rank_pattern": {"": 1}}, "rank_pattern must map"),
+        ({"rank_pattern": 3}, "rank_pattern must map"),
+        ({"rank_pattern": {"([": 3}}, "rank_pattern=.*does not compile"),
+        ({"alpha_pattern": {"q": "8"}}, "alpha_pattern must map .* to finite numbers"),
         ({"layers_pattern": ["h"], "target_modules": ["q"]}, "Pass both or neither"),
     ],
     ids=str,
@@ -67,6 +75,9 @@ def test_prints_what_differs_and_is_a_value() -> None:
     assert repr(lora) == "LoRA(r=4, alpha=8, target_modules=('b', 'a'))"
     assert lora == copy.deepcopy(lora) == pickle.loads(pickle.dumps(lora))
     assert hash(lora) == hash(copy.deepcopy(lora))
+    patterned = LoRA(rank_pattern={"q": 4}, alpha_pattern={"q": 2.5})
+    assert hash(patterned) == hash(copy.deepcopy(patterned))
+    assert LoRA.from_peft(patterned.to_peft() | {"target_modules": "all-linear"}) == patterned
 
 
 @given(
@@ -102,6 +113,42 @@ def test_pefts_default_configuration_is_understood() -> None:
 def test_starts_that_change_the_base_are_refused(value: Any) -> None:
     with pytest.raises(CheckpointError, match="init_lora_weights"):
         LoRA.from_peft({"peft_type": "LORA", "target_modules": ["q"], "init_lora_weights": value})
+
+
+def test_the_first_pattern_that_matches_decides() -> None:
+    lora = LoRA(r=2, rank_pattern={r"0\.q": 3, "q": 4, "rest": 5})
+    assert [lora.rank(path) for path in ("0.q", "1.q", "q", "1.rest", "crest", "k")] == [
+        3, 4, 4, 5, 2, 2
+    ]  # fmt: skip
+
+
+def test_lora_plus_lets_b_learn_faster() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    lora = LoRA(r=2, lr_ratio=16, target_modules=["0"], modules_to_save=["1"])
+    handle = deltaops.attach(model, lora)
+    slow, fast = handle.parameter_groups(1e-3)
+    assert (slow["lr"], slow["pace"], fast["lr"], fast["pace"]) == (1e-3, 1.0, 16e-3, 16.0)
+    assert [tuple(p.shape) for p in fast["params"]] == [(8, 2)]
+    everything = {id(p) for p in [*slow["params"], *fast["params"]]}
+    assert everything == {id(p) for p in handle.parameters()}
+    optimizer = torch.optim.SGD([slow, fast])
+    before = {k: t.detach().clone() for k, t in handle.state().items()}
+    for parameter in handle.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for key, tensor in handle.state().items():
+        rate = 16e-3 if "lora_B" in key else 1e-3
+        torch.testing.assert_close(before[key] - tensor, torch.full_like(tensor, rate))
+
+
+def test_doras_norms_need_no_merged_weight() -> None:
+    torch.manual_seed(0)
+    a, b, weight = torch.randn(4, 37), torch.randn(23, 4), torch.randn(23, 37)
+    oracle = (weight.double() + 0.7 * (b.double() @ a.double())).norm(dim=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        norms = row_norms(weight.to(dtype), a, b, 0.7)
+        assert norms.dtype == torch.float32
+        assert relative_error(norms, oracle) < 8 * bound(0.0, dtype)
 
 
 def test_delta_weight_is_computed_in_float32_also_under_autocast() -> None:

@@ -14,14 +14,14 @@ from torch.nn import functional
 from deltaops.errors import GradientError
 from deltaops.modules import (
     UNFROZEN,
+    DeltaLinear,
     Factor,
     FrozenLinear,
-    LoraLinear,
     LoraSettings,
     become,
+    delta_class,
     features,
     frozen_class,
-    lora_class,
     unbecome,
 )
 from deltaops.ops import delta_linear
@@ -49,7 +49,7 @@ def layer(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def with_lora(layer: nn.Module, dropout: float = 0.0) -> nn.Module:
-    place = lora_class(type(layer))
+    place = delta_class(type(layer))
     assert place is not None
     become(layer, place, "auto", False)
     for name, rank in (("one", 2), ("two", 3)):
@@ -193,9 +193,9 @@ def test_only_exact_types_have_a_place() -> None:
     class Special(nn.Linear):
         pass
 
-    assert lora_class(nn.Linear) is LoraLinear
+    assert delta_class(nn.Linear) is DeltaLinear
     assert frozen_class(nn.Linear) is FrozenLinear
-    assert lora_class(Special) is None
+    assert delta_class(Special) is None
     assert frozen_class(nn.Conv1d) is None
 
 

@@ -16,7 +16,8 @@ from deltaops.tuning.state import FILE
 
 def settings(base: Path, data: Path, **changes: object) -> Settings:
     values: dict[str, object] = {
-        "steps": 6, "batch_size": 4, "seq_len": 16, "delta": "lora:r=4,alpha=8,dropout=0.1",
+        "steps": 6, "batch_size": 4, "seq_len": 16,
+        "delta": "lora:r=4,alpha=8,dropout=0.1,lr_ratio=2",
     }  # fmt: skip
     return Settings(str(base), str(data), **{**values, **changes})
 
@@ -49,6 +50,18 @@ def test_resuming_gives_the_same_bits(base: Path, text: Path, tmp_path: Path) ->
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("straight", "resumed")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert [p.loss for p in outcome.history][:3] == [p.loss for p in stopped.history]
+
+
+def test_a_method_with_a_manifest_resumes_alike(base: Path, text: Path, tmp_path: Path) -> None:
+    wanted = settings(base, text, delta="bitfit:create_missing=true", lr=0.01)
+    outcome = run(wanted, tmp_path / "straight")
+    assert outcome.before is not None
+    assert outcome.after is not None
+    assert outcome.after["loss"] < outcome.before["loss"]
+    interrupted(wanted, tmp_path / "resumed", after=3)
+    run(wanted, tmp_path / "resumed", resume=True)
+    files = [tmp_path / name / "deltaops.safetensors" for name in ("straight", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_stopped_run_is_loadable(base: Path, text: Path, tmp_path: Path) -> None:

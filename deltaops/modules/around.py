@@ -1,0 +1,131 @@
+"""What a delta does before and after the op of a linear place: gains and adapters.
+
+    x → before → y = x Wᵀ + b + branches → after → y
+
+A place keeps a tuple of such parts, empty for LoRA. A part holds no tensors: it names them on the
+place, so that copies, pickles and ``state_dict`` see parameters where they look for them.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dora import row_norms, scaled
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nothing before and nothing after."""
+
+    name: str
+    """Of the adapter."""
+
+    def before(self, place: Any, x: Tensor) -> Tensor:
+        """What the op reads in the place of ``x`` ``[..., K]``."""
+        return x
+
+    def after(self, place: Any, y: Tensor) -> Tensor:
+        """What the layer returns in the place of ``y`` ``[..., N]``."""
+        return y
+
+
+@dataclass(frozen=True)
+class GainBefore(Part):
+    """(IA)³ on an input: ``x ⊙ l``, l ``[1, K]``."""
+
+    def before(self, place: Any, x: Tensor) -> Tensor:
+        """Multiplied in the wider dtype, rounded once."""
+        gain: Tensor = place.ia3_l[self.name]
+        return (x * gain.flatten()).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class GainAfter(Part):
+    """(IA)³ on an output: ``y ⊙ l``, l ``[N, 1]``."""
+
+    def after(self, place: Any, y: Tensor) -> Tensor:
+        """Multiplied in the wider dtype, rounded once."""
+        gain: Tensor = place.ia3_l[self.name]
+        return (y * gain.flatten()).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class Rescale(Part):
+    """DoRA on an output; see :mod:`deltaops.modules.dora`."""
+
+    def after(self, place: Any, y: Tensor) -> Tensor:
+        """The norms are new in every step, since A and B are."""
+        weight, bias = place.base()
+        a, b = place.lora_A[self.name].weight, place.lora_B[self.name].weight
+        norms = row_norms(weight, a, b, place.lora[self.name].scaling)
+        return scaled(y, bias, place.lora_magnitude_vector[self.name].weight, norms)
+
+
+@dataclass(frozen=True)
+class Sequential(Part):
+    """An adapter after the layer: ``y + s · φ(norm(y) Downᵀ + d) Upᵀ + u``."""
+
+    def after(self, place: Any, y: Tensor) -> Tensor:
+        """One op; see :func:`deltaops.ops.bottleneck`."""
+        adapted: Tensor = place.adapter[self.name](y, None, place.backend, place.strict)
+        return adapted
+
+
+@dataclass
+class Relay:
+    """Carries the input of a sub-layer from its first layer to its last.
+
+    Both places hold it. What is carried is taken within the same forward pass, so nothing outlives
+    the sub-layer; under checkpointing both passes carry their own, and so does each thread
+    (nn.DataParallel runs one model in several).
+    """
+
+    active: bool = True
+    carried: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """By thread."""
+
+    def leave(self, x: Tensor) -> None:
+        """What the first layer reads."""
+        self.carried[_thread()] = x
+
+    def take(self) -> Tensor:
+        """What the first layer left."""
+        x = self.carried.pop(_thread(), None)
+        assert x is not None, "the last layer of a sub-layer was called before its first"
+        return x
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+@dataclass(frozen=True)
+class SpanStart(Part):
+    """The first layer of a sub-layer that an adapter stands beside."""
+
+    relay: Relay
+
+    def before(self, place: Any, x: Tensor) -> Tensor:
+        """Leaves ``x`` for the last layer."""
+        if self.relay.active:
+            self.relay.leave(x)
+        return x
+
+
+@dataclass(frozen=True)
+class SpanEnd(Part):
+    """The last layer: ``y + s · (φ(x Downᵀ + d) Upᵀ) + u`` with the x of the first one."""
+
+    relay: Relay
+
+    def after(self, place: Any, y: Tensor) -> Tensor:
+        """One op; see :func:`deltaops.ops.bottleneck`."""
+        adapted: Tensor = place.adapter[self.name](
+            self.relay.take(), y, place.backend, place.strict
+        )
+        return adapted

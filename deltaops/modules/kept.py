@@ -1,0 +1,103 @@
+"""Parameters of a module that a delta trains, while the originals wait beside them.
+
+BitFit trains biases and LN tuning trains norms. What they train is a copy in the original's place,
+under its name, so that the module's own forward reads it; the original, untouched, comes back when
+the delta is disabled or reverted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ATTRIBUTE = "_deltaops_kept"
+
+
+@dataclass
+class _Kept:
+    """What is not in the module now: the originals while ``active``, else what is trained."""
+
+    outside: dict[str, nn.Parameter | None]
+    absent: frozenset[str]
+    """Names that the module did not have at all, not even as None."""
+    active: bool = True
+
+
+def train_copies(module: nn.Module, starts: dict[str, Tensor]) -> None:
+    """Put trainable ``starts`` in the place of ``module``'s parameters of the same names.
+
+    Args:
+        module: whose parameters they replace; it may lack them, or have None in their place.
+        starts: by name; copied.
+    """
+    copies = {name: nn.Parameter(t.detach().clone()) for name, t in starts.items()}
+    parameters = module._parameters
+    kept = _Kept(
+        {name: parameters.get(name) for name in copies},
+        frozenset(name for name in copies if name not in parameters),
+    )
+    module.__dict__[_ATTRIBUTE] = kept
+    parameters.update(copies)
+
+
+def has_copies(module: nn.Module) -> bool:
+    """Whether :func:`train_copies` was called on ``module``, and :func:`give_back` not yet."""
+    return _ATTRIBUTE in module.__dict__
+
+
+def copies(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name, whether it is in its place now or not."""
+    kept = _kept(module)
+    found: dict[str, nn.Parameter] = {}
+    for name, outside in kept.outside.items():
+        copy = module._parameters[name] if kept.active else outside
+        assert copy is not None
+        found[name] = copy
+    return found
+
+
+def activate_copies(module: nn.Module, active: bool) -> None:
+    """Put the copies into their places, or the originals; nothing where they are there already."""
+    kept = _kept(module)
+    if kept.active is active:
+        return
+    parameters = module._parameters
+    for name, incoming in kept.outside.items():
+        outgoing = parameters.get(name)
+        if incoming is not None and outgoing is not None:
+            follow(incoming, outgoing)
+        if incoming is None and name in kept.absent:
+            parameters.pop(name, None)
+        else:
+            parameters[name] = incoming
+        kept.outside[name] = outgoing
+    kept.active = active
+
+
+def give_back(module: nn.Module) -> None:
+    """Forget the copies. The originals are back, or what was merged into their places stays."""
+    if not has_copies(module):
+        return
+    activate_copies(module, False)
+    del module.__dict__[_ATTRIBUTE]
+
+
+def follow(tensor: Tensor, current: Tensor) -> None:
+    """Move ``tensor`` to where ``current`` is: the model may have been moved or cast meanwhile."""
+    if tensor.device != current.device or tensor.dtype != current.dtype:
+        tensor.data = tensor.data.to(device=current.device, dtype=current.dtype)
+
+
+def zeros_for(module: nn.Module, size: int) -> Tensor:
+    """The start of a bias that ``module`` lacks: ``[size]`` in the dtype of its weight."""
+    weight: Any = module.weight
+    return torch.zeros(size, dtype=weight.dtype, device=weight.device)
+
+
+def _kept(module: nn.Module) -> _Kept:
+    found = module.__dict__[_ATTRIBUTE]
+    assert isinstance(found, _Kept)
+    return found

@@ -1,0 +1,245 @@
+"""What the modules of a transformer are for, read off the tree by rules instead of a table.
+
+    block          a member of an outermost ModuleList that holds an attention
+    attention      the outermost submodules of a block whose class is called so, two linears or more
+    its output     the attention's last linear, which returns the hidden size
+    key, value     its linears by the parts of their names; a fused projection counts for all three
+    feed-forward   the block's linears outside attention: the last that returns the hidden size is
+                   its output, those before it that lead from the hidden size to it are its inputs
+
+Registration order follows the data in every family of transformers, and shapes check it. So
+BERT's ``attention.output.dense`` and T5's cross attention are found as well as Llama's ``o_proj``.
+Whatever does not fit is left out with a reason, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from deltaops.errors import TargetError
+from deltaops.methods.targets import (
+    ALL_LINEAR,
+    ALL_NORM,
+    ATTENTION_OUTPUT,
+    FEED_FORWARD,
+    FEED_FORWARD_OUTPUT,
+    KEY_VALUE,
+)
+from deltaops.modules import is_conv1d, is_norm
+
+_QUERY, _KEY, _VALUE = ({"q", "query"}, {"k", "key"}, {"v", "value"})
+_FUSED = ({"qkv"}, {"c", "attn"}, {"query", "key", "value"}, {"w", "pack"})
+"""Parts of the name of a projection to all three: qkv_proj, c_attn, query_key_value, W_pack."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Paths of one attention's projections."""
+
+    path: str
+    query: str | None
+    key: str | None
+    value: str | None
+    fused: str | None
+    """To query, key and value at once."""
+    output: str
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Paths of the linears at both ends of a feed-forward."""
+
+    inputs: tuple[str, ...]
+    """One, or two where it is gated; all of them read its input."""
+    output: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one block."""
+
+    path: str
+    attentions: tuple[Attention, ...]
+    feed_forward: FeedForward | None
+    norms: tuple[str, ...]
+    missing: str
+    """Why there is no feed-forward, or what an attention lacks; empty where all was found."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module that a role stands for."""
+
+    role: str
+    entry: str = ""
+
+
+def anatomy(model: nn.Module) -> tuple[Anatomy, ...]:
+    """The blocks of ``model`` in order; empty where nothing looks like a transformer."""
+    return tuple(_block(path, block) for path, block in _blocks(model))
+
+
+def resolve(model: nn.Module, roles: Iterable[str]) -> dict[str, Found]:
+    """Path → what it was found as, for every module that one of ``roles`` stands for.
+
+    Raises: TargetError where a role stands for nothing, with what was found instead.
+    """
+    found: dict[str, Found] = {}
+    blocks: tuple[Anatomy, ...] | None = None
+    for role in roles:
+        if role == ALL_LINEAR:
+            hits = [(p, "") for p, m in model.named_modules() if p and is_linear(m)]
+        elif role == ALL_NORM:
+            hits = [(p, "") for p, m in model.named_modules() if is_norm(m)]
+        else:
+            blocks = anatomy(model) if blocks is None else blocks
+            hits = [hit for block in blocks for hit in _hits(block, role)]
+            if not hits:
+                raise TargetError(_nothing_found(model, role, blocks))
+        for path, entry in hits:
+            found.setdefault(path, Found(role, entry))
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer of any subclass."""
+    return isinstance(module, nn.Linear) or is_conv1d(type(module))
+
+
+def _size(layer: Any) -> tuple[int, int]:
+    """``(in, out)``, by the attributes: the weight of a quantized layer has other shapes."""
+    return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
+
+
+# ------------------------------------------------------------------------------------- the rules
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    lists: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{p}.") for p in lists):
+            continue
+        members = [(f"{path}.{i}", m) for i, m in module.named_children()]
+        if any(next(_attentions(*member), None) for member in members):
+            lists.append(path)
+            yield from members
+
+
+def _attentions(path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost ones below ``block``."""
+    for name, child in block.named_children():
+        where = f"{path}.{name}"
+        kind = type(child).__name__.lower()
+        if ("attention" in kind or "attn" in kind) and len(_linears(where, child)) > 1:
+            yield where, child
+        else:
+            yield from _attentions(where, child)
+
+
+def _linears(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(f"{path}.{p}", m) for p, m in module.named_modules() if p and is_linear(m)]
+
+
+def _block(path: str, block: nn.Module) -> Anatomy:
+    inside = list(_attentions(path, block))
+    attentions = tuple(_attention(*pair) for pair in inside)
+    norms = tuple(f"{path}.{p}" for p, m in block.named_modules() if is_norm(m))
+    if not inside:
+        return Anatomy(path, (), None, norms, "no attention")
+    outside = [
+        pair
+        for pair in _linears(path, block)
+        if not any(pair[0].startswith(f"{where}.") for where, _ in inside)
+    ]
+    hidden = _size(block.get_submodule(attentions[0].output[len(path) + 1 :]))[1]
+    feed_forward, missing = _feed_forward(path, block, outside, hidden)
+    return Anatomy(path, attentions, feed_forward, norms, missing)
+
+
+def _attention(path: str, module: nn.Module) -> Attention:
+    linears = _linears(path, module)
+    output = linears[-1][0]
+    named: dict[str, str] = {}
+    for where, _ in linears[:-1]:
+        parts = set(where.rpartition(".")[2].lower().split("_"))
+        if any(parts >= fused for fused in _FUSED):
+            named.setdefault("fused", where)
+            continue
+        for what, words in (("query", _QUERY), ("key", _KEY), ("value", _VALUE)):
+            if parts & words:
+                named.setdefault(what, where)
+    return Attention(
+        path, named.get("query"), named.get("key"), named.get("value"), named.get("fused"), output
+    )
+
+
+def _feed_forward(
+    path: str, block: nn.Module, linears: list[tuple[str, nn.Module]], hidden: int
+) -> tuple[FeedForward | None, str]:
+    """The feed-forward, or None and why not."""
+    experts = _experts(path, block)
+    if experts is not None:
+        return None, f"{experts} is a list of experts: a token passes only some of them"
+    output: tuple[str, nn.Module] | None = None
+    for where, layer in linears:
+        if _size(layer)[1] == hidden:
+            output = where, layer
+    if output is None:
+        return None, f"no linear layer outside attention returns the {hidden} hidden features"
+    before = linears[: [where for where, _ in linears].index(output[0])]
+    width = _size(output[1])[0]
+    inputs = tuple(
+        where for where, m in before if _size(m) in ((hidden, width), (hidden, 2 * width))
+    )
+    if not inputs:
+        return None, f"nothing leads from the {hidden} hidden features to {output[0]}"
+    return FeedForward(inputs, output[0]), ""
+
+
+def _experts(path: str, block: nn.Module) -> str | None:
+    """Path of a list of alike modules with linears: a mixture, of which a sub-layer is no part."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            kinds = {type(m) for m in module}
+            if len(kinds) == 1 and _linears("", module[0]):
+                return f"{path}.{name}"
+    return None
+
+
+# --------------------------------------------------------------------------------------- answers
+
+
+def _hits(block: Anatomy, role: str) -> Iterator[tuple[str, str]]:
+    """``(path, entry)`` of what ``role`` stands for in ``block``."""
+    if role == ATTENTION_OUTPUT:
+        yield from ((a.output, "") for a in block.attentions)
+    elif role == KEY_VALUE:
+        for a in block.attentions:
+            both = (a.key, a.value) if a.key and a.value else (a.fused,)
+            yield from ((path, "") for path in both if path)
+    elif block.feed_forward is not None and role == FEED_FORWARD_OUTPUT:
+        yield block.feed_forward.output, ""
+    elif block.feed_forward is not None and role == FEED_FORWARD:
+        yield block.feed_forward.output, block.feed_forward.inputs[0]
+
+
+def _nothing_found(model: nn.Module, role: str, blocks: tuple[Anatomy, ...]) -> str:
+    head = f"target_modules={role!r} stands for no module of this {type(model).__name__}"
+    advice = "Name the layers in target_modules instead."
+    if blocks:
+        reasons = dict.fromkeys(b.missing or "its projections have other names" for b in blocks)
+        example = blocks[0]
+        shown = [f"blocks such as {example.path!r}"]
+        shown += [f"an attention at {a.path!r}" for a in example.attentions]
+        return f"{head}. Found: {', '.join(shown)}; {'; '.join(reasons)}. {advice}"
+    kinds = sorted({type(m).__name__ for m in model.modules() if list(m.children())})
+    linears = sum(is_linear(m) for m in model.modules())
+    listed = ", ".join(kinds[:8]) + (", …" if len(kinds) > 8 else "") or "nothing"
+    return (
+        f"{head}: it has no list of blocks with an attention. Found: {listed}, with "
+        f"{linears} linear layers. {advice}"
+    )
