@@ -259,14 +259,26 @@ struct MaskRow {
   int64_t free;    // keys of the block before them: a prefix's
 };
 
+/* Those of a block's queries. */
+struct MaskRows {
+  MaskRow first;
+  int64_t stride;
+
+  DELTAOPS_INLINE MaskRow at(int64_t i) const {
+    if (first.bytes == nullptr) return first;
+    return {first.bytes + i * stride, first.broadcast, first.free};
+  }
+};
+
 template <class Args>
-DELTAOPS_INLINE MaskRow mask_row(const Args &args, const Shape &s, int64_t b, int64_t h, int64_t i,
-                                 const Block &block) {
+DELTAOPS_INLINE MaskRows mask_rows(const Args &args, const Shape &s, int64_t b, int64_t h,
+                                   const Block &block) {
   if (args.mask == nullptr || s.Lk == 0) return {};
   const int64_t *at = args.mask_strides;
   const int64_t free = of_prefix(s.P, block.k0, block.keys);
-  const int64_t key = most(block.k0 - s.P, 0);
-  return {args.mask + b * at[0] + h * at[1] + i * at[2] + key * at[3], at[3] == 0, free};
+  const uint8_t *bytes =
+      args.mask + b * at[0] + h * at[1] + block.r0 * at[2] + most(block.k0 - s.P, 0) * at[3];
+  return {{bytes, at[3] == 0, free}, at[2]};
 }
 
 /* Hides scores of a row, by -infinity: where the mask has 0, and from `visible` to `width`. */
@@ -371,13 +383,13 @@ void forward_block(const AttentionForwardArgs &args, const Shape &s, const Forwa
     const Block block = {r0, rows, k0, least(kKeys, seen - k0), s.causal, s.P};
     score_block(s, block, at.q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores,
                 ahead);
+    const MaskRows mask = mask_rows(args, s, b, h, block);
     for (int64_t i = 0; i < rows; i += kTileRows) {
       float *strip = at.scores + i * kScoreRow;
       const int64_t width = round_up(block.visible(i + kTileRows - 1), kLanes);
       if (width == 0) continue;
       for (int64_t j = 0; j < least(kTileRows, rows - i); ++j)
-        hide(strip + j * kScoreRow, block.visible(i + j), width,
-             mask_row(args, s, b, h, r0 + i + j, block));
+        hide(strip + j * kScoreRow, block.visible(i + j), width, mask.at(i + j));
       const VecF factor = softmax_strip(strip, width, run.maximum + i, run.sum + i);
       if (k0 == 0) continue;
       for (int j = 0; j < kTileRows; ++j) {
@@ -549,6 +561,7 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
   const float *lse = args.lse + (b * s.H + h) * s.Lq + r0;
   const float *delta = at.delta + member * s.Lq + r0;
   const bool all_keys = s.keys <= kKeys;
+  const MaskRows mask = mask_rows(args, s, b, h, block);
   for (int64_t i = 0; i < rows; i += kTileRows) {
     // What a strip of keys sees of these queries ends at most that far behind the last of them.
     const int64_t last = block.visible(i + kTileRows - 1);
@@ -557,8 +570,7 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
     for (int64_t j = 0; j < kTileRows; ++j) {
       const bool valid = i + j < rows;
       const int64_t visible = valid ? block.visible(i + j) : 0;
-      hide(at.p + (i + j) * kScoreRow, visible, width,
-           valid ? mask_row(args, s, b, h, r0 + i + j, block) : MaskRow{});
+      hide(at.p + (i + j) * kScoreRow, visible, width, valid ? mask.at(i + j) : MaskRow{});
       // Tiles that no query sees were left out: where lse is NaN so is p, and the sign of NaN times
       // NaN must not come from an earlier call's scratch.
       for (int64_t n = visible; n < width; ++n) at.ds[(i + j) * kScoreRow + n] = 0.0f;

@@ -30,7 +30,7 @@ ALL = (True,) * 5
 NAMES = ("y", "lse", "grad_q", "grad_k", "grad_v", "grad_prefix_k", "grad_prefix_v")
 every = pytest.mark.parametrize("backend", BACKENDS)
 cases = pytest.mark.parametrize("case", PREFIX_ATTENTION_CASES, ids=str)
-dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 def named(backend: str) -> PrefixAttentionBackend:
