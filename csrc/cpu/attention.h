@@ -256,42 +256,27 @@ inline void key_block(const Shape &s, const Block &block, const float *a, const 
 struct MaskRow {
   const uint8_t *bytes;
   bool broadcast;  // one byte for all keys
-  int64_t free;    // keys of the block before them: a prefix's
-};
-
-/* Those of a block's queries. */
-struct MaskRows {
-  MaskRow first;
-  int64_t stride;
-
-  DELTAOPS_INLINE MaskRow at(int64_t i) const {
-    if (first.bytes == nullptr) return first;
-    return {first.bytes + i * stride, first.broadcast, first.free};
-  }
 };
 
 template <class Args>
-DELTAOPS_INLINE MaskRows mask_rows(const Args &args, const Shape &s, int64_t b, int64_t h,
-                                   const Block &block) {
-  if (args.mask == nullptr || s.Lk == 0) return {};
+DELTAOPS_INLINE MaskRow mask_row(const Args &args, const Shape &s, int64_t b, int64_t h, int64_t i,
+                                 int64_t k0) {
+  if (args.mask == nullptr || s.Lk == 0) return {nullptr, false};
   const int64_t *at = args.mask_strides;
-  const int64_t free = of_prefix(s.P, block.k0, block.keys);
-  const uint8_t *bytes =
-      args.mask + b * at[0] + h * at[1] + block.r0 * at[2] + most(block.k0 - s.P, 0) * at[3];
-  return {{bytes, at[3] == 0, free}, at[2]};
+  return {args.mask + b * at[0] + h * at[1] + i * at[2] + most(k0 - s.P, 0) * at[3], at[3] == 0};
 }
 
-/* Hides scores of a row, by -infinity: where the mask has 0, and from `visible` to `width`. */
+/* Hides scores of a row, by -infinity: where the mask has 0, and from `visible` to `width`. Scores
+ * of a prefix lie before them, and `visible` is negative where those are to be hidden too. */
 DELTAOPS_INLINE void hide(float *score, int64_t visible, int64_t width, MaskRow mask) {
   if (mask.bytes && mask.broadcast) {
-    if (*mask.bytes == 0) visible = least(visible, mask.free);
+    if (*mask.bytes == 0) visible = 0;
     mask.bytes = nullptr;
   }
   for (int64_t n = visible; n < width; ++n) score[n] = -kInfinity;
   if (mask.bytes == nullptr) return;
   typedef uint8_t VecB __attribute__((vector_size(kLanes)));
-  score += mask.free;
-  each_vector(visible - mask.free, [&](int64_t n, int64_t lanes) {
+  each_vector(visible, [&](int64_t n, int64_t lanes) {
     VecB bytes = {};
     memcpy(&bytes, mask.bytes + n, static_cast<size_t>(lanes));
     const VecF value = load(score + n);
@@ -383,13 +368,14 @@ void forward_block(const AttentionForwardArgs &args, const Shape &s, const Forwa
     const Block block = {r0, rows, k0, least(kKeys, seen - k0), s.causal, s.P};
     score_block(s, block, at.q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores,
                 ahead);
-    const MaskRows mask = mask_rows(args, s, b, h, block);
+    const int64_t free = of_prefix(s.P, k0, block.keys);  // of any mask
     for (int64_t i = 0; i < rows; i += kTileRows) {
       float *strip = at.scores + i * kScoreRow;
       const int64_t width = round_up(block.visible(i + kTileRows - 1), kLanes);
       if (width == 0) continue;
       for (int64_t j = 0; j < least(kTileRows, rows - i); ++j)
-        hide(strip + j * kScoreRow, block.visible(i + j), width, mask.at(i + j));
+        hide(strip + j * kScoreRow + free, block.visible(i + j) - free, width - free,
+             mask_row(args, s, b, h, r0 + i + j, k0));
       const VecF factor = softmax_strip(strip, width, run.maximum + i, run.sum + i);
       if (k0 == 0) continue;
       for (int j = 0; j < kTileRows; ++j) {
@@ -561,7 +547,7 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
   const float *lse = args.lse + (b * s.H + h) * s.Lq + r0;
   const float *delta = at.delta + member * s.Lq + r0;
   const bool all_keys = s.keys <= kKeys;
-  const MaskRows mask = mask_rows(args, s, b, h, block);
+  const int64_t free = of_prefix(s.P, block.k0, block.keys);
   for (int64_t i = 0; i < rows; i += kTileRows) {
     // What a strip of keys sees of these queries ends at most that far behind the last of them.
     const int64_t last = block.visible(i + kTileRows - 1);
@@ -570,7 +556,8 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
     for (int64_t j = 0; j < kTileRows; ++j) {
       const bool valid = i + j < rows;
       const int64_t visible = valid ? block.visible(i + j) : 0;
-      hide(at.p + (i + j) * kScoreRow, visible, width, valid ? mask.at(i + j) : MaskRow{});
+      hide(at.p + (i + j) * kScoreRow + free, visible - free, width - free,
+           valid ? mask_row(args, s, b, h, r0 + i + j, block.k0) : MaskRow{nullptr, false});
       // Tiles that no query sees were left out: where lse is NaN so is p, and the sign of NaN times
       // NaN must not come from an earlier call's scratch.
       for (int64_t n = visible; n < width; ++n) at.ds[(i + j) * kScoreRow + n] = 0.0f;

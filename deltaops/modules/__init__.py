@@ -19,6 +19,7 @@ from .place import (
     plain_linear,
     unbecome,
 )
+from .prefix import add_prefix, remove_prefix, switch
 from .program import Program, program_of
 from .sharing import APART, sharing
 
@@ -37,6 +38,7 @@ __all__ = [
     "Program",
     "RmsNormBlock",
     "activation_of",
+    "add_prefix",
     "become",
     "features",
     "frozen_class",
@@ -44,8 +46,10 @@ __all__ = [
     "lora_class",
     "plain_linear",
     "program_of",
+    "remove_prefix",
     "sharing",
     "stand_ins",
     "start_values",
+    "switch",
     "unbecome",
 ]

@@ -81,7 +81,12 @@ class PrefixAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         scale, causal, runner = ctx.settings
         needs = ctx.needs_input_grad[:GRADIENTS]
-        found = iter(run_backward(grad_y, *ctx.saved_tensors, scale, causal, needs, runner))
+        q, k, v, prefix_k, prefix_v, y, lse, mask = ctx.saved_tensors
+        found = iter(
+            run_backward(
+                grad_y, q, k, v, prefix_k, prefix_v, y, lse, mask, scale, causal, needs, runner
+            )
+        )
         return (*(next(found) if need else None for need in needs), None, None, None, None)
 
 
