@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltaops.errors import AttachError, ConfigError
+from deltaops.modules import AttentionBlock
 from deltaops.modules import prefix as ours
 
 transformers = pytest.importorskip("transformers")
@@ -212,6 +213,22 @@ def test_without_its_prefix_a_model_is_what_it_was(make: Any, name: str, heads: 
     model.set_attn_implementation(before)
     assert list(model.state_dict()) == keys
     assert torch.equal(model(**given).logits, want)
+
+
+@each_model
+def test_an_accelerated_attention_has_its_prefix_and_says_so(
+    make: Any, name: str, heads: int
+) -> None:
+    model, given = with_prefix(make, name, heads), tokens(True)
+    want = logits_and_gradients(model, **given)
+    for module in attentions(model, name):
+        module.__class__ = AttentionBlock.over(type(module), "auto", False)
+        module.backend = "auto"
+    got = logits_and_gradients(model, **given)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    backend, reason = attentions(model, name)[0].told(64)
+    assert backend == "cpu"
+    assert "attention fused by cpu" in reason
 
 
 def test_a_model_that_attends_by_itself_is_refused() -> None:
