@@ -60,26 +60,48 @@ Args attention_args(int dtype, const std::array<int64_t, 6> &sizes, Address q,
   return args;
 }
 
+// Keys and values of a prefix, or their gradients: address and strides of the head and the token.
+using PrefixStrides = std::array<int64_t, 2>;
+
+deltaops_heads prefix_heads(Address data, const PrefixStrides &strides) {
+  return {reinterpret_cast<void *>(data), {0, strides[0], strides[1]}};
+}
+
+// What both directions take besides where there is a prefix.
+template <class Args>
+void add_prefix(Args *args, int dtype, int64_t length, Address k, const PrefixStrides &k_strides,
+                Address v, const PrefixStrides &v_strides) {
+  args->prefix_dtype = dtype;
+  args->prefix_length = length;
+  args->prefix_k = prefix_heads(k, k_strides);
+  args->prefix_v = prefix_heads(v, v_strides);
+}
+
 void attention_forward(int dtype, const std::array<int64_t, 6> &sizes, Address q,
                        const Strides &q_strides, Address k, const Strides &k_strides, Address v,
                        const Strides &v_strides, Address mask,
                        const std::array<int64_t, 4> &mask_strides, Address y,
                        const Strides &y_strides, Address lse, float scale, bool causal,
-                       int num_threads) {
-  const auto args = attention_args<deltaops_attention_forward_args>(
+                       int num_threads, int prefix_dtype, int64_t prefix_length, Address prefix_k,
+                       const PrefixStrides &prefix_k_strides, Address prefix_v,
+                       const PrefixStrides &prefix_v_strides) {
+  auto args = attention_args<deltaops_attention_forward_args>(
       dtype, sizes, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides, y, y_strides, lse,
       scale, causal, num_threads);
+  add_prefix(&args, prefix_dtype, prefix_length, prefix_k, prefix_k_strides, prefix_v,
+             prefix_v_strides);
   run(deltaops_cpu_attention_forward, args);
 }
 
-void attention_backward(int dtype, const std::array<int64_t, 6> &sizes, Address grad_y,
-                        const Strides &grad_y_strides, Address q, const Strides &q_strides,
-                        Address k, const Strides &k_strides, Address v, const Strides &v_strides,
-                        Address mask, const std::array<int64_t, 4> &mask_strides, Address y,
-                        const Strides &y_strides, Address lse, Address grad_q,
-                        const Strides &grad_q_strides, Address grad_k,
-                        const Strides &grad_k_strides, Address grad_v,
-                        const Strides &grad_v_strides, float scale, bool causal, int num_threads) {
+void attention_backward(
+    int dtype, const std::array<int64_t, 6> &sizes, Address grad_y, const Strides &grad_y_strides,
+    Address q, const Strides &q_strides, Address k, const Strides &k_strides, Address v,
+    const Strides &v_strides, Address mask, const std::array<int64_t, 4> &mask_strides, Address y,
+    const Strides &y_strides, Address lse, Address grad_q, const Strides &grad_q_strides,
+    Address grad_k, const Strides &grad_k_strides, Address grad_v, const Strides &grad_v_strides,
+    float scale, bool causal, int num_threads, int prefix_dtype, int64_t prefix_length,
+    Address prefix_k, const PrefixStrides &prefix_k_strides, Address prefix_v,
+    const PrefixStrides &prefix_v_strides, Address grad_prefix_k, Address grad_prefix_v) {
   auto args = attention_args<deltaops_attention_backward_args>(
       dtype, sizes, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides, y, y_strides, lse,
       scale, causal, num_threads);
@@ -87,6 +109,11 @@ void attention_backward(int dtype, const std::array<int64_t, 6> &sizes, Address 
   args.grad_q = heads(grad_q, grad_q_strides);
   args.grad_k = heads(grad_k, grad_k_strides);
   args.grad_v = heads(grad_v, grad_v_strides);
+  add_prefix(&args, prefix_dtype, prefix_length, prefix_k, prefix_k_strides, prefix_v,
+             prefix_v_strides);
+  const PrefixStrides dense = {prefix_length * sizes[5], sizes[5]};
+  args.grad_prefix_k = prefix_heads(grad_prefix_k, dense);
+  args.grad_prefix_v = prefix_heads(grad_prefix_v, dense);
   run(deltaops_cpu_attention_backward, args);
 }
 
@@ -100,14 +127,21 @@ void add_heads(py::module_ &m) {
         py::arg("q_strides"), py::arg("k"), py::arg("k_strides"), py::arg("v"),
         py::arg("v_strides"), py::arg("mask"), py::arg("mask_strides"), py::arg("y"),
         py::arg("y_strides"), py::arg("lse"), py::arg("scale"), py::arg("causal"),
-        py::arg("num_threads"), "sizes: B, H, Hkv, Lq, Lk, D; mask and lse: 0 where absent.");
+        py::arg("num_threads"), py::arg("prefix_dtype") = 0, py::arg("prefix_length") = 0,
+        py::arg("prefix_k") = 0, py::arg("prefix_k_strides") = PrefixStrides{},
+        py::arg("prefix_v") = 0, py::arg("prefix_v_strides") = PrefixStrides{},
+        "sizes: B, H, Hkv, Lq, Lk, D; mask and lse: 0 where absent.");
   m.def("attention_backward", &attention_backward, py::arg("dtype"), py::arg("sizes"),
         py::arg("grad_y"), py::arg("grad_y_strides"), py::arg("q"), py::arg("q_strides"),
         py::arg("k"), py::arg("k_strides"), py::arg("v"), py::arg("v_strides"), py::arg("mask"),
         py::arg("mask_strides"), py::arg("y"), py::arg("y_strides"), py::arg("lse"),
         py::arg("grad_q"), py::arg("grad_q_strides"), py::arg("grad_k"), py::arg("grad_k_strides"),
         py::arg("grad_v"), py::arg("grad_v_strides"), py::arg("scale"), py::arg("causal"),
-        py::arg("num_threads"), "Gradients of address 0 are not wanted.");
+        py::arg("num_threads"), py::arg("prefix_dtype") = 0, py::arg("prefix_length") = 0,
+        py::arg("prefix_k") = 0, py::arg("prefix_k_strides") = PrefixStrides{},
+        py::arg("prefix_v") = 0, py::arg("prefix_v_strides") = PrefixStrides{},
+        py::arg("grad_prefix_k") = 0, py::arg("grad_prefix_v") = 0,
+        "Gradients of address 0 are not wanted; those of a prefix are contiguous.");
 }
 
 }  // namespace deltaops_bindings

@@ -11,9 +11,14 @@
  * odd number of cache lines, so that a column of them spreads over all sets. P never leaves a
  * block. What causality hides is left out tile by tile: nearly half of the work.
  *
+ * The keys of a prefix come before those of the sequence: keys 0 ... P - 1 of an axis of P + Lk,
+ * joined while they are packed, so that one softmax runs over both. No mask and no causality
+ * reaches them. Without a prefix P is 0.
+ *
  * Forward a block of queries belongs to one thread, backward a head of keys with all its heads of
  * queries. How they are cut and the order in a block depend on the sizes alone: the same bits for
- * any team.
+ * any team. So too for the gradients of a prefix, sums over the batch: of a few runs of sequences
+ * each, then of the runs.
  */
 #ifndef DELTAOPS_CPU_ATTENTION_H
 #define DELTAOPS_CPU_ATTENTION_H
@@ -58,15 +63,22 @@ __attribute__((noinline)) void sum_tile(const float *a, ptrdiff_t a_row, ptrdiff
 
 /* The sizes of a call and what follows from them. */
 struct Shape {
-  int64_t B, H, Hkv, Lq, Lk, D;
+  int64_t B, H, Hkv, Lq, Lk, D, P;
+  int64_t keys;          // of both: P + Lk
   int64_t group;         // heads of queries that share a head of keys
   int64_t columns, row;  // of D floats in scratch: whole panels, and the stride
   int64_t panel;         // floats
   bool causal;
 };
 
-inline Shape shape_of(const int64_t *sizes, bool causal) {
-  Shape s = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], 0, 0, 0, 0, causal};
+/* Args: either direction's. */
+template <class Args>
+Shape shape_of(const Args &args) {
+  const int64_t *sizes = args.sizes;
+  Shape s = {};
+  s.B = sizes[0], s.H = sizes[1], s.Hkv = sizes[2], s.Lq = sizes[3], s.Lk = sizes[4];
+  s.D = sizes[5], s.P = args.prefix_length, s.causal = args.causal;
+  s.keys = s.P + s.Lk;
   s.group = s.Hkv ? s.H / s.Hkv : 0;
   s.columns = round_up(s.D, kTileColumns);
   s.row = (ceil_div(s.columns, 16) | 1) * 16;
@@ -108,6 +120,54 @@ void pack_transposed(const Shape &s, const Tokens<T> &from, int64_t first, int64
                     least(kTileColumns, count - n), s.D, s.D);
 }
 
+/* A head of keys or of values: those of a prefix, then those of a sequence. */
+template <class T>
+struct Joined {
+  int64_t P;
+  Tokens<const float> wide;   // the prefix: here, or
+  Tokens<const Bf16> narrow;  // here where its dtype is bf16
+  bool bf16;
+  Tokens<const T> own;
+};
+
+template <class T, class Args>
+DELTAOPS_INLINE Joined<T> joined(const Args &args, const deltaops_heads &prefix,
+                                 const deltaops_heads &own, int64_t b, int64_t kv) {
+  Joined<T> all = {args.prefix_length, {}, {}, args.prefix_dtype == DELTAOPS_BF16, {}};
+  if (all.P > 0 && all.bf16) all.narrow = tokens<const Bf16>(prefix, 0, kv);
+  if (all.P > 0 && !all.bf16) all.wide = tokens<const float>(prefix, 0, kv);
+  all.own = tokens<const T>(own, b, kv);
+  return all;
+}
+
+/* How many of `count` keys from `first` on are a prefix's. */
+DELTAOPS_INLINE int64_t of_prefix(int64_t P, int64_t first, int64_t count) {
+  return P > first ? least(P - first, count) : 0;
+}
+
+/* Both as rows of floats. */
+template <class T>
+void pack_joined(const Shape &s, const Joined<T> &from, int64_t first, int64_t count, float *to) {
+  const int64_t ahead = of_prefix(from.P, first, count), rest = count - ahead;
+  if (ahead > 0 && from.bf16) pack_tokens(s, from.narrow, first, ahead, ahead, to);
+  if (ahead > 0 && !from.bf16) pack_tokens(s, from.wide, first, ahead, ahead, to);
+  if (rest > 0) pack_tokens(s, from.own, first + ahead - from.P, rest, rest, to + ahead * s.row);
+}
+
+/* Both in panels, `first` the first key of one. Panels that a prefix has a part in are made from
+ * `rows`, which are overwritten. */
+template <class T>
+void pack_joined_panels(const Shape &s, const Joined<T> &from, int64_t first, int64_t count,
+                        float *rows, float *to) {
+  const int64_t mixed = least(count, round_up(of_prefix(from.P, first, count), kTileColumns));
+  if (mixed > 0) {
+    pack_joined(s, from, first, mixed, rows);
+    pack_transposed(s, Tokens<const float>{rows, s.row}, 0, mixed, to);
+    to += mixed / kTileColumns * s.panel;
+  }
+  if (count > mixed) pack_transposed(s, from.own, first + mixed - from.P, count - mixed, to);
+}
+
 template <class T>
 void store_token(const float *from, int64_t D, float factor, T *to) {
   each_vector(D, [&](int64_t k, int64_t lanes) {
@@ -143,14 +203,18 @@ class TokensAhead {
 struct Block {
   int64_t r0, rows, k0, keys;
   bool causal;
+  int64_t P;  // keys of the axis that all see
 
   /* Query `i` sees keys 0 ... visible(i) - 1, a mask aside. */
   int64_t visible(int64_t i) const {
-    const int64_t seen = causal ? r0 + i + 1 - k0 : keys;
+    const int64_t seen = causal ? P + r0 + i + 1 - k0 : keys;
     return seen < 0 ? 0 : least(seen, keys);
   }
   /* The first query that sees key n. */
-  int64_t first(int64_t n) const { return causal && k0 + n > r0 ? least(k0 + n - r0, rows) : 0; }
+  int64_t first(int64_t n) const {
+    const int64_t before = k0 + n - P - r0;
+    return causal && before > 0 ? least(before, rows) : 0;
+  }
 };
 
 /* c [rows][kScoreRow] = factor a b^T in the tiles that some query sees. */
@@ -187,20 +251,23 @@ inline void key_block(const Shape &s, const Block &block, const float *a, const 
     }
 }
 
-/* A query's row of a mask, from a block's first key on; bytes NULL: it sees all. */
+/* A query's row of a mask, from the first key on that a block has of the sequence; bytes NULL: it
+ * sees all. */
 struct MaskRow {
   const uint8_t *bytes;
   bool broadcast;  // one byte for all keys
 };
 
 template <class Args>
-DELTAOPS_INLINE MaskRow mask_row(const Args &args, int64_t b, int64_t h, int64_t i, int64_t k0) {
-  if (args.mask == nullptr) return {nullptr, false};
+DELTAOPS_INLINE MaskRow mask_row(const Args &args, const Shape &s, int64_t b, int64_t h, int64_t i,
+                                 int64_t k0) {
+  if (args.mask == nullptr || s.Lk == 0) return {nullptr, false};
   const int64_t *at = args.mask_strides;
-  return {args.mask + b * at[0] + h * at[1] + i * at[2] + k0 * at[3], at[3] == 0};
+  return {args.mask + b * at[0] + h * at[1] + i * at[2] + most(k0 - s.P, 0) * at[3], at[3] == 0};
 }
 
-/* Hides scores of a row, by -infinity: where the mask has 0, and from `visible` to `width`. */
+/* Hides scores of a row, by -infinity: where the mask has 0, and from `visible` to `width`. Scores
+ * of a prefix lie before them, and `visible` is negative where those are to be hidden too. */
 DELTAOPS_INLINE void hide(float *score, int64_t visible, int64_t width, MaskRow mask) {
   if (mask.bytes && mask.broadcast) {
     if (*mask.bytes == 0) visible = 0;
@@ -212,8 +279,10 @@ DELTAOPS_INLINE void hide(float *score, int64_t visible, int64_t width, MaskRow 
   each_vector(visible, [&](int64_t n, int64_t lanes) {
     VecB bytes = {};
     memcpy(&bytes, mask.bytes + n, static_cast<size_t>(lanes));
+    // Two steps, which are an instruction each; of one GCC makes a move for each byte.
+    const VecU wide = __builtin_convertvector(__builtin_convertvector(bytes, VecH), VecU);
     const VecF value = load(score + n);
-    store(score + n, __builtin_convertvector(bytes, VecU) != 0u ? value : splat(-kInfinity));
+    store(score + n, wide != 0u ? value : splat(-kInfinity));
   });
 }
 
@@ -271,7 +340,7 @@ inline VecF softmax_strip(float *score, int64_t width, float *maximum, float *su
 
 struct ForwardScratch {
   float *keys;    // [panels][D][kTileColumns]
-  float *values;  // [Lk][row]
+  float *values;  // [P + Lk][row]
   float *q;       // [kQueries][row]
   float *scores;  // [kQueries][kScoreRow]
   float *y;       // [kQueries][row]
@@ -279,8 +348,8 @@ struct ForwardScratch {
 
 inline ForwardScratch forward_scratch(const Shape &s, Arena *arena) {
   ForwardScratch at;
-  at.keys = arena->take<float>(ceil_div(s.Lk, kTileColumns) * s.panel);
-  at.values = arena->take<float>(s.Lk * s.row);
+  at.keys = arena->take<float>(ceil_div(s.keys, kTileColumns) * s.panel);
+  at.values = arena->take<float>(s.keys * s.row);
   at.q = arena->take<float>(kQueries * s.row);
   at.scores = arena->take<float>(kQueries * kScoreRow);
   at.y = arena->take<float>(kQueries * s.row);
@@ -296,18 +365,19 @@ void forward_block(const AttentionForwardArgs &args, const Shape &s, const Forwa
   Running run;
   for (float &maximum : run.maximum) maximum = -kInfinity;
   for (float &sum : run.sum) sum = 0.0f;
-  const int64_t seen = s.causal ? r0 + rows : s.Lk;
+  const int64_t seen = s.causal ? s.P + r0 + rows : s.keys;
   for (int64_t k0 = 0; k0 < seen; k0 += kKeys) {
-    const Block block = {r0, rows, k0, least(kKeys, seen - k0), s.causal};
+    const Block block = {r0, rows, k0, least(kKeys, seen - k0), s.causal, s.P};
     score_block(s, block, at.q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores,
                 ahead);
+    const int64_t free = of_prefix(s.P, k0, block.keys);  // of any mask
     for (int64_t i = 0; i < rows; i += kTileRows) {
       float *strip = at.scores + i * kScoreRow;
       const int64_t width = round_up(block.visible(i + kTileRows - 1), kLanes);
       if (width == 0) continue;
       for (int64_t j = 0; j < least(kTileRows, rows - i); ++j)
-        hide(strip + j * kScoreRow, block.visible(i + j), width,
-             mask_row(args, b, h, r0 + i + j, k0));
+        hide(strip + j * kScoreRow + free, block.visible(i + j) - free, width - free,
+             mask_row(args, s, b, h, r0 + i + j, k0));
       const VecF factor = softmax_strip(strip, width, run.maximum + i, run.sum + i);
       if (k0 == 0) continue;
       for (int j = 0; j < kTileRows; ++j) {
@@ -335,12 +405,12 @@ void forward_block(const AttentionForwardArgs &args, const Shape &s, const Forwa
 
 template <class T>
 deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
-  const Shape s = shape_of(args.sizes, args.causal);
+  const Shape s = shape_of(args);
   if (s.B == 0 || s.H == 0 || s.Lq == 0) return DELTAOPS_OK;
   const int64_t most = round_up(ceil_div(s.Lq, ceil_div(s.Lq, kQueries)), kTileRows);
   const int64_t blocks = ceil_div(s.Lq, most), items = s.B * s.H * blocks;
   int threads = useful_threads(static_cast<int>(least(args.num_threads, items)),
-                               2 * s.B * s.H * s.Lq * (s.Lk + 1) * s.D);
+                               2 * s.B * s.H * s.Lq * (s.keys + 1) * s.D);
   for (;;) {
     Arena size(nullptr);
     for (int i = 0; i < threads; ++i) forward_scratch(s, &size);
@@ -353,15 +423,17 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
       const Range mine = share(items, self, threads);
       const int64_t strips = ceil_div(s.Lq, kTileRows),
                     tiles =
-                        strips * s.group * ceil_div(s.Lk, kTileColumns) / (s.causal ? 2 : 1) + 1;
+                        strips * s.group * ceil_div(s.keys, kTileColumns) / (s.causal ? 2 : 1) + 1;
       TokensAhead<T> ahead(s.D, tiles);
       int64_t packed = -1;
       for (int64_t item = mine.begin; item < mine.end; ++item) {
         const int64_t head = item / blocks, b = head / s.H, h = head % s.H;
         const int64_t owner = head / s.group;
         if (owner != packed) {
-          pack_transposed(s, tokens<const T>(args.k, b, h / s.group), 0, s.Lk, at.keys);
-          pack_tokens(s, tokens<const T>(args.v, b, h / s.group), 0, s.Lk, s.Lk, at.values);
+          const int64_t kv = h / s.group;
+          pack_joined_panels(s, joined<T>(args, args.prefix_k, args.k, b, kv), 0, s.keys, at.values,
+                             at.keys);
+          pack_joined(s, joined<T>(args, args.prefix_v, args.v, b, kv), 0, s.keys, at.values);
           packed = owner;
           ahead = TokensAhead<T>(s.D, tiles);
           if (const int64_t next = head - h % s.group + s.group; next * blocks < mine.end) {
@@ -476,7 +548,8 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
   score_block(s, block, at.dy, at.values, 1.0f, at.ds, ahead);
   const float *lse = args.lse + (b * s.H + h) * s.Lq + r0;
   const float *delta = at.delta + member * s.Lq + r0;
-  const bool all_keys = s.Lk <= kKeys;
+  const bool all_keys = s.keys <= kKeys;
+  const int64_t free = of_prefix(s.P, block.k0, block.keys);
   for (int64_t i = 0; i < rows; i += kTileRows) {
     // What a strip of keys sees of these queries ends at most that far behind the last of them.
     const int64_t last = block.visible(i + kTileRows - 1);
@@ -485,8 +558,8 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
     for (int64_t j = 0; j < kTileRows; ++j) {
       const bool valid = i + j < rows;
       const int64_t visible = valid ? block.visible(i + j) : 0;
-      hide(at.p + (i + j) * kScoreRow, visible, width,
-           valid ? mask_row(args, b, h, r0 + i + j, block.k0) : MaskRow{nullptr, false});
+      hide(at.p + (i + j) * kScoreRow + free, visible - free, width - free,
+           valid ? mask_row(args, s, b, h, r0 + i + j, block.k0) : MaskRow{nullptr, false});
       // Tiles that no query sees were left out: where lse is NaN so is p, and the sign of NaN times
       // NaN must not come from an earlier call's scratch.
       for (int64_t n = visible; n < width; ++n) at.ds[(i + j) * kScoreRow + n] = 0.0f;
@@ -498,8 +571,11 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
     all_keys ? slope_strip<true>(p, ds, width, row_lse, row_delta, args.scale)
              : slope_strip<false>(p, ds, width, row_lse, row_delta, args.scale);
   }
-  if (args.grad_v.data) key_block(s, block, at.p, at.dy, at.dv);
-  if (args.grad_k.data) key_block(s, block, at.ds, at.q, at.dk);
+  const bool prefix = block.k0 < s.P;
+  if (args.grad_v.data || (prefix && args.grad_prefix_v.data))
+    key_block(s, block, at.p, at.dy, at.dv);
+  if (args.grad_k.data || (prefix && args.grad_prefix_k.data))
+    key_block(s, block, at.ds, at.q, at.dk);
   if (args.grad_q.data) {
     float *dq = at.dq + (member * (s.Lq + kTileRows) + r0) * s.row;
     block.k0 == 0 ? query_block<false>(s, block, at.ds, at.key_rows, dq)
@@ -516,67 +592,172 @@ void store_gradient(const Shape &s, const deltaops_heads &grad, int64_t b, int64
   for (int64_t i = 0; i < count; ++i) store_token(sums + i * s.row, s.D, 1.0f, to.at(first + i));
 }
 
+/* ---- the gradients of a prefix
+ *
+ * The batch is cut into runs of sequences: about kRuns with all heads, so that threads have enough
+ * to share out and sums are few. A run of a head belongs to one thread, which adds its sequences up
+ * in `sums`; then the runs are added. Without a prefix every sequence is a run. */
+constexpr int64_t kRuns = 64;
+
+struct PrefixSums {
+  int64_t runs;
+  float *dk, *dv;  // [runs][Hkv][P][row], or NULL: not wanted
+
+  float *at(const Shape &s, float *sums, int64_t run, int64_t kv) const {
+    return sums ? sums + (run * s.Hkv + kv) * s.P * s.row : nullptr;
+  }
+};
+
+inline PrefixSums prefix_sums(const AttentionBackwardArgs &args, const Shape &s, Arena *arena) {
+  PrefixSums sums = {s.B, nullptr, nullptr};
+  if (s.P == 0) return sums;
+  sums.runs = least(s.B, ceil_div(kRuns, s.Hkv));
+  const int64_t count = most(sums.runs, 1) * s.Hkv * s.P * s.row;
+  if (args.grad_prefix_k.data) sums.dk = arena->take<float>(count);
+  if (args.grad_prefix_v.data) sums.dv = arena->take<float>(count);
+  return sums;
+}
+
+/* to = from, or to += from. */
+inline void gather(const float *from, int64_t count, bool add, float *to) {
+  if (to == nullptr) return;
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(to + i, add ? load(to + i) + load(from + i) : load(from + i));
+}
+
+/* Thread `self`'s part of the rows of a gradient, once all runs are there. */
+template <class T>
+void store_prefix(const Shape &s, const PrefixSums &sums, float *first, const deltaops_heads &grad,
+                  Range rows) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    float *sum = first + i * s.row;
+    if (sums.runs == 0) memset(sum, 0, static_cast<size_t>(s.row) * sizeof(float));
+    for (int64_t run = 1; run < sums.runs; ++run)
+      gather(sum + run * s.Hkv * s.P * s.row, s.columns, true, sum);
+    store_token(sum, s.D, 1.0f, tokens<T>(grad, 0, i / s.P).at(i % s.P));
+  }
+}
+
+inline void store_prefix(const AttentionBackwardArgs &args, const Shape &s, const PrefixSums &sums,
+                         Range rows) {
+  const bool bf16 = args.prefix_dtype == DELTAOPS_BF16;
+  if (sums.dk && bf16) store_prefix<Bf16>(s, sums, sums.dk, args.grad_prefix_k, rows);
+  if (sums.dk && !bf16) store_prefix<float>(s, sums, sums.dk, args.grad_prefix_k, rows);
+  if (sums.dv && bf16) store_prefix<Bf16>(s, sums, sums.dv, args.grad_prefix_v, rows);
+  if (sums.dv && !bf16) store_prefix<float>(s, sums, sums.dv, args.grad_prefix_v, rows);
+}
+
+/* A thread goes through its heads of keys sequence by sequence within a run: neighbouring heads of
+ * one sequence lie on the same pages. */
+struct HeadWalk {
+  Range mine;  // of runs * Hkv
+  int64_t B, Hkv, runs;
+  int64_t run, b, kv;  // where it stands
+
+  HeadWalk(const Shape &s, int64_t num_runs, Range range)
+      : mine(range), B(s.B), Hkv(s.Hkv), runs(num_runs), run(range.begin / s.Hkv) {
+    b = sequences().begin;
+    kv = heads().begin;
+  }
+
+  Range sequences() const { return share(B, run, most(runs, 1)); }
+  Range heads() const {
+    return {most(mine.begin - run * Hkv, 0), least(mine.end - run * Hkv, Hkv)};
+  }
+  bool done() const { return run * Hkv >= mine.end; }
+  bool first_of_run() const { return b == sequences().begin; }
+  void next() {
+    if (++kv < heads().end) return;
+    kv = heads().begin;
+    if (++b < sequences().end) return;
+    ++run, kv = 0;  // where b stands: runs are neighbours
+  }
+};
+
 /* Everything that one head of keys has a part in. */
 template <class T>
 void backward_head(const AttentionBackwardArgs &args, const Shape &s, const BackwardScratch &at,
-                   int64_t b, int64_t kv, TokensAhead<T> *ahead) {
+                   const PrefixSums &sums, const HeadWalk &walk, TokensAhead<T> *ahead) {
+  const int64_t b = walk.b, kv = walk.kv;
   const int64_t h0 = kv * s.group, member = (s.Lq + kTileRows) * s.row;
-  for (int64_t g = 0; g < s.group && s.Lk > kKeys; ++g)
+  for (int64_t g = 0; g < s.group && s.keys > kKeys; ++g)
     deltas(s, tokens<const T>(args.grad_y, b, h0 + g), tokens<const T>(args.y, b, h0 + g),
            at.delta + g * s.Lq);
-  const Tokens<const T> k = tokens<const T>(args.k, b, kv), v = tokens<const T>(args.v, b, kv);
-  const size_t sums = static_cast<size_t>(kKeys * s.row) * sizeof(float);
-  for (int64_t k0 = 0; k0 < s.Lk; k0 += kKeys) {
-    const int64_t keys = least(kKeys, s.Lk - k0);
-    pack_transposed(s, k, k0, keys, at.keys);
-    pack_transposed(s, v, k0, keys, at.values);
-    pack_tokens(s, k, k0, keys, keys, at.key_rows);
-    memset(at.dk, 0, sums);
-    memset(at.dv, 0, sums);
-    const int64_t begin = s.causal ? k0 / kQueries * kQueries : 0;
+  const Joined<T> k = joined<T>(args, args.prefix_k, args.k, b, kv);
+  const Joined<T> v = joined<T>(args, args.prefix_v, args.v, b, kv);
+  const size_t bytes = static_cast<size_t>(kKeys * s.row) * sizeof(float);
+  const bool prefix_alone = !args.grad_q.data && !args.grad_k.data && !args.grad_v.data;
+  const int64_t end = prefix_alone ? s.P : s.keys;
+  for (int64_t k0 = 0; k0 < end; k0 += kKeys) {
+    const int64_t keys = least(kKeys, s.keys - k0);
+    pack_joined_panels(s, v, k0, keys, at.key_rows, at.values);
+    pack_joined_panels(s, k, k0, keys, at.key_rows, at.keys);
+    pack_joined(s, k, k0, keys, at.key_rows);
+    memset(at.dk, 0, bytes);
+    memset(at.dv, 0, bytes);
+    const int64_t begin = s.causal ? most(k0 - s.P, 0) / kQueries * kQueries : 0;
     for (int64_t g = 0; g < s.group; ++g)
       for (int64_t r0 = begin; r0 < s.Lq; r0 += kQueries)
         backward_block<T>(args, s, at, b, h0 + g,
-                          {r0, least(kQueries, s.Lq - r0), k0, keys, s.causal}, ahead);
-    store_gradient<T>(s, args.grad_k, b, kv, k0, keys, at.dk);
-    store_gradient<T>(s, args.grad_v, b, kv, k0, keys, at.dv);
+                          {r0, least(kQueries, s.Lq - r0), k0, keys, s.causal, s.P}, ahead);
+    const int64_t shared = of_prefix(s.P, k0, keys);
+    if (shared > 0) {
+      float *dk = sums.at(s, sums.dk, walk.run, kv), *dv = sums.at(s, sums.dv, walk.run, kv);
+      const bool add = !walk.first_of_run();
+      gather(at.dk, shared * s.row, add, dk ? dk + k0 * s.row : nullptr);
+      gather(at.dv, shared * s.row, add, dv ? dv + k0 * s.row : nullptr);
+    }
+    const int64_t first = k0 + shared - s.P, rest = keys - shared;
+    store_gradient<T>(s, args.grad_k, b, kv, first, rest, at.dk + shared * s.row);
+    store_gradient<T>(s, args.grad_v, b, kv, first, rest, at.dv + shared * s.row);
   }
-  if (s.Lk == 0) memset(at.dq, 0, static_cast<size_t>(s.group * member) * sizeof(float));
+  if (s.keys == 0) memset(at.dq, 0, static_cast<size_t>(s.group * member) * sizeof(float));
   for (int64_t g = 0; g < s.group; ++g)
     store_gradient<T>(s, args.grad_q, b, h0 + g, 0, s.Lq, at.dq + g * member);
 }
 
 template <class T>
 deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
-  const Shape s = shape_of(args.sizes, args.causal);
-  const int64_t heads = s.B * s.Hkv;
-  if (heads == 0) return DELTAOPS_OK;
-  int threads = useful_threads(static_cast<int>(least(args.num_threads, heads)),
-                               5 * s.B * s.H * s.Lq * (s.Lk + 1) * s.D);
+  const Shape s = shape_of(args);
+  if (s.Hkv == 0) return DELTAOPS_OK;
+  Arena none(nullptr);
+  const int64_t items = prefix_sums(args, s, &none).runs * s.Hkv;
+  if (items == 0 && none.used() == 0) return DELTAOPS_OK;
+  int threads = useful_threads(static_cast<int>(least(args.num_threads, most(items, 1))),
+                               5 * s.B * s.H * s.Lq * (s.keys + 1) * s.D);
   for (;;) {
     Arena size(nullptr);
     for (int i = 0; i < threads; ++i) backward_scratch(s, &size);
+    const size_t each = size.used() / static_cast<size_t>(threads);
+    prefix_sums(args, s, &size);
     void *memory = workspace(size.used());
     if (memory == nullptr) return no_memory("attention_backward", size.used());
-    const size_t each = size.used() / static_cast<size_t>(threads);
     const int given = team(threads, [&](int self) {
       Arena arena(static_cast<char *>(memory) + each * static_cast<size_t>(self));
       const BackwardScratch at = backward_scratch(s, &arena);
-      const Range mine = share(heads, self, threads);
-      const int64_t tiles = 2 * s.group * ceil_div(s.Lq, kTileRows) * ceil_div(s.Lk, kTileColumns) /
-                                (s.causal ? 2 : 1) +
+      Arena last(static_cast<char *>(memory) + each * static_cast<size_t>(threads));
+      const PrefixSums sums = prefix_sums(args, s, &last);
+      const int64_t tiles = 2 * s.group * ceil_div(s.Lq, kTileRows) *
+                                ceil_div(s.keys, kTileColumns) / (s.causal ? 2 : 1) +
                             1;
-      for (int64_t head = mine.begin; head < mine.end; ++head) {
+      HeadWalk walk(s, sums.runs, share(items, self, threads));
+      while (!walk.done()) {
+        const HeadWalk now = walk;
+        walk.next();
         TokensAhead<T> ahead(s.D, tiles);
-        if (const int64_t b = (head + 1) / s.Hkv, kv = (head + 1) % s.Hkv; head + 1 < mine.end) {
+        if (!walk.done()) {
+          const int64_t b = walk.b, kv = walk.kv;
           ahead.add(args.k, b, kv, s.Lk);
           ahead.add(args.v, b, kv, s.Lk);
           ahead.add(args.grad_y, b, kv * s.group, s.Lq);
-          if (s.Lk > kKeys) ahead.add(args.y, b, kv * s.group, s.Lq);
+          if (s.keys > kKeys) ahead.add(args.y, b, kv * s.group, s.Lq);
           ahead.add(args.q, b, kv * s.group, s.Lq);
         }
-        backward_head<T>(args, s, at, head / s.Hkv, head % s.Hkv, &ahead);
+        backward_head<T>(args, s, at, sums, now, &ahead);
       }
+      if (sums.dk == nullptr && sums.dv == nullptr) return;
+      barrier();
+      store_prefix(args, s, sums, share(s.Hkv * s.P, self, threads));
     });
     if (given == threads) return DELTAOPS_OK;
     threads = given;

@@ -117,9 +117,9 @@ struct Heads {
   }
 };
 
-void float_or_bf16(Checker *c, int32_t dtype) {
+void float_or_bf16(Checker *c, const char *name, int32_t dtype) {
   c->expect(dtype == DELTAOPS_F32 || dtype == DELTAOPS_BF16,
-            "dtype must be 0 (f32) or 1 (bf16), got %d.", dtype);
+            "%s must be 0 (f32) or 1 (bf16), got %d.", name, dtype);
 }
 
 }  // namespace
@@ -144,7 +144,7 @@ deltaops_status check(const RotaryArgs *args) {
              sizes[0], sizes[1], sizes[2], sizes[3]);
   c.expect(sizes[3] >= 2 && sizes[3] % 2 == 0, "D must be even and at least 2, got %" PRId64 ".",
            sizes[3]);
-  float_or_bf16(&c, dtype);
+  float_or_bf16(&c, "dtype", dtype);
   c.expect(table_dtype == DELTAOPS_F32 || table_dtype == dtype,
            "table_dtype must be 0 (f32) or that of x, %d, got %d. Convert cos and sin.", dtype,
            table_dtype);
@@ -169,16 +169,24 @@ deltaops_status check(const RotaryArgs *args) {
 
 namespace {
 
+constexpr int64_t kMostScratch = int64_t{1} << 36;  // elements
+
+// a * b, or something larger than kMostScratch where that is.
+int64_t bounded(int64_t a, int64_t b) {
+  int64_t product = 0;
+  const bool much = __builtin_mul_overflow(a, b, &product) || product > kMostScratch;
+  return much ? kMostScratch + 1 : product;
+}
+
 // What both directions take, and the tensors that both read. Args: either of the two structs.
 template <class Args>
 bool sizes_fit(Checker *c, const Args &args) {
   static const char *const kNames[] = {"B", "H", "Hkv", "Lq", "Lk", "D"};
-  const int64_t *sizes = args.sizes;
-  c->expect(args.reserved == 0, "reserved must be 0, got %d. Zero the struct first.",
-            args.reserved);
+  const int64_t *sizes = args.sizes, P = args.prefix_length;
   for (int i = 0; i < 6; ++i)
     c->expect(sizes[i] >= 0 && sizes[i] <= kMaxSize, "%s must be 0 to 2^40, got %" PRId64 ".",
               kNames[i], sizes[i]);
+  c->expect(P >= 0 && P <= kMaxSize, "prefix_length must be 0 to 2^40, got %" PRId64 ".", P);
   if (c->status() != DELTAOPS_OK) return false;
   const int64_t H = sizes[1], Hkv = sizes[2], Lq = sizes[3], Lk = sizes[4], D = sizes[5];
   c->expect(D >= 1, "D must be at least 1, got %" PRId64 ".", D);
@@ -187,26 +195,41 @@ bool sizes_fit(Checker *c, const Args &args) {
             ". Heads of keys are shared by equally many heads of queries.",
             H, Hkv);
   // Past this a thread's scratch memory could not be counted; it is 256 GiB then.
-  int64_t longest = 0;
-  c->expect(!__builtin_mul_overflow((Lq + 1) * (Hkv > 0 ? H / Hkv : 1) + Lk, D, &longest) &&
-                longest <= int64_t{1} << 36,
-            "(Lq H / Hkv + Lk) D must be at most 2^36, got Lq=%" PRId64 ", Lk=%" PRId64
-            ", D=%" PRId64 ". Cut the sequences.",
-            Lq, Lk, D);
+  const int64_t group = Hkv > 0 ? H / Hkv : 1;
+  c->expect(bounded(bounded(Lq + 1, group) + P + Lk, D) <= kMostScratch,
+            "(Lq H / Hkv + P + Lk) D must be at most 2^36, got Lq=%" PRId64 ", P=%" PRId64
+            ", Lk=%" PRId64 ", D=%" PRId64 ". Cut the sequences.",
+            Lq, P, Lk, D);
+  c->expect(bounded(bounded(Hkv, P), D) <= kMostScratch,
+            "Hkv P D must be at most 2^36, got Hkv=%" PRId64 ", P=%" PRId64 ", D=%" PRId64
+            ". Shorten the prefix.",
+            Hkv, P, D);
   int64_t all = 1;
-  for (const int64_t size : {sizes[0], H, Lq, Lk, D})
+  for (const int64_t size : {sizes[0], H, Lq, P + Lk, D})
     c->expect(c->status() != DELTAOPS_OK ||
                   (!__builtin_mul_overflow(all, size + 1, &all) && all <= kMaxWork),
               "the sizes must stay below 2^56 multiply-adds, got B=%" PRId64 ", H=%" PRId64
-              ", Lq=%" PRId64 ", Lk=%" PRId64 ", D=%" PRId64 ". Cut the batch.",
-              sizes[0], H, Lq, Lk, D);
-  float_or_bf16(c, args.dtype);
+              ", Lq=%" PRId64 ", P + Lk=%" PRId64 ", D=%" PRId64 ". Cut the batch.",
+              sizes[0], H, Lq, P + Lk, D);
+  float_or_bf16(c, "dtype", args.dtype);
+  float_or_bf16(c, "prefix_dtype", args.prefix_dtype);
   c->expect(args.causal == 0 || args.causal == 1, "causal must be 0 or 1, got %d.", args.causal);
   c->expect(args.causal != 1 || Lq == Lk,
             "causal needs as many queries as keys, got Lq=%" PRId64 ", Lk=%" PRId64
             ". Pass a mask that says which query sees which key.",
             Lq, Lk);
   return c->status() == DELTAOPS_OK;
+}
+
+// A prefix's keys or values, or their gradient: heads of one sequence, whatever their batch stride.
+template <class Args>
+void prefix(Checker *c, const char *name, const deltaops_heads &heads, const Args &args,
+            bool written) {
+  if (args.prefix_length == 0 || (written && heads.data == nullptr)) return;
+  const int64_t strides[] = {0, heads.strides[1], heads.strides[2]};
+  const int64_t element = args.prefix_dtype == DELTAOPS_BF16 ? 2 : 4;
+  Heads{name, heads.data, {1, args.sizes[2], args.prefix_length, args.sizes[5]}, strides, element}
+      .memory(c, written);
 }
 
 template <class Args>
@@ -217,6 +240,8 @@ void operands(Checker *c, const Args &args) {
   Heads{"q", args.q.data, {B, H, Lq, D}, args.q.strides, element}.memory(c, false);
   Heads{"k", args.k.data, {B, Hkv, Lk, D}, args.k.strides, element}.memory(c, false);
   Heads{"v", args.v.data, {B, Hkv, Lk, D}, args.v.strides, element}.memory(c, false);
+  prefix(c, "prefix_k", args.prefix_k, args, false);
+  prefix(c, "prefix_v", args.prefix_v, args, false);
   if (c->status() != DELTAOPS_OK || args.mask == nullptr) return;
   const int64_t *strides = args.mask_strides;
   c->expect(strides[3] == 0 || strides[3] == 1,
@@ -270,6 +295,8 @@ deltaops_status check(const AttentionBackwardArgs *args) {
   if (args->grad_v.data != nullptr)
     Heads{"grad_v", args->grad_v.data, {B, Hkv, Lk, D}, args->grad_v.strides, element}.memory(&c,
                                                                                               true);
+  prefix(&c, "grad_prefix_k", args->grad_prefix_k, *args, true);
+  prefix(&c, "grad_prefix_v", args->grad_prefix_v, *args, true);
   return c.disjoint();
 }
 

@@ -22,7 +22,7 @@
 
 #include <stdint.h>
 
-#define DELTAOPS_ABI_VERSION 5
+#define DELTAOPS_ABI_VERSION 6
 
 #if defined(__GNUC__)
 #define DELTAOPS_API __attribute__((visibility("default")))
@@ -368,7 +368,9 @@ DELTAOPS_API deltaops_status deltaops_cpu_rotary(const deltaops_rotary_args *arg
  * queries share; Lq queries and Lk keys of D elements, which lie side by side everywhere. The
  * scores may be of any size: maxima come off before the exponentials. A NaN comes out in every row
  * that sees it, and may in rows from which it is hidden. The result does not depend on num_threads.
- */
+ *
+ * With a prefix (Li and Liang 2021) the sums over j run over prefix_length more keys and values,
+ * which every query sees and the batch shares; their gradients are summed over the batch too. */
 typedef struct {
   void *data;
   int64_t strides[3]; /* of the batch, the head and the token */
@@ -382,12 +384,15 @@ typedef struct {
   deltaops_heads k, v;     /* [B, Hkv, Lk, D] */
   const uint8_t *mask;     /* [B, H, Lq, Lk] of 0 and 1, or NULL: all see all */
   int64_t mask_strides[4]; /* 0 where it is broadcast; the last 0 or 1 */
-  deltaops_heads y;        /* [B, H, Lq, D], written; strides keep the heads apart */
-  float *lse;              /* [B, H, Lq], contiguous, written for the backward pass; or NULL */
-  float scale;             /* 1 / sqrt D, as a rule */
-  int32_t causal;          /* 1: query i sees keys 0 ... i; Lq = Lk. Else 0 */
-  int32_t dtype;           /* deltaops_dtype */
-  int32_t reserved;        /* 0 */
+  /* [Hkv, P, D], not read without a prefix; so the stride of the batch */
+  deltaops_heads prefix_k, prefix_v;
+  int64_t prefix_length; /* P; 0: no prefix */
+  deltaops_heads y;      /* [B, H, Lq, D], written; strides keep the heads apart */
+  float *lse;            /* [B, H, Lq], contiguous, written for the backward pass; or NULL */
+  float scale;           /* 1 / sqrt D, as a rule */
+  int32_t causal;        /* 1: query i sees keys 0 ... i; Lq = Lk. Else 0 */
+  int32_t dtype;         /* deltaops_dtype */
+  int32_t prefix_dtype;  /* deltaops_dtype of both and of their gradients */
 } deltaops_attention_forward_args;
 
 typedef struct {
@@ -398,14 +403,18 @@ typedef struct {
   deltaops_heads q, k, v;
   const uint8_t *mask;
   int64_t mask_strides[4];
+  deltaops_heads prefix_k, prefix_v;
+  int64_t prefix_length;
   deltaops_heads y;              /* what the forward pass wrote */
   const float *lse;              /* so too */
   deltaops_heads grad_q;         /* [B, H, Lq, D], or absent: data NULL; so the next two */
   deltaops_heads grad_k, grad_v; /* [B, Hkv, Lk, D] */
+  /* [Hkv, P, D], or absent; not written without a prefix */
+  deltaops_heads grad_prefix_k, grad_prefix_v;
   float scale;
   int32_t causal;
   int32_t dtype;
-  int32_t reserved;
+  int32_t prefix_dtype;
 } deltaops_attention_backward_args;
 
 DELTAOPS_API deltaops_status

@@ -241,6 +241,63 @@ class AttentionCall(NamedTuple):
         return cls(device, q.dtype, b, h, k.shape[1], l_q, k.shape[2], d, mask is not None, causal)
 
 
+class PrefixAttentionCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``prefix_attention``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    prefix_dtype: torch.dtype
+    b: int
+    h: int
+    h_kv: int
+    """Heads of keys and values, each read by ``h / h_kv`` heads of queries."""
+    l_q: int
+    l_kv: int
+    """Keys of a sequence."""
+    prefix: int
+    """Keys that all queries of the batch see besides."""
+    d: int
+    masked: bool
+    causal: bool
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "prefix_attention"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        heads = f"{self.h}" if self.h == self.h_kv else f"{self.h}/{self.h_kv}"
+        length = f"{self.l_q}" if self.l_q == self.l_kv else f"{self.l_q}/{self.l_kv}"
+        return (
+            f"prefix_attention B={self.b} H={heads} L={length} P={self.prefix} D={self.d}"
+            f"{' causal' if self.causal else ''}{' masked' if self.masked else ''} "
+            f"{self.dtype} on {self.device}"
+        )
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, prefix_k: Tensor, mask: Tensor | None, causal: bool
+    ) -> PrefixAttentionCall:
+        """The call of these tensors; prefix_k ``[Hkv, P, D]``."""
+        b, h, l_q, d = q.shape
+        return cls(
+            "cpu" if q.is_cpu else q.device.type,
+            q.dtype,
+            prefix_k.dtype,
+            b,
+            h,
+            k.shape[1],
+            l_q,
+            k.shape[2],
+            prefix_k.shape[1],
+            d,
+            mask is not None,
+            causal,
+        )
+
+
 Call: TypeAlias = (
     DeltaLinearCall
     | BottleneckCall
@@ -249,6 +306,7 @@ Call: TypeAlias = (
     | GatedCall
     | RotaryCall
     | AttentionCall
+    | PrefixAttentionCall
 )
 """A call of any op: ``call.op`` names it."""
 
@@ -517,3 +575,39 @@ class AttentionBackend(Backend, Protocol):
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """The wanted gradients: q, k, v."""
+
+
+class PrefixAttentionBackend(Backend, Protocol):
+    """One that also has ``prefix_attention``: as :class:`AttentionBackend`, with prefix_k and
+    prefix_v ``[Hkv, P, D]`` of one dtype, any strides. Their gradients are contiguous.
+    """
+
+    def prefix_attention_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """``(y, lse)``; see :mod:`deltaops.reference.prefix_attention`."""
+
+    def prefix_attention_backward(
+        self,
+        grad_y: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """The wanted gradients: q, k, v, prefix_k, prefix_v."""

@@ -11,6 +11,7 @@ from deltaops.reference import (
     delta_linear,
     gated,
     norm_bias,
+    prefix_attention,
     rotary,
 )
 
@@ -34,6 +35,8 @@ class ReferenceBackend:
     rotary_backward = staticmethod(rotary.backward)
     attention_forward = staticmethod(attention.forward)
     attention_backward = staticmethod(attention.backward)
+    prefix_attention_forward = staticmethod(prefix_attention.forward)
+    prefix_attention_backward = staticmethod(prefix_attention.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""

@@ -24,6 +24,7 @@ from .place import (
     plain_linear,
     unbecome,
 )
+from .prefix import add_prefix, remove_prefix, switch
 from .program import Program, program_of
 from .sharing import APART, sharing
 
@@ -47,6 +48,7 @@ __all__ = [
     "RmsNormBlock",
     "activate_copies",
     "activation_of",
+    "add_prefix",
     "allow_bias",
     "become",
     "copies",
@@ -63,10 +65,12 @@ __all__ = [
     "near_zero",
     "plain_linear",
     "program_of",
+    "remove_prefix",
     "row_norms",
     "sharing",
     "stand_ins",
     "start_values",
+    "switch",
     "train_copies",
     "unbecome",
     "zeros_for",

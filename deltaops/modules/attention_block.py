@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaops.backends import AttentionCall, Call, RotaryCall
+from deltaops.backends import AttentionCall, Call, PrefixAttentionCall, RotaryCall
 
 from .attention_functions import BIAS, ROTARY, SDPA, TABLE, stand_ins, words
 from .block import Block, subclass, told
+from .prefix import KEYS, NAME
 from .sharing import sharing
 
 PROJECTIONS = (
@@ -78,11 +79,17 @@ class AttentionBlock(Block):
         implementation = getattr(config, "_attn_implementation", None)
         if TABLE in self.ours and BIAS in words(self.on_ours.__code__):
             found["attention"] = "torch", "by transformers: a bias is added to the scores"
-        elif TABLE in self.ours and implementation == SDPA:
+        elif TABLE in self.ours and implementation in (SDPA, NAME):
             causal = bool(getattr(self, "is_causal", True))
-            call = AttentionCall(
-                device, dtype, 1, heads, shared, tokens, tokens, width, False, causal
-            )
+            prefix = getattr(self, KEYS, None) if implementation == NAME else None
+            sizes = 1, heads, shared, tokens, tokens
+            if prefix is None:
+                call = AttentionCall(device, dtype, *sizes, width, False, causal)
+            else:
+                _, length, width = prefix.shape
+                call = PrefixAttentionCall(
+                    device, dtype, prefix.dtype, *sizes, length, width, False, causal
+                )
             found["attention"] = told(call, self.backend)
         elif TABLE in self.ours:
             why = f"by transformers: ours stands in for {SDPA!r}, and this is {implementation!r}"

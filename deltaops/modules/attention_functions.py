@@ -191,18 +191,11 @@ def attend(
         **named: for other implementations, unless ``theirs`` reads it.
     Returns: y ``[B, Lq, H, D]``, and None for the weights, as ``theirs``.
     """
-    # As theirs has it: a mask says all, one query sees all keys, and where keys are ahead (of a
-    # cache that is larger than what it holds), the first ones are those of the queries.
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    length = query.shape[2]
-    causal = bool(causal) and length > 1 and attention_mask is None
-    k, v = key, value
-    if causal and key.shape[2] > length:
-        k, v = key[:, :, :length], value[:, :, :length]
+    k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
     fits = (
-        not (dropout or _asks(theirs, named))
-        and _attends(query, k, v, attention_mask, groups, causal)
+        not (dropout or asks(theirs, named))
+        and attends(query, k, v, attention_mask, groups, causal)
         and takes(AttentionCall.of(query, k, attention_mask, causal), backend, strict)
     )
     if not fits:
@@ -218,13 +211,34 @@ def attend(
     return y.transpose(1, 2).contiguous(), None  # no copy: this is how it lies
 
 
-def _asks(theirs: Any, named: dict[str, Any]) -> bool:
+def visible(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None,
+) -> tuple[Tensor, Tensor, bool]:
+    """The keys and values that are looked at, and whether causality hides some, as "sdpa" has it.
+
+    A mask says all, one query sees all keys, and where keys are ahead (of a cache that is larger
+    than what it holds), the first ones are those of the queries.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    length = query.shape[2]
+    causal = bool(causal) and length > 1 and attention_mask is None
+    if causal and key.shape[2] > length:
+        return key[:, :, :length], value[:, :, :length], causal
+    return key, value, causal
+
+
+def asks(theirs: Any, named: dict[str, Any]) -> bool:
     """Whether one of the settings is on that their program has a word for."""
     known = words(theirs.__code__)
     return any([x is not None and x is not False for name, x in named.items() if name in known])
 
 
-def _attends(
+def attends(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: int, causal: bool
 ) -> bool:
     """Whether the op takes these; a mask of numbers is added to the scores, which it cannot do."""

@@ -7,6 +7,7 @@ from .delta_linear import Branch, delta_linear, explain
 from .delta_linear_group import Layer, delta_linear_group
 from .gated import gated
 from .norm_bias import norm_bias
+from .prefix_attention import prefix_attention
 from .rotary import rotary
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "explain",
     "gated",
     "norm_bias",
+    "prefix_attention",
     "rotary",
 ]

@@ -11,20 +11,18 @@ op ``deltaops::attention`` for everything else.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltaops.backends import AttentionCall
 from deltaops.dispatch import LAST_RESORT, select
-from deltaops.errors import ConfigError, DtypeError, ShapeError
 from deltaops.reference import attention as reference
 from deltaops.reference.heads import arrange
 
 from .attention_autograd import AttentionFunction, run_forward
-from .paths import check_device, needs_grad, takes_bypass, transformed
+from .attention_checks import check_heads, checked_scale
+from .paths import needs_grad, takes_bypass, transformed
 
 
 def attention(
@@ -64,11 +62,8 @@ def attention(
     Source: Vaswani et al. 2017 (arXiv 1706.03762); computed as by Dao et al. 2022 (arXiv
         2205.14135), heads shared as by Ainslie et al. 2023 (arXiv 2305.13245).
     """
-    _check(q, k, v, mask, causal)
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    elif not math.isfinite(scale):
-        raise ConfigError(f"attention: scale must be finite, got {scale}.")
+    check_heads("attention", q, k, v, mask, causal)
+    scale = checked_scale("attention", scale, q)
     if mask is not None:  # no copy: what is shared has a stride of zero
         mask = mask.expand(*q.shape[:3], k.shape[2])
     if transformed("attention", backend, strict):
@@ -97,54 +92,3 @@ def _torch(
             q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=k.shape[1] < q.shape[1]
         )
     return arrange(y, True)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> None:
-    if q.dim() != 4 or q.shape[3] < 1:
-        raise ShapeError(f"attention: q must be [B, H, Lq, D] with D ≥ 1, got {list(q.shape)}.")
-    b, h, l_q, d = q.shape
-    if k.dim() != 4 or k.shape[0] != b or k.shape[3] != d:
-        raise ShapeError(
-            f"attention: k must be [B, Hkv, Lk, D], here [{b}, Hkv, Lk, {d}], got "
-            f"{list(k.shape)}. Are q and k of the same batch and heads of the same width?"
-        )
-    h_kv, l_kv = k.shape[1:3]
-    if h_kv < 1 or h % h_kv:
-        raise ShapeError(
-            f"attention: the heads of q must be a multiple of those of k, got {h} and {h_kv}. "
-            "Each head of k serves as many heads of q as the others do."
-        )
-    if v.shape != k.shape:
-        raise ShapeError(f"attention: v must be {list(k.shape)}, as k is, got {list(v.shape)}.")
-    if causal and l_q != l_kv:
-        raise ShapeError(
-            f"attention: causal wants as many queries as keys, got {l_q} and {l_kv}: which keys "
-            "come before a query is not told by their numbers. Pass a mask instead."
-        )
-    if not q.is_floating_point():
-        raise DtypeError(f"attention: q must be floating point, got {q.dtype}. Convert it.")
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype:
-            raise DtypeError(
-                f"attention: {name} must be {q.dtype}, as q is, got {t.dtype}. Convert one of them."
-            )
-        check_device("attention", name, t, q, of="q")
-    if mask is not None:
-        _check_mask(mask, (b, h, l_q, l_kv))
-        check_device("attention", "mask", mask, q, of="q")
-
-
-def _check_mask(mask: Tensor, full: tuple[int, int, int, int]) -> None:
-    if mask.dtype != torch.bool:
-        raise DtypeError(
-            f"attention: mask must be torch.bool, True where a query sees a key, got {mask.dtype}. "
-            "Add a mask of numbers to the scores in torch."
-        )
-    fits = mask.dim() == 4 and all(
-        [size in (1, whole) for size, whole in zip(mask.shape, full, strict=True)]
-    )
-    if not fits:
-        names = ", ".join(f"{whole} or 1" for whole in full)
-        raise ShapeError(
-            f"attention: mask must be [B, H, Lq, Lk], here [{names}], got {list(mask.shape)}."
-        )

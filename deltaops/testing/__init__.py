@@ -11,6 +11,11 @@ from .attention_cases import ATTENTION_CASES, AttentionCase, AttentionTensors
 from .cases import DELTA_LINEAR_CASES, DeltaLinearCase, DeltaLinearTensors
 from .compare import assert_accurate, relative_error
 from .gated_cases import GATED_CASES, GatedCase
+from .prefix_attention_cases import (
+    PREFIX_ATTENTION_CASES,
+    PrefixAttentionCase,
+    PrefixAttentionTensors,
+)
 from .rotary_cases import ROTARY_CASES, RotaryCase
 from .tolerances import bound, rounding
 
@@ -20,6 +25,7 @@ __all__ = [
     "DELTA_LINEAR_CASES",
     "GATED_CASES",
     "NORM_BIAS_CASES",
+    "PREFIX_ATTENTION_CASES",
     "ROTARY_CASES",
     "AttentionCase",
     "AttentionTensors",
@@ -29,6 +35,8 @@ __all__ = [
     "DeltaLinearTensors",
     "GatedCase",
     "NormBiasCase",
+    "PrefixAttentionCase",
+    "PrefixAttentionTensors",
     "RotaryCase",
     "assert_accurate",
     "bound",

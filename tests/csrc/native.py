@@ -16,6 +16,7 @@ SOURCES = [
     "ops.cpp",
     "heads.cpp",
     "group.cpp",
+    "attention.cpp",
     "sweep.cpp",
     "fuzz.cpp",
     "fuzz_ops.cpp",

@@ -31,7 +31,28 @@ SHAPES = [
 DTYPES = ["f32", "bf16"]
 ROUNDING = {"f32": 2.0**-24, "bf16": 2.0**-9}
 WAYS = ["all", "causal", "mask", "mask-causal", "rows", "shared"]
+# A prefix's length, its dtype, sizes and way: shorter and longer than a tile's columns and a block
+# of keys, nothing but it to see, queries and keys of many blocks, runs of several sequences
+PREFIXED = [
+    (1, "f32", (2, 2, 2, 16, 16, 64), "all"),
+    (16, "f32", (2, 4, 2, 97, 97, 20), "causal"),
+    (16, "f32", (2, 2, 1, 130, 260, 33), "mask"),
+    (33, "f32", (1, 6, 2, 37, 53, 17), "shared"),
+    (33, "bf16", (1, 6, 2, 37, 37, 17), "mask-causal"),
+    (64, "bf16", (2, 2, 1, 131, 131, 20), "causal"),
+    (100, "f32", (2, 3, 3, 29, 29, 16), "rows"),
+    (130, "f32", (1, 2, 2, 140, 140, 9), "mask-causal"),
+    (128, "bf16", (2, 4, 1, 7, 300, 8), "shared"),
+    (300, "f32", (1, 2, 1, 70, 5, 3), "rows"),
+    (7, "f32", (9, 33, 33, 3, 4, 5), "mask"),
+    (5, "f32", (70, 1, 1, 2, 2, 3), "all"),
+    (9, "f32", (2, 2, 1, 4, 0, 8), "mask"),
+    (9, "f32", (2, 2, 1, 0, 4, 8), "all"),
+    (9, "f32", (0, 2, 1, 4, 4, 8), "all"),
+    (9, "f32", (2, 0, 0, 4, 4, 8), "all"),
+]  # fmt: skip
 GRADS = ("grad_q", "grad_k", "grad_v")
+PREFIX_GRADS = ("grad_prefix_k", "grad_prefix_v")
 
 
 class Heads(ctypes.Structure):
@@ -40,7 +61,7 @@ class Heads(ctypes.Structure):
 
 def _fields(*, backward: bool) -> list[tuple[str, Any]]:
     before = ["grad_y", "q", "k", "v"] if backward else ["q", "k", "v"]
-    after = [(name, Heads) for name in GRADS] if backward else []
+    after = [(name, Heads) for name in (*GRADS, *PREFIX_GRADS)] if backward else []
     return [
         ("struct_size", c_uint32),
         ("num_threads", c_int32),
@@ -48,11 +69,14 @@ def _fields(*, backward: bool) -> list[tuple[str, Any]]:
         *((name, Heads) for name in before),
         ("mask", c_void_p),
         ("mask_strides", c_int64 * 4),
+        ("prefix_k", Heads),
+        ("prefix_v", Heads),
+        ("prefix_length", c_int64),
         ("y", Heads),
         ("lse", c_void_p),
         *after,
         ("scale", c_float),
-        *((name, c_int32) for name in ("causal", "dtype", "reserved")),
+        *((name, c_int32) for name in ("causal", "dtype", "prefix_dtype")),
     ]
 
 
@@ -76,11 +100,15 @@ class Case:
     mask: np.ndarray | None
     causal: bool
     scale: float
+    prefix_k: np.ndarray  # [1, Hkv, P, D]
+    prefix_v: np.ndarray
     y: np.ndarray = field(init=False)
     lse: np.ndarray = field(init=False)
     grad_q: np.ndarray = field(init=False)
     grad_k: np.ndarray = field(init=False)
     grad_v: np.ndarray = field(init=False)
+    grad_prefix_k: np.ndarray = field(init=False)
+    grad_prefix_v: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         b, h, hkv, lq, lk, d = self.sizes
@@ -92,9 +120,18 @@ class Case:
             poisoned((b, lk, hkv, d), kind).transpose(0, 2, 1, 3) for _ in range(2)
         )
         self.lse = poisoned((b, h, lq))
+        kind = "bf16" if self.prefix_k.dtype == np.uint16 else "f32"
+        self.grad_prefix_k, self.grad_prefix_v = (
+            poisoned(self.prefix_k.shape, kind) for _ in range(2)
+        )
+
+    @property
+    def prefix(self) -> int:
+        return self.prefix_k.shape[2]
 
     def results(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name) for name in ("y", *GRADS)}
+        names = ("y", *GRADS, *(PREFIX_GRADS if self.prefix else ()))
+        return {name: getattr(self, name) for name in names}
 
 
 def poisoned(shape: tuple[int, ...], dtype: str = "f32") -> np.ndarray:
@@ -103,7 +140,14 @@ def poisoned(shape: tuple[int, ...], dtype: str = "f32") -> np.ndarray:
     return np.full(shape, np.nan, np.float32)
 
 
-def make(helper: ModuleType, sizes: tuple[int, ...], dtype: str, way: str = "all") -> Case | None:
+def make(
+    helper: ModuleType,
+    sizes: tuple[int, ...],
+    dtype: str,
+    way: str = "all",
+    prefix: int = 0,
+    prefix_dtype: str = "f32",
+) -> Case | None:
     """None where a way has no meaning for the sizes."""
     b, h, hkv, lq, lk, d = sizes
     if "causal" in way and lq != lk:
@@ -122,7 +166,12 @@ def make(helper: ModuleType, sizes: tuple[int, ...], dtype: str, way: str = "all
         mask = (rng.random((b, h, lq, 1)) < 0.6).astype(np.uint8)
     elif way == "shared":  # padding: the same keys for all queries of a sequence
         mask = (rng.random((b, 1, 1, lk)) < 0.6).astype(np.uint8)
-    return Case(sizes, q, k, v, grad_y, mask, "causal" in way, float(np.float32(d**-0.5)))
+    shared = rng.standard_normal((2, 1, hkv, prefix, d)).astype(np.float32)
+    if prefix_dtype == "bf16":
+        shared = helper.to_bf16(shared)
+    return Case(
+        sizes, q, k, v, grad_y, mask, "causal" in way, float(np.float32(d**-0.5)), *shared
+    )  # fmt: skip
 
 
 class Attention:
@@ -152,6 +201,8 @@ class Attention:
         args.lse = case.lse.ctypes.data
         args.scale, args.causal = case.scale, case.causal
         args.dtype = int(case.q.dtype == np.uint16)
+        args.prefix_length = case.prefix
+        args.prefix_dtype = int(case.prefix_k.dtype == np.uint16)
         for name, value in changes.items():
             setattr(args, name, value)
         return args
@@ -175,19 +226,27 @@ def attention(core: Any) -> Attention:
 
 
 def seen(case: Case) -> np.ndarray:
+    """[B, H, Lq, P + Lk]."""
     b, h, _, lq, lk, _ = case.sizes
     out = np.ones((b, h, lq, lk), bool)
     if case.causal:
         out = np.tril(out)
-    return out if case.mask is None else out & (case.mask != 0)
+    if case.mask is not None:
+        out = out & (case.mask != 0)
+    return np.concatenate([np.ones((b, h, lq, case.prefix), bool), out], -1)
 
 
 def formula(
     case: Case, wide: Callable[[np.ndarray], np.ndarray], round_y: Callable[[np.ndarray], Any]
 ) -> dict[str, np.ndarray]:
     """The formula of deltaops.h in the type that ``wide`` gives; y is rounded before its use."""
-    q, k, v, grad_y = (wide(t) for t in (case.q, case.k, case.v, case.grad_y))
+    q, grad_y = wide(case.q), wide(case.grad_y)
     b, h, hkv, _, lk, d = case.sizes
+    k, v = (
+        np.concatenate([np.repeat(wide(shared), b, 0), wide(own)], 2)
+        for shared, own in ((case.prefix_k, case.k), (case.prefix_v, case.v))
+    )
+    lk += case.prefix
     group = h // hkv if hkv else 1
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     visible, scale = seen(case), q.dtype.type(case.scale)
@@ -204,12 +263,15 @@ def formula(
     def shared(t: np.ndarray) -> np.ndarray:
         return t.reshape(b, hkv, group, lk, d).sum(2) if hkv else t.reshape(b, hkv, lk, d)
 
+    grad_k, grad_v = shared(ds.swapaxes(2, 3) @ q), shared(p.swapaxes(2, 3) @ grad_y)
     return {
         "y": wide(y),
         "lse": lse,
         "grad_q": ds @ k,
-        "grad_k": shared(ds.swapaxes(2, 3) @ q),
-        "grad_v": shared(p.swapaxes(2, 3) @ grad_y),
+        "grad_k": grad_k[:, :, case.prefix :],
+        "grad_v": grad_v[:, :, case.prefix :],
+        "grad_prefix_k": grad_k[:, :, : case.prefix].sum(0, keepdims=True),
+        "grad_prefix_v": grad_v[:, :, : case.prefix].sum(0, keepdims=True),
     }
 
 
@@ -229,10 +291,10 @@ def rounded(helper: ModuleType, case: Case) -> dict[str, np.ndarray]:
 
 @functools.cache
 def known(
-    helper: ModuleType, sizes: tuple[int, ...], dtype: str, way: str
+    helper: ModuleType, *given: Any
 ) -> tuple[Case, dict[str, np.ndarray], dict[str, np.ndarray]] | None:
     """A case, exact and rounded results: made once for all instruction sets."""
-    case = make(helper, sizes, dtype, way)
+    case = make(helper, *given)
     return None if case is None else (case, exact(helper, case), rounded(helper, case))
 
 
@@ -242,37 +304,55 @@ def off(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want)) / (norm or 1.0)
 
 
+def holds_for_any_team(attention: Attention, helper: ModuleType, *given: Any) -> None:
+    """As tolerances.py has it: twice what the formula is off in float32, and one rounding."""
+    found = known(helper, *given)
+    if found is None:
+        return
+    first, want, low = found
+    bits = set()
+    for threads in (1, 2, 3, 2):
+        case = replace(first)  # with results of its own, poisoned
+        attention.both(case, threads)
+        bits.add(b"".join(t.tobytes() for t in (*case.results().values(), case.lse)))
+    sizes = f"{case.sizes} after {case.prefix}"
+    assert len(bits) == 1, f"{sizes}: neither the team nor a second run may change a bit"
+    for name, result in case.results().items():
+        rounding = ROUNDING["bf16" if result.dtype == np.uint16 else "f32"]
+        bound = 2 * (off(low[name], want[name]) + rounding)
+        error = off(helper.to_f64(result), want[name])
+        assert error <= bound, f"{sizes} {name}: {error} > {bound}"
+    np.testing.assert_allclose(case.lse, want["lse"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_matches_float64_for_any_team(
     attention: Attention, core_module: ModuleType, way: str, dtype: str
 ) -> None:
-    """As tolerances.py has it: twice what the formula is off in float32, and one rounding."""
     for sizes in SHAPES:
-        found = known(core_module, sizes, dtype, way)
-        if found is None:
-            continue
-        first, want, low = found
-        bits = set()
-        for threads in (1, 2, 3, 2):
-            case = replace(first)  # with results of its own, poisoned
-            attention.both(case, threads)
-            bits.add(b"".join(t.tobytes() for t in (*case.results().values(), case.lse)))
-        assert len(bits) == 1, f"{sizes}: neither the team nor a second run may change a bit"
-        for name, result in case.results().items():
-            bound = 2 * (off(low[name], want[name]) + ROUNDING[dtype])
-            error = off(core_module.to_f64(result), want[name])
-            assert error <= bound, f"{sizes} {name}: {error} > {bound}"
-        np.testing.assert_allclose(case.lse, want["lse"], rtol=1e-5, atol=1e-5)
+        holds_for_any_team(attention, core_module, sizes, dtype, way)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prefix_matches_float64_for_any_team(
+    attention: Attention, core_module: ModuleType, dtype: str
+) -> None:
+    for prefix, kind, sizes, way in PREFIXED:
+        holds_for_any_team(attention, core_module, sizes, dtype, way, prefix, kind)
 
 
 def test_a_query_that_sees_nothing_gets_zeros(
     attention: Attention, core_module: ModuleType
 ) -> None:
-    case = make(core_module, (2, 2, 1, 60, 60, 20), "f32", "rows")
+    """Unless there is a prefix: that is seen by all, and by these alone."""
+    case, beside = (make(core_module, (2, 2, 1, 60, 60, 20), "f32", "rows", p) for p in (0, 3))
     assert case is not None
     attention.both(case)
     blind = ~seen(case).any(-1)
+    attention.both(beside)
+    assert all(np.isfinite(t).all() for t in (*beside.results().values(), beside.lse))
+    assert beside.y[blind].any()
     assert blind.any()
     assert not case.y[blind].any()
     assert np.isposinf(case.lse[blind]).all()
@@ -348,18 +428,22 @@ def test_any_strides_and_nothing_around_them_is_touched(
     np.testing.assert_array_equal(gaps, poisoned(gaps.shape, dtype))
 
 
-@pytest.mark.parametrize("wanted", [(), ("grad_q",), ("grad_k",), ("grad_v",)], ids="-".join)
+WANTED = [(), ("grad_q",), ("grad_k",), ("grad_v",), ("grad_prefix_k",), PREFIX_GRADS]
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids="-".join)
 def test_only_what_is_wanted_is_written(
     attention: Attention, core_module: ModuleType, wanted: tuple[str, ...]
 ) -> None:
-    full, case = (make(core_module, (2, 4, 2, 50, 140, 20), "f32") for _ in range(2))
+    sizes = 2, 4, 2, 50, 140, 20
+    full, case = (make(core_module, sizes, "f32", prefix=30) for _ in range(2))
     assert full is not None
     assert case is not None
     attention.both(full)
     assert attention.forward(case) == 0
-    absent = {name: Heads() for name in GRADS if name not in wanted}
+    absent = {name: Heads() for name in (*GRADS, *PREFIX_GRADS) if name not in wanted}
     assert attention.backward(case, **absent) == 0, attention.core.error()
-    for name in GRADS:
+    for name in (*GRADS, *PREFIX_GRADS):
         want = getattr(full, name) if name in wanted else poisoned((1,))
         np.testing.assert_array_equal(
             getattr(case, name), np.broadcast_to(want, getattr(case, name).shape)
@@ -380,12 +464,22 @@ S6, S4, ENDLESS = c_int64 * 6, c_int64 * 4, 2**62
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "struct_size": ({"struct_size": 8}, "struct_size must be"),
     "threads": ({"num_threads": 0}, "num_threads must be 1"),
-    "reserved": ({"reserved": 1}, "reserved must be 0"),
     "negative": ({"sizes": S6(2, 2, 1, -1, 5, 6)}, "Lq must be 0 to 2^40, got -1"),
     "no-columns": ({"sizes": S6(2, 2, 1, 5, 5, 0)}, "D must be at least 1, got 0"),
     "group": ({"sizes": S6(2, 3, 2, 5, 5, 6)}, "H must be a multiple of Hkv, got H=3, Hkv=2"),
     "no-keys-heads": ({"sizes": S6(2, 2, 0, 5, 5, 6)}, "H must be a multiple of Hkv"),
-    "long": ({"sizes": S6(1, 1, 1, 2**35, 2**35, 6)}, "(Lq H / Hkv + Lk) D must be at most 2^36"),
+    "long": ({"sizes": S6(1, 1, 1, 2**35, 2**35, 6)}, "(Lq H / Hkv + P + Lk) D must be at most"),
+    "wide": ({"sizes": S6(1, 2**40, 1, 2**40, 5, 6)}, "(Lq H / Hkv + P + Lk) D must be at most"),
+    "prefix": ({"prefix_length": -1}, "prefix_length must be 0 to 2^40, got -1"),
+    "long-prefix": (
+        {"sizes": S6(1, 2**20, 2**20, 5, 5, 6), "prefix_length": 2**20},
+        "Hkv P D must be at most 2^36",
+    ),
+    "prefix-dtype": ({"prefix_dtype": -1}, "prefix_dtype must be 0 (f32) or 1 (bf16), got -1"),
+    **{
+        f"prefix-{n}-null": ({f"prefix_{n}": Heads()}, f"prefix_{n} must point to its elements")
+        for n in "kv"
+    },
     "huge": ({"sizes": S6(2**30, 2, 1, 2**20, 5, 6)}, "the sizes must stay below 2^56"),
     "dtype": ({"dtype": 7}, "dtype must be 0 (f32) or 1 (bf16), got 7"),
     "causal": ({"causal": 2}, "causal must be 0 or 1, got 2"),
@@ -409,7 +503,7 @@ def test_bad_arguments_end_in_a_status_and_change_nothing(
     sentence: str,
     backward: bool,
 ) -> None:
-    case = make(core_module, SIZES, "f32", "mask")
+    case = make(core_module, SIZES, "f32", "mask", 3)
     assert case is not None
     call, name = (
         (attention.backward, "attention_backward")
@@ -432,9 +526,9 @@ def test_backward_needs_its_own(attention: Attention, core_module: ModuleType) -
 
 
 def test_addresses_must_be_aligned(attention: Attention, core_module: ModuleType) -> None:
-    case = make(core_module, SIZES, "f32")
+    case = make(core_module, SIZES, "f32", prefix=3)
     assert case is not None
-    for name in ("q", "k", "v", "y", "grad_y", *GRADS):
+    for name in ("q", "k", "v", "prefix_k", "prefix_v", "y", "grad_y", *GRADS, *PREFIX_GRADS):
         t = getattr(case, name)
         moved = Heads(t.ctypes.data + 2, tuple(s // 4 for s in t.strides[:3]))
         assert attention.backward(case, **{name: moved}) == 1
@@ -444,18 +538,19 @@ def test_addresses_must_be_aligned(attention: Attention, core_module: ModuleType
 
 
 def test_outputs_stand_apart(attention: Attention, core_module: ModuleType) -> None:
-    case = make(core_module, SIZES, "f32", "mask")
+    case = make(core_module, SIZES, "f32", "mask", 3)
     assert case is not None
     assert case.mask is not None
+    grads, read = (*GRADS, *PREFIX_GRADS), ("q", "k", "v", "prefix_k", "prefix_v")
 
     def at(t: np.ndarray, like: np.ndarray) -> Heads:
         return Heads(t.ctypes.data, tuple(s // like.itemsize for s in like.strides[:3]))
 
-    for name in ("q", "k", "v", "lse"):
+    for name in (*read, "lse"):
         assert attention.forward(case, y=at(getattr(case, name), case.y)) == 1
         assert "written, so it must not overlap" in attention.core.error(), name
-    for grad in GRADS:
-        for name in ("q", "k", "v", "y", "grad_y", "lse", *(g for g in GRADS if g != grad)):
+    for grad in grads:
+        for name in (*read, "y", "grad_y", "lse", *(g for g in grads if g != grad)):
             changes = {grad: at(getattr(case, name), getattr(case, grad))}
             assert attention.backward(case, **changes) == 1
             assert "written, so it must not overlap" in attention.core.error(), (grad, name)

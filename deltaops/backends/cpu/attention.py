@@ -1,8 +1,9 @@
-"""``attention`` in the native core."""
+"""``attention`` in the native core, which has one body with a prefix and without."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,21 @@ torch is faster below, and we are from there on. In bfloat16 torch's backward pa
 there that only where keys are few, too, it is ahead."""
 
 
+Prefix = tuple[Tensor, Tensor]
+"""Keys and values ``[Hkv, P, D]`` of one dtype, for the whole batch."""
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    prefix: Prefix | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :class:`deltaops.backends.base.AttentionBackend`."""
+    """See :class:`deltaops.backends.base.AttentionBackend`, and :mod:`.prefix_attention`."""
+    more = _placed_prefix(_adjacent(prefix)) if prefix else ()
     q, k, v, mask = as_heads(q), as_heads(k), as_heads(v), _bytes(mask)
     y = empty_heads(q.shape, True, q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
@@ -37,6 +49,7 @@ def forward(
         scale,
         causal,
         torch.get_num_threads(),
+        *more,
     )
     return y, lse
 
@@ -52,14 +65,23 @@ def backward(
     scale: float,
     causal: bool,
     needs: Sequence[bool],
+    prefix: Prefix | None = None,
 ) -> list[Tensor]:
-    """See :class:`deltaops.backends.base.AttentionBackend`."""
+    """The same; with a prefix ``needs`` goes on for its two gradients."""
     grad_y, q, k, v, y = [as_heads(t) for t in (grad_y, q, k, v, y)]
     mask, lse = _bytes(mask), lse.contiguous()
     wanted = [
         empty_heads(t.shape, True, t.dtype) if need else None
-        for t, need in zip((q, k, v), needs, strict=True)
+        for t, need in zip((q, k, v), needs[:3], strict=True)
     ]
+    more: tuple[Any, ...] = ()
+    if prefix:
+        prefix = _adjacent(prefix)
+        wanted += [
+            torch.empty(t.shape, dtype=t.dtype) if need else None
+            for t, need in zip(prefix, needs[3:], strict=True)
+        ]
+        more = *_placed_prefix(prefix), *[0 if t is None else t.data_ptr() for t in wanted[3:]]
     core().attention_backward(
         DTYPES[q.dtype],
         (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
@@ -76,8 +98,21 @@ def backward(
         scale,
         causal,
         torch.get_num_threads(),
+        *more,
     )
     return [g for g in wanted if g is not None]
+
+
+def _adjacent(prefix: Prefix) -> Prefix:
+    """With adjacent elements in a head; copies only where they must be."""
+    prefix_k, prefix_v = [t if t.stride(2) == 1 else t.contiguous() for t in prefix]
+    return prefix_k, prefix_v
+
+
+def _placed_prefix(prefix: Prefix) -> tuple[Any, ...]:
+    """Dtype, length, and where the two tensors lie."""
+    where = [x for t in prefix for x in (t.data_ptr(), t.stride()[:2])]
+    return (DTYPES[prefix[0].dtype], prefix[0].shape[1], *where)
 
 
 def _placed_mask(mask: Tensor | None) -> tuple[int, tuple[int, ...]]:

@@ -8,10 +8,19 @@ from deltaops.backends.base import (
     CrossEntropyCall,
     DeltaLinearCall,
     GatedCall,
+    PrefixAttentionCall,
     RotaryCall,
 )
 
-from . import adapters, attention, cross_entropy, delta_linear, gated, rotary
+from . import (
+    adapters,
+    attention,
+    cross_entropy,
+    delta_linear,
+    gated,
+    prefix_attention,
+    rotary,
+)
 from .core import DTYPES, native
 
 
@@ -34,6 +43,8 @@ class CpuBackend:
     rotary_backward = staticmethod(rotary.backward)
     attention_forward = staticmethod(attention.forward)
     attention_backward = staticmethod(attention.backward)
+    prefix_attention_forward = staticmethod(prefix_attention.forward)
+    prefix_attention_backward = staticmethod(prefix_attention.backward)
 
     def unavailable(self) -> str | None:
         """None, or why the native core is not there."""
@@ -48,6 +59,9 @@ class CpuBackend:
             return f"takes float32 and bfloat16, not {call.dtype}"
         if isinstance(call, AttentionCall | CrossEntropyCall | GatedCall | RotaryCall):
             return None
+        if isinstance(call, PrefixAttentionCall):
+            known = call.prefix_dtype in DTYPES
+            return None if known else f"takes a float32 or bfloat16 prefix, not {call.prefix_dtype}"
         if not isinstance(call, DeltaLinearCall):
             foreign = [t for t in call.parameter_dtypes if t not in DTYPES]
             return f"takes float32 and bfloat16 parameters, not {foreign[0]}" if foreign else None
@@ -60,4 +74,6 @@ class CpuBackend:
 
     def outrun(self, call: Call) -> str | None:
         """None, or where torch's own attention is faster."""
+        if isinstance(call, PrefixAttentionCall):
+            return prefix_attention.outrun(call)
         return attention.outrun(call) if isinstance(call, AttentionCall) else None

@@ -232,7 +232,7 @@ class Attention final : public Op {
     const int64_t sizes[] = {B_, H_, Hkv_, Lq_, Lk_, D_};
     std::copy(sizes, sizes + 6, s);
     args->scale = scale_, args->causal = causal_, args->dtype = dtype_;
-    pass.numbers = {{&args->causal, 0, 1}, {&args->dtype, 0, 1}, {&args->reserved, 0, 0}};
+    pass.numbers = {{&args->causal, 0, 1}, {&args->dtype, 0, 1}, {&args->prefix_dtype, 0, 1}};
     pass.sizes = {s, s + 1, s + 2, s + 3, s + 4, s + 5};
     pass.misfits = {[s] { s[5] = 0; }, [s] { s[2] = s[1] + 2, ++s[1]; }};
     if (causal_) pass.misfits.push_back([s] { ++s[3]; });
