@@ -3,8 +3,9 @@
 Most tests keep one processor busy. A test module that needs something compiled, or any other long
 process, has ``prepare(ahead, fixtures)``, which is called with the names of the fixtures that its
 selected tests use; it calls ``ahead.start(name, job)``, and a fixture asks ``ahead.result(name)``.
-Jobs run one after another, in the order of the tests, each with a folder of its own. Tests marked
-``waits`` come last of all.
+Jobs run one after another, in the order of the tests, each with a folder of its own. What they do
+side by side they give to a ``multiprocessing.pool.ThreadPool``: for all that a ThreadPoolExecutor
+was given the interpreter would wait at its end. Tests marked ``waits`` come last of all.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ class Ahead:
         return self.results[name].result()
 
     def _work(self) -> None:
-        # of this thread, and so of the processes that it starts
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        # of this thread, and so of the processes that it starts; only root may make it less
+        thread = threading.get_native_id()
+        nice = max(NICE, os.getpriority(os.PRIO_PROCESS, thread))
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
         while True:
             name, job = self.jobs.get()
             folder, future = Path(self.folder.name, name), self.results[name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ def prepare(ahead: Any, fixtures: set[str]) -> None:
     """Called by tests/conftest.py."""
 
     def all_isas(folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-        with ThreadPoolExecutor(2) as pool:
-            return dict(zip(other_isas(), pool.map(run_suites, other_isas()), strict=True))
+        with ThreadPool(2) as pool:
+            done = pool.map(run_suites, other_isas(), chunksize=1)
+        return dict(zip(other_isas(), done, strict=True))
 
     if "ahead" in fixtures:
         ahead.start("every_isa", all_isas)

@@ -14,9 +14,9 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ def compiler() -> str | None:
 
 def shipped_objects() -> dict[str, Path]:
     """Source -> its object, where setup.py has compiled that very source for this checkout."""
-    run = subprocess.run([sys.executable, "-c", SHIPPED], cwd=ROOT, env=ENVIRONMENT,
+    ours = ENVIRONMENT | {"CXX": "g++"}  # objects of two compilers may want two OpenMPs
+    run = subprocess.run([sys.executable, "-c", SHIPPED], cwd=ROOT, env=ours,
                          check=True, capture_output=True, text=True)  # fmt: skip
     found = dict(line.split("\t") for line in run.stdout.splitlines())
     return {name: Path(path) for name, path in found.items() if Path(path).exists()}
@@ -75,8 +76,8 @@ def compile_objects(folder: Path, native: list[Path] | None = None) -> list[Path
         subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT)
         return out
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, FLAGS["machines"]["x86_64"]))
+    with ThreadPool(2) as pool:
+        return pool.map(one, FLAGS["machines"]["x86_64"], chunksize=1)
 
 
 class Matrix(ctypes.Structure):

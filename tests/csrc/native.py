@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +59,8 @@ def compile_tests(folder: Path) -> list[Path]:
         _run(["g++", *flags, include, "-c", str(source), "-o", str(out)])
         return out
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, SOURCES))
+    with ThreadPool(2) as pool:
+        return pool.map(one, SOURCES, chunksize=1)
 
 
 def link_with(objects: list[Path], folder: Path, name: str) -> Path:
@@ -100,8 +100,8 @@ def build_with(sanitizer: str, folder: Path, plain: list[Path]) -> Path:
 
     # The large ones first, so that no compiler is left alone with one of them at the end.
     units = sorted(core + tests, key=lambda unit: not unit[0].name.startswith("isa_"))
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(one, units))
+    with ThreadPool(2) as pool:
+        objects = pool.map(one, units, chunksize=1)
     program = folder / "native"
     _run(["g++", *common, *objects, *others, *FLAGS["link"], "-o", str(program)])
     return program

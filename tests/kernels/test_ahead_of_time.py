@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,11 @@ def compile_all(folder: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
     """What was found by arguments of ahead.py, on two processors; the longest first."""
     runs: list[tuple[str, ...]] = [*((arch,) for arch in reversed(SHARED)),
                                    *(("90", sabotage) for sabotage in SABOTAGES)]  # fmt: skip
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda words: compiled(folder / "-".join(words), *words), runs)
-        return dict(zip(runs, found, strict=True))
+    with ThreadPool(2) as pool:
+        found = pool.map(
+            lambda words: compiled(folder / "-".join(words), *words), runs, chunksize=1
+        )
+    return dict(zip(runs, found, strict=True))
 
 
 def prepare(ahead: Any, fixtures: set[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ def prepare(ahead: Any, fixtures: set[str]) -> None:
     """Called by tests/conftest.py."""
 
     def all_shares(folder: Path) -> list[subprocess.CompletedProcess[str]]:
-        with ThreadPoolExecutor(SHARES) as pool:
-            return list(pool.map(interpret, range(SHARES)))
+        with ThreadPool(SHARES) as pool:
+            return pool.map(interpret, range(SHARES), chunksize=1)
 
     ahead.start("interpreted", all_shares)
 
