@@ -1,7 +1,8 @@
 // cpu_module.cpp: deltaops._cpu, the C ABI of the CPU core as flat Python functions.
 //
-// Pointers are integers (0: absent), strides count elements, dtype is 0 (f32) or 1 (bf16). Nothing
-// here looks at a tensor: a call is the conversion of its integers and one C call without the GIL.
+// Pointers are integers (0: absent), strides count elements, dtype is 0 (f32) or 1 (bf16); a call
+// is the conversion of its integers and one C call without the GIL. Only delta_linear, whose small
+// layers feel each integer, takes tensors themselves (tensors.h).
 
 #include "cpu_module.h"
 

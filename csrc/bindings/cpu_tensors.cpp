@@ -56,12 +56,15 @@ class Key {
     return true;
   }
 
-  void add_text(py::handle text) {
+  // False where it is no text: the checks have words for that.
+  bool add_text(py::handle text) {
+    if (!PyUnicode_Check(text.ptr())) return false;
     Py_ssize_t size = 0;
     const char *data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
     if (data == nullptr) throw py::error_already_set();
     add(static_cast<int64_t>(size));
     append(data, static_cast<size_t>(size));
+    return true;
   }
 
   py::bytes bytes() const {
@@ -90,12 +93,13 @@ double number(py::handle value) {
   return found;
 }
 
-// (the signature, the branches' tensors a... b... bias...), or None where one has no view.
+// (the signature, the branches' tensors a... b... bias...), or None where one has no view or a name
+// is no text.
 // branches: tuples (a, b, scaling, dropout, activation, bias).
 py::object look(const py::object &x, const py::object &weight, const py::object &bias,
                 const py::object &branches, const py::object &backend, bool strict) {
   Key key;
-  key.add_text(backend);
+  if (!key.add_text(backend)) return py::none();
   key.add(int64_t{strict});
   if (!key.add_tensor(x) || !key.add_tensor(weight) || !key.add_optional(bias)) return py::none();
   const py::object list = py::reinterpret_steal<py::object>(
@@ -112,7 +116,7 @@ py::object look(const py::object &x, const py::object &weight, const py::object 
       return py::none();
     key.add(number(part(2)));
     key.add(number(part(3)));
-    key.add_text(part(4));
+    if (!key.add_text(part(4))) return py::none();
     operands[i] = part(0);
     operands[count + i] = part(1);
     operands[2 * count + i] = part(5);

@@ -245,7 +245,7 @@ def _run_watched(
             flat, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
-    if strict:
+    if strict or not isinstance(backend, str):  # which select refuses in words
         call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
         backend = select(call, backend, strict).name
     # torch's autograd of registered ops sees into a list only where all of it is tensors

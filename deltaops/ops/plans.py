@@ -95,8 +95,8 @@ def look(
     backend: str,
     strict: bool,
 ) -> Seen:
-    """The signature and the branches' tensors, a… b… bias…; None where one is of another class, or
-    has no memory of its own (meta, sparse)."""
+    """The signature and the branches' tensors, a… b… bias…; None where one is of another class or
+    has no memory of its own (meta, sparse), or where a name is no text."""
     found: Seen = _looker()(x, weight, bias, branches, backend, strict)
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import deltaops
 from deltaops.backends.cpu import native
-from deltaops.errors import DtypeError, GradientError, ShapeError
+from deltaops.errors import ConfigError, DtypeError, GradientError, NoBackendError, ShapeError
 from deltaops.ops import Branch, delta_linear
 from deltaops.ops.plans import _looker, look, look_at_attributes
 
@@ -140,6 +140,14 @@ def test_a_branch_that_is_none_is_refused() -> None:
         look(x, weight, bias, [branch[:3]], *rest)
     with pytest.raises(TypeError):
         look(x, weight, bias, [branch._replace(scaling="much")], *rest)
+
+
+def test_a_name_that_is_no_text_is_refused_in_words() -> None:
+    x, weight, bias, (branch,), *_ = Call().arguments()
+    with pytest.raises(ConfigError, match="activation must be one of identity"):
+        delta_linear(x, weight, bias, [branch._replace(activation=None)])
+    with pytest.raises(NoBackendError, match="backend must be one of auto"):
+        delta_linear(x, weight, bias, [branch], backend=None)  # type: ignore[arg-type]  # on purpose
 
 
 @needs_views

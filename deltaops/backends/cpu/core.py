@@ -1,4 +1,7 @@
-"""The compiled core, and how tensors and settings are handed to it: addresses and numbers."""
+"""The compiled core, and how tensors and settings are handed to it: as addresses and numbers.
+
+``delta_linear`` alone takes tensors.
+"""
 
 from __future__ import annotations
 
