@@ -5,9 +5,9 @@
  *     backward   x = dy [M, N],          P = B^T [R, N]    dH' = s_i * scale_i * dy B * act'(H)
  *
  * P is packed once per call and shared, [K][width] for panels of 1, 2 or 4 vectors of columns;
- * each branch starts on a vector. S grows block of k by block of k from the rows that have just
- * been copied for the main product, so x is read from memory once. A branch with dropout gets its
- * own masked copy of a few rows at a time, small enough for L1.
+ * each branch starts on a vector. S grows block of k by block of k from the rows that the main
+ * product reads next, so x comes from memory once. A branch with dropout gets its own masked copy
+ * of a few rows at a time, small enough for L1.
  *
  * The r-sized terms are float throughout, whatever the main product runs in: adapters kept in
  * float on a bf16 model lose nothing here.

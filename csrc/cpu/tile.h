@@ -100,7 +100,7 @@ struct Segment {
 
 template <class Unit, class T>
 struct Tile {
-  const Unit *a;  // rows of x, packed; row i at a + i * a_row
+  const Unit *a;  // rows of x, as they lie or copied; row i at a + i * a_row
   ptrdiff_t a_row;
   const Unit *b;  // panel of W
   int64_t steps;
