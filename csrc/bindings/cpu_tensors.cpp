@@ -30,6 +30,15 @@ const DLPackExchange *exchange_of(const py::type &tensor) {
 
 uintptr_t address(const DLTensor &t) { return reinterpret_cast<uintptr_t>(t.data) + t.byte_offset; }
 
+// Whether the elements are those in memory with their signs turned, of which DLPack says nothing.
+bool is_negative(py::handle tensor) {
+  static PyObject *const name = PyUnicode_InternFromString("is_neg");
+  const py::object found =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), name));
+  if (!found) throw py::error_already_set();
+  return found.ptr() == Py_True;
+}
+
 // The bytes of a signature, on the stack as long as they are few.
 class Key {
  public:
@@ -37,10 +46,10 @@ class Key {
 
   void add(double value) { append(&value, sizeof value); }
 
-  // False where it is no plain tensor with memory of its own.
+  // False where it is no plain tensor with memory of its own, and the signs of that memory.
   bool add_tensor(py::handle object) {
     DLTensor t;
-    if (!is_plain(object) || !view(object, &t)) return false;
+    if (!is_plain(object) || is_negative(object) || !view(object, &t)) return false;
     add(static_cast<int64_t>(t.device.device_type) << 32 |
         static_cast<uint32_t>(t.device.device_id));
     add(static_cast<int64_t>(t.ndim) << 32 | t.dtype.code << 24 | t.dtype.bits << 16 |

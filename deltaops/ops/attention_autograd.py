@@ -75,6 +75,7 @@ class AttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         scale, causal, runner = ctx.settings
         needs = ctx.needs_input_grad[:3]
+        grad_y = grad_y.resolve_neg()
         q, k, v, y, lse, mask = ctx.saved_tensors
         found = iter(run_backward(grad_y, q, k, v, y, lse, mask, scale, causal, needs, runner))
         return (*(next(found) if need else None for need in needs), None, None, None, None)

@@ -120,6 +120,7 @@ class BottleneckFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad[1:]
         needs = [wants[0], *wants[2:8]]
+        grad_y = grad_y.resolve_neg()
         given = Backward(grad_y, *ctx.saved_tensors, *ctx.settings)
         found = iter(run_backward(ctx.runner, given, needs) if any(needs) else ())
         grads = [next(found) if need else None for need in needs]

@@ -84,7 +84,7 @@ class DeltaLinearFunction(torch.autograd.Function):
         # once_differentiable switches gradients off and on, in Python; they are off already where
         # no second order is asked for
         gradients = _once_differentiable if torch.is_grad_enabled() else _gradients
-        return gradients(ctx, grad_y)
+        return gradients(ctx, grad_y.resolve_neg())
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

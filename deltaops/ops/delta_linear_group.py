@@ -163,7 +163,7 @@ class GroupFunction(torch.autograd.Function):
                 members.append(GroupMember(plan, weight, None, operands + [None] * count, seed))
                 places.append(at)
                 s.append(s_i)
-                dy.append(grad)
+                dy.append(grad.resolve_neg())
                 needs.append([wants_x, wants[at + 1], *wants[at + 3 : at + 3 + length]])
             at += 3 + length
             saved_at += 3 + 2 * count

@@ -70,7 +70,7 @@ class GatedFunction(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         activation, runner = ctx.settings
         needs = ctx.needs_input_grad[:2]
-        found = iter(run_backward(grad_y, gate, up, activation, needs, runner))
+        found = iter(run_backward(grad_y.resolve_neg(), gate, up, activation, needs, runner))
         return (*(next(found) if need else None for need in needs), None, None)
 
 

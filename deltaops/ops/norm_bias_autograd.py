@@ -96,6 +96,7 @@ class NormBiasFunction(torch.autograd.Function):
         x, stats, gamma = ctx.saved_tensors
         dtype, norm, runner = ctx.settings
         needs = ctx.needs_input_grad[:3]
+        grad_y = grad_y.resolve_neg()
         found = iter(run_backward(grad_y, x, stats, gamma, dtype, norm, needs, runner))
         return (*(next(found) if need else None for need in needs), None, None, None)
 

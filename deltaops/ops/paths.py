@@ -16,10 +16,15 @@ PLAIN = (Tensor, Parameter)
 
 
 def takes_bypass(*tensors: Tensor | None) -> bool:
-    """Whether the shortcut past the dispatcher gives the same: eager, and nobody is watching."""
+    """Whether the shortcut past the dispatcher gives the same: eager, and nobody is watching.
+
+    The dispatcher also turns the signs in a view whose memory holds them the other way round.
+    """
     return (
         not torch.compiler.is_compiling()
-        and all([t is None or (type(t) in PLAIN and not t.is_meta) for t in tensors])
+        and all(
+            [t is None or (type(t) in PLAIN and not t.is_meta and not t.is_neg()) for t in tensors]
+        )
         and not torch._C._len_torch_dispatch_stack()
     )
 

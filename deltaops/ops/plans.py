@@ -95,8 +95,8 @@ def look(
     backend: str,
     strict: bool,
 ) -> Seen:
-    """The signature and the branches' tensors, a… b… bias…; None where one is of another class or
-    has no memory of its own (meta, sparse), or where a name is no text."""
+    """The signature and the branches' tensors, a… b… bias…; None where one is of another class, has
+    no memory of its own (meta, sparse) or other signs than its memory, or where a name is no text."""
     found: Seen = _looker()(x, weight, bias, branches, backend, strict)
     return found
 
@@ -117,7 +117,7 @@ def look_at_attributes(
     strict: bool,
 ) -> Seen:
     """:func:`look` without the native core, which takes a third of the time."""
-    if type(x) not in PLAIN or type(weight) not in PLAIN:
+    if not (_plain(x) and _plain(weight)):
         return None
     # Written out, with is_cpu for the device: half the time of loops over tuples.
     parts: list[Hashable] = [backend, strict]
@@ -125,20 +125,20 @@ def look_at_attributes(
     parts += weight.dtype, weight.shape, weight.stride(), weight.is_cpu or weight.device
     if bias is None:
         parts.append(None)
-    elif type(bias) in PLAIN:
+    elif _plain(bias):
         parts += bias.dtype, bias.shape, bias.stride(), bias.is_cpu or bias.device
     else:
         return None
     downs, ups, inners = [], [], []
     for a, b, scaling, dropout, activation, inner in branches:
-        if type(a) not in PLAIN or type(b) not in PLAIN:
+        if not (_plain(a) and _plain(b)):
             return None
         parts += float(scaling), float(dropout), activation
         parts += a.dtype, a.shape, a.stride(), a.is_cpu or a.device
         parts += b.dtype, b.shape, b.stride(), b.is_cpu or b.device
         if inner is None:
             parts.append(None)
-        elif type(inner) in PLAIN:
+        elif _plain(inner):
             parts += inner.dtype, inner.shape, inner.stride(), inner.is_cpu or inner.device
         else:
             return None
@@ -146,6 +146,10 @@ def look_at_attributes(
         ups.append(b)
         inners.append(inner)
     return tuple(parts), downs + ups + inners
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and not tensor.is_neg()
 
 
 class Known(NamedTuple):

@@ -81,6 +81,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         scale, causal, runner = ctx.settings
         needs = ctx.needs_input_grad[:GRADIENTS]
+        grad_y = grad_y.resolve_neg()
         q, k, v, prefix_k, prefix_v, y, lse, mask = ctx.saved_tensors
         found = iter(
             run_backward(

@@ -63,7 +63,12 @@ class RotaryFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return run_backward(grad_y, *ctx.saved_tensors, *ctx.settings), None, None, None
+        return (
+            run_backward(grad_y.resolve_neg(), *ctx.saved_tensors, *ctx.settings),
+            None,
+            None,
+            None,
+        )
 
 
 # --------------------------------------------------------------------------------- registered op
