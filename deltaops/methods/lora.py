@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import DeltaPlace, LoraSettings, start_values, unbecome
+from deltaops.modules import DeltaPlace, LoraSettings, nonzero, start_values, unbecome
 
 from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
@@ -178,7 +178,7 @@ class LoRA(Delta):
         if self.use_dora:
             *_, magnitude = self.tensors(module, name).values()
             norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-            total = total * (magnitude.to(total.dtype).unsqueeze(1) / norms)
+            total = total * (magnitude.to(total.dtype).unsqueeze(1) / nonzero(norms))
         return {"weight": laid_out(module, total)}
 
     # ----------------------------------------------------------------------------------- files

@@ -6,8 +6,8 @@ transformer, whatever it is called: surgery reads the module tree to find it.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -111,8 +111,10 @@ def check_flags(delta: Any, *fields: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite number, which True is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a finite number in float64's range, which True is not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max  # false for NaN too
 
 
 def is_count(value: object) -> bool:

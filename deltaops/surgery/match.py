@@ -126,12 +126,12 @@ def unswappable(module: nn.Module, delta: Delta | None, parent: nn.Module | None
         )
     if weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}; a delta needs float16, bfloat16, float32 or float64"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (accelerate's offload does that)"
     if norm:
         return None
     if weight.dim() != 2 or 0 in weight.shape:
         return f"its weight has the shape {list(weight.shape)}, not [out, in]"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (accelerate's offload does that)"
     if parent is not None:
         return "its nn.TransformerEncoderLayer reads .weight in a fast path that skips deltas"
     return None
