@@ -1,6 +1,7 @@
 """What the modules of a transformer are for, read off the tree by rules instead of a table.
 
-    block          a member of an outermost ModuleList that holds an attention
+    block          a member of an outermost ModuleList that holds an attention, or of one in there
+                   all of whose members do (Swin's stages hold blocks)
     attention      the outermost submodules of a block whose class is called so, two linears or more
     its output     the attention's last linear, which returns the hidden size
     key, value     its linears by the parts of their names; a fused projection counts for all three
@@ -83,10 +84,14 @@ def anatomy(model: nn.Module) -> tuple[Anatomy, ...]:
     return tuple(_block(path, block) for path, block in _blocks(model))
 
 
-def resolve(model: nn.Module, roles: Iterable[str]) -> dict[str, Found]:
+def resolve(model: nn.Module, roles: Iterable[str], *, lenient: bool = False) -> dict[str, Found]:
     """Path → what it was found as, for every module that one of ``roles`` stands for.
 
-    Raises: TargetError where a role stands for nothing, with what was found instead.
+    Args:
+        model: any.
+        roles: of ``deltaops.methods.targets``.
+        lenient: a role may stand for nothing.
+    Raises: TargetError where one does and may not, with what was found instead.
     """
     found: dict[str, Found] = {}
     blocks: tuple[Anatomy, ...] | None = None
@@ -98,7 +103,7 @@ def resolve(model: nn.Module, roles: Iterable[str]) -> dict[str, Found]:
         else:
             blocks = anatomy(model) if blocks is None else blocks
             hits = [hit for block in blocks for hit in _hits(block, role)]
-            if not hits:
+            if not hits and not lenient:
                 raise TargetError(_nothing_found(model, role, blocks))
         for path, entry in hits:
             found.setdefault(path, Found(role, entry))
@@ -124,9 +129,18 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{p}.") for p in lists):
             continue
         members = [(f"{path}.{i}", m) for i, m in module.named_children()]
-        if any(next(_attentions(*member), None) for member in members):
+        holders = [member for member in members if next(_attentions(*member), None)]
+        if holders and not any(_lists_blocks(m) for _, m in members):
             lists.append(path)
             yield from members
+
+
+def _lists_blocks(module: nn.Module) -> bool:
+    """Whether ``module`` holds a list of blocks; T5's block, a list of sub-layers, does not."""
+    return any(
+        isinstance(m, nn.ModuleList) and len(m) and all(next(_attentions("", c), None) for c in m)
+        for m in module.modules()
+    )
 
 
 def _attentions(path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -43,7 +43,7 @@ class Match(NamedTuple):
     saved: tuple[str, ...]
     skipped: tuple[Skip, ...]
     found: dict[str, Found]
-    """What a role found, by path; a site that is not in it was named."""
+    """What sites are, by path, as far as the delta has to know; others were named."""
 
 
 def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
@@ -94,6 +94,8 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
             "with exclude_modules."
         )
     by_role = {p: found[p] for p in wanted if p in found and not _named(p, delta)}
+    apart = resolve(model, delta.told_apart(), lenient=True)
+    by_role |= {p: apart[p] for p in wanted if p in apart and p not in by_role}
     return Match(tuple(wanted), saved, tuple(skipped), by_role)
 
 

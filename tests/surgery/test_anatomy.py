@@ -116,6 +116,19 @@ def test_a_gpt2_with_cross_attention_has_two() -> None:
     assert [a.output for a in block.attentions] == ["h.0.attn.c_proj", "h.0.crossattention.c_proj"]
 
 
+def test_stages_that_list_blocks_are_no_blocks() -> None:
+    from transformers import SwinConfig, SwinModel
+
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 2], window_size=4
+    )
+    blocks = anatomy(SwinModel(config))
+    assert [block.path for block in blocks] == [
+        f"encoder.layers.{path}" for path in ("0.blocks.0", "1.blocks.0", "1.blocks.1")
+    ]
+    assert all(block.feed_forward is not None for block in blocks)
+
+
 def test_what_is_no_transformer_is_named() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
     with pytest.raises(
