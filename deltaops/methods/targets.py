@@ -90,6 +90,11 @@ def normalise(delta: Any) -> None:
     put("modules_to_save", names(f"{title}: modules_to_save", delta.modules_to_save))
     put("layers_pattern", names(f"{title}: layers_pattern", delta.layers_pattern))
     put("layers_to_transform", _indices(title, delta.layers_to_transform))
+    if not isinstance(delta.task_type, str | None):
+        raise ConfigError(
+            f"{title}: task_type must be a label or None, got {delta.task_type!r}. "
+            "Pass 'CAUSAL_LM'."
+        )
     if delta.layers_to_transform is not None and isinstance(delta.target_modules, str):
         raise ConfigError(
             f"{title}: layers_to_transform needs a list of names in target_modules, got the string "

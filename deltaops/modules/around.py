@@ -81,13 +81,16 @@ class Relay:
     """Carries the input of a sub-layer from its first layer to its last.
 
     Both places hold it. What is carried is taken within the same forward pass, so nothing outlives
-    the sub-layer; under checkpointing both passes carry their own, and so does each thread
-    (nn.DataParallel runs one model in several).
+    the sub-layer, unless that fails halfway: then the next pass replaces it, and copies and pickles
+    are without. Under checkpointing both passes carry their own, and so does each thread.
     """
 
     active: bool = True
     carried: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """By thread."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Relay, (self.active,)
 
     def leave(self, x: Tensor) -> None:
         """What the first layer reads."""
