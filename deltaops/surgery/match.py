@@ -21,7 +21,7 @@ from deltaops.methods.base import LINEAR, NORM, Delta
 from deltaops.methods.targets import ALL_LINEAR, plain, roles
 from deltaops.modules import LinearPlace, delta_class, has_copies, is_norm
 
-from .anatomy import Found, resolve
+from .anatomy import Found, misses, resolve
 
 _HEADS = ("score", "classifier")
 """Where transformers keeps a sequence classification head."""
@@ -83,6 +83,9 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
             wanted.append(path)
         else:
             (refused if named else skipped).append(Skip(path, reason))
+    for path, reason in misses(model, wished).items():
+        if _in_chosen_layer(f"{path}.", delta) and not inside(path, saved):
+            skipped.append(Skip(path, reason))
     if not lenient:
         _refuse_unmatched_names(modules, delta)
     if not wanted:
