@@ -40,8 +40,8 @@ VERSION = 1
 def save(handle: Handle, path: str | os.PathLike[str]) -> None:
     """Write the adapter into the folder ``path`` (``path/NAME`` unless its name is "default").
 
-    All or nothing: a failure leaves a previous checkpoint as it was. In a distributed run, call it
-    on one process.
+    A failure leaves a previous checkpoint as it was; a success replaces it, also one of the other
+    format. In a distributed run, call it on one process.
     Raises: CheckpointError when it cannot be written; AttachError when the handle is spent.
     """
     folder = Path(path)
