@@ -95,10 +95,12 @@ def normalise(delta: Any) -> None:
             f"{title}: task_type must be a label or None, got {delta.task_type!r}. "
             "Pass 'CAUSAL_LM'."
         )
-    if delta.layers_to_transform is not None and isinstance(delta.target_modules, str):
+    target = delta.target_modules
+    regex = isinstance(target, str) and not roles(target)
+    if delta.layers_to_transform is not None and regex:
         raise ConfigError(
-            f"{title}: layers_to_transform needs a list of names in target_modules, got the string "
-            f"{delta.target_modules!r}. Put the layers into the regular expression."
+            f"{title}: layers_to_transform needs roles or a list of names in target_modules, got "
+            f"the string {target!r}. Put the layers into that regular expression."
         )
     if delta.layers_pattern and delta.layers_to_transform is None:
         raise ConfigError(

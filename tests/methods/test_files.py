@@ -44,10 +44,13 @@ PATTERNS = LoRA(
 )
 CASES = [(delta, name) for delta in (IA3(), LNTuning()) for name in ARCHITECTURES]
 CASES += [(LoRA(r=3, alpha=5, use_dora=True), "gpt2"), (PATTERNS, "bert")]
+CASES += [(delta(layers_to_transform=[1]), "bert") for delta in (LoRA, LNTuning)]
 
 
 @pytest.mark.parametrize(
-    ("delta", "name"), CASES, ids=[f"{delta.kind}-{name}" for delta, name in CASES]
+    ("delta", "name"),
+    CASES,
+    ids=[f"{delta.kind}-{name}" for delta, name in CASES],
 )
 def test_peft_computes_the_same_and_files_go_both_ways(
     delta: Any, name: str, tmp_path: Path

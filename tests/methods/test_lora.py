@@ -42,7 +42,7 @@ from deltaops.testing import bound, relative_error
         ({"target_modules": "(["}, "does not compile"),
         ({"exclude_modules": "(["}, "does not compile"),
         ({"use_rslora": 1}, "use_rslora must be a bool"),
-        ({"layers_to_transform": [0]}, "needs a list of names"),
+        ({"layers_to_transform": [0], "target_modules": "q"}, "needs roles or a list of names"),
         ({"layers_to_transform": [-1], "target_modules": ["q"]}, "layer indices"),
         ({"layers_to_transform": "0", "target_modules": ["q"]}, "layer indices"),
         ({"lr_ratio": 0}, "lr_ratio must be above 0"),
