@@ -38,6 +38,9 @@ def tune(
 
     Example:  deltaops tune --model path/to/bert --data intents.csv --task classification
               --label-column category --delta lora:r=8,alpha=16 --out intents
+
+    Example:  deltaops tune --model path/to/gpt2 --data notes.txt --delta adapter:style=pfeiffer
+              --out notes-adapter
     """
     from deltaops.surgery import Handle
     from deltaops.tuning.loop import Point

@@ -74,9 +74,10 @@ class Adapter(Delta):
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
-        if self.style not in STYLES:
+        if not isinstance(self.style, str) or self.style not in STYLES:
             raise ConfigError(
-                f"Adapter: style must be one of {', '.join(STYLES)}, got {self.style!r}."
+                f"Adapter: style must be one of {', '.join(STYLES)}, got {self.style!r}. "
+                "Name other places in target_modules."
             )
         bottleneck.check(self)
         check_flags(self, "layer_norm", "autocast_adapter_dtype")

@@ -45,7 +45,7 @@ class Site:
     in_features: int
     out_features: int
     role: str = ""
-    """The one by which it was found; empty where it was named."""
+    """The one by which it was found, or of :meth:`Delta.told_apart`; empty where it has neither."""
     entry: str = ""
     """Path of the layer where the sub-layer begins that ends here, with the role "feed-forward"."""
 
@@ -81,6 +81,10 @@ class Delta(ABC):
     task_type: str | None
 
     # ------------------------------------------------------------------------------- binding
+
+    def told_apart(self) -> tuple[str, ...]:
+        """Roles whose modules are bound in a way of their own, also where they are named."""
+        return ()
 
     def unbindable(self, module: nn.Module) -> str | None:
         """What this module lacks, so that a role leaves it alone and a name is refused; or None."""

@@ -23,7 +23,15 @@ from deltaops.modules import DeltaPlace, unbecome
 from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
 from .peft_config import listed, refuse_unknown, required, target_fields
-from .targets import FEED_FORWARD_OUTPUT, KEY_VALUE, check_flags, normalise, selector
+from .targets import (
+    FEED_FORWARD_OUTPUT,
+    KEY_VALUE,
+    check_flags,
+    normalise,
+    plain,
+    roles,
+    selector,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,8 +42,8 @@ class IA3(Delta):
         target_modules: roles, names or a regular expression as for :class:`deltaops.LoRA`. By
             default the key and value projections of each attention and the last layer of each
             feed-forward. A fused projection (GPT-2) gets gains for its queries too, as in PEFT.
-        feedforward_modules: which of them get the gain on their input, by role, by the end of the
-            path, or by a regular expression.
+        feedforward_modules: which of them get the gain on their input, by role (also those that
+            ``target_modules`` names), by the end of the path, or by a regular expression.
         exclude_modules: names or a regular expression, taken out of the targets.
         modules_to_save: modules that are trained whole and saved along, such as a new head.
         layers_to_transform: indices of the layers that get the delta.
@@ -72,13 +80,17 @@ class IA3(Delta):
         return self._shown()
 
     def on_input(self, site: Site) -> bool:
-        """Whether the gain of ``site`` is on its input, by PEFT's rule for names."""
-        chosen = self.feedforward_modules
-        if site.role:
-            return site.role == chosen or site.role in chosen
-        if isinstance(chosen, str):
-            return re.fullmatch(chosen, site.path) is not None
-        return site.path.endswith(chosen)
+        """Whether the gain of ``site`` is on its input: by its role, or PEFT's rule for names."""
+        if site.role in roles(self.feedforward_modules):
+            return True
+        named = plain(self.feedforward_modules)
+        if isinstance(named, str):
+            return re.fullmatch(named, site.path) is not None
+        return site.path.endswith(named)
+
+    def told_apart(self) -> tuple[str, ...]:
+        """See :meth:`Delta.told_apart`."""
+        return roles(self.feedforward_modules)
 
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""

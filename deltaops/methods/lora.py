@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import DeltaPlace, LoraSettings, start_values, unbecome
+from deltaops.modules import DeltaPlace, LoraSettings, nonzero, start_values, unbecome
 
 from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
@@ -49,7 +49,8 @@ class LoRA(Delta):
         alpha_pattern: the same for ``alpha``.
         lr_ratio: how many times A's learning rate B has (LoRA+; 16 is usual), in the groups of
             ``handle.parameter_groups(lr)`` and in ``deltaops tune``. Files do not keep it.
-        layers_to_transform: indices of the layers that get the delta (with a list of names only).
+        layers_to_transform: indices of the layers that get the delta (without a regular expression
+            in ``target_modules``, which can say so itself).
         layers_pattern: names of the module list that the indices count, such as "layers".
         autocast_adapter_dtype: keep A and B in float32 where the weight is float16 or bfloat16.
         task_type: PEFT's label, such as "CAUSAL_LM"; kept in files, and "SEQ_CLS" keeps the
@@ -178,7 +179,7 @@ class LoRA(Delta):
         if self.use_dora:
             *_, magnitude = self.tensors(module, name).values()
             norms = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-            total = total * (magnitude.to(total.dtype).unsqueeze(1) / norms)
+            total = total * (magnitude.to(total.dtype).unsqueeze(1) / nonzero(norms))
         return {"weight": laid_out(module, total)}
 
     # ----------------------------------------------------------------------------------- files

@@ -6,8 +6,8 @@ transformer, whatever it is called: surgery reads the module tree to find it.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -90,10 +90,17 @@ def normalise(delta: Any) -> None:
     put("modules_to_save", names(f"{title}: modules_to_save", delta.modules_to_save))
     put("layers_pattern", names(f"{title}: layers_pattern", delta.layers_pattern))
     put("layers_to_transform", _indices(title, delta.layers_to_transform))
-    if delta.layers_to_transform is not None and isinstance(delta.target_modules, str):
+    if not isinstance(delta.task_type, str | None):
         raise ConfigError(
-            f"{title}: layers_to_transform needs a list of names in target_modules, got the string "
-            f"{delta.target_modules!r}. Put the layers into the regular expression."
+            f"{title}: task_type must be a label or None, got {delta.task_type!r}. "
+            "Pass 'CAUSAL_LM'."
+        )
+    target = delta.target_modules
+    regex = isinstance(target, str) and not roles(target)
+    if delta.layers_to_transform is not None and regex:
+        raise ConfigError(
+            f"{title}: layers_to_transform needs roles or a list of names in target_modules, got "
+            f"the string {target!r}. Put the layers into that regular expression."
         )
     if delta.layers_pattern and delta.layers_to_transform is None:
         raise ConfigError(
@@ -111,8 +118,10 @@ def check_flags(delta: Any, *fields: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite number, which True is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a finite number in float64's range, which True is not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max  # false for NaN too
 
 
 def is_count(value: object) -> bool:

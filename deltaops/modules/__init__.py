@@ -8,7 +8,7 @@ from .around import Relay
 from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
-from .dora import row_norms
+from .dora import nonzero, row_norms
 from .factor import Factor, start_values
 from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
 from .kinds import delta_class, frozen_class, is_conv1d
@@ -63,6 +63,7 @@ __all__ = [
     "is_norm",
     "lacks_bias",
     "near_zero",
+    "nonzero",
     "plain_linear",
     "program_of",
     "remove_prefix",

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaops.errors import AttachError
+
 from .dora import row_norms, scaled
 
 
@@ -81,27 +83,48 @@ class Relay:
     """Carries the input of a sub-layer from its first layer to its last.
 
     Both places hold it. What is carried is taken within the same forward pass, so nothing outlives
-    the sub-layer; under checkpointing both passes carry their own, and so does each thread
-    (nn.DataParallel runs one model in several).
+    the sub-layer, unless that fails halfway: then the next pass replaces it, and copies and pickles
+    are without. Under checkpointing both passes carry their own, and so does each thread.
     """
 
     active: bool = True
     carried: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """By thread."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Relay, (self.active,)
+
     def leave(self, x: Tensor) -> None:
         """What the first layer reads."""
         self.carried[_thread()] = x
 
     def take(self) -> Tensor:
-        """What the first layer left."""
-        x = self.carried.pop(_thread(), None)
-        assert x is not None, "the last layer of a sub-layer was called before its first"
+        """What the first layer left.
+
+        Raises: AttachError where it left nothing.
+        """
+        carried = self.carried
+        x = carried.pop(_thread(), None)
+        if x is None and carried:  # perhaps one of the two layers is compiled and the other is not
+            if not torch.compiler.is_compiling():
+                x = carried.pop(_COMPILED, None)
+            elif len(carried) == 1:
+                _, x = carried.popitem()
+        if x is None:
+            raise AttachError(
+                "a sub-layer with an adapter beside it must run from its first layer to its last, "
+                "in one thread, and its last was called without its first. Name single layers in "
+                "target_modules instead of 'feed-forward'."
+            )
         return x
 
 
+_COMPILED = 0
+"""Instead of a thread, which the compiler cannot ask for."""
+
+
 def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return _COMPILED if torch.compiler.is_compiling() else threading.get_ident()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ W + s B A [N, K] is never formed: with its rows w + s b A,
     ‖w + s b A‖² = ‖w‖² + 2 s ⟨w Aᵀ, b⟩ + s² b (A Aᵀ) bᵀ
 
 which costs one product of W by r columns. No gradient goes through the norm, as in the paper.
+A row of zeros has no length to scale, and stays what it is.
 Source: Liu et al. 2024 (arXiv 2402.09353), eq. 5 and §4.3.
 """
 
@@ -52,9 +53,14 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return norms
 
 
+def nonzero(norms: Tensor) -> Tensor:
+    """``norms`` to divide by: one for a row of zeros, whose magnitude then counts for nothing."""
+    return norms.masked_fill(norms == 0.0, 1.0)
+
+
 def scaled(y: Tensor, bias: Tensor | None, magnitude: Tensor, norms: Tensor) -> Tensor:
     """``g ⊙ (y − b) + b`` for the op's y ``[..., N]``, which holds b already; rounded once."""
-    g = magnitude / norms
+    g = magnitude / nonzero(norms)
     out = y * g
     if bias is not None:
         out = out + bias * (1.0 - g)

@@ -67,8 +67,9 @@ def activate_copies(module: nn.Module, active: bool) -> None:
     parameters = module._parameters
     for name, incoming in kept.outside.items():
         outgoing = parameters.get(name)
-        if incoming is not None and outgoing is not None:
-            follow(incoming, outgoing)
+        beside = parameters.get("weight") if outgoing is None else outgoing
+        if incoming is not None and beside is not None:
+            follow(incoming, beside)
         if incoming is None and name in kept.absent:
             parameters.pop(name, None)
         else:

@@ -8,13 +8,20 @@ from torch import Tensor, nn
 
 from .block import Block, RmsNormBlock
 
+_OF_CHANNELS = (
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,  # batch and instance norms
+)
+
 
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a LayerNorm or RMSNorm, of torch's or anybody's.
 
     Told by what it is made of: a vector ``weight``, perhaps a ``bias``, no children, no running
-    statistics, and a class that is called a norm.
+    statistics, and a class that is called a norm. torch's norms of channels are none.
     """
+    if isinstance(module, _OF_CHANNELS):
+        return False
     parameters = {name for name, p in module._parameters.items() if p is not None}
     weight = module._parameters.get("weight")
     return (
@@ -28,8 +35,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def lacks_bias(module: nn.Module) -> bool:
-    """Whether the norm's own forward knows no bias, so that one has to be added after it."""
-    return not issubclass(_base(module), nn.LayerNorm)
+    """Whether the norm's own forward knows no bias, so that one has to be added after it.
+
+    A class that reads a bias registers one, if only as None; what :func:`allow_bias` made a block
+    did not.
+    """
+    return isinstance(module, Block) or "bias" not in module._parameters
 
 
 class BiasedNorm(Block):
@@ -41,9 +52,9 @@ class BiasedNorm(Block):
         """See :class:`Block`."""
         return "torch", f"{self.base_class.__name__}'s own forward; its bias is added after it"
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[..., K]`` → ``[..., K]``."""
-        y: Tensor = super().forward(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
+        """``[..., K]`` → ``[..., K]``; what else a norm takes (a gate) goes to its own forward."""
+        y: Tensor = super().forward(hidden_states, *args, **named)
         bias = self._parameters.get("bias")
         return y if bias is None else y + bias
 

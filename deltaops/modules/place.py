@@ -107,7 +107,7 @@ class DeltaPlace(LinearPlace):
     beside: tuple[str, ...]
     """Names of the adapters that are branches of the op."""
     delta_kind: str
-    """For the report; missing on a layer that only begins a sub-layer with an adapter beside it."""
+    """For the report."""
     delta_active: bool
     """False while the deltas are disabled or already merged into the weight."""
 

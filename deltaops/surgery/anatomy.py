@@ -1,8 +1,9 @@
 """What the modules of a transformer are for, read off the tree by rules instead of a table.
 
-    block          a member of an outermost ModuleList that holds an attention
+    block          a member of an outermost ModuleList that holds an attention, or of one in there
+                   all of whose members do (Swin's stages hold blocks)
     attention      the outermost submodules of a block whose class is called so, two linears or more
-    its output     the attention's last linear, which returns the hidden size
+    its output     the attention's last linear that is not called a query, key or value
     key, value     its linears by the parts of their names; a fused projection counts for all three
     feed-forward   the block's linears outside attention: the last that returns the hidden size is
                    its output, those before it that lead from the hidden size to it are its inputs
@@ -32,7 +33,7 @@ from deltaops.methods.targets import (
 from deltaops.modules import is_conv1d, is_norm
 
 _QUERY, _KEY, _VALUE = ({"q", "query"}, {"k", "key"}, {"v", "value"})
-_FUSED = ({"qkv"}, {"c", "attn"}, {"query", "key", "value"}, {"w", "pack"})
+_FUSED = ({"qkv"}, {"wqkv"}, {"c", "attn"}, {"query", "key", "value"}, {"w", "pack"})
 """Parts of the name of a projection to all three: qkv_proj, c_attn, query_key_value, W_pack."""
 
 
@@ -83,10 +84,14 @@ def anatomy(model: nn.Module) -> tuple[Anatomy, ...]:
     return tuple(_block(path, block) for path, block in _blocks(model))
 
 
-def resolve(model: nn.Module, roles: Iterable[str]) -> dict[str, Found]:
+def resolve(model: nn.Module, roles: Iterable[str], *, lenient: bool = False) -> dict[str, Found]:
     """Path → what it was found as, for every module that one of ``roles`` stands for.
 
-    Raises: TargetError where a role stands for nothing, with what was found instead.
+    Args:
+        model: any.
+        roles: of ``deltaops.methods.targets``.
+        lenient: a role may stand for nothing.
+    Raises: TargetError where one does and may not, with what was found instead.
     """
     found: dict[str, Found] = {}
     blocks: tuple[Anatomy, ...] | None = None
@@ -98,7 +103,7 @@ def resolve(model: nn.Module, roles: Iterable[str]) -> dict[str, Found]:
         else:
             blocks = anatomy(model) if blocks is None else blocks
             hits = [hit for block in blocks for hit in _hits(block, role)]
-            if not hits:
+            if not hits and not lenient:
                 raise TargetError(_nothing_found(model, role, blocks))
         for path, entry in hits:
             found.setdefault(path, Found(role, entry))
@@ -124,9 +129,18 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{p}.") for p in lists):
             continue
         members = [(f"{path}.{i}", m) for i, m in module.named_children()]
-        if any(next(_attentions(*member), None) for member in members):
+        holders = [member for member in members if next(_attentions(*member), None)]
+        if holders and not any(_lists_blocks(m) for _, m in members):
             lists.append(path)
             yield from members
+
+
+def _lists_blocks(module: nn.Module) -> bool:
+    """Whether ``module`` holds a list of blocks; T5's block, a list of sub-layers, does not."""
+    return any(
+        isinstance(m, nn.ModuleList) and len(m) and all(next(_attentions("", c), None) for c in m)
+        for m in module.modules()
+    )
 
 
 def _attentions(path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -161,17 +175,24 @@ def _block(path: str, block: nn.Module) -> Anatomy:
 
 
 def _attention(path: str, module: nn.Module) -> Attention:
-    linears = _linears(path, module)
-    output = linears[-1][0]
+    linears = [where for where, _ in _linears(path, module)]
     named: dict[str, str] = {}
-    for where, _ in linears[:-1]:
+    unnamed: list[str] = []
+    for where in linears:
         parts = set(where.rpartition(".")[2].lower().split("_"))
         if any(parts >= fused for fused in _FUSED):
             named.setdefault("fused", where)
             continue
-        for what, words in (("query", _QUERY), ("key", _KEY), ("value", _VALUE)):
-            if parts & words:
-                named.setdefault(what, where)
+        roles = [
+            what
+            for what, words in (("query", _QUERY), ("key", _KEY), ("value", _VALUE))
+            if parts & words
+        ]
+        for what in roles:
+            named.setdefault(what, where)
+        if not roles:
+            unnamed.append(where)
+    output = (unnamed or linears)[-1]
     return Attention(
         path, named.get("query"), named.get("key"), named.get("value"), named.get("fused"), output
     )
@@ -183,7 +204,7 @@ def _feed_forward(
     """The feed-forward, or None and why not."""
     experts = _experts(path, block)
     if experts is not None:
-        return None, f"{experts} is a list of experts: a token passes only some of them"
+        return None, f"{experts} holds experts: a token passes only some of them"
     output: tuple[str, nn.Module] | None = None
     for where, layer in linears:
         if _size(layer)[1] == hidden:
@@ -201,8 +222,14 @@ def _feed_forward(
 
 
 def _experts(path: str, block: nn.Module) -> str | None:
-    """Path of a list of alike modules with linears: a mixture, of which a sub-layer is no part."""
+    """Path of a mixture, of which a sub-layer is no part.
+
+    A list of alike modules with linears, or a module with one matrix for each expert in a tensor.
+    """
     for name, module in block.named_modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if any(p.dim() == 3 for p in own) and "expert" in type(module).__name__.lower():
+            return f"{path}.{name}"
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             kinds = {type(m) for m in module}
             if len(kinds) == 1 and _linears("", module[0]):
@@ -211,6 +238,23 @@ def _experts(path: str, block: nn.Module) -> str | None:
 
 
 # --------------------------------------------------------------------------------------- answers
+
+
+def misses(model: nn.Module, roles: Iterable[str]) -> dict[str, str]:
+    """Path of a block in which one of ``roles`` stands for nothing → why."""
+    sought = [role for role in roles if role not in (ALL_LINEAR, ALL_NORM)]
+    found: dict[str, str] = {}
+    for block in anatomy(model) if sought else ():
+        for role in sought:
+            if not any(_hits(block, role)):
+                found.setdefault(block.path, f"no {role}: {_why(block, role)}")
+    return found
+
+
+def _why(block: Anatomy, role: str) -> str:
+    """Why ``role`` stands for nothing in ``block``."""
+    named = role in (ATTENTION_OUTPUT, KEY_VALUE) and block.attentions
+    return "its projections have other names" if named else block.missing
 
 
 def _hits(block: Anatomy, role: str) -> Iterator[tuple[str, str]]:
@@ -231,7 +275,7 @@ def _nothing_found(model: nn.Module, role: str, blocks: tuple[Anatomy, ...]) -> 
     head = f"target_modules={role!r} stands for no module of this {type(model).__name__}"
     advice = "Name the layers in target_modules instead."
     if blocks:
-        reasons = dict.fromkeys(b.missing or "its projections have other names" for b in blocks)
+        reasons = dict.fromkeys(_why(block, role) for block in blocks)
         example = blocks[0]
         shown = [f"blocks such as {example.path!r}"]
         shown += [f"an attention at {a.path!r}" for a in example.attentions]

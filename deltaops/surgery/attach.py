@@ -52,8 +52,12 @@ def attach(
     """
     made = plan(model, delta, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack)
     handle = made.apply(generator=generator)
-    if loss is not False:
-        swap_losses(model, backend, strict, tell=bool(loss))
-    if blocks:
-        swap_blocks(model, backend, strict)
+    try:
+        if loss is not False:
+            swap_losses(model, backend, strict, tell=bool(loss))
+        if blocks:
+            swap_blocks(model, backend, strict)
+    except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
+        handle.revert()
+        raise
     return handle

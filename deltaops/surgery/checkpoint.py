@@ -40,8 +40,8 @@ VERSION = 1
 def save(handle: Handle, path: str | os.PathLike[str]) -> None:
     """Write the adapter into the folder ``path`` (``path/NAME`` unless its name is "default").
 
-    All or nothing: a failure leaves a previous checkpoint as it was. In a distributed run, call it
-    on one process.
+    A failure leaves a previous checkpoint as it was; a success replaces it, also one of the other
+    format. In a distributed run, call it on one process.
     Raises: CheckpointError when it cannot be written; AttachError when the handle is spent.
     """
     folder = Path(path)
@@ -120,6 +120,11 @@ def load(
         with torch.no_grad():
             for key, tensor in handle.state().items():
                 tensor.copy_(tensors[_prefix(files) + key])
+                if not allow_nonfinite and tensor.is_floating_point() and not _finite(tensor):
+                    raise CheckpointError(
+                        f"{where}: {key!r} must fit into the model's {tensor.dtype}, and does not. "
+                        "Load it into the model in the dtype that it was trained in."
+                    )
         if not trainable:
             for parameter in handle.parameters():
                 parameter.requires_grad_(False)
@@ -278,15 +283,16 @@ def _check_tensors(
                 f"{where}: {key!r} must be {list(shape)} for this model and {files.config}, got "
                 f"{list(tensor.shape)}. Is this the base model that it was trained on?"
             )
-        if (
-            not allow_nonfinite
-            and tensor.is_floating_point()
-            and not bool(torch.isfinite(tensor).all())
-        ):
+        if not allow_nonfinite and tensor.is_floating_point() and not _finite(tensor):
             raise CheckpointError(
                 f"{where}: {key!r} holds NaN or infinity; the training that wrote it had diverged. "
                 "Pass allow_nonfinite=True to load it as it is."
             )
+
+
+def _finite(tensor: Tensor) -> bool:
+    small = tensor.element_size() == 1  # torch has no isfinite of float8
+    return bool(torch.isfinite(tensor.float() if small else tensor).all())
 
 
 def _some(keys: list[str], limit: int = 4) -> str:

@@ -83,7 +83,7 @@ class Handle:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, keys as ``<module>.<suffix>``."""
-        self._check_attached("state")
+        self._check_enabled("state")
         found: dict[str, Tensor] = {}
         for path in self.sites:
             for suffix, tensor in self.delta.tensors(self._module(path), self.name).items():
@@ -123,24 +123,25 @@ class Handle:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model computes what it did before the delta was attached.
+        """Inside, the model computes what it did before the delta was attached; also when nested.
 
+        Inside, the delta can be reverted, and neither merged nor saved.
         Raises: AttachError when the delta is merged and the base weights were not kept.
         """
         self._check_attached("disabled")
+        if self._record.disabled:
+            yield
+            return
         merged = self._exchange_merged() if self.merged else {}
         self._activate(False)
         trained = {p: exchange(self._module(p), o) for p, o in self._record.originals.items()}
+        self._record.disabled = True
         try:
             yield
         finally:
-            for path, tensors in trained.items():
-                exchange(self._module(path), tensors)
-            if merged:
-                for path, parameters in merged.items():
-                    exchange_parameters(self._module(path), parameters)
-            else:
-                self._activate(True)
+            self._record.disabled = False
+            if self.attached:  # not reverted inside
+                self._enable(trained, merged)
 
     # -------------------------------------------------------------------------------- merging
 
@@ -155,7 +156,7 @@ class Handle:
             (an adapter's activation stands in the way), or when a merged weight is not finite; the
             model is as it was then.
         """
-        self._check_attached("merge")
+        self._check_enabled("merge")
         if self.merged:
             raise AttachError("handle.merge: already merged. Call handle.unmerge() first.")
         for path in self.sites:
@@ -180,7 +181,7 @@ class Handle:
 
         Raises: AttachError when not merged, or merged with ``keep_base=False``.
         """
-        self._check_attached("unmerge")
+        self._check_enabled("unmerge")
         if not self.merged:
             raise AttachError("handle.unmerge: the delta is not merged. Call handle.merge() first.")
         self._exchange_merged()
@@ -193,7 +194,7 @@ class Handle:
         What ``modules_to_save`` trained stays in. Returns the model; the handle is spent.
         Raises: AttachError when a merged weight is not finite.
         """
-        self._check_attached("merge_and_unload")
+        self._check_enabled("merge_and_unload")
         if not self.merged:
             self.merge(keep_base=False)
         self._unbind()
@@ -209,6 +210,8 @@ class Handle:
         """Write the adapter, in PEFT's format where it has one: :func:`deltaops.surgery.save`."""
         from .checkpoint import save  # checkpoint needs Handle for what load returns
 
+        self._check_enabled("save")
+
         save(self, path)
 
     def revert(self) -> None:
@@ -218,7 +221,8 @@ class Handle:
         """
         self._check_attached("revert")
         if self.merged:
-            self.unmerge()
+            self._exchange_merged()
+            self._record.merged = {}
         self._unbind()
         for path, tensors in self._record.originals.items():
             exchange(self._module(path), tensors)
@@ -239,9 +243,31 @@ class Handle:
                 "deltaops.attach or deltaops.load."
             )
 
+    def _check_enabled(self, action: str) -> None:
+        self._check_attached(action)
+        if self._record.disabled:
+            raise AttachError(
+                f"handle.{action}: the delta is disabled here, and what it trained is not in the "
+                "model. Call it outside of `with handle.disabled()`."
+            )
+
     def _activate(self, active: bool) -> None:
         for path in self.sites:
             self.delta.activate(self._module(path), active)
+
+    def _enable(
+        self,
+        trained: dict[str, dict[str, Tensor]],
+        merged: dict[str, dict[str, nn.Parameter | None]],
+    ) -> None:
+        """Put back what :meth:`disabled` took out."""
+        for path, tensors in trained.items():
+            exchange(self._module(path), tensors)
+        if merged:
+            for path, parameters in merged.items():
+                exchange_parameters(self._module(path), parameters)
+        else:
+            self._activate(True)
 
     def _exchange_merged(self) -> dict[str, dict[str, nn.Parameter | None]]:
         """Put the originals back; returns the merged parameters."""

@@ -21,7 +21,7 @@ from deltaops.methods.base import LINEAR, NORM, Delta
 from deltaops.methods.targets import ALL_LINEAR, plain, roles
 from deltaops.modules import LinearPlace, delta_class, has_copies, is_norm
 
-from .anatomy import Found, resolve
+from .anatomy import Found, misses, resolve
 
 _HEADS = ("score", "classifier")
 """Where transformers keeps a sequence classification head."""
@@ -43,7 +43,7 @@ class Match(NamedTuple):
     saved: tuple[str, ...]
     skipped: tuple[Skip, ...]
     found: dict[str, Found]
-    """What a role found, by path; a site that is not in it was named."""
+    """What sites are, by path, as far as the delta has to know; others were named."""
 
 
 def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
@@ -83,6 +83,9 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
             wanted.append(path)
         else:
             (refused if named else skipped).append(Skip(path, reason))
+    for path, reason in misses(model, wished).items():
+        if _in_chosen_layer(f"{path}.", delta) and not inside(path, saved):
+            skipped.append(Skip(path, reason))
     if not lenient:
         _refuse_unmatched_names(modules, delta)
     if not wanted:
@@ -94,6 +97,8 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
             "with exclude_modules."
         )
     by_role = {p: found[p] for p in wanted if p in found and not _named(p, delta)}
+    apart = resolve(model, delta.told_apart(), lenient=True)
+    by_role |= {p: apart[p] for p in wanted if p in apart and p not in by_role}
     return Match(tuple(wanted), saved, tuple(skipped), by_role)
 
 
@@ -126,12 +131,12 @@ def unswappable(module: nn.Module, delta: Delta | None, parent: nn.Module | None
         )
     if weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}; a delta needs float16, bfloat16, float32 or float64"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (accelerate's offload does that)"
     if norm:
         return None
     if weight.dim() != 2 or 0 in weight.shape:
         return f"its weight has the shape {list(weight.shape)}, not [out, in]"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (accelerate's offload does that)"
     if parent is not None:
         return "its nn.TransformerEncoderLayer reads .weight in a fast path that skips deltas"
     return None

@@ -37,6 +37,8 @@ class Record:
     """Path of a module trained whole → its original parameters (and copies of its buffers)."""
     merged: dict[str, dict[str, nn.Parameter | None] | None] = field(default_factory=dict)
     """Path of a merged place → its original parameters; None where they were not kept."""
+    disabled: bool = False
+    """Inside ``handle.disabled()``."""
 
 
 def read(model: nn.Module) -> Record | None:

@@ -1,7 +1,9 @@
 """``--delta lora:r=16,alpha=32`` → a delta's configuration, by the fields of its class.
 
 spec    = method [":" option "=" value {"," option "=" value}]
-value   = number | true | false | text | text "+" text …      (a list)
+value   = number | true | false | text
+        | item "+" item …               (a list)
+        | name ":" number "+" …         (a mapping, such as rank_pattern)
 """
 
 from __future__ import annotations
@@ -64,12 +66,29 @@ def _value(text: str, annotation: str, subject: str) -> Any:
                 return convert(text)
             except ValueError:
                 continue
+    parts = [part for part in text.split("+") if part]
+    if any(kind.startswith("Mapping") for kind in kinds):
+        pairs = [part.rpartition(":") for part in parts]
+        return {key: _number(value, subject) for key, _, value in pairs}
     is_list = any(k.startswith(("Sequence", "list", "tuple", "Iterable")) for k in kinds)
     if is_list and ("+" in text or "str" not in kinds):
-        return [part for part in text.split("+") if part]
+        whole = any(kind.startswith("tuple[int") for kind in kinds)
+        return [_number(part, subject) for part in parts] if whole else parts
     if "str" in kinds:
         return text
     raise ConfigError(f"{subject} must be {annotation}, got {text!r}.")
+
+
+def _number(text: str, subject: str) -> float:
+    """An integer where ``text`` is one."""
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    raise ConfigError(
+        f"{subject} must hold numbers, got {text!r}. Write 0+1, or q_proj:16+k_proj:8."
+    )
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import deltaops
 from deltaops import Adapter, ParallelAdapter
-from deltaops.errors import ConfigError, TargetError
+from deltaops.errors import AttachError, ConfigError, TargetError
 from deltaops.testing.architectures import answer, build
 
 
@@ -98,6 +100,42 @@ def test_nothing_of_a_sub_layer_is_kept_after_it() -> None:
     relays = [r for path in handle.sites for r in model.get_submodule(path).relays()]  # type: ignore[operator]  # a place's
     assert len(relays) == 2
     assert not any(relay.carried for relay in relays)
+
+
+def test_a_pass_that_fails_halfway_stands_in_nobodys_way() -> None:
+    model = build("bert")
+    deltaops.attach(model, ParallelAdapter())
+    expected = answer("bert", model)
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise MemoryError
+
+    second: nn.Module = model.encoder.layer[1].output  # type: ignore[union-attr, assignment]  # a BERT's
+    hook = second.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        answer("bert", model)
+    hook.remove()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert torch.equal(answer("bert", twin), expected)
+
+
+@pytest.mark.parametrize("part", ["intermediate", "output"])
+def test_either_end_of_a_sub_layer_can_be_compiled_alone(part: str) -> None:
+    model = build("bert")
+    deltaops.attach(model, ParallelAdapter())
+    expected = answer("bert", model)
+    torch.compiler.reset()
+    getattr(model.encoder.layer[0], part).compile(backend="eager", fullgraph=True)  # type: ignore[union-attr]  # a BERT's
+    torch.testing.assert_close(answer("bert", model), expected)
+    torch.testing.assert_close(answer("bert", model), expected)
+
+
+def test_the_end_of_a_sub_layer_without_its_start_is_refused() -> None:
+    model = build("llama")
+    deltaops.attach(model, ParallelAdapter())
+    end: nn.Module = model.layers[0].mlp.down_proj  # type: ignore[union-attr, assignment]  # a Llama's
+    with pytest.raises(AttachError, match="its last was called without its first"):
+        end(torch.randn(1, 40))
 
 
 def test_two_threads_in_one_sub_layer_do_not_meet() -> None:

@@ -44,10 +44,13 @@ PATTERNS = LoRA(
 )
 CASES = [(delta, name) for delta in (IA3(), LNTuning()) for name in ARCHITECTURES]
 CASES += [(LoRA(r=3, alpha=5, use_dora=True), "gpt2"), (PATTERNS, "bert")]
+CASES += [(delta(layers_to_transform=[1]), "bert") for delta in (LoRA, LNTuning)]
 
 
 @pytest.mark.parametrize(
-    ("delta", "name"), CASES, ids=[f"{delta.kind}-{name}" for delta, name in CASES]
+    ("delta", "name"),
+    CASES,
+    ids=[f"{delta.kind}-{name}" for delta, name in CASES],
 )
 def test_peft_computes_the_same_and_files_go_both_ways(
     delta: Any, name: str, tmp_path: Path
@@ -116,6 +119,9 @@ def test_saving_another_method_replaces_the_other_format(tmp_path: Path) -> None
         ({"method": ["adapter"]}, r"method=\['adapter'\]"),
         ({"settings": [1]}, "an object of settings"),
         ({"settings": {"size": 0}}, "size must be an integer"),
+        ({"settings": {"style": ["pfeiffer"]}}, "style must be one of"),
+        ({"settings": {"task_type": {}}}, "task_type must be a label"),
+        ({"settings": {"scaling": 10**400}}, "scaling must be finite"),
         ({"settings": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ({"method": "bitfit", "settings": {}}, "tensors are missing"),
     ],
@@ -149,6 +155,33 @@ def test_an_integer_bias_is_refused(tmp_path: Path) -> None:
     whole = {k: v.to(torch.int64) for k, v in tensors.items()}
     safetensors.torch.save_file(whole, tmp_path / TENSORS)
     refused("bert", tmp_path, "must be floating point")
+
+
+def test_values_beyond_the_models_dtype_are_refused(tmp_path: Path) -> None:
+    model = build("bert")
+    handle = deltaops.attach(model, BitFit(target_modules=["query"]))
+    with torch.no_grad():
+        next(handle.parameters()).fill_(1e6)
+    handle.save(tmp_path)
+    half = build("bert").half()
+    with pytest.raises(CheckpointError, match=r"must fit into the model's torch\.float16"):
+        deltaops.load(half, tmp_path)
+    assert all(p.requires_grad for p in half.parameters())
+    deltaops.load(half, tmp_path, allow_nonfinite=True)
+
+
+def test_a_file_in_float8_loads(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    saved(BitFit(target_modules=["query"]), "bert", tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / TENSORS)
+    small = {k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}
+    safetensors.torch.save_file(small, tmp_path / TENSORS)
+    state = deltaops.load(build("bert"), tmp_path).state()
+    assert all(torch.equal(state[key], small[key].float()) for key in small)
+    small[next(iter(small))].fill_(float("nan"))
+    safetensors.torch.save_file(small, tmp_path / TENSORS)
+    refused("bert", tmp_path, "holds NaN or infinity")
 
 
 def refused(name: str, folder: Path, message: str) -> None:

@@ -37,6 +37,21 @@ def test_keys_and_values_have_gains_after_and_feed_forwards_before() -> None:
     assert shapes == {"k_proj": (12, 1), "v_proj": (12, 1), "down_proj": (1, 40)}
 
 
+def test_a_feed_forward_that_is_named_has_its_gain_before_too() -> None:
+    by_role = deltaops.attach(build("llama"), IA3())
+    for delta in (
+        IA3(target_modules=["k_proj", "v_proj", "down_proj"]),
+        IA3(feedforward_modules=["down_proj"]),
+        IA3(feedforward_modules=r".*\.down_proj"),
+    ):
+        state = deltaops.attach(build("llama"), delta).state()
+        assert {k: t.shape for k, t in state.items()} == {
+            k: t.shape for k, t in by_role.state().items()
+        }
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))  # nothing is a feed-forward here
+    assert deltaops.attach(model, IA3(target_modules=["0"])).state()["0.ia3_l"].shape == (4, 1)
+
+
 @pytest.mark.parametrize("forward", [["up_proj", "down_proj"], r".*\.(up|down)_proj"], ids=str)
 def test_names_decide_the_side(forward: Any) -> None:
     delta = IA3(target_modules=["k_proj", "up_proj", "down_proj"], feedforward_modules=forward)

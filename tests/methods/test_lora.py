@@ -29,6 +29,7 @@ from deltaops.testing import bound, relative_error
         ({"r": True}, "r must be"),
         ({"alpha": math.inf}, "alpha must be finite"),
         ({"alpha": math.nan}, "alpha must be finite"),
+        ({"alpha": 10**400}, "alpha must be finite"),
         ({"alpha": "32"}, "alpha must be finite"),
         ({"dropout": 1.0}, "dropout must be"),
         ({"dropout": -0.1}, "dropout must be"),
@@ -41,7 +42,7 @@ from deltaops.testing import bound, relative_error
         ({"target_modules": "(["}, "does not compile"),
         ({"exclude_modules": "(["}, "does not compile"),
         ({"use_rslora": 1}, "use_rslora must be a bool"),
-        ({"layers_to_transform": [0]}, "needs a list of names"),
+        ({"layers_to_transform": [0], "target_modules": "q"}, "needs roles or a list of names"),
         ({"layers_to_transform": [-1], "target_modules": ["q"]}, "layer indices"),
         ({"layers_to_transform": "0", "target_modules": ["q"]}, "layer indices"),
         ({"lr_ratio": 0}, "lr_ratio must be above 0"),
@@ -149,6 +150,23 @@ def test_doras_norms_need_no_merged_weight() -> None:
         norms = row_norms(weight.to(dtype), a, b, 0.7)
         assert norms.dtype == torch.float32
         assert relative_error(norms, oracle) < 8 * bound(0.0, dtype)
+
+
+def test_dora_leaves_rows_of_zeros_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    with torch.no_grad():
+        model[0].weight[1] = 0.0
+    x = torch.randn(3, 6)
+    before = model(x).detach()
+    handle = deltaops.attach(model, LoRA(r=2, use_dora=True))
+    y = model(x)
+    torch.testing.assert_close(y, before)
+    y.sum().backward()
+    assert all(
+        bool(torch.isfinite(p.grad).all()) for p in handle.parameters() if p.grad is not None
+    )
+    handle.merge()
+    torch.testing.assert_close(model(x), before)
 
 
 def test_delta_weight_is_computed_in_float32_also_under_autocast() -> None:

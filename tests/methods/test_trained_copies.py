@@ -66,6 +66,64 @@ def test_bitfit_keeps_no_input_of_a_linear_layer() -> None:
     assert all(layer.bias.grad is not None for layer in model)
 
 
+class OwnNorm(nn.Module):
+    """A LayerNorm that somebody wrote; it reads its bias itself."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, 6))
+        self.register_parameter("bias", nn.Parameter(torch.ones(6)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_that_a_norm_reads_itself_is_added_once(bias: bool) -> None:
+    model = nn.Sequential(OwnNorm(bias))
+    x = torch.randn(5, 6)
+    before = model(x).detach()
+    handle = deltaops.attach(model, BitFit())
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        model[0].bias.add_(2.0)
+    torch.testing.assert_close(model(x), before + 2.0)
+    handle.merge()
+    torch.testing.assert_close(model(x), before + 2.0)
+
+
+def test_norms_of_channels_are_left_alone() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True))
+    assert deltaops.attach(model, BitFit()).sites == ("0",)
+
+
+def test_a_norm_without_a_bias_is_still_given_its_gate() -> None:
+    class GatedRMSNorm(nn.RMSNorm):
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            y = super().forward(x)
+            return y if gate is None else y * gate
+
+    norm, x = GatedRMSNorm(6), torch.randn(5, 6)
+    model = nn.ModuleDict({"norm": norm})
+    before = norm(x, gate=x).detach()
+    deltaops.attach(model, BitFit())
+    with torch.no_grad():
+        model["norm"].bias.add_(2.0)
+    torch.testing.assert_close(norm(x, gate=x), before + 2.0)
+
+
+def test_a_created_bias_follows_a_model_that_was_cast_while_it_was_away() -> None:
+    model = nn.Sequential(nn.Linear(6, 6, bias=False))
+    handle = deltaops.attach(model, BitFit())
+    handle.merge()
+    model.double()
+    handle.unmerge()
+    assert model[0].bias.dtype == torch.float64
+    with handle.disabled():
+        model.float()
+    assert model(torch.randn(2, 6)).dtype == model[0].bias.dtype == torch.float32
+
+
 def test_a_bias_follows_its_model() -> None:
     model = build("llama")
     handle = deltaops.attach(model, BitFit())

@@ -116,6 +116,19 @@ def test_a_gpt2_with_cross_attention_has_two() -> None:
     assert [a.output for a in block.attentions] == ["h.0.attn.c_proj", "h.0.crossattention.c_proj"]
 
 
+def test_stages_that_list_blocks_are_no_blocks() -> None:
+    from transformers import SwinConfig, SwinModel
+
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 2], window_size=4
+    )
+    blocks = anatomy(SwinModel(config))
+    assert [block.path for block in blocks] == [
+        f"encoder.layers.{path}" for path in ("0.blocks.0", "1.blocks.0", "1.blocks.1")
+    ]
+    assert all(block.feed_forward is not None for block in blocks)
+
+
 def test_what_is_no_transformer_is_named() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
     with pytest.raises(
@@ -132,9 +145,36 @@ def test_a_mixture_of_experts_has_no_feed_forward() -> None:
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
     model = MixtralModel(config)
-    with pytest.raises(TargetError, match=r"attention at 'layers\.0\.self_attn'; no linear"):
+    with pytest.raises(TargetError, match=r"'layers\.0\.self_attn'; layers\.0\.mlp\.experts holds"):
         resolve(model, ("feed-forward-output",))
     assert len(resolve(model, ("attention-output",))) == 1
+
+
+def test_blocks_that_are_left_out_are_told() -> None:
+    from transformers import Qwen2MoeConfig, Qwen2MoeModel
+
+    config = Qwen2MoeConfig(
+        vocab_size=60, hidden_size=HIDDEN, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8, mlp_only_layers=[0],
+    )  # fmt: skip
+    handle = deltaops.attach(Qwen2MoeModel(config), deltaops.ParallelAdapter())
+    assert handle.sites == ("layers.0.mlp.down_proj",)
+    assert "left alone: no feed-forward: layers.1.mlp.experts holds experts" in str(handle)
+
+
+def test_an_output_that_is_registered_first_is_no_projection() -> None:
+    from transformers import Phi3Config, Phi3Model
+
+    config = Phi3Config(
+        vocab_size=60, hidden_size=HIDDEN, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    (block,) = anatomy(Phi3Model(config))
+    assert block.attentions[0].output == "layers.0.self_attn.o_proj"
+    assert block.attentions[0].fused == "layers.0.self_attn.qkv_proj"
+    assert block.feed_forward is not None
+    assert block.feed_forward.inputs == ("layers.0.mlp.gate_up_proj",)
 
 
 def test_experts_in_a_list_are_no_feed_forward() -> None:
@@ -153,7 +193,7 @@ def test_experts_in_a_list_are_no_feed_forward() -> None:
     (block,) = anatomy(model)
     assert block.attentions[0].fused == "0.0.attention.qkv"
     assert block.feed_forward is None
-    assert "list of experts" in block.missing
+    assert "0.0.experts holds experts" in block.missing
 
 
 def test_a_role_is_a_target_of_any_method_and_layers_can_be_chosen() -> None:

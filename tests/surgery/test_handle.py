@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,45 @@ def test_disabled_computes_the_base_model_and_comes_back(shaken: Any) -> None:
         with pytest.raises(RuntimeError, match="inside"), shaken.handle.disabled():
             raise RuntimeError("inside")
         assert torch.equal(shaken.loss(), merged)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_inside_disabled_ends_with_the_outer_one(shaken: Any, merged: bool) -> None:
+    with torch.no_grad():
+        if merged:
+            shaken.handle.merge()
+        after = shaken.loss()
+        with shaken.handle.disabled():
+            with shaken.handle.disabled():
+                pass
+            assert torch.equal(shaken.loss(), shaken.before)
+        assert torch.equal(shaken.loss(), after)
+
+
+def test_what_is_disabled_is_neither_merged_nor_saved(shaken: Any, tmp_path: Path) -> None:
+    handle = shaken.handle
+    actions: list[Callable[[], Any]] = [
+        handle.merge, handle.unmerge, handle.merge_and_unload, handle.state,
+        lambda: handle.save(tmp_path / "adapter"),
+    ]  # fmt: skip
+    with torch.no_grad():
+        with handle.disabled():
+            for action in actions:
+                with pytest.raises(AttachError, match="the delta is disabled here"):
+                    action()
+        assert not (tmp_path / "adapter").exists()
+        assert torch.equal(shaken.loss(), shaken.after)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_is_disabled_can_be_reverted(shaken: Any, merged: bool) -> None:
+    if merged:
+        shaken.handle.merge()
+    with shaken.handle.disabled():
+        shaken.handle.revert()
+    assert not any("lora_" in name for name, _ in shaken.model.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(shaken.loss(), shaken.before)
 
 
 def test_merge_and_unload_leaves_a_plain_model(shaken: Any) -> None:

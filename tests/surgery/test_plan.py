@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,20 @@ def test_failing_halfway_leaves_the_model_as_it_was(
     assert_same(before, case.model)
     monkeypatch.setattr(LoRA, "bind", real)
     deltaops.attach(case.model, LoRA(r=4, modules_to_save=["classifier"]))
+
+
+def test_failing_after_the_delta_is_bound_leaves_the_model_as_it_was(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["deltaops.surgery.attach"], "swap_blocks", interrupted)
+    case = tiny("bert")
+    before = snapshot(case.model)
+    with pytest.raises(KeyboardInterrupt):
+        deltaops.attach(case.model, LoRA(r=2))
+    assert_same(before, case.model)
 
 
 def test_rank_above_a_dimension_is_refused_before_any_change(tiny: Callable[..., Any]) -> None:
