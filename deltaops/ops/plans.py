@@ -96,7 +96,7 @@ def look(
     strict: bool,
 ) -> Seen:
     """The signature and the branches' tensors, a… b… bias…; None where one is of another class, has
-    no memory of its own (meta, sparse) or other signs than its memory, or where a name is no text."""
+    no memory of its own (meta, sparse) or not its signs, or where a name is no text."""
     found: Seen = _looker()(x, weight, bias, branches, backend, strict)
     return found
 

@@ -1,4 +1,4 @@
-"""A view whose memory holds the signs the other way round (``z.conj().imag``) counts as what it says."""
+"""A view whose memory has the signs the other way round (``z.conj().imag``) is what it says."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ OPS: dict[str, tuple[Op, list[Tensor]]] = {
     ),
     "prefix_attention": (
         lambda q, k, v, pk, pv: ops.prefix_attention(q, k, v, pk, pv),
-        [numbers(1, 2, 9, 8, seed=i) for i in range(3)] + [numbers(2, 4, 8, seed=i) for i in (4, 5)],
+        [*(numbers(1, 2, 9, 8, seed=i) for i in range(3)),
+         *(numbers(2, 4, 8, seed=i) for i in (4, 5))],
     ),
     "cross_entropy": (
         lambda x: ops.cross_entropy(x, torch.tensor([1, 0, 3, 2, 7])),
