@@ -9,9 +9,9 @@
 #define DELTAOPS_BINDINGS_RECYCLED_H
 
 #include <pybind11/pybind11.h>
+#include <sys/mman.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -49,10 +49,10 @@ class Recycler {
     }
     free_all(dropped);
     if (found != nullptr) return found;
-    found = std::aligned_alloc(kHugePage, *capacity);
+    found = map(*capacity);
     if (found == nullptr) {
       release();
-      found = std::aligned_alloc(kHugePage, *capacity);
+      found = map(*capacity);
     }
     if (found == nullptr) throw std::bad_alloc();
     deltaops_cpu_advise_huge_pages(found, static_cast<int64_t>(*capacity));
@@ -121,8 +121,21 @@ class Recycler {
     idle_.erase(idle_.begin());
   }
 
+  // Whole huge pages of the system; NULL when it has none. Not from malloc: aligned blocks of many
+  // sizes, coming and going, tear its heap into pieces that fit nothing, and it never shrinks.
+  static void *map(size_t bytes) {
+    const size_t span = bytes + kHugePage;
+    void *mapped = mmap(nullptr, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) return nullptr;
+    char *const begin = static_cast<char *>(mapped);
+    const size_t head = -reinterpret_cast<uintptr_t>(begin) % kHugePage;
+    if (head > 0) munmap(begin, head);
+    munmap(begin + head + bytes, kHugePage - head);
+    return begin + head;
+  }
+
   static void free_all(const std::vector<Block> &blocks) {
-    for (const Block &block : blocks) std::free(block.data);
+    for (const Block &block : blocks) munmap(block.data, block.capacity);
   }
 
   std::mutex mutex_;

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import random
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +95,29 @@ def test_a_capsule_that_nobody_takes_gives_its_block_back() -> None:
     assert memory.idle() == 0
     del capsule
     assert memory.idle() == BLOCK
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_steps_of_many_lengths_leave_nothing_behind() -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    lengths = random.Random(0)
+    CORE.recycle_limit(64 << 20)  # most blocks go back at once
+    before, pinned = resident(), []
+    for _ in range(10):
+        step, others = [], []
+        for _ in range(40):
+            out = large(lengths.randrange(200, 6000))
+            out[::2] = 1.0  # a page is two rows
+            step.append(out)
+            others.append(torch.ones(lengths.randrange(1000, 300_000)))  # torch's own in between
+        live = sum(out.nbytes for out in step)
+        pinned += [t[:1].clone() for t in others]
+        del step, out, others
+    memory.release()
+    assert resident() - before < live // 2
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, -1), (1 << 62, 4), (1 << 40, 1 << 40)])
