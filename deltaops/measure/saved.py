@@ -18,16 +18,20 @@ def saved_bytes(run: Callable[[], object], known: Iterable[Tensor]) -> int:
     """
     held = {t.untyped_storage().data_ptr() for t in known}
     found: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive, or a later tensor could take the address of an earlier one
+    # Alive, or a later tensor could take the address of an earlier one. Storages: a tensor that is
+    # seen here and kept, be it for a moment, holds its graph for good.
+    kept: list[torch.UntypedStorage] = []
 
-    def pack(t: Tensor) -> Tensor:
+    def pack(t: Tensor) -> None:
         storage = t.untyped_storage()
         if storage.data_ptr() not in held:
             found[storage.data_ptr()] = storage.nbytes()
-            kept.append(t)
-        return t
+            kept.append(storage)
 
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda t: t):
+    def unpack(_: object) -> Tensor:
+        raise AssertionError("saved_bytes: its graph has no backward pass")
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
         result = run()
     del result
     return sum(found.values())
