@@ -22,7 +22,7 @@ from deltaops.reference.heads import arrange
 
 from .attention_checks import check_heads, checked_scale
 from .paths import check_device, needs_grad, takes_bypass, transformed
-from .prefix_attention_autograd import PrefixAttentionFunction, run_forward
+from .prefix_attention_autograd import Forward, PrefixAttentionFunction, run_forward
 
 
 def prefix_attention(
@@ -86,7 +86,7 @@ def prefix_attention(
         if needs_grad(*given):
             y: Tensor = PrefixAttentionFunction.apply(*given, mask, scale, causal, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return y
-        return run_forward(*given, mask, scale, causal, runner)[0]
+        return run_forward(runner, Forward(*given, mask, scale, causal))[0]
     if strict:
         call = PrefixAttentionCall.of(q, k, prefix_k, mask, causal)
         backend = select(call, backend, strict).name

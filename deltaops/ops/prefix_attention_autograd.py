@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,154 +19,100 @@ GRADIENTS = 5
 """Of q, k, v, prefix_k and prefix_v, the first arguments."""
 
 
-def run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    runner: Backend,
-) -> tuple[Tensor, Tensor]:
-    return cast(PrefixAttentionBackend, runner).prefix_attention_forward(
-        q, k, v, prefix_k, prefix_v, mask, scale, causal
-    )
+class Forward(NamedTuple):
+    """What a forward pass takes; see :mod:`deltaops.reference.prefix_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prefix_k: Tensor
+    prefix_v: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool
 
 
-def run_backward(
-    grad_y: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    needs: Sequence[bool],
-    runner: Backend,
-) -> list[Tensor]:
-    return cast(PrefixAttentionBackend, runner).prefix_attention_backward(
-        grad_y, q, k, v, prefix_k, prefix_v, y, lse, mask, scale, causal, needs
-    )
+class Backward(NamedTuple):
+    """What a backward pass takes."""
+
+    grad_y: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prefix_k: Tensor
+    prefix_v: Tensor
+    y: Tensor
+    lse: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool
+
+
+def call_of(given: Forward | Backward) -> PrefixAttentionCall:
+    """The call of these tensors."""
+    return PrefixAttentionCall.of(given.q, given.k, given.prefix_k, given.mask, given.causal)
+
+
+def run_forward(runner: Backend, given: Forward) -> tuple[Tensor, Tensor]:
+    return cast(PrefixAttentionBackend, runner).prefix_attention_forward(*given)
+
+
+def run_backward(runner: Backend, given: Backward, needs: Sequence[bool]) -> list[Tensor]:
+    return cast(PrefixAttentionBackend, runner).prefix_attention_backward(*given, needs)
 
 
 class PrefixAttentionFunction(torch.autograd.Function):
     """The eager path."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prefix_k: Tensor,
-        prefix_v: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        causal: bool,
-        runner: Backend,
-    ) -> Tensor:
-        y, lse = run_forward(q, k, v, prefix_k, prefix_v, mask, scale, causal, runner)
-        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, y, lse, mask)
-        ctx.settings = scale, causal, runner
+    def forward(ctx: Any, *arguments: Any) -> Tensor:  # those of Forward, and who runs it
+        *tensors, mask, scale, causal, runner = arguments
+        y, lse = run_forward(runner, Forward(*tensors, mask, scale, causal))
+        ctx.save_for_backward(*tensors, y, lse, mask)
+        ctx.settings = scale, causal
+        ctx.runner = runner
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        scale, causal, runner = ctx.settings
         needs = ctx.needs_input_grad[:GRADIENTS]
-        grad_y = grad_y.resolve_neg()
-        q, k, v, prefix_k, prefix_v, y, lse, mask = ctx.saved_tensors
-        found = iter(
-            run_backward(
-                grad_y, q, k, v, prefix_k, prefix_v, y, lse, mask, scale, causal, needs, runner
-            )
-        )
+        given = Backward(grad_y.resolve_neg(), *ctx.saved_tensors, *ctx.settings)
+        found = iter(run_backward(ctx.runner, given, needs))
         return (*(next(found) if need else None for need in needs), None, None, None, None)
 
 
 # --------------------------------------------------------------------------------- registered op
 
 
-def _op_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    runner = select(PrefixAttentionCall.of(q, k, prefix_k, mask, causal), backend)
-    return run_forward(q, k, v, prefix_k, prefix_v, mask, scale, causal, runner)
+def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, backend = arguments
+    forward = Forward(*given)
+    return run_forward(select(call_of(forward), backend), forward)
 
 
-def _op_backward(
-    grad_y: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
-    runner = select(PrefixAttentionCall.of(q, k, prefix_k, mask, causal), backend)
-    return run_backward(
-        grad_y, q, k, v, prefix_k, prefix_v, y, lse, mask, scale, causal, needs, runner
-    )
+def _op_backward(*arguments: Any) -> list[Tensor]:
+    *given, needs, backend = arguments
+    backward = Backward(*given)
+    return run_backward(select(call_of(backward), backend), backward, needs)
 
 
 def _tokens_first(like: Tensor) -> Tensor:
     return like.new_empty_strided(like.shape, strides(like.shape, True))
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q = Forward(*arguments[:-1]).q
     dtype = torch.promote_types(q.dtype, torch.float32)
     return _tokens_first(q), q.new_empty(q.shape[:3], dtype=dtype)
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
-    own = [_tokens_first(t) for t, need in zip((q, k, v), needs, strict=False) if need]
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    *given, needs, _backend = arguments
+    _grad_y, *own, prefix_k, prefix_v = Backward(*given)[: 1 + GRADIENTS]
+    made = [_tokens_first(t) for t, need in zip(own, needs, strict=False) if need]
     prefix = zip((prefix_k, prefix_v), needs[3:], strict=True)
-    return [*own, *(t.new_empty(t.shape) for t, need in prefix if need)]
+    return [*made, *(t.new_empty(t.shape) for t, need in prefix if need)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
