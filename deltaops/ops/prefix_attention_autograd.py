@@ -66,11 +66,11 @@ class PrefixAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:  # those of Forward, and who runs it
-        *tensors, mask, scale, causal, runner = arguments
-        y, lse = run_forward(runner, Forward(*tensors, mask, scale, causal))
-        ctx.save_for_backward(*tensors, y, lse, mask)
-        ctx.settings = scale, causal
-        ctx.runner = runner
+        *taken, ctx.runner = arguments
+        given = Forward(*taken)
+        y, lse = run_forward(ctx.runner, given)
+        ctx.save_for_backward(*given[:GRADIENTS], y, lse, given.mask)
+        ctx.settings = given.scale, given.causal
         return y
 
     @staticmethod
@@ -108,10 +108,10 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    *given, needs, _backend = arguments
-    _grad_y, *own, prefix_k, prefix_v = Backward(*given)[: 1 + GRADIENTS]
-    made = [_tokens_first(t) for t, need in zip(own, needs, strict=False) if need]
-    prefix = zip((prefix_k, prefix_v), needs[3:], strict=True)
+    *tensors, needs, _backend = arguments
+    given = Backward(*tensors)
+    made = [_tokens_first(t) for t, need in zip(given[1:4], needs, strict=False) if need]
+    prefix = zip((given.prefix_k, given.prefix_v), needs[3:], strict=True)
     return [*made, *(t.new_empty(t.shape) for t, need in prefix if need)]
 
 
