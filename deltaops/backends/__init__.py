@@ -7,23 +7,25 @@ from functools import cache
 from .base import (
     AdapterBackend,
     AttentionBackend,
-    AttentionCall,
     Backend,
-    BottleneckCall,
-    Call,
     CrossEntropyBackend,
-    CrossEntropyCall,
-    DeltaLinearCall,
     DeltaLinearPlan,
     GatedBackend,
-    GatedCall,
     GroupingPlan,
     GroupMember,
-    NormBiasCall,
     PrefixAttentionBackend,
-    PrefixAttentionCall,
     PreparingBackend,
     RotaryBackend,
+)
+from .calls import (
+    AttentionCall,
+    BottleneckCall,
+    Call,
+    CrossEntropyCall,
+    DeltaLinearCall,
+    GatedCall,
+    NormBiasCall,
+    PrefixAttentionCall,
     RotaryCall,
 )
 from .cpu import CpuBackend

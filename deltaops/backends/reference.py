@@ -15,7 +15,7 @@ from deltaops.reference import (
     rotary,
 )
 
-from .base import Call
+from .calls import Call
 
 
 class ReferenceBackend:

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .base import Call, DeltaLinearCall
+from .calls import Call, DeltaLinearCall
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

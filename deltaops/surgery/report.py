@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 from torch import nn
 
 from deltaops.backends import DeltaLinearCall
-from deltaops.backends.base import weight_layout
+from deltaops.backends.calls import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaops.backends.base import AttentionCall
+from deltaops.backends.calls import AttentionCall
 
 from .core import DTYPES, core
 from .heads import as_heads, empty_heads, placed

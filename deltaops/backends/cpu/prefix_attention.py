@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from deltaops.backends.base import PrefixAttentionCall
-
 from . import attention
 
 
@@ -42,9 +40,3 @@ def backward(
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     prefix = prefix_k, prefix_v
     return attention.backward(grad_y, q, k, v, y, lse, mask, scale, causal, needs, prefix)
-
-
-def outrun(call: PrefixAttentionCall) -> str | None:
-    """Never by torch on copies: measured with AVX-512 and two threads, it is slower from 8 queries
-    on, and with one query the two are within a tenth of each other where keys are few."""
-    return None
