@@ -1,0 +1,156 @@
+/* attention_operands.h: heads of queries, keys and values, packed as attention.h multiplies them.
+ *
+ * Tokens of a head lie a stride apart; they become rows of floats, or panels of them transposed.
+ * Keys and values of a prefix are joined with those of the sequence on the way.
+ */
+#ifndef DELTAOPS_CPU_ATTENTION_OPERANDS_H
+#define DELTAOPS_CPU_ATTENTION_OPERANDS_H
+
+#include "gated.h"
+
+namespace deltaops {
+namespace DELTAOPS_ISA {
+namespace {
+
+/* The sizes of a call and what follows from them. */
+struct Shape {
+  int64_t B, H, Hkv, Lq, Lk, D, P;
+  int64_t keys;          // of both: P + Lk
+  int64_t group;         // heads of queries that share a head of keys
+  int64_t columns, row;  // of D floats in scratch: whole panels, and the stride
+  int64_t panel;         // floats
+  bool causal;
+};
+
+/* Args: either direction's. */
+template <class Args>
+Shape shape_of(const Args &args) {
+  const int64_t *sizes = args.sizes;
+  Shape s = {};
+  s.B = sizes[0], s.H = sizes[1], s.Hkv = sizes[2], s.Lq = sizes[3], s.Lk = sizes[4];
+  s.D = sizes[5], s.P = args.prefix_length, s.causal = args.causal;
+  s.keys = s.P + s.Lk;
+  s.group = s.Hkv ? s.H / s.Hkv : 0;
+  s.columns = round_up(s.D, kTileColumns);
+  s.row = (ceil_div(s.columns, 16) | 1) * 16;
+  s.panel = s.D * kTileColumns;
+  return s;
+}
+
+/* One head: tokens `stride` apart. */
+template <class T>
+struct Tokens {
+  T *data;
+  int64_t stride;
+
+  T *at(int64_t token) const { return data + token * stride; }
+};
+
+template <class T>
+DELTAOPS_INLINE Tokens<T> tokens(const deltaops_heads &heads, int64_t b, int64_t h) {
+  T *data = static_cast<T *>(heads.data);
+  if (data) data += b * heads.strides[0] + h * heads.strides[1];  // NULL: there are no elements
+  return {data, heads.strides[2]};
+}
+
+/* Tokens first ... first + count - 1 as rows of floats; then rows of zeros up to `padded`. */
+template <class T>
+void pack_tokens(const Shape &s, const Tokens<T> &from, int64_t first, int64_t count,
+                 int64_t padded, float *to) {
+  for (int64_t i = 0; i < count; ++i) pack_row(to + i * s.row, from.at(first + i), s.D, s.columns);
+  if (count < padded)
+    memset(to + count * s.row, 0, static_cast<size_t>((padded - count) * s.row) * sizeof(float));
+}
+
+/* The same tokens transposed, in panels. */
+template <class T>
+void pack_transposed(const Shape &s, const Tokens<T> &from, int64_t first, int64_t count,
+                     float *to) {
+  for (int64_t n = 0; n < count; n += kTileColumns, to += s.panel)
+    pack_panel_rows(to, kTileColumns, from.at(first + n), from.stride,
+                    least(kTileColumns, count - n), s.D, s.D);
+}
+
+/* A head of keys or of values: those of a prefix, then those of a sequence. */
+template <class T>
+struct Joined {
+  int64_t P;
+  Tokens<const float> wide;   // the prefix: here, or
+  Tokens<const Bf16> narrow;  // here where its dtype is bf16
+  bool bf16;
+  Tokens<const T> own;
+};
+
+template <class T, class Args>
+DELTAOPS_INLINE Joined<T> joined(const Args &args, const deltaops_heads &prefix,
+                                 const deltaops_heads &own, int64_t b, int64_t kv) {
+  Joined<T> all = {args.prefix_length, {}, {}, args.prefix_dtype == DELTAOPS_BF16, {}};
+  if (all.P > 0 && all.bf16) all.narrow = tokens<const Bf16>(prefix, 0, kv);
+  if (all.P > 0 && !all.bf16) all.wide = tokens<const float>(prefix, 0, kv);
+  all.own = tokens<const T>(own, b, kv);
+  return all;
+}
+
+/* How many of `count` keys from `first` on are a prefix's. */
+DELTAOPS_INLINE int64_t of_prefix(int64_t P, int64_t first, int64_t count) {
+  return P > first ? least(P - first, count) : 0;
+}
+
+/* Both as rows of floats. */
+template <class T>
+void pack_joined(const Shape &s, const Joined<T> &from, int64_t first, int64_t count, float *to) {
+  const int64_t ahead = of_prefix(from.P, first, count), rest = count - ahead;
+  if (ahead > 0 && from.bf16) pack_tokens(s, from.narrow, first, ahead, ahead, to);
+  if (ahead > 0 && !from.bf16) pack_tokens(s, from.wide, first, ahead, ahead, to);
+  if (rest > 0) pack_tokens(s, from.own, first + ahead - from.P, rest, rest, to + ahead * s.row);
+}
+
+/* Both in panels, `first` the first key of one. Panels that a prefix has a part in are made from
+ * `rows`, which are overwritten. */
+template <class T>
+void pack_joined_panels(const Shape &s, const Joined<T> &from, int64_t first, int64_t count,
+                        float *rows, float *to) {
+  const int64_t mixed = least(count, round_up(of_prefix(from.P, first, count), kTileColumns));
+  if (mixed > 0) {
+    pack_joined(s, from, first, mixed, rows);
+    pack_transposed(s, Tokens<const float>{rows, s.row}, 0, mixed, to);
+    to += mixed / kTileColumns * s.panel;
+  }
+  if (count > mixed) pack_transposed(s, from.own, first + mixed - from.P, count - mixed, to);
+}
+
+template <class T>
+void store_token(const float *from, int64_t D, float factor, T *to) {
+  each_vector(D, [&](int64_t k, int64_t lanes) {
+    store_lanes(to + k, load(from + k) * splat(factor), lanes);
+  });
+}
+
+/* Brings what the next head will be read from into L2, a few lines at each tile: its tokens are
+ * short runs on as many pages, which no hardware prefetcher follows. */
+template <class T>
+class TokensAhead {
+ public:
+  TokensAhead(int64_t D, int64_t tiles) : D_(D), tiles_(tiles) {}
+
+  void add(const deltaops_heads &heads, int64_t b, int64_t h, int64_t count) {
+    constexpr int64_t kMost = 1 << 16;  // bytes of one tensor: two or three of them fill half of L2
+    const Tokens<const T> from = tokens<const T>(heads, b, h);
+    const int64_t some = least(count, kMost / (D_ * static_cast<int64_t>(sizeof(T))));
+    if (some > 0) list_[used_++] = Prefetch<T>({from.data, from.stride, 1}, some, D_, tiles_);
+  }
+
+  DELTAOPS_INLINE void some() {
+    for (int i = 0; i < used_; ++i) list_[i].some();
+  }
+
+ private:
+  int64_t D_, tiles_;
+  Prefetch<T> list_[5];
+  int used_ = 0;
+};
+
+}  // namespace
+}  // namespace DELTAOPS_ISA
+}  // namespace deltaops
+#endif
