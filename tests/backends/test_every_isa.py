@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = dict(os.environ)  # what tests change of it stays with them
 SUITES = [
     Path(__file__).with_name(f"test_{op}.py")
-    for op in ("attention", "delta_linear", "gated", "rotary")
+    for op in ("attention", "delta_linear", "gated", "prefix_attention", "rotary")
 ]
 
 

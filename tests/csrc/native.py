@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "csrc" / "cpu"
 SOURCES = [
     "layer.cpp",
+    "op.cpp",
     "ops.cpp",
     "heads.cpp",
     "group.cpp",
