@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from .block import Block, RmsNormBlock
 
 _OF_CHANNELS = (
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,  # batch and instance norms
-)
+    nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -108,7 +108,8 @@ def _op_backward(
     return run_backward(grad_y, q, k, v, y, lse, mask, scale, causal, needs, runner)
 
 
-def _tokens_first(like: Tensor) -> Tensor:
+def tokens_first(like: Tensor) -> Tensor:
+    """A tensor of its shape whose memory is ``[B, L, H, D]``; for the fakes."""
     return like.new_empty_strided(like.shape, strides(like.shape, True))
 
 
@@ -116,7 +117,7 @@ def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=dtype)
+    return tokens_first(q), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def _fake_backward(
@@ -132,7 +133,7 @@ def _fake_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return [_tokens_first(t) for t, need in zip((q, k, v), needs, strict=True) if need]
+    return [tokens_first(t) for t, need in zip((q, k, v), needs, strict=True) if need]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from deltaops.backends import Backend, PrefixAttentionBackend, PrefixAttentionCall
 from deltaops.dispatch import select
-from deltaops.reference.heads import strides
 
+from .attention_autograd import tokens_first
 from .registered import register
 
 GRADIENTS = 5
@@ -97,20 +97,16 @@ def _op_backward(*arguments: Any) -> list[Tensor]:
     return run_backward(select(call_of(backward), backend), backward, needs)
 
 
-def _tokens_first(like: Tensor) -> Tensor:
-    return like.new_empty_strided(like.shape, strides(like.shape, True))
-
-
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     q = Forward(*arguments[:-1]).q
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=dtype)
+    return tokens_first(q), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
     *tensors, needs, _backend = arguments
     given = Backward(*tensors)
-    made = [_tokens_first(t) for t, need in zip(given[1:4], needs, strict=False) if need]
+    made = [tokens_first(t) for t, need in zip(given[1:4], needs, strict=False) if need]
     prefix = zip((given.prefix_k, given.prefix_v), needs[3:], strict=True)
     return [*made, *(t.new_empty(t.shape) for t, need in prefix if need)]
 
