@@ -20,7 +20,11 @@ from torch import Tensor, nn
 
 from deltaops.packing import Policy
 
-LINEAR, NORM = "linear", "norm"
+LINEAR, NORM, EMBEDDING, ATTENTION, STACK = "linear", "norm", "embedding", "attention", "stack"
+"""Kinds of place; an attention is a whole module with its projections, a stack all blocks of a
+model with what embeds its tokens."""
+PEFT_PREFIX = "base_model.model."
+"""Of the keys in PEFT's file."""
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -39,15 +43,21 @@ class Site:
 
     path: str
     place: str
-    """"linear" or "norm"."""
+    """Its kind, such as "linear"."""
     kind: str
     """Name of the module's class."""
     in_features: int
     out_features: int
+    """Of a linear layer; a norm's size twice, an embedding's entries and width, an attention's
+    hidden size and that of its keys (all heads), a stack's hidden size twice."""
     role: str = ""
     """The one by which it was found, or of :meth:`Delta.told_apart`; empty where it has neither."""
     entry: str = ""
     """Path of the layer where the sub-layer begins that ends here, with the role "feed-forward"."""
+
+    def key(self, suffix: str) -> str:
+        """The name of a tensor of this place in ``handle.state()``; the model has no path."""
+        return f"{self.path}.{suffix}" if self.path else suffix
 
 
 class Binding(NamedTuple):
@@ -81,6 +91,17 @@ class Delta(ABC):
     task_type: str | None
 
     # ------------------------------------------------------------------------------- binding
+
+    def enter(self, model: nn.Module) -> None:
+        """Change what concerns ``model`` as a whole, before anything is bound; most change nothing.
+
+        Raises: AttachError where it cannot be; the model is as it was then.
+        """
+        return None
+
+    def leave(self, model: nn.Module) -> None:
+        """Undo :meth:`enter`, after everything is unbound; also where that never came."""
+        return None
 
     def told_apart(self) -> tuple[str, ...]:
         """Roles whose modules are bound in a way of their own, also where they are named."""
@@ -132,6 +153,22 @@ class Delta(ABC):
     @abstractmethod
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Suffix in a checkpoint → shape, before anything is bound."""
+
+    def to_peft_tensors(
+        self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
+    ) -> dict[str, Tensor]:
+        """What PEFT's file holds for these tensors, whose keys are ``<module>.<suffix>``.
+
+        Also asked for tensors on the device "meta", to know what a file must hold, and for those of
+        ``modules_to_save``.
+        """
+        return {f"{PEFT_PREFIX}{key}": tensor for key, tensor in tensors.items()}
+
+    def from_peft_tensors(
+        self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
+    ) -> dict[str, Tensor]:
+        """Undo :meth:`to_peft_tensors`, of a file whose keys and shapes were checked."""
+        return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """This method's part of PEFT's ``adapter_config.json``, where there is one.

@@ -26,7 +26,15 @@ FEED_FORWARD = "feed-forward"
 FEED_FORWARD_OUTPUT = "feed-forward-output"
 """The last layer of each feed-forward."""
 
-ROLES = (ALL_LINEAR, ALL_NORM, ATTENTION_OUTPUT, KEY_VALUE, FEED_FORWARD, FEED_FORWARD_OUTPUT)
+ATTENTIONS = "attention"
+"""Each attention as a whole, self and cross."""
+STACKS = "stack"
+"""Each stack of blocks that takes ``inputs_embeds``, with what embeds its tokens."""
+
+ROLES = (
+    ALL_LINEAR, ALL_NORM, ATTENTION_OUTPUT, KEY_VALUE, FEED_FORWARD, FEED_FORWARD_OUTPUT,
+    ATTENTIONS, STACKS,
+)  # fmt: skip
 
 
 def roles(target: str | tuple[str, ...]) -> tuple[str, ...]:

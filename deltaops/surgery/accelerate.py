@@ -14,7 +14,7 @@ from deltaops.packing import Policy, check_policy
 
 from .blocks import restore_blocks, swap_blocks
 from .losses import restore_losses, swap_losses
-from .match import frozen_linears
+from .places import frozen_linears
 from .plan import check_backend
 from .report import Report, is_accelerated, report
 

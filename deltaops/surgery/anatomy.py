@@ -7,6 +7,7 @@
     key, value     its linears by the parts of their names; a fused projection counts for all three
     feed-forward   the block's linears outside attention: the last that returns the hidden size is
                    its output, those before it that lead from the hidden size to it are its inputs
+    stack          the innermost module around a list of blocks that takes ``inputs_embeds``
 
 Registration order follows the data in every family of transformers, and shapes check it. So
 BERT's ``attention.output.dense`` and T5's cross attention are found as well as Llama's ``o_proj``.
@@ -17,18 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from deltaops.errors import TargetError
+from deltaops.methods.base import ATTENTION, STACK
 from deltaops.methods.targets import (
     ALL_LINEAR,
     ALL_NORM,
     ATTENTION_OUTPUT,
+    ATTENTIONS,
     FEED_FORWARD,
     FEED_FORWARD_OUTPUT,
     KEY_VALUE,
+    STACKS,
 )
 from deltaops.modules import is_conv1d, is_norm
 
@@ -48,6 +53,11 @@ class Attention:
     fused: str | None
     """To query, key and value at once."""
     output: str
+
+    @property
+    def core(self) -> str:
+        """Path of the module that attends: the one that has the projections of what it reads."""
+        return (self.key or self.fused or self.output).rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,18 @@ class Anatomy:
     norms: tuple[str, ...]
     missing: str
     """Why there is no feed-forward, or what an attention lacks; empty where all was found."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A module that a delta binds to as a whole."""
+
+    place: str
+    """ATTENTION or STACK."""
+    in_features: int
+    """The hidden size."""
+    out_features: int
+    """Of an attention that of its keys, all heads together; of a stack the hidden size."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +124,28 @@ def resolve(model: nn.Module, roles: Iterable[str], *, lenient: bool = False) ->
             hits = [(p, "") for p, m in model.named_modules() if is_norm(m)]
         else:
             blocks = anatomy(model) if blocks is None else blocks
-            hits = [hit for block in blocks for hit in _hits(block, role)]
+            if role == STACKS:
+                hits = [(path, "") for path in _stacks(model, blocks)]
+            else:
+                hits = [hit for block in blocks for hit in _hits(block, role)]
             if not hits and not lenient:
                 raise TargetError(_nothing_found(model, role, blocks))
         for path, entry in hits:
             found.setdefault(path, Found(role, entry))
+    return found
+
+
+def wholes(model: nn.Module, places: Iterable[str]) -> dict[str, Whole]:
+    """Path → what it is, for every attention and stack of ``model``, if ``places`` has such."""
+    wished = {ATTENTION, STACK}.intersection(places)
+    blocks = anatomy(model) if wished else ()
+    found: dict[str, Whole] = {}
+    if ATTENTION in wished:
+        for attention in (a for block in blocks for a in block.attentions):
+            found[attention.core] = _whole(model, attention)
+    if STACK in wished:
+        for path, hidden in _stacks(model, blocks).items():
+            found[path] = Whole(STACK, hidden, hidden)
     return found
 
 
@@ -237,12 +276,40 @@ def _experts(path: str, block: nn.Module) -> str | None:
     return None
 
 
+def _whole(model: nn.Module, attention: Attention) -> Whole:
+    inner, hidden = _size(model.get_submodule(attention.output))
+    if attention.key is not None:
+        return Whole(ATTENTION, hidden, _size(model.get_submodule(attention.key))[1])
+    if attention.fused is not None:  # queries as wide as what the output reads, then keys, values
+        return Whole(
+            ATTENTION, hidden, (_size(model.get_submodule(attention.fused))[1] - inner) // 2
+        )
+    return Whole(ATTENTION, hidden, inner)
+
+
+def _stacks(model: nn.Module, blocks: Iterable[Anatomy]) -> dict[str, int]:
+    """Path → hidden size."""
+    modules = dict(model.named_modules())
+    found: dict[str, int] = {}
+    for block in blocks:
+        if not block.attentions:
+            continue
+        above = block.path
+        while above:
+            above = above.rpartition(".")[0]
+            if "inputs_embeds" in signature(type(modules[above]).forward).parameters:
+                hidden = _size(modules[block.attentions[0].output])[1]
+                found.setdefault(above, hidden)
+                break
+    return found
+
+
 # --------------------------------------------------------------------------------------- answers
 
 
 def misses(model: nn.Module, roles: Iterable[str]) -> dict[str, str]:
     """Path of a block in which one of ``roles`` stands for nothing → why."""
-    sought = [role for role in roles if role not in (ALL_LINEAR, ALL_NORM)]
+    sought = [role for role in roles if role not in (ALL_LINEAR, ALL_NORM, STACKS)]
     found: dict[str, str] = {}
     for block in anatomy(model) if sought else ():
         for role in sought:
@@ -253,6 +320,10 @@ def misses(model: nn.Module, roles: Iterable[str]) -> dict[str, str]:
 
 def _why(block: Anatomy, role: str) -> str:
     """Why ``role`` stands for nothing in ``block``."""
+    if role == STACKS:
+        return "no module around them takes inputs_embeds"
+    if role == ATTENTIONS:
+        return "no attention"
     named = role in (ATTENTION_OUTPUT, KEY_VALUE) and block.attentions
     return "its projections have other names" if named else block.missing
 
@@ -261,6 +332,8 @@ def _hits(block: Anatomy, role: str) -> Iterator[tuple[str, str]]:
     """``(path, entry)`` of what ``role`` stands for in ``block``."""
     if role == ATTENTION_OUTPUT:
         yield from ((a.output, "") for a in block.attentions)
+    elif role == ATTENTIONS:
+        yield from ((a.core, "") for a in block.attentions)
     elif role == KEY_VALUE:
         for a in block.attentions:
             both = (a.key, a.value) if a.key and a.value else (a.fused,)

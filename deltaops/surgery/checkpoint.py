@@ -31,7 +31,6 @@ from .losses import swap_losses
 from .match import selects
 from .plan import Plan, check_name, make_plan
 
-PREFIX = "base_model.model."
 FORMAT = "deltaops"
 VERSION = 1
 """Of the manifest; raised when an older reader would misread a newer file."""
@@ -49,11 +48,11 @@ def save(handle: Handle, path: str | os.PathLike[str]) -> None:
         folder = folder / handle.name
     files = OURS if handle.delta.peft_type is None else PEFT
     config = _manifest(handle) if files is OURS else _peft_config(handle)
-    tensors = {}
-    for key, tensor in handle.state().items():
-        # clone: safetensors refuses tensors that share storage, and the file must not
-        tensors[_prefix(files) + key] = tensor.detach().cpu().contiguous().clone()
-    write_adapter(folder, config, tensors, files)
+    state: Mapping[str, Tensor] = {k: t.detach().cpu() for k, t in handle.state().items()}
+    if files is PEFT:
+        state = handle.delta.to_peft_tensors(state, handle.places)
+    # clone: safetensors refuses tensors that share storage, and the file must not
+    write_adapter(folder, config, {k: t.contiguous().clone() for k, t in state.items()}, files)
 
 
 def load(
@@ -105,7 +104,7 @@ def load(
     tensors = read_weights(folder, files)
     if not tensors:
         raise CheckpointError(f"load: {files.weights} in {str(folder)!r} holds no tensors.")
-    delta_shapes, saved_shapes = _expected(model, plan, _prefix(files))
+    delta_shapes, saved_shapes = (_in_file(found, plan, files) for found in _expected(model, plan))
     shapes = delta_shapes | saved_shapes
     _check_keys(tensors, shapes, folder, files)
     where = f"load: {files.weights} in {str(folder)!r}"
@@ -115,11 +114,13 @@ def load(
                 f"{where}: {key!r} must be floating point, got {tensors[key].dtype}."
             )
     _check_tensors(tensors, shapes, where, files, allow_nonfinite)
+    if files is PEFT:
+        tensors = delta.from_peft_tensors(tensors, plan.sites)
     handle = plan.apply()
     try:
         with torch.no_grad():
             for key, tensor in handle.state().items():
-                tensor.copy_(tensors[_prefix(files) + key])
+                tensor.copy_(tensors[key])
                 if not allow_nonfinite and tensor.is_floating_point() and not _finite(tensor):
                     raise CheckpointError(
                         f"{where}: {key!r} must fit into the model's {tensor.dtype}, and does not. "
@@ -184,10 +185,6 @@ def _base_model(model: nn.Module) -> str | None:
     return getattr(config, "name_or_path", None) or getattr(model, "name_or_path", None) or None
 
 
-def _prefix(files: Files) -> str:
-    return PREFIX if files is PEFT else ""
-
-
 def _means_the_same(model: nn.Module, delta: Delta, sites: tuple[str, ...]) -> bool:
     """Whether another reader of the delta's own names, who knows no places, matches these sites."""
     target = delta.target_modules
@@ -231,19 +228,29 @@ def _delta(config: Mapping[str, Any], files: Files) -> Delta:
         raise CheckpointError(f"load: {files.config}: {error}") from error
 
 
-def _expected(
-    model: nn.Module, plan: Plan, prefix: str
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Every key that the file must have, with its shape: the delta's, and those saved whole."""
-    ours: dict[str, tuple[int, ...]] = {}
-    saved: dict[str, tuple[int, ...]] = {}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _expected(model: nn.Module, plan: Plan) -> tuple[Shapes, Shapes]:
+    """Every key of ``handle.state()`` with its shape: the delta's, and those saved whole."""
+    ours: Shapes = {}
+    saved: Shapes = {}
     for site in plan.sites:
         for suffix, shape in plan.delta.shapes(site, model.get_submodule(site.path)).items():
-            ours[f"{prefix}{site.path}.{suffix}"] = shape
+            ours[site.key(suffix)] = shape
     for path in plan.saved:
         for key, tensor in model.get_submodule(path).state_dict().items():
-            saved[f"{prefix}{path}.{key}"] = tuple(tensor.shape)
+            saved[f"{path}.{key}"] = tuple(tensor.shape)
     return ours, saved
+
+
+def _in_file(shapes: Shapes, plan: Plan, files: Files) -> Shapes:
+    """What the file must hold for tensors of ``shapes``."""
+    if files is OURS:
+        return shapes
+    empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    found = plan.delta.to_peft_tensors(empty, plan.sites)
+    return {key: tuple(tensor.shape) for key, tensor in found.items()}
 
 
 def _check_keys(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaops.errors import AttachError
-from deltaops.methods.base import Delta, Site
+from deltaops.methods.base import NORM, STACK, Delta, Site
 from deltaops.modules import unbecome
 
 from .blocks import restore_blocks
@@ -85,9 +85,9 @@ class Handle:
         """What a checkpoint holds, keys as ``<module>.<suffix>``."""
         self._check_enabled("state")
         found: dict[str, Tensor] = {}
-        for path in self.sites:
-            for suffix, tensor in self.delta.tensors(self._module(path), self.name).items():
-                found[f"{path}.{suffix}"] = tensor
+        for site in self._record.sites:
+            for suffix, tensor in self.delta.tensors(self._module(site.path), self.name).items():
+                found[site.key(suffix)] = tensor
         for path in self._record.saved:
             for key, tensor in self._module(path).state_dict().items():
                 found[f"{path}.{key}"] = tensor
@@ -284,6 +284,7 @@ class Handle:
         modules = dict(self.model.named_modules())
         for site in self._record.sites:
             self.delta.unbind(site, modules)
+        self.delta.leave(self.model)
         for path in self._record.frozen:
             unbecome(modules[path])
 
@@ -300,6 +301,6 @@ def handle_of(model: nn.Module) -> Handle | None:
 
 def describe(site: Site) -> str:
     """A site's class and size."""
-    if site.place == "norm":
+    if site.place in (NORM, STACK):
         return f"{site.kind} {site.in_features}"
     return f"{site.kind} {site.in_features}→{site.out_features}"

@@ -12,21 +12,19 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from deltaops.errors import AttachError, TargetError
-from deltaops.methods.base import LINEAR, NORM, Delta
+from deltaops.methods.base import Delta
 from deltaops.methods.targets import ALL_LINEAR, plain, roles
-from deltaops.modules import LinearPlace, delta_class, has_copies, is_norm
+from deltaops.modules import LinearPlace, has_copies
 
-from .anatomy import Found, misses, resolve
+from .anatomy import Found, Whole, misses, resolve, wholes
+from .places import encoder_children, foreign, place_of, unswappable, wanted
+from .record import read
 
 _HEADS = ("score", "classifier")
 """Where transformers keeps a sequence classification head."""
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Skip(NamedTuple):
@@ -44,6 +42,10 @@ class Match(NamedTuple):
     skipped: tuple[Skip, ...]
     found: dict[str, Found]
     """What sites are, by path, as far as the delta has to know; others were named."""
+    places: dict[str, str]
+    """Kind of the place of each site."""
+    wholes: dict[str, Whole]
+    """Attentions and stacks, where the delta binds to such."""
 
 
 def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
@@ -62,11 +64,12 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
     wished = roles(delta.target_modules)
     found = resolve(model, wished)
     heads = _output_heads(model, delta) if ALL_LINEAR in wished else set()
-    wanted: list[str] = []
+    whole = wholes(model, delta.places)
+    places: dict[str, str] = {}
     skipped: list[Skip] = []
     refused: list[Skip] = []
     for path, module in modules.items():
-        if not path or inside(path, saved):
+        if (not path and path not in found) or inside(path, saved):
             continue
         named = _named(path, delta)
         if not named and (path not in found or id(module) in heads):
@@ -76,30 +79,32 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
         if delta.exclude_modules is not None and selects(delta.exclude_modules, path):
             continue
         entry = "" if named else found[path].entry
-        reason = unswappable(module, delta, parents.get(path)) or delta.unbindable(module)
+        place = place_of(path, module, delta.places, whole)
+        reason = unswappable(module, place, parents.get(path), foreign(delta.places))
+        reason = reason or delta.unbindable(module)
         if reason is None and entry:
-            reason = unswappable(modules[entry], delta, parents.get(entry))
-        if reason is None:
-            wanted.append(path)
-        else:
+            reason = unswappable(modules[entry], place, parents.get(entry))
+        if reason is None and place is not None:
+            places[path] = place
+        elif reason is not None:
             (refused if named else skipped).append(Skip(path, reason))
     for path, reason in misses(model, wished).items():
         if _in_chosen_layer(f"{path}.", delta) and not inside(path, saved):
             skipped.append(Skip(path, reason))
     if not lenient:
         _refuse_unmatched_names(modules, delta)
-    if not wanted:
+    if not places:
         raise TargetError(_nothing_matched(modules, delta, skipped + refused))
     if refused:
         raise TargetError(
             f"target_modules={_spelt(delta.target_modules)} names modules that cannot have this "
-            f"delta:\n{_listing(refused)}\nName the {_wanted(delta)} inside them, or take them out "
-            "with exclude_modules."
+            f"delta:\n{_listing(refused)}\nName the {wanted(delta.places)} inside them, or take "
+            "them out with exclude_modules."
         )
-    by_role = {p: found[p] for p in wanted if p in found and not _named(p, delta)}
+    by_role = {p: found[p] for p in places if p in found and not _named(p, delta)}
     apart = resolve(model, delta.told_apart(), lenient=True)
-    by_role |= {p: apart[p] for p in wanted if p in apart and p not in by_role}
-    return Match(tuple(wanted), saved, tuple(skipped), by_role)
+    by_role |= {p: apart[p] for p in places if p in apart and p not in by_role}
+    return Match(tuple(places), saved, tuple(skipped), by_role, places, whole)
 
 
 def selects(pattern: str | Iterable[str], path: str) -> bool:
@@ -107,50 +112,6 @@ def selects(pattern: str | Iterable[str], path: str) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in pattern)
-
-
-def unswappable(module: nn.Module, delta: Delta | None, parent: nn.Module | None) -> str | None:
-    """Why surgery leaves ``module`` alone, in words; None when it is swapped.
-
-    Args:
-        delta: the delta to bind, or None for the frozen layer.
-        parent: the ``nn.TransformerEncoderLayer`` that the module is a child of, if any.
-    """
-    kind = type(module)
-    if parametrize.is_parametrized(module):
-        return "parametrized: its weight is computed at every access"
-    norm = delta is not None and NORM in delta.places and is_norm(module)
-    if not norm and delta is not None and LINEAR not in delta.places:
-        return f"{kind.__name__} is no LayerNorm or RMSNorm"
-    if not norm and delta_class(kind) is None:
-        return _why_not_kind(module)
-    weight = module.weight
-    if type(weight) is not nn.Parameter:
-        return (
-            f"its weight is a {type(weight).__name__}, not a plain parameter (quantized, sharded)"
-        )
-    if weight.dtype not in _FLOATS:
-        return f"its weight is {weight.dtype}; a delta needs float16, bfloat16, float32 or float64"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (accelerate's offload does that)"
-    if norm:
-        return None
-    if weight.dim() != 2 or 0 in weight.shape:
-        return f"its weight has the shape {list(weight.shape)}, not [out, in]"
-    if parent is not None:
-        return "its nn.TransformerEncoderLayer reads .weight in a fast path that skips deltas"
-    return None
-
-
-def frozen_linears(modules: dict[str, nn.Module]) -> list[str]:
-    """Paths of the linear layers without a delta that the op could run as they are."""
-    parents = encoder_children(modules)
-    return [
-        path
-        for path, module in modules.items()
-        if not isinstance(module, LinearPlace)
-        and unswappable(module, None, parents.get(path)) is None
-    ]
 
 
 def nearest(path: str, known: Iterable[str], count: int = 5) -> list[str]:
@@ -170,10 +131,6 @@ def _named(path: str, delta: Delta) -> bool:
     """Whether ``target_modules`` takes ``path`` by a name or a regular expression."""
     pattern = plain(delta.target_modules)
     return bool(pattern) and selects(pattern, path)
-
-
-def _wanted(delta: Delta) -> str:
-    return " and ".join({LINEAR: "linear layers", NORM: "norms"}[p] for p in sorted(delta.places))
 
 
 def _in_chosen_layer(path: str, delta: Delta) -> bool:
@@ -220,30 +177,9 @@ def inside(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
-def encoder_children(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Path of a child → its torch encoder layer, whose fast path reads linear1.weight directly."""
-    return {
-        f"{path}.{child}" if path else child: module
-        for path, module in modules.items()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        for child, _ in module.named_modules()
-        if child
-    }
-
-
-def _why_not_kind(module: nn.Module) -> str:
-    kind = type(module)
-    home = kind.__module__.split(".")[0]
-    if home in ("bitsandbytes", "auto_gptq", "gptqmodel", "awq", "hqq", "eetq", "aqlm"):
-        return f"quantized by {home} ({kind.__name__})"
-    if isinstance(module, nn.Linear):
-        return f"{kind.__name__} is a subclass of nn.Linear; only the exact type is swapped"
-    return f"{kind.__name__} is not a linear layer"
-
-
 def _refuse_second_delta(modules: dict[str, nn.Module]) -> None:
     for path, module in modules.items():
-        if isinstance(module, LinearPlace) or has_copies(module):
+        if isinstance(module, LinearPlace) or has_copies(module) or read(module) is not None:
             raise AttachError(
                 f"the model has a delta already, at {path or 'its root'!r}. Call handle.revert() "
                 "or handle.merge_and_unload() first (deltaops.surgery.handle_of(model) finds it)."

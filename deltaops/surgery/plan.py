@@ -13,12 +13,14 @@ from torch import nn
 from deltaops.backends import DeltaLinearCall
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError, ConfigError
-from deltaops.methods.base import LINEAR, NORM, Binding, Delta, Site
-from deltaops.modules import become, features, frozen_class, is_norm, unbecome
+from deltaops.methods.base import Binding, Delta, Site
+from deltaops.modules import become, frozen_class, unbecome
 from deltaops.packing import Policy, check_policy
 
+from .anatomy import wholes
 from .handle import Handle, describe
-from .match import frozen_linears, inside, match, unswappable
+from .match import inside, match
+from .places import foreign, frozen_linears, place_of, size_of, unswappable
 from .record import Record, exchange, take_over, write
 from .tree import Leaf, draw
 
@@ -62,6 +64,7 @@ class Plan:
                 originals[path] = take_over(modules[path])
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+            self.delta.enter(self.model)
             binding = Binding(self.name, self.backend, self.strict, self.pack, generator)
             for site in self.sites:
                 self.delta.bind(site, modules, binding)
@@ -72,6 +75,7 @@ class Plan:
         except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
             for site in self.sites:
                 self.delta.unbind(site, modules)
+            self.delta.leave(self.model)
             for path in self.frozen:
                 unbecome(modules[path])
             for path, tensors in originals.items():
@@ -98,13 +102,18 @@ class Plan:
         return sum(torch.Size(shape).numel() for shape in shapes.values())
 
     def _check_unchanged(self, modules: dict[str, nn.Module]) -> None:
+        whole = wholes(self.model, self.delta.places)
         for site in self.sites:
             module = modules.get(site.path)
-            reason = "it is gone" if module is None else unswappable(module, self.delta, None)
-            if reason is None and module is not None:
-                now = _features(module)
-                if now != (site.in_features, site.out_features):
-                    reason = f"it is now {now[0]}→{now[1]}"
+            if module is None:
+                reason: str | None = "it is gone"
+            else:
+                place = place_of(site.path, module, self.delta.places, whole)
+                reason = unswappable(module, place, None, foreign(self.delta.places))
+                if reason is None and place is not None:
+                    now = size_of(site.path, module, place, whole)
+                    if now != (site.in_features, site.out_features):
+                        reason = f"it is now {now[0]}→{now[1]}"
             if reason is not None:
                 raise AttachError(
                     f"plan.apply: {site.path!r} is not what the plan saw: {reason}. "
@@ -172,11 +181,12 @@ def make_plan(
     unfit = []
     for path in found.sites:
         role = found.found.get(path)
+        place = found.places[path]
         site = Site(
             path,
-            NORM if is_norm(modules[path]) else LINEAR,
+            place,
             type(modules[path]).__name__,
-            *_features(modules[path]),
+            *size_of(path, modules[path], place, found.wholes),
             *(("", "") if role is None else (role.role, role.entry)),
         )
         reason = delta.unfit(site)
@@ -227,15 +237,6 @@ def check_backend(backend: str) -> None:
     Raises: NoBackendError.
     """
     explain_call(DeltaLinearCall("cpu", torch.float32, (), 1, 1, 1, (), False, "row"), backend)
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    """``(in, out)`` of a linear layer; a norm's one size twice."""
-    if is_norm(module):
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        return len(weight), len(weight)
-    return features(module)
 
 
 def _count(model: nn.Module, path: str) -> int:
