@@ -17,7 +17,11 @@ from .quiet import quiet_transformers
 
 
 def bench(
-    out: Path | None = typer.Option(None, help="Folder for the JSON, the report and the pictures."),
+    out: Path | None = typer.Option(
+        None,
+        help="Folder for the JSON, the report and the pictures. Until the end, what is measured so "
+        "far lies there as NAME.unfinished.json, for --report.",
+    ),
     quick: bool = typer.Option(False, "--quick", help="Two layer shapes, one model, no compiler."),
     only: str | None = typer.Option(
         None, help="layers, steps, or goals (everything, and only the goals printed)."
@@ -69,6 +73,7 @@ def bench(
             lambda name, done, total: progress.update(
                 bar, description=escape(name), completed=done, total=total
             ),
+            lambda so_far: None if out is None else _keep(out, so_far),
         )
     _show(console, results, quick, goals_only=only == "goals")
     if out is not None:
@@ -246,6 +251,20 @@ def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def _unfinished(out: Path, results: Any) -> Path:
+    """Where the results of a run lie until it is done: what a killed one leaves for --report."""
+    from deltaops.measure import store
+
+    return out / f"{store.slug(results.machine)}.unfinished.json"
+
+
+def _keep(out: Path, results: Any) -> None:
+    from deltaops.files import write_json
+    from deltaops.measure import store
+
+    write_json(_unfinished(out, results), store.as_json(results))
+
+
 def _write(console: Console, out: Path, results: Any, fresh: bool) -> None:
     from deltaops.files import write_atomically, write_json
     from deltaops.measure import store
@@ -257,6 +276,7 @@ def _write(console: Console, out: Path, results: Any, fresh: bool) -> None:
     subtitle = f"{facts['processor']}, {facts['threads']} threads, {facts['isa']}, {facts['date']}"
     if fresh:
         write_json(out / f"{name}.json", store.as_json(results))
+        _unfinished(out, results).unlink(missing_ok=True)
         console.print(f"wrote {out / name}.json", highlight=False)
     drawn = store.pictures(results, name)
     for file, cells in drawn.items():

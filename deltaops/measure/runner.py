@@ -60,7 +60,9 @@ class Part:
 
 
 def run(
-    settings: Settings, on_part: Callable[[str, int, int], object] = lambda *_: None
+    settings: Settings,
+    on_part: Callable[[str, int, int], object] = lambda *_: None,
+    on_results: Callable[[Results], object] = lambda _: None,
 ) -> Results:
     """Measure everything that ``settings`` names; a part that fails its gate is in ``failed``.
 
@@ -68,6 +70,7 @@ def run(
         settings: what to cover.
         on_part: called before each part, and once at the end, with its name, how many are done and
             how many there are.
+        on_results: called after each part with what a run that ends there has measured: to keep it.
     """
     began = time.perf_counter()
     facts = machine.describe()
@@ -87,6 +90,9 @@ def run(
             cells += part.run(share)
         except AssertionError as error:  # a gate: the rest of a long run is still worth having
             failed[part.name] = str(error)
+        facts["minutes"] = round((time.perf_counter() - began) / 60, 1)
+        rest = dict.fromkeys((p.name for p in parts[done + 1 :]), "the run was stopped before")
+        on_results(Results(facts, found, list(cells), left_out | rest, dict(failed)))
     on_part("done", len(parts), len(parts))
     facts["minutes"] = round((time.perf_counter() - began) / 60, 1)
     return Results(facts, found, cells, left_out, failed)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from deltaops.measure import layers, runner
+import pytest
+from typer.testing import CliRunner
+
+from deltaops.cli import app
+from deltaops.measure import layers, runner, store
 from deltaops.measure.cases import SHAPES
 from deltaops.measure.report import markdown
 from deltaops.measure.runner import Part, Settings
@@ -73,3 +77,24 @@ def test_a_gate_stops_its_part_and_the_run_tells(monkeypatch: pytest.MonkeyPatch
     assert found.failed == {"lora a": "y: relative error"}
     assert len(found.cells) == 1
     assert "Stopped by the gate" in markdown(found)
+
+
+def test_what_was_measured_outlives_a_run_that_is_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(seconds: float) -> list[object]:
+        raise KeyboardInterrupt
+
+    good = Part("call", 1, lambda s: [cell("call", {"deltaops": 1.0})])
+    monkeypatch.setattr(runner, "plan", lambda _: iter([good, Part("lora a", 1, killed)]))
+    monkeypatch.setattr(runner, "peak", lambda dtype: "no probe")
+    # click turns the interrupt into exit status 130
+    assert CliRunner().invoke(app, ["bench", "--out", str(tmp_path)]).exit_code == 130
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".unfinished.json")
+    found = store.read(left)
+    assert [c.group for c in found.cells] == ["call"]
+    assert found.left_out == {"lora a": "the run was stopped before"}
+    monkeypatch.setattr(runner, "plan", lambda _: iter([good]))
+    assert CliRunner().invoke(app, ["bench", "--out", str(tmp_path)]).exit_code == 0
+    assert left not in list(tmp_path.iterdir())
