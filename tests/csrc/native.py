@@ -17,7 +17,6 @@ SOURCES = [
     "ops.cpp",
     "heads.cpp",
     "group.cpp",
-    "attention.cpp",
     "sweep.cpp",
     "fuzz.cpp",
     "fuzz_ops.cpp",

@@ -551,7 +551,6 @@ void fuzz(uint64_t seed, int64_t calls) {
               static_cast<unsigned long long>(seed));
   for (int64_t i = 0; i < calls; ++i) one(&rng);
   fuzz_ops(seed, (calls + 3) / 4);
-  attentions(seed, (calls + 39) / 40);
   if (calls < 100) return;  // too few to say anything
   const auto report = [](const char *what, const Depth &depth) {
     std::printf("fuzz: %lld of %lld wild calls of %s were OK\n", static_cast<long long>(depth.ok),

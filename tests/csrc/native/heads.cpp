@@ -113,12 +113,16 @@ class Attention final : public Op {
     causal_ = rng_.one_in(3);
     B_ = small(), Hkv_ = small(), group_ = 1 + rng_.below(3), H_ = Hkv_ * group_;
     Lq_ = c.M, Lk_ = causal_ ? c.M : c.K, D_ = c.R;
-    dtype_ = any_dtype();
+    P_ = rng_.one_in(3) ? 0 : 1 + rng_.below(rng_.one_in(8) ? 140 : 12);
+    dtype_ = any_dtype(), prefix_dtype_ = any_dtype();
     scale_ = static_cast<float>(rng_.one_in(3) ? rng_.unit() * 2 : 1 / std::sqrt(D_));
-    const int64_t queries[] = {B_, H_, Lq_, D_}, keys[] = {B_, Hkv_, Lk_, D_};
+    const int64_t queries[] = {B_, H_, Lq_, D_}, keys[] = {B_, Hkv_, Lk_, D_},
+                  prefix[] = {1, Hkv_, P_, D_};
     q_ = tensor(queries, dtype_, Tensor::Use::kRead);
     k_ = tensor(keys, dtype_, Tensor::Use::kRead);
     v_ = tensor(keys, dtype_, Tensor::Use::kRead);
+    if (P_ > 0) prefix_k_ = tensor(prefix, prefix_dtype_, Tensor::Use::kRead);
+    if (P_ > 0) prefix_v_ = tensor(prefix, prefix_dtype_, Tensor::Use::kRead);
     if (rng_.one_in(2)) mask_ = mask({B_, H_, Lq_, Lk_});
     y_ = saved_tensor(queries, dtype_);
     lse_ = saved(1, B_ * H_ * Lq_, true);
@@ -126,6 +130,8 @@ class Attention final : public Op {
     if (wanted(3)) grad_q_ = tensor(queries, dtype_, Tensor::Use::kWritten);
     if (wanted(3)) grad_k_ = tensor(keys, dtype_, Tensor::Use::kWritten);
     if (wanted(3)) grad_v_ = tensor(keys, dtype_, Tensor::Use::kWritten);
+    if (P_ > 0 && wanted(3)) grad_prefix_k_ = tensor(prefix, prefix_dtype_, Tensor::Use::kWritten);
+    if (P_ > 0 && wanted(3)) grad_prefix_v_ = tensor(prefix, prefix_dtype_, Tensor::Use::kWritten);
 
     forward = common(&f_, attention_forward);
     add(&forward, &f_.y, y_, f_.sizes, true, true);
@@ -140,13 +146,15 @@ class Attention final : public Op {
     add(&backward, &b_.grad_q, grad_q_, b_.sizes, true, true);
     add(&backward, &b_.grad_k, grad_k_, b_.sizes, false, true);
     add(&backward, &b_.grad_v, grad_v_, b_.sizes, false, true);
+    add_prefix(&backward, &b_.grad_prefix_k, grad_prefix_k_, &b_, true);
+    add_prefix(&backward, &b_.grad_prefix_v, grad_prefix_v_, &b_, true);
   }
 
   void check_forward() const override {
     each_query([this](int64_t b, int64_t h, int64_t i) {
       std::vector<Sum> scores;
       double top = -INFINITY, roundings = 0;
-      for (int64_t j = 0; j < Lk_; ++j) {
+      for (int64_t j = 0; j < keys(); ++j) {
         scores.push_back(score(b, h, i, j));
         if (!sees(b, h, i, j)) continue;
         top = std::max(top, scores.back().value);
@@ -154,7 +162,7 @@ class Attention final : public Op {
       }
       double sum = 0;
       std::vector<double> p;
-      for (int64_t j = 0; j < Lk_; ++j) {
+      for (int64_t j = 0; j < keys(); ++j) {
         const bool seen = sees(b, h, i, j);
         p.push_back(seen ? std::exp(scores[static_cast<size_t>(j)].value - top) : 0);
         sum += p.back();
@@ -167,9 +175,9 @@ class Attention final : public Op {
               "lse");
       for (int64_t d = 0; d < D_; ++d) {
         Sum y;
-        for (int64_t j = 0; j < Lk_; ++j) {
+        for (int64_t j = 0; j < keys(); ++j) {
           const double share = sum > 0 ? p[static_cast<size_t>(j)] / sum : 0;
-          y.add(Sum{share, share * roundings * 2}, v_->at(b, h / group_, j, d));
+          y.add(Sum{share, share * roundings * 2}, value(b, h / group_, j, d));
         }
         check(*y_, {b, h, i, d}, y, "y");
       }
@@ -178,9 +186,9 @@ class Attention final : public Op {
 
   void check_backward() const override {
     const auto zeros = [this](int64_t heads, int64_t tokens) {
-      return std::vector<Sum>(static_cast<size_t>(B_ * heads * tokens * D_));
+      return std::vector<Sum>(static_cast<size_t>(heads * tokens * D_));
     };
-    std::vector<Sum> dk = zeros(Hkv_, Lk_), dv = zeros(Hkv_, Lk_);
+    std::vector<Sum> dk = zeros(B_ * Hkv_, keys()), dv = dk;
     each_query([&](int64_t b, int64_t h, int64_t i) {
       const int64_t kv = h / group_;
       const double lse = lse_->at(0, (b * H_ + h) * Lq_ + i);
@@ -189,23 +197,23 @@ class Attention final : public Op {
       Sum delta;
       for (int64_t d = 0; d < D_; ++d) delta.add(grad_y_->at(b, h, i, d), y_->at(b, h, i, d));
       if (dtype_ == DELTAOPS_BF16) delta.size *= 1 + 0x1p-9 / (64 * 0x1p-24);
-      std::vector<Sum> p(static_cast<size_t>(Lk_)), dp = p, dq(static_cast<size_t>(D_));
-      for (int64_t j = 0; j < Lk_; ++j) {
+      std::vector<Sum> p(static_cast<size_t>(keys())), dp = p, dq(static_cast<size_t>(D_));
+      for (int64_t j = 0; j < keys(); ++j) {
         if (!sees(b, h, i, j)) continue;
         const auto at = static_cast<size_t>(j);
         const Sum s = score(b, h, i, j);
-        const double value = std::exp(s.value - lse);
-        p[at] = {value, value * (1 + 2 * s.size + std::fabs(lse))};
-        for (int64_t d = 0; d < D_; ++d) dp[at].add(grad_y_->at(b, h, i, d), v_->at(b, kv, j, d));
+        const double weight = std::exp(s.value - lse);
+        p[at] = {weight, weight * (1 + 2 * s.size + std::fabs(lse))};
+        for (int64_t d = 0; d < D_; ++d) dp[at].add(grad_y_->at(b, h, i, d), value(b, kv, j, d));
         delta.size += p[at].size * dp[at].size;
       }
-      for (int64_t j = 0; j < Lk_; ++j) {
+      for (int64_t j = 0; j < keys(); ++j) {
         if (!sees(b, h, i, j)) continue;
         const auto at = static_cast<size_t>(j);
         const Sum ds = times(times(p[at], plus(dp[at], times(delta, -1))), scale_);
         for (int64_t d = 0; d < D_; ++d) {
-          const auto to = static_cast<size_t>(((b * Hkv_ + kv) * Lk_ + j) * D_ + d);
-          dq[static_cast<size_t>(d)].add(ds, k_->at(b, kv, j, d));
+          const size_t to = place(b, kv, j, d);
+          dq[static_cast<size_t>(d)].add(ds, key(b, kv, j, d));
           dk[to].add(ds, q_->at(b, h, i, d));
           dv[to].add(p[at], grad_y_->at(b, h, i, d));
         }
@@ -213,14 +221,8 @@ class Attention final : public Op {
       for (int64_t d = 0; grad_q_ && d < D_; ++d)
         check(*grad_q_, {b, h, i, d}, dq[static_cast<size_t>(d)], "grad_q");
     });
-    for (int64_t b = 0; b < B_; ++b)
-      for (int64_t kv = 0; kv < Hkv_; ++kv)
-        for (int64_t j = 0; j < Lk_; ++j)
-          for (int64_t d = 0; d < D_; ++d) {
-            const auto at = static_cast<size_t>(((b * Hkv_ + kv) * Lk_ + j) * D_ + d);
-            if (grad_k_) check(*grad_k_, {b, kv, j, d}, dk[at], "grad_k");
-            if (grad_v_) check(*grad_v_, {b, kv, j, d}, dv[at], "grad_v");
-          }
+    check_keys(dk, grad_prefix_k_, grad_k_, "grad_prefix_k", "grad_k");
+    check_keys(dv, grad_prefix_v_, grad_v_, "grad_prefix_v", "grad_v");
   }
 
  private:
@@ -239,6 +241,10 @@ class Attention final : public Op {
     add(&pass, &args->q, q_, s, true, false);
     add(&pass, &args->k, k_, s, false, false);
     add(&pass, &args->v, v_, s, false, false);
+    args->prefix_length = P_, args->prefix_dtype = prefix_dtype_;
+    pass.sizes.push_back(&args->prefix_length);
+    add_prefix(&pass, &args->prefix_k, prefix_k_, args, false);
+    add_prefix(&pass, &args->prefix_v, prefix_v_, args, false);
     if (mask_ == nullptr) return pass;
     args->mask = static_cast<const uint8_t *>(mask_->data());
     int64_t *const strides = args->mask_strides;
@@ -267,6 +273,20 @@ class Attention final : public Op {
                            0});
   }
 
+  template <class Args>
+  void add_prefix(Pass *pass, deltaops_heads *heads, const Tensor *tensor, Args *args,
+                  bool written) {
+    if (tensor == nullptr) return;
+    heads->data = tensor->data();
+    copy_strides(tensor, heads->strides, 3);
+    pass->heads.push_back({{&heads->data, written},
+                           !written,
+                           {nullptr, args->sizes + 2, &args->prefix_length, args->sizes + 5},
+                           {nullptr, heads->strides + 1, heads->strides + 2},
+                           &args->prefix_dtype,
+                           0});
+  }
+
   void add_lse(Pass *pass, void *field, int64_t *s, bool written) {
     pass->heads.push_back({{field, written}, !written, {s, s + 1, s + 3, nullptr}, {}, nullptr, 4});
   }
@@ -275,15 +295,47 @@ class Attention final : public Op {
     return pass->args == &f_ ? f_.dtype : b_.dtype;
   }
 
+  // Keys are counted from the first of the prefix, here and below.
+  int64_t keys() const { return P_ + Lk_; }
+
   bool sees(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    return (!causal_ || j <= i) && (mask_ == nullptr || mask_->at(b, h, i, j) != 0);
+    if (j < P_) return true;
+    return (!causal_ || j - P_ <= i) && (mask_ == nullptr || mask_->at(b, h, i, j - P_) != 0);
+  }
+
+  double key(int64_t b, int64_t kv, int64_t j, int64_t d) const {
+    return j < P_ ? prefix_k_->at(0, kv, j, d) : k_->at(b, kv, j - P_, d);
+  }
+  double value(int64_t b, int64_t kv, int64_t j, int64_t d) const {
+    return j < P_ ? prefix_v_->at(0, kv, j, d) : v_->at(b, kv, j - P_, d);
   }
 
   Sum score(int64_t b, int64_t h, int64_t i, int64_t j) const {
     Sum s;
-    for (int64_t d = 0; d < D_; ++d)
-      s.add(q_->at(b, h, i, d) * scale_, k_->at(b, h / group_, j, d));
+    for (int64_t d = 0; d < D_; ++d) s.add(q_->at(b, h, i, d) * scale_, key(b, h / group_, j, d));
     return s;
+  }
+
+  // Of an element in what a gradient of all keys [B, Hkv, P + Lk, D] is gathered in.
+  size_t place(int64_t b, int64_t kv, int64_t j, int64_t d) const {
+    return static_cast<size_t>(((b * Hkv_ + kv) * keys() + j) * D_ + d);
+  }
+
+  void check_keys(const std::vector<Sum> &want, const Tensor *prefix, const Tensor *rest,
+                  const char *prefix_name, const char *rest_name) const {
+    for (int64_t kv = 0; kv < Hkv_; ++kv)
+      for (int64_t j = 0; j < keys(); ++j)
+        for (int64_t d = 0; d < D_; ++d) {
+          Sum all;
+          for (int64_t b = 0; b < B_; ++b) {
+            const Sum one = want[place(b, kv, j, d)];
+            if (j < P_)
+              all = plus(all, one);
+            else if (rest)
+              check(*rest, {b, kv, j - P_, d}, one, rest_name);
+          }
+          if (j < P_ && prefix) check(*prefix, {0, kv, j, d}, all, prefix_name);
+        }
   }
 
   template <class F>
@@ -293,12 +345,14 @@ class Attention final : public Op {
         for (int64_t i = 0; i < Lq_; ++i) f(b, h, i);
   }
 
-  int64_t B_, Hkv_, group_, H_, Lq_, Lk_, D_;
+  int64_t B_, Hkv_, group_, H_, Lq_, Lk_, D_, P_;
   bool causal_;
-  int dtype_;
+  int dtype_, prefix_dtype_;
   float scale_;
-  Tensor *q_, *k_, *v_, *mask_ = nullptr, *y_, *grad_y_, *grad_q_ = nullptr, *grad_k_ = nullptr,
-                        *grad_v_ = nullptr;
+  Tensor *q_, *k_, *v_, *y_, *grad_y_;
+  Tensor *prefix_k_ = nullptr, *prefix_v_ = nullptr, *mask_ = nullptr;
+  Tensor *grad_q_ = nullptr, *grad_k_ = nullptr, *grad_v_ = nullptr, *grad_prefix_k_ = nullptr,
+         *grad_prefix_v_ = nullptr;
   Array *lse_;
   deltaops_attention_forward_args f_ = {};
   deltaops_attention_backward_args b_ = {};

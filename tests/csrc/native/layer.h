@@ -97,7 +97,6 @@ Case random_case(Rng *rng);
 // The parts of the program; each stops it at the first thing that is wrong.
 void sweep(bool quick);
 void groups(uint64_t seed, int64_t count);
-void attentions(uint64_t seed, int64_t count);
 void fuzz(uint64_t seed, int64_t calls);
 void threads(int rounds);
 

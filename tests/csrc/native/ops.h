@@ -83,7 +83,7 @@ constexpr Kind kKinds[] = {Kind::kBottleneck, Kind::kNormBias, Kind::kCrossEntro
 struct OpCase {
   Kind kind;
   // cross_entropy: K classes, no R. gated: no R. rotary: M tokens, 2 R elements, K for the heads.
-  // attention: M queries, K keys, R elements.
+  // attention: M queries, K keys, R elements; mostly with a prefix.
   int64_t M, K, R;
   int threads;
   bool whole;  // nothing that may be absent is
