@@ -142,6 +142,49 @@ def grad_down(rank: int, wide: bool) -> Skinny:
     return Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3)
 
 
+@dataclass(frozen=True)
+class Attend:
+    """Tiles of attention: ``rows`` queries × ``cols`` keys at a time, all of a head's elements."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+
+
+def head_lanes(d: int) -> int:
+    """Lanes for the elements of a head: a power of two from 16."""
+    return max(16, triton.next_power_of_2(d))
+
+
+def attention(d: int, wide: bool) -> Attend:
+    """The forward pass; ``wide`` where products with the prefix work in fp32."""
+    lanes = head_lanes(d)
+    if wide:
+        return Attend(32, 32, 4, 2)
+    if lanes > 128:
+        return Attend(64, 32, 4, 2)
+    return Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3)
+
+
+def grad_query(d: int, wide: bool) -> Attend:
+    """dQ and δ."""
+    lanes = head_lanes(d)
+    if wide:
+        return Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 4, 1)
+    return Attend(64, 64, 4, 2) if lanes <= 64 else Attend(64, 32, 8, 2)
+
+
+def grad_keys(d: int, wide: bool) -> Attend:
+    """dK and dV; a program keeps both for ``cols`` keys in registers."""
+    lanes = head_lanes(d)
+    if wide:
+        return Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 8, 1)
+    if lanes > 128:
+        return Attend(32, 32, 8, 1)
+    return Attend(32, 32, 4, 2) if lanes <= 64 else Attend(32, 64, 8, 2)
+
+
 PROGRAMS = 256
 """How many programs a skinny pass is split into: about two for each multiprocessor of an H100.
 A constant, so that the order of summation, and with it the bits, hang on shapes only."""

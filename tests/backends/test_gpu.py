@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltaops.backends import PrefixAttentionCall
 from deltaops.backends.triton import TritonBackend
 from deltaops.reference import delta_linear as reference
-from deltaops.testing import DELTA_LINEAR_CASES, DeltaLinearCase, assert_accurate
+from deltaops.reference import prefix_attention as prefix_reference
+from deltaops.testing import (
+    DELTA_LINEAR_CASES,
+    PREFIX_ATTENTION_CASES,
+    DeltaLinearCase,
+    PrefixAttentionCase,
+    assert_accurate,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,5 +43,34 @@ def test_forward_and_gradients_match_fp64_and_repeat(
     for i, (got, again, want, eager) in enumerate(
         zip(*results, [y64, *oracle], [low, *baseline], strict=True)
     ):
+        assert_accurate(got, want, eager, f"result {i}")
+        assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("case", PREFIX_ATTENTION_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_prefix_attention_matches_fp64_and_repeats(
+    case: PrefixAttentionCase, dtype: torch.dtype
+) -> None:
+    t, run, needs = case.tensors(dtype), TritonBackend(), [True] * 5
+    *given, mask, scale, causal = (
+        a.cuda() if isinstance(a, torch.Tensor) else a for a in t.forward_arguments()
+    )
+    grad_y = case.grad_y(dtype).cuda()
+    call = PrefixAttentionCall.of(given[0], given[1], given[3], mask, causal)
+    if reason := run.unsupported(call):
+        pytest.skip(reason)
+    rest = mask, scale, causal
+    results = []
+    for _ in range(2):
+        y, lse = run.prefix_attention_forward(*given, *rest)
+        grads = run.prefix_attention_backward(grad_y, *given, y, lse, *rest, needs)
+        results.append([y, torch.exp(-lse), *grads])
+    plain = []
+    for one, g in ((given, grad_y), ([a.double() for a in given], grad_y.double())):
+        y, lse = prefix_reference.forward(*one, *rest)
+        grads = prefix_reference.backward(g, *one, y, lse, *rest, needs)
+        plain.append([y, torch.exp(-lse), *grads])
+    for i, (got, again, eager, want) in enumerate(zip(*results, *plain, strict=True)):
         assert_accurate(got, want, eager, f"result {i}")
         assert torch.equal(got, again)

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from deltaops.backends import triton as backend
+from deltaops.backends.triton import TritonBackend, core
 
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -70,6 +70,32 @@ VARIATIONS = (
     Setting(8192, (8,), conv1d=True),
     Setting(1001, (3, 100), dropout=0.1),
     Setting(8192, (), bias=True),
+)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A call of prefix_attention, forward and backward."""
+
+    d: int
+    dtype: torch.dtype = torch.bfloat16
+    prefix: torch.dtype = torch.bfloat16
+    heads: tuple[int, int] = (32, 8)
+    length: int = 1024
+    causal: bool = True
+    masked: bool = False
+
+
+ATTENTIONS = (
+    # every row of the tables, the widest head of each; PEFT trains a prefix in float32
+    Attention(64),
+    Attention(64, HALF, FULL, masked=True),
+    Attention(64, FULL, FULL, masked=True),
+    Attention(128, HALF, FULL, masked=True),
+    Attention(256, causal=False),
+    # nothing divides by 16, and half of the lanes are empty
+    Attention(80, length=1001, heads=(6, 3), masked=True),
+    Attention(80, HALF, FULL, length=1001, heads=(6, 3), masked=True),
 )
 
 
@@ -131,23 +157,41 @@ def launch(setting: Setting) -> None:
     b = [empty(setting.n, r, dtype=setting.adapter) for r in setting.ranks]
     scaling, dropout = [2.0] * len(a), [setting.dropout] * len(a)
     seed = empty(1, dtype=torch.int64)
-    run = backend.TritonBackend()
+    run = TritonBackend()
     no_bias, linear = [None] * len(a), ["identity"] * len(a)
     y, s = run.forward(x, weight, bias, a, b, no_bias, scaling, dropout, linear, seed)
     needs = [True, setting.bias] + [True] * (2 * len(a)) + [False] * len(a)
     run.backward(y, x, weight, a, b, s, scaling, dropout, linear, seed, needs)
 
 
+def launch_attention(setting: Attention) -> None:
+    """As :func:`launch`."""
+    (heads, h_kv), length = setting.heads, setting.length
+
+    def empty(*shape: int, dtype: torch.dtype = setting.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    q = empty(2, length, heads, setting.d).transpose(1, 2)
+    k, v = (empty(2, length, h_kv, setting.d).transpose(1, 2) for _ in range(2))
+    prefix = [empty(h_kv, 20, setting.d, dtype=setting.prefix) for _ in range(2)]
+    mask = None
+    if setting.masked:
+        mask = empty(2, 1, length, length, dtype=torch.bool).expand(-1, heads, -1, -1)
+    run, rest = TritonBackend(), (mask, 0.125, setting.causal)
+    y, lse = run.prefix_attention_forward(q, k, v, *prefix, *rest)
+    run.prefix_attention_backward(y, q, k, v, *prefix, y, lse, *rest, [True] * 5)
+
+
 @contextlib.contextmanager
 def compiling(recorder: Recorder, capability: int) -> Iterator[None]:
     """Launches go to the recorder, and the backend takes the target for the device."""
-    run, capability_of = JITFunction.run, backend._capability
+    run, capability_of = JITFunction.run, core.capability
     JITFunction.run = lambda fn, *args, **kwargs: recorder.run(fn, *args, **kwargs)
-    backend._capability = lambda tensor: capability
+    core.capability = lambda tensor: capability
     try:
         yield
     finally:
-        JITFunction.run, backend._capability = run, capability_of
+        JITFunction.run, core.capability = run, capability_of
 
 
 def sabotage(how: str) -> None:
@@ -169,6 +213,8 @@ def main(arch: str, how: str | None = None) -> None:
         # sabotage is of one configuration, so one call shows it
         for setting in settings if how is None else (Setting(8192, (16,)),):
             launch(setting)
+        for attention in ATTENTIONS if how is None else ():
+            launch_attention(attention)
     print(json.dumps(list(recorder.found.values())))
 
 

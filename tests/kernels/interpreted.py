@@ -1,6 +1,6 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
-Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER
+Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER …
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import triton.runtime.interpreter as interpreter
 
 from deltaops.backends.triton import TritonBackend
 from deltaops.reference import delta_linear as reference
+from deltaops.reference import prefix_attention as prefix_reference
 from deltaops.reference.philox import draws
-from deltaops.testing import DELTA_LINEAR_CASES, assert_accurate
+from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES, assert_accurate
 
 
 def mend_interpreter() -> None:
@@ -52,6 +53,29 @@ def check_case(number: int) -> None:
         assert torch.equal(got, again), f"{case}: result {i} changed its bits"
 
 
+def check_prefix_attention(number: int) -> None:
+    """As :func:`check_case`, of the other table."""
+    case, run = PREFIX_ATTENTION_CASES[number], TritonBackend()
+    t, grad_y = case.tensors(torch.float32), case.grad_y(torch.float32)
+
+    def results(forward: Any, backward: Any, t: Any, grad_y: torch.Tensor) -> list[torch.Tensor]:
+        y, lse = forward(*t.forward_arguments())
+        *grads, of_k, of_v = backward(*t.backward_arguments(grad_y, y, lse), [True] * 5)
+        # exp: a query that sees nothing has an infinite lse. Both together: the gradient of a
+        # single key is so few numbers that their error is luck
+        return [y, torch.exp(-lse), *grads, torch.cat([of_k, of_v])]
+
+    kernels = run.prefix_attention_forward, run.prefix_attention_backward
+    plain = prefix_reference.forward, prefix_reference.backward
+    found, again = results(*kernels, t, grad_y), results(*kernels, t, grad_y)
+    oracle = results(*plain, t.to(torch.float64), grad_y.double())
+    for i, (got, same, want, low) in enumerate(
+        zip(found, again, oracle, results(*plain, t, grad_y), strict=True)
+    ):
+        assert_accurate(got, want, low, f"{case}: result {i}")
+        assert torch.equal(got, same), f"{case}: result {i} changed its bits"
+
+
 def check_mask() -> None:
     """The mask is that of the reference, element by element."""
     from deltaops.kernels.dropout import dropout_mask
@@ -75,4 +99,5 @@ if __name__ == "__main__":
     torch.empty = poisoned
     check_mask()
     for argument in sys.argv[1:]:
-        check_case(int(argument))
+        kind, _, number = argument.rpartition(":")
+        (check_prefix_attention if kind else check_case)(int(number))

@@ -24,7 +24,9 @@ SCRIPT = Path(__file__).with_name("ahead.py")
 SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 
 GEMMS = ("_forward_kernel", "_grad_input_kernel")
-KERNELS = {*GEMMS, "_project_kernel", "_grad_up_kernel", "_grad_down_kernel"}
+SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
+ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
+KERNELS = {*GEMMS, *SKINNY, *ATTENTION}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {

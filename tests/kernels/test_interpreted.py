@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from deltaops.testing import DELTA_LINEAR_CASES
+from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("interpreted.py")
@@ -32,6 +32,7 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
         for i, case in enumerate(DELTA_LINEAR_CASES)
         if max(case.m, case.n, case.k) < 500 and not (case.activation or case.branch_bias)
     ][share::SHARES]
+    numbers += [f"prefix:{i}" for i in range(len(PREFIX_ATTENTION_CASES))][share::SHARES]
     return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],
         env=ENVIRONMENT,

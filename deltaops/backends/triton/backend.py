@@ -1,0 +1,41 @@
+"""What the Triton backend takes, and which function runs what."""
+
+from __future__ import annotations
+
+import torch
+
+from deltaops.backends.calls import Call, DeltaLinearCall, PrefixAttentionCall
+
+from . import core, delta_linear, prefix_attention
+
+
+class TritonBackend:
+    """Fused forward and backward on a GPU, without atomics: the same bits every run."""
+
+    name = "triton"
+    forward = staticmethod(delta_linear.forward)
+    backward = staticmethod(delta_linear.backward)
+    prefix_attention_forward = staticmethod(prefix_attention.forward)
+    prefix_attention_backward = staticmethod(prefix_attention.backward)
+
+    def unavailable(self) -> str | None:
+        """None, or what is missing here."""
+        if not core.installed():
+            return "triton is not installed; pip install triton"
+        if not core.interpreting() and not torch.cuda.is_available():
+            return "torch finds no GPU; it needs one with its driver, and a torch built for it"
+        return None
+
+    def unsupported(self, call: Call) -> str | None:
+        """None, or what the kernels do not take."""
+        if call.device != "cuda" and not (call.device == "cpu" and core.interpreting()):
+            return f"runs on a GPU, the tensors are on {call.device}"
+        if isinstance(call, PrefixAttentionCall):
+            return prefix_attention.unsupported(call)
+        if isinstance(call, DeltaLinearCall):
+            return delta_linear.unsupported(call)
+        return f"has no kernel for {call.op} yet"
+
+    def outrun(self, call: Call) -> str | None:
+        """None: where torch's own might be faster no GPU has said yet."""
+        return None
