@@ -7,6 +7,7 @@ from .ia3 import IA3
 from .ln_tuning import LNTuning
 from .lora import LoRA
 from .parallel_adapter import ParallelAdapter
+from .prompt import Prompt
 from .targets import ALL_LINEAR
 
 __all__ = [
@@ -21,10 +22,11 @@ __all__ = [
     "LoRA",
     "ParallelAdapter",
     "Promise",
+    "Prompt",
     "Site",
 ]
 
-_ALL: tuple[type[Delta], ...] = (LoRA, Adapter, ParallelAdapter, BitFit, IA3, LNTuning)
+_ALL: tuple[type[Delta], ...] = (LoRA, Adapter, ParallelAdapter, BitFit, IA3, LNTuning, Prompt)
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}
 """By the name that files and the command line use."""

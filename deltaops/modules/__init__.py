@@ -26,10 +26,21 @@ from .place import (
 )
 from .prefix import add_prefix, remove_prefix, switch
 from .program import Program, program_of
+from .prompt import (
+    PROMPTS,
+    PromptedStack,
+    SoftPrompt,
+    add_prompt,
+    read_prompt,
+    remove_prompt,
+    room_of,
+    token_table,
+)
 from .sharing import APART, sharing
 
 __all__ = [
     "APART",
+    "PROMPTS",
     "UNFROZEN",
     "AdapterSettings",
     "AttentionBlock",
@@ -44,11 +55,14 @@ __all__ = [
     "LinearPlace",
     "LoraSettings",
     "Program",
+    "PromptedStack",
     "Relay",
     "RmsNormBlock",
+    "SoftPrompt",
     "activate_copies",
     "activation_of",
     "add_prefix",
+    "add_prompt",
     "allow_bias",
     "become",
     "copies",
@@ -66,12 +80,16 @@ __all__ = [
     "nonzero",
     "plain_linear",
     "program_of",
+    "read_prompt",
     "remove_prefix",
+    "remove_prompt",
+    "room_of",
     "row_norms",
     "sharing",
     "stand_ins",
     "start_values",
     "switch",
+    "token_table",
     "train_copies",
     "unbecome",
     "zeros_for",
