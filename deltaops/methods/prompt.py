@@ -8,7 +8,7 @@ first vector of the prompt there. Positions count on from the prompt.
 
 Ours differs where lengths show. Logits are those of the T tokens, so a language model's loss lacks
 the prediction of the first token, as it does without a prompt; PEFT's has it. Positions that are
-passed or that ``generate`` makes from the mask are kept, PEFT's count padding on the left as tokens.
+passed or that ``generate`` makes from the mask are kept; PEFT's count padding on the left as well.
 
 Source: Lester, Al-Rfou and Constant 2021 (arXiv 2104.08691).
 """
@@ -51,7 +51,8 @@ class Prompt(Delta):
             for encoder–decoders, whose second half nothing reads.
         target_modules: which stack of blocks: the role "stack", or the name of one of several.
         exclude_modules: names or a regular expression, taken out of the targets.
-        modules_to_save: modules that are trained whole and saved along, such as a new head.
+        modules_to_save: modules that are trained whole and saved along, such as a new head; PEFT
+            reads no file of a classifier without.
         layers_to_transform: None; a prompt concerns all layers.
         layers_pattern: empty, as ``layers_to_transform``.
         autocast_adapter_dtype: train in float32 where the embeddings are float16 or bfloat16.
@@ -175,6 +176,7 @@ class Prompt(Delta):
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_transformer_submodules": self.num_transformer_submodules,
             "prompt_tuning_init": "RANDOM",
+            "token_dim": sites[0].out_features if sites else None,
             "modules_to_save": list(self.modules_to_save) or None,
             "task_type": self.task_type,
         }

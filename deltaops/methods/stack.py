@@ -56,8 +56,8 @@ def misfit(stack: Any, length: int) -> str | None:
     table = token_table(stack)
     if getattr(stack, "embed_scale", 1.0) != 1.0 and type(table) is nn.Embedding:
         return (
-            "it multiplies the embeddings of tokens by embed_scale itself, and does not say whether "
-            "it does so to embeddings that it is given"
+            "it multiplies the embeddings of tokens by embed_scale, and does not say whether it "
+            "does so to embeddings that it is given"
         )
     room = room_of(stack)
     if room is not None and room <= length:
@@ -146,10 +146,11 @@ def start_rows(
     with torch.no_grad():
         if table is not None and ids is not None:
             return _embedded(table, ids).clone()
-        spread: Any = SPREAD
+        spread: float | Tensor = SPREAD
         if table is not None:
             spread = _embedded(table, drawn(table, max(length, 64), binding)).std()
-        return torch.randn(length, width, generator=binding.generator).to(_home(table)) * spread
+        numbers = torch.randn(length, width, generator=binding.generator)
+        return numbers.to(_home(table)) * spread
 
 
 def drawn(table: nn.Embedding, count: int, binding: Binding) -> Tensor:

@@ -1,6 +1,8 @@
-"""What a model of transformers is for, by PEFT's names: its prompts are at work only under one."""
+"""What PEFT's files of prompts and prefixes say of their model: its task and its sizes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -24,3 +26,16 @@ def task_of(model: nn.Module) -> str | None:
     name = type(model).__name__
     ends = [end for end in _BY_CLASS if name.endswith(end)]
     return _BY_CLASS[max(ends, key=len)] if ends else None
+
+
+def about(model: Any) -> dict[str, Any]:
+    """Fields of PEFT's file that are the model's: without a task PEFT uses no prompt at all, and
+    sizes it finds under the names of some configurations only.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {
+        "task_type": task_of(model),
+        "num_layers": getattr(text, "num_hidden_layers", None),
+        "num_attention_heads": getattr(text, "num_attention_heads", None),
+    }

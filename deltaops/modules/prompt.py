@@ -2,15 +2,15 @@
 
     [p₁ … p_P  e₁ … e_T]  →  blocks  →  [· … ·  h₁ … h_T]        p [P, d], e [B, T, d]
 
-The stack's own forward runs on P + T positions. What it is given (embeddings, mask, positions, token
-types) is lengthened, and what it returns is cut to the T that its caller knows: so labels, heads,
-poolings and ``generate`` need not know of a prompt. Where a cache is filled already the prompt is in
-it, and only mask and positions are lengthened.
+The stack's own forward runs on P + T positions. What it is given (embeddings, mask, positions,
+token types) is lengthened, and what it returns is cut to the T that its caller knows: so labels,
+heads, poolings and ``generate`` need not know of a prompt. Where a cache is filled already, the
+prompt is in it, and only mask and positions are lengthened.
 
-transformers computes lengths from four things. Masks and positions come from the caller and count
-tokens; the cache's layers hold P more, which is what masks are made from inside the stack. Outside of
-it, ``generate`` takes the cache's length from that of its tokens to know which of them are new, so
-there the cache counts tokens only (:class:`_TokenCache`).
+transformers takes lengths from masks and positions, which come from the caller and count tokens,
+and from the cache, whose layers hold P more: inside the stack, masks are made from that. Outside,
+``generate`` subtracts the cache's length from the number of tokens to know which of them are new,
+so there a cache counts tokens only (:class:`_TokenCache`).
 """
 
 from __future__ import annotations
@@ -199,8 +199,8 @@ def _embeddings(stack: Any, given: dict[str, Any]) -> Tensor:
 
 def _tokens(given: dict[str, Any]) -> int:
     """How many there are."""
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    return int(ids.shape[1] if embeds is None else embeds.shape[1])
+    embeds: Tensor | None = given.get("inputs_embeds")
+    return int((given["input_ids"] if embeds is None else embeds).shape[1])
 
 
 def _lengthen(given: dict[str, Any], length: int, begins: bool) -> None:
@@ -210,8 +210,8 @@ def _lengthen(given: dict[str, Any], length: int, begins: bool) -> None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ShapeError(
-                f"prompt: attention_mask must be [B, T], of tokens, got {found}. A mask made for a "
-                'cache of fixed size has no place for a prompt: use cache_implementation="dynamic".'
+                f"prompt: attention_mask must be [B, T], of tokens, got {found}. What is made for "
+                "every pair of tokens has no place for a prompt: pass the mask of the tokens."
             )
         given["attention_mask"] = _with_ones(mask, length)
     elif positions is not None and begins and given.get("past_key_values") is None:
@@ -278,6 +278,12 @@ def _uncovered(cache: Any) -> Any:
     """How many positions ``cache`` holds, which is itself again."""
     if cache is None:
         return 0
+    if getattr(cache, "is_compileable", False):
+        raise ShapeError(
+            f"prompt: past_key_values must be a cache that grows, got a {type(cache).__name__}, "
+            "made with its mask for the tokens alone. Use a DynamicCache, or generate with "
+            'cache_implementation="dynamic".'
+        )
     if isinstance(cache, _TokenCache):
         cache.__class__ = cache.base_class
     return cache.get_seq_length()
@@ -315,5 +321,5 @@ def _forward(base: type[Any], names: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _blank(mixin: type[Any], base: type[Any]) -> Any:
-    kind = _over(mixin, base)
+    kind: Any = _over(mixin, base)
     return kind.__new__(kind)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-
 WHOLE = "(the model)"
 """What the tree calls the module that has no path."""
 
