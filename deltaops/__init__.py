@@ -18,7 +18,16 @@ from .dispatch import backends
 
 if TYPE_CHECKING:
     from . import errors, memory, ops
-    from .methods import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter, Prompt
+    from .methods import (
+        IA3,
+        Adapter,
+        BitFit,
+        IntrinsicPrompt,
+        LNTuning,
+        LoRA,
+        ParallelAdapter,
+        Prompt,
+    )
     from .ops import explain
     from .surgery import accelerate, attach, load, report
 
@@ -26,6 +35,7 @@ __all__ = [
     "IA3",
     "Adapter",
     "BitFit",
+    "IntrinsicPrompt",
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
@@ -48,6 +58,7 @@ _HOMES = {
     "Adapter": "methods",
     "BitFit": "methods",
     "IA3": "methods",
+    "IntrinsicPrompt": "methods",
     "LNTuning": "methods",
     "LoRA": "methods",
     "ParallelAdapter": "methods",

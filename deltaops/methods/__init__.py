@@ -4,6 +4,7 @@ from .adapter import Adapter
 from .base import Binding, Delta, Promise, Site
 from .bitfit import BitFit
 from .ia3 import IA3
+from .intrinsic_prompt import IntrinsicPrompt
 from .ln_tuning import LNTuning
 from .lora import LoRA
 from .parallel_adapter import ParallelAdapter
@@ -18,6 +19,7 @@ __all__ = [
     "Binding",
     "BitFit",
     "Delta",
+    "IntrinsicPrompt",
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
@@ -26,7 +28,16 @@ __all__ = [
     "Site",
 ]
 
-_ALL: tuple[type[Delta], ...] = (LoRA, Adapter, ParallelAdapter, BitFit, IA3, LNTuning, Prompt)
+_ALL: tuple[type[Delta], ...] = (
+    LoRA,
+    Adapter,
+    ParallelAdapter,
+    BitFit,
+    IA3,
+    LNTuning,
+    Prompt,
+    IntrinsicPrompt,
+)
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}
 """By the name that files and the command line use."""

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import PromptedStack, SoftPrompt, token_table
+from deltaops.modules import SoftPrompt, token_table
 
 from . import stack
-from .base import STACK, Binding, Delta, Promise, Site
+from .base import Binding, Site
 from .peft_config import listed, refuse_unknown
 from .targets import STACKS, check_flags, is_count, normalise
 
@@ -38,7 +38,7 @@ _SAVED_PREFIX = "base_model."
 
 
 @dataclass(frozen=True, repr=False)
-class Prompt(Delta):
+class Prompt(stack.PromptDelta):
     """Settings of prompt tuning. Names and files are PEFT's.
 
     Args:
@@ -73,8 +73,6 @@ class Prompt(Delta):
 
     kind: ClassVar[str] = "prompt"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
-    places: ClassVar[frozenset[str]] = frozenset({STACK})
-    promises: ClassVar[frozenset[Promise]] = frozenset({Promise.REVERT_RESTORES_BITS})
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -118,28 +116,11 @@ class Prompt(Delta):
             given = torch.tensor(self.prompt_tuning_init)
             ids = given.repeat(-(-length // len(given)))[:length]
         elif table is not None and self.prompt_tuning_init == "sample_vocab":
-            ids = stack.drawn(table, length, binding)
-        rows = stack.start_rows(table, ids, length, width, binding)
+            ids = stack.drawn(table, length, binding.generator)
+        rows = stack.start_rows(table, ids, length, width, binding.generator)
         device, dtype = stack.beside(module, self.autocast_adapter_dtype)
         prompt = SoftPrompt(rows.to(device=device, dtype=dtype), self.num_virtual_tokens)
         stack.put(site, modules, binding, prompt, self.num_virtual_tokens, self.task_type)
-
-    def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
-        """See :meth:`Delta.unbind`."""
-        stack.take_away(site, modules)
-
-    def activate(self, module: nn.Module, active: bool) -> None:
-        """See :meth:`Delta.activate`."""
-        assert isinstance(module, PromptedStack)
-        module.prompt_active = active
-
-    def unmergeable(self, module: nn.Module) -> str | None:
-        """See :meth:`Delta.unmergeable`."""
-        return stack.NO_MERGE
-
-    def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
-        """Never asked; see :meth:`unmergeable`."""
-        raise NotImplementedError(stack.NO_MERGE)
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """PEFT's name."""

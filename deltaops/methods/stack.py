@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from deltaops.modules import (
     token_table,
 )
 
-from .base import Binding, Site, adapter_dtype
+from .base import STACK, Binding, Delta, Promise, Site, adapter_dtype
 from .targets import is_count
 from .tasks import SEQ_CLS, task_of
 
@@ -29,6 +29,30 @@ NO_MERGE = "a prompt is positions of its own, which no weight of the model holds
 SPREAD = 0.02
 """Standard deviation of a random start where there are no tokens to take it from: that of
 transformers' own start values."""
+
+
+class PromptDelta(Delta):
+    """What every method is that puts a prompt before the tokens."""
+
+    places: ClassVar[frozenset[str]] = frozenset({STACK})
+    promises: ClassVar[frozenset[Promise]] = frozenset({Promise.REVERT_RESTORES_BITS})
+
+    def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
+        """See :meth:`Delta.unbind`."""
+        take_away(site, modules)
+
+    def activate(self, module: nn.Module, active: bool) -> None:
+        """See :meth:`Delta.activate`."""
+        assert isinstance(module, PromptedStack)
+        module.prompt_active = active
+
+    def unmergeable(self, module: nn.Module) -> str | None:
+        """See :meth:`Delta.unmergeable`."""
+        return NO_MERGE
+
+    def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
+        """Never asked; see :meth:`unmergeable`."""
+        raise NotImplementedError(NO_MERGE)
 
 
 def check_length(delta: Any) -> None:
@@ -131,36 +155,46 @@ def prompt_of(module: nn.Module, name: str) -> nn.Module:
 
 
 def start_rows(
-    table: nn.Embedding | None, ids: Tensor | None, length: int, width: int, binding: Binding
+    table: nn.Embedding | None,
+    ids: Tensor | None,
+    length: int,
+    width: int,
+    random: torch.Generator | None,
 ) -> Tensor:
     """A start ``[P, d]`` in float32.
 
     Args:
         table: of the tokens; None where there are none.
         ids: of the tokens that it starts from, ``[P]``; None draws numbers as scattered as the
-            embeddings of tokens drawn at random.
+            embeddings of tokens.
         length: P.
         width: d.
-        binding: its generator draws.
+        random: draws.
     """
-    with torch.no_grad():
-        if table is not None and ids is not None:
-            return _embedded(table, ids).clone()
-        spread: float | Tensor = SPREAD
-        if table is not None:
-            spread = _embedded(table, drawn(table, max(length, 64), binding)).std()
-        numbers = torch.randn(length, width, generator=binding.generator)
-        return numbers.to(_home(table)) * spread
+    if table is not None and ids is not None:
+        return _embedded(table, ids).clone()
+    spread = spread_of(table, length, random)
+    return torch.randn(length, width, generator=random).to(_home(table)) * spread
 
 
-def drawn(table: nn.Embedding, count: int, binding: Binding) -> Tensor:
+def spread_of(
+    table: nn.Embedding | None, length: int, random: torch.Generator | None
+) -> float | Tensor:
+    """How scattered the embeddings of tokens are, by ``length`` of them or more."""
+    if table is None:
+        return SPREAD
+    return _embedded(table, drawn(table, max(length, 64), random)).std()
+
+
+def drawn(table: nn.Embedding, count: int, random: torch.Generator | None) -> Tensor:
     """Ids of ``count`` tokens of the vocabulary, drawn at random, some perhaps again."""
-    return torch.randint(0, table.num_embeddings, (count,), generator=binding.generator)
+    return torch.randint(0, table.num_embeddings, (count,), generator=random)
 
 
 def _embedded(table: nn.Embedding, ids: Tensor) -> Tensor:
-    found: Tensor = table(ids.to(_home(table)))  # called: some scale what they look up
-    return found.detach().float()
+    with torch.no_grad():
+        found: Tensor = table(ids.to(_home(table)))  # called: some scale what they look up
+        return found.float()
 
 
 def _home(table: nn.Embedding | None) -> torch.device:

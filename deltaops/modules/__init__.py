@@ -10,6 +10,7 @@ from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .dora import nonzero, row_norms
 from .factor import Factor, start_values
+from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
 from .kinds import delta_class, frozen_class, is_conv1d
 from .linear import DeltaLinear, FrozenLinear
@@ -40,6 +41,7 @@ from .sharing import APART, sharing
 
 __all__ = [
     "APART",
+    "FITTED",
     "PROMPTS",
     "UNFROZEN",
     "AdapterSettings",
@@ -47,15 +49,18 @@ __all__ = [
     "BiasedNorm",
     "Block",
     "Bottleneck",
+    "DecodedPrompt",
     "DeltaLinear",
     "DeltaPlace",
     "Factor",
+    "FittedDecoder",
     "FrozenLinear",
     "GatedMlpBlock",
     "LinearPlace",
     "LoraSettings",
     "Program",
     "PromptedStack",
+    "RandomDecoder",
     "Relay",
     "RmsNormBlock",
     "SoftPrompt",

@@ -32,6 +32,9 @@ PROMPTS = "prompt_encoder"
 class SoftPrompt(nn.Module):
     """A prompt that is trained itself."""
 
+    told = "trained itself"
+    """For the report."""
+
     def __init__(self, weight: Tensor, length: int) -> None:
         """Hold ``weight`` ``[≥ P, d]``, of which the first ``length`` rows are the prompt."""
         super().__init__()
@@ -100,6 +103,13 @@ class PromptedStack(_Swapped):
         if cache is not None and not torch.compiler.is_compiling():
             _cover(cache, length)
         return found
+
+    def told(self) -> str:
+        """What runs, for the report."""
+        prompts: Any = self._modules[PROMPTS]
+        (prompt,) = prompts.values()
+        off = "" if self.prompt_active else "; the delta is disabled"
+        return f"the stack's own forward after a prompt that is {prompt.told}{off}"
 
     def _check_room(self, length: int, tokens: int, past: int) -> None:
         room = self.prompt_room

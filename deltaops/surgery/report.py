@@ -13,8 +13,8 @@ from deltaops.backends.calls import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
-from deltaops.methods.base import NORM, STACK
-from deltaops.modules import Block, DeltaPlace, LinearPlace
+from deltaops.methods.base import NORM
+from deltaops.modules import Block, DeltaPlace, LinearPlace, PromptedStack
 from deltaops.packing import PACKING
 
 from .blocks import block_rows
@@ -24,9 +24,6 @@ from .tree import WHOLE
 
 TOKENS = 1024
 """Rows of the input that a report assumes where the caller names none."""
-
-
-_PROMPT = "the stack's own forward, with the prompt's vectors before the tokens' embeddings"
 
 
 class Row(NamedTuple):
@@ -144,8 +141,8 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
                 yield Row(
                     site.path, record.delta.kind, "torch", "a norm of torch's, trained as it is"
                 )
-            if site.place == STACK:
-                yield Row(site.path, record.delta.kind, "torch", _PROMPT)
+            if isinstance(module, PromptedStack):
+                yield Row(site.path, record.delta.kind, "torch", module.told())
         for path, reason in record.skipped:
             yield Row(path, "left alone", "torch", reason)
 

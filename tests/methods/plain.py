@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter, Prompt
+from deltaops import IA3, Adapter, BitFit, IntrinsicPrompt, LNTuning, LoRA, ParallelAdapter, Prompt
 from deltaops.methods import Delta, Site
 
 _PHI: dict[str, Callable[[Tensor], Tensor]] = {
@@ -116,6 +116,22 @@ def _prompt(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> N
         model.get_submodule(site.path).register_forward_hook(_without(len(vectors)))
 
 
+def _intrinsic(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    """Everything but z is of the seed: tokens, the scatter of embeddings, the projection."""
+    stack: Any = model.get_submodule(site.path)
+    random, z = torch.Generator().manual_seed(delta.seed), t["intrinsic"]
+    length, width = delta.num_virtual_tokens, site.out_features
+    if hasattr(stack, "get_input_embeddings"):
+        table = stack.get_input_embeddings().weight.detach()
+        base = table[torch.randint(0, len(table), (length,), generator=random)]
+        spread = table[torch.randint(0, len(table), (64,), generator=random)].std()
+    else:
+        base, spread = torch.randn(length, width, generator=random) * 0.02, torch.tensor(0.02)
+    projection = torch.randn(len(z), length * width, generator=random).to(z.dtype)
+    moved = (z @ projection).view(length, width) * spread.to(z.dtype) / len(z) ** 0.5
+    _prompt(model, delta, site, {"prompt_embeddings": base.to(z.dtype) + moved})
+
+
 def _before_tokens(stack: Any, vectors: Tensor, *, cut: bool) -> None:
     """Call ``stack`` with ``vectors`` before the embeddings of its tokens."""
 
@@ -152,4 +168,5 @@ _PLAIN: dict[type[Delta], Callable[[nn.Module, Any, Site, dict[str, Tensor]], No
     LNTuning: _ln_tuning,
     IA3: _ia3,
     Prompt: _prompt,
+    IntrinsicPrompt: _intrinsic,
 }

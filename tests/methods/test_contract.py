@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaops
-from deltaops import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter, Prompt
+from deltaops import IA3, Adapter, BitFit, IntrinsicPrompt, LNTuning, LoRA, ParallelAdapter, Prompt
 from deltaops.errors import AttachError, TargetError
 from deltaops.methods import METHODS as KNOWN
 from deltaops.methods import Delta, Promise
@@ -40,8 +40,12 @@ METHODS: dict[str, Callable[[], Delta]] = {
     "ia3": lambda: IA3(),
     "lntuning": lambda: LNTuning(),
     "prompt": lambda: Prompt(num_virtual_tokens=5, prompt_tuning_init="random"),
+    "intrinsic": lambda: IntrinsicPrompt(intrinsic_dim=4, num_virtual_tokens=5, seed=7),
 }
-REFUSED = {("prompt", "vit"): "no module around them takes inputs_embeds"}
+REFUSED = {
+    (method, "vit"): "no module around them takes inputs_embeds"
+    for method in ("prompt", "intrinsic")
+}
 """What cannot be, and why, in the words of the error."""
 FEW = ("bert", "gpt2", "llama", "t5")
 """A post-norm encoder, Conv1D with fused projections, a gated decoder with RMSNorm, two stacks."""
