@@ -71,8 +71,10 @@ class IntrinsicPrompt(stack.PromptDelta):
     def __post_init__(self) -> None:
         """Check every value, take sizes from the decoder; lists become tuples."""
         if self.decoder is None:
-            self._put(num_virtual_tokens=self.num_virtual_tokens or LENGTH)
-            self._put(intrinsic_dim=self.intrinsic_dim or DIMENSION)
+            if self.num_virtual_tokens is None:
+                self._put(num_virtual_tokens=LENGTH)
+            if self.intrinsic_dim is None:
+                self._put(intrinsic_dim=DIMENSION)
         else:
             self._read_decoder()
         stack.check_length(self)

@@ -153,6 +153,13 @@ def add_prompt(
     stack.__class__ = _over(PromptedStack, type(stack))
 
 
+def exchange_prompt(stack: nn.Module, prompt: nn.Module) -> None:
+    """Have ``prompt`` make the prompt of a stack that has one."""
+    prompts: Any = stack._modules[PROMPTS]
+    for name in prompts:
+        prompts[name] = prompt
+
+
 def read_prompt(decoder: nn.Module, length: int) -> None:
     """Let ``decoder`` read the states of an encoder whose prompt has ``length`` vectors."""
     decoder.__dict__["prompt_length"] = length
