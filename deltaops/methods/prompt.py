@@ -9,6 +9,7 @@ first vector of the prompt there. Positions count on from the prompt.
 Ours differs where lengths show. Logits are those of the T tokens, so a language model's loss lacks
 the prediction of the first token, as it does without a prompt; PEFT's has it. Positions that are
 passed or that ``generate`` makes from the mask are kept; PEFT's count padding on the left as well.
+Where a layer looks back through a window (Gemma), such padding stands in it before the tokens.
 
 Source: Lester, Al-Rfou and Constant 2021 (arXiv 2104.08691).
 """
@@ -157,7 +158,6 @@ class Prompt(stack.PromptDelta):
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_transformer_submodules": self.num_transformer_submodules,
             "prompt_tuning_init": "RANDOM",
-            "token_dim": sites[0].out_features if sites else None,
             "modules_to_save": list(self.modules_to_save) or None,
             "task_type": self.task_type,
         }

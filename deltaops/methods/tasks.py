@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from deltaops.modules import token_table
+
 SEQ_CLS = "SEQ_CLS"
 """One answer for a whole sequence."""
 
@@ -34,8 +36,10 @@ def about(model: Any) -> dict[str, Any]:
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    table = token_table(model)
     return {
         "task_type": task_of(model),
+        "token_dim": None if table is None else table.embedding_dim,
         "num_layers": getattr(text, "num_hidden_layers", None),
         "num_attention_heads": getattr(text, "num_attention_heads", None),
     }

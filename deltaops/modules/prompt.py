@@ -178,7 +178,10 @@ def remove_prompt(module: nn.Module) -> None:
 def token_table(stack: Any) -> nn.Embedding | None:
     """The embedding of the tokens of ``stack``; None where it reads no tokens (an image's)."""
     getter = getattr(stack, "get_input_embeddings", None)
-    table = getter() if callable(getter) else None
+    try:
+        table = getter() if callable(getter) else None
+    except NotImplementedError:  # how transformers says that a model has none
+        return None
     return table if isinstance(table, nn.Embedding) else None
 
 

@@ -109,6 +109,24 @@ def test_peft_computes_the_same_and_files_go_both_ways(
     assert torch.equal(result(back, **inputs), result(model, **inputs))
 
 
+def test_embeddings_narrower_than_the_blocks_get_a_narrow_prompt(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import ElectraConfig, ElectraModel
+
+    config = ElectraConfig(
+        vocab_size=60, embedding_size=16, hidden_size=24, intermediate_size=40,
+        num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    base = ElectraModel(config).eval()
+    model = copy.deepcopy(base)
+    handle = prompted(model)
+    assert next(handle.parameters()).shape == (LENGTH, 16)
+    handle.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    found, expected = (result(m, input_ids=IDS) for m in (model, theirs))
+    assert relative_error(found, expected[:, LENGTH:]) < 16 * bound(0.0, torch.float32)
+
+
 def test_a_file_of_two_halves_keeps_both(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH)
