@@ -255,7 +255,9 @@ def _with_ones(mask: Tensor, count: int) -> Tensor:
 
 def _refuse_packed(positions: Tensor) -> None:
     """transformers reads positions that start anew as several sequences in one row."""
-    if torch.compiler.is_compiling() or bool((positions.diff(dim=-1) > 0).all()):
+    if positions.dim() != 2 or torch.compiler.is_compiling():
+        return  # of images there are three to a token, which do not rise
+    if bool((positions.diff(dim=-1) > 0).all()):
         return
     raise ShapeError(
         "prompt: position_ids must rise along each row, and start anew: sequences packed into one "
