@@ -18,7 +18,16 @@ from .dispatch import backends
 
 if TYPE_CHECKING:
     from . import errors, memory, ops
-    from .methods import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
+    from .methods import (
+        IA3,
+        Adapter,
+        BitFit,
+        IntrinsicPrompt,
+        LNTuning,
+        LoRA,
+        ParallelAdapter,
+        Prompt,
+    )
     from .ops import explain
     from .surgery import accelerate, attach, load, report
 
@@ -26,9 +35,11 @@ __all__ = [
     "IA3",
     "Adapter",
     "BitFit",
+    "IntrinsicPrompt",
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
+    "Prompt",
     "__version__",
     "accelerate",
     "attach",
@@ -47,9 +58,11 @@ _HOMES = {
     "Adapter": "methods",
     "BitFit": "methods",
     "IA3": "methods",
+    "IntrinsicPrompt": "methods",
     "LNTuning": "methods",
     "LoRA": "methods",
     "ParallelAdapter": "methods",
+    "Prompt": "methods",
     "accelerate": "surgery",
     "attach": "surgery",
     "errors": "",

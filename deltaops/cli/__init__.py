@@ -13,6 +13,7 @@ from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
+from .intrinsic import intrinsic
 from .tune import tune
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (demo, tune, inspect, doctor, bench):
     app.command()(command)
+app.add_typer(intrinsic, name="intrinsic")
 
 
 @app.callback()

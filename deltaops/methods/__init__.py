@@ -4,9 +4,11 @@ from .adapter import Adapter
 from .base import Binding, Delta, Promise, Site
 from .bitfit import BitFit
 from .ia3 import IA3
+from .intrinsic_prompt import IntrinsicPrompt
 from .ln_tuning import LNTuning
 from .lora import LoRA
 from .parallel_adapter import ParallelAdapter
+from .prompt import Prompt
 from .targets import ALL_LINEAR
 
 __all__ = [
@@ -17,14 +19,25 @@ __all__ = [
     "Binding",
     "BitFit",
     "Delta",
+    "IntrinsicPrompt",
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
     "Promise",
+    "Prompt",
     "Site",
 ]
 
-_ALL: tuple[type[Delta], ...] = (LoRA, Adapter, ParallelAdapter, BitFit, IA3, LNTuning)
+_ALL: tuple[type[Delta], ...] = (
+    LoRA,
+    Adapter,
+    ParallelAdapter,
+    BitFit,
+    IA3,
+    LNTuning,
+    Prompt,
+    IntrinsicPrompt,
+)
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}
 """By the name that files and the command line use."""

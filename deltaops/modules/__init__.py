@@ -10,6 +10,7 @@ from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .dora import nonzero, row_norms
 from .factor import Factor, start_values
+from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
 from .kinds import delta_class, frozen_class, is_conv1d
 from .linear import DeltaLinear, FrozenLinear
@@ -26,34 +27,54 @@ from .place import (
 )
 from .prefix import add_prefix, remove_prefix, switch
 from .program import Program, program_of
+from .prompt import (
+    PROMPTS,
+    PromptedStack,
+    SoftPrompt,
+    add_prompt,
+    exchange_prompt,
+    read_prompt,
+    remove_prompt,
+    room_of,
+    token_table,
+)
 from .sharing import APART, sharing
 
 __all__ = [
     "APART",
+    "FITTED",
+    "PROMPTS",
     "UNFROZEN",
     "AdapterSettings",
     "AttentionBlock",
     "BiasedNorm",
     "Block",
     "Bottleneck",
+    "DecodedPrompt",
     "DeltaLinear",
     "DeltaPlace",
     "Factor",
+    "FittedDecoder",
     "FrozenLinear",
     "GatedMlpBlock",
     "LinearPlace",
     "LoraSettings",
     "Program",
+    "PromptedStack",
+    "RandomDecoder",
     "Relay",
     "RmsNormBlock",
+    "SoftPrompt",
     "activate_copies",
     "activation_of",
     "add_prefix",
+    "add_prompt",
     "allow_bias",
     "become",
     "copies",
     "delta_class",
     "disallow_bias",
+    "exchange_prompt",
     "features",
     "follow",
     "frozen_class",
@@ -66,12 +87,16 @@ __all__ = [
     "nonzero",
     "plain_linear",
     "program_of",
+    "read_prompt",
     "remove_prefix",
+    "remove_prompt",
+    "room_of",
     "row_norms",
     "sharing",
     "stand_ins",
     "start_values",
     "switch",
+    "token_table",
     "train_copies",
     "unbecome",
     "zeros_for",

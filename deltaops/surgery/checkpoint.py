@@ -21,6 +21,7 @@ from deltaops.errors import CheckpointError, ConfigError, TargetError
 from deltaops.methods import METHODS
 from deltaops.methods.base import Delta
 from deltaops.methods.targets import roles
+from deltaops.methods.tasks import about
 from deltaops.modules import LinearPlace
 from deltaops.packing import Policy
 
@@ -151,11 +152,13 @@ def _peft_config(handle: Handle) -> dict[str, Any]:
         # every path in full, as PEFT writes "all-linear": it means the same to every reader
         config["target_modules"] = sorted(sites)
         config["layers_to_transform"] = config["layers_pattern"] = None
+    if "num_virtual_tokens" in config:
+        config |= {k: v for k, v in about(model).items() if config.get(k) is None}
     kind = type(model)
     config.update(
         auto_mapping=(
             {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-            if delta.task_type is None
+            if config["task_type"] is None
             else None
         ),
         base_model_name_or_path=_base_model(model),

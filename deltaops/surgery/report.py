@@ -14,12 +14,13 @@ from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
 from deltaops.methods.base import NORM
-from deltaops.modules import Block, DeltaPlace, LinearPlace
+from deltaops.modules import Block, DeltaPlace, LinearPlace, PromptedStack
 from deltaops.packing import PACKING
 
 from .blocks import block_rows
 from .losses import loss_rows
 from .record import read
+from .tree import WHOLE
 
 TOKENS = 1024
 """Rows of the input that a report assumes where the caller names none."""
@@ -81,7 +82,12 @@ class Report:
         reasons = list(dict.fromkeys(row.reason for row in self.rows))
         table: list[tuple[str, ...]] = [("module", "kind", "runs on", "packed", "why")]
         table += [
-            (*row[:3], _megabytes(row.packed), f"[{reasons.index(row.reason) + 1}]")
+            (
+                row.path or WHOLE,
+                *row[1:3],
+                _megabytes(row.packed),
+                f"[{reasons.index(row.reason) + 1}]",
+            )
             for row in self.rows
         ]
         if self.packed == 0:
@@ -135,6 +141,8 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
                 yield Row(
                     site.path, record.delta.kind, "torch", "a norm of torch's, trained as it is"
                 )
+            if isinstance(module, PromptedStack):
+                yield Row(site.path, record.delta.kind, "torch", module.told())
         for path, reason in record.skipped:
             yield Row(path, "left alone", "torch", reason)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+WHOLE = "(the model)"
+"""What the tree calls the module that has no path."""
+
 
 class Leaf(NamedTuple):
     """A line of the tree."""
@@ -30,7 +33,7 @@ def draw(leaves: Iterable[Leaf]) -> str:
     root = _Node()
     for leaf in leaves:
         node = root
-        for part in leaf.path.split("."):
+        for part in leaf.path.split(".") if leaf.path else (WHOLE,):
             node = node.children.setdefault(part, _Node())
         node.leaf = leaf
     rows = list(_rows(root, ""))

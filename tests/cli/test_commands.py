@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,9 +31,11 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "tune", "inspect", "doctor", "bench"])
+@pytest.mark.parametrize(
+    "command", ["demo", "tune", "intrinsic fit", "intrinsic tune", "inspect", "doctor", "bench"]
+)
 def test_help_has_an_example(command: str) -> None:
-    result = call(command, "--help")
+    result = call(*command.split(), "--help")
     assert result.returncode == 0
     assert f"deltaops {command}" in result.stdout
 
@@ -111,6 +114,54 @@ def test_inspect_takes_any_method_and_shows_its_file(base: Path, tmp_path: Path)
     shown = call("inspect", tmp_path)
     assert "bitfit" in shown.stdout
     assert "1 tensors, 8 parameters" in shown.stdout
+
+
+def test_intrinsic_prompts_from_files_to_what_is_recovered(base: Path, tmp_path: Path) -> None:
+    files: list[object] = []
+    for name, answers in (("a", "up down"), ("b", "in out"), ("c", "on off")):
+        rows = [f"thing {i},{answers.split()[i % 2]}\n" for i in range(20)]
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+        files += ["--data", tmp_path / f"{name}.csv"]
+    few = ["--steps", 2, "--seq-len", 12]
+    decoder, out = tmp_path / "decoder", tmp_path / "out"
+    sizes = ["--fit-steps", 2, "--num-virtual-tokens", 3, "--intrinsic-dim", 2]
+    fitted = inside("intrinsic", "fit", "--model", base, *files[:4], "--out", decoder, *few, *sizes)
+    assert fitted.exit_code == 0, fitted.output
+    assert "decoded again" in fitted.stdout
+    tuned = inside("intrinsic", "tune", "--decoder", decoder, *files, "--out", out, *few)
+    assert tuned.exit_code == 0, tuned.output
+    assert "not seen it" in tuned.stdout
+    assert json.loads((out / "metrics.json").read_text())["decoder"] == str(decoder)
+
+
+def test_ctrl_c_stops_intrinsic_tuning_between_two_steps(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltaops.tuning import intrinsic
+
+    def fit(workshop: intrinsic.Workshop, *_: object, **__: object) -> None:
+        assert not workshop.should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert workshop.should_stop()
+        raise intrinsic.Stopped
+
+    monkeypatch.setattr(intrinsic, "fit", fit)
+    data = tmp_path / "a.csv"
+    data.write_text("text,label\n" + "x,yes\ny,no\n" * 5)
+    before = signal.getsignal(signal.SIGINT)
+    stopped = inside("intrinsic", "fit", "--model", base, "--data", data, "--out", tmp_path / "out")
+    assert stopped.exit_code == 130
+    assert "stopped; what was under way was not written" in stopped.stdout
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def inside(*arguments: object) -> Any:
+    """The command in this process: what a person sees of it is told by other tests."""
+    from typer.testing import CliRunner
+
+    from deltaops.cli import app
+
+    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
 
 
 def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
+from deltaops import IA3, Adapter, BitFit, IntrinsicPrompt, LNTuning, LoRA, ParallelAdapter, Prompt
 from deltaops.methods import Delta, Site
 
 _PHI: dict[str, Callable[[Tensor], Tensor]] = {
@@ -35,9 +35,8 @@ def apply_plainly(
         state: ``handle.state()``, in the dtype of the model; what requires a gradient gets one.
     """
     for site in places:
-        found = {
-            k[len(site.path) + 1 :]: v for k, v in state.items() if k.startswith(site.path + ".")
-        }
+        start = site.key("")
+        found = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
         _PLAIN[type(delta)](model, delta, site, found)
 
 
@@ -110,6 +109,52 @@ def _ia3(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None
         module.register_forward_hook(lambda m, args, y: y * gain[:, 0])
 
 
+def _prompt(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    vectors = t["prompt_embeddings"]
+    _before_tokens(model.get_submodule(site.path), vectors, cut=site.path != "encoder")
+    if site.kind == "CLIPEncoder":
+        model.get_submodule(site.path).register_forward_hook(_without(len(vectors)))
+
+
+def _intrinsic(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    """Everything but z is of the seed: tokens, the scatter of embeddings, the projection."""
+    stack: Any = model.get_submodule(site.path)
+    random, z = torch.Generator().manual_seed(delta.seed), t["intrinsic"]
+    length, width = delta.num_virtual_tokens, site.out_features
+    if hasattr(stack, "get_input_embeddings"):
+        table = stack.get_input_embeddings().weight.detach()
+        base = table[torch.randint(0, len(table), (length,), generator=random)]
+        spread = table[torch.randint(0, len(table), (64,), generator=random)].std()
+    else:
+        base, spread = torch.randn(length, width, generator=random) * 0.02, torch.tensor(0.02)
+    projection = torch.randn(len(z), length * width, generator=random).to(z.dtype)
+    moved = (z @ projection).view(length, width) * spread.to(z.dtype) / len(z) ** 0.5
+    _prompt(model, delta, site, {"prompt_embeddings": base.to(z.dtype) + moved})
+
+
+def _before_tokens(stack: Any, vectors: Tensor, *, cut: bool) -> None:
+    """Call ``stack`` with ``vectors`` before the embeddings of its tokens."""
+
+    def lengthen(module: Any, args: Any, named: dict[str, Any]) -> Any:
+        embeds = named.pop("inputs_embeds", None)
+        if embeds is None:
+            embeds = module.get_input_embeddings()(named.pop("input_ids"))
+        before = vectors.to(embeds.dtype).expand(len(embeds), -1, -1)
+        return args, named | {"inputs_embeds": torch.cat([before, embeds], 1)}
+
+    stack.register_forward_pre_hook(lengthen, with_kwargs=True)
+    if cut:
+        stack.register_forward_hook(_without(len(vectors)))
+
+
+def _without(length: int) -> Callable[[Any, Any, Any], Any]:
+    def hook(module: Any, args: Any, out: Any) -> Any:
+        out.last_hidden_state = out.last_hidden_state[:, length:]
+        return out
+
+    return hook
+
+
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
     module._parameters.pop(name, None)
     setattr(module, name, value)
@@ -122,4 +167,6 @@ _PLAIN: dict[type[Delta], Callable[[nn.Module, Any, Site, dict[str, Tensor]], No
     BitFit: _bitfit,
     LNTuning: _ln_tuning,
     IA3: _ia3,
+    Prompt: _prompt,
+    IntrinsicPrompt: _intrinsic,
 }

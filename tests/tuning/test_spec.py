@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deltaops import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
+from deltaops import IA3, Adapter, BitFit, IntrinsicPrompt, LNTuning, LoRA, ParallelAdapter, Prompt
 from deltaops.errors import ConfigError
 from deltaops.tuning.spec import parse_delta
 
@@ -31,6 +31,9 @@ from deltaops.tuning.spec import parse_delta
         ("bitfit:create_missing=false", BitFit(create_missing=False)),
         ("ia3:feedforward_modules=down_proj+", IA3(feedforward_modules=["down_proj"])),
         ("lntuning", LNTuning()),
+        ("intrinsic-prompt:intrinsic_dim=3,seed=2", IntrinsicPrompt(intrinsic_dim=3, seed=2)),
+        ("prompt:num_virtual_tokens=8", Prompt(num_virtual_tokens=8)),
+        ("prompt:prompt_tuning_init=12+40", Prompt(prompt_tuning_init=[12, 40])),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

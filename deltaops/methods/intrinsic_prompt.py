@@ -1,0 +1,187 @@
+"""Intrinsic prompt tuning: a prompt that is decoded from q trained numbers.        p = decoder(z)
+
+The decoder is frozen. Fitted to the trained prompts of several tasks (``deltaops intrinsic fit``)
+it spans what they have in common, and a new task is learnt by its few numbers. Without one it is a
+fixed random projection around the embeddings of tokens drawn at random, both made from the seed
+alone: that measures how few numbers a task needs at all (Aghajanyan et al. 2021, arXiv 2012.13255).
+
+The prompt is decoded once in each pass, and shared by the batch.
+Source: Qin et al. 2021 (arXiv 2110.07867), §3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltaops.errors import CheckpointError, ConfigError
+from deltaops.modules import DecodedPrompt, FittedDecoder, RandomDecoder, token_table
+
+from . import stack
+from .base import Binding, Site
+from .decoder import START, Sizes, read_facts, read_tensors, sizes_of
+from .targets import STACKS, check_flags, is_count, normalise
+
+KEY = "intrinsic"
+LENGTH, DIMENSION = 20, 5
+"""P and q where neither the settings nor a decoder say them."""
+
+
+@dataclass(frozen=True, repr=False)
+class IntrinsicPrompt(stack.PromptDelta):
+    """Settings of intrinsic prompt tuning.
+
+    Args:
+        intrinsic_dim: q, the numbers that are trained; the decoder's, or 5 without one.
+        num_virtual_tokens: P, the length of the prompt; the decoder's, or 20 without one.
+        decoder: folder of ``deltaops intrinsic fit``; None for a fixed random projection. An
+            adapter's file holds this path, not the decoder.
+        decoder_digest: of the decoder's tensors, read from its folder; files keep it.
+        seed: makes the random projection, and what it goes around; of no use beside a decoder.
+        target_modules: as for :class:`deltaops.Prompt`.
+        exclude_modules: names or a regular expression, taken out of the targets.
+        modules_to_save: modules that are trained whole and saved along, such as a new head.
+        layers_to_transform: None; a prompt concerns all layers.
+        layers_pattern: empty, as ``layers_to_transform``.
+        autocast_adapter_dtype: train in float32 where the embeddings are float16 or bfloat16.
+        task_type: as for :class:`deltaops.Prompt`.
+    Raises: ConfigError; CheckpointError where the decoder cannot be read.
+    """
+
+    intrinsic_dim: int | None = None
+    num_virtual_tokens: int | None = None
+    decoder: str | None = None
+    decoder_digest: str | None = None
+    seed: int = 0
+    target_modules: str | tuple[str, ...] = STACKS
+    exclude_modules: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    autocast_adapter_dtype: bool = True
+    task_type: str | None = None
+
+    kind: ClassVar[str] = "intrinsic-prompt"
+
+    def __post_init__(self) -> None:
+        """Check every value, take sizes from the decoder; lists become tuples."""
+        if self.decoder is None:
+            if self.num_virtual_tokens is None:
+                self._put(num_virtual_tokens=LENGTH)
+            if self.intrinsic_dim is None:
+                self._put(intrinsic_dim=DIMENSION)
+        else:
+            self._read_decoder()
+        stack.check_length(self)
+        if not is_count(self.intrinsic_dim):
+            raise ConfigError(
+                f"IntrinsicPrompt: intrinsic_dim must be an integer ≥ 1, got "
+                f"{self.intrinsic_dim!r}."
+            )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ConfigError(f"IntrinsicPrompt: seed must be an integer ≥ 0, got {self.seed!r}.")
+        check_flags(self, "autocast_adapter_dtype")
+        stack.refuse_layers(self)
+        normalise(self)
+
+    def __repr__(self) -> str:
+        """Whatever differs from its default, and what decodes."""
+        shown = self._shown("intrinsic_dim", "num_virtual_tokens")
+        shown = shown.replace(f", decoder_digest={self.decoder_digest!r}", "")
+        return shown if self.decoder is not None else f"{shown} by {RandomDecoder.told}"
+
+    @property
+    def length(self) -> int:
+        """P."""
+        assert self.num_virtual_tokens is not None  # never None once made
+        return self.num_virtual_tokens
+
+    @property
+    def dimension(self) -> int:
+        """q."""
+        assert self.intrinsic_dim is not None  # never None once made
+        return self.intrinsic_dim
+
+    def unbindable(self, module: nn.Module) -> str | None:
+        """See :meth:`Delta.unbindable`."""
+        reason = stack.misfit(module, self.length)
+        if reason is not None or self.decoder is None:
+            return reason
+        width, table = self._sizes().width, token_table(module)
+        if table is not None and table.embedding_dim != width:
+            return f"its embeddings are {table.embedding_dim} wide, and the decoder makes {width}"
+        return None
+
+    def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
+        """See :meth:`Delta.bind`."""
+        module = modules[site.path]
+        device, dtype = stack.beside(module, self.autocast_adapter_dtype)
+        decoder, start = self._random(site, module) if self.decoder is None else self._fitted()
+        prompt = DecodedPrompt(start, decoder).to(device=device, dtype=dtype)
+        stack.put(site, modules, binding, prompt, self.length, self.task_type)
+
+    def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
+        """See :meth:`Delta.tensors`."""
+        prompt = stack.prompt_of(module, name)
+        assert isinstance(prompt, DecodedPrompt)
+        return {KEY: prompt.intrinsic}
+
+    def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """See :meth:`Delta.shapes`."""
+        return {KEY: (self.dimension,)}
+
+    # -------------------------------------------------------------------------------- decoders
+
+    def _random(self, site: Site, module: nn.Module) -> tuple[nn.Module, Tensor]:
+        random = torch.Generator().manual_seed(self.seed)
+        table, width = token_table(module), stack.width_of(site, module)
+        ids = None if table is None else stack.drawn(table, self.length, random)
+        base = stack.start_rows(table, ids, self.length, width, random)
+        spread = stack.spread_of(table, self.length, random)
+        shape = (self.dimension, self.length * width)
+        projection = torch.randn(shape, generator=random) / self.dimension**0.5
+        decoder = RandomDecoder(base, projection.to(base.device) * spread)
+        return decoder, torch.zeros(self.dimension)
+
+    def _fitted(self) -> tuple[nn.Module, Tensor]:
+        assert self.decoder is not None
+        tensors = read_tensors(Path(self.decoder))
+        return FittedDecoder(tensors, self._sizes().width), tensors[START].clone()
+
+    def _sizes(self) -> Sizes:
+        assert self.decoder is not None
+        return sizes_of(read_facts(Path(self.decoder)))
+
+    def _read_decoder(self) -> None:
+        if not isinstance(self.decoder, str):
+            raise ConfigError(
+                f"IntrinsicPrompt: decoder must be the path of a folder, got {self.decoder!r}."
+            )
+        folder = Path(self.decoder).expanduser().resolve()
+        facts = read_facts(folder)
+        sizes = sizes_of(facts)
+        for name in ("num_virtual_tokens", "intrinsic_dim"):
+            asked, has = getattr(self, name), getattr(sizes, name)
+            if asked is not None and asked != has:
+                raise ConfigError(
+                    f"IntrinsicPrompt: {name} must be the decoder's {has}, got {asked!r}. Leave it "
+                    "out, or fit another decoder."
+                )
+        if self.decoder_digest not in (None, facts["digest"]):
+            raise CheckpointError(
+                f"{folder} holds another decoder than the one that the numbers were tuned with. "
+                "Put that one there, or tune them again."
+            )
+        self._put(
+            decoder=str(folder), decoder_digest=facts["digest"],
+            num_virtual_tokens=sizes.num_virtual_tokens, intrinsic_dim=sizes.intrinsic_dim,
+        )  # fmt: skip
+
+    def _put(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen; this is its start

@@ -1,0 +1,376 @@
+"""Intrinsic prompt tuning over several tasks.
+
+    fit     a full prompt for each task; then a decoder to all of them, by the tasks' losses and the
+            prompts' reconstruction (multi-task subspace finding)
+    tune    the q numbers of a task, by a fitted decoder (intrinsic subspace tuning)
+
+What counts is the part of a full prompt's accuracy that the q numbers recover, on tasks that the
+decoder was fitted to and on others.
+Source: Qin et al. 2021 (arXiv 2110.07867), §3.2 and §4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaops.errors import CheckpointError, ConfigError, DataError
+from deltaops.files import publishing, write_json
+from deltaops.methods import IntrinsicPrompt, Prompt
+from deltaops.methods.base import Delta
+from deltaops.methods.decoder import FACTS, Sizes, read_facts, write_decoder
+from deltaops.modules import exchange_prompt
+from deltaops.surgery import Handle, attach
+
+from .answers import AnswerSet, answer_texts, score
+from .autoencoder import AutoEncoder, CodedPrompt
+from .loop import CLIP, Point, Schedule, make_optimizer, to_device, train
+from .read import Columns, read_examples
+from .tokens import Order
+
+RECONSTRUCTION = 200.0
+"""Weight of the mean squared error beside a task's loss; the paper's."""
+
+Scores = dict[str, float]
+OnStep = Callable[[str, int, float], object]
+"""Called with what is trained, the step (from 1) and its loss."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the training of a prompt, full or of q numbers, depends on."""
+
+    steps: int = 200
+    batch_size: int = 8
+    lr: float = 0.02
+    seq_len: int = 128
+    seed: int = 0
+    text_column: str = "text"
+    label_column: str = "label"
+    eval_fraction: float = 0.2
+
+    def check(self) -> None:
+        """Raises: ConfigError for a value out of range."""
+        for name in ("steps", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more.")
+        if not 0 < self.eval_fraction < 1:
+            raise ConfigError(
+                f"--eval-fraction must be in (0, 1), got {self.eval_fraction}: what is recovered "
+                "is measured on what is held out."
+            )
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"--lr must be a positive number, got {self.lr}.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file's examples."""
+
+    name: str
+    """The file's, without its ending."""
+    fit: AnswerSet
+    held: AnswerSet
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """How a task was learnt by q numbers, and by a full prompt where that is known."""
+
+    task: str
+    seen: bool
+    """The decoder was fitted to a task of this name."""
+    tuned: Scores
+    full: Scores | None
+
+    @property
+    def relative(self) -> float | None:
+        """The tuned accuracy over the full prompt's; None where that is not known, or zero."""
+        if self.full is None or self.full["accuracy"] == 0:
+            return None
+        return self.tuned["accuracy"] / self.full["accuracy"]
+
+
+class Stopped(Exception):
+    """Training was stopped from outside before its end."""
+
+
+class Workshop:
+    """A frozen model, its tokenizer, and the training of one prompt after another on it."""
+
+    def __init__(
+        self,
+        model: str,
+        settings: Settings,
+        on_step: OnStep = lambda what, step, loss: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Load ``model``, a folder or a hub id. Raises: ConfigError."""
+        settings.check()
+        self.settings = settings
+        self.on_step = on_step
+        self.should_stop = should_stop
+        self.model, self.tokenizer = _load(model)
+
+    def tasks(self, sources: Sequence[str]) -> list[Task]:
+        """Read the file of each task. Raises: DataError, ConfigError for two of one name."""
+        names = [Path(source).stem for source in sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"--data: two files are called {twice[0]!r}, and tasks are told apart by that. "
+                "Rename one of them."
+            )
+        return [self._task(name, source) for name, source in zip(names, sources, strict=True)]
+
+    def tune(self, delta: Delta, task: Task, what: str) -> tuple[Handle, Scores]:
+        """Train ``delta`` on ``task``; it stays attached. Raises: Stopped."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        # every prompt has the same start, so that what differs is the task
+        handle = attach(self.model, delta, generator=torch.Generator().manual_seed(settings.seed))
+        optimizer = make_optimizer(handle.parameter_groups(settings.lr), settings.lr)
+        order = Order(len(task.fit), settings.batch_size, settings.seed)
+
+        def told(point: Point) -> None:
+            self.on_step(what, point.step, point.loss)
+
+        try:
+            finished = train(
+                self.model, task.fit, order, optimizer, Schedule(settings.steps, settings.lr),
+                on_step=told, should_stop=self.should_stop,
+            )  # fmt: skip
+            if not finished:
+                raise Stopped
+            return handle, score(self.model, task.held, settings.batch_size)
+        except BaseException:  # also KeyboardInterrupt: the model is used again
+            handle.revert()
+            raise
+
+    def _task(self, name: str, source: str) -> Task:
+        settings = self.settings
+        columns = Columns(settings.text_column, settings.label_column)
+        apart = bool(self.model.config.is_encoder_decoder)
+        try:
+            data = answer_texts(
+                read_examples(source, columns), self.tokenizer, settings.seq_len, apart=apart
+            )
+        except DataError as error:
+            raise DataError(f"task {name!r}: {error}") from error
+        fit, held = data.split(settings.eval_fraction, settings.seed)
+        assert isinstance(fit, AnswerSet)
+        assert isinstance(held, AnswerSet)  # never None: the fraction is above 0
+        return Task(name, fit, held, data.fingerprint())
+
+
+def fit(
+    workshop: Workshop,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    model: str,
+    intrinsic_dim: int,
+    num_virtual_tokens: int,
+    fit_steps: int,
+    fit_lr: float = 1e-3,
+) -> list[tuple[str, Scores, Scores]]:
+    """Train a prompt for each task and fit a decoder to them, into the folder ``out``.
+
+    Args:
+        workshop: with the model.
+        tasks: two or more.
+        out: for the decoder, and the prompts in ``out/prompts/TASK``, in PEFT's format.
+        model: what the workshop's model was loaded from, for the file.
+        intrinsic_dim: q.
+        num_virtual_tokens: P.
+        fit_steps: of the auto-encoder, the tasks in turns.
+        fit_lr: its peak learning rate.
+    Returns: name of each task, the scores of its full prompt, and of that encoded and decoded.
+    Raises: ConfigError, TargetError; Stopped, and nothing is written then.
+    """
+    if len(tasks) < 2:
+        raise ConfigError(
+            f"--data: a decoder is fitted to two tasks or more, got {len(tasks)}. Name more files."
+        )
+    if fit_steps < 1:
+        raise ConfigError("--fit-steps must be 1 or more.")
+    refuse_used(out)
+    delta = Prompt(num_virtual_tokens=num_virtual_tokens)
+    settings = IntrinsicPrompt(intrinsic_dim=intrinsic_dim, num_virtual_tokens=num_virtual_tokens)
+    prompts: list[Tensor] = []
+    full: list[Scores] = []
+    with publishing(out / "prompts", "") as scratch:
+        for task in tasks:
+            handle, scores = workshop.tune(delta, task, task.name)
+            handle.save(scratch / task.name)
+            prompts.append(next(handle.parameters()).detach().float().clone())
+            full.append(scores)
+            handle.revert()
+        stacked = torch.stack(prompts)
+        width = stacked.shape[2]
+        sizes = Sizes(settings.dimension, num_virtual_tokens, width, width)
+        coder, decoded = _fit_coder(workshop, tasks, stacked, sizes, delta, fit_steps, fit_lr)
+    rows = list(zip((task.name for task in tasks), full, decoded, strict=True))
+    facts = {
+        "base_model": model,
+        "settings": dataclasses.asdict(workshop.settings),
+        "fit_steps": fit_steps,
+        "fit_lr": fit_lr,
+        "tasks": [
+            {"name": t.name, "data": t.fingerprint, "full": scores, "decoded": again}
+            for t, (_, scores, again) in zip(tasks, rows, strict=True)
+        ],
+    }
+    write_decoder(out, sizes, coder.tensors(stacked), facts)
+    return rows
+
+
+def tune(
+    workshop: Workshop, tasks: Sequence[Task], decoder: Path, out: Path, *, compare: bool
+) -> list[Recovered]:
+    """Tune the q numbers of each task by the decoder in a folder; adapters go to ``out/TASK``.
+
+    Args:
+        workshop: with the model that the decoder was fitted on.
+        tasks: seen by the decoder or not.
+        decoder: folder of :func:`fit`.
+        out: for the adapters and metrics.json.
+        compare: train a full prompt as well, where the decoder's file has no scores of one that was
+            trained on the same data in the same way.
+    Raises: ConfigError, CheckpointError, TargetError; Stopped, after the tasks before were written.
+    """
+    facts = read_facts(decoder)
+    refuse_used(out)
+    delta = IntrinsicPrompt(decoder=str(decoder))
+    found: list[Recovered] = []
+    for task in tasks:
+        handle, scores = workshop.tune(delta, task, task.name)
+        handle.save(out / task.name)
+        handle.revert()
+        full = _known(facts, task, workshop.settings)
+        if full is None and compare:
+            what = f"{task.name}, a full prompt"
+            handle, full = workshop.tune(Prompt(delta.length), task, what)
+            handle.revert()
+        seen = task.name in {known["name"] for known in facts["tasks"]}
+        found.append(Recovered(task.name, seen, scores, full))
+    write_json(
+        out / "metrics.json",
+        {
+            "decoder": str(decoder),
+            "settings": dataclasses.asdict(workshop.settings),
+            "tasks": [dataclasses.asdict(row) | {"relative": row.relative} for row in found],
+            "relative": {
+                "seen": mean_relative(row for row in found if row.seen),
+                "unseen": mean_relative(row for row in found if not row.seen),
+            },
+        },
+    )
+    return found
+
+
+def mean_relative(rows: Any) -> float | None:
+    """The mean recovered part of those :class:`Recovered` that have one; None without any."""
+    known = [row.relative for row in rows if row.relative is not None]
+    return sum(known) / len(known) if known else None
+
+
+def base_model(decoder: Path) -> str:
+    """What the decoder in a folder was fitted on. Raises: CheckpointError."""
+    found = read_facts(decoder).get("base_model")
+    if not isinstance(found, str):
+        raise CheckpointError(f"{decoder / FACTS} names no base_model. Pass --model.")
+    return found
+
+
+def refuse_used(out: Path) -> None:
+    """Raises: ConfigError where ``out`` has something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} must be a new or an empty folder. Choose another.")
+
+
+# ------------------------------------------------------------------------------------- details
+
+
+def _fit_coder(
+    workshop: Workshop,
+    tasks: Sequence[Task],
+    prompts: Tensor,
+    sizes: Sizes,
+    delta: Prompt,
+    steps: int,
+    lr: float,
+) -> tuple[AutoEncoder, list[Scores]]:
+    """The auto-encoder of ``prompts [N, P, d]``, and how well each task does with its own."""
+    settings, model = workshop.settings, workshop.model
+    torch.manual_seed(settings.seed)
+    handle = attach(model, delta)
+    try:
+        coder = AutoEncoder(sizes).to(prompts.device)
+        coded = CodedPrompt(prompts, coder)
+        exchange_prompt(model.get_submodule(handle.sites[0]), coded)
+        optimizer = make_optimizer([{"params": list(coder.parameters())}], lr)
+        schedule = Schedule(steps, lr)
+        orders = [Order(len(t.fit), settings.batch_size, settings.seed) for t in tasks]
+        model.train()
+        for step in range(steps):
+            if workshop.should_stop():
+                raise Stopped
+            turn, coded.task = divmod(step, len(tasks))
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
+            rows = orders[coded.task].rows(turn)
+            batch = to_device(tasks[coded.task].fit.batch(rows), prompts.device)
+            loss = model(**batch).loss
+            assert coded.error is not None  # the pass before set it
+            (loss + RECONSTRUCTION * coded.error).backward()
+            torch.nn.utils.clip_grad_norm_(coder.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            workshop.on_step("decoder", step + 1, float(loss.detach()))
+        scores = []
+        for coded.task, task in enumerate(tasks):
+            scores.append(score(model, task.held, settings.batch_size))
+        return coder, scores
+    finally:
+        handle.revert()
+
+
+def _known(facts: Mapping[str, Any], task: Task, settings: Settings) -> Scores | None:
+    """The scores of a full prompt on the same data, trained in the same way."""
+    if facts.get("settings") != dataclasses.asdict(settings):
+        return None
+    for known in facts["tasks"]:
+        if known["data"] == task.fingerprint:
+            found: Scores = known["full"]
+            return found
+    return None
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return (
+            kind.from_pretrained(model, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(model),
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {model} cannot be loaded: {error}. Give a folder with a language model or an "
+            "encoder–decoder and its tokenizer, or a hub id."
+        ) from error
