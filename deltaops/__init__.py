@@ -18,7 +18,7 @@ from .dispatch import backends
 
 if TYPE_CHECKING:
     from . import errors, memory, ops
-    from .methods import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
+    from .methods import IA3, Adapter, BitFit, Compacter, LNTuning, LoRA, ParallelAdapter
     from .ops import explain
     from .surgery import accelerate, attach, load, report
 
@@ -26,6 +26,7 @@ __all__ = [
     "IA3",
     "Adapter",
     "BitFit",
+    "Compacter",
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "methods",
     "BitFit": "methods",
+    "Compacter": "methods",
     "IA3": "methods",
     "LNTuning": "methods",
     "LoRA": "methods",

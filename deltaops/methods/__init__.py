@@ -3,6 +3,7 @@
 from .adapter import Adapter
 from .base import Binding, Delta, Promise, Site
 from .bitfit import BitFit
+from .compacter import Compacter
 from .ia3 import IA3
 from .ln_tuning import LNTuning
 from .lora import LoRA
@@ -16,6 +17,7 @@ __all__ = [
     "Adapter",
     "Binding",
     "BitFit",
+    "Compacter",
     "Delta",
     "LNTuning",
     "LoRA",
@@ -24,7 +26,9 @@ __all__ = [
     "Site",
 ]
 
-_ALL: tuple[type[Delta], ...] = (LoRA, Adapter, ParallelAdapter, BitFit, IA3, LNTuning)
+_ALL: tuple[type[Delta], ...] = (
+    LoRA, Adapter, Compacter, ParallelAdapter, BitFit, IA3, LNTuning,
+)  # fmt: skip
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}
 """By the name that files and the command line use."""

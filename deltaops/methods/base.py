@@ -70,6 +70,8 @@ class Binding(NamedTuple):
     pack: Policy
     generator: torch.Generator | None
     """Draws the start values; torch's global CPU generator without one."""
+    common: dict[str, nn.Module]
+    """What the first site made for all of them, by the method's own names."""
 
 
 class Delta(ABC):
@@ -153,6 +155,10 @@ class Delta(ABC):
     @abstractmethod
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Suffix in a checkpoint → shape, before anything is bound."""
+
+    def shared(self, suffix: str) -> bool:
+        """Whether all sites have one tensor ``suffix``, which counts as the first one's."""
+        return False
 
     def to_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]

@@ -12,6 +12,7 @@ from .dora import nonzero, row_norms
 from .factor import Factor, start_values
 from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
 from .kinds import delta_class, frozen_class, is_conv1d
+from .kronecker import KroneckerSum, start_rule, start_sum
 from .linear import DeltaLinear, FrozenLinear
 from .norm import BiasedNorm, allow_bias, disallow_bias, is_norm, lacks_bias
 from .place import (
@@ -41,6 +42,7 @@ __all__ = [
     "Factor",
     "FrozenLinear",
     "GatedMlpBlock",
+    "KroneckerSum",
     "LinearPlace",
     "LoraSettings",
     "Program",
@@ -70,6 +72,8 @@ __all__ = [
     "row_norms",
     "sharing",
     "stand_ins",
+    "start_rule",
+    "start_sum",
     "start_values",
     "switch",
     "train_copies",

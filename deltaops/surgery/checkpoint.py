@@ -235,9 +235,8 @@ def _expected(model: nn.Module, plan: Plan) -> tuple[Shapes, Shapes]:
     """Every key of ``handle.state()`` with its shape: the delta's, and those saved whole."""
     ours: Shapes = {}
     saved: Shapes = {}
-    for site in plan.sites:
-        for suffix, shape in plan.delta.shapes(site, model.get_submodule(site.path)).items():
-            ours[site.key(suffix)] = shape
+    for site, suffix, shape in plan.tensors():
+        ours[site.key(suffix)] = shape
     for path in plan.saved:
         for key, tensor in model.get_submodule(path).state_dict().items():
             saved[f"{path}.{key}"] = tuple(tensor.shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
+from deltaops import IA3, Adapter, BitFit, Compacter, LNTuning, LoRA, ParallelAdapter
 from deltaops.methods import Delta, Site
 
 _PHI: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,8 +34,9 @@ def apply_plainly(
         places: of the handle.
         state: ``handle.state()``, in the dtype of the model; what requires a gradient gets one.
     """
+    everywhere = {k[k.rindex("adapter.") :]: v for k, v in state.items() if k.endswith("phm_rule")}
     for site in places:
-        found = {
+        found = everywhere | {
             k[len(site.path) + 1 :]: v for k, v in state.items() if k.startswith(site.path + ".")
         }
         _PLAIN[type(delta)](model, delta, site, found)
@@ -68,6 +69,17 @@ def _adapter(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> 
         return y + _bottleneck(delta, y, t) + t["adapter.up_bias"]
 
     model.get_submodule(site.path).register_forward_hook(hook)
+
+
+def _compacter(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    weights = {}
+    for side in ("down", "up"):
+        rule = t[f"adapter.{'down' if delta.shared_phm_rule else side}.phm_rule"]
+        s, columns = t[f"adapter.{side}.s"], t[f"adapter.{side}.t"]
+        weights[f"adapter.{side}.weight"] = torch.stack(
+            [torch.kron(rule[i], s[i] @ columns[i].T) for i in range(delta.phm_dim)]
+        ).sum(0)
+    _adapter(model, delta, site, t | weights)
 
 
 def _parallel(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
@@ -118,6 +130,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 _PLAIN: dict[type[Delta], Callable[[nn.Module, Any, Site, dict[str, Tensor]], None]] = {
     LoRA: _lora,
     Adapter: _adapter,
+    Compacter: _compacter,
     ParallelAdapter: _parallel,
     BitFit: _bitfit,
     LNTuning: _ln_tuning,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import deltaops
-from deltaops import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
+from deltaops import IA3, Adapter, BitFit, Compacter, LNTuning, LoRA, ParallelAdapter
 from deltaops.errors import AttachError
 from deltaops.methods import METHODS as KNOWN
 from deltaops.methods import Delta, Promise
@@ -34,6 +34,7 @@ METHODS: dict[str, Callable[[], Delta]] = {
     "dora": lambda: LoRA(r=3, alpha=5, use_dora=True),
     "houlsby": lambda: Adapter(reduction_factor=4),
     "pfeiffer": lambda: Adapter(style="pfeiffer", size=5, layer_norm=True, non_linearity="silu"),
+    "compacter": lambda: Compacter(size=6, phm_dim=2),
     "parallel": lambda: ParallelAdapter(),
     "parallel-layer": lambda: ParallelAdapter(size=3, target_modules=["key-value"], scaling=0.5),
     "bitfit": lambda: BitFit(),

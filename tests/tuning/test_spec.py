@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deltaops import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
+from deltaops import IA3, Adapter, BitFit, Compacter, LNTuning, LoRA, ParallelAdapter
 from deltaops.errors import ConfigError
 from deltaops.tuning.spec import parse_delta
 
@@ -27,6 +27,10 @@ from deltaops.tuning.spec import parse_delta
         ),
         ("adapter:style=pfeiffer,size=8", Adapter(style="pfeiffer", size=8)),
         ("adapter:size=none,layer_norm=true", Adapter(layer_norm=True)),
+        (
+            "compacter:phm_dim=2,shared_phm_rule=false",
+            Compacter(phm_dim=2, shared_phm_rule=False),
+        ),
         ("parallel:scaling=1", ParallelAdapter(scaling=1.0)),
         ("bitfit:create_missing=false", BitFit(create_missing=False)),
         ("ia3:feedforward_modules=down_proj+", IA3(feedforward_modules=["down_proj"])),
