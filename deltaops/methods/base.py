@@ -176,6 +176,20 @@ class Delta(ABC):
         """Undo :meth:`to_peft_tensors`, of a file whose keys and shapes were checked."""
         return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
 
+    def portable(
+        self, modules: Mapping[str, nn.Module], name: str, state: Mapping[str, Tensor]
+    ) -> tuple[Delta, Mapping[str, Tensor]]:
+        """The delta and the tensors that a file holds; for most, those that are bound.
+
+        They differ where the bound ones are relative to weights that the delta itself changed.
+
+        Args:
+            modules: by path, of the sites.
+            name: of the adapter.
+            state: of the handle, on the CPU.
+        """
+        return self, state
+
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """This method's part of PEFT's ``adapter_config.json``, where there is one.
 

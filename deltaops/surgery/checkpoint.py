@@ -47,10 +47,12 @@ def save(handle: Handle, path: str | os.PathLike[str]) -> None:
     if handle.name != "default":
         folder = folder / handle.name
     files = OURS if handle.delta.peft_type is None else PEFT
-    config = _manifest(handle) if files is OURS else _peft_config(handle)
     state: Mapping[str, Tensor] = {k: t.detach().cpu() for k, t in handle.state().items()}
+    modules = {site: handle.model.get_submodule(site) for site in handle.sites}
+    delta, state = handle.delta.portable(modules, handle.name, state)
+    config = _manifest(handle, delta) if files is OURS else _peft_config(handle, delta)
     if files is PEFT:
-        state = handle.delta.to_peft_tensors(state, handle.places)
+        state = delta.to_peft_tensors(state, handle.places)
     # clone: safetensors refuses tensors that share storage, and the file must not
     write_adapter(folder, config, {k: t.contiguous().clone() for k, t in state.items()}, files)
 
@@ -142,9 +144,9 @@ def load(
 # ------------------------------------------------------------------------------------------ save
 
 
-def _peft_config(handle: Handle) -> dict[str, Any]:
+def _peft_config(handle: Handle, delta: Delta) -> dict[str, Any]:
     """All that PEFT needs to build the same adapter on the same base model."""
-    model, delta = handle.model, handle.delta
+    model = handle.model
     sites = handle.sites
     config = delta.to_peft(handle.places)
     if "layers_to_transform" in config and not _means_the_same(model, delta, sites):
@@ -168,13 +170,13 @@ def _peft_config(handle: Handle) -> dict[str, Any]:
     return config
 
 
-def _manifest(handle: Handle) -> dict[str, Any]:
+def _manifest(handle: Handle, delta: Delta) -> dict[str, Any]:
     """All that :func:`load` needs to build the same adapter on the same base model."""
     return {
         "format": FORMAT,
         "version": VERSION,
-        "method": handle.delta.kind,
-        "settings": handle.delta.settings(),
+        "method": delta.kind,
+        "settings": delta.settings(),
         "base_model": _base_model(handle.model),
     }
 

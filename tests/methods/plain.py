@@ -43,6 +43,9 @@ def apply_plainly(
 
 
 def _lora(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    if delta.init_lora_weights == "pissa":
+        _take_out(model.get_submodule(site.path), delta.r)
+
     def hook(module: Any, args: Any, y: Tensor) -> Tensor:
         a, b = t["lora_A.weight"], t["lora_B.weight"]
         y = y + delta.scaling * (args[0] @ a.T @ b.T)
@@ -54,6 +57,13 @@ def _lora(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> Non
         return (y - bias) * (t["lora_magnitude_vector"] / norm) + bias
 
     model.get_submodule(site.path).register_forward_hook(hook)
+
+
+def _take_out(module: Any, rank: int) -> None:
+    """The weight without its first singular triplets; transposed, it has the same."""
+    u, sigma, v = torch.linalg.svd(module.weight.detach(), full_matrices=False)
+    sigma[:rank] = 0.0
+    module.weight = nn.Parameter((u * sigma) @ v, requires_grad=False)
 
 
 def _bottleneck(delta: Any, x: Tensor, t: dict[str, Tensor]) -> Tensor:

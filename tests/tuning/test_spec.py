@@ -25,6 +25,8 @@ from deltaops.tuning.spec import parse_delta
             "lora:rank_pattern=q_proj:16+k_proj:4,alpha_pattern=q_proj:0.5",
             LoRA(rank_pattern={"q_proj": 16, "k_proj": 4}, alpha_pattern={"q_proj": 0.5}),
         ),
+        ("lora:init_lora_weights=pissa_niter_4", LoRA(init_lora_weights="pissa_niter_4")),
+        ("lora:init_lora_weights=true", LoRA()),
         ("adapter:style=pfeiffer,size=8", Adapter(style="pfeiffer", size=8)),
         ("adapter:size=none,layer_norm=true", Adapter(layer_norm=True)),
         (
