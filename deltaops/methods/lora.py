@@ -3,6 +3,9 @@
 W [N, K] stays frozen; A [r, K] and B [N, r] are trained; s = alpha / r, with ``use_rslora``
 s = alpha / √r. Merged, the weight is W + s · B A. With ``use_dora`` each row of that sum is scaled
 to a length m [N] that is trained too.
+
+On an embedding, y = W[ids] + s · A[:, ids]ᵀ Bᵀ with W [V, D], A [r, V] and B [D, r], without
+dropout. Where the output layer is tied to it, that keeps the frozen weight.
 Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732);
 DoRA: Liu et al. 2024 (2402.09353); LoRA+: Hayou et al. 2024 (2402.12354); starts that are taken out
 of the weight: :mod:`deltaops.methods.lora_start`.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -21,16 +25,20 @@ from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.modules import (
+    DeltaEmbedding,
     DeltaPlace,
     LoraSettings,
     activate_copies,
+    become_embedding,
     has_copies,
     nonzero,
+    start_embedding,
     start_values,
     unbecome,
+    unbecome_embedding,
 )
 
-from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
+from .base import EMBEDDING, LINEAR, Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
 from .lora_start import is_drawn, is_taken_out, rest, taken_out
 from .peft_config import listed, required, target_fields, unexpressed
@@ -47,7 +55,7 @@ class LoRA(Delta):
         dropout: probability of dropping an element of the branch's input while training, in [0, 1).
         target_modules: "all-linear" (every linear layer but the output embedding) or another role,
             names matched from the end of the path (``["q_proj", "v_proj"]``), or a regular
-            expression for the whole path.
+            expression for the whole path. Names may be those of embeddings.
         exclude_modules: names or a regular expression, taken out of the targets.
         modules_to_save: modules that are trained whole and saved along, such as a new head.
         use_rslora: scale by ``alpha / √r``.
@@ -92,6 +100,7 @@ class LoRA(Delta):
     task_type: str | None = None
 
     kind: ClassVar[str] = "lora"
+    places: ClassVar[frozenset[str]] = frozenset({LINEAR, EMBEDDING})
     peft_type: ClassVar[str | None] = "LORA"
     promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
 
@@ -151,6 +160,16 @@ class LoRA(Delta):
 
     # ------------------------------------------------------------------------------- binding
 
+    def unbindable(self, module: nn.Module) -> str | None:
+        """See :meth:`Delta.unbindable`."""
+        if not isinstance(module, nn.Embedding):
+            return None
+        if self.use_dora:
+            return "it is an embedding, and use_dora needs linear layers"
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            return "it is an embedding with max_norm or scale_grad_by_freq"
+        return None
+
     def unfit(self, site: Site) -> str | None:
         """A rank above either dimension adds parameters and no rank."""
         rank = self.rank(site.path)
@@ -168,6 +187,18 @@ class LoRA(Delta):
         rank = self.rank(site.path)
         alpha = float(_first(self.alpha_pattern, site.path, self.alpha))
         settings = LoraSettings(rank, alpha, self._scaling(rank, alpha), float(self.dropout))
+        if site.place == EMBEDDING:
+            _warn_of_ties(site.path, modules)
+            factors = start_embedding(
+                rank,
+                site.in_features,
+                site.out_features,
+                device=weight.device,
+                dtype=adapter_dtype(weight, self.autocast_adapter_dtype),
+                generator=binding.generator,
+            )
+            become_embedding(module).add_lora(binding.name, settings, *factors)
+            return
         place = become_place(module, self.kind, binding)
         a, b = self._start(site, place, settings, binding.generator)
         place.add_lora(binding.name, settings, a, b)
@@ -205,11 +236,14 @@ class LoRA(Delta):
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
-        unbecome(modules[site.path])
+        if site.place == EMBEDDING:
+            unbecome_embedding(modules[site.path])
+        else:
+            unbecome(modules[site.path])
 
     def activate(self, module: nn.Module, active: bool) -> None:
         """See :meth:`Delta.activate`."""
-        assert isinstance(module, DeltaPlace)
+        assert isinstance(module, DeltaPlace | DeltaEmbedding)
         module.delta_active = active
         if has_copies(module):
             activate_copies(module, active)
@@ -226,17 +260,20 @@ class LoRA(Delta):
 
     @torch.no_grad()
     def delta_weight(self, module: nn.Module, name: str) -> Tensor:
-        """``s · B A`` [N, K], multiplied in float32 at least."""
-        assert isinstance(module, DeltaPlace)
+        """``s · B A`` [N, K], of an embedding ``s · Aᵀ Bᵀ`` [V, D], in float32 at least."""
+        assert isinstance(module, DeltaPlace | DeltaEmbedding)
         a, b, *_ = self.tensors(module, name).values()
         # autocast would take the product in half precision
         with torch.autocast(a.device.type, enabled=False):
-            return (b.to(wide(b)) @ a.to(wide(a))) * module.lora[name].scaling
+            change = (b.to(wide(b)) @ a.to(wide(a))) * module.lora[name].scaling
+        return change.T if isinstance(module, DeltaEmbedding) else change
 
     def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """``W + s · B A``, with DoRA each row scaled to its length."""
-        assert isinstance(module, DeltaPlace)
         change = self.delta_weight(module, name)
+        if isinstance(module, DeltaEmbedding):
+            return {"weight": module.weight.to(change.dtype) + change}
+        assert isinstance(module, DeltaPlace)
         total = module.base()[0].to(change.dtype) + change
         if self.use_dora:
             *_, magnitude = self.tensors(module, name).values()
@@ -248,6 +285,9 @@ class LoRA(Delta):
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """PEFT's suffixes."""
+        if isinstance(module, DeltaEmbedding):
+            sides = ("lora_embedding_A", "lora_embedding_B")
+            return {side: getattr(module, side)[name] for side in sides}
         assert isinstance(module, DeltaPlace)
         found = {}
         for side in ("lora_A", "lora_B"):
@@ -263,6 +303,11 @@ class LoRA(Delta):
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
         rank = self.rank(site.path)
+        if site.place == EMBEDDING:
+            return {
+                "lora_embedding_A": (rank, site.in_features),
+                "lora_embedding_B": (site.out_features, rank),
+            }
         found: dict[str, tuple[int, ...]] = {
             "lora_A.weight": (rank, site.in_features),
             "lora_B.weight": (site.out_features, rank),
@@ -277,9 +322,12 @@ class LoRA(Delta):
             return self, state
         found = dict(state)
         for path, module in modules.items():
-            assert isinstance(module, DeltaPlace)
-            a, b = (f"{path}.{side}.weight" for side in ("lora_A", "lora_B"))
-            start_a, start_b = (t.to(found[a]) for t in module.starts[name])
+            a, b = (f"{path}.{suffix}" for suffix in self.tensors(module, name))
+            if isinstance(module, DeltaEmbedding):  # it started at zero, beside its own weight
+                start_a, start_b = torch.zeros_like(found[a]), torch.zeros_like(found[b])
+            else:
+                assert isinstance(module, DeltaPlace)
+                start_a, start_b = (t.to(found[a]) for t in module.starts[name])
             found[a] = torch.cat([found[a], start_a])
             found[b] = torch.cat([found[b], -start_b], dim=1)
         factor = math.sqrt(2) if self.use_rslora else 2  # of alpha, so that s stays
@@ -336,6 +384,23 @@ class LoRA(Delta):
             )
         except ConfigError as error:
             raise CheckpointError(f"adapter_config.json: {error}") from error
+
+
+def _warn_of_ties(path: str, modules: Mapping[str, nn.Module]) -> None:
+    """Say which other modules read the weight of the embedding at ``path``, without the delta."""
+    weight = modules[path].weight
+    tied = [
+        other
+        for other, module in modules.items()
+        if other != path and any(p is weight for p in module._parameters.values())
+    ]
+    if tied:
+        warnings.warn(
+            f"LoRA on {path!r}: its weight is also that of {', '.join(map(repr, tied))}, which "
+            "keeps it as it is, as in PEFT. After merge_and_unload() the two differ: set "
+            "tie_word_embeddings=False in the model's config before you save it.",
+            stacklevel=2,
+        )
 
 
 def _pattern(

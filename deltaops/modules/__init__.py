@@ -9,6 +9,12 @@ from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .dora import nonzero, row_norms
+from .embedding import (
+    DeltaEmbedding,
+    become_embedding,
+    start_embedding,
+    unbecome_embedding,
+)
 from .factor import Factor, start_values
 from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
 from .kinds import delta_class, frozen_class, is_conv1d
@@ -37,6 +43,7 @@ __all__ = [
     "BiasedNorm",
     "Block",
     "Bottleneck",
+    "DeltaEmbedding",
     "DeltaLinear",
     "DeltaPlace",
     "Factor",
@@ -53,6 +60,7 @@ __all__ = [
     "add_prefix",
     "allow_bias",
     "become",
+    "become_embedding",
     "copies",
     "delta_class",
     "disallow_bias",
@@ -72,11 +80,13 @@ __all__ = [
     "row_norms",
     "sharing",
     "stand_ins",
+    "start_embedding",
     "start_rule",
     "start_sum",
     "start_values",
     "switch",
     "train_copies",
     "unbecome",
+    "unbecome_embedding",
     "zeros_for",
 ]

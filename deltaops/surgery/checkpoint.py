@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
 from deltaops.methods import METHODS
-from deltaops.methods.base import Delta
+from deltaops.methods.base import PEFT_PREFIX, Delta
 from deltaops.methods.targets import roles
 from deltaops.modules import LinearPlace
 from deltaops.packing import Policy
@@ -108,6 +108,8 @@ def load(
         raise CheckpointError(f"load: {files.weights} in {str(folder)!r} holds no tensors.")
     delta_shapes, saved_shapes = (_in_file(found, plan, files) for found in _expected(model, plan))
     shapes = delta_shapes | saved_shapes
+    if files is PEFT:
+        tensors = _without_base(tensors, model, folder)
     _check_keys(tensors, shapes, folder, files)
     where = f"load: {files.weights} in {str(folder)!r}"
     for key in delta_shapes:
@@ -192,8 +194,9 @@ def _means_the_same(model: nn.Module, delta: Delta, sites: tuple[str, ...]) -> b
     target = delta.target_modules
     if isinstance(target, str) or roles(target) or delta.layers_to_transform is not None:
         return False
-    linear = [p for p, m in model.named_modules() if isinstance(m, (nn.Linear, LinearPlace))]
-    found = {p for p in linear if selects(target, p)}
+    kinds = (nn.Linear, LinearPlace, nn.Embedding)
+    paths = [p for p, m in model.named_modules() if isinstance(m, kinds)]
+    found = {p for p in paths if selects(target, p)}
     if delta.exclude_modules is not None:
         found = {p for p in found if not selects(delta.exclude_modules, p)}
     return found == set(sites)
@@ -252,6 +255,30 @@ def _in_file(shapes: Shapes, plan: Plan, files: Files) -> Shapes:
     empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     found = plan.delta.to_peft_tensors(empty, plan.sites)
     return {key: tuple(tensor.shape) for key, tensor in found.items()}
+
+
+def _without_base(
+    tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
+) -> dict[str, Tensor]:
+    """``tensors`` without the frozen weights, which PEFT writes along for embeddings with a delta.
+
+    Raises: CheckpointError where one is not what the model has.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    ending = ".base_layer.weight"
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PEFT_PREFIX).removesuffix(ending) + ".weight"
+        if not key.endswith(ending) or path not in own:
+            found[key] = tensor
+            continue
+        weight = own[path].detach().cpu()
+        if weight.shape != tensor.shape or not torch.equal(weight, tensor.to(weight.dtype)):
+            raise CheckpointError(
+                f"load: {PEFT.weights} in {str(folder)!r} replaces the frozen weight at {path!r}, "
+                "and the model has another one. Load the base model that it was trained on."
+            )
+    return found
 
 
 def _check_keys(
