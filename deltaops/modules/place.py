@@ -165,7 +165,7 @@ class DeltaPlace(LinearPlace):
         assert isinstance(a, Tensor)
         assert isinstance(b, Tensor)
         self.__dict__["starts"] = {name: (a.detach().clone(), b.detach().clone())}
-        train_copies(self, {"weight": rest}, trained=False)
+        train_copies(self, {"weight": rest.contiguous()}, trained=False)
 
     def add_magnitude(self, name: str) -> None:
         """Make the branch ``name`` DoRA's; its magnitudes start as the rows' norms ``[N]``."""
