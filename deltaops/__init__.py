@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         IA3,
         Adapter,
         BitFit,
+        Compacter,
         IntrinsicPrompt,
         LNTuning,
         LoRA,
@@ -35,6 +36,7 @@ __all__ = [
     "IA3",
     "Adapter",
     "BitFit",
+    "Compacter",
     "IntrinsicPrompt",
     "LNTuning",
     "LoRA",
@@ -57,6 +59,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "methods",
     "BitFit": "methods",
+    "Compacter": "methods",
     "IA3": "methods",
     "IntrinsicPrompt": "methods",
     "LNTuning": "methods",

@@ -3,6 +3,7 @@
 from .adapter import Adapter
 from .base import Binding, Delta, Promise, Site
 from .bitfit import BitFit
+from .compacter import Compacter
 from .ia3 import IA3
 from .intrinsic_prompt import IntrinsicPrompt
 from .ln_tuning import LNTuning
@@ -18,6 +19,7 @@ __all__ = [
     "Adapter",
     "Binding",
     "BitFit",
+    "Compacter",
     "Delta",
     "IntrinsicPrompt",
     "LNTuning",
@@ -29,15 +31,8 @@ __all__ = [
 ]
 
 _ALL: tuple[type[Delta], ...] = (
-    LoRA,
-    Adapter,
-    ParallelAdapter,
-    BitFit,
-    IA3,
-    LNTuning,
-    Prompt,
-    IntrinsicPrompt,
-)
+    LoRA, Adapter, Compacter, ParallelAdapter, BitFit, IA3, LNTuning, Prompt, IntrinsicPrompt,
+)  # fmt: skip
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}
 """By the name that files and the command line use."""

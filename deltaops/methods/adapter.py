@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from deltaops.errors import ConfigError
-from deltaops.modules import Bottleneck, DeltaPlace, near_zero, unbecome
+from deltaops.modules import Bottleneck, DeltaPlace, Factor, near_zero, unbecome
 
 from . import bottleneck
 from .base import Binding, Delta, Promise, Site, adapter_dtype
@@ -76,8 +76,8 @@ class Adapter(Delta):
         """Check every value; lists become tuples."""
         if not isinstance(self.style, str) or self.style not in STYLES:
             raise ConfigError(
-                f"Adapter: style must be one of {', '.join(STYLES)}, got {self.style!r}. "
-                "Name other places in target_modules."
+                f"{type(self).__name__}: style must be one of {', '.join(STYLES)}, got "
+                f"{self.style!r}. Name other places in target_modules."
             )
         bottleneck.check(self)
         check_flags(self, "layer_norm", "autocast_adapter_dtype")
@@ -108,7 +108,9 @@ class Adapter(Delta):
             dtype=adapter_dtype(weight, self.autocast_adapter_dtype),
             generator=binding.generator,
         )
-        adapter = Bottleneck(down, up, bottleneck.settings_of(self), norm=self.layer_norm)
+        adapter = Bottleneck(
+            Factor(down), Factor(up), bottleneck.settings_of(self), norm=self.layer_norm
+        )
         become_place(module, self.kind, binding).add_adapter(binding.name, adapter, None)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:

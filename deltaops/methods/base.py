@@ -70,6 +70,8 @@ class Binding(NamedTuple):
     pack: Policy
     generator: torch.Generator | None
     """Draws the start values; torch's global CPU generator without one."""
+    common: dict[str, nn.Module]
+    """What the first site made for all of them, by the method's own names."""
 
 
 class Delta(ABC):
@@ -154,6 +156,10 @@ class Delta(ABC):
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Suffix in a checkpoint → shape, before anything is bound."""
 
+    def shared(self, suffix: str) -> bool:
+        """Whether all sites have one tensor ``suffix``, which counts as the first one's."""
+        return False
+
     def to_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
     ) -> dict[str, Tensor]:
@@ -169,6 +175,20 @@ class Delta(ABC):
     ) -> dict[str, Tensor]:
         """Undo :meth:`to_peft_tensors`, of a file whose keys and shapes were checked."""
         return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+
+    def portable(
+        self, modules: Mapping[str, nn.Module], name: str, state: Mapping[str, Tensor]
+    ) -> tuple[Delta, Mapping[str, Tensor]]:
+        """The delta and the tensors that a file holds; for most, those that are bound.
+
+        They differ where the bound ones are relative to weights that the delta itself changed.
+
+        Args:
+            modules: by path, of the sites.
+            name: of the adapter.
+            state: of the handle, on the CPU.
+        """
+        return self, state
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """This method's part of PEFT's ``adapter_config.json``, where there is one.

@@ -62,9 +62,17 @@ def shapes(
     rank: int, inputs: int, outputs: int, *, norm: bool = False, branch: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Suffix in a checkpoint → shape, of what :func:`held` gives."""
+    found = vectors(rank, inputs, outputs, norm=norm, branch=branch)
+    return found | {"adapter.down.weight": (rank, inputs), "adapter.up.weight": (outputs, rank)}
+
+
+def vectors(
+    rank: int, inputs: int, outputs: int, *, norm: bool = False, branch: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The part of :func:`shapes` that is biases and norms."""
     found: dict[str, tuple[int, ...]] = {"adapter.down_bias": (rank,)}
     if not branch:
         found["adapter.up_bias"] = (outputs,)
     if norm:
         found |= {"adapter.norm_weight": (inputs,), "adapter.norm_bias": (inputs,)}
-    return found | {"adapter.down.weight": (rank, inputs), "adapter.up.weight": (outputs, rank)}
+    return found

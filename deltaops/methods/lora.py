@@ -3,26 +3,44 @@
 W [N, K] stays frozen; A [r, K] and B [N, r] are trained; s = alpha / r, with ``use_rslora``
 s = alpha / √r. Merged, the weight is W + s · B A. With ``use_dora`` each row of that sum is scaled
 to a length m [N] that is trained too.
+
+On an embedding, y = W[ids] + s · A[:, ids]ᵀ Bᵀ with W [V, D], A [r, V] and B [D, r], without
+dropout. Where the output layer is tied to it, that keeps the frozen weight.
 Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732);
-DoRA: Liu et al. 2024 (2402.09353); LoRA+: Hayou et al. 2024 (2402.12354).
+DoRA: Liu et al. 2024 (2402.09353); LoRA+: Hayou et al. 2024 (2402.12354); starts that are taken out
+of the weight: :mod:`deltaops.methods.lora_start`.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import DeltaPlace, LoraSettings, nonzero, start_values, unbecome
+from deltaops.modules import (
+    DeltaEmbedding,
+    DeltaPlace,
+    LoraSettings,
+    activate_copies,
+    become_embedding,
+    has_copies,
+    nonzero,
+    start_embedding,
+    start_values,
+    unbecome,
+    unbecome_embedding,
+)
 
-from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
+from .base import EMBEDDING, LINEAR, Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
+from .lora_start import is_drawn, is_taken_out, rest, taken_out
 from .peft_config import listed, required, target_fields, unexpressed
 from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, normalise
 
@@ -37,7 +55,7 @@ class LoRA(Delta):
         dropout: probability of dropping an element of the branch's input while training, in [0, 1).
         target_modules: "all-linear" (every linear layer but the output embedding) or another role,
             names matched from the end of the path (``["q_proj", "v_proj"]``), or a regular
-            expression for the whole path.
+            expression for the whole path. Names may be those of embeddings.
         exclude_modules: names or a regular expression, taken out of the targets.
         modules_to_save: modules that are trained whole and saved along, such as a new head.
         use_rslora: scale by ``alpha / √r``.
@@ -49,6 +67,12 @@ class LoRA(Delta):
         alpha_pattern: the same for ``alpha``.
         lr_ratio: how many times A's learning rate B has (LoRA+; 16 is usual), in the groups of
             ``handle.parameter_groups(lr)`` and in ``deltaops tune``. Files do not keep it.
+        init_lora_weights: how A and B start: True (A by Kaiming's rule, B zero), "gaussian" (A
+            N(0, 1/r²), B zero), or taken out of the weight: "pissa" (by a full singular value
+            decomposition), "pissa_niter_N" (by N rounds of a sketched one, much faster), "olora".
+            Then the layer's weight is the rest while the delta is active, and W waits beside it for
+            ``disabled`` and ``revert``; a file holds the change of W, a LoRA of rank 2·r that every
+            reader takes for what it is.
         layers_to_transform: indices of the layers that get the delta (without a regular expression
             in ``target_modules``, which can say so itself).
         layers_pattern: names of the module list that the indices count, such as "layers".
@@ -69,12 +93,14 @@ class LoRA(Delta):
     rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     lr_ratio: float = 1.0
+    init_lora_weights: bool | str = True
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     autocast_adapter_dtype: bool = True
     task_type: str | None = None
 
     kind: ClassVar[str] = "lora"
+    places: ClassVar[frozenset[str]] = frozenset({LINEAR, EMBEDDING})
     peft_type: ClassVar[str | None] = "LORA"
     promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
 
@@ -93,7 +119,28 @@ class LoRA(Delta):
         for field, valid in (("rank_pattern", is_count), ("alpha_pattern", is_number)):
             object.__setattr__(self, field, _pattern(field, getattr(self, field), valid))
         check_flags(self, "use_rslora", "use_dora", "autocast_adapter_dtype")
+        self._check_start()
         normalise(self)
+
+    def _check_start(self) -> None:
+        start = self.init_lora_weights
+        if start is not True and start != "gaussian" and not is_taken_out(start):
+            raise ConfigError(
+                "LoRA: init_lora_weights must be True, 'gaussian', 'pissa', 'pissa_niter_N' or "
+                f"'olora', got {start!r}."
+            )
+        if not is_taken_out(start):
+            return
+        if self.use_dora:
+            raise ConfigError(
+                f"LoRA: init_lora_weights={start!r} and use_dora=True do not go together: with "
+                "lengths of its own the change of the weight is no LoRA, which is what files hold."
+            )
+        if min([self.alpha, *dict(self.alpha_pattern).values()]) <= 0:
+            raise ConfigError(
+                f"LoRA: init_lora_weights={start!r} divides by the scale, so every alpha must be "
+                f"above 0, got alpha={self.alpha!r}, alpha_pattern={self.alpha_pattern!r}."
+            )
 
     def __repr__(self) -> str:
         """Rank, alpha and whatever differs from its default."""
@@ -113,6 +160,16 @@ class LoRA(Delta):
 
     # ------------------------------------------------------------------------------- binding
 
+    def unbindable(self, module: nn.Module) -> str | None:
+        """See :meth:`Delta.unbindable`."""
+        if not isinstance(module, nn.Embedding):
+            return None
+        if self.use_dora:
+            return "it is an embedding, and use_dora needs linear layers"
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            return "it is an embedding with max_norm or scale_grad_by_freq"
+        return None
+
     def unfit(self, site: Site) -> str | None:
         """A rank above either dimension adds parameters and no rank."""
         rank = self.rank(site.path)
@@ -129,28 +186,67 @@ class LoRA(Delta):
         assert isinstance(weight, Tensor)
         rank = self.rank(site.path)
         alpha = float(_first(self.alpha_pattern, site.path, self.alpha))
-        a, b = start_values(
-            rank,
-            site.in_features,
-            site.out_features,
-            device=weight.device,
-            dtype=adapter_dtype(weight, self.autocast_adapter_dtype),
-            generator=binding.generator,
-        )
-        place = become_place(module, self.kind, binding)
         settings = LoraSettings(rank, alpha, self._scaling(rank, alpha), float(self.dropout))
+        if site.place == EMBEDDING:
+            _warn_of_ties(site.path, modules)
+            factors = start_embedding(
+                rank,
+                site.in_features,
+                site.out_features,
+                device=weight.device,
+                dtype=adapter_dtype(weight, self.autocast_adapter_dtype),
+                generator=binding.generator,
+            )
+            become_embedding(module).add_lora(binding.name, settings, *factors)
+            return
+        place = become_place(module, self.kind, binding)
+        a, b = self._start(site, place, settings, binding.generator)
         place.add_lora(binding.name, settings, a, b)
         if self.use_dora:
             place.add_magnitude(binding.name)
+        if is_taken_out(self.init_lora_weights):
+            left = rest(place.base()[0], a, b, settings.scaling)
+            place.take_out(binding.name, laid_out(module, left))
+
+    def _start(
+        self,
+        site: Site,
+        place: DeltaPlace,
+        settings: LoraSettings,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A and B, in the dtype that they have."""
+        weight, start = place.base()[0], self.init_lora_weights
+        dtype = adapter_dtype(weight, self.autocast_adapter_dtype)
+        if isinstance(start, str) and is_taken_out(start):
+            reason = self.unfit(site)
+            if reason is not None:  # a file says what it says; a weight has no more directions
+                raise ConfigError(f"attach: {site.path!r}: {reason}.")
+            a, b = taken_out(start, weight, settings.r, settings.scaling, generator)
+            return a.to(dtype), b.to(dtype)
+        return start_values(
+            settings.r,
+            site.in_features,
+            site.out_features,
+            device=weight.device,
+            dtype=dtype,
+            generator=generator,
+            gaussian=start == "gaussian",
+        )
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
-        unbecome(modules[site.path])
+        if site.place == EMBEDDING:
+            unbecome_embedding(modules[site.path])
+        else:
+            unbecome(modules[site.path])
 
     def activate(self, module: nn.Module, active: bool) -> None:
         """See :meth:`Delta.activate`."""
-        assert isinstance(module, DeltaPlace)
+        assert isinstance(module, DeltaPlace | DeltaEmbedding)
         module.delta_active = active
+        if has_copies(module):
+            activate_copies(module, active)
 
     def pace(self, suffix: str) -> float:
         """See :meth:`Delta.pace`."""
@@ -164,17 +260,20 @@ class LoRA(Delta):
 
     @torch.no_grad()
     def delta_weight(self, module: nn.Module, name: str) -> Tensor:
-        """``s · B A`` [N, K], multiplied in float32 at least."""
-        assert isinstance(module, DeltaPlace)
+        """``s · B A`` [N, K], of an embedding ``s · Aᵀ Bᵀ`` [V, D], in float32 at least."""
+        assert isinstance(module, DeltaPlace | DeltaEmbedding)
         a, b, *_ = self.tensors(module, name).values()
         # autocast would take the product in half precision
         with torch.autocast(a.device.type, enabled=False):
-            return (b.to(wide(b)) @ a.to(wide(a))) * module.lora[name].scaling
+            change = (b.to(wide(b)) @ a.to(wide(a))) * module.lora[name].scaling
+        return change.T if isinstance(module, DeltaEmbedding) else change
 
     def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """``W + s · B A``, with DoRA each row scaled to its length."""
-        assert isinstance(module, DeltaPlace)
         change = self.delta_weight(module, name)
+        if isinstance(module, DeltaEmbedding):
+            return {"weight": module.weight.to(change.dtype) + change}
+        assert isinstance(module, DeltaPlace)
         total = module.base()[0].to(change.dtype) + change
         if self.use_dora:
             *_, magnitude = self.tensors(module, name).values()
@@ -186,6 +285,9 @@ class LoRA(Delta):
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """PEFT's suffixes."""
+        if isinstance(module, DeltaEmbedding):
+            sides = ("lora_embedding_A", "lora_embedding_B")
+            return {side: getattr(module, side)[name] for side in sides}
         assert isinstance(module, DeltaPlace)
         found = {}
         for side in ("lora_A", "lora_B"):
@@ -201,11 +303,43 @@ class LoRA(Delta):
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
         rank = self.rank(site.path)
+        if site.place == EMBEDDING:
+            return {
+                "lora_embedding_A": (rank, site.in_features),
+                "lora_embedding_B": (site.out_features, rank),
+            }
         found: dict[str, tuple[int, ...]] = {
             "lora_A.weight": (rank, site.in_features),
             "lora_B.weight": (site.out_features, rank),
         }
         return found | ({"lora_magnitude_vector": (site.out_features,)} if self.use_dora else {})
+
+    def portable(
+        self, modules: Mapping[str, nn.Module], name: str, state: Mapping[str, Tensor]
+    ) -> tuple[Delta, Mapping[str, Tensor]]:
+        """See :meth:`Delta.portable`: ``s·(B A − B₀ A₀)`` is a LoRA of rank 2·r on W itself."""
+        if not is_taken_out(self.init_lora_weights):
+            return self, state
+        found = dict(state)
+        for path, module in modules.items():
+            a, b = (f"{path}.{suffix}" for suffix in self.tensors(module, name))
+            if isinstance(module, DeltaEmbedding):  # it started at zero, beside its own weight
+                start_a, start_b = torch.zeros_like(found[a]), torch.zeros_like(found[b])
+            else:
+                assert isinstance(module, DeltaPlace)
+                start_a, start_b = (t.to(found[a]) for t in module.starts[name])
+            found[a] = torch.cat([found[a], start_a])
+            found[b] = torch.cat([found[b], -start_b], dim=1)
+        factor = math.sqrt(2) if self.use_rslora else 2  # of alpha, so that s stays
+        delta = replace(
+            self,
+            r=2 * self.r,
+            alpha=factor * self.alpha,
+            rank_pattern={key: 2 * rank for key, rank in dict(self.rank_pattern).items()},
+            alpha_pattern={key: factor * x for key, x in dict(self.alpha_pattern).items()},
+            init_lora_weights=True,
+        )
+        return delta, found
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LoraConfig that this delta sets; the others keep their defaults."""
@@ -220,7 +354,7 @@ class LoRA(Delta):
             "use_dora": self.use_dora,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
-            "init_lora_weights": True,
+            "init_lora_weights": self.init_lora_weights,
             "layers_to_transform": (
                 None if self.layers_to_transform is None else list(self.layers_to_transform)
             ),
@@ -243,12 +377,30 @@ class LoRA(Delta):
                 use_dora=config.get("use_dora", False),
                 rank_pattern=config.get("rank_pattern") or {},
                 alpha_pattern=config.get("alpha_pattern") or {},
+                init_lora_weights=_start_in(config),
                 layers_to_transform=config.get("layers_to_transform"),
                 layers_pattern=listed(config, "layers_pattern") or (),
                 task_type=config.get("task_type"),
             )
         except ConfigError as error:
             raise CheckpointError(f"adapter_config.json: {error}") from error
+
+
+def _warn_of_ties(path: str, modules: Mapping[str, nn.Module]) -> None:
+    """Say which other modules read the weight of the embedding at ``path``, without the delta."""
+    weight = modules[path].weight
+    tied = [
+        other
+        for other, module in modules.items()
+        if other != path and any(p is weight for p in module._parameters.values())
+    ]
+    if tied:
+        warnings.warn(
+            f"LoRA on {path!r}: its weight is also that of {', '.join(map(repr, tied))}, which "
+            "keeps it as it is, as in PEFT. After merge_and_unload() the two differ: set "
+            "tie_word_embeddings=False in the model's config before you save it.",
+            stacklevel=2,
+        )
 
 
 def _pattern(
@@ -313,7 +465,17 @@ _HARMLESS = frozenset(
 """Fields that change nothing about what the saved tensors mean."""
 
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Start values that leave the base weights alone; PiSSA, OLoRA, CorDA and LoftQ change them."""
+"""Start values that leave the base weights alone."""
+
+_RECOMPUTED = ("pissa", "olora")
+"""Those that every reader takes out of the base weights anew. PEFT's other starts that change them
+hang on random numbers or on data, which no file holds."""
+
+
+def _start_in(config: Mapping[str, Any]) -> bool | str:
+    """The start that decides what the tensors mean, or at least the next training's."""
+    start = config.get("init_lora_weights")
+    return start if start in ("gaussian", *_RECOMPUTED) else True
 
 
 def _refuse_unknown_features(config: Mapping[str, Any]) -> None:
@@ -323,7 +485,12 @@ def _refuse_unknown_features(config: Mapping[str, Any]) -> None:
         if key in _EXPRESSED or key in _HARMLESS:
             continue
         if key == "init_lora_weights":
-            if value not in _STARTS:
+            if is_drawn(value):
+                refused.append(
+                    f"{key}={value!r} (a start drawn at random, which the file does not hold; save "
+                    "it with path_initial_model_for_weight_conversion)"
+                )
+            elif value not in (*_STARTS, *_RECOMPUTED):
                 refused.append(f"{key}={value!r} (it changes the base weights)")
         elif key == "eva_config" and config.get("init_lora_weights") == "eva":
             continue  # how the start was found, nothing about what it means

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from deltaops.modules import (
     Bottleneck,
     DeltaPlace,
+    Factor,
     Relay,
     activate_copies,
     copies,
@@ -104,7 +105,7 @@ class ParallelAdapter(Delta):
             generator=binding.generator,
         )
         branch = not site.entry
-        adapter = Bottleneck(down, up, bottleneck.settings_of(self), branch=branch)
+        adapter = Bottleneck(Factor(down), Factor(up), bottleneck.settings_of(self), branch=branch)
         place = become_place(module, self.kind, binding)
         if branch:
             place.add_branch(binding.name, adapter)

@@ -9,10 +9,17 @@ from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .dora import nonzero, row_norms
+from .embedding import (
+    DeltaEmbedding,
+    become_embedding,
+    start_embedding,
+    unbecome_embedding,
+)
 from .factor import Factor, start_values
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
 from .kinds import delta_class, frozen_class, is_conv1d
+from .kronecker import KroneckerSum, start_rule, start_sum
 from .linear import DeltaLinear, FrozenLinear
 from .norm import BiasedNorm, allow_bias, disallow_bias, is_norm, lacks_bias
 from .place import (
@@ -51,12 +58,14 @@ __all__ = [
     "Block",
     "Bottleneck",
     "DecodedPrompt",
+    "DeltaEmbedding",
     "DeltaLinear",
     "DeltaPlace",
     "Factor",
     "FittedDecoder",
     "FrozenLinear",
     "GatedMlpBlock",
+    "KroneckerSum",
     "LinearPlace",
     "LoraSettings",
     "Program",
@@ -71,6 +80,7 @@ __all__ = [
     "add_prompt",
     "allow_bias",
     "become",
+    "become_embedding",
     "copies",
     "delta_class",
     "disallow_bias",
@@ -94,10 +104,14 @@ __all__ = [
     "row_norms",
     "sharing",
     "stand_ins",
+    "start_embedding",
+    "start_rule",
+    "start_sum",
     "start_values",
     "switch",
     "token_table",
     "train_copies",
     "unbecome",
+    "unbecome_embedding",
     "zeros_for",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deltaops.ops import Branch, bottleneck
 
 from .factor import Factor
+from .kronecker import KroneckerSum
 
 
 class AdapterSettings(NamedTuple):
@@ -28,8 +29,8 @@ class Bottleneck(nn.Module):
     op, and the bias after ``up`` is the layer's own.
     """
 
-    down: Factor
-    up: Factor
+    down: Factor | KroneckerSum
+    up: Factor | KroneckerSum
     down_bias: nn.Parameter
     up_bias: nn.Parameter | None
     norm_weight: nn.Parameter | None
@@ -37,8 +38,8 @@ class Bottleneck(nn.Module):
 
     def __init__(
         self,
-        down: Tensor,
-        up: Tensor,
+        down: Factor | KroneckerSum,
+        up: Factor | KroneckerSum,
         settings: AdapterSettings,
         *,
         norm: bool = False,
@@ -47,20 +48,21 @@ class Bottleneck(nn.Module):
         """Hold the start values; biases are zero and the norm is the plain one.
 
         Args:
-            down: ``[R, K]``.
-            up: ``[N, R]``.
+            down: of a weight ``[R, K]``.
+            up: of a weight ``[N, R]``.
             settings: see there.
             norm: whether its input is normalized first.
             branch: leave the bias after ``up`` to the layer.
         """
         super().__init__()
         self.settings = settings
-        self.down, self.up = Factor(down), Factor(up)
-        self.down_bias = nn.Parameter(down.new_zeros(down.shape[0]))
-        self.up_bias = None if branch else nn.Parameter(up.new_zeros(up.shape[0]))
-        width = down.shape[1]
-        self.norm_weight = nn.Parameter(down.new_ones(width)) if norm else None
-        self.norm_bias = nn.Parameter(down.new_zeros(width)) if norm else None
+        self.down, self.up = down, up
+        like = down.weight
+        rank, width = like.shape
+        self.down_bias = nn.Parameter(like.new_zeros(rank))
+        self.up_bias = None if branch else nn.Parameter(like.new_zeros(up.weight.shape[0]))
+        self.norm_weight = nn.Parameter(like.new_ones(width)) if norm else None
+        self.norm_bias = nn.Parameter(like.new_zeros(width)) if norm else None
 
     def forward(self, x: Tensor, residual: Tensor | None, backend: str, strict: bool) -> Tensor:
         """``residual + s · φ(norm(x) Downᵀ + d) Upᵀ + u``, all ``[..., K]``; None adds x itself."""

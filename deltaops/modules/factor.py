@@ -34,8 +34,11 @@ def start_values(
     device: torch.device,
     dtype: torch.dtype,
     generator: torch.Generator | None,
+    gaussian: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``A [rank, in_features]`` Kaiming-uniform with a=√5 and ``B [out_features, rank]`` zero.
+
+    With ``gaussian``, A is N(0, 1/rank²).
 
     Drawn in float32 on the generator's device (the CPU without one) and moved then, so that a seed
     gives the same start on every device. On the meta device nothing is drawn.
@@ -46,6 +49,9 @@ def start_values(
         return a, torch.empty(out_features, rank, device=device, dtype=dtype)
     draws_on = torch.device("cpu") if generator is None else generator.device
     a = torch.empty(rank, in_features, device=draws_on, dtype=torch.float32)
-    nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
+    if gaussian:
+        nn.init.normal_(a, std=1 / rank, generator=generator)
+    else:
+        nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
     b = torch.zeros(out_features, rank, device=device, dtype=dtype)
     return a.to(device=device, dtype=dtype), b

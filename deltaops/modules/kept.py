@@ -1,8 +1,8 @@
-"""Parameters of a module that a delta trains, while the originals wait beside them.
+"""Parameters of a module that a delta trains or changes, while the originals wait beside them.
 
-BitFit trains biases and LN tuning trains norms. What they train is a copy in the original's place,
-under its name, so that the module's own forward reads it; the original, untouched, comes back when
-the delta is disabled or reverted.
+BitFit trains biases and LN tuning trains norms; PiSSA takes its start out of weights. What they
+train or changed is in the original's place, under its name, so that the module's own forward reads
+it; the original, untouched, comes back when the delta is disabled or reverted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ class _Kept:
     active: bool = True
 
 
-def train_copies(module: nn.Module, starts: dict[str, Tensor]) -> None:
+def train_copies(module: nn.Module, starts: dict[str, Tensor], *, trained: bool = True) -> None:
     """Put trainable ``starts`` in the place of ``module``'s parameters of the same names.
 
     Args:
         module: whose parameters they replace; it may lack them, or have None in their place.
         starts: by name; copied.
+        trained: False where they are frozen as the originals are.
     """
-    copies = {name: nn.Parameter(t.detach().clone()) for name, t in starts.items()}
+    copies = {name: nn.Parameter(t.detach().clone(), trained) for name, t in starts.items()}
     parameters = module._parameters
     kept = _Kept(
         {name: parameters.get(name) for name in copies},

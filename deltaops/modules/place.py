@@ -23,7 +23,7 @@ from .adapter import Bottleneck
 from .around import GainAfter, GainBefore, Part, Relay, Rescale, Sequential, SpanEnd, SpanStart
 from .dora import Magnitude, row_norms
 from .factor import Factor
-from .kept import copies, give_back, has_copies
+from .kept import copies, give_back, has_copies, train_copies
 from .sharing import ALTERS_INPUT, shared
 
 UNFROZEN = "the base weight requires a gradient, which the fused op does not compute: plain torch"
@@ -104,6 +104,8 @@ class DeltaPlace(LinearPlace):
     lora: dict[str, LoraSettings]
     around: tuple[Part, ...]
     """Gains and adapters; see :mod:`deltaops.modules.around`."""
+    starts: dict[str, tuple[Tensor, Tensor]]
+    """By adapter, A and B as they were taken out of the weight; see :meth:`take_out`."""
     beside: tuple[str, ...]
     """Names of the adapters that are branches of the op."""
     delta_kind: str
@@ -153,6 +155,17 @@ class DeltaPlace(LinearPlace):
                 self.add_module(side, nn.ModuleDict())
             getattr(self, side)[name] = Factor(factor)
         self.lora[name] = settings
+
+    def take_out(self, name: str, rest: Tensor) -> None:
+        """Let the weight be ``rest``, W − s·B A, laid out as W is, while the delta is active.
+
+        W itself waits, and A and B as they are now are kept, to say what the delta has changed.
+        """
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        self.__dict__["starts"] = {name: (a.detach().clone(), b.detach().clone())}
+        train_copies(self, {"weight": rest.contiguous()}, trained=False)
 
     def add_magnitude(self, name: str) -> None:
         """Make the branch ``name`` DoRA's; its magnitudes start as the rows' norms ``[N]``."""
@@ -208,7 +221,7 @@ class DeltaPlace(LinearPlace):
         found += [f"branch {name}" for name in self.beside]
         found += [type(part).__name__ for part in self.around]
         if has_copies(self):
-            found.append(f"trained {', '.join(copies(self))}")
+            found.append(f"own {', '.join(copies(self))}")
         return ", ".join(found) + ("" if self.delta_active else ", inactive")
 
     def _hold(self, name: str, adapter: Bottleneck) -> None:
@@ -236,7 +249,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[
 
 _ATTRIBUTES = (
     "backend", "strict", "pack", "delta_active", "delta_kind", "lora", "around", "beside",
-    ALTERS_INPUT,
+    "starts", ALTERS_INPUT,
 )  # fmt: skip
 """What a place has in its ``__dict__`` beside what the layer had."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
 from deltaops.methods import METHODS
-from deltaops.methods.base import Delta
+from deltaops.methods.base import PEFT_PREFIX, Delta
 from deltaops.methods.targets import roles
 from deltaops.methods.tasks import about
 from deltaops.modules import LinearPlace
@@ -48,10 +48,12 @@ def save(handle: Handle, path: str | os.PathLike[str]) -> None:
     if handle.name != "default":
         folder = folder / handle.name
     files = OURS if handle.delta.peft_type is None else PEFT
-    config = _manifest(handle) if files is OURS else _peft_config(handle)
     state: Mapping[str, Tensor] = {k: t.detach().cpu() for k, t in handle.state().items()}
+    modules = {site: handle.model.get_submodule(site) for site in handle.sites}
+    delta, state = handle.delta.portable(modules, handle.name, state)
+    config = _manifest(handle, delta) if files is OURS else _peft_config(handle, delta)
     if files is PEFT:
-        state = handle.delta.to_peft_tensors(state, handle.places)
+        state = delta.to_peft_tensors(state, handle.places)
     # clone: safetensors refuses tensors that share storage, and the file must not
     write_adapter(folder, config, {k: t.contiguous().clone() for k, t in state.items()}, files)
 
@@ -107,6 +109,8 @@ def load(
         raise CheckpointError(f"load: {files.weights} in {str(folder)!r} holds no tensors.")
     delta_shapes, saved_shapes = (_in_file(found, plan, files) for found in _expected(model, plan))
     shapes = delta_shapes | saved_shapes
+    if files is PEFT:
+        tensors = _without_base(tensors, model, folder)
     _check_keys(tensors, shapes, folder, files)
     where = f"load: {files.weights} in {str(folder)!r}"
     for key in delta_shapes:
@@ -143,9 +147,9 @@ def load(
 # ------------------------------------------------------------------------------------------ save
 
 
-def _peft_config(handle: Handle) -> dict[str, Any]:
+def _peft_config(handle: Handle, delta: Delta) -> dict[str, Any]:
     """All that PEFT needs to build the same adapter on the same base model."""
-    model, delta = handle.model, handle.delta
+    model = handle.model
     sites = handle.sites
     config = delta.to_peft(handle.places)
     if "layers_to_transform" in config and not _means_the_same(model, delta, sites):
@@ -171,13 +175,13 @@ def _peft_config(handle: Handle) -> dict[str, Any]:
     return config
 
 
-def _manifest(handle: Handle) -> dict[str, Any]:
+def _manifest(handle: Handle, delta: Delta) -> dict[str, Any]:
     """All that :func:`load` needs to build the same adapter on the same base model."""
     return {
         "format": FORMAT,
         "version": VERSION,
-        "method": handle.delta.kind,
-        "settings": handle.delta.settings(),
+        "method": delta.kind,
+        "settings": delta.settings(),
         "base_model": _base_model(handle.model),
     }
 
@@ -193,8 +197,9 @@ def _means_the_same(model: nn.Module, delta: Delta, sites: tuple[str, ...]) -> b
     target = delta.target_modules
     if isinstance(target, str) or roles(target) or delta.layers_to_transform is not None:
         return False
-    linear = [p for p, m in model.named_modules() if isinstance(m, (nn.Linear, LinearPlace))]
-    found = {p for p in linear if selects(target, p)}
+    kinds = (nn.Linear, LinearPlace, nn.Embedding)
+    paths = [p for p, m in model.named_modules() if isinstance(m, kinds)]
+    found = {p for p in paths if selects(target, p)}
     if delta.exclude_modules is not None:
         found = {p for p in found if not selects(delta.exclude_modules, p)}
     return found == set(sites)
@@ -238,9 +243,8 @@ def _expected(model: nn.Module, plan: Plan) -> tuple[Shapes, Shapes]:
     """Every key of ``handle.state()`` with its shape: the delta's, and those saved whole."""
     ours: Shapes = {}
     saved: Shapes = {}
-    for site in plan.sites:
-        for suffix, shape in plan.delta.shapes(site, model.get_submodule(site.path)).items():
-            ours[site.key(suffix)] = shape
+    for site, suffix, shape in plan.tensors():
+        ours[site.key(suffix)] = shape
     for path in plan.saved:
         for key, tensor in model.get_submodule(path).state_dict().items():
             saved[f"{path}.{key}"] = tuple(tensor.shape)
@@ -254,6 +258,30 @@ def _in_file(shapes: Shapes, plan: Plan, files: Files) -> Shapes:
     empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     found = plan.delta.to_peft_tensors(empty, plan.sites)
     return {key: tuple(tensor.shape) for key, tensor in found.items()}
+
+
+def _without_base(
+    tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
+) -> dict[str, Tensor]:
+    """``tensors`` without the frozen weights, which PEFT writes along for embeddings with a delta.
+
+    Raises: CheckpointError where one is not what the model has.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    ending = ".base_layer.weight"
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PEFT_PREFIX).removesuffix(ending) + ".weight"
+        if not key.endswith(ending) or path not in own:
+            found[key] = tensor
+            continue
+        weight = own[path].detach().cpu()
+        if weight.shape != tensor.shape or not torch.equal(weight, tensor.to(weight.dtype)):
+            raise CheckpointError(
+                f"load: {PEFT.weights} in {str(folder)!r} replaces the frozen weight at {path!r}, "
+                "and the model has another one. Load the base model that it was trained on."
+            )
+    return found
 
 
 def _check_keys(

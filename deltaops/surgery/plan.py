@@ -5,6 +5,7 @@ plan = surgery.plan(model, LoRA(r=16)); print(plan); handle = plan.apply()
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +43,10 @@ class Plan:
     pack: Policy
 
     def __str__(self) -> str:
-        leaves = [Leaf(s.path, describe(s), f"+{self._size(s):,}") for s in self.sites]
+        sizes = dict.fromkeys(self.sites, 0)
+        for site, _, shape in self.tensors():
+            sizes[site] += torch.Size(shape).numel()
+        leaves = [Leaf(s.path, describe(s), f"+{size:,}") for s, size in sizes.items()]
         leaves += [Leaf(p, "trained whole", f"{_count(self.model, p):,}") for p in self.saved]
         leaves += [Leaf(path, f"left alone: {reason}", "") for path, reason in self.skipped]
         return f"{self.delta} on {type(self.model).__name__}\n{draw(leaves)}"
@@ -65,7 +69,7 @@ class Plan:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
             self.delta.enter(self.model)
-            binding = Binding(self.name, self.backend, self.strict, self.pack, generator)
+            binding = Binding(self.name, self.backend, self.strict, self.pack, generator, {})
             for site in self.sites:
                 self.delta.bind(site, modules, binding)
             for path in self.frozen:
@@ -96,10 +100,13 @@ class Plan:
         write(self.model, record)
         return Handle(self.model, record)
 
-    def _size(self, site: Site) -> int:
-        """How many parameters the delta adds or trains there."""
-        shapes = self.delta.shapes(site, self.model.get_submodule(site.path))
-        return sum(torch.Size(shape).numel() for shape in shapes.values())
+    def tensors(self) -> Iterator[tuple[Site, str, tuple[int, ...]]]:
+        """``(site, suffix, shape)`` of all that the delta will train; what sites share, once."""
+        for i, site in enumerate(self.sites):
+            shapes = self.delta.shapes(site, self.model.get_submodule(site.path))
+            for suffix, shape in shapes.items():
+                if i == 0 or not self.delta.shared(suffix):
+                    yield site, suffix, shape
 
     def _check_unchanged(self, modules: dict[str, nn.Module]) -> None:
         whole = wholes(self.model, self.delta.places)

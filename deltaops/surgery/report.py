@@ -13,7 +13,7 @@ from deltaops.backends.calls import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
-from deltaops.methods.base import NORM
+from deltaops.methods.base import EMBEDDING, NORM
 from deltaops.modules import Block, DeltaPlace, LinearPlace, PromptedStack
 from deltaops.packing import PACKING
 
@@ -141,7 +141,10 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
                 yield Row(
                     site.path, record.delta.kind, "torch", "a norm of torch's, trained as it is"
                 )
-            if isinstance(module, PromptedStack):
+            elif site.place == EMBEDDING:
+                reason = "it is looked up in torch; its branch is read where the ids point"
+                yield Row(site.path, record.delta.kind, "torch", reason)
+            elif isinstance(module, PromptedStack):
                 yield Row(site.path, record.delta.kind, "torch", module.told())
         for path, reason in record.skipped:
             yield Row(path, "left alone", "torch", reason)

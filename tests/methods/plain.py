@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops import IA3, Adapter, BitFit, IntrinsicPrompt, LNTuning, LoRA, ParallelAdapter, Prompt
+from deltaops import (
+    IA3,
+    Adapter,
+    BitFit,
+    Compacter,
+    IntrinsicPrompt,
+    LNTuning,
+    LoRA,
+    ParallelAdapter,
+    Prompt,
+)
 from deltaops.methods import Delta, Site
 
 _PHI: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,13 +44,18 @@ def apply_plainly(
         places: of the handle.
         state: ``handle.state()``, in the dtype of the model; what requires a gradient gets one.
     """
+    everywhere = {k[k.rindex("adapter.") :]: v for k, v in state.items() if k.endswith("phm_rule")}
     for site in places:
         start = site.key("")
-        found = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
+        own = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
+        found = everywhere | own
         _PLAIN[type(delta)](model, delta, site, found)
 
 
 def _lora(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    if delta.init_lora_weights == "pissa":
+        _take_out(model.get_submodule(site.path), delta.r)
+
     def hook(module: Any, args: Any, y: Tensor) -> Tensor:
         a, b = t["lora_A.weight"], t["lora_B.weight"]
         y = y + delta.scaling * (args[0] @ a.T @ b.T)
@@ -52,6 +67,13 @@ def _lora(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> Non
         return (y - bias) * (t["lora_magnitude_vector"] / norm) + bias
 
     model.get_submodule(site.path).register_forward_hook(hook)
+
+
+def _take_out(module: Any, rank: int) -> None:
+    """The weight without its first singular triplets; transposed, it has the same."""
+    u, sigma, v = torch.linalg.svd(module.weight.detach(), full_matrices=False)
+    sigma[:rank] = 0.0
+    module.weight = nn.Parameter((u * sigma) @ v, requires_grad=False)
 
 
 def _bottleneck(delta: Any, x: Tensor, t: dict[str, Tensor]) -> Tensor:
@@ -67,6 +89,17 @@ def _adapter(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> 
         return y + _bottleneck(delta, y, t) + t["adapter.up_bias"]
 
     model.get_submodule(site.path).register_forward_hook(hook)
+
+
+def _compacter(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    weights = {}
+    for side in ("down", "up"):
+        rule = t[f"adapter.{'down' if delta.shared_phm_rule else side}.phm_rule"]
+        s, columns = t[f"adapter.{side}.s"], t[f"adapter.{side}.t"]
+        weights[f"adapter.{side}.weight"] = torch.stack(
+            [torch.kron(rule[i], s[i] @ columns[i].T) for i in range(delta.phm_dim)]
+        ).sum(0)
+    _adapter(model, delta, site, t | weights)
 
 
 def _parallel(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
@@ -163,6 +196,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 _PLAIN: dict[type[Delta], Callable[[nn.Module, Any, Site, dict[str, Tensor]], None]] = {
     LoRA: _lora,
     Adapter: _adapter,
+    Compacter: _compacter,
     ParallelAdapter: _parallel,
     BitFit: _bitfit,
     LNTuning: _ln_tuning,

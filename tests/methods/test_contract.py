@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import deltaops
-from deltaops import IA3, Adapter, BitFit, IntrinsicPrompt, LNTuning, LoRA, ParallelAdapter, Prompt
+from deltaops import (
+    IA3,
+    Adapter,
+    BitFit,
+    Compacter,
+    IntrinsicPrompt,
+    LNTuning,
+    LoRA,
+    ParallelAdapter,
+    Prompt,
+)
 from deltaops.errors import AttachError, TargetError
 from deltaops.methods import METHODS as KNOWN
 from deltaops.methods import Delta, Promise
@@ -32,8 +42,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 METHODS: dict[str, Callable[[], Delta]] = {
     "lora": lambda: LoRA(r=3, alpha=5, use_rslora=True),
     "dora": lambda: LoRA(r=3, alpha=5, use_dora=True),
+    "pissa": lambda: LoRA(r=3, alpha=5, init_lora_weights="pissa"),
     "houlsby": lambda: Adapter(reduction_factor=4),
     "pfeiffer": lambda: Adapter(style="pfeiffer", size=5, layer_norm=True, non_linearity="silu"),
+    "compacter": lambda: Compacter(size=6, phm_dim=2),
     "parallel": lambda: ParallelAdapter(),
     "parallel-layer": lambda: ParallelAdapter(size=3, target_modules=["key-value"], scaling=0.5),
     "bitfit": lambda: BitFit(),
@@ -148,7 +160,11 @@ def test_save_and_load_give_the_same_bits(method: str, name: str, tmp_path: Path
     handle = attached(method, model)
     handle.save(tmp_path)
     loaded = deltaops.load(twin, tmp_path)
-    assert torch.equal(answer(name, twin), answer(name, model))
+    if method == "pissa":  # its file holds the change of W, which is another sum
+        error = relative_error(answer(name, twin), answer(name, model))
+        assert error < 16 * bound(0.0, torch.float32)
+    else:
+        assert torch.equal(answer(name, twin), answer(name, model))
     assert loaded.sites == handle.sites
     assert loaded.state().keys() == handle.state().keys()
     assert {k for k, p in twin.named_parameters() if p.requires_grad} == {

@@ -52,6 +52,12 @@ from deltaops.testing import bound, relative_error
         ({"rank_pattern": 3}, "rank_pattern must map"),
         ({"rank_pattern": {"([": 3}}, "rank_pattern=.*does not compile"),
         ({"alpha_pattern": {"q": "8"}}, "alpha_pattern must map .* to finite numbers"),
+        ({"init_lora_weights": False}, "init_lora_weights must be True, 'gaussian'"),
+        ({"init_lora_weights": "pissa_niter_"}, "init_lora_weights must be"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights must be"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "do not go together"),
+        ({"init_lora_weights": "olora", "alpha": 0}, "every alpha must be above 0"),
+        ({"init_lora_weights": "pissa", "alpha_pattern": {"q": -1}}, "every alpha must be above 0"),
         ({"layers_pattern": ["h"], "target_modules": ["q"]}, "Pass both or neither"),
     ],
     ids=str,
@@ -110,7 +116,7 @@ def test_pefts_default_configuration_is_understood() -> None:
     assert LoRA.from_peft(config) == LoRA(r=8, alpha=8, target_modules=["q"])
 
 
-@pytest.mark.parametrize("value", ["pissa", "olora", "corda", "loftq", "pissa_niter_4", 7])
+@pytest.mark.parametrize("value", ["mica", "corda", "loftq", "pissa_niter_4", 7])
 def test_starts_that_change_the_base_are_refused(value: Any) -> None:
     with pytest.raises(CheckpointError, match="init_lora_weights"):
         LoRA.from_peft({"peft_type": "LORA", "target_modules": ["q"], "init_lora_weights": value})
@@ -197,6 +203,13 @@ def test_adapter_dtype(base: torch.dtype, autocast: bool, adapter: torch.dtype) 
     model = nn.Sequential(nn.Linear(8, 8, dtype=base))
     handle = deltaops.attach(model, LoRA(r=2, autocast_adapter_dtype=autocast))
     assert {p.dtype for p in handle.parameters()} == {adapter}
+
+
+def test_gaussian_start_values() -> None:
+    model = nn.Sequential(nn.Linear(512, 300))
+    a, b = deltaops.attach(model, LoRA(r=64, init_lora_weights="gaussian")).parameters()
+    assert abs(a.std().item() - 1 / 64) < 3e-4
+    assert not b.any()
 
 
 def test_start_values_have_pefts_distribution() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import deltaops
-from deltaops import BitFit, ParallelAdapter
+from deltaops import BitFit, Compacter, ParallelAdapter
 from deltaops.testing.architectures import build
 
 pytestmark = [
@@ -48,7 +48,11 @@ def train(delta: Any, folder: Path, *, checkpointing: bool = True, resume: str =
     return {key: tensor.detach().clone() for key, tensor in handle.state().items()}
 
 
-@pytest.mark.parametrize("delta", [ParallelAdapter(), BitFit()], ids=["parallel", "bitfit"])
+@pytest.mark.parametrize(
+    "delta",
+    [ParallelAdapter(), BitFit(), Compacter(size=6, phm_dim=2)],
+    ids=["parallel", "bitfit", "compacter"],
+)
 def test_trainer_resumes_with_the_same_bits(delta: Any, tmp_path: Path) -> None:
     straight: dict[str, Tensor] = train(delta, tmp_path / "straight")
     plainly = train(delta, tmp_path / "plainly", checkpointing=False)

@@ -52,8 +52,11 @@ def test_resuming_gives_the_same_bits(base: Path, text: Path, tmp_path: Path) ->
     assert [p.loss for p in outcome.history][:3] == [p.loss for p in stopped.history]
 
 
-def test_a_method_with_a_manifest_resumes_alike(base: Path, text: Path, tmp_path: Path) -> None:
-    wanted = settings(base, text, delta="bitfit:create_missing=true", lr=0.01)
+@pytest.mark.parametrize("delta", ["bitfit:create_missing=true", "compacter:size=4"])
+def test_a_method_with_a_manifest_resumes_alike(
+    base: Path, text: Path, tmp_path: Path, delta: str
+) -> None:
+    wanted = settings(base, text, delta=delta, lr=0.01)
     outcome = run(wanted, tmp_path / "straight")
     assert outcome.before is not None
     assert outcome.after is not None

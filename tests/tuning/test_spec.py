@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from deltaops import IA3, Adapter, BitFit, IntrinsicPrompt, LNTuning, LoRA, ParallelAdapter, Prompt
+from deltaops import (
+    IA3,
+    Adapter,
+    BitFit,
+    Compacter,
+    IntrinsicPrompt,
+    LNTuning,
+    LoRA,
+    ParallelAdapter,
+    Prompt,
+)
 from deltaops.errors import ConfigError
 from deltaops.tuning.spec import parse_delta
 
@@ -25,8 +35,14 @@ from deltaops.tuning.spec import parse_delta
             "lora:rank_pattern=q_proj:16+k_proj:4,alpha_pattern=q_proj:0.5",
             LoRA(rank_pattern={"q_proj": 16, "k_proj": 4}, alpha_pattern={"q_proj": 0.5}),
         ),
+        ("lora:init_lora_weights=pissa_niter_4", LoRA(init_lora_weights="pissa_niter_4")),
+        ("lora:init_lora_weights=true", LoRA()),
         ("adapter:style=pfeiffer,size=8", Adapter(style="pfeiffer", size=8)),
         ("adapter:size=none,layer_norm=true", Adapter(layer_norm=True)),
+        (
+            "compacter:phm_dim=2,shared_phm_rule=false",
+            Compacter(phm_dim=2, shared_phm_rule=False),
+        ),
         ("parallel:scaling=1", ParallelAdapter(scaling=1.0)),
         ("bitfit:create_missing=false", BitFit(create_missing=False)),
         ("ia3:feedforward_modules=down_proj+", IA3(feedforward_modules=["down_proj"])),
