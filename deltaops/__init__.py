@@ -18,7 +18,7 @@ from .dispatch import backends
 
 if TYPE_CHECKING:
     from . import errors, memory, ops
-    from .methods import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter
+    from .methods import IA3, Adapter, BitFit, LNTuning, LoRA, ParallelAdapter, Prefix
     from .ops import explain
     from .surgery import accelerate, attach, load, report
 
@@ -29,6 +29,7 @@ __all__ = [
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
+    "Prefix",
     "__version__",
     "accelerate",
     "attach",
@@ -50,6 +51,7 @@ _HOMES = {
     "LNTuning": "methods",
     "LoRA": "methods",
     "ParallelAdapter": "methods",
+    "Prefix": "methods",
     "accelerate": "surgery",
     "attach": "surgery",
     "errors": "",

@@ -7,6 +7,7 @@ from .ia3 import IA3
 from .ln_tuning import LNTuning
 from .lora import LoRA
 from .parallel_adapter import ParallelAdapter
+from .prefix import Prefix
 from .targets import ALL_LINEAR
 
 __all__ = [
@@ -20,11 +21,12 @@ __all__ = [
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
+    "Prefix",
     "Promise",
     "Site",
 ]
 
-_ALL: tuple[type[Delta], ...] = (LoRA, Adapter, ParallelAdapter, BitFit, IA3, LNTuning)
+_ALL: tuple[type[Delta], ...] = (LoRA, Adapter, ParallelAdapter, BitFit, IA3, LNTuning, Prefix)
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}
 """By the name that files and the command line use."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.modules import DeltaPlace, LoraSettings, nonzero, start_values, unbecome
 
-from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
+from .base import EXACT, Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
 from .peft_config import listed, required, target_fields, unexpressed
 from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, normalise
@@ -76,7 +76,7 @@ class LoRA(Delta):
 
     kind: ClassVar[str] = "lora"
     peft_type: ClassVar[str | None] = "LORA"
-    promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
+    promises: ClassVar[frozenset[Promise]] = EXACT
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""

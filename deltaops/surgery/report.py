@@ -13,8 +13,8 @@ from deltaops.backends.calls import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
-from deltaops.methods.base import NORM
-from deltaops.modules import Block, DeltaPlace, LinearPlace
+from deltaops.methods.base import ATTENTION, NORM
+from deltaops.modules import Block, DeltaPlace, LinearPlace, told_of_prefix
 from deltaops.packing import PACKING
 
 from .blocks import block_rows
@@ -135,6 +135,8 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
                 yield Row(
                     site.path, record.delta.kind, "torch", "a norm of torch's, trained as it is"
                 )
+            if site.place == ATTENTION and not isinstance(module, Block):
+                yield Row(site.path, record.delta.kind, *told_of_prefix(module, tokens))
         for path, reason in record.skipped:
             yield Row(path, "left alone", "torch", reason)
 

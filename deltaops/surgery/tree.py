@@ -30,7 +30,7 @@ def draw(leaves: Iterable[Leaf]) -> str:
     root = _Node()
     for leaf in leaves:
         node = root
-        for part in leaf.path.split("."):
+        for part in (leaf.path or "(model)").split("."):
             node = node.children.setdefault(part, _Node())
         node.leaf = leaf
     rows = list(_rows(root, ""))
