@@ -35,7 +35,7 @@ class Promise(enum.Enum):
 
     IDENTITY_AT_START = "a freshly attached model computes what it computed before"
     NEAR_IDENTITY_AT_START = "a freshly attached model computes nearly what it computed before"
-    NEAR_ZEROS_AT_START = "a freshly attached model computes nearly what zeros as parameters do"
+    STATED_AT_START = "a freshly attached model is not what it was; the method states what is drawn"
     MERGE_EQUALS_APPLY = "merged weights compute what the applied delta computes"
     REVERT_RESTORES_BITS = "reverting gives back every bit and every requires_grad flag"
 

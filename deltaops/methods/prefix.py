@@ -7,9 +7,9 @@ they are. Pk and Pv are parameters, or rows of what a small MLP, shared by all a
 
     rows = Up · tanh(Down · e + d) + u        e [P, E], Down [C, E], Up [R, C]
 
-Drawn from N(0, 0.02²), they start near zeros. That is not where the model was: scores of about zero
-take their part of the softmax, and the output of attention gets smaller by it. But noise as large
-as a layer's own keys and values (N(0, 1) in PEFT) is not added either.
+Keys start at N(0, 1) (for a scale of D^-½; else at N(0, 1 / (scale² D))), so that queries tell them
+apart from the first step on, and values at N(0, 0.02²), which adds little noise. That is not where
+the model was: the prefix takes its part of the softmax, and what attention returns gets smaller.
 Source: Li and Liang 2021 (arXiv 2101.00190); in every layer of any model as by Liu et al. 2022
 (arXiv 2110.07602).
 """
@@ -48,8 +48,8 @@ from .base import ATTENTION, MODEL, Binding, Delta, Promise, Site, adapter_dtype
 from .peft_config import listed, refuse_unknown
 from .targets import ATTENTIONS, DECODER_ATTENTIONS, check_flags, is_count, normalise
 
-STD = 0.02
-"""Of the start values of keys and values."""
+SPREAD_OF_VALUES = 0.02
+"""Standard deviation of the start values."""
 NO_MERGE = "keys and values before those of the tokens are part of no weight"
 _ENCODER = "prefix_encoder"
 """The encoder's name on the model, and its part of keys."""
@@ -109,7 +109,7 @@ class Prefix(Delta):
     )  # fmt: skip
     places: ClassVar[frozenset[str]] = frozenset({ATTENTION})
     promises: ClassVar[frozenset[Promise]] = frozenset(
-        {Promise.NEAR_ZEROS_AT_START, Promise.REVERT_RESTORES_BITS}
+        {Promise.STATED_AT_START, Promise.REVERT_RESTORES_BITS}
     )
 
     def __post_init__(self) -> None:
@@ -178,13 +178,19 @@ class Prefix(Delta):
         if self.shift_positions:
             shift_positions(modules, site.path, self.num_virtual_tokens)
         backend, strict = binding.backend, binding.strict
+        heads, _, width = self._shape(site)
+        spread = spread_of_keys(module, width), SPREAD_OF_VALUES
         if self.reparameterised:
             encoder = modules[""].get_submodule(_ENCODER)
             assert isinstance(encoder, PrefixEncoder)
-            heads, _, width = self._shape(site)
-            join_encoder(encoder, modules, site.path, heads, width, backend=backend, strict=strict)
+            rows = join_encoder(
+                encoder, modules, site.path, heads, width, backend=backend, strict=strict
+            )
+            with torch.no_grad():
+                for found, factor in zip(rows, spread, strict=True):
+                    encoder.up[found] *= factor
         else:
-            k, v = (self._drawn(self._shape(site), STD, module, binding) for _ in range(2))
+            k, v = (self._drawn(self._shape(site), one, module, binding) for one in spread)
             add_prefix(module, k, v, backend=backend, strict=strict)
 
     def _bind_encoder(self, site: Site, model: nn.Module, binding: Binding) -> None:
@@ -194,14 +200,16 @@ class Prefix(Delta):
                 "Rename it, or use reparameterised=False."
             )
         shapes = self.shapes(site, model)
-        (hidden, inner) = shapes[f"{_ENCODER}.down"]
-        # each sum of Down · e is N(0, 1), whose tanh has a deviation of 0.63
-        spread = {"embedding": 1.0, "down": inner**-0.5, "up": STD / 0.63 * hidden**-0.5}
-        found = [
-            self._drawn(shape, spread.get(key.rpartition(".")[2], 0.0), model, binding)
+        hidden, inner = shapes[f"{_ENCODER}.down"]
+        # each sum of Down · e is N(0, 1), whose tanh has a deviation of 0.63: that of rows is 1
+        spread = {"embedding": 1.0, "down": inner**-0.5, "up": hidden**-0.5 / 0.63}
+        found = {
+            key.rpartition(".")[2]: self._drawn(
+                shape, spread.get(key.rpartition(".")[2], 0.0), model, binding
+            )
             for key, shape in shapes.items()
-        ]
-        model.add_module(_ENCODER, PrefixEncoder(*found))
+        }
+        model.add_module(_ENCODER, PrefixEncoder(**found))
 
     def _drawn(
         self, shape: tuple[int, ...], spread: float, beside: nn.Module, binding: Binding
@@ -304,8 +312,7 @@ class Prefix(Delta):
             return f"task_type={self.task_type!r} is not for {type(model).__name__}"
         if len({(site.heads, site.out_features) for site in sites}) > 1:
             return "its attentions have keys of several sizes"
-        attentions = [model.get_submodule(site.path) for site in sites]
-        if any(getattr(module, "sliding_window", None) is not None for module in attentions):
+        if any(_window(model.get_submodule(site.path)) is not None for site in sites):
             return "a sliding window leaves PEFT's prefix behind, which lies in the cache"
         above = [m for path, m in model.named_modules() if _holds(path, sites[0].path)]
         if not any("past_key_values" in signature(type(m).forward).parameters for m in above):
@@ -380,6 +387,18 @@ class Prefix(Delta):
             )
         except ConfigError as error:
             raise CheckpointError(f"adapter_config.json: {error}") from error
+
+
+def spread_of_keys(attention: Any, width: int) -> float:
+    """With which scores of a query of N(0, 1) are N(0, 1); T5 has no scale of D^-½."""
+    scale = getattr(attention, "scaling", None)
+    return float(width**-0.5 / scale) if isinstance(scale, float) and scale > 0.0 else 1.0
+
+
+def _window(attention: Any) -> Any:
+    """How far back a query sees; None where it sees all."""
+    holder = attention if hasattr(attention, "sliding_window") else attention.config
+    return getattr(holder, "sliding_window", None)
 
 
 def _holds(path: str, site: str) -> bool:

@@ -22,7 +22,7 @@ from deltaops.errors import ConfigError, NoBackendError
 from deltaops.ops import prefix_attention
 from deltaops.reference.prefix_attention import join, mask_of_both
 
-from .attention_functions import BIAS, asks, attend, attends, known_sdpa, visible, words
+from .attention_functions import BIAS, SDPA, attend, attends, known_sdpa, visible, words
 from .prefix_encoder import PrefixEncoder, Rows, rows_of
 
 NAME = "deltaops"
@@ -30,6 +30,8 @@ NAME = "deltaops"
 KEYS, VALUES = "prefix_k", "prefix_v"
 """Names of the parameters ``[Hkv, P, D]`` on an attention module."""
 _HELD = "_deltaops_prefix"
+_settings: dict[str, frozenset[str]] = {}
+"""Words of transformers' function for "sdpa", where we know it; a compiler follows no cache."""
 
 
 def register() -> None:
@@ -37,6 +39,9 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    theirs = known_sdpa()
+    if theirs is not None:
+        _settings[SDPA] = words(theirs.__code__)
     AttentionInterface.register(NAME, attend_with_prefix)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -108,7 +113,7 @@ def join_encoder(
     *,
     backend: str = "auto",
     strict: bool = False,
-) -> None:
+) -> tuple[slice, slice]:
     """Give an attention the next rows of an encoder as its prefix; otherwise as :func:`add_prefix`.
 
     Args:
@@ -119,12 +124,15 @@ def join_encoder(
         width: D.
         backend: passed to the op.
         strict: passed to the op.
+    Returns: which of the encoder's rows are its keys, and which its values.
     Raises: ConfigError where it has a prefix.
     """
-    rows = rows_of(encoder, modules, path)
+    rows, size = rows_of(encoder, modules, path), heads * width
     first = rows.stop - rows.start
     _hold(modules[path], Held(backend, strict, Encoded(rows, first, heads, width)))
-    rows.stop += 2 * heads * width
+    rows.stop += 2 * size
+    middle = rows.stop - size
+    return slice(middle - size, middle), slice(middle, rows.stop)
 
 
 def remove_prefix(module: nn.Module) -> None:
@@ -214,7 +222,7 @@ def attend_with_prefix(
     prefix_k, prefix_v = _both(module, held)
     k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
-    reason = _beyond(theirs, dropout, named)
+    reason = _beyond(dropout, named)
     if reason is None and not attends(query, k, v, attention_mask, groups, causal):
         reason = "these tensors, or their mask of numbers"
     if reason is None:
@@ -243,15 +251,17 @@ def attend_with_prefix(
     return out
 
 
-def _beyond(theirs: Any, dropout: float, named: dict[str, Any]) -> str | None:
+def _beyond(dropout: float, named: dict[str, Any]) -> str | None:
     """What is asked for that is none of the op's; None where nothing is."""
     if dropout:
         return "dropout of the weights"
     if named.get(BIAS) is not None:
         return "a bias that is added to the scores"
-    if known_sdpa() is None:
+    if SDPA not in _settings:
         return "what 'sdpa' computes in this version of transformers"
-    return "further settings of 'sdpa'" if asks(theirs, named) else None
+    known = _settings[SDPA]
+    asked = [n for n, x in named.items() if n in known and x is not None and x is not False]
+    return f"{asked[0]!r}, a setting of 'sdpa'" if asked else None
 
 
 def _grown(added: Tensor, prefix: Tensor) -> Tensor:
@@ -304,7 +314,7 @@ def heads_of(module: Any) -> int:
 
 def head_width(module: nn.Module) -> int | None:
     """The features of a head, by the names that transformers' attentions have for it."""
-    return number(module, "head_dim", "attention_head_size", "key_value_proj_dim")
+    return number(module, "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
 
 def number(holder: Any, *names: str) -> int | None:

@@ -180,11 +180,12 @@ def _unlike_peft(
     """Why PEFT's file cannot hold this; None where it can."""
     if delta.peft_type is None:
         return "PEFT has no such method"
-    if delta.peft_role is not None:
+    reason = delta.unlike_peft(model, sites, writing=writing)
+    if reason is None and delta.peft_role is not None:
         theirs = resolve(model, (delta.peft_role,), lenient=True)
         if [site.path for site in sites] != list(theirs):
             return f"it binds to other modules than all {len(theirs)} of {delta.peft_role!r}"
-    return delta.unlike_peft(model, sites, writing=writing)
+    return reason
 
 
 def _manifest(model: nn.Module, delta: Delta) -> dict[str, Any]:
