@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         LNTuning,
         LoRA,
         ParallelAdapter,
+        Prefix,
         Prompt,
     )
     from .ops import explain
@@ -41,6 +42,7 @@ __all__ = [
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
+    "Prefix",
     "Prompt",
     "__version__",
     "accelerate",
@@ -65,6 +67,7 @@ _HOMES = {
     "LNTuning": "methods",
     "LoRA": "methods",
     "ParallelAdapter": "methods",
+    "Prefix": "methods",
     "Prompt": "methods",
     "accelerate": "surgery",
     "attach": "surgery",

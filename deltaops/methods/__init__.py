@@ -9,6 +9,7 @@ from .intrinsic_prompt import IntrinsicPrompt
 from .ln_tuning import LNTuning
 from .lora import LoRA
 from .parallel_adapter import ParallelAdapter
+from .prefix import Prefix
 from .prompt import Prompt
 from .targets import ALL_LINEAR
 
@@ -25,13 +26,15 @@ __all__ = [
     "LNTuning",
     "LoRA",
     "ParallelAdapter",
+    "Prefix",
     "Promise",
     "Prompt",
     "Site",
 ]
 
 _ALL: tuple[type[Delta], ...] = (
-    LoRA, Adapter, Compacter, ParallelAdapter, BitFit, IA3, LNTuning, Prompt, IntrinsicPrompt,
+    LoRA, Adapter, Compacter, ParallelAdapter, Prefix, Prompt, IntrinsicPrompt, BitFit, IA3,
+    LNTuning,
 )  # fmt: skip
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}

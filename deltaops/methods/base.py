@@ -23,6 +23,8 @@ from deltaops.packing import Policy
 LINEAR, NORM, EMBEDDING, ATTENTION, STACK = "linear", "norm", "embedding", "attention", "stack"
 """Kinds of place; an attention is a whole module with its projections, a stack all blocks of a
 model with what embeds its tokens."""
+MODEL = "model"
+"""The model itself, which has what all places share; see :meth:`Delta.shared`."""
 PEFT_PREFIX = "base_model.model."
 """Of the keys in PEFT's file."""
 HALF = (torch.float16, torch.bfloat16)
@@ -33,8 +35,15 @@ class Promise(enum.Enum):
 
     IDENTITY_AT_START = "a freshly attached model computes what it computed before"
     NEAR_IDENTITY_AT_START = "a freshly attached model computes nearly what it computed before"
+    STATED_AT_START = "a freshly attached model is not what it was; the method states what is drawn"
     MERGE_EQUALS_APPLY = "merged weights compute what the applied delta computes"
     REVERT_RESTORES_BITS = "reverting gives back every bit and every requires_grad flag"
+
+
+EXACT = frozenset(
+    {Promise.IDENTITY_AT_START, Promise.MERGE_EQUALS_APPLY, Promise.REVERT_RESTORES_BITS}
+)
+"""What a method promises that starts as the model and can become part of it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Site:
     """The one by which it was found, or of :meth:`Delta.told_apart`; empty where it has neither."""
     entry: str = ""
     """Path of the layer where the sub-layer begins that ends here, with the role "feed-forward"."""
+    heads: int = 0
+    """Of an attention's keys."""
 
     def key(self, suffix: str) -> str:
         """The name of a tensor of this place in ``handle.state()``; the model has no path."""
@@ -84,6 +95,10 @@ class Delta(ABC):
     """Kinds of place that it binds to."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name for it; None where PEFT has none, and our own manifest holds it."""
+    peft_role: ClassVar[str | None] = None
+    """Where PEFT binds it, if nothing but that can be said in PEFT's file."""
+    peft_sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields of PEFT's config that follow from the model; a file with others is another's."""
 
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...] | None
@@ -103,6 +118,17 @@ class Delta(ABC):
 
     def leave(self, model: nn.Module) -> None:
         """Undo :meth:`enter`, after everything is unbound; also where that never came."""
+        return None
+
+    def switch(self, model: nn.Module, active: bool) -> None:
+        """Switch what :meth:`enter` changed, as :meth:`activate` does a place's delta."""
+        return None
+
+    def on_model(self, sites: tuple[Site, ...]) -> tuple[int, int] | None:
+        """Sizes, for people, of what all ``sites`` share; None where they share nothing.
+
+        The model itself becomes the first site then, of the kind "model" and without a path.
+        """
         return None
 
     def told_apart(self) -> tuple[str, ...]:
@@ -159,6 +185,30 @@ class Delta(ABC):
     def shared(self, suffix: str) -> bool:
         """Whether all sites have one tensor ``suffix``, which counts as the first one's."""
         return False
+
+    def flat(
+        self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
+    ) -> tuple[Delta, Mapping[str, Tensor], tuple[Site, ...]]:
+        """The delta that computes the same without what only training needs; most are that.
+
+        Args:
+            tensors: of ``handle.state()``.
+            sites: where it is bound.
+        Returns: its settings, its tensors, and where it would be bound.
+        """
+        return self, tensors, sites
+
+    def unlike_peft(
+        self, model: nn.Module, sites: tuple[Site, ...], *, writing: bool
+    ) -> str | None:
+        """Why PEFT's file would mean something else than this does; None where it means this.
+
+        Args:
+            model: with or without the delta.
+            sites: where it is bound.
+            writing: of a file that is written; one that is read need not be able to hold more.
+        """
+        return None
 
     def to_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]

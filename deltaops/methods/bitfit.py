@@ -28,7 +28,7 @@ from deltaops.modules import (
     zeros_for,
 )
 
-from .base import LINEAR, NORM, Binding, Delta, Promise, Site, wide
+from .base import EXACT, LINEAR, NORM, Binding, Delta, Promise, Site, wide
 from .linear import become_place
 from .targets import ALL_LINEAR, ALL_NORM, check_flags, normalise
 
@@ -61,7 +61,7 @@ class BitFit(Delta):
 
     kind: ClassVar[str] = "bitfit"
     places: ClassVar[frozenset[str]] = frozenset({LINEAR, NORM})
-    promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
+    promises: ClassVar[frozenset[Promise]] = EXACT
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""

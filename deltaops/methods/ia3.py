@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.modules import DeltaPlace, unbecome
 
-from .base import Binding, Delta, Promise, Site, adapter_dtype, wide
+from .base import EXACT, Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
 from .peft_config import listed, refuse_unknown, required, target_fields
 from .targets import (
@@ -64,7 +64,7 @@ class IA3(Delta):
 
     kind: ClassVar[str] = "ia3"
     peft_type: ClassVar[str | None] = "IA3"
-    promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
+    promises: ClassVar[frozenset[Promise]] = EXACT
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.modules import activate_copies, copies, give_back, train_copies
 
-from .base import NORM, Binding, Delta, Promise, Site, wide
+from .base import EXACT, NORM, Binding, Delta, Promise, Site, wide
 from .peft_config import listed, refuse_unknown, required, target_fields
 from .targets import ALL_NORM, normalise
 
@@ -49,7 +49,7 @@ class LNTuning(Delta):
     kind: ClassVar[str] = "lntuning"
     peft_type: ClassVar[str | None] = "LN_TUNING"
     places: ClassVar[frozenset[str]] = frozenset({NORM})
-    promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
+    promises: ClassVar[frozenset[Promise]] = EXACT
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""

@@ -38,7 +38,7 @@ from deltaops.modules import (
     unbecome_embedding,
 )
 
-from .base import EMBEDDING, LINEAR, Binding, Delta, Promise, Site, adapter_dtype, wide
+from .base import EMBEDDING, EXACT, LINEAR, Binding, Delta, Promise, Site, adapter_dtype, wide
 from .linear import become_place, laid_out
 from .lora_start import is_drawn, is_taken_out, rest, taken_out
 from .peft_config import listed, required, target_fields, unexpressed
@@ -102,7 +102,7 @@ class LoRA(Delta):
     kind: ClassVar[str] = "lora"
     places: ClassVar[frozenset[str]] = frozenset({LINEAR, EMBEDDING})
     peft_type: ClassVar[str | None] = "LORA"
-    promises: ClassVar[frozenset[Promise]] = frozenset(Promise) - {Promise.NEAR_IDENTITY_AT_START}
+    promises: ClassVar[frozenset[Promise]] = EXACT
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""

@@ -35,7 +35,9 @@ class PromptDelta(Delta):
     """What every method is that puts a prompt before the tokens."""
 
     places: ClassVar[frozenset[str]] = frozenset({STACK})
-    promises: ClassVar[frozenset[Promise]] = frozenset({Promise.REVERT_RESTORES_BITS})
+    promises: ClassVar[frozenset[Promise]] = frozenset(
+        {Promise.STATED_AT_START, Promise.REVERT_RESTORES_BITS}
+    )
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""

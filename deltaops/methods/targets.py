@@ -28,12 +28,14 @@ FEED_FORWARD_OUTPUT = "feed-forward-output"
 
 ATTENTIONS = "attention"
 """Each attention as a whole, self and cross."""
+DECODER_ATTENTIONS = "decoder-attention"
+"""Each self-attention of the decoder; of the only stack where there is no other."""
 STACKS = "stack"
 """Each stack of blocks that takes ``inputs_embeds``, with what embeds its tokens."""
 
 ROLES = (
     ALL_LINEAR, ALL_NORM, ATTENTION_OUTPUT, KEY_VALUE, FEED_FORWARD, FEED_FORWARD_OUTPUT,
-    ATTENTIONS, STACKS,
+    ATTENTIONS, DECODER_ATTENTIONS, STACKS,
 )  # fmt: skip
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaops.backends import AttentionCall, Call, PrefixAttentionCall, RotaryCall
+from deltaops.backends import AttentionCall, Call, RotaryCall
 
 from .attention_functions import BIAS, ROTARY, SDPA, TABLE, stand_ins, words
 from .block import Block, subclass, told
-from .prefix import KEYS, NAME
+from .prefix import NAME, heads_of, number, reads_prefix, told_of_prefix
 from .sharing import sharing
 
 PROJECTIONS = (
@@ -64,32 +64,25 @@ class AttentionBlock(Block):
 
     def told(self, tokens: int) -> tuple[str, str]:
         """See :class:`Block`; ``tokens`` in one sequence."""
-        weight, config = next(self.parameters()), getattr(self, "config", None)
-        device, dtype = weight.device.type, weight.dtype
-        heads = _number(self, "num_heads", "num_attention_heads") or _number(
-            config, "num_attention_heads"
-        )
-        heads = heads or 1
-        width = _number(self, "head_dim", "attention_head_size") or 64
-        shared = max(heads // (_number(self, "num_key_value_groups") or 1), 1)
+        # of a projection: a prefix may have another dtype
+        weight = next(p for child in self.children() for p in child.parameters())
+        device, dtype, config = weight.device.type, weight.dtype, getattr(self, "config", None)
+        heads = heads_of(self)
+        width = number(self, "head_dim", "attention_head_size") or 64
+        shared = max(heads // (number(self, "num_key_value_groups") or 1), 1)
         found: dict[str, tuple[str, str]] = {}
         if ROTARY in self.ours:
             call: Call = RotaryCall(device, dtype, dtype, 1, heads, tokens, width)
             found["rotary"] = told(call, self.backend)
         implementation = getattr(config, "_attn_implementation", None)
-        if TABLE in self.ours and BIAS in words(self.on_ours.__code__):
+        if reads_prefix(self):
+            found["attention"] = told_of_prefix(self, tokens)
+        elif TABLE in self.ours and BIAS in words(self.on_ours.__code__):
             found["attention"] = "torch", "by transformers: a bias is added to the scores"
         elif TABLE in self.ours and implementation in (SDPA, NAME):
             causal = bool(getattr(self, "is_causal", True))
-            prefix = getattr(self, KEYS, None) if implementation == NAME else None
-            sizes = 1, heads, shared, tokens, tokens
-            if prefix is None:
-                call = AttentionCall(device, dtype, *sizes, width, False, causal)
-            else:
-                _, length, width = prefix.shape
-                call = PrefixAttentionCall(
-                    device, dtype, prefix.dtype, *sizes, length, width, False, causal
-                )
+            sizes = 1, heads, shared, tokens, tokens, width
+            call = AttentionCall(device, dtype, *sizes, False, causal)
             found["attention"] = told(call, self.backend)
         elif TABLE in self.ours:
             why = f"by transformers: ours stands in for {SDPA!r}, and this is {implementation!r}"
@@ -110,8 +103,3 @@ class AttentionBlock(Block):
             return self.on_ours(*args, **kwargs)
         with sharing(self, projections(self)):
             return self.on_ours(*args, **kwargs)
-
-
-def _number(holder: Any, *names: str) -> int | None:
-    """The first of these attributes that is a number."""
-    return next((n for name in names if isinstance(n := getattr(holder, name, None), int)), None)

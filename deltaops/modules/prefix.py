@@ -1,28 +1,37 @@
 """A prefix of trained keys and values on an attention module of transformers.
 
 transformers looks the function that attends up by a name in the config. Under :data:`NAME` stands
-one that reads a prefix from the module's own parameters; what makes masks under that name is what
-makes them for "sdpa". So masks, positions and caches are those of the model without a prefix: every
-query sees it, and it is no token.
+one that reads a prefix from the module: parameters of its own, or rows of an encoder's result
+(:mod:`.prefix_encoder`). What makes masks under that name is what makes them for "sdpa". So masks
+and caches are those of the model without a prefix: every query sees it, and it is no token. So are
+positions, unless :mod:`.prefix_positions` moves them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from inspect import unwrap
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deltaops.errors import AttachError, ConfigError
+from deltaops.backends import PrefixAttentionCall
+from deltaops.dispatch import LAST_RESORT, explain_call
+from deltaops.errors import ConfigError, NoBackendError
 from deltaops.ops import prefix_attention
 from deltaops.reference.prefix_attention import join, mask_of_both
 
-from .attention_functions import BIAS, asks, attend, attends, known_sdpa, visible
+from .attention_functions import BIAS, SDPA, attend, attends, known_sdpa, visible, words
+from .prefix_encoder import PrefixEncoder, Rows, rows_of
 
 NAME = "deltaops"
 """The implementation, as transformers' configs have it."""
 KEYS, VALUES = "prefix_k", "prefix_v"
 """Names of the parameters ``[Hkv, P, D]`` on an attention module."""
+_HELD = "_deltaops_prefix"
+_settings: dict[str, frozenset[str]] = {}
+"""Words of transformers' function for "sdpa", where we know it; a compiler follows no cache."""
 
 
 def register() -> None:
@@ -30,57 +39,140 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    theirs = known_sdpa()
+    if theirs is not None:
+        _settings[SDPA] = words(theirs.__code__)
     AttentionInterface.register(NAME, attend_with_prefix)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def switch(model: Any) -> str:
-    """Have ``model`` attend by :data:`NAME`.
+class Encoded(NamedTuple):
+    """A prefix that an encoder computes."""
 
-    Args:
-        model: one of transformers.
-    Returns: the implementation of before, for ``model.set_attn_implementation``.
-    Raises: AttachError where its attention does not go by that table, and nothing has changed.
-    """
-    register()
-    before: str = model.config._attn_implementation
-    if not model._can_set_attn_implementation():
-        raise AttachError(
-            f"prefix: {type(model).__name__} must ask transformers' AttentionInterface which "
-            f"function attends, and it computes its attention itself. Use another delta on it."
-        )
-    model.set_attn_implementation(NAME)
-    return before
+    rows: Rows
+    """Of the stack that the attention is in."""
+    first: int
+    """Row of the first feature of the keys; the values follow."""
+    heads: int
+    width: int
+    """Of a head."""
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[Hkv, P, D]``, views of what the encoder computed."""
+        size = self.heads * self.width
+        found = self.rows.current()[:, self.first : self.first + 2 * size]
+        k, v = found.view(-1, 2, self.heads, self.width).permute(1, 2, 0, 3)
+        return k, v
 
 
-def add_prefix(module: nn.Module, keys: Tensor, values: Tensor) -> None:
+class Held:
+    """How one attention reads its prefix: on the module, so that copies and pickles have it."""
+
+    def __init__(self, backend: str, strict: bool, encoded: Encoded | None) -> None:
+        self.backend = backend
+        self.strict = strict
+        self.encoded = encoded
+        """None where the prefix is parameters of the module."""
+        self.active = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model may be unpickled in a process that has not heard of :data:`NAME`."""
+        self.__dict__.update(state)
+        register()
+
+
+def add_prefix(
+    module: nn.Module, keys: Tensor, values: Tensor, *, backend: str = "auto", strict: bool = False
+) -> None:
     """Give an attention module a prefix.
 
     Args:
-        module: an attention of a model that :func:`switch` has been called on, or will be.
+        module: an attention of a model that attends by :data:`NAME`, or will.
         keys: ``[Hkv, P, D]``, which become a parameter.
         values: as ``keys``.
+        backend: passed to the op.
+        strict: passed to the op.
     Raises: ConfigError where it has one, or these are not two of one shape.
     """
-    there: Tensor | None = getattr(module, KEYS, None)
-    if there is not None:
-        raise ConfigError(
-            f"prefix: {type(module).__name__} must have no prefix yet, and has one of "
-            f"{there.shape[1]} keys. Remove it first."
-        )
     if keys.dim() != 3 or keys.shape != values.shape:
         raise ConfigError(
             f"prefix: keys and values must both be [Hkv, P, D], got {list(keys.shape)} and "
             f"{list(values.shape)}."
         )
+    _hold(module, Held(backend, strict, None))
     module.register_parameter(KEYS, nn.Parameter(keys))
     module.register_parameter(VALUES, nn.Parameter(values))
 
 
+def join_encoder(
+    encoder: PrefixEncoder,
+    modules: Mapping[str, nn.Module],
+    path: str,
+    heads: int,
+    width: int,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+) -> tuple[slice, slice]:
+    """Give an attention the next rows of an encoder as its prefix; otherwise as :func:`add_prefix`.
+
+    Args:
+        encoder: of the model.
+        modules: of the model, by path.
+        path: of the attention; those of one stack come one after the other.
+        heads: Hkv.
+        width: D.
+        backend: passed to the op.
+        strict: passed to the op.
+    Returns: which of the encoder's rows are its keys, and which its values.
+    Raises: ConfigError where it has a prefix.
+    """
+    rows, size = rows_of(encoder, modules, path), heads * width
+    first = rows.stop - rows.start
+    _hold(modules[path], Held(backend, strict, Encoded(rows, first, heads, width)))
+    rows.stop += 2 * size
+    middle = rows.stop - size
+    return slice(middle - size, middle), slice(middle, rows.stop)
+
+
 def remove_prefix(module: nn.Module) -> None:
-    """Take it away again."""
-    for name in (KEYS, VALUES):
-        delattr(module, name)
+    """Take it away again; nothing where there is none."""
+    if module.__dict__.pop(_HELD, None) is not None:
+        for name in (KEYS, VALUES):
+            module._parameters.pop(name, None)
+
+
+def activate_prefix(module: nn.Module, active: bool) -> None:
+    """Have an attention module read its prefix, or attend as if it had none."""
+    module.__dict__[_HELD].active = active
+
+
+def has_prefix(module: nn.Module) -> bool:
+    """Whether ``module`` is an attention with a prefix, active or not."""
+    return _HELD in module.__dict__
+
+
+def _hold(module: nn.Module, held: Held) -> None:
+    if has_prefix(module):
+        raise ConfigError(
+            f"prefix: {type(module).__name__} must have no prefix yet, and has one. Remove it "
+            "first."
+        )
+    module.__dict__[_HELD] = held
+
+
+def _active(module: Any) -> Held | None:
+    held: Held | None = module.__dict__.get(_HELD)
+    return held if held is not None and held.active else None
+
+
+def _both(module: Any, held: Held) -> tuple[Tensor, Tensor]:
+    if held.encoded is not None:
+        return held.encoded.both()
+    return getattr(module, KEYS), getattr(module, VALUES)
+
+
+# -------------------------------------------------------------------------------- attending
 
 
 def attend_with_prefix(
@@ -98,7 +190,7 @@ def attend_with_prefix(
 
     Dropout, a mask of numbers and a bias are none of the op's. There transformers' function for
     "sdpa" runs on copies of keys and values with the prefix before them. A module without a prefix
-    has :func:`~.attention_functions.attend`.
+    has what it had: :func:`~.attention_functions.attend` in a block of ours, else transformers'.
 
     Args:
         module: the attention; its prefix, whether it is causal, how many queries share a key.
@@ -109,40 +201,122 @@ def attend_with_prefix(
         dropout: of the weights.
         scaling: of the scores; ``D ** -0.5`` where None.
         is_causal: instead of the module's own.
-        **named: for "sdpa".
+        **named: for "sdpa". A bias of P + Lk columns has those of the prefix first.
     Returns: y ``[B, Lq, H, D]``, and None for the weights.
+    Raises: NoBackendError where strictness or a named backend was asked for and the op cannot.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as theirs
 
-    prefix_k: Tensor | None = getattr(module, KEYS, None)
-    if prefix_k is None:
-        return attend(
-            theirs, "auto", False, module, query, key, value, attention_mask,
-            dropout=dropout, scaling=scaling, is_causal=is_causal, **named,
-        )  # fmt: skip
-    prefix_v: Tensor = getattr(module, VALUES)
+    bias: Tensor | None = named.get(BIAS)
+    held = _active(module)
+    if held is None:
+        if bias is not None:
+            named[BIAS] = bias[..., bias.shape[-1] - key.shape[2] :]
+        settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **named}
+        given = module, query, key, value, attention_mask
+        backend = module.__dict__.get("backend")
+        if backend is None:
+            out: tuple[Tensor, Tensor | None] = theirs(*given, **settings)
+            return out
+        return attend(theirs, backend, module.__dict__.get("strict", False), *given, **settings)
+    prefix_k, prefix_v = _both(module, held)
     k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
-    fits = known_sdpa() is not None and not (dropout or asks(theirs, named))
-    if fits and attends(query, k, v, attention_mask, groups, causal):
+    reason = _beyond(dropout, named)
+    if reason is None and not attends(query, k, v, attention_mask, groups, causal):
+        reason = "these tensors, or their mask of numbers"
+    if reason is None:
         y = prefix_attention(
-            query, k, v, prefix_k, prefix_v, mask=attention_mask, causal=causal, scale=scaling
-        )
+            query, k, v, prefix_k, prefix_v, mask=attention_mask, causal=causal, scale=scaling,
+            backend=held.backend, strict=held.strict,
+        )  # fmt: skip
         return y.transpose(1, 2).contiguous(), None  # no copy: this is how it lies
+    if held.strict or held.backend != "auto":
+        asked = "strict=True" if held.backend == "auto" else f"backend={held.backend!r}"
+        raise NoBackendError(
+            f"prefix: {type(module).__name__} must run by one of deltaops' backends ({asked}), and "
+            f"prefix_attention does not take {reason}. Attach with backend='auto', strict=False."
+        )
     mask = attention_mask
     if mask is None or mask.dtype is torch.bool:
         mask = mask_of_both(query, k, prefix_k, mask, causal)
     else:
         mask = _grown(mask, prefix_k)
-    if named.get(BIAS) is not None:
-        named[BIAS] = _grown(named[BIAS], prefix_k)
-    out: tuple[Tensor, Tensor | None] = theirs(
+    if bias is not None and bias.shape[-1] == k.shape[2]:
+        named[BIAS] = _grown(bias, prefix_k)
+    out = theirs(
         module, query, join(prefix_k, k), join(prefix_v, v), mask,
         dropout=dropout, scaling=scaling, is_causal=False, **named,
     )  # fmt: skip
     return out
 
 
+def _beyond(dropout: float, named: dict[str, Any]) -> str | None:
+    """What is asked for that is none of the op's; None where nothing is."""
+    if dropout:
+        return "dropout of the weights"
+    if named.get(BIAS) is not None:
+        return "a bias that is added to the scores"
+    if SDPA not in _settings:
+        return "what 'sdpa' computes in this version of transformers"
+    known = _settings[SDPA]
+    asked = [n for n, x in named.items() if n in known and x is not None and x is not False]
+    return f"{asked[0]!r}, a setting of 'sdpa'" if asked else None
+
+
 def _grown(added: Tensor, prefix: Tensor) -> Tensor:
     """Numbers that are added to scores, and nothing added to those of a prefix."""
     return torch.cat([added.new_zeros((*added.shape[:3], prefix.shape[1])), added], 3)
+
+
+# ---------------------------------------------------------------------------------- reporting
+
+
+def reads_prefix(module: Any) -> bool:
+    """Whether ``module`` is an attention with a prefix that it reads as things are now."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return _active(module) is not None and implementation == NAME
+
+
+def told_of_prefix(module: Any, tokens: int) -> tuple[str, str]:
+    """What runs an attention with a prefix, "torch" or a backend, and why; for the report.
+
+    Args:
+        module: an attention with a prefix.
+        tokens: of one sequence.
+    """
+    held: Held = module.__dict__[_HELD]
+    if not reads_prefix(module):
+        return "torch", "by transformers: the prefix is disabled"
+    with torch.no_grad():
+        prefix, _ = _both(module, held)
+    query = next(p for child in module.children() for p in child.parameters())
+    base = getattr(type(module), "base_class", type(module))
+    if BIAS in words(unwrap(base.forward).__code__):
+        if held.strict or held.backend != "auto":
+            return "none", "raises: a bias is added to the scores, which no backend does"
+        return "torch", "by transformers on copies with the prefix: a bias is added to the scores"
+    h_kv, length, width = prefix.shape
+    call = PrefixAttentionCall(
+        prefix.device.type, query.dtype, prefix.dtype, 1, max(heads_of(module), h_kv), h_kv, tokens,
+        tokens, length, width, False, bool(getattr(module, "is_causal", True)),
+    )  # fmt: skip
+    explanation = explain_call(call, held.backend)
+    eager = explanation.chosen == LAST_RESORT and held.backend != LAST_RESORT
+    return "torch" if eager else explanation.chosen or "none", explanation.reason
+
+
+def heads_of(module: Any) -> int:
+    """Heads of an attention's queries; 1 where it does not say."""
+    found = number(module, "num_heads", "num_attention_heads", "n_heads")
+    return found or number(getattr(module, "config", None), "num_attention_heads") or 1
+
+
+def head_width(module: nn.Module) -> int | None:
+    """The features of a head, by the names that transformers' attentions have for it."""
+    return number(module, "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+def number(holder: Any, *names: str) -> int | None:
+    """The first of these attributes that is a number."""
+    return next((n for name in names if isinstance(n := getattr(holder, name, None), int)), None)

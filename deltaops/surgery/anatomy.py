@@ -30,12 +30,13 @@ from deltaops.methods.targets import (
     ALL_NORM,
     ATTENTION_OUTPUT,
     ATTENTIONS,
+    DECODER_ATTENTIONS,
     FEED_FORWARD,
     FEED_FORWARD_OUTPUT,
     KEY_VALUE,
     STACKS,
 )
-from deltaops.modules import is_conv1d, is_norm
+from deltaops.modules import head_width, is_conv1d, is_norm
 
 _QUERY, _KEY, _VALUE = ({"q", "query"}, {"k", "key"}, {"v", "value"})
 _FUSED = ({"qkv"}, {"wqkv"}, {"c", "attn"}, {"query", "key", "value"}, {"w", "pack"})
@@ -91,6 +92,8 @@ class Whole:
     """The hidden size."""
     out_features: int
     """Of an attention that of its keys, all heads together; of a stack the hidden size."""
+    heads: int = 0
+    """Of an attention's keys; 0 where it does not say how wide they are."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def resolve(model: nn.Module, roles: Iterable[str], *, lenient: bool = False) ->
             blocks = anatomy(model) if blocks is None else blocks
             if role == STACKS:
                 hits = [(path, "") for path in _stacks(model, blocks)]
+            elif role == DECODER_ATTENTIONS:
+                hits = [(path, "") for path in _decoder_attentions(blocks)]
             else:
                 hits = [hit for block in blocks for hit in _hits(block, role)]
             if not hits and not lenient:
@@ -150,8 +155,9 @@ def wholes(model: nn.Module, places: Iterable[str]) -> dict[str, Whole]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear layer of any subclass."""
-    return isinstance(module, nn.Linear) or is_conv1d(type(module))
+    """Whether ``module`` is a linear layer of any subclass, with or without a delta."""
+    kind = getattr(type(module), "base_class", type(module))
+    return isinstance(module, nn.Linear) or is_conv1d(kind)
 
 
 def _size(layer: Any) -> tuple[int, int]:
@@ -278,13 +284,19 @@ def _experts(path: str, block: nn.Module) -> str | None:
 
 def _whole(model: nn.Module, attention: Attention) -> Whole:
     inner, hidden = _size(model.get_submodule(attention.output))
+    size = inner
     if attention.key is not None:
-        return Whole(ATTENTION, hidden, _size(model.get_submodule(attention.key))[1])
-    if attention.fused is not None:  # queries as wide as what the output reads, then keys, values
-        return Whole(
-            ATTENTION, hidden, (_size(model.get_submodule(attention.fused))[1] - inner) // 2
-        )
-    return Whole(ATTENTION, hidden, inner)
+        size = _size(model.get_submodule(attention.key))[1]
+    elif attention.fused is not None:  # queries as wide as what the output reads, then keys, values
+        size = (_size(model.get_submodule(attention.fused))[1] - inner) // 2
+    width = head_width(model.get_submodule(attention.core))
+    return Whole(ATTENTION, hidden, size, 0 if width is None else size // width)
+
+
+def _decoder_attentions(blocks: tuple[Anatomy, ...]) -> Iterator[str]:
+    """A decoder's blocks attend to its own tokens first, then to the encoder's."""
+    decoders = [block for block in blocks if len(block.attentions) > 1]
+    yield from (block.attentions[0].core for block in decoders or blocks if block.attentions)
 
 
 def _stacks(model: nn.Module, blocks: Iterable[Anatomy]) -> dict[str, int]:
@@ -309,7 +321,8 @@ def _stacks(model: nn.Module, blocks: Iterable[Anatomy]) -> dict[str, int]:
 
 def misses(model: nn.Module, roles: Iterable[str]) -> dict[str, str]:
     """Path of a block in which one of ``roles`` stands for nothing → why."""
-    sought = [role for role in roles if role not in (ALL_LINEAR, ALL_NORM, STACKS)]
+    everywhere = (ALL_LINEAR, ALL_NORM, STACKS, DECODER_ATTENTIONS)
+    sought = [role for role in roles if role not in everywhere]
     found: dict[str, str] = {}
     for block in anatomy(model) if sought else ():
         for role in sought:
@@ -322,7 +335,7 @@ def _why(block: Anatomy, role: str) -> str:
     """Why ``role`` stands for nothing in ``block``."""
     if role == STACKS:
         return "no module around them takes inputs_embeds"
-    if role == ATTENTIONS:
+    if role in (ATTENTIONS, DECODER_ATTENTIONS):
         return "no attention"
     named = role in (ATTENTION_OUTPUT, KEY_VALUE) and block.attentions
     return "its projections have other names" if named else block.missing

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
 from deltaops.methods import METHODS
-from deltaops.methods.base import PEFT_PREFIX, Delta
+from deltaops.methods.base import PEFT_PREFIX, Delta, Site
 from deltaops.methods.targets import roles
 from deltaops.methods.tasks import about
 from deltaops.modules import LinearPlace
 from deltaops.packing import Policy
 
+from .anatomy import resolve
 from .blocks import swap_blocks
 from .files import OURS, PEFT, Files, files_in, read_config, read_weights, write_adapter
 from .handle import Handle
@@ -37,23 +38,27 @@ VERSION = 1
 """Of the manifest; raised when an older reader would misread a newer file."""
 
 
-def save(handle: Handle, path: str | os.PathLike[str]) -> None:
+def save(handle: Handle, path: str | os.PathLike[str], *, flat: bool = False) -> None:
     """Write the adapter into the folder ``path`` (``path/NAME`` unless its name is "default").
 
-    A failure leaves a previous checkpoint as it was; a success replaces it, also one of the other
-    format. In a distributed run, call it on one process.
+    ``flat`` leaves out what only training needs: see :meth:`Handle.save`. A failure leaves a
+    previous checkpoint as it was; a success replaces it, also one of the other format. In a
+    distributed run, call it on one process.
     Raises: CheckpointError when it cannot be written; AttachError when the handle is spent.
     """
     folder = Path(path)
     if handle.name != "default":
         folder = folder / handle.name
-    files = OURS if handle.delta.peft_type is None else PEFT
+    model, sites = handle.model, handle.places
     state: Mapping[str, Tensor] = {k: t.detach().cpu() for k, t in handle.state().items()}
-    modules = {site: handle.model.get_submodule(site) for site in handle.sites}
+    modules = {path: model.get_submodule(path) for path in handle.sites}
     delta, state = handle.delta.portable(modules, handle.name, state)
-    config = _manifest(handle, delta) if files is OURS else _peft_config(handle, delta)
+    if flat:
+        delta, state, sites = delta.flat(state, sites)
+    files = PEFT if _unlike_peft(model, delta, sites, writing=True) is None else OURS
+    config = _manifest(model, delta) if files is OURS else _peft_config(model, delta, sites)
     if files is PEFT:
-        state = delta.to_peft_tensors(state, handle.places)
+        state = delta.to_peft_tensors(state, sites)
     # clone: safetensors refuses tensors that share storage, and the file must not
     write_adapter(folder, config, {k: t.contiguous().clone() for k, t in state.items()}, files)
 
@@ -104,6 +109,8 @@ def load(
         )  # fmt: skip
     except TargetError as error:
         raise CheckpointError(f"load: {str(folder)!r} does not fit this model: {error}") from error
+    if files is PEFT:
+        _check_peft(model, plan, config)
     tensors = read_weights(folder, files)
     if not tensors:
         raise CheckpointError(f"load: {files.weights} in {str(folder)!r} holds no tensors.")
@@ -147,14 +154,13 @@ def load(
 # ------------------------------------------------------------------------------------------ save
 
 
-def _peft_config(handle: Handle, delta: Delta) -> dict[str, Any]:
+def _peft_config(model: nn.Module, delta: Delta, sites: tuple[Site, ...]) -> dict[str, Any]:
     """All that PEFT needs to build the same adapter on the same base model."""
-    model = handle.model
-    sites = handle.sites
-    config = delta.to_peft(handle.places)
-    if "layers_to_transform" in config and not _means_the_same(model, delta, sites):
+    paths = tuple(site.path for site in sites)
+    config = delta.to_peft(sites)
+    if "layers_to_transform" in config and not _means_the_same(model, delta, paths):
         # every path in full, as PEFT writes "all-linear": it means the same to every reader
-        config["target_modules"] = sorted(sites)
+        config["target_modules"] = sorted(paths)
         config["layers_to_transform"] = config["layers_pattern"] = None
     if "num_virtual_tokens" in config:
         config |= {k: v for k, v in about(model).items() if config.get(k) is None}
@@ -170,19 +176,33 @@ def _peft_config(handle: Handle, delta: Delta) -> dict[str, Any]:
     )
     if "fan_in_fan_out" in config:
         # PEFT reads it as the layout of the last matched layer and corrects it, layer by layer
-        last = model.get_submodule(sites[-1]) if sites else None
+        last = model.get_submodule(paths[-1]) if paths else None
         config["fan_in_fan_out"] = hasattr(last, "nf")
     return config
 
 
-def _manifest(handle: Handle, delta: Delta) -> dict[str, Any]:
+def _unlike_peft(
+    model: nn.Module, delta: Delta, sites: tuple[Site, ...], *, writing: bool
+) -> str | None:
+    """Why PEFT's file cannot hold this; None where it can."""
+    if delta.peft_type is None:
+        return "PEFT has no such method"
+    reason = delta.unlike_peft(model, sites, writing=writing)
+    if reason is None and delta.peft_role is not None:
+        theirs = resolve(model, (delta.peft_role,), lenient=True)
+        if [site.path for site in sites] != list(theirs):
+            return f"it binds to other modules than all {len(theirs)} of {delta.peft_role!r}"
+    return reason
+
+
+def _manifest(model: nn.Module, delta: Delta) -> dict[str, Any]:
     """All that :func:`load` needs to build the same adapter on the same base model."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "method": delta.kind,
         "settings": delta.settings(),
-        "base_model": _base_model(handle.model),
+        "base_model": _base_model(model),
     }
 
 
@@ -234,6 +254,23 @@ def _delta(config: Mapping[str, Any], files: Files) -> Delta:
         return method(**settings)
     except (ConfigError, TypeError) as error:  # TypeError: a setting that the method does not have
         raise CheckpointError(f"load: {files.config}: {error}") from error
+
+
+def _check_peft(model: nn.Module, plan: Plan, config: Mapping[str, Any]) -> None:
+    """Raises: CheckpointError for a file that PEFT gives another meaning in ``model``."""
+    reason = _unlike_peft(model, plan.delta, plan.sites, writing=False)
+    if reason is not None:
+        raise CheckpointError(
+            f"load: {PEFT.config} means something else to PEFT in this {type(model).__name__}: "
+            f"{reason}. Load it with peft."
+        )
+    sizes = plan.delta.to_peft(plan.sites) if plan.delta.peft_sizes else {}
+    for key in plan.delta.peft_sizes:
+        if config.get(key) not in (None, sizes[key]):
+            raise CheckpointError(
+                f"load: {PEFT.config} has {key}={config[key]!r}, and this {type(model).__name__} "
+                f"{sizes[key]!r}. Is this the base model that it was trained on?"
+            )
 
 
 Shapes = dict[str, tuple[int, ...]]

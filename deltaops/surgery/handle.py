@@ -206,13 +206,19 @@ class Handle:
 
     # ---------------------------------------------------------------------- saving, undoing
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapter, in PEFT's format where it has one: :func:`deltaops.surgery.save`."""
+    def save(self, path: str | os.PathLike[str], *, flat: bool = False) -> None:
+        """Write the adapter, in PEFT's format where it can hold it: :func:`deltaops.surgery.save`.
+
+        Args:
+            path: a folder.
+            flat: write what computes the same without what only training needs: of a
+                reparameterised :class:`deltaops.Prefix` its keys and values.
+        """
         from .checkpoint import save  # checkpoint needs Handle for what load returns
 
         self._check_enabled("save")
 
-        save(self, path)
+        save(self, path, flat=flat)
 
     def revert(self) -> None:
         """Give the model back as it was: classes, keys, every bit and every requires_grad flag.
@@ -254,6 +260,7 @@ class Handle:
     def _activate(self, active: bool) -> None:
         for path in self.sites:
             self.delta.activate(self._module(path), active)
+        self.delta.switch(self.model, active)
 
     def _enable(
         self,

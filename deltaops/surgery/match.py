@@ -17,7 +17,7 @@ from torch import nn
 from deltaops.errors import AttachError, TargetError
 from deltaops.methods.base import Delta
 from deltaops.methods.targets import ALL_LINEAR, plain, roles
-from deltaops.modules import LinearPlace, has_copies
+from deltaops.modules import LinearPlace, has_copies, has_prefix
 
 from .anatomy import Found, Whole, misses, resolve, wholes
 from .places import encoder_children, foreign, place_of, unswappable, wanted
@@ -179,7 +179,8 @@ def inside(path: str, roots: Iterable[str]) -> bool:
 
 def _refuse_second_delta(modules: dict[str, nn.Module]) -> None:
     for path, module in modules.items():
-        if isinstance(module, LinearPlace) or has_copies(module) or read(module) is not None:
+        bound = isinstance(module, LinearPlace) or has_copies(module) or has_prefix(module)
+        if bound or read(module) is not None:
             raise AttachError(
                 f"the model has a delta already, at {path or 'its root'!r}. Call handle.revert() "
                 "or handle.merge_and_unload() first (deltaops.surgery.handle_of(model) finds it)."

@@ -14,7 +14,7 @@ from torch import nn
 from deltaops.backends import DeltaLinearCall
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError, ConfigError
-from deltaops.methods.base import Binding, Delta, Site
+from deltaops.methods.base import ATTENTION, MODEL, Binding, Delta, Site
 from deltaops.modules import become, frozen_class, unbecome
 from deltaops.packing import Policy, check_policy
 
@@ -111,6 +111,8 @@ class Plan:
     def _check_unchanged(self, modules: dict[str, nn.Module]) -> None:
         whole = wholes(self.model, self.delta.places)
         for site in self.sites:
+            if site.place == MODEL:
+                continue
             module = modules.get(site.path)
             if module is None:
                 reason: str | None = "it is gone"
@@ -195,6 +197,7 @@ def make_plan(
             type(modules[path]).__name__,
             *size_of(path, modules[path], place, found.wholes),
             *(("", "") if role is None else (role.role, role.entry)),
+            heads=found.wholes[path].heads if place == ATTENTION else 0,
         )
         reason = delta.unfit(site)
         if reason is not None:
@@ -207,6 +210,9 @@ def make_plan(
             f"layers:\n{listing}\nChange its size, or name those layers in exclude_modules (a new "
             "head belongs in modules_to_save)."
         )
+    whole = delta.on_model(tuple(sites))
+    if whole is not None:
+        sites.insert(0, Site("", MODEL, type(model).__name__, *whole))
     others = []
     if frozen:
         taken = set(found.sites) | {site.entry for site in sites}

@@ -13,8 +13,8 @@ from deltaops.backends.calls import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
-from deltaops.methods.base import EMBEDDING, NORM
-from deltaops.modules import Block, DeltaPlace, LinearPlace, PromptedStack
+from deltaops.methods.base import ATTENTION, EMBEDDING, NORM
+from deltaops.modules import Block, DeltaPlace, LinearPlace, PromptedStack, told_of_prefix
 from deltaops.packing import PACKING
 
 from .blocks import block_rows
@@ -146,6 +146,8 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
                 yield Row(site.path, record.delta.kind, "torch", reason)
             elif isinstance(module, PromptedStack):
                 yield Row(site.path, record.delta.kind, "torch", module.told())
+            elif site.place == ATTENTION and not isinstance(module, Block):
+                yield Row(site.path, record.delta.kind, *told_of_prefix(module, tokens))
         for path, reason in record.skipped:
             yield Row(path, "left alone", "torch", reason)
 

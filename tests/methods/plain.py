@@ -21,6 +21,7 @@ from deltaops import (
     LNTuning,
     LoRA,
     ParallelAdapter,
+    Prefix,
     Prompt,
 )
 from deltaops.methods import Delta, Site
@@ -45,6 +46,8 @@ def apply_plainly(
         state: ``handle.state()``, in the dtype of the model; what requires a gradient gets one.
     """
     everywhere = {k[k.rindex("adapter.") :]: v for k, v in state.items() if k.endswith("phm_rule")}
+    if isinstance(delta, Prefix):
+        state = _encoded(state, places) if delta.reparameterised else state
     for site in places:
         start = site.key("")
         own = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
@@ -188,6 +191,52 @@ def _without(length: int) -> Callable[[Any, Any, Any], Any]:
     return hook
 
 
+def _encoded(state: dict[str, Tensor], places: tuple[Site, ...]) -> dict[str, Tensor]:
+    """The keys and values that the MLP computes, in the order of the attentions."""
+    t = {k.removeprefix("prefix_encoder."): v for k, v in state.items()}
+    inner = torch.tanh(t["embedding"] @ t["down"].T + t["down_bias"])
+    columns = (inner @ t["up"].T + t["up_bias"]).T
+    found: dict[str, Tensor] = {}
+    for site in (site for site in places if site.path):
+        for name in ("prefix_k", "prefix_v"):
+            mine, columns = columns[: site.out_features], columns[site.out_features :]
+            found[f"{site.path}.{name}"] = mine.reshape(site.heads, -1, mine.shape[1]).mT
+    return found
+
+
+def _prefix(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    if not site.path:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("plain prefix", _attend)
+    AttentionMaskInterface.register("plain prefix", sdpa_mask)
+    model.set_attn_implementation("plain prefix")  # type: ignore[operator]  # transformers'
+    model.get_submodule(site.path).__dict__["plain_prefix"] = t["prefix_k"], t["prefix_v"]
+
+
+def _attend(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float,
+    is_causal: bool | None = None, position_bias: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """All scores written out, those of the prefix in front."""
+    k, v = (
+        torch.cat([shared.expand(len(q), -1, -1, -1), own], 2)
+        .repeat_interleave(q.shape[1] // own.shape[1], 1)
+        for shared, own in zip(module.plain_prefix, (k, v), strict=True)
+    )  # fmt: skip
+    scores = scaling * q @ k.mT
+    tokens = scores[..., k.shape[2] - (own := k.shape[2] - module.plain_prefix[0].shape[1]) :]
+    if position_bias is not None:
+        tokens += position_bias
+    if mask is None and (module.is_causal if is_causal is None else is_causal):
+        mask = torch.ones(q.shape[2], own, dtype=torch.bool).tril()
+    if mask is not None:
+        tokens.masked_fill_(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2), None
+
+
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
     module._parameters.pop(name, None)
     setattr(module, name, value)
@@ -203,4 +252,5 @@ _PLAIN: dict[type[Delta], Callable[[nn.Module, Any, Site, dict[str, Tensor]], No
     IA3: _ia3,
     Prompt: _prompt,
     IntrinsicPrompt: _intrinsic,
+    Prefix: _prefix,
 }

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltaops.errors import AttachError, ConfigError
-from deltaops.modules import AttentionBlock
+from deltaops.modules import AttentionBlock, restore, switch
 from deltaops.modules import prefix as ours
 
 transformers = pytest.importorskip("transformers")
 
-P, LENGTH, COPIES = 5, 9, "copies of a prefix"
+P, LENGTH = 5, 9
 
 
 def llama(**settings: Any) -> Any:
@@ -49,7 +49,7 @@ def with_prefix(make: Callable[..., Any], name: str, heads: int, **settings: Any
     """A model in which every weight is frozen but those of its prefixes."""
     torch.manual_seed(0)
     model = make(**settings).eval().requires_grad_(False)
-    ours.switch(model)
+    switch(model)
     found = attentions(model, name)
     assert len(found) == 2
     for module in found:
@@ -82,16 +82,11 @@ def copies(
     return y.transpose(1, 2).contiguous(), None
 
 
-@pytest.fixture(autouse=True)
-def oracle() -> Iterator[None]:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(COPIES, copies)
-    AttentionMaskInterface.register(COPIES, sdpa_mask)
-    yield
-    del AttentionInterface._global_mapping[COPIES]
-    del AttentionMaskInterface._global_mapping[COPIES]
+@pytest.fixture
+def oracle() -> Iterator[Callable[[], None]]:
+    """Once called, :func:`copies` runs in the place of ours."""
+    yield lambda: transformers.AttentionInterface.register(ours.NAME, copies)
+    ours.register()
 
 
 def tokens(padded: bool) -> dict[str, Tensor]:
@@ -112,13 +107,13 @@ def logits_and_gradients(model: Any, **given: Tensor) -> list[Tensor]:
 @each_model
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_logits_and_gradients_are_those_of_copies(
-    make: Any, name: str, heads: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+    make: Any, name: str, heads: int, padded: bool, oracle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calls, real = with_prefix(make, name, heads), [], ours.prefix_attention
     monkeypatch.setattr(ours, "prefix_attention", lambda *t, **s: calls.append(s) or real(*t, **s))
     got = logits_and_gradients(model, **tokens(padded))
     assert len(calls) == 2
-    model.set_attn_implementation(COPIES)
+    oracle()
     torch.testing.assert_close(
         got, logits_and_gradients(model, **tokens(padded)), rtol=1e-4, atol=1e-5
     )
@@ -132,7 +127,7 @@ def test_logits_are_those_of_a_cache_that_begins_with_it() -> None:
     for i, module in enumerate(attentions(model, "self_attn")):
         cache.update(*(t[None].repeat(3, 1, 1, 1) for t in (module.prefix_k, module.prefix_v)), i)
         ours.remove_prefix(module)
-    model.set_attn_implementation("sdpa")
+    restore(model)
     want = model(
         input_ids=given["input_ids"],
         attention_mask=torch.ones(3, P + LENGTH, dtype=torch.long),
@@ -167,12 +162,14 @@ def test_checkpointing_gives_the_same_gradients(make: Any, name: str, heads: int
 
 @each_model
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_dropout_of_the_weights_is_torchs(make: Any, name: str, heads: int, padded: bool) -> None:
+def test_dropout_of_the_weights_is_torchs(
+    make: Any, name: str, heads: int, padded: bool, oracle: Any
+) -> None:
     dropout = "attention_dropout" if make is llama else "attention_probs_dropout_prob"
     model = with_prefix(make, name, heads, **{dropout: 0.5}).train()
     results = []
-    for implementation in (ours.NAME, COPIES):
-        model.set_attn_implementation(implementation)
+    for become_the_oracle in (lambda: None, oracle):
+        become_the_oracle()
         torch.manual_seed(7)
         results.append(logits_and_gradients(model, **tokens(padded)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -201,8 +198,7 @@ def test_without_its_prefix_a_model_is_what_it_was(make: Any, name: str, heads: 
     torch.manual_seed(0)
     model, given = make().eval(), tokens(True)
     want, keys = model(**given).logits, list(model.state_dict())
-    before = ours.switch(model)
-    assert before == "sdpa"
+    switch(model)
     assert model.config._attn_implementation == ours.NAME
     seen = given["attention_mask"].bool()
     torch.testing.assert_close(model(**given).logits[seen], want[seen], rtol=1e-4, atol=1e-5)
@@ -210,7 +206,8 @@ def test_without_its_prefix_a_model_is_what_it_was(make: Any, name: str, heads: 
         ours.add_prefix(module, *torch.randn(2, heads, P, 8))
         assert not torch.allclose(model(**given).logits[seen], want[seen], atol=1e-3)
         ours.remove_prefix(module)
-    model.set_attn_implementation(before)
+    restore(model)
+    assert model.config._attn_implementation == "sdpa"
     assert list(model.state_dict()) == keys
     assert torch.equal(model(**given).logits, want)
 
@@ -239,7 +236,7 @@ def test_a_model_that_attends_by_itself_is_refused() -> None:
     model = transformers.MPNetModel(config)
     before = model.config._attn_implementation
     with pytest.raises(AttachError, match="MPNetModel must ask transformers' AttentionInterface"):
-        ours.switch(model)
+        switch(model)
     assert model.config._attn_implementation == before
 
 
@@ -248,5 +245,5 @@ def test_bad_prefixes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"must both be \[Hkv, P, D\], got \[2, 3\] and \[2, 3\]"):
         ours.add_prefix(module, *torch.randn(2, 2, 3))
     ours.add_prefix(module, *torch.randn(2, 2, 3, 4))
-    with pytest.raises(ConfigError, match="and has one of 3 keys"):
+    with pytest.raises(ConfigError, match="must have no prefix yet, and has one"):
         ours.add_prefix(module, *torch.randn(2, 2, 3, 4))

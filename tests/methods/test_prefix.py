@@ -1,0 +1,480 @@
+"""Prefix tuning: PEFT as the oracle of files, and what a prefix may not do unseen."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deltaops
+from deltaops import Prefix
+from deltaops.errors import (
+    AttachError,
+    CheckpointError,
+    ConfigError,
+    DeltaopsError,
+    NoBackendError,
+    ShapeError,
+)
+from deltaops.modules import prefix_encoder
+from deltaops.surgery.files import CONFIG, MANIFEST, WEIGHTS
+from deltaops.testing import bound, relative_error
+from deltaops.testing.architectures import ARCHITECTURES, answer, batch, build
+
+transformers = pytest.importorskip("transformers")
+
+# transformers renames gradient checkpointing between the versions that we support
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+P = 4
+SIZES: dict[str, Any] = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 60,
+}  # fmt: skip
+
+
+def random(handle: Any) -> Any:
+    """The handle, its parameters far from their start."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return handle
+
+
+def attached(name: str, head: str = "Model", **settings: Any) -> Any:
+    settings = {"num_virtual_tokens": P} | settings
+    return random(deltaops.attach(build(name, head=head), Prefix(**settings)))
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return relative_error(found, expected) < 16 * bound(0.0, torch.float32)
+
+
+# --------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be an integer ≥ 1"),
+        ({"reparameterised": 1}, "reparameterised must be a bool"),
+        ({"encoder_hidden_size": 8}, "there is none. Pass reparameterised=True"),
+        ({"reparameterised": True, "encoder_hidden_size": 0.5}, "encoder_hidden_size must be"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Prefix(**settings)
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["", "mlp"])
+def test_keys_start_apart_and_values_near_zero(mlp: bool) -> None:
+    for name, spread in (("gpt2", 1.0), ("t5", 12**-0.5)):  # T5 has no scale of D^-1/2
+        torch.manual_seed(0)
+        handle = deltaops.attach(build(name), Prefix(num_virtual_tokens=64, reparameterised=mlp))
+        _, state, sites = handle.delta.flat(handle.state(), handle.places)
+        for site in sites:
+            keys, values = state[site.key("prefix_k")], state[site.key("prefix_v")]
+            assert keys.shape == values.shape == (2, 64, 12)
+            assert 0.8 < keys.std() / spread < 1.2
+            assert 0.016 < values.std() < 0.024
+
+
+# ----------------------------------------------------------------------------------------- PEFT
+
+THREE = {"num_layers": 3, "num_decoder_layers": 3}
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "llama": ("llama", "ForCausalLM", "CAUSAL_LM", {}),
+    "gpt2": ("gpt2", "LMHeadModel", "CAUSAL_LM", {}),
+    "qwen3 classifier": ("qwen3", "ForSequenceClassification", "SEQ_CLS", {}),
+    "bert": ("bert", "ForTokenClassification", "TOKEN_CLS", {}),
+    "roberta": ("roberta", "ForSequenceClassification", "SEQ_CLS", {}),
+    "t5 of 2 layers": ("t5", "ForConditionalGeneration", "SEQ_2_SEQ_LM", {}),
+    "t5 of 3 layers": ("t5", "ForConditionalGeneration", "SEQ_2_SEQ_LM", THREE),
+}
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    """Padded on the left, whose positions are the ones that differ."""
+    given = batch(name)
+    mask = torch.ones_like(given["input_ids"])
+    mask[0, :2] = 0
+    return given | {"input_ids": given["input_ids"] * mask, "attention_mask": mask}
+
+
+def logits(model: Any, name: str) -> Tensor:
+    """Those of tokens that are no padding."""
+    given = inputs(name)
+    y: Tensor = model(**given).logits
+    return y[given["attention_mask"].bool()] if y.dim() == 3 and name != "t5" else y
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("projected", [False, True], ids=["", "mlp"])
+@pytest.mark.filterwarnings("ignore:Unsupported layer type.*:UserWarning")
+def test_peft_computes_the_same_and_files_go_both_ways(
+    case: str, projected: bool, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    name, head, task, sizes = CASES[case]
+    torch.manual_seed(0)
+    config = peft.PrefixTuningConfig(
+        task_type=task, num_virtual_tokens=P, prefix_projection=projected
+    )
+    theirs = peft.get_peft_model(build(name, head=head, **sizes), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    handle = deltaops.load(build(name, head=head, **sizes), tmp_path / "theirs")
+    expected, y = logits(theirs, name), logits(handle.model, name)
+    assert same(y, expected)
+    if not projected:
+        for out in (expected, y):
+            out.square().mean().backward()
+        want = theirs.prompt_encoder["default"].embedding.weight.grad
+        assert same(as_peft(handle, "grad", task), want)
+    handle.save(tmp_path / "ours")
+    if case == "t5 of 2 layers":  # whose layers read the same rows of PEFT's file
+        assert (tmp_path / "ours" / MANIFEST).exists()
+        return
+    again = peft.PeftModel.from_pretrained(build(name, head=head, **sizes), tmp_path / "ours")
+    assert torch.equal(logits(again.eval(), name), expected)
+    stored, written = (
+        json.loads((tmp_path / who / CONFIG).read_text()) for who in ("theirs", "ours")
+    )
+    known = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
+    assert {k: written[k] for k in known} == {k: stored[k] for k in known}
+
+
+def as_peft(handle: Any, what: str, task: str) -> Tensor:
+    """``[P, R]``: of each layer keys and values, summed where PEFT gives several the same."""
+    layers = len(handle.places)
+    rows: list[Any] = [0.0] * layers
+    for i, site in enumerate(handle.places):
+        module = handle.model.get_submodule(site.path)
+        both = [getattr(p, what).mT for p in (module.prefix_k, module.prefix_v)]
+        flat = torch.cat([t.permute(2, 0, 1).flatten(1) for t in both], 1)
+        row = 2 * i % layers if task == "SEQ_2_SEQ_LM" else i
+        rows[row] = rows[row] + flat
+    return torch.cat([r if isinstance(r, Tensor) else torch.zeros_like(flat) for r in rows], 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"shift_positions": False}, "first positions"),
+        ({"task_type": None}, "needs a task_type"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "is not for GPT2LMHeadModel"),
+        ({"layers_to_transform": [1]}, "other modules than all 2 of 'decoder-attention'"),
+        ({"reparameterised": True}, "flat=True"),
+    ],
+    ids=str,
+)
+def test_what_pefts_file_cannot_hold_is_in_ours(
+    settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    from deltaops.surgery.checkpoint import _unlike_peft
+
+    fields = {"shift_positions": True, "task_type": "CAUSAL_LM"} | settings
+    handle = attached("gpt2", "LMHeadModel", **fields)
+    found = _unlike_peft(handle.model, handle.delta, handle.places, writing=True)
+    assert found is not None
+    assert reason in found
+    handle.save(tmp_path)
+    assert (tmp_path / MANIFEST).exists()
+    twin = build("gpt2", head="LMHeadModel")
+    assert deltaops.load(twin, tmp_path).delta == handle.delta
+    assert torch.equal(logits(twin, "gpt2"), logits(handle.model, "gpt2"))
+
+
+def test_a_file_of_another_model_or_window_is_refused(tmp_path: Path) -> None:
+    handle = attached(
+        "llama", "ForCausalLM", shift_positions=True, task_type="CAUSAL_LM",
+        target_modules="decoder-attention",
+    )  # fmt: skip
+    handle.save(tmp_path)
+    assert (tmp_path / WEIGHTS).exists()
+    other = build("llama", head="ForCausalLM", num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.MistralConfig(
+        **SIZES, intermediate_size=40, num_key_value_heads=1, sliding_window=4
+    )
+    for model, message in (
+        (other, "num_attention_heads=1, and this LlamaForCausalLM 2"),
+        (transformers.MistralForCausalLM(config), "a sliding window leaves PEFT's prefix behind"),
+    ):
+        before = list(model.state_dict())
+        with pytest.raises(CheckpointError, match=message):
+            deltaops.load(model, tmp_path)
+        assert list(model.state_dict()) == before
+
+
+# ---------------------------------------------------------------------------- the MLP's training
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_mlp_runs_once_for_a_pass_of_a_stack(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, calls, real = attached(name, reparameterised=True), [], prefix_encoder.encode
+    monkeypatch.setattr(prefix_encoder, "encode", lambda *t: calls.append(1) or real(*t))
+    handle.model.train()
+    handle.model.gradient_checkpointing_enable()
+    answer(name, handle.model).square().mean().backward()
+    stacks = 2 if name == "t5" else 1
+    assert len(calls) == stacks
+    with torch.no_grad():
+        expected = answer(name, handle.model)
+        assert torch.equal(answer(name, handle.model), expected)
+        assert len(calls) == stacks  # nothing has changed since
+        next(handle.parameters()).mul_(2.0)
+        assert not torch.equal(answer(name, handle.model), expected)
+    assert len(calls) == 2 * stacks
+
+
+def test_blocks_that_are_called_alone_have_the_present_prefix() -> None:
+    handle = attached("llama", reparameterised=True)
+    model, attention = handle.model, handle.model.layers[0].self_attn
+    x = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(0))
+    turn = model.rotary_emb(x, torch.arange(5)[None])
+    answer("llama", model)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.mul_(0.5)
+        alone = attention(x, position_embeddings=turn, attention_mask=None)[0]
+        answer("llama", model)
+        assert torch.equal(alone, attention(x, position_embeddings=turn, attention_mask=None)[0])
+
+
+def test_training_goes_on_from_a_checkpoint_and_a_flat_one_computes_the_same(
+    tmp_path: Path,
+) -> None:
+    settings = {"reparameterised": True, "shift_positions": True, "task_type": "CAUSAL_LM"}
+    handle = attached("gpt2", "LMHeadModel", encoder_hidden_size=5, **settings)
+
+    def step(handle: Any) -> None:
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+        logits(handle.model, "gpt2").square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(handle)
+    handle.save(tmp_path / "ours")
+    handle.save(tmp_path / "flat", flat=True)
+    loaded = deltaops.load(build("gpt2", head="LMHeadModel"), tmp_path / "ours")
+    flat = deltaops.load(build("gpt2", head="LMHeadModel"), tmp_path / "flat")
+    assert (tmp_path / "flat" / CONFIG).exists()
+    assert not flat.delta.reparameterised
+    assert same(logits(flat.model, "gpt2"), logits(handle.model, "gpt2"))
+    for one in (handle, loaded):
+        step(one)
+    assert all(torch.equal(t, loaded.state()[k]) for k, t in handle.state().items())
+
+
+# ------------------------------------------------------------------------------------ positions
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "roberta"])
+def test_positions_that_are_used_up_are_an_error(name: str) -> None:
+    limits = {"gpt2": {"n_positions": 10}}.get(name, {"max_position_embeddings": 10})
+    room = 10 - 1 if name == "roberta" else 10  # of which padding has the first
+    model = build(name, **limits)
+    with pytest.raises(ConfigError, match="must leave tokens a position"):
+        deltaops.attach(model, Prefix(num_virtual_tokens=10, shift_positions=True))
+    deltaops.attach(model, Prefix(num_virtual_tokens=P, shift_positions=True))
+    ids = torch.full((1, room - P), 5)
+    model(input_ids=ids)
+    with pytest.raises(ShapeError, match=f"has {room} positions.*Pass at most {room - P}"):
+        model(input_ids=torch.full((1, room - P + 1), 5))
+
+
+def test_positions_that_nothing_says_are_an_error() -> None:
+    model = build("vit")
+    with pytest.raises(AttachError, match="found no embedding of positions"):
+        deltaops.attach(model, Prefix(shift_positions=True))
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+@torch.no_grad()  # T5's bias that wants a gradient takes another of torch's programs
+def test_disabled_the_model_has_its_own_positions(name: str) -> None:
+    before = answer(name, build(name))
+    handle = random(
+        deltaops.attach(
+            build(name), Prefix(shift_positions=True), frozen=False, blocks=False, loss=False
+        )
+    )
+    y = answer(name, handle.model)
+    with handle.disabled():
+        assert torch.equal(answer(name, handle.model), before)
+    assert torch.equal(answer(name, handle.model), y)
+    with handle.disabled():
+        handle.revert()
+    assert torch.equal(answer(name, handle.model), before)
+
+
+# ------------------------------------------------------------------------------ models and modes
+
+
+def test_a_model_that_attends_by_itself_is_refused_before_anything_changes() -> None:
+    models = [
+        transformers.FalconModel(transformers.FalconConfig(**SIZES)),
+        transformers.DebertaV2Model(transformers.DebertaV2Config(**SIZES, intermediate_size=40)),
+        transformers.Gemma2Model(
+            transformers.Gemma2Config(
+                **SIZES, intermediate_size=40, num_key_value_heads=1, head_dim=12, pad_token_id=0
+            )
+        ),
+    ]
+    for model, message in zip(
+        models, ["AttentionInterface", "AttentionInterface", "'sdpa' does"], strict=True
+    ):
+        flags = {n: p.requires_grad for n, p in model.named_parameters()}
+        before = model.config._attn_implementation
+        with pytest.raises(AttachError, match=message):
+            deltaops.attach(model, Prefix())
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+        assert model.config._attn_implementation == before
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_each_part_gets_its_own_implementation_back() -> None:
+    model = build("t5")
+    model.encoder.config._attn_implementation = "eager"
+    handle = deltaops.attach(model, Prefix(target_modules="decoder-attention"))
+    assert len(handle.sites) == 2
+    assert model.encoder.config._attn_implementation == "deltaops"
+    handle.revert()
+    assert model.encoder.config._attn_implementation == "eager"
+    assert model.decoder.config._attn_implementation == "sdpa"
+
+
+def test_another_implementation_would_leave_the_prefix_out() -> None:
+    handle = attached("bert")
+    handle.model.set_attn_implementation("eager")
+    with pytest.raises(AttachError, match="was set to 'eager'"):
+        answer("bert", handle.model)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_of_attention_are_refused(name: str) -> None:
+    handle = attached(name)
+    with pytest.raises(ConfigError, match="cannot return output_attentions"):
+        handle.model(**batch(name), output_attentions=True)
+    with handle.disabled():
+        handle.model(**batch(name), output_attentions=False)
+    model = build(name, attn_implementation="eager")
+    model.config.output_attentions = True
+    with pytest.raises(AttachError, match="has output_attentions=True in its config"):
+        deltaops.attach(model, Prefix())
+
+
+@pytest.mark.parametrize("settings", [{"strict": True}, {"backend": "cpu"}], ids=str)
+def test_what_no_backend_takes_raises_where_one_was_asked_for(settings: dict[str, Any]) -> None:
+    available = "cpu" in deltaops.backends()
+    model = build("bert", attention_probs_dropout_prob=0.5)
+    deltaops.attach(model, Prefix(), **settings)
+    if available:
+        answer("bert", model)
+    with pytest.raises(NoBackendError, match="does not take dropout of the weights"):
+        answer("bert", model.train())
+    model = build("t5")
+    deltaops.attach(model, Prefix(), **settings)
+    with pytest.raises(NoBackendError, match="does not take a bias that is added"):
+        answer("t5", model)
+    rows = {row.path: row for row in deltaops.report(model).rows}
+    assert rows["decoder.block.1.layer.1.EncDecAttention"].backend == "none"
+
+
+def test_a_named_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaops.modules import prefix as module
+
+    seen, real = [], module.prefix_attention
+    monkeypatch.setattr(
+        module, "prefix_attention", lambda *t, **s: seen.append(s["backend"]) or real(*t, **s)
+    )
+    model = build("gpt2")
+    handle = deltaops.attach(model, Prefix(), backend="reference", frozen=False, blocks=False)
+    answer("gpt2", model)
+    assert seen == ["reference"] * 2
+    rows = [row for row in deltaops.report(model).rows if row.kind == "prefix"]
+    assert [(row.path, row.backend) for row in rows] == [(p, "reference") for p in handle.sites]
+    with handle.disabled():
+        assert {r.backend for r in deltaops.report(model).rows if r.kind == "prefix"} == {"torch"}
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["", "mlp"])
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shifted"])
+def test_generation_with_shared_heads_padding_and_a_cache(mlp: bool, shift: bool) -> None:
+    model: Any = build("llama", head="ForCausalLM", num_attention_heads=4, num_key_value_heads=2)
+    random(
+        deltaops.attach(
+            model, Prefix(num_virtual_tokens=P, reparameterised=mlp, shift_positions=shift)
+        )
+    )
+    given = {"input_ids": torch.tensor([[0, 0, 3, 40], [5, 17, 3, 40]])}
+    given["attention_mask"] = (given["input_ids"] > 0).long()
+    found = [
+        model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=None, **how)
+        for how in ({"use_cache": False}, {}, {"cache_implementation": "static"})
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["", "mlp"])
+def test_a_pickle_runs_in_a_fresh_process(mlp: bool, tmp_path: Path) -> None:
+    handle = attached("bert", reparameterised=mlp, shift_positions=True)
+    answer("bert", handle.model)  # what the MLP computed is a node, and stays behind
+    expected = answer("bert", handle.model).detach()
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(handle.model))
+    program = (
+        "import pickle, sys, torch\n"
+        "model = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "from deltaops.testing.architectures import answer\n"
+        "torch.save(answer('bert', model).detach(), sys.argv[2])\n"
+    )
+    files = [str(tmp_path / "model.pkl"), str(tmp_path / "y.pt")]
+    command = [sys.executable, "-c", program, *files]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert same(torch.load(files[1]), expected)
+
+
+def test_a_copy_has_a_prefix_of_its_own() -> None:
+    handle = attached("llama", reparameterised=True)
+    expected = answer("llama", handle.model)
+    twin = copy.deepcopy(handle.model)
+    found = deltaops.surgery.handle_of(twin)
+    assert found is not None
+    found.revert()
+    assert torch.equal(answer("llama", handle.model), expected)
+    assert not any(m._forward_pre_hooks for m in twin.modules())
+
+
+def test_a_second_delta_and_a_taken_name_are_refused() -> None:
+    handle = attached("llama", "ForCausalLM")
+    with pytest.raises(AttachError, match="has a delta already"):
+        deltaops.attach(handle.model.model, Prefix())
+    model = build("bert")
+    model.prefix_encoder = nn.Identity()
+    with pytest.raises(AttachError, match="must have no 'prefix_encoder' yet"):
+        deltaops.attach(model, Prefix(reparameterised=True))
+    assert isinstance(model.prefix_encoder, nn.Identity)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_it_is_not_merged_and_every_size_is_shown() -> None:
+    handle = attached("gpt2", reparameterised=True, encoder_hidden_size=5)
+    with pytest.raises(DeltaopsError, match="part of no weight"):
+        handle.merge()
+    tree = str(handle)
+    sizes = P * 24 + 5 * 24 + 5 + 96 * 5 + 96
+    assert f"+{sizes:,}" in tree
+    assert "trained: 797" in tree
