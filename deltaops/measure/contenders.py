@@ -1,0 +1,72 @@
+"""Who is compared: each method with its settings and the learning rate it is trained at.
+
+A method of :data:`deltaops.methods.METHODS` that has no line here takes part with its defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltaops.errors import ConfigError
+from deltaops.methods import METHODS
+
+FULL, HEAD = "full", "head"
+"""Without a delta: everything trained, and the head alone."""
+HEAD_RATE = 0.03
+"""Of the new head, with every contender: the best for the head alone."""
+GUESS = 0.01
+"""Peak learning rate of a method without a line: few parameters, each felt in every token."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table."""
+
+    name: str
+    """On the command line."""
+    title: str
+    spec: str
+    """As in ``deltaops tune --delta``; empty without a delta."""
+    rate: float
+    """Peak learning rate of what is not the head; ``deltaops compare --rates`` tries others."""
+    why: str
+    """Of the rate."""
+
+
+_LINES = (
+    Contender(FULL, "full tuning", "", 3e-4, "every weight moves: small steps"),
+    Contender(HEAD, "frozen features + head", "", 0.0, "only the head learns, at its own rate"),
+    Contender("lora", "LoRA, r = 16", "lora:r=16,alpha=32", 3e-3, "B starts at zero"),
+    Contender("dora", "DoRA, r = 16", "lora:r=16,alpha=32,use_dora=true", 3e-3, "as LoRA"),
+    Contender("houlsby", "Adapter (Houlsby)", "adapter", 3e-3, "small matrices, as LoRA's"),
+    Contender("pfeiffer", "Adapter (Pfeiffer)", "adapter:style=pfeiffer", 3e-3, "as Houlsby's"),
+    Contender("parallel", "ParallelAdapter", "parallel", 1e-3, "its scale of 4 multiplies steps"),
+    Contender("bitfit", "BitFit", "bitfit", 1e-2, "one number a feature"),
+    Contender("ia3", "(IA)³", "ia3", 3e-2, "gains near 1: steps of percents"),
+    Contender("lntuning", "LNTuning", "lntuning", 1e-2, "one number a feature"),
+)
+
+
+def contenders() -> dict[str, Contender]:
+    """Name → contender: the lines, then every other method of this build with its defaults."""
+    found = {line.name: line for line in _LINES}
+    covered = {line.spec.partition(":")[0] for line in _LINES}
+    for kind, method in METHODS.items():
+        if kind not in covered:
+            found[kind] = Contender(kind, method.__name__, kind, GUESS, "not yet looked for")
+    return found
+
+
+def chosen(names: str | None) -> list[Contender]:
+    """Those named, in the table's order; all without names. Raises: ConfigError."""
+    known = contenders()
+    if names is None:
+        return list(known.values())
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise ConfigError(
+            f"--methods knows {', '.join(known)}; got {unknown[0] if unknown else names!r}. "
+            "Separate names by commas."
+        )
+    return [known[name] for name in known if name in wanted]
