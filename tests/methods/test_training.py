@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import deltaops
-from deltaops import BitFit, ParallelAdapter
 from deltaops.testing.architectures import build
+
+from .test_contract import METHODS
 
 pytestmark = [
     # transformers renames gradient checkpointing between the versions that we support
@@ -48,8 +49,9 @@ def train(delta: Any, folder: Path, *, checkpointing: bool = True, resume: str =
     return {key: tensor.detach().clone() for key, tensor in handle.state().items()}
 
 
-@pytest.mark.parametrize("delta", [ParallelAdapter(), BitFit()], ids=["parallel", "bitfit"])
-def test_trainer_resumes_with_the_same_bits(delta: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_trainer_resumes_with_the_same_bits(method: str, tmp_path: Path) -> None:
+    delta = METHODS[method]()
     straight: dict[str, Tensor] = train(delta, tmp_path / "straight")
     plainly = train(delta, tmp_path / "plainly", checkpointing=False)
     resumed = train(delta, tmp_path / "resumed", resume=str(tmp_path / "straight" / "checkpoint-2"))
