@@ -11,6 +11,7 @@ from deltaops.errors import DeltaopsError
 
 from .bench import bench
 from .compare import compare
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, tune, compare, inspect, doctor, bench):
+for command in (demo, tune, compare, convert, inspect, doctor, bench):
     app.command()(command)
 
 

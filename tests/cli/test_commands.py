@@ -30,7 +30,9 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "tune", "compare", "inspect", "doctor", "bench"])
+@pytest.mark.parametrize(
+    "command", ["demo", "tune", "compare", "convert", "inspect", "doctor", "bench"]
+)
 def test_help_has_an_example(command: str) -> None:
     result = call(command, "--help")
     assert result.returncode == 0
