@@ -284,23 +284,37 @@ def _peers(
             peers[EAGER] = model, [p for p in model.parameters() if p.requires_grad]
     else:
         _away_from_start(handle)
+        # handle.parameters() come in the order of handle.state()
         peers[OURS] = model, list(handle.parameters())
         reason = missing(handle.delta)
-        if reason is not None:
-            absent[EAGER] = reason
-        else:
-            base = material.reader(seed)
-            wide, exact = eager_twin(base, handle, torch.float64)
+        base = material.reader(seed)
+        if reason is None:
+            oracle = _oracle(*eager_twin(base, handle, torch.float64), batch)
             twin, leaves = eager_twin(base, handle, torch.float32)
-            oracle = _answer(wide, list(exact.values()), batch)
-            # handle.parameters() come in the order of handle.state()
-            hold_step(OURS, _answer(model, peers[OURS][1], batch), oracle, None)
-            hold_step(EAGER, _answer(twin, list(leaves.values()), batch), oracle, None)
             peers[EAGER] = twin, list(leaves.values())
+        else:
+            absent[EAGER] = reason
+            oracle = _oracle(*_reference_twin(base, handle), batch)
+        for name, (own, trained) in peers.items():
+            hold_step(name, _answer(own, trained, batch), oracle, None)
     peers[FULL_TUNING] = full, list(full.parameters())
     for m, _ in peers.values():
         m.train()
     return peers, absent
+
+
+def _oracle(model: nn.Module, trained: dict[str, nn.Parameter], batch: dict[str, Tensor]) -> Step:
+    return _answer(model, list(trained.values()), batch)
+
+
+def _reference_twin(base: nn.Module, handle: Handle) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """As :func:`eager_twin` in float64, by the reference ops: for what has no eager form."""
+    twin = base.double()
+    other = attach(twin, handle.delta, backend="reference", blocks=False)
+    with torch.no_grad():
+        for mine, value in zip(other.parameters(), handle.parameters(), strict=True):
+            mine.copy_(value)
+    return twin, dict(zip(other.state(), other.parameters(), strict=True))
 
 
 def _away_from_start(handle: Handle) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .cell import EAGER, OURS, Cell
 from .compare import FULL_TUNING, Learned, Record, Settings
+from .contenders import HEAD_RATE
 from .interleave import Timing
 from .report import markdown_table
 
@@ -97,8 +98,8 @@ def _how(s: Settings) -> str:
     return (
         f"Every line: {s.steps} steps of {s.batch_size} texts of at most {s.seq_len} tokens, in "
         f"the same order (seed {s.seed}), float32, no dropout; a new head on the mean of the last "
-        "states, the same for all and at one learning rate; tested on "
-        f"{test}. One seed: two accuracies that differ by less than about twice their standard "
+        f"states, the same for all and at one learning rate ({HEAD_RATE:g}); tested on {test}. "
+        "One seed: two accuracies that differ by less than about twice their standard "
         "error are not told apart."
     )
 
@@ -141,7 +142,7 @@ def _learned_row(r: Record) -> tuple[str, ...]:
         return (r.title, r.settings, f"{r.trained:,}", share, NONE, NONE, NONE, NONE)
     return (
         r.title, r.settings, f"{r.trained:,}", share, _accuracy(r.learned), f"{r.learned.loss:.3f}",
-        f"{r.learned.rate:g}", r.learned.why,
+        f"{r.learned.rate:g}" if r.learned.rate else NONE, r.learned.why,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from deltaops.errors import ConfigError
 from deltaops.measure import compare, contenders
@@ -74,6 +75,25 @@ def test_ours_and_eager_agree_and_are_timed(name: str, material: Material) -> No
         assert state[OURS] == state[EAGER]
     else:
         assert "no eager form" in cell.absent[EAGER]
+
+
+def test_without_an_eager_form_ours_is_held_to_the_reference(
+    material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "missing", lambda delta: "none here")
+    cell, _ = compare.take_time(ALL["dora"], material, SETTINGS, rounds=1)
+    assert cell.absent == {EAGER: "none here"}
+    right = compare._reference_twin
+
+    def wrong(base: nn.Module, handle: compare.Handle) -> object:
+        twin, trained = right(base, handle)
+        with torch.no_grad():
+            next(iter(trained.values())).add_(0.1)
+        return twin, trained
+
+    monkeypatch.setattr(compare, "_reference_twin", wrong)
+    with pytest.raises(AssertionError, match="nothing was timed"):
+        compare.take_time(ALL["dora"], material, SETTINGS, rounds=1)
 
 
 def test_a_wrong_delta_is_stopped(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
