@@ -44,13 +44,25 @@ _LINES = (
     Contender("bitfit", "BitFit", "bitfit", 1e-2, "one number a feature"),
     Contender("ia3", "(IA)³", "ia3", 3e-2, "gains near 1: steps of percents"),
     Contender("lntuning", "LNTuning", "lntuning", 1e-2, "one number a feature"),
-)
+    Contender("compacter", "Compacter", "compacter", 1e-2, "its factors start at 1e-4"),
+    Contender("prefix", "Prefix, P = 16", "prefix:num_virtual_tokens=16", 1e-2, "few vectors"),
+    Contender(
+        "prefix-mlp", "Prefix, P = 16, by an MLP", "prefix:num_virtual_tokens=16,reparameterised=true",
+        1e-3, "the MLP's matrices move all its prefixes",
+    ),
+    Contender("prompt", "Prompt, P = 16", "prompt:num_virtual_tokens=16", 3e-2, "few vectors"),
+    Contender(
+        "intrinsic", "IntrinsicPrompt, P = 16", "intrinsic-prompt:num_virtual_tokens=16", 3e-2,
+        "few numbers",
+    ),
+)  # fmt: skip
 
 
 def contenders() -> dict[str, Contender]:
-    """Name → contender: the lines, then every other method of this build with its defaults."""
-    found = {line.name: line for line in _LINES}
-    covered = {line.spec.partition(":")[0] for line in _LINES}
+    """Name → contender: the lines of this build's methods, then its others with their defaults."""
+    kinds = {line.name: line.spec.partition(":")[0] for line in _LINES}
+    found = {line.name: line for line in _LINES if kinds[line.name] in ("", *METHODS)}
+    covered = set(kinds.values())
     for kind, method in METHODS.items():
         if kind not in covered:
             found[kind] = Contender(kind, method.__name__, kind, GUESS, "not yet looked for")

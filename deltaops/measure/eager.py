@@ -5,6 +5,8 @@
     ParallelAdapter  the same of the sub-layer's or layer's input
     BitFit, LNTuning the parameter itself is trained, or a bias is added where there was none
     (IA)³            the output, or a feed-forward's inner activation, times a gain
+    Compacter        Adapter, its matrices formed of their Kronecker factors
+    Prompt, Prefix   see :mod:`.eager_tokens`
 
 What is trained comes under the keys of ``handle.state()``, so that losses and gradients can be held
 to ours one by one. Adding a method is one function and one entry of :data:`EAGER`.
@@ -13,16 +15,18 @@ to ours one by one. Adding a method is one function and one entry of :data:`EAGE
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops.methods import IA3, Adapter, BitFit, Delta, LNTuning, LoRA, ParallelAdapter, Site
+from deltaops.methods import Delta, Site
 from deltaops.methods.targets import FEED_FORWARD_OUTPUT
 from deltaops.surgery import Handle
+
+from .eager_tokens import prefix, prompt
 
 Leaves = dict[str, nn.Parameter]
 """Suffix of a place's tensor → what is trained."""
@@ -38,7 +42,11 @@ _PHI: dict[str, Callable[[Tensor], Tensor]] = {
 
 def missing(delta: Delta) -> str | None:
     """Why there is no eager form of ``delta`` to time; None where there is one."""
-    return None if type(delta) in EAGER else f"{delta.kind} has no eager form in measure/eager.py"
+    if delta.kind not in EAGER:
+        return f"{delta.kind} has no eager form in measure/eager.py"
+    if getattr(delta, "reparameterised", False):
+        return "an MLP of all layers' prefixes has no eager form in measure/eager_tokens.py"
+    return None
 
 
 def eager_twin(
@@ -58,7 +66,7 @@ def eager_twin(
     for site in handle.places:
         suffixes = handle.delta.tensors(handle.model.get_submodule(site.path), handle.name)
         own = {suffix: left.pop(site.key(suffix)) for suffix in suffixes}
-        EAGER[type(handle.delta)](twin, handle.delta, site, own)
+        EAGER[handle.delta.kind](twin, handle.delta, site, own)
     for key, leaf in left.items():  # of modules_to_save
         path, _, name = key.rpartition(".")
         twin.get_submodule(path)._parameters[name] = leaf
@@ -83,7 +91,7 @@ def _lora(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
     model.get_submodule(site.path).register_forward_hook(add)
 
 
-def _bottleneck(delta: Any, x: Tensor, t: Leaves, bias: Tensor | None) -> Tensor:
+def _bottleneck(delta: Any, x: Tensor, t: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     if "adapter.norm_weight" in t:
         x = functional.layer_norm(x, x.shape[-1:], t["adapter.norm_weight"], t["adapter.norm_bias"])
     h = _PHI[delta.non_linearity](
@@ -138,11 +146,39 @@ def _ia3(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
         module.register_forward_hook(lambda module, args, y: y * gain)
 
 
-EAGER: dict[type[Delta], Callable[[nn.Module, Any, Site, Leaves], None]] = {
-    LoRA: _lora,
-    Adapter: _adapter,
-    ParallelAdapter: _parallel,
-    BitFit: _bitfit,
-    LNTuning: _ln_tuning,
-    IA3: _ia3,
+def _compacter(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
+    """A rule that all layers share is a tensor of the first one."""
+    rule = t.get("adapter.down.phm_rule")
+    if rule is None:
+        rule = model.__dict__["eager_rule"]
+    model.__dict__["eager_rule"] = rule
+    rules = {"down": rule, "up": t.get("adapter.up.phm_rule", rule)}
+
+    def after(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        formed = {
+            f"adapter.{side}.weight": _kronecker(a, t[f"adapter.{side}.s"], t[f"adapter.{side}.t"])
+            for side, a in rules.items()
+        }
+        return y + _bottleneck(delta, y, {**t, **formed}, t["adapter.up_bias"])
+
+    model.get_submodule(site.path).register_forward_hook(after)
+
+
+def _kronecker(a: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Σᵢ Aᵢ ⊗ (Sᵢ Tᵢᵀ)."""
+    blocks = torch.einsum("ijk,ipr,iqr->jpkq", a, s, t)
+    return blocks.reshape(a.shape[1] * s.shape[1], a.shape[2] * t.shape[1])
+
+
+EAGER: dict[str, Callable[[nn.Module, Any, Site, Leaves], None]] = {
+    "lora": _lora,
+    "adapter": _adapter,
+    "compacter": _compacter,
+    "parallel": _parallel,
+    "bitfit": _bitfit,
+    "lntuning": _ln_tuning,
+    "ia3": _ia3,
+    "prefix": prefix,
+    "prompt": prompt,
 }
+"""Kind of a delta → its eager form."""

@@ -18,7 +18,7 @@ from deltaops.measure.reader import Material
 from deltaops.measure.table_report import order_beside_the_paper, table_markdown
 from deltaops.measure.table_store import Comparison, begin, read_table, write_table
 from deltaops.methods import METHODS
-from deltaops.testing.architectures import HIDDEN, build
+from deltaops.testing.architectures import build
 from deltaops.tuning.tokens import TokenSet
 
 from .results import MACHINE
@@ -39,15 +39,9 @@ def texts(count: int) -> TokenSet:
 
 @pytest.fixture(scope="module")
 def material() -> Material:
-    return Material(build("bert"), HIDDEN, 3, texts(40), texts(21))
-
-
-def contender(name: str) -> contenders.Contender:
-    """With a bottleneck that fits the tiny encoder."""
-    line = ALL[name]
-    if line.spec.startswith("adapter"):
-        return replace(line, spec=line.spec + ("," if ":" in line.spec else ":") + "size=4")
-    return line
+    """As wide as the methods' own bottlenecks need."""
+    encoder = build("bert", hidden_size=128)
+    return Material(encoder, 128, 3, texts(40), texts(21))
 
 
 def test_every_method_takes_part_and_none_twice() -> None:
@@ -64,7 +58,7 @@ def test_names_choose_and_strange_ones_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_ours_and_eager_agree_and_are_timed(name: str, material: Material) -> None:
-    cell, state = compare.take_time(contender(name), material, SETTINGS, rounds=1)
+    cell, state = compare.take_time(ALL[name], material, SETTINGS, rounds=1)
     assert FULL_TUNING in cell.timings
     assert all((peer in cell.timings) != (peer in cell.absent) for peer in (OURS,))
     assert set(state) == set(cell.saved) == set(cell.timings)
