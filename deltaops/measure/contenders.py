@@ -47,7 +47,8 @@ _LINES = (
     Contender("compacter", "Compacter", "compacter", 1e-2, "its factors start at 1e-4"),
     Contender("prefix", "Prefix, P = 16", "prefix:num_virtual_tokens=16", 1e-2, "few vectors"),
     Contender(
-        "prefix-mlp", "Prefix, P = 16, by an MLP", "prefix:num_virtual_tokens=16,reparameterised=true",
+        "prefix-mlp", "Prefix, P = 16, by an MLP",
+        "prefix:num_virtual_tokens=16,reparameterised=true",
         1e-3, "the MLP's matrices move all its prefixes",
     ),
     Contender("prompt", "Prompt, P = 16", "prompt:num_virtual_tokens=16", 3e-2, "few vectors"),
