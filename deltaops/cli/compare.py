@@ -71,10 +71,7 @@ def compare(
         TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
     ) as progress:  # fmt: skip
         each = [
-            work(
-                settings, len(material.test), len(tried) if c.rate else 0, accuracy, timing, rounds
-            )
-            for c in picked
+            work(settings, len(material.test), len(tried), accuracy, timing, rounds) for _ in picked
         ]
         bar = progress.add_task("starting", total=sum(each))
         for done, contender in enumerate(picked):

@@ -22,6 +22,7 @@ from deltaops.tuning.tokens import Order, TokenSet
 
 from .cell import EAGER, OURS, Cell
 from .contenders import FULL, HEAD_RATE, Contender
+from .contenders import HEAD as HEAD_ALONE
 from .eager import eager_twin, missing
 from .gate import Step, hold_step
 from .interleave import interleaved
@@ -47,6 +48,8 @@ class Settings:
     batch_size: int = 32
     seq_len: int = 32
     seed: int = 0
+    head_rate: float = HEAD_RATE
+    """Peak learning rate of the head beside anything else that trains."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def learn(
     Raises: ConfigError where the loss is no longer finite.
     """
     tried: dict[str, float] = {}
-    if rates and contender.rate:
+    if rates:
         fit, held = material.train.split(HELD, settings.seed)
         assert held is not None  # a part was asked for
         trial = replace(settings, steps=max(1, settings.steps // TRIAL))
@@ -223,7 +226,9 @@ def _set_up(contender: Contender, material: Material, seed: int) -> tuple[Reader
     return model, None
 
 
-def _groups(model: Reader, handle: Handle | None, rate: float) -> list[dict[str, Any]]:
+def _groups(
+    model: Reader, handle: Handle | None, contender: Contender, head_rate: float
+) -> list[dict[str, Any]]:
     """For the optimizer: the head at its own rate; "pace" is a group's rate itself."""
     head = {id(p) for p in model.classifier.parameters()}
     groups: list[dict[str, Any]] = [{"params": list(model.encoder.parameters()), "pace": 1.0}]
@@ -232,11 +237,15 @@ def _groups(model: Reader, handle: Handle | None, rate: float) -> list[dict[str,
     found = [
         {
             "params": [p for p in g["params"] if p.requires_grad and id(p) not in head],
-            "pace": rate * g["pace"],
+            "pace": contender.rate * g["pace"],
         }
         for g in groups
     ]
-    own = {"params": list(model.classifier.parameters()), "pace": HEAD_RATE}
+    alone = contender.name == HEAD_ALONE
+    own = {
+        "params": list(model.classifier.parameters()),
+        "pace": contender.rate if alone else head_rate,
+    }
     return [g for g in (*found, own) if g["params"]]
 
 
@@ -245,7 +254,7 @@ def _trained(
 ) -> tuple[Reader, float, float]:
     """The model after all steps, its last loss, and the seconds that they took."""
     model, handle = _set_up(contender, material, settings.seed)
-    optimizer = make_optimizer(_groups(model, handle, contender.rate), 1.0)
+    optimizer = make_optimizer(_groups(model, handle, contender, settings.head_rate), 1.0)
     order = Order(len(data), settings.batch_size, settings.seed)
     losses: list[float] = []
 

@@ -12,8 +12,8 @@ from deltaops.methods import METHODS
 
 FULL, HEAD = "full", "head"
 """Without a delta: everything trained, and the head alone."""
-HEAD_RATE = 0.03
-"""Of the new head, with every contender: the best for the head alone."""
+HEAD_RATE = 0.01
+"""Of the new head beside anything else that trains."""
 GUESS = 0.01
 """Peak learning rate of a method without a line: few parameters, each felt in every token."""
 
@@ -28,22 +28,23 @@ class Contender:
     spec: str
     """As in ``deltaops tune --delta``; empty without a delta."""
     rate: float
-    """Peak learning rate of what is not the head; ``deltaops compare --rates`` tries others."""
+    """Peak learning rate of what trains beside the head, or of the head alone; ``deltaops compare
+    --rates`` tries others."""
     why: str
     """Of the rate."""
 
 
 _LINES = (
-    Contender(FULL, "full tuning", "", 3e-4, "every weight moves: small steps"),
-    Contender(HEAD, "frozen features + head", "", 0.0, "only the head learns, at its own rate"),
-    Contender("lora", "LoRA, r = 16", "lora:r=16,alpha=32", 3e-3, "B starts at zero"),
-    Contender("dora", "DoRA, r = 16", "lora:r=16,alpha=32,use_dora=true", 3e-3, "as LoRA"),
-    Contender("houlsby", "Adapter (Houlsby)", "adapter", 3e-3, "small matrices, as LoRA's"),
-    Contender("pfeiffer", "Adapter (Pfeiffer)", "adapter:style=pfeiffer", 3e-3, "as Houlsby's"),
-    Contender("parallel", "ParallelAdapter", "parallel", 1e-3, "its scale of 4 multiplies steps"),
-    Contender("bitfit", "BitFit", "bitfit", 1e-2, "one number a feature"),
-    Contender("ia3", "(IA)³", "ia3", 3e-2, "gains near 1: steps of percents"),
-    Contender("lntuning", "LNTuning", "lntuning", 1e-2, "one number a feature"),
+    Contender(FULL, "full tuning", "", 1e-4, "every weight moves: small steps"),
+    Contender(HEAD, "frozen features + head", "", 0.03, "nothing else changes what it reads"),
+    Contender("lora", "LoRA, r = 16", "lora:r=16,alpha=32", 1e-3, "matrices, B from zero"),
+    Contender("dora", "DoRA, r = 16", "lora:r=16,alpha=32,use_dora=true", 1e-3, "as LoRA's"),
+    Contender("houlsby", "Adapter (Houlsby)", "adapter", 1e-3, "matrices, from near zero"),
+    Contender("pfeiffer", "Adapter (Pfeiffer)", "adapter:style=pfeiffer", 1e-3, "as Houlsby's"),
+    Contender("parallel", "ParallelAdapter", "parallel", 3e-4, "its scale of 4 multiplies steps"),
+    Contender("bitfit", "BitFit", "bitfit", 3e-3, "one number a feature"),
+    Contender("ia3", "(IA)³", "ia3", 1e-2, "gains near 1: steps of percents"),
+    Contender("lntuning", "LNTuning", "lntuning", 3e-3, "one number a feature"),
     Contender("compacter", "Compacter", "compacter", 1e-2, "its factors start at 1e-4"),
     Contender("prefix", "Prefix, P = 16", "prefix:num_virtual_tokens=16", 1e-2, "few vectors"),
     Contender(

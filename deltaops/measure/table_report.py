@@ -12,7 +12,6 @@ from typing import Any
 
 from .cell import EAGER, OURS, Cell
 from .compare import FULL_TUNING, Learned, Record, Settings
-from .contenders import HEAD_RATE
 from .interleave import Timing
 from .report import markdown_table
 
@@ -98,9 +97,9 @@ def _how(s: Settings) -> str:
     return (
         f"Every line: {s.steps} steps of {s.batch_size} texts of at most {s.seq_len} tokens, in "
         f"the same order (seed {s.seed}), float32, no dropout; a new head on the mean of the last "
-        f"states, the same for all and at one learning rate ({HEAD_RATE:g}); tested on {test}. "
-        "One seed: two accuracies that differ by less than about twice their standard "
-        "error are not told apart."
+        "states, the same for all, beside whatever else trains at the learning rate "
+        f"{s.head_rate:g}; tested on {test}. One seed: two accuracies that differ by less than "
+        "about twice their standard error are not told apart."
     )
 
 
@@ -142,7 +141,7 @@ def _learned_row(r: Record) -> tuple[str, ...]:
         return (r.title, r.settings, f"{r.trained:,}", share, NONE, NONE, NONE, NONE)
     return (
         r.title, r.settings, f"{r.trained:,}", share, _accuracy(r.learned), f"{r.learned.loss:.3f}",
-        f"{r.learned.rate:g}" if r.learned.rate else NONE, r.learned.why,
+        f"{r.learned.rate:g}", r.learned.why,
     )  # fmt: skip
 
 

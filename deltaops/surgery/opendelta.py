@@ -2,6 +2,9 @@
 
     <module>.lora.lora_A, .lora_B                               LoRA
     <module>.adapter.modulelist.{down,up}_proj.{weight,bias}    Adapter
+    <module>.compactor.{down,up}_sampler.{phm_rule,W_left,W_right,b}
+                                                                Compacter, each with its own rule
+    soft_prompt_layer.soft_embeds                               Prompt
     <module>.bias alone, <module>.bitfit.bias                   BitFit
     every other tensor                                          of a module trained whole
 
@@ -24,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
-from deltaops.methods import Adapter, BitFit, Delta, LoRA
+from deltaops.methods import METHODS, Adapter, BitFit, Delta, LoRA
+from deltaops.methods.targets import roles
 from deltaops.modules import is_norm
 
 from .files import read_tensors
@@ -55,9 +59,8 @@ _ACTIVATIONS = {
 _FOREIGN = {
     "parallel_adapter": "parallel adapters, which stand around any module there",
     "low_rank_adapter": "low-rank adapters",
-    "compactor": "Compacter",
     "prefix": "prefix tuning",
-    "soft_prompt_layer": "soft prompts",
+    "reparams": "prefix tuning by an MLP",
 }
 """Part of a key → what this reader does not take over."""
 
@@ -110,16 +113,16 @@ def from_opendelta(
         was then.
     """
     kind, found, saved = _sorted(model, tensors)
-    delta, state = _KINDS[kind][1](model, config, found, tuple(saved))
+    try:
+        delta, state = _KINDS[kind][1](model, config, found, tuple(saved))
+        made = plan(model, delta)
+    except (TargetError, ConfigError) as error:
+        raise CheckpointError(f"OpenDelta's {kind} does not fit this model: {error}") from error
     for path, own in saved.items():
         state |= {f"{path}.{name}": tensor for name, tensor in own.items()}
-    try:
-        made = plan(model, delta)
-    except TargetError as error:
-        raise CheckpointError(f"OpenDelta's {kind} does not fit this model: {error}") from error
     # names match the end of a path
     extra = [site.path for site in made.sites if site.path not in delta.target_modules]
-    if extra:
+    if extra and not roles(delta.target_modules):
         raise CheckpointError(
             f"OpenDelta's {kind}: its names also mean {extra[0]!r} in this model, for which the "
             "file has nothing. Is this the model that it was trained on?"
@@ -153,7 +156,7 @@ def _sorted(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, Found
         for kind, (pattern, _) in _KINDS.items():
             match = pattern.fullmatch(key)
             if match is not None and not (kind == "bitfit" and _weight(key) in tensors):
-                own = kinds.setdefault(kind, {}).setdefault(match.group(1), {})
+                own = kinds.setdefault(kind, {}).setdefault(match.group(1) or "", {})
                 own[match.group(2)] = tensor
                 break
         else:
@@ -174,6 +177,11 @@ def _sorted(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, Found
                 "module trained whole. Is this the model class that it was trained on?"
             )
     ((kind, found),) = kinds.items()
+    if kind not in METHODS:
+        raise CheckpointError(
+            f"OpenDelta's file holds a {kind}, and this deltaops has {', '.join(METHODS)}. Update "
+            "deltaops."
+        )
     return kind, found, saved
 
 
@@ -245,17 +253,12 @@ def _adapter(
     """y + Up φ(Down y + d) + u."""
     names = {f"{p}_proj.{n}": (p, n) for p in ("down", "up") for n in ("weight", "bias")}
     _needs(found, set(names))
-    activation = config.get("non_linearity", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"OpenDelta's adapter has non_linearity={activation!r}; deltaops has those of "
-            f"{', '.join(_ACTIVATIONS)}. Train it anew with one of these."
-        )
+    activation = _activation(config, "gelu_new")
     layers = {path: _last_linear(model, path) for path in found}
     delta = _settings(
         lambda: Adapter(
             size=next(iter(found.values()))["down_proj.weight"].shape[0],
-            non_linearity=_ACTIVATIONS[activation],
+            non_linearity=activation,
             target_modules=tuple(layers.values()),
             modules_to_save=saved,
         )
@@ -266,6 +269,71 @@ def _adapter(
         for key, (part, name) in names.items()
     }
     return delta, state
+
+
+def _activation(config: Mapping[str, Any], usual: str) -> str:
+    name = config.get("non_linearity", usual)
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"OpenDelta's adapter has non_linearity={name!r}; deltaops has those of "
+            f"{', '.join(_ACTIVATIONS)}. Train it anew with one of these."
+        )
+    return _ACTIVATIONS[name]
+
+
+def _compacter(
+    model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
+) -> tuple[Delta, State]:
+    """x H + b with H = Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ): of our W = Hᵀ the rule is Aᵀ, S is Rᵀ and T is L."""
+    names = {
+        f"{p}_sampler.{n}" for p in ("down", "up") for n in ("phm_rule", "W_left", "W_right", "b")
+    }
+    _needs(found, names)
+    layers = {path: _last_linear(model, path) for path in found}
+    first = next(iter(found.values()))
+    n, _, rank = first["down_sampler.W_left"].shape
+    make: Any = METHODS["compacter"]
+    delta = _settings(
+        lambda: make(
+            size=first["down_sampler.b"].shape[0],
+            phm_dim=n,
+            phm_rank=rank,
+            shared_phm_rule=False,
+            non_linearity=_activation(config, "relu"),
+            target_modules=tuple(layers.values()),
+            modules_to_save=saved,
+        )
+    )
+    state = {}
+    for path, own in found.items():
+        for side in ("down", "up"):
+            into, of = f"{layers[path]}.adapter.{side}", f"{side}_sampler."
+            state[f"{into}.phm_rule"] = own[of + "phm_rule"].mT
+            state[f"{into}.s"] = own[of + "W_right"].mT
+            state[f"{into}.t"] = own[of + "W_left"]
+            state[f"{into}_bias"] = own[of + "b"]
+    return delta, state
+
+
+def _prompt(
+    model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
+) -> tuple[Delta, State]:
+    """Vectors before the tokens of what the model reads; where that is, ours finds by itself."""
+    ((_, own),) = found.items()
+    vectors = own["soft_embeds"]
+    make: Any = METHODS["prompt"]
+    delta = _settings(
+        lambda: make(
+            num_virtual_tokens=len(vectors), prompt_tuning_init="random", modules_to_save=saved
+        )
+    )
+    sites = plan(model, delta).sites
+    if len(sites) != 1:
+        raise CheckpointError(
+            f"OpenDelta's soft prompt stands before one stack, and this model has {len(sites)}. "
+            "Is this the model class that it was trained on?"
+        )
+    return delta, {sites[0].key("prompt_embeddings"): vectors}
 
 
 def _last_linear(model: nn.Module, path: str) -> str:
@@ -319,6 +387,8 @@ _KINDS: dict[str, tuple[re.Pattern[str], _Make]] = {
     "adapter": (
         re.compile(r"(.+)\.adapter\.modulelist\.((?:down|up)_proj\.(?:weight|bias))"), _adapter
     ),
+    "compacter": (re.compile(r"(.+)\.compactor\.(.+)"), _compacter),
+    "prompt": (re.compile(r"(?:(.+)\.)?soft_prompt_layer\.(soft_embeds)"), _prompt),
     "bitfit": (re.compile(r"(.+?)\.((?:bitfit\.)?bias)"), _bitfit),
 }  # fmt: skip
 """Kind → its keys (path of the module, rest), and what makes a delta of them."""

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import deltaops
 from deltaops.cli import app
 from deltaops.errors import CheckpointError
+from deltaops.methods import METHODS
 from deltaops.surgery.opendelta import from_opendelta, read_opendelta
 from deltaops.testing import relative_error
 from deltaops.testing.architectures import HIDDEN, answer, build
@@ -121,6 +122,59 @@ def test_bitfit_on_linears_and_norms(name: str) -> None:
         elif path.lower().endswith(("norm", "layer_norm")):
             tensors |= under(path, added(module))
     check(name, twin, {}, tensors)
+
+
+def compacter(module: nn.Module) -> dict[str, Tensor]:
+    n, width = 2, 4
+    found: dict[str, Tensor] = {}
+    weights = []
+    for side, (inputs, outputs) in {"down": (HIDDEN, width), "up": (width, HIDDEN)}.items():
+        rule, b = drawn(n, n, n), drawn(outputs)
+        left, right = drawn(n, inputs // n, 1), drawn(n, 1, outputs // n)
+        h = sum(torch.kron(rule[i], left[i] @ right[i]) for i in range(n))
+        weights.append((h, b))
+        names = ("phm_rule", "W_left", "W_right", "b")
+        values = zip(names, (rule, left, right, b), strict=True)
+        found |= {f"compactor.{side}_sampler.{name}": t for name, t in values}
+
+    def after(m: nn.Module, args: Any, y: Any) -> Any:
+        x = hidden(y)
+        (down, d), (up, u) = weights
+        return with_hidden(y, x + torch.relu(x @ down + d) @ up + u)
+
+    module.register_forward_hook(after)
+    return found
+
+
+@pytest.mark.skipif("compacter" not in METHODS, reason="this build has no Compacter")
+def test_compacter() -> None:
+    torch.manual_seed(1)
+    twin = build("t5")
+    tensors: dict[str, Tensor] = {}
+    for path, module in list(twin.named_modules()):
+        if path.endswith(("SelfAttention", "DenseReluDense")):
+            tensors |= under(path, compacter(module))
+    check("t5", twin, {}, tensors)
+    tensors.popitem()
+    with pytest.raises(CheckpointError, match="has no up_sampler"):
+        from_opendelta(build("t5"), {}, tensors)
+
+
+@pytest.mark.skipif("prompt" not in METHODS, reason="this build has no Prompt")
+@pytest.mark.parametrize("path", ["", "encoder."])
+def test_soft_prompt(path: str) -> None:
+    model, vectors = build("t5" if path else "bert"), drawn(5, HIDDEN)
+    handle = from_opendelta(model, {}, {f"{path}soft_prompt_layer.soft_embeds": vectors})
+    (held,) = handle.state().values()
+    assert torch.equal(held, vectors)
+    assert handle.delta.num_virtual_tokens == 5  # type: ignore[attr-defined]  # a Prompt
+
+
+def test_what_this_build_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = {kind: method for kind, method in METHODS.items() if kind != "lora"}
+    monkeypatch.setattr("deltaops.surgery.opendelta.METHODS", lacking)
+    with pytest.raises(CheckpointError, match="holds a lora, and this deltaops has adapter"):
+        from_opendelta(build("bert"), {"lora_r": RANK}, under(QUERY, GOOD))
 
 
 def test_a_head_trained_along_is_taken_over() -> None:
