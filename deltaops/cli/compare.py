@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,15 @@ def compare(
             record = describe(contender, material, seed)
             if accuracy:
                 found = learn(contender, material, settings, tried, lambda: progress.advance(bar))
-                record = _with(record, learned=found)
+                record = replace(record, learned=found)
             if timing:
                 try:
                     cell, held = take_time(
                         contender, material, settings, rounds, lambda: progress.advance(bar)
                     )
-                    record = _with(record, timed=cell, state=held)
+                    record = replace(record, timed=cell, state=held)
                 except AssertionError as error:  # the gate: the other lines are still worth having
-                    record, failed = _with(record, failed=str(error)), True
+                    record, failed = replace(record, failed=str(error)), True
             table = table.with_record(record, facts)
             if path is not None:
                 write_table(path, table)
@@ -130,12 +131,6 @@ def shown(comparison: Any) -> Table:
             ),
         )
     return table
-
-
-def _with(record: Any, **fields: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(record, **fields)
 
 
 def _halves(only: str | None) -> tuple[bool, bool]:
