@@ -68,4 +68,4 @@ def _times(ax: Any, records: Sequence[Record]) -> None:
             color=colour, ecolor="#444444", capsize=1.5, label=peer,
         )  # fmt: skip
     ax.set_xlabel("milliseconds a training step (median, quartiles)", fontsize=8)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, ncols=len(PEERS), loc="lower right", bbox_to_anchor=(1, 1))
