@@ -10,6 +10,8 @@ from rich.console import Console
 from deltaops.errors import DeltaopsError
 
 from .bench import bench
+from .compare import compare
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
@@ -24,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, tune, inspect, doctor, bench):
+for command in (demo, tune, compare, convert, inspect, doctor, bench):
     app.command()(command)
 app.add_typer(intrinsic, name="intrinsic")
 

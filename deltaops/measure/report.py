@@ -33,7 +33,7 @@ def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
         "",
         "## Goals",
         "",
-        *_table(
+        *markdown_table(
             ("goal", "dtype", "worst", "median", "goal is", "", "where, and why"),
             [_goal_row(o) for o in evaluate(results)],
         ),
@@ -113,7 +113,7 @@ def _cells(cells: list[Cell], results: Results) -> Iterable[str]:
                 text += f"; {gigaflops(c, p):.0f} GF/s"
             row.append(text)
         rows.append(tuple(row))
-    lines += ["", *_table(("what", "dtype", "dropout", *peers), rows)]
+    lines += ["", *markdown_table(("what", "dtype", "dropout", *peers), rows)]
     lines += _speedups(cells)
     lines += _saved(cells)
     reasons = dict.fromkeys(
@@ -139,7 +139,7 @@ def _speedups(cells: list[Cell]) -> list[str]:
     if not rows:
         return []
     return ["", "Times as fast, round by round: median (quartiles), rounds.", "",
-            *_table(("what", "ours", "against", "ratio"), rows)]  # fmt: skip
+            *markdown_table(("what", "ours", "against", "ratio"), rows)]  # fmt: skip
 
 
 def _saved(cells: list[Cell]) -> list[str]:
@@ -158,10 +158,11 @@ def _saved(cells: list[Cell]) -> list[str]:
     ]
     header = ("what", "dtype", "dropout", *peers)
     return ["", "Bytes held for the backward pass beyond inputs and parameters:", "",
-            *_table(header, rows)]  # fmt: skip
+            *markdown_table(header, rows)]  # fmt: skip
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table of Markdown."""
     return [
         "| " + " | ".join(header) + " |",
         "|" + " --- |" * len(header),

@@ -139,6 +139,11 @@ def read_weights(folder: Path, files: Files = PEFT) -> dict[str, Tensor]:
         raise CheckpointError(
             f"load: {str(folder)!r} has no {files.weights}. It holds: {_content(folder)}."
         )
+    return read_tensors(file)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises: CheckpointError."""
     try:
         # not mapped into memory: a file replaced meanwhile must not change what was checked
         return safetensors.torch.load(file.read_bytes())

@@ -106,9 +106,13 @@ def evaluate(
     data: TokenSet,
     batch_size: int,
     should_stop: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, float] | None:
     """Mean loss in nats (per predicted token, or per example) and, of classes, the accuracy.
 
+    Args:
+        should_stop: asked before each batch.
+        on_batch: called after each, for a progress bar.
     Returns: ``{"loss": …, "accuracy": …}``, or None where ``should_stop`` ended it.
     """
     device = next(model.parameters()).device
@@ -128,6 +132,7 @@ def evaluate(
         weight += count
         if data.classes is not None:
             right += int((out.logits.argmax(-1).cpu() == labels).sum())
+        on_batch()
     model.train(was_training)
     result = {"loss": total / max(1, weight)}
     if data.classes is not None:

@@ -30,7 +30,10 @@ RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
 EVERYWHERE = {"errors", "__version__"}
 # deltaops.testing stands beside the measuring code: both compare ops with the reference.
 RANK["testing"] = RANK["measure"]
-SIBLINGS = {("cli", "testing"), ("measure", "testing"), ("tuning", "tuning")}
+# Methods are compared by training them, so measuring has the training loop.
+SIBLINGS = {
+    ("cli", "testing"), ("measure", "testing"), ("measure", "tuning"), ("tuning", "tuning"),
+}  # fmt: skip
 NATIVE = ("_cpu", "_cuda")
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 REFERENCE_MAY_IMPORT = {"torch", "numpy"}

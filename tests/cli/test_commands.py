@@ -32,7 +32,18 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "tune", "intrinsic fit", "intrinsic tune", "inspect", "doctor", "bench"]
+    "command",
+    [
+        "demo",
+        "tune",
+        "compare",
+        "convert",
+        "intrinsic fit",
+        "intrinsic tune",
+        "inspect",
+        "doctor",
+        "bench",
+    ],
 )
 def test_help_has_an_example(command: str) -> None:
     result = call(*command.split(), "--help")

@@ -294,16 +294,23 @@ def test_bfloat16(method: str, name: str) -> None:
 
 
 @for_each_method
-def test_generation_with_a_cache_equals_without(method: str) -> None:
-    model = build("llama", head="ForCausalLM")
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("llama", "ForCausalLM"), ("gpt2", "LMHeadModel"), ("t5", "ForConditionalGeneration")],
+    ids=["llama", "gpt2", "t5"],
+)
+def test_generation_with_a_cache_equals_without(method: str, name: str, head: str) -> None:
+    model = build(name, head=head)
     attached(method, model)
     prompt = torch.tensor([[5, 17, 3, 40]])
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    if name == "t5":
+        settings["decoder_start_token_id"] = 0
     with_cache, without = (
         model.generate(prompt, use_cache=cache, **settings)  # type: ignore[operator]  # transformers'
         for cache in (True, False)
     )
-    assert with_cache.shape == (1, 10)
+    assert with_cache.shape == (1, 7 if name == "t5" else 10)
     assert torch.equal(with_cache, without)
 
 

@@ -1,0 +1,362 @@
+"""Train a method and time it, beside the same method in eager torch and full tuning.
+
+Every contender sees the same texts in the same order for the same number of steps, from the same
+head; what it trains beside the head has its own learning rate (:mod:`.contenders`). Its time is
+taken apart, on the first batch: losses and gradients of both programs are held to float64 first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaops.surgery import Handle, attach
+from deltaops.tuning.loop import Point, Schedule, evaluate, make_optimizer, train
+from deltaops.tuning.spec import parse_delta
+from deltaops.tuning.tokens import Order, TokenSet
+
+from .cell import EAGER, OURS, Cell
+from .contenders import FULL, HEAD_RATE, Contender
+from .contenders import HEAD as HEAD_ALONE
+from .eager import eager_twin, missing
+from .gate import Step, hold_step
+from .interleave import interleaved
+from .reader import HEAD, Material, Reader, by_length
+from .saved import saved_bytes
+
+FULL_TUNING = "full tuning"
+"""The peer that every step is also timed against."""
+TRIAL = 3
+"""A learning rate is tried on a third of the steps."""
+HELD = 0.1
+"""Part of the training texts on which rates are judged."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bits of every result; results with other settings are no table."""
+
+    model: str
+    train: str
+    test: str | None
+    steps: int = 200
+    batch_size: int = 32
+    seq_len: int = 32
+    seed: int = 0
+    head_rate: float = HEAD_RATE
+    """Peak learning rate of the head beside anything else that trains."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How a contender did after all steps."""
+
+    accuracy: float
+    """On the test texts, as a share."""
+    loss: float
+    """The same, mean, in nats."""
+    training_loss: float
+    """Of the last step; equal bits for equal seeds."""
+    examples: int
+    """Test texts."""
+    rate: float
+    why: str
+    seconds: float
+    """Of all steps, with the batches' own lengths."""
+    tried: dict[str, float]
+    """Learning rate → accuracy on held-out training texts; empty where none was looked for."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the table, of which either half may be missing."""
+
+    name: str
+    title: str
+    settings: str
+    trained: int
+    """Parameters of the delta, or of the encoder; the head's are not among them."""
+    head: int
+    total: int
+    """Of the encoder."""
+    learned: Learned | None = None
+    timed: Cell | None = None
+    state: dict[str, int] | None = None
+    """Peer → bytes of gradients and of the optimizer's moments, head included."""
+    failed: str = ""
+    """What stopped the timing: the gate's message."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> Record:
+        """What :meth:`as_json` wrote."""
+        learned, timed = value["learned"], value["timed"]
+        return cls(
+            **{
+                **value,
+                "learned": None if learned is None else Learned(**learned),
+                "timed": None if timed is None else Cell.of_json(timed),
+            }
+        )
+
+    def updated(self, old: Record | None) -> Record:
+        """This record, with the half that it lacks from an older one."""
+        if old is None or old.settings != self.settings:
+            return self
+        timing = self.timed is not None or self.failed
+        return replace(
+            self,
+            learned=self.learned or old.learned,
+            timed=self.timed if timing else old.timed,
+            state=self.state if timing else old.state,
+            failed=self.failed if timing else old.failed,
+        )
+
+
+Tick = Callable[[], object]
+
+
+def work(
+    settings: Settings, test: int, rates: int, train_it: bool, time_it: bool, rounds: int
+) -> int:
+    """How often a contender calls ``tick``."""
+    batches = -(-test // settings.batch_size)
+    trials = rates * (settings.steps // TRIAL)
+    return train_it * (settings.steps + trials + batches) + time_it * (rounds + 1)
+
+
+def describe(contender: Contender, material: Material, seed: int) -> Record:
+    """The line without results."""
+    model, _ = _set_up(contender, material, seed)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = sum(p.numel() for p in model.classifier.parameters())
+    return Record(
+        contender.name, contender.title,
+        repr(parse_delta(contender.spec)) if contender.spec else contender.title,
+        trained - head, head, sum(p.numel() for p in material.encoder.parameters()),
+    )  # fmt: skip
+
+
+def learn(
+    contender: Contender,
+    material: Material,
+    settings: Settings,
+    rates: tuple[float, ...] = (),
+    tick: Tick = lambda: None,
+) -> Learned:
+    """Train and test.
+
+    Args:
+        rates: learning rates to try first, each for a third of the steps on nine tenths of the
+            training texts, judged on the rest; the best takes the place of the contender's.
+        tick: called after each step and each batch of the test.
+    Raises: ConfigError where the loss is no longer finite.
+    """
+    tried: dict[str, float] = {}
+    if rates:
+        fit, held = material.train.split(HELD, settings.seed)
+        assert held is not None  # a part was asked for
+        trial = replace(settings, steps=max(1, settings.steps // TRIAL))
+        held = by_length(held)
+        for rate in rates:
+            model, *_ = _trained(replace(contender, rate=rate), material, fit, trial, tick)
+            tried[f"{rate:g}"] = _test(model, held, settings.batch_size)["accuracy"]
+        best = max(rates, key=lambda rate: tried[f"{rate:g}"])
+        contender = replace(contender, rate=best, why="the best of those tried")
+    model, last, seconds = _trained(contender, material, material.train, settings, tick)
+    found = _test(model, material.test, settings.batch_size, tick)
+    return Learned(
+        found["accuracy"], found["loss"], last, len(material.test), contender.rate, contender.why,
+        seconds, tried,
+    )  # fmt: skip
+
+
+def take_time(
+    contender: Contender,
+    material: Material,
+    settings: Settings,
+    rounds: int,
+    tick: Tick = lambda: None,
+) -> tuple[Cell, dict[str, int]]:
+    """Gate, then seconds a step of ours, of eager torch and of full tuning, in turns.
+
+    Returns: the cell, and the bytes of gradients and moments by peer.
+    Raises: AssertionError where a loss or gradient is off; nothing was timed then.
+    """
+    order = Order(len(material.train), settings.batch_size, settings.seed)
+    batch = material.train.batch(order.rows(0))
+    peers, absent = _peers(contender, material, settings.seed, batch)
+    saved = {
+        name: saved_bytes(
+            lambda m=model: m(**batch).loss,  # type: ignore[misc]  # a default in a lambda
+            [*model.parameters(), *model.buffers(), *trained, *batch.values()],
+        )
+        for name, (model, trained) in peers.items()
+    }
+    optimizers = {
+        name: make_optimizer([{"params": trained}], 1e-4) for name, (_, trained) in peers.items()
+    }
+    steps = {n: _step(model, optimizers[n], batch) for n, (model, _) in peers.items()}
+    timings = interleaved(steps, rounds=rounds, on_round=tick)
+    held = {name: _state_bytes(optimizer) for name, optimizer in optimizers.items()}
+    rows, length = batch["input_ids"].shape
+    return Cell(
+        "method", f"{contender.title}, {rows}×{length}", "f32", 0.0, timings, absent, saved,
+        tokens=rows * length,
+    ), held  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- details
+
+
+def _set_up(contender: Contender, material: Material, seed: int) -> tuple[Reader, Handle | None]:
+    """A fresh model that trains what the contender trains, and the head."""
+    model = material.reader(seed)
+    if contender.spec:
+        return model, attach(model, parse_delta(contender.spec, modules_to_save=(HEAD,)))
+    model.encoder.requires_grad_(contender.name == FULL)
+    return model, None
+
+
+def _groups(
+    model: Reader, handle: Handle | None, contender: Contender, head_rate: float
+) -> list[dict[str, Any]]:
+    """For the optimizer: the head at its own rate; "pace" is a group's rate itself."""
+    head = {id(p) for p in model.classifier.parameters()}
+    groups: list[dict[str, Any]] = [{"params": list(model.encoder.parameters()), "pace": 1.0}]
+    if handle is not None:
+        groups = handle.parameter_groups(1.0)
+    found = [
+        {
+            "params": [p for p in g["params"] if p.requires_grad and id(p) not in head],
+            "pace": contender.rate * g["pace"],
+        }
+        for g in groups
+    ]
+    alone = contender.name == HEAD_ALONE
+    own = {
+        "params": list(model.classifier.parameters()),
+        "pace": contender.rate if alone else head_rate,
+    }
+    return [g for g in (*found, own) if g["params"]]
+
+
+def _trained(
+    contender: Contender, material: Material, data: TokenSet, settings: Settings, tick: Tick
+) -> tuple[Reader, float, float]:
+    """The model after all steps, its last loss, and the seconds that they took."""
+    model, handle = _set_up(contender, material, settings.seed)
+    optimizer = make_optimizer(_groups(model, handle, contender, settings.head_rate), 1.0)
+    order = Order(len(data), settings.batch_size, settings.seed)
+    losses: list[float] = []
+
+    def after(point: Point) -> None:
+        losses.append(point.loss)
+        tick()
+
+    began = time.perf_counter()
+    train(model, data, order, optimizer, Schedule(settings.steps, 1.0), on_step=after)
+    return model, losses[-1], time.perf_counter() - began
+
+
+def _test(
+    model: Reader, data: TokenSet, batch_size: int, tick: Tick = lambda: None
+) -> dict[str, float]:
+    found = evaluate(model, data, batch_size, on_batch=tick)
+    assert found is not None  # nobody stops it
+    return found
+
+
+Peer = tuple[nn.Module, list[nn.Parameter]]
+"""A model and what it trains."""
+
+
+def _peers(
+    contender: Contender, material: Material, seed: int, batch: dict[str, Tensor]
+) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Models to time; ours and eager torch's have passed the gate. The rest with its reason."""
+    full, _ = _set_up(replace(contender, name=FULL, spec=""), material, seed)
+    model, handle = _set_up(contender, material, seed)
+    peers: dict[str, Peer] = {}
+    absent: dict[str, str] = {}
+    if handle is None:
+        absent[OURS] = "there is no delta to compute"
+        if contender.name != FULL:
+            peers[EAGER] = model, [p for p in model.parameters() if p.requires_grad]
+    else:
+        _away_from_start(handle)
+        # handle.parameters() come in the order of handle.state()
+        peers[OURS] = model, list(handle.parameters())
+        reason = missing(handle.delta)
+        base = material.reader(seed)
+        if reason is None:
+            oracle = _oracle(*eager_twin(base, handle, torch.float64), batch)
+            twin, leaves = eager_twin(base, handle, torch.float32)
+            peers[EAGER] = twin, list(leaves.values())
+        else:
+            absent[EAGER] = reason
+            oracle = _oracle(*_reference_twin(base, handle), batch)
+        for name, (own, trained) in peers.items():
+            hold_step(name, _answer(own, trained, batch), oracle, None)
+    peers[FULL_TUNING] = full, list(full.parameters())
+    for m, _ in peers.values():
+        m.train()
+    return peers, absent
+
+
+def _oracle(model: nn.Module, trained: dict[str, nn.Parameter], batch: dict[str, Tensor]) -> Step:
+    return _answer(model, list(trained.values()), batch)
+
+
+def _reference_twin(base: nn.Module, handle: Handle) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """As :func:`eager_twin` in float64, by the reference ops: for what has no eager form."""
+    twin = base.double()
+    other = attach(twin, handle.delta, backend="reference", blocks=False)
+    with torch.no_grad():
+        for mine, value in zip(other.parameters(), handle.parameters(), strict=True):
+            mine.copy_(value)
+    return twin, dict(zip(other.state(), other.parameters(), strict=True))
+
+
+def _away_from_start(handle: Handle) -> None:
+    """Random offsets: a B of zeros would hide A from the gate."""
+    with torch.no_grad():
+        for i, parameter in enumerate(handle.parameters()):
+            generator = torch.Generator().manual_seed(i)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def _answer(model: nn.Module, trained: list[nn.Parameter], batch: dict[str, Tensor]) -> Step:
+    loss: Tensor = model(**batch).loss
+    # an encoder may have parts that its last states do not come from
+    grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+    return loss.detach(), torch.cat([g.flatten().double() for g in grads])
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+) -> Callable[[], None]:
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of gradients and of all that the optimizer keeps, after a step."""
+    found = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            kept = [p.grad, *optimizer.state[p].values()]
+            found += sum(t.nbytes for t in kept if isinstance(t, Tensor))
+    return found

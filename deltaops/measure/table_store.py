@@ -1,0 +1,98 @@
+"""The table of methods on disk: one JSON a machine, into which each method's line is merged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deltaops.errors import ConfigError
+from deltaops.files import write_atomically, write_json
+
+from .compare import Record, Settings
+from .contenders import contenders
+from .store import slug
+from .table_picture import draw_table
+from .table_report import table_markdown
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All lines that there are so far, in the table's order."""
+
+    settings: Settings
+    machine: dict[str, Any]
+    """Of the last line that was measured; every line is of the same processor and threads."""
+    records: tuple[Record, ...]
+
+    def with_record(self, record: Record, machine: dict[str, Any]) -> Comparison:
+        """The same table with this line, which keeps the half of an older one that it lacks."""
+        found = {r.name: r for r in self.records}
+        found[record.name] = record.updated(found.get(record.name))
+        order = [*contenders(), *found]
+        lines = sorted(found.values(), key=lambda r: order.index(r.name))
+        return Comparison(self.settings, machine, tuple(lines))
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field."""
+        return {
+            "settings": asdict(self.settings),
+            "machine": self.machine,
+            "methods": [r.as_json() for r in self.records],
+        }
+
+
+def file_of(folder: Path, machine: dict[str, Any]) -> Path:
+    """Where this machine's table lies in ``folder``."""
+    return folder / f"{slug(machine)}-methods.json"
+
+
+def read_table(path: Path) -> Comparison:
+    """A table from its JSON. Raises: ConfigError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        records = tuple(Record.of_json(r) for r in value["methods"])
+        return Comparison(Settings(**value["settings"]), value["machine"], records)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no table of `deltaops compare` ({type(error).__name__}: {error}). Move it "
+            "elsewhere and measure again."
+        ) from error
+
+
+def begin(path: Path, settings: Settings, machine: dict[str, Any]) -> Comparison:
+    """The table to go on with: what ``path`` holds, or an empty one.
+
+    Raises: ConfigError where the file was made with other settings.
+    """
+    if not path.exists():
+        return Comparison(settings, machine, ())
+    old = read_table(path)
+    if old.settings != settings:
+        was, now = asdict(old.settings), asdict(settings)
+        odd = ", ".join(f"{k}={was[k]!r}" for k in was if was[k] != now[k])
+        raise ConfigError(
+            f"{path} was made with {odd}, and lines of other settings are no table. Use those, or "
+            "another --out."
+        )
+    return old
+
+
+def write_table(path: Path, table: Comparison) -> None:
+    """JSON, report and picture, each whole or as it was. Raises: CheckpointError."""
+    write_json(path, table.as_json())
+    picture = path.with_suffix(".png")
+    write_atomically(picture, partial(draw_table, records=table.records, subtitle=subtitle(table)))
+    text = table_markdown(table.settings, table.machine, table.records, picture.name)
+    write_atomically(path.with_suffix(".md"), lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def subtitle(table: Comparison) -> str:
+    """Under the picture's title."""
+    s, m = table.settings, table.machine
+    return (
+        f"{s.model} on {s.train}, {s.steps} steps of {s.batch_size}; "
+        f"{m['processor']}, {m['threads']} threads, {m['isa']}"
+    )

@@ -1,0 +1,185 @@
+"""Methods compared on a tiny encoder: trained alike, gated before timing, merged into files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from deltaops.errors import ConfigError
+from deltaops.measure import compare, contenders
+from deltaops.measure.cell import EAGER, OURS
+from deltaops.measure.compare import FULL_TUNING, Learned, Record, Settings
+from deltaops.measure.contenders import FULL, HEAD
+from deltaops.measure.reader import Material
+from deltaops.measure.table_report import order_beside_the_paper, table_markdown
+from deltaops.measure.table_store import Comparison, begin, read_table, write_table
+from deltaops.methods import METHODS
+from deltaops.testing.architectures import build
+from deltaops.tuning.tokens import TokenSet
+
+from .results import MACHINE
+
+SETTINGS = Settings("tiny", "train.csv", None, steps=6, batch_size=4, seq_len=8)
+ALL = contenders.contenders()
+
+
+def texts(count: int) -> TokenSet:
+    """Three classes, told by a token each."""
+    random = torch.Generator().manual_seed(count)
+    classes = torch.arange(count) % 3
+    ids = [torch.randint(9, 60, (3 + i % 5,), generator=random) for i in range(count)]
+    return TokenSet(
+        [torch.cat([t, c[None] + 3]) for t, c in zip(ids, classes, strict=True)], classes, 0
+    )
+
+
+@pytest.fixture(scope="module")
+def material() -> Material:
+    """As wide as the methods' own bottlenecks need."""
+    encoder = build("bert", hidden_size=128)
+    return Material(encoder, 128, 3, texts(40), texts(21))
+
+
+def test_every_method_takes_part_and_none_twice() -> None:
+    kinds = {line.spec.partition(":")[0] for line in ALL.values()} - {""}
+    assert kinds == set(METHODS)
+    assert {FULL, HEAD} <= set(ALL)
+
+
+def test_names_choose_and_strange_ones_are_refused() -> None:
+    assert [c.name for c in contenders.chosen("bitfit,full")] == ["full", "bitfit"]
+    with pytest.raises(ConfigError, match="knows full, head, lora"):
+        contenders.chosen("lora,nothing")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ours_and_eager_agree_and_are_timed(name: str, material: Material) -> None:
+    cell, state = compare.take_time(ALL[name], material, SETTINGS, rounds=1)
+    assert FULL_TUNING in cell.timings
+    assert all((peer in cell.timings) != (peer in cell.absent) for peer in (OURS,))
+    assert set(state) == set(cell.saved) == set(cell.timings)
+    if name in (FULL, HEAD):
+        return
+    assert state[OURS] < state[FULL_TUNING]
+    if EAGER in cell.timings:
+        assert state[OURS] == state[EAGER]
+    else:
+        assert "no eager form" in cell.absent[EAGER]
+
+
+def test_without_an_eager_form_ours_is_held_to_the_reference(
+    material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "missing", lambda delta: "none here")
+    cell, _ = compare.take_time(ALL["dora"], material, SETTINGS, rounds=1)
+    assert cell.absent == {EAGER: "none here"}
+    right = compare._reference_twin
+
+    def wrong(base: nn.Module, handle: compare.Handle) -> object:
+        twin, trained = right(base, handle)
+        with torch.no_grad():
+            next(iter(trained.values())).add_(0.1)
+        return twin, trained
+
+    monkeypatch.setattr(compare, "_reference_twin", wrong)
+    with pytest.raises(AssertionError, match="nothing was timed"):
+        compare.take_time(ALL["dora"], material, SETTINGS, rounds=1)
+
+
+def test_a_wrong_delta_is_stopped(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = compare._away_from_start
+
+    def wrong(handle: compare.Handle) -> None:
+        right(handle)
+        handle.parameters = lambda: iter(  # type: ignore[method-assign]  # the last ones first
+            list(type(handle).parameters(handle))[::-1]
+        )
+
+    monkeypatch.setattr(compare, "_away_from_start", wrong)
+    with pytest.raises(AssertionError, match="nothing was timed"):
+        compare.take_time(ALL["lora"], material, SETTINGS, rounds=1)
+
+
+@pytest.mark.parametrize("name", [FULL, HEAD, "lora"])
+def test_the_same_seed_gives_the_same_bits(name: str, material: Material) -> None:
+    first, second = (compare.learn(ALL[name], material, SETTINGS) for _ in range(2))
+    assert replace(first, seconds=0.0) == replace(second, seconds=0.0)
+    other = compare.learn(ALL[name], material, replace(SETTINGS, seed=1))
+    assert other.training_loss != first.training_loss
+
+
+def test_what_trains_is_what_the_line_says(material: Material) -> None:
+    before = {k: v.clone() for k, v in material.encoder.state_dict().items()}
+    head = compare.describe(ALL[HEAD], material, 0)
+    full = compare.describe(ALL[FULL], material, 0)
+    assert head.trained == 0
+    assert full.trained == full.total == sum(p.numel() for p in material.encoder.parameters())
+    assert compare.describe(ALL["lora"], material, 0).trained < full.trained
+    compare.learn(ALL[FULL], material, SETTINGS)
+    assert all(torch.equal(v, before[k]) for k, v in material.encoder.state_dict().items())
+
+
+def test_rates_are_judged_on_training_texts_and_work_is_counted(material: Material) -> None:
+    ticks: list[int] = []
+    rates = (1e-30, 1e-2)
+    found = compare.learn(ALL["lora"], material, SETTINGS, rates, lambda: ticks.append(1))
+    assert list(found.tried) == ["1e-30", "0.01"]
+    assert found.rate == max(rates, key=lambda r: (found.tried[f"{r:g}"], -r))
+    assert len(ticks) == compare.work(SETTINGS, len(material.test), len(rates), True, False, 1)
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+def record(name: str, accuracy: float, **fields: object) -> Record:
+    learned = Learned(accuracy, 1.0, 1.0, 3080, 1e-3, "made up", 1.0, {})
+    return replace(Record(name, name.upper(), "S()", 5, 2, 100, learned=learned), **fields)  # type: ignore[arg-type]  # fields by name
+
+
+def test_lines_are_merged_and_halves_kept(tmp_path: Path, material: Material) -> None:
+    path = tmp_path / "m-methods.json"
+    table = begin(path, SETTINGS, MACHINE).with_record(record("lora", 0.5), MACHINE)
+    write_table(path, table)
+    cell, state = compare.take_time(ALL["lora"], material, SETTINGS, rounds=3)
+    timed = record("lora", 0.5, learned=None, timed=cell, state=state)
+    again = begin(path, SETTINGS, MACHINE).with_record(timed, MACHINE)
+    again = again.with_record(record("full", 0.75), MACHINE)
+    write_table(path, again)
+    assert [r.name for r in again.records] == ["full", "lora"]
+    lora = again.records[1]
+    assert (lora.learned, lora.timed) == (record("lora", 0.5).learned, cell)
+    assert read_table(path) == again
+    text = path.with_suffix(".md").read_text()
+    assert "| FULL | S() | 5 | 5.00 % | 75.0 ± 0.8 | 1.000 |" in text
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    moved = timed.updated(record("lora", 0.5, settings="other"))
+    assert moved.learned is None  # of other settings: no half of this line
+
+
+def test_other_settings_are_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "m-methods.json"
+    write_table(path, Comparison(SETTINGS, MACHINE, (record("lora", 0.5),)))
+    with pytest.raises(ConfigError, match="was made with steps=6"):
+        begin(path, replace(SETTINGS, steps=7), MACHINE)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="no table of `deltaops compare`"):
+        begin(path, SETTINGS, MACHINE)
+
+
+def test_the_papers_order_is_told_only_where_it_shows() -> None:
+    close, far = record("houlsby", 0.86), record("prompt", 0.6)
+    lines = list(order_beside_the_paper([close, record("bitfit", 0.865), far]))
+    assert lines == [
+        "HOULSBY before BITFIT in the paper: not told apart here (-0.5 points)",
+        "HOULSBY before PROMPT in the paper: the same here (+26.0 points)",
+        "BITFIT before PROMPT in the paper: the same here (+26.5 points)",
+    ]
+
+
+def test_a_stopped_line_is_told(tmp_path: Path) -> None:
+    text = table_markdown(SETTINGS, MACHINE, [record("lora", 0.5, failed="off by 2")], "p.png")
+    assert "- LORA: stopped by the gate: off by 2" in text

