@@ -41,7 +41,11 @@ def tune(
 
     Example:  deltaops tune --model path/to/gpt2 --data notes.txt --delta adapter:style=pfeiffer
               --out notes-adapter
+
+    Example:  deltaops tune --model path/to/gpt2 --data notes.txt --lr 0.01 --out notes-adapter
+              --delta prefix:num_virtual_tokens=20,reparameterised=true
     """
+    from deltaops.methods.base import MODEL
     from deltaops.surgery import Handle
     from deltaops.tuning.loop import Point
     from deltaops.tuning.run import Settings, run
@@ -68,9 +72,8 @@ def tune(
 
             def ready(handle: Handle, start: int) -> None:
                 trained = sum(p.numel() for p in handle.parameters())
-                progress.console.print(
-                    f"{len(handle.sites)} layers, {trained:,} trainable parameters"
-                )
+                places = [site for site in handle.places if site.place != MODEL]
+                progress.console.print(f"{len(places)} layers, {trained:,} trainable parameters")
                 progress.update(bar, completed=start, description="training")
 
             def step(point: Point) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaops.errors import AttachError
-from deltaops.methods.base import NORM, STACK, Delta, Site
+from deltaops.methods.base import MODEL, NORM, STACK, Delta, Site
 from deltaops.modules import unbecome
 
 from .blocks import restore_blocks
@@ -308,6 +308,8 @@ def handle_of(model: nn.Module) -> Handle | None:
 
 def describe(site: Site) -> str:
     """A site's class and size."""
+    if site.place == MODEL:
+        return f"shared by all, {site.in_features}→{site.out_features}"
     if site.place in (NORM, STACK):
         return f"{site.kind} {site.in_features}"
     return f"{site.kind} {site.in_features}→{site.out_features}"

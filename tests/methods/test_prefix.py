@@ -429,9 +429,8 @@ def test_generation_with_shared_heads_padding_and_a_cache(mlp: bool, shift: bool
     assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("mlp", [False, True], ids=["", "mlp"])
-def test_a_pickle_runs_in_a_fresh_process(mlp: bool, tmp_path: Path) -> None:
-    handle = attached("bert", reparameterised=mlp, shift_positions=True)
+def test_a_pickle_runs_in_a_fresh_process(tmp_path: Path) -> None:
+    handle = attached("bert", reparameterised=True, shift_positions=True)
     answer("bert", handle.model)  # what the MLP computed is a node, and stays behind
     expected = answer("bert", handle.model).detach()
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(handle.model))
