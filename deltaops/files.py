@@ -80,6 +80,19 @@ def publishing(folder: Path, last: str) -> Iterator[Path]:
             shutil.rmtree(scratch)
 
 
+def check_folder(folder: Path) -> None:
+    """Make sure that files can be written to ``folder``, before hours are spent on them.
+
+    Raises: CheckpointError where they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=_MARK, dir=folder):
+            pass
+    except OSError as error:
+        raise _failed(folder, error) from error
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the scratch files that a killed process left in ``folder``."""
     if not folder.is_dir():

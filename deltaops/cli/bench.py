@@ -50,6 +50,7 @@ def bench(
 
     Example:  deltaops bench --only layers --dtype f32 --shapes 512x768x768
     """
+    from deltaops.files import check_folder
     from deltaops.measure import store
     from deltaops.measure.runner import run
 
@@ -57,8 +58,10 @@ def bench(
     if report is not None:
         results = store.read(report)
         _show(console, results, quick=False)
-        _write(console, out or report.parent, results, fresh=False)
+        _write(console, out or report.parent, results, name=report.stem)
         return
+    if out is not None:
+        check_folder(out)
     # transformers warns of its own attribute when PEFT reads it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     settings = _settings(quick, only, dtype, shapes, models, dropout, compiled, minutes)
@@ -77,7 +80,7 @@ def bench(
         )
     _show(console, results, quick, goals_only=only == "goals")
     if out is not None:
-        _write(console, out, results, fresh=True)
+        _write(console, out, results)
     if results.failed:
         raise typer.Exit(1)
 
@@ -129,7 +132,7 @@ def _shape(text: str) -> tuple[int, int, int]:
     from deltaops.errors import ConfigError
 
     parts = text.replace("×", "x").split("x")
-    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+    if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise ConfigError(f"--shapes takes MxNxK such as 512x768x768, got {text!r}.")
     m, n, k = map(int, parts)
     return m, n, k
@@ -265,14 +268,15 @@ def _keep(out: Path, results: Any) -> None:
     write_json(_unfinished(out, results), store.as_json(results))
 
 
-def _write(console: Console, out: Path, results: Any, fresh: bool) -> None:
+def _write(console: Console, out: Path, results: Any, name: str | None = None) -> None:
+    """A run, or the report and pictures alone of one that lies in the JSON ``name``."""
     from deltaops.files import write_atomically, write_json
     from deltaops.measure import store
     from deltaops.measure.picture import draw_layers, draw_steps
     from deltaops.measure.report import markdown
 
     facts = results.machine
-    name = store.slug(facts)
+    fresh, name = name is None, name or store.slug(facts)
     subtitle = f"{facts['processor']}, {facts['threads']} threads, {facts['isa']}, {facts['date']}"
     if fresh:
         write_json(out / f"{name}.json", store.as_json(results))

@@ -46,27 +46,38 @@ def compare(
 
     Example:  deltaops compare --train train.csv --model path/to/bert --only time --methods dora
     """
+    from deltaops.errors import DeltaopsError
+    from deltaops.files import check_folder
     from deltaops.measure import machine
     from deltaops.measure.compare import Settings, describe, learn, take_time, work
     from deltaops.measure.contenders import chosen
     from deltaops.measure.reader import read_material
-    from deltaops.measure.table_store import Comparison, begin, file_of, write_table
+    from deltaops.measure.table_store import (
+        Comparison,
+        begin,
+        file_of,
+        origin_of,
+        write_table,
+    )
     from deltaops.tuning.read import Columns
 
     accuracy, timing = _halves(only)
     tried = _rates(rates)
     picked = chosen(methods)
-    settings = Settings(
-        _name(model), _name(train), None if test is None else _name(test), steps, batch_size,
-        seq_len, seed,
-    )  # fmt: skip
+    if out is not None:
+        check_folder(out)
     facts = machine.describe()
-    path = None if out is None else file_of(out, facts)
-    table = Comparison(settings, facts, ()) if path is None else begin(path, settings, facts)
     quiet_transformers()
     console = Console()
     material = read_material(model, train, test, Columns(text_column, label_column), seq_len, seed)
-    failed = False
+    settings = Settings(
+        _name(model), _name(train), None if test is None else _name(test), steps, batch_size,
+        seq_len, seed, texts=material.texts(), encoder=material.weights(),
+    )  # fmt: skip
+    path = None if out is None else file_of(out, facts)
+    table = Comparison(settings, facts, ()) if path is None else begin(path, settings, facts)
+    origin = origin_of(facts)
+    stopped: dict[str, str] = {}
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
@@ -78,29 +89,34 @@ def compare(
         for done, contender in enumerate(picked):
             name = f"{escape(contender.title)}, {done + 1} of {len(picked)}"
             progress.update(bar, description=name, completed=sum(each[:done]))
-            record = describe(contender, material, seed)
-            if accuracy:
-                found = learn(contender, material, settings, tried, lambda: progress.advance(bar))
-                record = replace(record, learned=found)
-            if timing:
-                try:
+            record, made = None, {}
+            try:
+                record = describe(contender, material, seed)
+                if accuracy:
+                    found = learn(
+                        contender, material, settings, tried, lambda: progress.advance(bar)
+                    )
+                    record, made = replace(record, learned=found), {"accuracy": origin}
+                if timing:
                     cell, held = take_time(
                         contender, material, settings, rounds, lambda: progress.advance(bar)
                     )
-                    record = replace(record, timed=cell, state=held)
-                except AssertionError as error:  # the gate: the other lines are still worth having
-                    record, failed = replace(record, failed=str(error)), True
-            table = table.with_record(record, facts)
-            if path is not None:
-                write_table(path, table)
+                    record, made = replace(record, timed=cell, state=held), {**made, "time": origin}
+            except (AssertionError, DeltaopsError) as error:
+                # a gate, or no place for the method: the other lines are still worth having
+                stopped[contender.title] = str(error)
+                if record is not None:
+                    record = replace(record, failed=str(error))
+            if record is not None:
+                table = table.with_record(replace(record, made=made), facts)
+                if path is not None:
+                    write_table(path, table)
     console.print(shown(table))
-    for r in table.records:
-        if r.failed:
-            line = f"stopped by its gate: {r.title}: {r.failed}"
-            console.print(line, style="bold red", highlight=False, markup=False)
+    for title, why in stopped.items():
+        console.print(f"stopped: {title}: {why}", style="bold red", highlight=False, markup=False)
     if path is not None:
         console.print(f"wrote {path.with_suffix('')}.json, .md and .png", highlight=False)
-    if failed:
+    if stopped:
         raise typer.Exit(1)
 
 
@@ -150,9 +166,11 @@ def _rates(text: str | None) -> tuple[float, ...]:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = ()
-    if not found or not all(0 < rate < float("inf") for rate in found):
-        raise ConfigError(f"--rates takes learning rates such as 1e-3,3e-3, got {text!r}.")
-    return found
+    if not found or not all(0 < rate <= 10 for rate in found):
+        raise ConfigError(
+            f"--rates takes learning rates above 0, at most 10, such as 1e-3,3e-3, got {text!r}."
+        )
+    return tuple(dict.fromkeys(found))
 
 
 def _name(path: str) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltaops.errors import ConfigError
 from deltaops.surgery import Handle, attach
 from deltaops.tuning.loop import Point, Schedule, evaluate, make_optimizer, train
 from deltaops.tuning.spec import parse_delta
@@ -50,6 +51,10 @@ class Settings:
     seed: int = 0
     head_rate: float = HEAD_RATE
     """Peak learning rate of the head beside anything else that trains."""
+    texts: str = ""
+    """A hash of all tokens and labels, of training and test: names alone say little."""
+    encoder: str = ""
+    """A hash of the encoder's weights."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ class Record:
     state: dict[str, int] | None = None
     """Peer → bytes of gradients and of the optimizer's moments, head included."""
     failed: str = ""
-    """What stopped the timing: the gate's message."""
+    """What stopped it: the gate's message, or why the method cannot be on this encoder."""
+    made: dict[str, dict[str, str]] = field(default_factory=dict)
+    """"accuracy" and "time" → command, date and versions of the run that measured it."""
 
     def as_json(self) -> dict[str, Any]:
         """Every field."""
@@ -112,12 +119,14 @@ class Record:
         if old is None or old.settings != self.settings:
             return self
         timing = self.timed is not None or self.failed
+        made = {**old.made, **self.made}
         return replace(
             self,
             learned=self.learned or old.learned,
             timed=self.timed if timing else old.timed,
             state=self.state if timing else old.state,
             failed=self.failed if timing else old.failed,
+            made=made,
         )
 
 
@@ -167,9 +176,13 @@ def learn(
         trial = replace(settings, steps=max(1, settings.steps // TRIAL))
         held = by_length(held)
         for rate in rates:
-            model, *_ = _trained(replace(contender, rate=rate), material, fit, trial, tick)
-            tried[f"{rate:g}"] = _test(model, held, settings.batch_size)["accuracy"]
-        best = max(rates, key=lambda rate: tried[f"{rate:g}"])
+            try:
+                model, *_ = _trained(replace(contender, rate=rate), material, fit, trial, tick)
+            except ConfigError:  # the loss is no longer finite: no rate to train at
+                tried[repr(rate)] = 0.0
+                continue
+            tried[repr(rate)] = _test(model, held, settings.batch_size)["accuracy"]
+        best = max(rates, key=lambda rate: tried[repr(rate)])
         contender = replace(contender, rate=best, why="the best of those tried")
     model, last, seconds = _trained(contender, material, material.train, settings, tick)
     found = _test(model, material.test, settings.batch_size, tick)

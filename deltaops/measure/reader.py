@@ -7,6 +7,7 @@ to be read. All dropout is off, so that two programs can be held to each other.
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +60,18 @@ class Material:
     classes: int
     train: TokenSet
     test: TokenSet
+
+    def texts(self) -> str:
+        """A hash of all tokens and labels."""
+        parts = self.train.fingerprint(), self.test.fingerprint()
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+    def weights(self) -> str:
+        """A hash of the encoder's parameters."""
+        digest = hashlib.sha256()
+        for parameter in self.encoder.parameters():
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def reader(self, seed: int) -> Reader:
         """A new copy; its head is the same for the same seed."""

@@ -28,8 +28,10 @@ def as_json(results: Results) -> dict[str, Any]:
 def read(path: Path) -> Results:
     """A run from its JSON; goals are computed again. Raises: ConfigError."""
     try:
-        return Results.of_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = Results.of_json(json.loads(path.read_text(encoding="utf-8")))
+        slug(found.machine)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} is no JSON of `deltaops bench` ({type(error).__name__}: {error}). "
             "Measure again with --out."

@@ -44,6 +44,16 @@ class Comparison:
         }
 
 
+def origin_of(machine: dict[str, Any]) -> dict[str, str]:
+    """What a line says of the run that measured it."""
+    versions = {"deltaops": machine["deltaops"], **machine["versions"]}
+    return {
+        "command": machine["command"],
+        "date": machine["date"],
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
 def file_of(folder: Path, machine: dict[str, Any]) -> Path:
     """Where this machine's table lies in ``folder``."""
     return folder / f"{slug(machine)}-methods.json"

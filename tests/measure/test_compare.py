@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from deltaops.errors import ConfigError
 from deltaops.measure import compare, contenders
-from deltaops.measure.cell import EAGER, OURS
+from deltaops.measure.cell import EAGER, OURS, Cell
 from deltaops.measure.compare import FULL_TUNING, Learned, Record, Settings
 from deltaops.measure.contenders import FULL, HEAD
 from deltaops.measure.reader import Material
@@ -21,7 +22,7 @@ from deltaops.methods import METHODS
 from deltaops.testing.architectures import build
 from deltaops.tuning.tokens import TokenSet
 
-from .results import MACHINE
+from .results import MACHINE, cell
 
 SETTINGS = Settings("tiny", "train.csv", None, steps=6, batch_size=4, seq_len=8)
 ALL = contenders.contenders()
@@ -182,4 +183,33 @@ def test_the_papers_order_is_told_only_where_it_shows() -> None:
 
 def test_a_stopped_line_is_told(tmp_path: Path) -> None:
     text = table_markdown(SETTINGS, MACHINE, [record("lora", 0.5, failed="off by 2")], "p.png")
-    assert "- LORA: stopped by the gate: off by 2" in text
+    assert "- LORA: stopped: off by 2" in text
+
+
+def test_lines_of_a_slow_moment_and_of_several_runs_are_told(tmp_path: Path) -> None:
+    def timed(full: float) -> Cell:
+        return replace(cell("method", {FULL_TUNING: full}), saved={FULL_TUNING: 8})
+
+    made = {"time": {"command": "deltaops compare", "date": "2026-11-25T10", "versions": "torch 2"}}
+    lines = [record(n, 0.5, timed=timed(1.0), made=made) for n in ("lora", "dora", "houlsby")]
+    lines.append(record("bitfit", 0.5, timed=timed(2.0)))
+    text = table_markdown(SETTINGS, MACHINE, lines, "p.png")
+    assert "- BITFIT: the machine was slower then (full tuning took 2.00 times" in text
+    assert "LORA: the machine" not in text
+    runs = "- `deltaops compare` on 2026-11-25, torch 2: LORA (time), DORA (time), HOULSBY (time)"
+    assert runs in text
+
+
+def test_a_rate_that_diverges_is_not_chosen(material: Material) -> None:
+    found = compare.learn(ALL["lora"], material, replace(SETTINGS, steps=9), (1e-3, 1e30))
+    assert found.tried["1e+30"] == 0.0
+    assert found.rate == 1e-3
+
+
+def test_other_texts_or_weights_have_another_hash(material: Material) -> None:
+    assert material.texts() == replace(material).texts()
+    assert material.texts() != replace(material, test=material.train).texts()
+    other = copy.deepcopy(material.encoder)
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    assert material.weights() != replace(material, encoder=other).weights()
