@@ -263,6 +263,7 @@ def tune(
         goes on after the tasks that are done.
     """
     facts = read_facts(decoder)
+    delta = IntrinsicPrompt(decoder=str(decoder))
     seen = {known["texts"] for known in facts["tasks"]}
     head = {
         "decoder_digest": facts["digest"],
@@ -272,7 +273,6 @@ def tune(
     }
     before = {(row.task, row.texts): row for row in read_recovered(out, head)}
     head["decoder"] = str(decoder)  # which may have moved in between
-    delta = IntrinsicPrompt(decoder=str(decoder))
     found = list(before.values())
     write_recovered(out, head, found)  # the folder is known by it
     for task in tasks:
