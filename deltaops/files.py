@@ -17,7 +17,8 @@ from typing import Any
 
 from deltaops.errors import CheckpointError
 
-_MARK = ".deltaops-partial-"
+MARK = ".deltaops-partial-"
+"""How the names of unfinished files begin."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -27,21 +28,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_MARK, suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=MARK, suffix=path.suffix, dir=path.parent)
     except OSError as error:
         raise _failed(path, error) from error
     os.close(handle)
     part = Path(name)
     try:
         write(part)
-        _sync(part)
-        part.chmod(0o666 & ~_umask())  # mkstemp makes it private, results are not
+        sync(part)
+        part.chmod(0o666 & ~umask())  # mkstemp makes it private, results are not
         os.replace(part, path)
     except OSError as error:
         raise _failed(path, error) from error
     finally:
         part.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -61,18 +62,18 @@ def publishing(folder: Path, last: str) -> Iterator[Path]:
     scratch: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=_MARK, dir=folder.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=MARK, dir=folder.parent))
         yield scratch
         for file in scratch.iterdir():
-            _sync(file)
-        scratch.chmod(0o777 & ~_umask())
+            sync(file)
+        scratch.chmod(0o777 & ~umask())
         if folder.exists() and any(folder.iterdir()):
             for file in sorted(scratch.iterdir(), key=lambda f: (f.name == last, f.name)):
                 os.replace(file, folder / file.name)
-            _sync(folder)
+            sync(folder)
         else:
             os.replace(scratch, folder)  # an empty folder may stand there
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise _failed(folder, error) from error
     finally:
@@ -97,7 +98,7 @@ def remove_leftovers(folder: Path) -> None:
     """Delete the scratch files that a killed process left in ``folder``."""
     if not folder.is_dir():
         return
-    for part in folder.glob(_MARK + "*"):
+    for part in folder.glob(MARK + "*"):
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
@@ -108,7 +109,8 @@ def _failed(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Ask the operating system to put ``path`` on the disk now."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open a folder for this
         return
     handle = os.open(path, os.O_RDONLY)
@@ -118,7 +120,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
+def umask() -> int:
+    """What new files are not allowed here."""
+    mask = os.umask(0)  # there is no way to read it without setting it
     os.umask(mask)
     return mask

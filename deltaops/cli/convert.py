@@ -77,7 +77,7 @@ def _from_peft(folder: Path, out: Path) -> int:
     config = read_config(folder, PEFT)
     known = {m.peft_type: m for m in METHODS.values() if m.peft_type is not None}
     kind = config.get("peft_type")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(
             f"{folder} has peft_type={kind!r}; deltaops reads {', '.join(known)}. Load it with "
             "peft, which needs no conversion."
@@ -105,10 +105,14 @@ def _backbone(
             f"OpenDelta's config.json has backbone_class={called!r}, which is no model of "
             "transformers. Name it: --model-class T5ForConditionalGeneration."
         )
-    labels = [tensors[key].shape[0] for key in _HEADS if key in tensors and tensors[key].dim() == 2]
-    head = {"num_labels": labels[0]} if labels else {}
+    # an empty matrix can have any number of rows
+    heads = [t for t in map(tensors.get, _HEADS) if t is not None and t.dim() == 2 and t.numel()]
+    head = {"num_labels": heads[0].shape[0]} if heads else {}
     loader: Any = kind
     try:
         return loader.from_pretrained(name, dtype=torch.float32, **head)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"--model {name} cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # the last: weights of another shape
+        raise CheckpointError(
+            f"--model {name} cannot be loaded: {error}. Give the folder or hub id of the backbone "
+            "that it was trained on."
+        ) from error

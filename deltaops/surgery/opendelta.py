@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
-from deltaops.methods import METHODS, Adapter, BitFit, Delta, LoRA
+from deltaops.methods import Adapter, BitFit, Compacter, Delta, LoRA, Prompt
 from deltaops.methods.targets import roles
 from deltaops.modules import is_norm
 
@@ -63,6 +63,19 @@ _FOREIGN = {
     "reparams": "prefix tuning by an MLP",
 }
 """Part of a key → what this reader does not take over."""
+_SIDES = ("down", "up")
+_DIMENSIONS = {
+    "lora": {"lora_A": 2, "lora_B": 2},
+    "adapter": {f"{s}_proj.{n}": d for s in _SIDES for n, d in (("weight", 2), ("bias", 1))},
+    "compacter": {
+        f"{s}_sampler.{n}": d
+        for s in _SIDES
+        for n, d in (("phm_rule", 3), ("W_left", 3), ("W_right", 3), ("b", 1))
+    },
+    "prompt": {"soft_embeds": 2},
+    "bitfit": {"bias": 1, "bitfit.bias": 1},
+}
+"""Kind → how many dimensions its tensors have, by the rest of the key."""
 
 Found = dict[str, dict[str, Tensor]]
 """Path of a module → what the file has for it, by the rest of the key."""
@@ -113,6 +126,7 @@ def from_opendelta(
         was then.
     """
     kind, found, saved = _sorted(model, tensors)
+    _check_dimensions(kind, found)
     try:
         delta, state = _KINDS[kind][1](model, config, found, tuple(saved))
         made = plan(model, delta)
@@ -177,12 +191,18 @@ def _sorted(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, Found
                 "module trained whole. Is this the model class that it was trained on?"
             )
     ((kind, found),) = kinds.items()
-    if kind not in METHODS:
-        raise CheckpointError(
-            f"OpenDelta's file holds a {kind}, and this deltaops has {', '.join(METHODS)}. Update "
-            "deltaops."
-        )
     return kind, found, saved
+
+
+def _check_dimensions(kind: str, found: Found) -> None:
+    for path, own in found.items():
+        for name, tensor in own.items():
+            expected = _DIMENSIONS[kind].get(name, tensor.dim())
+            if tensor.dim() != expected:
+                raise CheckpointError(
+                    f"OpenDelta's {name} of {path!r} must have {expected} dimensions, got "
+                    f"{list(tensor.shape)}. Copy or save it again."
+                )
 
 
 def _weight(key: str) -> str:
@@ -251,7 +271,7 @@ def _adapter(
     model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
 ) -> tuple[Delta, State]:
     """y + Up φ(Down y + d) + u."""
-    names = {f"{p}_proj.{n}": (p, n) for p in ("down", "up") for n in ("weight", "bias")}
+    names = {f"{side}_proj.{n}": (side, n) for side in _SIDES for n in ("weight", "bias")}
     _needs(found, set(names))
     activation = _activation(config, "gelu_new")
     layers = {path: _last_linear(model, path) for path in found}
@@ -273,7 +293,7 @@ def _adapter(
 
 def _activation(config: Mapping[str, Any], usual: str) -> str:
     name = config.get("non_linearity", usual)
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(
             f"OpenDelta's adapter has non_linearity={name!r}; deltaops has those of "
             f"{', '.join(_ACTIVATIONS)}. Train it anew with one of these."
@@ -285,16 +305,12 @@ def _compacter(
     model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
 ) -> tuple[Delta, State]:
     """x H + b with H = Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ): of our W = Hᵀ the rule is Aᵀ, S is Rᵀ and T is L."""
-    names = {
-        f"{p}_sampler.{n}" for p in ("down", "up") for n in ("phm_rule", "W_left", "W_right", "b")
-    }
-    _needs(found, names)
+    _needs(found, set(_DIMENSIONS["compacter"]))
     layers = {path: _last_linear(model, path) for path in found}
     first = next(iter(found.values()))
     n, _, rank = first["down_sampler.W_left"].shape
-    make: Any = METHODS["compacter"]
     delta = _settings(
-        lambda: make(
+        lambda: Compacter(
             size=first["down_sampler.b"].shape[0],
             phm_dim=n,
             phm_rank=rank,
@@ -306,7 +322,7 @@ def _compacter(
     )
     state = {}
     for path, own in found.items():
-        for side in ("down", "up"):
+        for side in _SIDES:
             into, of = f"{layers[path]}.adapter.{side}", f"{side}_sampler."
             state[f"{into}.phm_rule"] = own[of + "phm_rule"].mT
             state[f"{into}.s"] = own[of + "W_right"].mT
@@ -319,11 +335,14 @@ def _prompt(
     model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
 ) -> tuple[Delta, State]:
     """Vectors before the tokens of what the model reads; where that is, ours finds by itself."""
+    if len(found) > 1:
+        raise CheckpointError(
+            f"OpenDelta's file holds {len(found)} soft prompts, expected one. Save one of them."
+        )
     ((_, own),) = found.items()
     vectors = own["soft_embeds"]
-    make: Any = METHODS["prompt"]
     delta = _settings(
-        lambda: make(
+        lambda: Prompt(
             num_virtual_tokens=len(vectors), prompt_tuning_init="random", modules_to_save=saved
         )
     )
@@ -374,6 +393,13 @@ def _bitfit(
                 )
             before = value if value is not None else module._parameters.get("bias")
             added = own["bitfit.bias"]
+            width = module.get_parameter("weight").shape
+            for tensor in (added, added if value is None else value):
+                if tensor.shape != width:  # a sum of other shapes would be spread out
+                    raise CheckpointError(
+                        f"OpenDelta's bias of {path!r} must be {list(width)} for this model, got "
+                        f"{list(tensor.shape)}. Is this the model that it was trained on?"
+                    )
             value = added if before is None else before.detach() + added
         assert value is not None  # one of the two put the path here
         state[f"{path}.bias"] = value

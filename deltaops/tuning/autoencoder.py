@@ -54,7 +54,7 @@ class CodedPrompt(nn.Module):
     prompts: Tensor
 
     def __init__(self, prompts: Tensor, coder: AutoEncoder) -> None:
-        """Stand for the ``task``-th of ``prompts [N, P, d]``."""
+        """Stand for the first of ``prompts [N, P, d]``; :attr:`task` says which."""
         super().__init__()
         self.register_buffer("prompts", prompts, persistent=False)
         self.coder = coder

@@ -12,6 +12,10 @@ Source: Qin et al. 2021 (arXiv 2110.07867), §3.2 and §4.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +25,35 @@ import torch
 from torch import Tensor
 
 from deltaops.errors import CheckpointError, ConfigError, DataError
-from deltaops.files import publishing, write_json
+from deltaops.files import publishing
 from deltaops.methods import IntrinsicPrompt, Prompt
 from deltaops.methods.base import Delta
-from deltaops.methods.decoder import FACTS, Sizes, read_facts, write_decoder
+from deltaops.methods.decoder import FACTS, Sizes, digest, read_facts, write_decoder
 from deltaops.modules import exchange_prompt
 from deltaops.surgery import Handle, attach
 
 from .answers import AnswerSet, answer_texts, score
 from .autoencoder import AutoEncoder, CodedPrompt
 from .loop import CLIP, Point, Schedule, make_optimizer, to_device, train
-from .read import Columns, read_examples
-from .tokens import Order
+from .read import Columns, Example, read_examples
+from .recovered import (
+    FILE,
+    Recovered,
+    Scores,
+    read_recovered,
+    refuse_used,
+    write_recovered,
+)
+from .tokens import Order, check_known, load_tokenizer
 
 RECONSTRUCTION = 200.0
 """Weight of the mean squared error beside a task's loss; the paper's."""
 
-Scores = dict[str, float]
+LARGEST_RATE = 1e37
+"""Of learning: AdamW's first step is ten times as long, and has to be a float32."""
+NAME = re.compile(r"\w[\w .:@+-]*")
+"""Of a task: its folder's too."""
+
 OnStep = Callable[[str, int, float], object]
 """Called with what is trained, the step (from 1) and its loss."""
 
@@ -65,8 +81,7 @@ class Settings:
                 f"--eval-fraction must be in (0, 1), got {self.eval_fraction}: what is recovered "
                 "is measured on what is held out."
             )
-        if not 0 < self.lr < float("inf"):
-            raise ConfigError(f"--lr must be a positive number, got {self.lr}.")
+        check_rate("--lr", self.lr)
 
 
 @dataclass(frozen=True)
@@ -78,24 +93,9 @@ class Task:
     fit: AnswerSet
     held: AnswerSet
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """How a task was learnt by q numbers, and by a full prompt where that is known."""
-
-    task: str
-    seen: bool
-    """The decoder was fitted to a task of this name."""
-    tuned: Scores
-    full: Scores | None
-
-    @property
-    def relative(self) -> float | None:
-        """The tuned accuracy over the full prompt's; None where that is not known, or zero."""
-        if self.full is None or self.full["accuracy"] == 0:
-            return None
-        return self.tuned["accuracy"] / self.full["accuracy"]
+    """Of its tokens."""
+    texts: str
+    """Fingerprint of its examples, before they are cut into tokens."""
 
 
 class Stopped(Exception):
@@ -117,11 +117,19 @@ class Workshop:
         self.settings = settings
         self.on_step = on_step
         self.should_stop = should_stop
+        self.name = model
         self.model, self.tokenizer = _load(model)
+        self.fingerprint = digest(self.model.state_dict())
 
     def tasks(self, sources: Sequence[str]) -> list[Task]:
-        """Read the file of each task. Raises: DataError, ConfigError for two of one name."""
+        """Read the file of each task. Raises: DataError, ConfigError for a bad name."""
         names = [Path(source).stem for source in sources]
+        for name, source in zip(names, sources, strict=True):
+            if NAME.fullmatch(name) is None or name == FILE:
+                raise ConfigError(
+                    f"--data {source}: the task would be called {name!r}, and its folder too. "
+                    "Rename the file to begin with a letter or digit, such as task.csv."
+                )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(
@@ -149,7 +157,7 @@ class Workshop:
             )  # fmt: skip
             if not finished:
                 raise Stopped
-            return handle, score(self.model, task.held, settings.batch_size)
+            return handle, _finite(score(self.model, task.held, settings.batch_size), what, "--lr")
         except BaseException:  # also KeyboardInterrupt: the model is used again
             handle.revert()
             raise
@@ -159,15 +167,15 @@ class Workshop:
         columns = Columns(settings.text_column, settings.label_column)
         apart = bool(self.model.config.is_encoder_decoder)
         try:
-            data = answer_texts(
-                read_examples(source, columns), self.tokenizer, settings.seq_len, apart=apart
-            )
+            examples = read_examples(source, columns)
+            data = answer_texts(examples, self.tokenizer, settings.seq_len, apart=apart)
         except DataError as error:
             raise DataError(f"task {name!r}: {error}") from error
+        check_known(data.ids, self.tokenizer, self.name)
         fit, held = data.split(settings.eval_fraction, settings.seed)
         assert isinstance(fit, AnswerSet)
         assert isinstance(held, AnswerSet)  # never None: the fraction is above 0
-        return Task(name, fit, held, data.fingerprint())
+        return Task(name, fit, held, data.fingerprint(), _fingerprint(examples))
 
 
 def fit(
@@ -193,7 +201,8 @@ def fit(
         fit_steps: of the auto-encoder, the tasks in turns.
         fit_lr: its peak learning rate.
     Returns: name of each task, the scores of its full prompt, and of that encoded and decoded.
-    Raises: ConfigError, TargetError; Stopped, and nothing is written then.
+    Raises: ConfigError, also for a loss that is no longer finite; TargetError; Stopped. Nothing is
+        written then.
     """
     if len(tasks) < 2:
         raise ConfigError(
@@ -201,34 +210,40 @@ def fit(
         )
     if fit_steps < 1:
         raise ConfigError("--fit-steps must be 1 or more.")
+    check_rate("--fit-lr", fit_lr)
     refuse_used(out)
     delta = Prompt(num_virtual_tokens=num_virtual_tokens)
     settings = IntrinsicPrompt(intrinsic_dim=intrinsic_dim, num_virtual_tokens=num_virtual_tokens)
     prompts: list[Tensor] = []
     full: list[Scores] = []
-    with publishing(out / "prompts", "") as scratch:
-        for task in tasks:
-            handle, scores = workshop.tune(delta, task, task.name)
-            handle.save(scratch / task.name)
-            prompts.append(next(handle.parameters()).detach().float().clone())
-            full.append(scores)
-            handle.revert()
-        stacked = torch.stack(prompts)
-        width = stacked.shape[2]
-        sizes = Sizes(settings.dimension, num_virtual_tokens, width, width)
-        coder, decoded = _fit_coder(workshop, tasks, stacked, sizes, delta, fit_steps, fit_lr)
+    for task in tasks:
+        handle, scores = workshop.tune(delta, task, task.name)
+        prompts.append(next(handle.parameters()).detach().float().clone())
+        full.append(scores)
+        handle.revert()
+    stacked = torch.stack(prompts)
+    width = stacked.shape[2]
+    sizes = Sizes(settings.dimension, num_virtual_tokens, width, width)
+    coder, decoded = _fit_coder(workshop, tasks, stacked, sizes, delta, fit_steps, fit_lr)
     rows = list(zip((task.name for task in tasks), full, decoded, strict=True))
     facts = {
         "base_model": model,
+        "model": workshop.fingerprint,
         "settings": dataclasses.asdict(workshop.settings),
         "fit_steps": fit_steps,
         "fit_lr": fit_lr,
         "tasks": [
-            {"name": t.name, "data": t.fingerprint, "full": scores, "decoded": again}
+            {
+                "name": t.name, "texts": t.texts, "data": t.fingerprint, "full": scores,
+                "decoded": again,
+            }
             for t, (_, scores, again) in zip(tasks, rows, strict=True)
         ],
-    }
-    write_decoder(out, sizes, coder.tensors(stacked), facts)
+    }  # fmt: skip
+    with publishing(out, FACTS) as scratch:  # the prompts and their decoder, or neither
+        for task, prompt in zip(tasks, prompts, strict=True):
+            _save_prompt(workshop, delta, prompt, scratch / "prompts" / task.name)
+        write_decoder(scratch, sizes, coder.tensors(stacked), facts)
     return rows
 
 
@@ -244,42 +259,37 @@ def tune(
         out: for the adapters and metrics.json.
         compare: train a full prompt as well, where the decoder's file has no scores of one that was
             trained on the same data in the same way.
-    Raises: ConfigError, CheckpointError, TargetError; Stopped, after the tasks before were written.
+    Raises: ConfigError, CheckpointError, TargetError; Stopped, and called again with the same it
+        goes on after the tasks that are done.
     """
     facts = read_facts(decoder)
-    refuse_used(out)
     delta = IntrinsicPrompt(decoder=str(decoder))
-    found: list[Recovered] = []
+    seen = {known["texts"] for known in facts["tasks"]}
+    head = {
+        "decoder_digest": facts["digest"],
+        "model": workshop.fingerprint,
+        "settings": dataclasses.asdict(workshop.settings),
+        "compare": compare,
+    }
+    before = {(row.task, row.texts): row for row in read_recovered(out, head)}
+    head["decoder"] = str(decoder)  # which may have moved in between
+    found = list(before.values())
+    write_recovered(out, head, found)  # the folder is known by it
     for task in tasks:
+        if (task.name, task.texts) in before:
+            continue
         handle, scores = workshop.tune(delta, task, task.name)
         handle.save(out / task.name)
         handle.revert()
-        full = _known(facts, task, workshop.settings)
+        full = _known(facts, task, workshop)
         if full is None and compare:
             what = f"{task.name}, a full prompt"
             handle, full = workshop.tune(Prompt(delta.length), task, what)
             handle.revert()
-        seen = task.name in {known["name"] for known in facts["tasks"]}
-        found.append(Recovered(task.name, seen, scores, full))
-    write_json(
-        out / "metrics.json",
-        {
-            "decoder": str(decoder),
-            "settings": dataclasses.asdict(workshop.settings),
-            "tasks": [dataclasses.asdict(row) | {"relative": row.relative} for row in found],
-            "relative": {
-                "seen": mean_relative(row for row in found if row.seen),
-                "unseen": mean_relative(row for row in found if not row.seen),
-            },
-        },
-    )
+        found = [row for row in found if row.task != task.name]
+        found.append(Recovered(task.name, task.texts, task.texts in seen, scores, full))
+        write_recovered(out, head, found)
     return found
-
-
-def mean_relative(rows: Any) -> float | None:
-    """The mean recovered part of those :class:`Recovered` that have one; None without any."""
-    known = [row.relative for row in rows if row.relative is not None]
-    return sum(known) / len(known) if known else None
 
 
 def base_model(decoder: Path) -> str:
@@ -290,10 +300,10 @@ def base_model(decoder: Path) -> str:
     return found
 
 
-def refuse_used(out: Path) -> None:
-    """Raises: ConfigError where ``out`` has something in it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} must be a new or an empty folder. Choose another.")
+def check_rate(name: str, value: float) -> None:
+    """Raises: ConfigError for what is no learning rate."""
+    if not 0 < value < LARGEST_RATE:
+        raise ConfigError(f"{name} must be a positive number below {LARGEST_RATE:g}, got {value}.")
 
 
 # ------------------------------------------------------------------------------------- details
@@ -330,22 +340,58 @@ def _fit_coder(
             batch = to_device(tasks[coded.task].fit.batch(rows), prompts.device)
             loss = model(**batch).loss
             assert coded.error is not None  # the pass before set it
-            (loss + RECONSTRUCTION * coded.error).backward()
+            whole = loss + RECONSTRUCTION * coded.error
+            if not math.isfinite(float(whole.detach())):
+                raise ConfigError(
+                    f"the decoder's loss of step {step + 1} is {float(whole.detach())}; nothing "
+                    "was written. Try a smaller --fit-lr."
+                )
+            whole.backward()
             torch.nn.utils.clip_grad_norm_(coder.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             workshop.on_step("decoder", step + 1, float(loss.detach()))
         scores = []
-        for coded.task, task in enumerate(tasks):
-            scores.append(score(model, task.held, settings.batch_size))
+        for number, task in enumerate(tasks):
+            coded.task = number
+            again = score(model, task.held, settings.batch_size)
+            scores.append(_finite(again, f"{task.name}, decoded again,", "--fit-lr"))
         return coder, scores
     finally:
         handle.revert()
 
 
-def _known(facts: Mapping[str, Any], task: Task, settings: Settings) -> Scores | None:
-    """The scores of a full prompt on the same data, trained in the same way."""
-    if facts.get("settings") != dataclasses.asdict(settings):
+def _save_prompt(workshop: Workshop, delta: Prompt, prompt: Tensor, folder: Path) -> None:
+    """An adapter of ``prompt [P, d]``."""
+    handle = attach(workshop.model, delta)
+    try:
+        with torch.no_grad():
+            next(handle.parameters()).copy_(prompt)
+        handle.save(folder)
+    finally:
+        handle.revert()
+
+
+def _finite(scores: Scores, what: str, option: str) -> Scores:
+    """``scores``. Raises: ConfigError where the loss is no number."""
+    if not math.isfinite(scores["loss"]):
+        raise ConfigError(
+            f"the loss of {what} on what is held out is {scores['loss']}; nothing of it was "
+            f"written. Try a smaller {option}."
+        )
+    return scores
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    rows = json.dumps([(example.text, example.label) for example in examples])
+    return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def _known(facts: Mapping[str, Any], task: Task, workshop: Workshop) -> Scores | None:
+    """The scores of a full prompt of the same model on the same data, trained in the same way."""
+    if facts.get("settings") != dataclasses.asdict(workshop.settings):
+        return None
+    if facts.get("model") != workshop.fingerprint:
         return None
     for known in facts["tasks"]:
         if known["data"] == task.fingerprint:
@@ -359,18 +405,15 @@ def _load(model: str) -> tuple[Any, Any]:
         AutoConfig,
         AutoModelForCausalLM,
         AutoModelForSeq2SeqLM,
-        AutoTokenizer,
     )
 
     try:
         config = AutoConfig.from_pretrained(model)
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return (
-            kind.from_pretrained(model, dtype=torch.float32),
-            AutoTokenizer.from_pretrained(model),
-        )
+        loaded = kind.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--model {model} cannot be loaded: {error}. Give a folder with a language model or an "
             "encoder–decoder and its tokenizer, or a hub id."
         ) from error
+    return loaded, load_tokenizer(model, loaded.config)

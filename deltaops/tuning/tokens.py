@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaops.errors import DataError
+from deltaops.errors import ConfigError, DataError
 
 from .read import Example
 
 IGNORED = -100  # the label that the loss of transformers' models leaves out
+_UNKNOWN = 0.9
+"""Part of the texts' tokens, at which the tokenizer is not the model's."""
+_TINY = 0.1
+"""Entries of a tokenizer over the model's; less are the special tokens alone."""
+_REMEDY = "Save the model's own tokenizer beside it: tokenizer.save_pretrained(folder)."
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,50 @@ def label_texts(
     ids = [torch.tensor(row, dtype=torch.int64) for row in encoded["input_ids"]]
     classes = torch.tensor([number[e.label] for e in examples if e.label is not None])
     return TokenSet(ids, classes, _pad(tokenizer)), labels
+
+
+def load_tokenizer(model: str, config: Any) -> Any:
+    """The tokenizer of ``model``, a folder or hub id, which has this configuration.
+
+    transformers makes one of special tokens alone where a folder has no files of a tokenizer.
+    Raises: ConfigError for such a one, and where it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    # besides OSError and ValueError, tokenizers raises Exception itself for a damaged file
+    except Exception as error:
+        raise ConfigError(
+            f"--model {model}: its tokenizer cannot be loaded: {error}. {_REMEDY}"
+        ) from error
+    entries = getattr(config.get_text_config(), "vocab_size", None) or 0
+    if len(tokenizer) < _TINY * entries:
+        raise ConfigError(
+            f"--model {model}: its tokenizer has {len(tokenizer)} entries, and the model {entries} "
+            f"tokens. {_REMEDY}"
+        )
+    return tokenizer
+
+
+def check_known(ids: Sequence[Tensor], tokenizer: Any, model: str) -> None:
+    """Raises: ConfigError where texts are hardly anything but unknown tokens.
+
+    Args:
+        ids: of each text.
+        tokenizer: which made them.
+        model: its name, for the message.
+    """
+    unknown = tokenizer.unk_token_id
+    special = torch.tensor([i for i in tokenizer.all_special_ids if i != unknown])
+    found = torch.cat(list(ids))
+    words = found[~torch.isin(found, special)]
+    count = 0 if unknown is None else int((words == unknown).sum())
+    if count > _UNKNOWN * len(words):
+        raise ConfigError(
+            f"--model {model}: its tokenizer knows next to nothing of the texts: {count} of their "
+            f"{len(words)} tokens are unknown to it. {_REMEDY}"
+        )
 
 
 def _encode(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:

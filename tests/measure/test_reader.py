@@ -69,6 +69,17 @@ def test_a_missing_encoder_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch
         read_material(str(folder / "nothing"), train, None, Columns("text", "label"), 8, 0)
 
 
+def test_a_tokenizer_that_is_not_the_encoders_is_told(folder: Path, tmp_path: Path) -> None:
+    build("bert").save_pretrained(tmp_path)  # type: ignore[operator]  # transformers'
+    train, columns = str(folder / "train.csv"), Columns("text", "label")
+    with pytest.raises(ConfigError, match=r"its tokenizer (has \d+ entries|cannot be loaded)"):
+        read_material(str(tmp_path), train, None, columns, 8, 0)
+    strange = tmp_path / "strange.csv"
+    strange.write_text("text,label\n" + "not known,a\nat all,b\n" * 10)
+    with pytest.raises(ConfigError, match="40 of their 40 tokens are unknown"):
+        read_material(str(folder), str(strange), None, columns, 8, 0)
+
+
 def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -> None:
     arguments = [
         "compare", "--train", folder / "train.csv", "--model", folder, "--steps", 6,

@@ -168,7 +168,13 @@ def test_weights_that_are_a_pickle_in_disguise(tiny: Callable[..., Any], saved: 
 
 def test_pickle_is_refused_with_the_reason(tiny: Callable[..., Any], saved: Path) -> None:
     (saved / files.WEIGHTS).rename(saved / files.PICKLE)
-    assert_load_refused(tiny, saved, "runs the code")
+    assert_load_refused(tiny, saved, "runs the code in it. `deltaops convert")
+
+
+def test_the_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    for names in (files.PEFT, files.OURS):
+        with pytest.raises(CheckpointError, match=f"has no {names.config},"):
+            files.read_config(tmp_path, names)
 
 
 def change(folder: Path, **changes: torch.Tensor | None) -> str:

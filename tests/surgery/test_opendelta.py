@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 import deltaops
 from deltaops.cli import app
 from deltaops.errors import CheckpointError
-from deltaops.methods import METHODS
 from deltaops.surgery.opendelta import from_opendelta, read_opendelta
 from deltaops.testing import relative_error
 from deltaops.testing.architectures import HIDDEN, answer, build
@@ -146,7 +145,6 @@ def compacter(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.skipif("compacter" not in METHODS, reason="this build has no Compacter")
 def test_compacter() -> None:
     torch.manual_seed(1)
     twin = build("t5")
@@ -160,7 +158,6 @@ def test_compacter() -> None:
         from_opendelta(build("t5"), {}, tensors)
 
 
-@pytest.mark.skipif("prompt" not in METHODS, reason="this build has no Prompt")
 @pytest.mark.parametrize("path", ["", "encoder."])
 def test_soft_prompt(path: str) -> None:
     model, vectors = build("t5" if path else "bert"), drawn(5, HIDDEN)
@@ -168,13 +165,6 @@ def test_soft_prompt(path: str) -> None:
     (held,) = handle.state().values()
     assert torch.equal(held, vectors)
     assert handle.delta.num_virtual_tokens == 5  # type: ignore[attr-defined]  # a Prompt
-
-
-def test_what_this_build_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = {kind: method for kind, method in METHODS.items() if kind != "lora"}
-    monkeypatch.setattr("deltaops.surgery.opendelta.METHODS", lacking)
-    with pytest.raises(CheckpointError, match="holds a lora, and this deltaops has adapter"):
-        from_opendelta(build("bert"), {"lora_r": RANK}, under(QUERY, GOOD))
 
 
 def test_a_head_trained_along_is_taken_over() -> None:
@@ -215,6 +205,35 @@ def test_what_does_not_fit_is_told_and_the_model_stays(
         from_opendelta(model, config, tensors)
     assert torch.equal(answer("bert", model), before)
     assert type(model.get_submodule(QUERY)) is nn.Linear
+
+
+NORM, DENSE = "embeddings.LayerNorm", "encoder.layer.0.output.dense"
+SAMPLERS = [f"{side}_sampler.{n}" for side in ("down", "up") for n in ("W_left", "W_right", "b")]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "why"),
+    [
+        (under(NORM, {"bitfit.bias": drawn(1)}), {}, r"must be \[24\] .* got \[1\]"),
+        (under(NORM, {"bitfit.bias": drawn(7)}), {}, r"must be \[24\] .* got \[7\]"),
+        (under(NORM, {"bitfit.bias": drawn(24), "bias": drawn(1)}), {}, r"must be \[24\]"),
+        (under(NORM, {"bitfit.bias": drawn()}), {}, r"must have 1 dimensions, got \[\]"),
+        (under(QUERY, {"lora.lora_A": drawn(3), "lora.lora_B": drawn(3)}), {}, "2 dimensions"),
+        (under(DENSE, {"adapter.modulelist.down_proj.weight": drawn()}), {}, "2 dimensions"),
+        (under(DENSE, {f"compactor.{n}": drawn(4) for n in SAMPLERS}), {}, "3 dimensions"),
+        ({"soft_prompt_layer.soft_embeds": drawn()}, {}, "2 dimensions"),
+        (
+            {f"{p}soft_prompt_layer.soft_embeds": drawn(2, 24) for p in ("", "encoder.")},
+            {}, "holds 2 soft prompts",
+        ),
+        (under(DENSE, adapter(nn.Identity())), {"non_linearity": []}, r"non_linearity=\[\]"),
+    ],
+)  # fmt: skip
+def test_odd_shapes_and_settings_are_told(
+    tensors: dict[str, Tensor], config: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(CheckpointError, match=why):
+        from_opendelta(build("bert"), config, tensors)
 
 
 def test_an_adapter_after_a_norm_is_refused() -> None:
@@ -289,6 +308,23 @@ def test_pefts_pickle_becomes_safetensors(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[k], tensors[k]) for k in found)
     deltaops.load(build("bert"), tmp_path / "out")
+
+
+def test_a_kind_that_is_no_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": ["LORA"]}')
+    with pytest.raises(CheckpointError, match=r"peft_type=\['LORA'\]"):
+        convert(tmp_path, tmp_path / "out")
+
+
+def test_an_empty_head_does_not_size_the_model(tmp_path: Path) -> None:
+    model = build("bert", head="ForSequenceClassification", num_labels=3)
+    model.save_pretrained(tmp_path / "bert")  # type: ignore[operator]  # transformers'
+    tensors = under(f"bert.{QUERY}", GOOD) | {"classifier.weight": torch.empty(2**40, 0)}
+    tensors["classifier.bias"] = drawn(3)
+    source = opendelta_folder(tmp_path / "od", {"lora_r": RANK}, tensors)
+    arguments = ("--model", tmp_path / "bert", "--model-class", "BertForSequenceClassification")
+    with pytest.raises(CheckpointError, match=r"classifier.weight' must be"):
+        convert(source, tmp_path / "out", *arguments)
 
 
 def test_folders_that_are_neither(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,13 @@ import pytest
 import torch
 
 import deltaops
-from deltaops.errors import ConfigError, DataError
+from deltaops.errors import CheckpointError, ConfigError, DataError
 from deltaops.methods.decoder import FACTS, Sizes, read_facts, read_tensors
 from deltaops.testing.architectures import build
 from deltaops.tuning.answers import AnswerSet, score
 from deltaops.tuning.autoencoder import AutoEncoder
-from deltaops.tuning.intrinsic import (
-    Recovered,
-    Settings,
-    Stopped,
-    Workshop,
-    fit,
-    mean_relative,
-    tune,
-)
+from deltaops.tuning.intrinsic import Settings, Stopped, Workshop, fit, tune
+from deltaops.tuning.recovered import Recovered, mean_relative
 
 SETTINGS = Settings(steps=3, batch_size=4, seq_len=12)
 FIT: dict[str, Any] = {"intrinsic_dim": 2, "num_virtual_tokens": 3, "fit_steps": 4}
@@ -148,7 +142,7 @@ def test_a_score_is_what_the_model_writes_by_itself(name: str) -> None:
 def test_what_is_recovered_is_a_mean_of_parts() -> None:
     def row(tuned: float, full: float | None) -> Recovered:
         scores = None if full is None else {"accuracy": full}
-        return Recovered("task", True, {"accuracy": tuned}, scores)
+        return Recovered("task", "", True, {"accuracy": tuned}, scores)
 
     assert row(0.6, 0.8).relative == pytest.approx(0.75)
     assert row(0.6, 0.0).relative is None
@@ -172,6 +166,110 @@ def test_a_stop_leaves_the_model_as_it_was_and_no_file(
             fit(workshop, workshop.tasks(files), tmp_path / "out", model="base", **FIT)
         assert deltaops.surgery.handle_of(workshop.model) is None
         assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.fixture(scope="module")
+def fitted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder of the tasks "one" and "two", whose files lie beside it."""
+    folder = tmp_path_factory.mktemp("fitted")
+    for name, answers in (("one", "loud soft"), ("two", "big small")):
+        rows = [f"thing {i},{answers.split()[i % 2]}\n" for i in range(20)]
+        (folder / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+    workshop = Workshop(str(base), SETTINGS)
+    tasks = workshop.tasks([str(folder / "one.csv"), str(folder / "two.csv")])
+    fit(workshop, tasks, folder / "decoder", model=str(base), **FIT)
+    return folder
+
+
+def test_a_tuning_that_was_stopped_goes_on(base: Path, fitted: Path, tmp_path: Path) -> None:
+    out, decoder = tmp_path / "out", fitted / "decoder"
+    names = [str(fitted / "one.csv"), str(fitted / "two.csv")]
+    whole = Workshop(str(base), SETTINGS)
+    expected = tune(whole, whole.tasks(names), decoder, tmp_path / "whole", compare=False)
+    seen: list[str] = []
+    workshop = Workshop(
+        str(base), SETTINGS, lambda what, *_: seen.append(what), lambda: seen[-1:] == ["two"]
+    )
+    with pytest.raises(Stopped):
+        tune(workshop, workshop.tasks(names), decoder, out, compare=False)
+    assert [row["task"] for row in json.loads((out / "metrics.json").read_text())["tasks"]] == [
+        "one"
+    ]
+    (out / ".deltaops-partial-x").mkdir()  # as a killed process leaves it
+    seen.clear()
+    workshop.should_stop = lambda: False
+    again = tune(workshop, workshop.tasks(names), decoder, out, compare=False)
+    assert set(seen) == {"two"}
+    assert again == expected
+    assert not list(out.glob(".deltaops*"))
+    other = Workshop(str(base), Settings(steps=2, batch_size=4, seq_len=12))
+    with pytest.raises(ConfigError, match="begun with another settings"):
+        tune(other, other.tasks(names), decoder, out, compare=False)
+    (out / "metrics.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is none of"):
+        tune(workshop, workshop.tasks(names), decoder, out, compare=False)
+
+
+def test_known_scores_are_those_of_the_same_model_and_the_same_data(
+    base: Path, fitted: Path, tmp_path: Path
+) -> None:
+    renamed, impostor = tmp_path / "renamed.csv", tmp_path / "one.csv"
+    shutil.copy(fitted / "one.csv", renamed)
+    impostor.write_text((fitted / "one.csv").read_text().replace("thing", "matter"))
+    workshop = Workshop(str(base), SETTINGS)
+    found = {}
+    for which in ("same", "other"):
+        if which == "other":
+            with torch.no_grad():
+                next(workshop.model.parameters()).mul_(1.5)
+            workshop.model.save_pretrained(tmp_path / "model")
+            workshop.tokenizer.save_pretrained(tmp_path / "model")
+            workshop = Workshop(str(tmp_path / "model"), SETTINGS)
+        tasks = workshop.tasks([str(renamed), str(impostor)])
+        found[which] = tune(workshop, tasks, fitted / "decoder", tmp_path / which, compare=False)
+    assert [row.seen for row in found["same"]] == [True, False]
+    assert found["same"][0].full is not None
+    assert all(row.full is None for row in (found["same"][1], *found["other"]))
+
+
+def test_a_rate_that_ruins_the_decoder_leaves_nothing(
+    base: Path, files: list[str], tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    workshop = Workshop(str(base), SETTINGS, lambda what, *_: seen.append(what))
+    tasks = workshop.tasks(files[:2])
+    for rate in (-1.0, 0.0, float("nan"), float("inf"), 1e38):
+        with pytest.raises(ConfigError, match="--fit-lr must be a positive number"):
+            fit(workshop, tasks, tmp_path / "out", model="base", **FIT, fit_lr=rate)
+    assert not seen  # it was told before the training
+    with pytest.raises(ConfigError, match="Try a smaller --fit-lr"):
+        fit(workshop, tasks, tmp_path / "out", model="base", **FIT, fit_lr=1e30)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["..csv", "...csv", ".csv", "metrics.json.csv", "-x.csv"])
+def test_a_task_is_named_as_a_folder_can_be(name: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("text,label\na,x\nb,y\n")
+    with pytest.raises(ConfigError, match="the task would be called"):
+        Workshop(str(base), SETTINGS).tasks([str(tmp_path / name)])
+
+
+def test_a_decoder_without_its_tasks_is_told(fitted: Path, tmp_path: Path) -> None:
+    facts = json.loads((fitted / "decoder" / FACTS).read_text())
+    for key, value in (("tasks", [{"name": "a"}]), ("tasks", None), ("digest", 3)):
+        (tmp_path / FACTS).write_text(json.dumps(facts | {key: value}))
+        with pytest.raises(CheckpointError, match="must have a digest, and tasks with"):
+            read_facts(tmp_path)
+
+
+def test_a_model_without_its_tokenizer_is_told(base: Path, tmp_path: Path) -> None:
+    workshop = Workshop(str(base), SETTINGS)
+    workshop.model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"its tokenizer (has \d+ entries|cannot be loaded)"):
+        Workshop(str(tmp_path / "model"), SETTINGS)
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="its tokenizer cannot be loaded"):
+        Workshop(str(tmp_path / "model"), SETTINGS)
 
 
 def test_wrong_tasks_are_refused(base: Path, files: list[str], tmp_path: Path) -> None:
