@@ -108,12 +108,16 @@ def drop_hooks(model: nn.Module) -> None:
 
 
 def _drop(model: nn.Module, *kinds: type) -> None:
+    # by their keys, as torch's own handles do: a copy of a model has no handles
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, kinds):
-                # by its key, as torch's own handle does: a copy of a model has no handle
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), kinds):
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def _models(model: nn.Module) -> Iterator[Any]:

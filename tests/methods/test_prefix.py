@@ -231,11 +231,42 @@ def test_the_mlp_runs_once_for_a_pass_of_a_stack(
     assert len(calls) == stacks
     with torch.no_grad():
         expected = answer(name, handle.model)
-        assert torch.equal(answer(name, handle.model), expected)
-        assert len(calls) == stacks  # nothing has changed since
-        next(handle.parameters()).mul_(2.0)
+        assert len(calls) == 2 * stacks
+        for parameter in handle.parameters():
+            parameter.data.mul_(2.0)  # which no version counts
         assert not torch.equal(answer(name, handle.model), expected)
-    assert len(calls) == 2 * stacks
+    assert len(calls) == 3 * stacks
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_blocks_that_run_again_have_the_gradients_of_those_that_do_not(
+    name: str, reentrant: bool
+) -> None:
+    handle = attached(name, reparameterised=True)
+    model, found = handle.model.train(), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        y, again = answer(name, model), answer(name, model)
+        with torch.no_grad():
+            answer(name, model.eval())  # of which the backward pass may read nothing
+        model.train()
+        (y.square().mean() + again.mean()).backward()
+        found.append([p.grad for p in handle.parameters()])
+        model.zero_grad()
+    assert all(same(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_pass_that_fails_leaves_no_rows_behind() -> None:
+    handle = attached("llama", reparameterised=True)
+    rows = handle.model.layers[0].self_attn.__dict__["_deltaops_prefix"].encoded.rows
+    with pytest.raises(IndexError):
+        handle.model(input_ids=torch.tensor([[10**6]]))
+    assert rows._of_pass is None
+    handle.revert()
+    assert not handle.model._forward_hooks
 
 
 def test_blocks_that_are_called_alone_have_the_present_prefix() -> None:
