@@ -387,6 +387,38 @@ def test_each_part_gets_its_own_implementation_back() -> None:
     assert model.decoder.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.no_grad()
+def test_models_of_one_config_object_come_and_go_alone(copied: Any) -> None:
+    first: Any = build("llama")
+    config, before = first.config, answer("llama", first)
+    models = [first, type(first)(config).eval()]
+    models[1].load_state_dict(first.state_dict())
+    handles = [random(deltaops.attach(m, Prefix(num_virtual_tokens=P))) for m in models]
+    expected = answer("llama", first)
+    twin = copied(first)
+    with handles[0].disabled():
+        assert torch.equal(answer("llama", models[1]), expected)
+    assert torch.equal(answer("llama", first), expected)
+    handles[0].revert()
+    assert torch.equal(answer("llama", models[1]), expected)
+    handles[1].revert()
+    assert config._attn_implementation == "sdpa"
+    assert all(torch.equal(answer("llama", m), before) for m in models)
+    assert torch.equal(answer("llama", twin), expected)
+    found = deltaops.surgery.handle_of(twin)
+    assert found is not None
+    found.revert()
+    assert twin.config._attn_implementation == "sdpa"
+
+
+def test_a_config_of_a_model_with_a_prefix_makes_a_model_without() -> None:
+    handle = attached("llama")
+    other = type(handle.model)(copy.deepcopy(handle.model.config))
+    deltaops.attach(other, Prefix()).revert()
+    assert other.config._attn_implementation == "sdpa"
+
+
 def test_another_implementation_would_leave_the_prefix_out() -> None:
     handle = attached("bert")
     handle.model.set_attn_implementation("eager")
