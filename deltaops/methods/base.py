@@ -198,6 +198,10 @@ class Delta(ABC):
         """
         return self, tensors, sites
 
+    def labelled(self, model: nn.Module) -> Delta:
+        """The delta with what PEFT's file needs to say of ``model``; most have that already."""
+        return self
+
     def unlike_peft(
         self, model: nn.Module, sites: tuple[Site, ...], *, writing: bool
     ) -> str | None:

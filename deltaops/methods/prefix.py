@@ -47,6 +47,7 @@ from deltaops.modules import (
 from .base import ATTENTION, MODEL, Binding, Delta, Promise, Site, adapter_dtype
 from .peft_config import listed, refuse_unknown
 from .targets import ATTENTIONS, DECODER_ATTENTIONS, check_flags, is_count, normalise
+from .tasks import task_of
 
 SPREAD_OF_VALUES = 0.02
 """Standard deviation of the start values."""
@@ -82,11 +83,11 @@ class Prefix(Delta):
         layers_to_transform: indices of the layers that get the delta.
         layers_pattern: names of the module list that the indices count, such as "layers".
         autocast_adapter_dtype: keep the prefix in float32 where the model is float16 or bfloat16.
-        task_type: PEFT's label, such as "CAUSAL_LM"; its file needs one.
+        task_type: PEFT's label, such as "CAUSAL_LM"; by the class of the model where it is None.
     Raises: ConfigError.
 
     Files are PEFT's where PEFT's prefix is this one: ``shift_positions``, on all attentions of the
-    role "decoder-attention", with a ``task_type`` and without an MLP. Otherwise they are ours.
+    role "decoder-attention", for a known task and without an MLP. Otherwise they are ours.
     """
 
     num_virtual_tokens: int = 20
@@ -297,6 +298,10 @@ class Prefix(Delta):
             for (site, name), part in zip(names, parts, strict=True)
         }
 
+    def labelled(self, model: nn.Module) -> Delta:
+        """See :meth:`Delta.labelled`: the task, by which PEFT lays a prefix out."""
+        return replace(self, task_type=self.task_type or task_of(model))
+
     def unlike_peft(
         self, model: nn.Module, sites: tuple[Site, ...], *, writing: bool
     ) -> str | None:
@@ -307,7 +312,10 @@ class Prefix(Delta):
         if not self.shift_positions:
             return "PEFT's prefix has the first positions (shift_positions=True)"
         if self.task_type not in _TASKS:
-            return f"it needs a task_type, one of {', '.join(_TASKS)}"
+            return (
+                f"it needs a task_type, one of {', '.join(_TASKS)}, and {type(model).__name__} "
+                "says none"
+            )
         if getattr(config, "is_encoder_decoder", False) != (self.task_type == "SEQ_2_SEQ_LM"):
             return f"task_type={self.task_type!r} is not for {type(model).__name__}"
         if len({(site.heads, site.out_features) for site in sites}) > 1:

@@ -55,7 +55,10 @@ def save(handle: Handle, path: str | os.PathLike[str], *, flat: bool = False) ->
     delta, state = handle.delta.portable(modules, handle.name, state)
     if flat:
         delta, state, sites = delta.flat(state, sites)
-    files = PEFT if _unlike_peft(model, delta, sites, writing=True) is None else OURS
+    labelled = delta.labelled(model)
+    files = PEFT if _unlike_peft(model, labelled, sites, writing=True) is None else OURS
+    if files is PEFT:
+        delta = labelled
     config = _manifest(model, delta) if files is OURS else _peft_config(model, delta, sites)
     if files is PEFT:
         state = delta.to_peft_tensors(state, sites)

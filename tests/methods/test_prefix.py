@@ -170,7 +170,6 @@ def as_peft(handle: Any, what: str, task: str) -> Tensor:
     ("settings", "reason"),
     [
         ({"shift_positions": False}, "first positions"),
-        ({"task_type": None}, "needs a task_type"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "is not for GPT2LMHeadModel"),
         ({"layers_to_transform": [1]}, "other modules than all 2 of 'decoder-attention'"),
         ({"reparameterised": True}, "flat=True"),
@@ -192,6 +191,39 @@ def test_what_pefts_file_cannot_hold_is_in_ours(
     twin = build("gpt2", head="LMHeadModel")
     assert deltaops.load(twin, tmp_path).delta == handle.delta
     assert torch.equal(logits(twin, "gpt2"), logits(handle.model, "gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "task"),
+    [
+        ("llama", "ForCausalLM", "CAUSAL_LM"),
+        ("bert", "Model", "FEATURE_EXTRACTION"),
+        ("t5", "ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_the_class_of_the_model_says_the_task_of_pefts_file(
+    name: str, head: str, task: str, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    sizes = THREE if name == "t5" else {}  # of 2 layers PEFT's file cannot hold both
+    delta = Prefix(num_virtual_tokens=P, shift_positions=True, target_modules="decoder-attention")
+    handle = random(deltaops.attach(build(name, head=head, **sizes), delta))
+    handle.save(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == task
+    theirs = peft.PeftModel.from_pretrained(build(name, head=head, **sizes), tmp_path).eval()
+    key = "last_hidden_state" if head == "Model" else "logits"
+    assert same(theirs(**inputs(name))[key], handle.model(**inputs(name))[key])
+    assert deltaops.load(build(name, head=head, **sizes), tmp_path).delta.task_type == task  # type: ignore[attr-defined]  # a Prefix's
+
+
+def test_a_class_that_says_no_task_has_our_file(tmp_path: Path) -> None:
+    model = build("llama", head="ForCausalLM")
+    model.__class__ = type("Odd", (type(model),), {})
+    handle = deltaops.attach(
+        model, Prefix(shift_positions=True, target_modules="decoder-attention")
+    )
+    handle.save(tmp_path)
+    assert (tmp_path / MANIFEST).exists()
 
 
 def test_a_file_of_another_model_or_window_is_refused(tmp_path: Path) -> None:
