@@ -38,7 +38,18 @@ from deltaops.modules import (
     unbecome_embedding,
 )
 
-from .base import EMBEDDING, EXACT, LINEAR, Binding, Delta, Promise, Site, adapter_dtype, wide
+from .base import (
+    EMBEDDING,
+    EXACT,
+    LINEAR,
+    Binding,
+    Delta,
+    Promise,
+    Site,
+    Stored,
+    adapter_dtype,
+    wide,
+)
 from .linear import become_place, laid_out
 from .lora_start import is_drawn, is_taken_out, rest, taken_out
 from .peft_config import listed, required, target_fields, unexpressed
@@ -315,11 +326,17 @@ class LoRA(Delta):
         return found | ({"lora_magnitude_vector": (site.out_features,)} if self.use_dora else {})
 
     def portable(
-        self, modules: Mapping[str, nn.Module], name: str, state: Mapping[str, Tensor]
-    ) -> tuple[Delta, Mapping[str, Tensor]]:
+        self,
+        modules: Mapping[str, nn.Module],
+        name: str,
+        state: Mapping[str, Tensor],
+        sites: tuple[Site, ...],
+        *,
+        flat: bool,
+    ) -> Stored:
         """See :meth:`Delta.portable`: ``s·(B A − B₀ A₀)`` is a LoRA of rank 2·r on W itself."""
         if not is_taken_out(self.init_lora_weights):
-            return self, state
+            return Stored(self, state, sites)
         found = dict(state)
         for path, module in modules.items():
             a, b = (f"{path}.{suffix}" for suffix in self.tensors(module, name))
@@ -339,7 +356,7 @@ class LoRA(Delta):
             alpha_pattern={key: factor * x for key, x in dict(self.alpha_pattern).items()},
             init_lora_weights=True,
         )
-        return delta, found
+        return Stored(delta, found, sites)
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LoraConfig that this delta sets; the others keep their defaults."""

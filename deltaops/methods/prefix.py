@@ -44,7 +44,7 @@ from deltaops.modules import (
     switch,
 )
 
-from .base import ATTENTION, MODEL, Binding, Delta, Promise, Site, adapter_dtype
+from .base import ATTENTION, MODEL, Binding, Delta, Promise, Site, Stored, adapter_dtype
 from .peft_config import listed, refuse_unknown
 from .targets import ATTENTIONS, DECODER_ATTENTIONS, check_flags, is_count, normalise
 from .tasks import task_of
@@ -277,17 +277,24 @@ class Prefix(Delta):
     def _shape(self, site: Site) -> tuple[int, int, int]:
         return site.heads, self.num_virtual_tokens, site.out_features // site.heads
 
-    def flat(
-        self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
-    ) -> tuple[Delta, Mapping[str, Tensor], tuple[Site, ...]]:
-        """See :meth:`Delta.flat`: what the encoder computes, as keys and values."""
-        if not self.reparameterised:
-            return self, tensors, sites
+    def portable(
+        self,
+        modules: Mapping[str, nn.Module],
+        name: str,
+        state: Mapping[str, Tensor],
+        sites: tuple[Site, ...],
+        *,
+        flat: bool,
+    ) -> Stored:
+        """See :meth:`Delta.portable`: flat, what the encoder computes, as keys and values."""
+        if not (flat and self.reparameterised):
+            return Stored(self, state, sites)
         attentions = tuple(site for site in sites if site.place != MODEL)
-        rows = encode(*(tensors[f"{_ENCODER}.{part}"] for part in _PARTS))
-        found = {k: t for k, t in tensors.items() if not k.startswith(f"{_ENCODER}.")}
+        rows = encode(*(state[f"{_ENCODER}.{part}"] for part in _PARTS))
+        found = {k: t for k, t in state.items() if not k.startswith(f"{_ENCODER}.")}
         found |= self._split(rows, attentions)
-        return replace(self, reparameterised=False, encoder_hidden_size=None), found, attentions
+        delta = replace(self, reparameterised=False, encoder_hidden_size=None)
+        return Stored(delta, found, attentions)
 
     def _split(self, rows: Tensor, sites: tuple[Site, ...]) -> dict[str, Tensor]:
         """``[P, R]``, keys and values of one attention after the other → each ``[Hkv, P, D]``."""

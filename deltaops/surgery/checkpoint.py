@@ -49,12 +49,12 @@ def save(handle: Handle, path: str | os.PathLike[str], *, flat: bool = False) ->
     folder = Path(path)
     if handle.name != "default":
         folder = folder / handle.name
-    model, sites = handle.model, handle.places
+    model = handle.model
     state: Mapping[str, Tensor] = {k: t.detach().cpu() for k, t in handle.state().items()}
     modules = {path: model.get_submodule(path) for path in handle.sites}
-    delta, state = handle.delta.portable(modules, handle.name, state)
-    if flat:
-        delta, state, sites = delta.flat(state, sites)
+    delta, state, sites = handle.delta.portable(
+        modules, handle.name, state, handle.places, flat=flat
+    )
     labelled = delta.labelled(model)
     files = PEFT if _unlike_peft(model, labelled, sites, writing=True) is None else OURS
     if files is PEFT:

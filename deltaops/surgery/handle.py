@@ -212,7 +212,9 @@ class Handle:
         Args:
             path: a folder.
             flat: write what computes the same without what only training needs: of a
-                reparameterised :class:`deltaops.Prefix` its keys and values.
+                reparameterised :class:`deltaops.Prefix` its keys and values, of a
+                :class:`deltaops.IntrinsicPrompt` the prompt itself.
+        Raises: CheckpointError when it cannot be written, or no file could say what is bound.
         """
         from .checkpoint import save  # checkpoint needs Handle for what load returns
 

@@ -81,7 +81,9 @@ def test_keys_start_apart_and_values_near_zero(mlp: bool) -> None:
     for name, spread in (("gpt2", 1.0), ("t5", 12**-0.5)):  # T5 has no scale of D^-1/2
         torch.manual_seed(0)
         handle = deltaops.attach(build(name), Prefix(num_virtual_tokens=64, reparameterised=mlp))
-        _, state, sites = handle.delta.flat(handle.state(), handle.places)
+        _, state, sites = handle.delta.portable(
+            {}, handle.name, handle.state(), handle.places, flat=True
+        )
         for site in sites:
             keys, values = state[site.key("prefix_k")], state[site.key("prefix_v")]
             assert keys.shape == values.shape == (2, 64, 12)
