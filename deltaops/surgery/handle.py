@@ -220,7 +220,8 @@ class Handle:
 
         self._check_enabled("save")
 
-        save(self, path, flat=flat)
+        with self._applied():
+            save(self, path, flat=flat)
 
     def revert(self) -> None:
         """Give the model back as it was: classes, keys, every bit and every requires_grad flag.
@@ -277,6 +278,21 @@ class Handle:
                 exchange_parameters(self._module(path), parameters)
         else:
             self._activate(True)
+
+    @contextlib.contextmanager
+    def _applied(self) -> Iterator[None]:
+        """Inside, what is merged is applied instead, where the base weights were kept."""
+        if not self.merged or None in self._record.merged.values():
+            yield
+            return
+        merged = self._exchange_merged()
+        self._activate(True)
+        try:
+            yield
+        finally:
+            self._activate(False)
+            for path, parameters in merged.items():
+                exchange_parameters(self._module(path), parameters)
 
     def _exchange_merged(self) -> dict[str, dict[str, nn.Parameter | None]]:
         """Put the originals back; returns the merged parameters."""
