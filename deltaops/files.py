@@ -88,7 +88,7 @@ def check_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=_MARK, dir=folder):
+        with tempfile.NamedTemporaryFile(prefix=MARK, dir=folder):
             pass
     except OSError as error:
         raise _failed(folder, error) from error

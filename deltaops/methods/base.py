@@ -85,6 +85,17 @@ class Binding(NamedTuple):
     """What the first site made for all of them, by the method's own names."""
 
 
+class Stored(NamedTuple):
+    """What a file holds of a delta."""
+
+    delta: Delta
+    """Its settings."""
+    state: Mapping[str, Tensor]
+    """Its tensors and those of ``modules_to_save``, by the keys of ``handle.state()``."""
+    sites: tuple[Site, ...]
+    """Where it is bound, or would be."""
+
+
 class Delta(ABC):
     """A delta method with its settings: a frozen dataclass."""
 
@@ -186,17 +197,9 @@ class Delta(ABC):
         """Whether all sites have one tensor ``suffix``, which counts as the first one's."""
         return False
 
-    def flat(
-        self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
-    ) -> tuple[Delta, Mapping[str, Tensor], tuple[Site, ...]]:
-        """The delta that computes the same without what only training needs; most are that.
-
-        Args:
-            tensors: of ``handle.state()``.
-            sites: where it is bound.
-        Returns: its settings, its tensors, and where it would be bound.
-        """
-        return self, tensors, sites
+    def labelled(self, model: nn.Module) -> Delta:
+        """The delta with what PEFT's file needs to say of ``model``; most have that already."""
+        return self
 
     def unlike_peft(
         self, model: nn.Module, sites: tuple[Site, ...], *, writing: bool
@@ -227,18 +230,28 @@ class Delta(ABC):
         return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
 
     def portable(
-        self, modules: Mapping[str, nn.Module], name: str, state: Mapping[str, Tensor]
-    ) -> tuple[Delta, Mapping[str, Tensor]]:
-        """The delta and the tensors that a file holds; for most, those that are bound.
+        self,
+        modules: Mapping[str, nn.Module],
+        name: str,
+        state: Mapping[str, Tensor],
+        sites: tuple[Site, ...],
+        *,
+        flat: bool,
+    ) -> Stored:
+        """What a file holds; for most, what is bound.
 
-        They differ where the bound ones are relative to weights that the delta itself changed.
+        That differs where the bound tensors are relative to weights that the delta itself changed,
+        and where ``flat`` leaves out what only training needs.
 
         Args:
             modules: by path, of the sites.
             name: of the adapter.
             state: of the handle, on the CPU.
+            sites: where it is bound.
+            flat: write the delta that computes the same with tensors alone.
+        Raises: CheckpointError where no file could say what is bound.
         """
-        return self, state
+        return Stored(self, state, sites)
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """This method's part of PEFT's ``adapter_config.json``, where there is one.

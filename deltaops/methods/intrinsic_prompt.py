@@ -23,8 +23,10 @@ from deltaops.errors import CheckpointError, ConfigError
 from deltaops.modules import DecodedPrompt, FittedDecoder, RandomDecoder, token_table
 
 from . import stack
-from .base import Binding, Site
+from .base import Binding, Site, Stored
 from .decoder import START, Sizes, read_facts, read_tensors, sizes_of
+from .prompt import KEY as PROMPT
+from .prompt import Prompt
 from .targets import STACKS, check_flags, is_count, normalise
 
 KEY = "intrinsic"
@@ -40,7 +42,7 @@ class IntrinsicPrompt(stack.PromptDelta):
         intrinsic_dim: q, the numbers that are trained; the decoder's, or 5 without one.
         num_virtual_tokens: P, the length of the prompt; the decoder's, or 20 without one.
         decoder: folder of ``deltaops intrinsic fit``; None for a fixed random projection. An
-            adapter's file holds this path, not the decoder.
+            adapter's file holds this path, not the decoder; a flat one the prompt alone.
         decoder_digest: of the decoder's tensors, read from its folder; files keep it.
         seed: makes the random projection, and what it goes around; of no use beside a decoder.
         target_modules: as for :class:`deltaops.Prompt`.
@@ -134,6 +136,35 @@ class IntrinsicPrompt(stack.PromptDelta):
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
         return {KEY: (self.dimension,)}
+
+    def portable(
+        self,
+        modules: Mapping[str, nn.Module],
+        name: str,
+        state: Mapping[str, Tensor],
+        sites: tuple[Site, ...],
+        *,
+        flat: bool,
+    ) -> Stored:
+        """See :meth:`Delta.portable`: flat, the prompt itself, as one of prompt tuning."""
+        if not flat:
+            return Stored(self, state, sites)
+        (site,) = sites
+        prompt = stack.prompt_of(modules[site.path], name)
+        assert isinstance(prompt, DecodedPrompt)
+        with torch.no_grad(), torch.autocast(prompt.intrinsic.device.type, enabled=False):
+            rows = prompt().cpu()
+        found = {key: t for key, t in state.items() if key != site.key(KEY)}
+        delta = Prompt(
+            num_virtual_tokens=self.length,
+            prompt_tuning_init="random",
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            modules_to_save=self.modules_to_save,
+            autocast_adapter_dtype=self.autocast_adapter_dtype,
+            task_type=self.task_type,
+        )
+        return Stored(delta, found | {site.key(PROMPT): rows}, sites)
 
     # -------------------------------------------------------------------------------- decoders
 

@@ -32,15 +32,27 @@ from deltaops.modules import (
     become_embedding,
     has_copies,
     nonzero,
+    originals,
     start_embedding,
     start_values,
     unbecome,
     unbecome_embedding,
 )
 
-from .base import EMBEDDING, EXACT, LINEAR, Binding, Delta, Promise, Site, adapter_dtype, wide
+from .base import (
+    EMBEDDING,
+    EXACT,
+    LINEAR,
+    Binding,
+    Delta,
+    Promise,
+    Site,
+    Stored,
+    adapter_dtype,
+    wide,
+)
 from .linear import become_place, laid_out
-from .lora_start import is_drawn, is_taken_out, rest, taken_out
+from .lora_start import is_drawn, is_rest, is_taken_out, rest, taken_out
 from .peft_config import listed, required, target_fields, unexpressed
 from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, normalise
 
@@ -72,7 +84,9 @@ class LoRA(Delta):
             decomposition), "pissa_niter_N" (by N rounds of a sketched one, much faster), "olora".
             Then the layer's weight is the rest while the delta is active, and W waits beside it for
             ``disabled`` and ``revert``; a file holds the change of W, a LoRA of rank 2·r that every
-            reader takes for what it is.
+            reader takes for what it is. A state dict of the model does not hold the start: to go
+            on from one, attach to the same base model under the same seed, which saving checks
+            (but not after ``merge(keep_base=False)``, which drops W).
         layers_to_transform: indices of the layers that get the delta (without a regular expression
             in ``target_modules``, which can say so itself).
         layers_pattern: names of the module list that the indices count, such as "layers".
@@ -315,11 +329,17 @@ class LoRA(Delta):
         return found | ({"lora_magnitude_vector": (site.out_features,)} if self.use_dora else {})
 
     def portable(
-        self, modules: Mapping[str, nn.Module], name: str, state: Mapping[str, Tensor]
-    ) -> tuple[Delta, Mapping[str, Tensor]]:
+        self,
+        modules: Mapping[str, nn.Module],
+        name: str,
+        state: Mapping[str, Tensor],
+        sites: tuple[Site, ...],
+        *,
+        flat: bool,
+    ) -> Stored:
         """See :meth:`Delta.portable`: ``s·(B A − B₀ A₀)`` is a LoRA of rank 2·r on W itself."""
         if not is_taken_out(self.init_lora_weights):
-            return self, state
+            return Stored(self, state, sites)
         found = dict(state)
         for path, module in modules.items():
             a, b = (f"{path}.{suffix}" for suffix in self.tensors(module, name))
@@ -327,7 +347,9 @@ class LoRA(Delta):
                 start_a, start_b = torch.zeros_like(found[a]), torch.zeros_like(found[b])
             else:
                 assert isinstance(module, DeltaPlace)
-                start_a, start_b = (t.to(found[a]) for t in module.starts[name])
+                start = module.starts[name]
+                start_a, start_b = start.a.to(found[a]), start.b.to(found[a])
+                self._check_rest(path, module, name)
             found[a] = torch.cat([found[a], start_a])
             found[b] = torch.cat([found[b], -start_b], dim=1)
         factor = math.sqrt(2) if self.use_rslora else 2  # of alpha, so that s stays
@@ -339,7 +361,24 @@ class LoRA(Delta):
             alpha_pattern={key: factor * x for key, x in dict(self.alpha_pattern).items()},
             init_lora_weights=True,
         )
-        return delta, found
+        return Stored(delta, found, sites)
+
+    def _check_rest(self, path: str, module: DeltaPlace, name: str) -> None:
+        """Raises: CheckpointError where the weight is not what this start left of W."""
+        if not module.delta_active:  # merged for good: W is gone, and nothing can be said of it
+            return
+        waiting = originals(module)["weight"]
+        assert waiting is not None
+        weight = laid_out(module, waiting)
+        if not is_rest(module.base()[0], weight, module.starts[name], module.lora[name].scaling):
+            raise CheckpointError(
+                f"save: the weight at {path!r} must be the base model's without what "
+                f"init_lora_weights={self.init_lora_weights!r} took out of it here, and is "
+                "another: a state dict was loaded that began from another start or another base "
+                "model, and a file would hold the wrong change. Attach to that base model, under "
+                "the seed that training began with (torch.manual_seed before attach), load the "
+                "state dict and save again; or use handle.merge_and_unload(), which is right."
+            )
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LoraConfig that this delta sets; the others keep their defaults."""

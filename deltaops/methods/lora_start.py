@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deltaops.errors import AttachError
+from deltaops.modules import Start
 
 _OVERSAMPLED = 8
 """Columns beyond r in the sketch of W; Halko et al. find 5 to 10 enough."""
@@ -77,6 +78,29 @@ def rest(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     exact = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
     with torch.autocast(weight.device.type, enabled=False):
         return (weight.to(exact) - scaling * (b.to(exact) @ a.to(exact))).to(weight.dtype)
+
+
+@torch.no_grad()
+def is_rest(left: Tensor, weight: Tensor, start: Start, scaling: float) -> bool:
+    """Whether ``left`` ``[N, K]`` is :func:`rest` of the others, but for rounding.
+
+    That is: of the stored numbers once, and once more where the model was cast meanwhile, and of
+    the sums in B A, which float32's products may take in fewer bits on request.
+    """
+    a, b, rounded = start
+    change = scaling * (b.to(left.device).double() @ a.to(left.device).double())
+    gap = torch.linalg.vector_norm(weight.to(left.device).double() - change - left.double())
+    sizes = [torch.linalg.vector_norm(t.double()).item() for t in (left, weight, a, b)]
+    of_left, of_weight, of_a, of_b = sizes
+    stored = max(torch.finfo(dtype).eps for dtype in (left.dtype, weight.dtype, rounded)) / 2
+    wide = torch.promote_types(rounded, a.dtype) == torch.float64
+    summed = 2.0**-52 if wide else _BITS[torch.get_float32_matmul_precision()]
+    allowed = stored * (of_left + of_weight) + 4 * summed * (of_weight + scaling * of_a * of_b)
+    return bool(gap.item() <= allowed)
+
+
+_BITS = {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-8}
+"""The spacing of what torch's products of float32 multiply, by the precision that was asked for."""
 
 
 def _sketched(

@@ -44,9 +44,10 @@ from deltaops.modules import (
     switch,
 )
 
-from .base import ATTENTION, MODEL, Binding, Delta, Promise, Site, adapter_dtype
+from .base import ATTENTION, MODEL, Binding, Delta, Promise, Site, Stored, adapter_dtype
 from .peft_config import listed, refuse_unknown
 from .targets import ATTENTIONS, DECODER_ATTENTIONS, check_flags, is_count, normalise
+from .tasks import task_of
 
 SPREAD_OF_VALUES = 0.02
 """Standard deviation of the start values."""
@@ -82,11 +83,11 @@ class Prefix(Delta):
         layers_to_transform: indices of the layers that get the delta.
         layers_pattern: names of the module list that the indices count, such as "layers".
         autocast_adapter_dtype: keep the prefix in float32 where the model is float16 or bfloat16.
-        task_type: PEFT's label, such as "CAUSAL_LM"; its file needs one.
+        task_type: PEFT's label, such as "CAUSAL_LM"; by the class of the model where it is None.
     Raises: ConfigError.
 
     Files are PEFT's where PEFT's prefix is this one: ``shift_positions``, on all attentions of the
-    role "decoder-attention", with a ``task_type`` and without an MLP. Otherwise they are ours.
+    role "decoder-attention", for a known task and without an MLP. Otherwise they are ours.
     """
 
     num_virtual_tokens: int = 20
@@ -276,17 +277,24 @@ class Prefix(Delta):
     def _shape(self, site: Site) -> tuple[int, int, int]:
         return site.heads, self.num_virtual_tokens, site.out_features // site.heads
 
-    def flat(
-        self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
-    ) -> tuple[Delta, Mapping[str, Tensor], tuple[Site, ...]]:
-        """See :meth:`Delta.flat`: what the encoder computes, as keys and values."""
-        if not self.reparameterised:
-            return self, tensors, sites
+    def portable(
+        self,
+        modules: Mapping[str, nn.Module],
+        name: str,
+        state: Mapping[str, Tensor],
+        sites: tuple[Site, ...],
+        *,
+        flat: bool,
+    ) -> Stored:
+        """See :meth:`Delta.portable`: flat, what the encoder computes, as keys and values."""
+        if not (flat and self.reparameterised):
+            return Stored(self, state, sites)
         attentions = tuple(site for site in sites if site.place != MODEL)
-        rows = encode(*(tensors[f"{_ENCODER}.{part}"] for part in _PARTS))
-        found = {k: t for k, t in tensors.items() if not k.startswith(f"{_ENCODER}.")}
+        rows = encode(*(state[f"{_ENCODER}.{part}"] for part in _PARTS))
+        found = {k: t for k, t in state.items() if not k.startswith(f"{_ENCODER}.")}
         found |= self._split(rows, attentions)
-        return replace(self, reparameterised=False, encoder_hidden_size=None), found, attentions
+        delta = replace(self, reparameterised=False, encoder_hidden_size=None)
+        return Stored(delta, found, attentions)
 
     def _split(self, rows: Tensor, sites: tuple[Site, ...]) -> dict[str, Tensor]:
         """``[P, R]``, keys and values of one attention after the other → each ``[Hkv, P, D]``."""
@@ -296,6 +304,10 @@ class Prefix(Delta):
             site.key(name): part.reshape(len(part), site.heads, -1).transpose(0, 1).contiguous()
             for (site, name), part in zip(names, parts, strict=True)
         }
+
+    def labelled(self, model: nn.Module) -> Delta:
+        """See :meth:`Delta.labelled`: the task, by which PEFT lays a prefix out."""
+        return replace(self, task_type=self.task_type or task_of(model))
 
     def unlike_peft(
         self, model: nn.Module, sites: tuple[Site, ...], *, writing: bool
@@ -307,7 +319,10 @@ class Prefix(Delta):
         if not self.shift_positions:
             return "PEFT's prefix has the first positions (shift_positions=True)"
         if self.task_type not in _TASKS:
-            return f"it needs a task_type, one of {', '.join(_TASKS)}"
+            return (
+                f"it needs a task_type, one of {', '.join(_TASKS)}, and {type(model).__name__} "
+                "says none"
+            )
         if getattr(config, "is_encoder_decoder", False) != (self.task_type == "SEQ_2_SEQ_LM"):
             return f"task_type={self.task_type!r} is not for {type(model).__name__}"
         if len({(site.heads, site.out_features) for site in sites}) > 1:

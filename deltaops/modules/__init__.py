@@ -17,7 +17,16 @@ from .embedding import (
 )
 from .factor import Factor, start_values
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
-from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
+from .kept import (
+    activate_copies,
+    copies,
+    follow,
+    give_back,
+    has_copies,
+    originals,
+    train_copies,
+    zeros_for,
+)
 from .kinds import delta_class, frozen_class, is_conv1d
 from .kronecker import KroneckerSum, start_rule, start_sum
 from .linear import DeltaLinear, FrozenLinear
@@ -27,6 +36,7 @@ from .place import (
     DeltaPlace,
     LinearPlace,
     LoraSettings,
+    Start,
     become,
     features,
     plain_linear,
@@ -91,6 +101,7 @@ __all__ = [
     "Relay",
     "RmsNormBlock",
     "SoftPrompt",
+    "Start",
     "activate_copies",
     "activate_hooks",
     "activate_prefix",
@@ -120,6 +131,7 @@ __all__ = [
     "lacks_bias",
     "near_zero",
     "nonzero",
+    "originals",
     "plain_linear",
     "program_of",
     "read_prompt",

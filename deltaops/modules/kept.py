@@ -60,6 +60,13 @@ def copies(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def originals(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """What waits while the copies are in their places, by name; None where there was nothing."""
+    kept = _kept(module)
+    assert kept.active, "the originals are in their places, or what was merged is"
+    return dict(kept.outside)
+
+
 def activate_copies(module: nn.Module, active: bool) -> None:
     """Put the copies into their places, or the originals; nothing where they are there already."""
     kept = _kept(module)

@@ -39,6 +39,15 @@ class LoraSettings(NamedTuple):
     dropout: float
 
 
+class Start(NamedTuple):
+    """What was taken out of a weight."""
+
+    a: Tensor
+    b: Tensor
+    rounded: torch.dtype
+    """Of the weight then, in which what was left of it was stored."""
+
+
 class LinearPlace(nn.Module):
     """Mixin of all places on a linear layer. Without branches it is the frozen layer itself."""
 
@@ -104,8 +113,8 @@ class DeltaPlace(LinearPlace):
     lora: dict[str, LoraSettings]
     around: tuple[Part, ...]
     """Gains and adapters; see :mod:`deltaops.modules.around`."""
-    starts: dict[str, tuple[Tensor, Tensor]]
-    """By adapter, A and B as they were taken out of the weight; see :meth:`take_out`."""
+    starts: dict[str, Start]
+    """By adapter, what was taken out of the weight; see :meth:`take_out`."""
     beside: tuple[str, ...]
     """Names of the adapters that are branches of the op."""
     delta_kind: str
@@ -164,7 +173,8 @@ class DeltaPlace(LinearPlace):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         assert isinstance(a, Tensor)
         assert isinstance(b, Tensor)
-        self.__dict__["starts"] = {name: (a.detach().clone(), b.detach().clone())}
+        start = Start(a.detach().clone(), b.detach().clone(), rest.dtype)
+        self.__dict__["starts"] = {name: start}
         train_copies(self, {"weight": rest.contiguous()}, trained=False)
 
     def add_magnitude(self, name: str) -> None:

@@ -60,7 +60,7 @@ class Encoded(NamedTuple):
     def both(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[Hkv, P, D]``, views of what the encoder computed."""
         size = self.heads * self.width
-        found = self.rows.current()[:, self.first : self.first + 2 * size]
+        found = self.rows.current(self.first, 2 * size)
         k, v = found.view(-1, 2, self.heads, self.width).permute(1, 2, 0, 3)
         return k, v
 

@@ -12,7 +12,7 @@ Source: Li and Liang 2021 (arXiv 2101.00190), §4.3.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,56 +49,75 @@ class PrefixEncoder(nn.Module):
             return encode(self.embedding, self.down, self.down_bias, up, up_bias)
 
 
+class _Computed(NamedTuple):
+    """What a pass computed."""
+
+    rows: Tensor
+    without_gradient: set[int]
+    """The first rows of attentions that read it where gradients are off."""
+
+
 class Rows:
-    """The rows that one stack of blocks reads; also the hook before its forward pass."""
+    """The rows that one stack of blocks reads; also the hook before and after its forward pass.
+
+    Every pass computes them anew, those of inference too: a write to ``.data`` leaves no trace by
+    which to tell that they are still right. A step of generation so costs the products with Down
+    and Up once; a flat file (``handle.save(path, flat=True)``) has no such cost.
+    """
 
     def __init__(self, encoder: PrefixEncoder, start: int, stop: int) -> None:
         self.encoder = encoder
         self.start = start
         self.stop = stop
         self.active = True
-        self._kept: tuple[Any, Tensor] | None = None
+        self._of_pass: _Computed | None = None
+        """Of the pass that runs."""
+        self._of_graph: _Computed | None = None
+        """Of the last pass with gradients, for blocks that its backward pass runs again."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was computed, which can be neither copied nor pickled while it is a node."""
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"_of_pass": None, "_of_graph": None}
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Compute them for the pass that begins; inference does so only where something changed."""
+        """Compute them for the pass that begins."""
         if not self.active or torch.compiler.is_compiling():
             return
-        if self._needs_grad() or self._valid() is None:
-            # each training pass has a graph of its own, which its backward pass frees
-            self._kept = (self._key(), self.encoder(self.start, self.stop))
+        self._of_pass = _Computed(self.encoder(self.start, self.stop), set())
+        if self._of_pass.rows.requires_grad:
+            self._of_graph = self._of_pass
 
-    def current(self) -> Tensor:
-        """``[P, stop − start]``: what the hook computed, or anew where no hook has been.
+    def end(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Forget those of the pass that ends, also by an error; its backward pass has its own."""
+        if not torch.compiler.is_compiling():
+            self._of_pass = None
 
-        A compiler has it computed in each layer, and then joins what is the same.
+    def current(self, first: int, size: int) -> Tensor:
+        """``size`` rows from ``first``, ``[P, size]``: of this pass, or anew where none is.
+
+        A compiler has them computed in each layer, and then joins what is the same. So has a
+        reentrant checkpoint, whose blocks run without gradients first and then, one after the
+        other, backward: each needs a graph of its own, since the first would free a shared one.
         """
-        kept = None if torch.compiler.is_compiling() else self._valid()
-        if kept is None:
-            kept = self.encoder(self.start, self.stop)
-        return kept
+        kept = None if torch.compiler.is_compiling() else self._kept()
+        if kept is None or not self._serves(kept, first):
+            anew: Tensor = self.encoder(self.start + first, self.start + first + size)
+            return anew
+        if kept.rows.requires_grad and not torch.is_grad_enabled():
+            kept.without_gradient.add(first)
+        return kept.rows[:, first : first + size]
 
-    def _valid(self) -> Tensor | None:
-        """What was computed, if the parameters are still those and a gradient can pass."""
-        if self._kept is None or self._kept[0] != self._key():
-            return None
-        rows = self._kept[1]
-        if self._needs_grad() and not rows.requires_grad:
-            return None
-        return None if rows.is_inference() and not torch.is_inference_mode_enabled() else rows
+    def _kept(self) -> _Computed | None:
+        if self._of_pass is not None:
+            return self._of_pass
+        runs_backward = torch._C._current_graph_task_id() != -1
+        return self._of_graph if runs_backward else None
 
-    def _needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
-
-    def _key(self) -> tuple[Any, ...]:
-        """Changes with the parameters' bits; those made in inference mode have no version."""
-        return tuple(
-            (p.data_ptr(), p.dtype, object() if p.is_inference() else p._version)
-            for p in self.encoder.parameters()
-        )
+    def _serves(self, kept: _Computed, first: int) -> bool:
+        """Whether a gradient can pass where one is due, and autograd takes them at all."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters()):
+            return kept.rows.requires_grad and first not in kept.without_gradient
+        return torch.is_inference_mode_enabled() or not kept.rows.is_inference()
 
 
 def rows_of(encoder: PrefixEncoder, modules: Mapping[str, nn.Module], path: str) -> Rows:
@@ -122,4 +141,5 @@ def rows_of(encoder: PrefixEncoder, modules: Mapping[str, nn.Module], path: str)
     start = max((rows.stop for rows in others), default=0)
     rows = Rows(encoder, start, start)
     stack.register_forward_pre_hook(rows)
+    stack.register_forward_hook(rows.end, always_call=True)
     return rows

@@ -5,18 +5,62 @@ from __future__ import annotations
 from collections.abc import Iterator
 from inspect import unwrap
 from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 from torch import nn
 
 from deltaops.errors import AttachError, ConfigError
 
-from .attention_functions import TABLE
+from .attention_functions import SDPA, TABLE
 from .prefix import NAME, register
 from .prefix_encoder import Rows
 from .prefix_positions import Shift
 
-_BEFORE = "_deltaops_attention"
-"""On the model: where a config is → what it said before."""
+_SHARES = "_deltaops_attention"
+"""On a model that attends by :data:`NAME`: its shares of what its configs said before."""
+
+
+class _Before:
+    """What a config said before. Models may have one config object; the last puts it back."""
+
+    def __init__(self, config: Any) -> None:
+        now = config._attn_implementation
+        # a config that was copied off a model with a prefix: NAME computes what "sdpa" does
+        self.__setstate__({"config": config, "said": SDPA if now == NAME else now})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the shares: a model that is copied or pickled has a config of its own."""
+        return {"config": self.config, "said": self.said}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.config: Any = state["config"]
+        self.said: str = state["said"]
+        self.shares: WeakSet[_Share] = WeakSet()
+        _known[id(self.config)] = self
+
+
+class _Share:
+    """A model's; one that is gone has none, and a copy has its own."""
+
+    def __init__(self, before: _Before) -> None:
+        self.__setstate__({"before": before})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"before": self.before}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.before: _Before = state["before"]
+        self.before.shares.add(self)
+
+    def give_up(self) -> None:
+        self.before.shares.discard(self)
+        config, said = self.before.config, self.before.said
+        if not self.before.shares and config._attn_implementation != said:
+            config._attn_implementation = {"": said}  # not what its parts say
+
+
+_known: WeakValueDictionary[int, _Before] = WeakValueDictionary()
+"""By the address of their config, which they keep alive."""
 
 
 class Guard:
@@ -51,7 +95,7 @@ def switch(model: nn.Module) -> None:
     Raises: AttachError where its attention does not go by that table, is not what "sdpa" computes,
         or weights are asked for in its config; nothing has changed then.
     """
-    if _BEFORE in model.__dict__:
+    if _SHARES in model.__dict__:
         return
     models = list(_models(model))
     for part in models:
@@ -62,8 +106,9 @@ def switch(model: nn.Module) -> None:
             "AttentionInterface says which function attends. Use another delta on it."
         )
     register()
-    before = {place: config._attn_implementation for place, config in _configs(model)}
-    model.__dict__[_BEFORE] = before
+    model.__dict__[_SHARES] = [
+        _Share(_known.get(id(config)) or _Before(config)) for config in _configs(model)
+    ]
     for part in models:
         part.set_attn_implementation(NAME)
     for module in model.modules():
@@ -73,13 +118,15 @@ def switch(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`switch`; nothing where that never came."""
-    before = model.__dict__.pop(_BEFORE, None)
-    if before is None:
+    """Undo :func:`switch`; nothing where that never came.
+
+    A config that another model with a prefix has as well stays as it is until that is restored.
+    """
+    shares = model.__dict__.pop(_SHARES, None)
+    if shares is None:
         return
-    for place, config in _configs(model):
-        if place in before and config._attn_implementation != before[place]:
-            config._attn_implementation = {"": before[place]}  # not what its parts say
+    for share in shares:
+        share.give_up()
     _drop(model, Guard)
 
 
@@ -108,12 +155,16 @@ def drop_hooks(model: nn.Module) -> None:
 
 
 def _drop(model: nn.Module, *kinds: type) -> None:
+    # by their keys, as torch's own handles do: a copy of a model has no handles
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, kinds):
-                # by its key, as torch's own handle does: a copy of a model has no handle
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), kinds):
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def _models(model: nn.Module) -> Iterator[Any]:
@@ -144,17 +195,15 @@ def _check(model: Any) -> None:
         )
 
 
-def _configs(model: nn.Module) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every config, each once, and where it is: a module's path, then names in configs."""
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """Every config of ``model`` and every part of one, each once."""
     seen: set[int] = set()
-    waiting: list[tuple[tuple[str, ...], Any]] = [
-        ((path,), module.config)
-        for path, module in model.named_modules()
-        if hasattr(module, "set_attn_implementation")
+    waiting: list[Any] = [
+        module.config for module in model.modules() if hasattr(module, "set_attn_implementation")
     ]
-    for place, config in waiting:
+    for config in waiting:
         if id(config) not in seen:
             seen.add(id(config))
-            yield place, config
-            inner = [(name, getattr(config, name, None)) for name in config.sub_configs]
-            waiting += [((*place, name), part) for name, part in inner if part is not None]
+            yield config
+            inner = [getattr(config, name, None) for name in config.sub_configs]
+            waiting += [part for part in inner if part is not None]

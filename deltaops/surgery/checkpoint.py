@@ -49,13 +49,16 @@ def save(handle: Handle, path: str | os.PathLike[str], *, flat: bool = False) ->
     folder = Path(path)
     if handle.name != "default":
         folder = folder / handle.name
-    model, sites = handle.model, handle.places
+    model = handle.model
     state: Mapping[str, Tensor] = {k: t.detach().cpu() for k, t in handle.state().items()}
     modules = {path: model.get_submodule(path) for path in handle.sites}
-    delta, state = handle.delta.portable(modules, handle.name, state)
-    if flat:
-        delta, state, sites = delta.flat(state, sites)
-    files = PEFT if _unlike_peft(model, delta, sites, writing=True) is None else OURS
+    delta, state, sites = handle.delta.portable(
+        modules, handle.name, state, handle.places, flat=flat
+    )
+    labelled = delta.labelled(model)
+    files = PEFT if _unlike_peft(model, labelled, sites, writing=True) is None else OURS
+    if files is PEFT:
+        delta = labelled
     config = _manifest(model, delta) if files is OURS else _peft_config(model, delta, sites)
     if files is PEFT:
         state = delta.to_peft_tensors(state, sites)

@@ -212,13 +212,16 @@ class Handle:
         Args:
             path: a folder.
             flat: write what computes the same without what only training needs: of a
-                reparameterised :class:`deltaops.Prefix` its keys and values.
+                reparameterised :class:`deltaops.Prefix` its keys and values, of a
+                :class:`deltaops.IntrinsicPrompt` the prompt itself.
+        Raises: CheckpointError when it cannot be written, or no file could say what is bound.
         """
         from .checkpoint import save  # checkpoint needs Handle for what load returns
 
         self._check_enabled("save")
 
-        save(self, path, flat=flat)
+        with self._applied():
+            save(self, path, flat=flat)
 
     def revert(self) -> None:
         """Give the model back as it was: classes, keys, every bit and every requires_grad flag.
@@ -275,6 +278,21 @@ class Handle:
                 exchange_parameters(self._module(path), parameters)
         else:
             self._activate(True)
+
+    @contextlib.contextmanager
+    def _applied(self) -> Iterator[None]:
+        """Inside, what is merged is applied instead, where the base weights were kept."""
+        if not self.merged or None in self._record.merged.values():
+            yield
+            return
+        merged = self._exchange_merged()
+        self._activate(True)
+        try:
+            yield
+        finally:
+            self._activate(False)
+            for path, parameters in merged.items():
+                exchange_parameters(self._module(path), parameters)
 
     def _exchange_merged(self) -> dict[str, dict[str, nn.Parameter | None]]:
         """Put the originals back; returns the merged parameters."""

@@ -103,6 +103,32 @@ def test_an_adapter_holds_the_numbers_and_which_decoder_they_are_for(tmp_path: P
         deltaops.load(build("llama"), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("fitted", [False, True], ids=["random", "fitted"])
+def test_a_flat_file_is_a_prompt_of_pefts(fitted: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    decoder(tmp_path / "decoder")
+    model = build("gpt2", head="ForSequenceClassification")
+    handle = deltaops.attach(
+        model,
+        IntrinsicPrompt(
+            decoder=str(tmp_path / "decoder") if fitted else None, modules_to_save=["score"]
+        ),
+    )
+    with torch.no_grad():
+        next(handle.parameters()).add_(0.5)
+        model.score.weight.mul_(2.0)
+    handle.save(tmp_path / "flat", flat=True)
+    ids = torch.tensor([[5, 17, 3, 40], [8, 9, 30, 2]])
+    y = model(input_ids=ids).logits
+    theirs = peft.PeftModel.from_pretrained(
+        build("gpt2", head="ForSequenceClassification"), tmp_path / "flat"
+    )
+    assert relative_error(theirs.eval()(input_ids=ids).logits, y) < 16 * bound(0.0, torch.float32)
+    loaded = deltaops.load(build("gpt2", head="ForSequenceClassification"), tmp_path / "flat")
+    assert isinstance(loaded.delta, Prompt)
+    assert torch.equal(loaded.model(input_ids=ids).logits, y)
+
+
 def test_sizes_are_the_decoders(tmp_path: Path) -> None:
     decoder(tmp_path)
     delta = IntrinsicPrompt(decoder=str(tmp_path), intrinsic_dim=3)

@@ -157,6 +157,63 @@ def test_a_file_is_a_plain_lora_for_every_reader(settings: dict[str, Any], tmp_p
     assert relative_error(answer("bert", back), expected) < CLOSE
 
 
+def test_a_state_dict_of_another_start_is_not_saved_wrongly(tmp_path: Path) -> None:
+    delta = LoRA(r=3, target_modules=["query", "value"], init_lora_weights="pissa_niter_1")
+    model = trained(delta)
+    for other, merged in ((False, False), (True, False), (True, True)):
+        again = build("bert")  # which sets the seed
+        if other:
+            torch.manual_seed(2)
+        handle = deltaops.attach(again, delta)
+        again.load_state_dict(model.state_dict())
+        expected = answer("bert", again)
+        if merged:
+            handle.merge()
+        state = {k: t.clone() for k, t in again.state_dict().items()}
+        if not other:
+            handle.save(tmp_path)
+            back = build("bert")
+            deltaops.load(back, tmp_path)
+            assert relative_error(answer("bert", back), expected) < CLOSE
+        else:
+            with pytest.raises(CheckpointError, match="must be the base model's without what"):
+                handle.save(tmp_path)
+            assert all(torch.equal(t, state[k]) for k, t in again.state_dict().items())
+            assert handle.merged is merged
+    plain = handle.merge_and_unload()
+    assert relative_error(answer("bert", plain), expected) < CLOSE
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_state_dict_on_another_base_is_not_saved_wrongly(start: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = trained(LoRA(r=3, target_modules=["query"], init_lora_weights=start))
+    other = build("bert")
+    with torch.no_grad():
+        other.encoder.layer[1].attention.self.query.weight.mul_(1.01)  # type: ignore[union-attr]  # BERT's
+    handle = deltaops.attach(other, LoRA(r=3, target_modules=["query"], init_lora_weights=start))
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(CheckpointError, match=r"layer\.1\.attention\.self\.query"):
+        handle.save(tmp_path)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32], ids=str)
+def test_rounding_is_no_other_start(
+    start: str, first: torch.dtype, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 80)).to(first)
+    handle = deltaops.attach(model, LoRA(r=16, target_modules=["0"], init_lora_weights=start))
+    handle.save(tmp_path)
+    model.to(dtype)
+    handle.save(tmp_path)
+    with handle.disabled():
+        pass  # W follows
+    handle.save(tmp_path)
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_file_of_pefts_is_read_as_peft_reads_it(start: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

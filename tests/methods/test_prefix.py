@@ -81,7 +81,9 @@ def test_keys_start_apart_and_values_near_zero(mlp: bool) -> None:
     for name, spread in (("gpt2", 1.0), ("t5", 12**-0.5)):  # T5 has no scale of D^-1/2
         torch.manual_seed(0)
         handle = deltaops.attach(build(name), Prefix(num_virtual_tokens=64, reparameterised=mlp))
-        _, state, sites = handle.delta.flat(handle.state(), handle.places)
+        _, state, sites = handle.delta.portable(
+            {}, handle.name, handle.state(), handle.places, flat=True
+        )
         for site in sites:
             keys, values = state[site.key("prefix_k")], state[site.key("prefix_v")]
             assert keys.shape == values.shape == (2, 64, 12)
@@ -170,7 +172,6 @@ def as_peft(handle: Any, what: str, task: str) -> Tensor:
     ("settings", "reason"),
     [
         ({"shift_positions": False}, "first positions"),
-        ({"task_type": None}, "needs a task_type"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "is not for GPT2LMHeadModel"),
         ({"layers_to_transform": [1]}, "other modules than all 2 of 'decoder-attention'"),
         ({"reparameterised": True}, "flat=True"),
@@ -192,6 +193,39 @@ def test_what_pefts_file_cannot_hold_is_in_ours(
     twin = build("gpt2", head="LMHeadModel")
     assert deltaops.load(twin, tmp_path).delta == handle.delta
     assert torch.equal(logits(twin, "gpt2"), logits(handle.model, "gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "task"),
+    [
+        ("llama", "ForCausalLM", "CAUSAL_LM"),
+        ("bert", "Model", "FEATURE_EXTRACTION"),
+        ("t5", "ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_the_class_of_the_model_says_the_task_of_pefts_file(
+    name: str, head: str, task: str, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    sizes = THREE if name == "t5" else {}  # of 2 layers PEFT's file cannot hold both
+    delta = Prefix(num_virtual_tokens=P, shift_positions=True, target_modules="decoder-attention")
+    handle = random(deltaops.attach(build(name, head=head, **sizes), delta))
+    handle.save(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == task
+    theirs = peft.PeftModel.from_pretrained(build(name, head=head, **sizes), tmp_path).eval()
+    key = "last_hidden_state" if head == "Model" else "logits"
+    assert same(theirs(**inputs(name))[key], handle.model(**inputs(name))[key])
+    assert deltaops.load(build(name, head=head, **sizes), tmp_path).delta.task_type == task  # type: ignore[attr-defined]  # a Prefix's
+
+
+def test_a_class_that_says_no_task_has_our_file(tmp_path: Path) -> None:
+    model = build("llama", head="ForCausalLM")
+    model.__class__ = type("Odd", (type(model),), {})
+    handle = deltaops.attach(
+        model, Prefix(shift_positions=True, target_modules="decoder-attention")
+    )
+    handle.save(tmp_path)
+    assert (tmp_path / MANIFEST).exists()
 
 
 def test_a_file_of_another_model_or_window_is_refused(tmp_path: Path) -> None:
@@ -231,11 +265,42 @@ def test_the_mlp_runs_once_for_a_pass_of_a_stack(
     assert len(calls) == stacks
     with torch.no_grad():
         expected = answer(name, handle.model)
-        assert torch.equal(answer(name, handle.model), expected)
-        assert len(calls) == stacks  # nothing has changed since
-        next(handle.parameters()).mul_(2.0)
+        assert len(calls) == 2 * stacks
+        for parameter in handle.parameters():
+            parameter.data.mul_(2.0)  # which no version counts
         assert not torch.equal(answer(name, handle.model), expected)
-    assert len(calls) == 2 * stacks
+    assert len(calls) == 3 * stacks
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_blocks_that_run_again_have_the_gradients_of_those_that_do_not(
+    name: str, reentrant: bool
+) -> None:
+    handle = attached(name, reparameterised=True)
+    model, found = handle.model.train(), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        y, again = answer(name, model), answer(name, model)
+        with torch.no_grad():
+            answer(name, model.eval())  # of which the backward pass may read nothing
+        model.train()
+        (y.square().mean() + again.mean()).backward()
+        found.append([p.grad for p in handle.parameters()])
+        model.zero_grad()
+    assert all(same(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_pass_that_fails_leaves_no_rows_behind() -> None:
+    handle = attached("llama", reparameterised=True)
+    rows = handle.model.layers[0].self_attn.__dict__["_deltaops_prefix"].encoded.rows
+    with pytest.raises(IndexError):
+        handle.model(input_ids=torch.tensor([[10**6]]))
+    assert rows._of_pass is None
+    handle.revert()
+    assert not handle.model._forward_hooks
 
 
 def test_blocks_that_are_called_alone_have_the_present_prefix() -> None:
@@ -354,6 +419,38 @@ def test_each_part_gets_its_own_implementation_back() -> None:
     handle.revert()
     assert model.encoder.config._attn_implementation == "eager"
     assert model.decoder.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.no_grad()
+def test_models_of_one_config_object_come_and_go_alone(copied: Any) -> None:
+    first: Any = build("llama")
+    config, before = first.config, answer("llama", first)
+    models = [first, type(first)(config).eval()]
+    models[1].load_state_dict(first.state_dict())
+    handles = [random(deltaops.attach(m, Prefix(num_virtual_tokens=P))) for m in models]
+    expected = answer("llama", first)
+    twin = copied(first)
+    with handles[0].disabled():
+        assert torch.equal(answer("llama", models[1]), expected)
+    assert torch.equal(answer("llama", first), expected)
+    handles[0].revert()
+    assert torch.equal(answer("llama", models[1]), expected)
+    handles[1].revert()
+    assert config._attn_implementation == "sdpa"
+    assert all(torch.equal(answer("llama", m), before) for m in models)
+    assert torch.equal(answer("llama", twin), expected)
+    found = deltaops.surgery.handle_of(twin)
+    assert found is not None
+    found.revert()
+    assert twin.config._attn_implementation == "sdpa"
+
+
+def test_a_config_of_a_model_with_a_prefix_makes_a_model_without() -> None:
+    handle = attached("llama")
+    other = type(handle.model)(copy.deepcopy(handle.model.config))
+    deltaops.attach(other, Prefix()).revert()
+    assert other.config._attn_implementation == "sdpa"
 
 
 def test_another_implementation_would_leave_the_prefix_out() -> None:
