@@ -16,6 +16,7 @@ from .embedding import (
     unbecome_embedding,
 )
 from .factor import Factor, start_values
+from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import activate_copies, copies, follow, give_back, has_copies, train_copies, zeros_for
 from .kinds import delta_class, frozen_class, is_conv1d
@@ -114,6 +115,7 @@ __all__ = [
     "has_copies",
     "has_prefix",
     "head_width",
+    "holds_delta",
     "is_conv1d",
     "is_norm",
     "join_encoder",

@@ -175,6 +175,11 @@ def remove_prompt(module: nn.Module) -> None:
     module._modules.pop(PROMPTS, None)
 
 
+def has_prompt(module: nn.Module) -> bool:
+    """Whether ``module`` has a prompt or reads the states of one that has, active or not."""
+    return isinstance(module, _Swapped)
+
+
 def token_table(stack: Any) -> nn.Embedding | None:
     """The embedding of the tokens of ``stack``; None where it reads no tokens (an image's)."""
     getter = getattr(stack, "get_input_embeddings", None)
