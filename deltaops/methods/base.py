@@ -146,6 +146,13 @@ class Delta(ABC):
         """
         return None
 
+    def unfit_together(self, sites: tuple[Site, ...]) -> str | None:
+        """Why the delta cannot be on all of ``sites``; None when it can.
+
+        Attaching is refused then, before anything is changed.
+        """
+        return None
+
     @abstractmethod
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """Turn the module of ``site`` into its place and give it the start values."""
@@ -209,6 +216,10 @@ class Delta(ABC):
             writing: of a file that is written; one that is read need not be able to hold more.
         """
         return None
+
+    def peft_takes(self, module: nn.Module) -> bool:
+        """Whether PEFT binds the delta to this module, which has the role ``peft_role``."""
+        return True
 
     def to_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]

@@ -74,6 +74,7 @@ class Prompt(stack.PromptDelta):
 
     kind: ClassVar[str] = "prompt"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    peft_role: ClassVar[str | None] = STACKS
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -133,6 +134,10 @@ class Prompt(stack.PromptDelta):
         """See :meth:`Delta.shapes`."""
         rows = self.num_virtual_tokens * self.num_transformer_submodules
         return {KEY: (rows, stack.width_of(site, module))}
+
+    def peft_takes(self, module: nn.Module) -> bool:
+        """See :meth:`Delta.peft_takes`: its file does not say which of several stacks it means."""
+        return not stack.is_decoder_of_two(module)
 
     def to_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]

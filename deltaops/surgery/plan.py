@@ -13,7 +13,7 @@ from torch import nn
 
 from deltaops.backends import DeltaLinearCall
 from deltaops.dispatch import explain_call
-from deltaops.errors import AttachError, ConfigError
+from deltaops.errors import AttachError, ConfigError, TargetError
 from deltaops.methods.base import ATTENTION, MODEL, Binding, Delta, Site
 from deltaops.modules import become, frozen_class, unbecome
 from deltaops.packing import Policy, check_policy
@@ -219,6 +219,9 @@ def make_plan(
             f"layers:\n{listing}\nChange its size, or name those layers in exclude_modules (a new "
             "head belongs in modules_to_save)."
         )
+    reason = delta.unfit_together(tuple(sites))
+    if reason is not None:
+        raise TargetError(f"attach: {reason}")
     whole = delta.on_model(tuple(sites))
     if whole is not None:
         sites.insert(0, Site("", MODEL, type(model).__name__, *whole))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import deltaops
 from deltaops import Prompt
-from deltaops.errors import AttachError, CheckpointError, ConfigError, ShapeError, TargetError
+from deltaops.errors import CheckpointError, ConfigError, ShapeError, TargetError
 from deltaops.surgery import Handle
 from deltaops.surgery.files import CONFIG, WEIGHTS
 from deltaops.testing import bound, relative_error
@@ -351,10 +351,32 @@ def test_a_model_that_scales_embeddings_by_itself_is_refused() -> None:
 
 def test_two_stacks_of_one_model_are_refused_by_name() -> None:
     pair = nn.ModuleDict({"one": build("gpt2"), "two": build("gpt2")})
-    with pytest.raises(AttachError, match=r"'two' would be the second stack .* after 'one'"):
+    with pytest.raises(TargetError, match=r"'two' would be the second stack .* after 'one'"):
         deltaops.attach(pair, Prompt())
     assert {type(m).__module__.split(".")[0] for m in pair.modules()} <= {"torch", "transformers"}
     assert deltaops.attach(pair, Prompt(target_modules=["two"])).sites == ("two",)
+
+
+def test_a_prompt_on_one_of_two_stacks_is_saved_with_its_name(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), HIDDEN)
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 2}
+    image = sizes | {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=image, projection_dim=HIDDEN)
+    first, second = (CLIPModel(config).eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    name = "text_model.encoder"
+    prompted(first, target_modules=[name], prompt_tuning_init="random").save(tmp_path / "one")
+    assert deltaops.load(second, tmp_path / "one").sites == (name,)
+    inputs = {"input_ids": IDS, "pixel_values": torch.randn(2, 3, 16, 16)}
+    assert torch.equal(second(**inputs).logits_per_text, first(**inputs).logits_per_text)
+    prompted(build("gpt2")).save(tmp_path / "peft")
+    assert (tmp_path / "peft" / CONFIG).exists()
+    pair = nn.ModuleDict({"one": build("gpt2"), "two": build("gpt2")})
+    with pytest.raises(CheckpointError, match="would be the second stack"):
+        deltaops.load(pair, tmp_path / "peft")
 
 
 # ------------------------------------------------------------------------------- what it leaves
