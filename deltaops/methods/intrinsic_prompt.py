@@ -144,9 +144,10 @@ class IntrinsicPrompt(stack.PromptDelta):
         base = stack.start_rows(table, ids, self.length, width, random)
         spread = stack.spread_of(table, self.length, random)
         shape = (self.dimension, self.length * width)
-        projection = torch.randn(shape, generator=random) / self.dimension**0.5
+        projection = torch.randn(shape, generator=random, device=random.device)
+        projection = projection / self.dimension**0.5
         decoder = RandomDecoder(base, projection.to(base.device) * spread)
-        return decoder, torch.zeros(self.dimension)
+        return decoder, base.new_zeros(self.dimension)
 
     def _fitted(self) -> tuple[nn.Module, Tensor]:
         assert self.decoder is not None

@@ -31,6 +31,7 @@ from deltaops.modules import (
     activate_copies,
     become_embedding,
     has_copies,
+    no_autocast,
     nonzero,
     start_embedding,
     start_values,
@@ -264,7 +265,7 @@ class LoRA(Delta):
         assert isinstance(module, DeltaPlace | DeltaEmbedding)
         a, b, *_ = self.tensors(module, name).values()
         # autocast would take the product in half precision
-        with torch.autocast(a.device.type, enabled=False):
+        with no_autocast(a.device):
             change = (b.to(wide(b)) @ a.to(wide(a))) * module.lora[name].scaling
         return change.T if isinstance(module, DeltaEmbedding) else change
 

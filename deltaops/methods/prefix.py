@@ -33,6 +33,7 @@ from deltaops.modules import (
     activate_prefix,
     add_prefix,
     check_attention,
+    draws_on,
     drop_hooks,
     encode,
     has_prefix,
@@ -220,8 +221,9 @@ class Prefix(Delta):
         if known.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=known.device)
         generator = binding.generator
-        draws_on = torch.device("cpu") if generator is None else generator.device
-        drawn = torch.randn(shape, generator=generator, device=draws_on, dtype=torch.float32)
+        drawn = torch.randn(
+            shape, generator=generator, device=draws_on(generator), dtype=torch.float32
+        )
         return (drawn * spread).to(device=known.device, dtype=dtype)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:

@@ -115,7 +115,7 @@ class Prompt(stack.PromptDelta):
         table = token_table(module)
         ids: Tensor | None = None
         if isinstance(self.prompt_tuning_init, tuple):
-            given = torch.tensor(self.prompt_tuning_init)
+            given = torch.tensor(self.prompt_tuning_init, device="cpu")
             ids = given.repeat(-(-length // len(given)))[:length]
         elif table is not None and self.prompt_tuning_init == "sample_vocab":
             ids = stack.drawn(table, length, binding.generator)

@@ -14,6 +14,7 @@ from deltaops.modules import (
     PROMPTS,
     PromptedStack,
     add_prompt,
+    draws_on,
     read_prompt,
     remove_prompt,
     room_of,
@@ -178,7 +179,8 @@ def start_rows(
     if table is not None and ids is not None:
         return _embedded(table, ids).clone()
     spread = spread_of(table, length, random)
-    return torch.randn(length, width, generator=random).to(_home(table)) * spread
+    noise = torch.randn(length, width, generator=random, device=draws_on(random))
+    return noise.to(_home(table)) * spread
 
 
 def spread_of(
@@ -192,7 +194,8 @@ def spread_of(
 
 def drawn(table: nn.Embedding, count: int, random: torch.Generator | None) -> Tensor:
     """Ids of ``count`` tokens of the vocabulary, drawn at random, some perhaps again."""
-    return torch.randint(0, table.num_embeddings, (count,), generator=random)
+    home = draws_on(random)
+    return torch.randint(0, table.num_embeddings, (count,), generator=random, device=home)
 
 
 def _embedded(table: nn.Embedding, ids: Tensor) -> Tensor:

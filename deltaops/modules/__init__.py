@@ -9,6 +9,7 @@ from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .dora import nonzero, row_norms
+from .draws import draws_on, no_autocast
 from .embedding import (
     DeltaEmbedding,
     become_embedding,
@@ -105,6 +106,7 @@ __all__ = [
     "copies",
     "delta_class",
     "disallow_bias",
+    "draws_on",
     "drop_hooks",
     "encode",
     "exchange_prompt",
@@ -121,6 +123,7 @@ __all__ = [
     "join_encoder",
     "lacks_bias",
     "near_zero",
+    "no_autocast",
     "nonzero",
     "plain_linear",
     "program_of",
