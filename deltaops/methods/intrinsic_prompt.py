@@ -83,8 +83,11 @@ class IntrinsicPrompt(stack.PromptDelta):
                 f"IntrinsicPrompt: intrinsic_dim must be an integer ≥ 1, got "
                 f"{self.intrinsic_dim!r}."
             )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ConfigError(f"IntrinsicPrompt: seed must be an integer ≥ 0, got {self.seed!r}.")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed < 2**63:
+            raise ConfigError(
+                f"IntrinsicPrompt: seed must be an integer ≥ 0 and below 2⁶³, got {self.seed!r}."
+            )
         check_flags(self, "autocast_adapter_dtype")
         stack.refuse_layers(self)
         normalise(self)

@@ -395,7 +395,22 @@ def _warn_of_ties(path: str, modules: Mapping[str, nn.Module]) -> None:
         for other, module in modules.items()
         if other != path and any(p is weight for p in module._parameters.values())
     ]
-    if tied:
+    holder = path.rpartition(".")[0]
+    parts = [
+        other
+        for other in tied
+        if isinstance(modules[other], nn.Embedding)
+        and len(other.rpartition(".")[0]) > len(holder)
+        and (not holder or other.startswith(f"{holder}."))
+    ]
+    if parts:  # T5's encoder and decoder, in each of which the tokens are looked up
+        warnings.warn(
+            f"LoRA on {path!r}: {path!r} itself is not called where {', '.join(map(repr, parts))}, "
+            "which have the same weight, look the tokens up; the delta changes nothing then. Name "
+            "those in target_modules.",
+            stacklevel=2,
+        )
+    elif tied:
         warnings.warn(
             f"LoRA on {path!r}: its weight is also that of {', '.join(map(repr, tied))}, which "
             "keeps it as it is, as in PEFT. After merge_and_unload() the two differ: set "

@@ -215,6 +215,7 @@ def test_it_says_that_nothing_was_fitted(tmp_path: Path) -> None:
         ({"num_virtual_tokens": 1.5}, "num_virtual_tokens must be an integer ≥ 1"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be an integer ≥ 1"),
         ({"seed": -1}, "seed must be an integer ≥ 0"),
+        ({"seed": 2**63}, "seed must be an integer ≥ 0 and below 2⁶³"),
         ({"decoder": 3}, "decoder must be the path of a folder"),
         ({"layers_to_transform": [0]}, "before the first layer"),
     ],

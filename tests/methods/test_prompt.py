@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -214,6 +215,30 @@ def test_generation_goes_on_from_a_cache_that_it_returned() -> None:
         out = model(input_ids=first.sequences[:, -1:], past_key_values=second)
     assert torch.equal(out.logits[:, -1].argmax(-1), straight[:, 10])
     handle.revert()
+
+
+@pytest.mark.parametrize("by_config", [False, True])
+def test_a_tuple_holds_what_is_of_tokens(by_config: bool) -> None:
+    model: Any = build("llama")
+    prompted(model)
+    named = model(IDS, output_hidden_states=True)
+    model.config.return_dict = not by_config
+    settings = {} if by_config else {"return_dict": False}
+    last, cache, states = model(IDS, output_hidden_states=True, **settings)
+    assert torch.equal(last, named.last_hidden_state)
+    assert all(map(torch.equal, states, named.hidden_states))
+    assert cache.get_seq_length() == IDS.shape[1]
+
+
+def test_a_cache_can_be_pickled() -> None:
+    model: Any = build("llama")
+    prompted(model)
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+        again = pickle.loads(pickle.dumps(cache))
+        assert again.get_seq_length() == IDS.shape[1]
+        results = [model(IDS[:, :1], past_key_values=c).last_hidden_state for c in (cache, again)]
+    assert torch.equal(*results)
 
 
 def test_an_encoder_and_its_decoder_generate_alike_with_a_cache_and_without() -> None:
