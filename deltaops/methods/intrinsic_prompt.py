@@ -11,6 +11,7 @@ Source: Qin et al. 2021 (arXiv 2110.07867), §3.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class IntrinsicPrompt(stack.PromptDelta):
 
     intrinsic_dim: int | None = None
     num_virtual_tokens: int | None = None
-    decoder: str | None = None
+    decoder: str | os.PathLike[str] | None = None
     decoder_digest: str | None = None
     seed: int = 0
     target_modules: str | tuple[str, ...] = STACKS
@@ -96,7 +97,7 @@ class IntrinsicPrompt(stack.PromptDelta):
         """Whatever differs from its default, and what decodes."""
         shown = self._shown("intrinsic_dim", "num_virtual_tokens")
         shown = shown.replace(f", decoder_digest={self.decoder_digest!r}", "")
-        return shown if self.decoder is not None else f"{shown} by {RandomDecoder.told}"
+        return shown if self.decoder is not None else f"{shown}, {RandomDecoder.told}"
 
     @property
     def length(self) -> int:
@@ -162,7 +163,7 @@ class IntrinsicPrompt(stack.PromptDelta):
         return sizes_of(read_facts(Path(self.decoder)))
 
     def _read_decoder(self) -> None:
-        if not isinstance(self.decoder, str):
+        if not isinstance(self.decoder, str | os.PathLike):
             raise ConfigError(
                 f"IntrinsicPrompt: decoder must be the path of a folder, got {self.decoder!r}."
             )

@@ -197,10 +197,11 @@ def test_it_says_that_nothing_was_fitted(tmp_path: Path) -> None:
     model: nn.Module = build("gpt2")
     handle = deltaops.attach(model, IntrinsicPrompt())
     words = "a fixed random projection, made from its seed and not stored"
-    assert words in str(handle)
+    assert f"), decoded by {words}" in str(handle)
     assert any(words in row.reason for row in deltaops.report(model).rows)
     decoder(tmp_path)
-    fitted = IntrinsicPrompt(decoder=str(tmp_path))
+    fitted = IntrinsicPrompt(decoder=tmp_path)
+    assert fitted == IntrinsicPrompt(decoder=str(tmp_path))
     assert "random" not in repr(fitted)
     other = build("gpt2")
     deltaops.attach(other, fitted)

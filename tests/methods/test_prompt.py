@@ -320,6 +320,8 @@ def test_a_start_from_tokens_repeats_or_cuts_them() -> None:
     assert torch.equal(prompt, table[[7, 9, 7, 9, 7]])
     short = deltaops.attach(build("gpt2"), Prompt(1, torch.tensor([3, 4])))  # type: ignore[arg-type]  # taken too
     assert torch.equal(next(short.parameters()), table[[3]])
+    for ids in (torch.tensor([[3, 4]]), torch.tensor([3, 4]).numpy(), [[3, 4]]):
+        assert Prompt(1, ids).prompt_tuning_init == (3, 4)  # type: ignore[arg-type]  # taken too
 
 
 def test_starts_are_of_the_vocabulary_or_as_scattered() -> None:
