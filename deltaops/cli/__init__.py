@@ -20,7 +20,8 @@ from .tune import tune
 
 app = typer.Typer(
     name="deltaops",
-    help="Delta tuning (LoRA) at the speed of the frozen layers it sits on.",
+    help="Delta tuning at the speed of the frozen layers it sits on: LoRA (DoRA, PiSSA, OLoRA), "
+    "adapters, Compacter, prefixes, prompts, intrinsic prompts, BitFit, (IA)³ and LN tuning.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

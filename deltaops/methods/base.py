@@ -1,10 +1,15 @@
 """What every delta method is: a value that says where it binds, how, and what it promises.
 
 A method is one file here. Surgery asks it, in this order: which modules (``target_modules`` and the
-other fields about targets), whether one can have it and its sizes suit (:meth:`Delta.unbindable`,
-:meth:`Delta.unfit`), to bind and unbind (:meth:`Delta.bind`, :meth:`Delta.unbind`), what to merge
-(:meth:`Delta.unmergeable`, :meth:`Delta.merged`) and what to save (:meth:`Delta.tensors`,
-:meth:`Delta.shapes`, and :meth:`Delta.to_peft` where PEFT has a name for the delta).
+other fields about targets; :meth:`Delta.told_apart`), whether they can have it and its sizes suit
+(:meth:`Delta.unbindable`, :meth:`Delta.unfit`, :meth:`Delta.unfit_together`), what they share
+(:meth:`Delta.on_model`, :meth:`Delta.shared`), to bind and unbind (:meth:`Delta.enter`,
+:meth:`Delta.bind`, :meth:`Delta.unbind`, :meth:`Delta.leave`), to switch on and off
+(:meth:`Delta.activate`, :meth:`Delta.switch`), how fast it learns (:meth:`Delta.pace`), what to
+merge (:meth:`Delta.unmergeable`, :meth:`Delta.merged`) and what to save (:meth:`Delta.tensors`,
+:meth:`Delta.shapes`, :meth:`Delta.portable`, :meth:`Delta.flat`), where PEFT has a name for the
+delta in its words (:meth:`Delta.unlike_peft`, :meth:`Delta.peft_takes`, :meth:`Delta.to_peft`,
+:meth:`Delta.from_peft` and the same of tensors).
 """
 
 from __future__ import annotations
@@ -157,6 +162,13 @@ class Delta(ABC):
         """
         return None
 
+    def unfit_together(self, sites: tuple[Site, ...]) -> str | None:
+        """Why the delta cannot be on all of ``sites``; None when it can.
+
+        Attaching is refused then, before anything is changed.
+        """
+        return None
+
     @abstractmethod
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """Turn the module of ``site`` into its place and give it the start values."""
@@ -212,6 +224,10 @@ class Delta(ABC):
             writing: of a file that is written; one that is read need not be able to hold more.
         """
         return None
+
+    def peft_takes(self, module: nn.Module) -> bool:
+        """Whether PEFT binds the delta to this module, which has the role ``peft_role``."""
+        return True
 
     def to_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]

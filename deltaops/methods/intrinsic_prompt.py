@@ -11,6 +11,7 @@ Source: Qin et al. 2021 (arXiv 2110.07867), §3.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from deltaops.modules import DecodedPrompt, FittedDecoder, RandomDecoder, token_
 from . import stack
 from .base import Binding, Site, Stored
 from .decoder import START, Sizes, read_facts, read_tensors, sizes_of
-from .prompt import KEY as PROMPT
+from .peft_config import PROMPT_TENSOR
 from .prompt import Prompt
 from .targets import STACKS, check_flags, is_count, normalise
 
@@ -57,7 +58,7 @@ class IntrinsicPrompt(stack.PromptDelta):
 
     intrinsic_dim: int | None = None
     num_virtual_tokens: int | None = None
-    decoder: str | None = None
+    decoder: str | os.PathLike[str] | None = None
     decoder_digest: str | None = None
     seed: int = 0
     target_modules: str | tuple[str, ...] = STACKS
@@ -85,8 +86,11 @@ class IntrinsicPrompt(stack.PromptDelta):
                 f"IntrinsicPrompt: intrinsic_dim must be an integer ≥ 1, got "
                 f"{self.intrinsic_dim!r}."
             )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ConfigError(f"IntrinsicPrompt: seed must be an integer ≥ 0, got {self.seed!r}.")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed < 2**63:
+            raise ConfigError(
+                f"IntrinsicPrompt: seed must be an integer ≥ 0 and below 2⁶³, got {self.seed!r}."
+            )
         check_flags(self, "autocast_adapter_dtype")
         stack.refuse_layers(self)
         normalise(self)
@@ -95,7 +99,7 @@ class IntrinsicPrompt(stack.PromptDelta):
         """Whatever differs from its default, and what decodes."""
         shown = self._shown("intrinsic_dim", "num_virtual_tokens")
         shown = shown.replace(f", decoder_digest={self.decoder_digest!r}", "")
-        return shown if self.decoder is not None else f"{shown} by {RandomDecoder.told}"
+        return shown if self.decoder is not None else f"{shown}, {RandomDecoder.told}"
 
     @property
     def length(self) -> int:
@@ -164,7 +168,7 @@ class IntrinsicPrompt(stack.PromptDelta):
             autocast_adapter_dtype=self.autocast_adapter_dtype,
             task_type=self.task_type,
         )
-        return Stored(delta, found | {site.key(PROMPT): rows}, sites)
+        return Stored(delta, found | {site.key(PROMPT_TENSOR): rows}, sites)
 
     # -------------------------------------------------------------------------------- decoders
 
@@ -175,9 +179,10 @@ class IntrinsicPrompt(stack.PromptDelta):
         base = stack.start_rows(table, ids, self.length, width, random)
         spread = stack.spread_of(table, self.length, random)
         shape = (self.dimension, self.length * width)
-        projection = torch.randn(shape, generator=random) / self.dimension**0.5
+        projection = torch.randn(shape, generator=random, device=random.device)
+        projection = projection / self.dimension**0.5
         decoder = RandomDecoder(base, projection.to(base.device) * spread)
-        return decoder, torch.zeros(self.dimension)
+        return decoder, base.new_zeros(self.dimension)
 
     def _fitted(self) -> tuple[nn.Module, Tensor]:
         assert self.decoder is not None
@@ -189,7 +194,7 @@ class IntrinsicPrompt(stack.PromptDelta):
         return sizes_of(read_facts(Path(self.decoder)))
 
     def _read_decoder(self) -> None:
-        if not isinstance(self.decoder, str):
+        if not isinstance(self.decoder, str | os.PathLike):
             raise ConfigError(
                 f"IntrinsicPrompt: decoder must be the path of a folder, got {self.decoder!r}."
             )

@@ -31,6 +31,7 @@ from deltaops.modules import (
     activate_copies,
     become_embedding,
     has_copies,
+    no_autocast,
     nonzero,
     originals,
     start_embedding,
@@ -278,7 +279,7 @@ class LoRA(Delta):
         assert isinstance(module, DeltaPlace | DeltaEmbedding)
         a, b, *_ = self.tensors(module, name).values()
         # autocast would take the product in half precision
-        with torch.autocast(a.device.type, enabled=False):
+        with no_autocast(a.device):
             change = (b.to(wide(b)) @ a.to(wide(a))) * module.lora[name].scaling
         return change.T if isinstance(module, DeltaEmbedding) else change
 
@@ -433,7 +434,22 @@ def _warn_of_ties(path: str, modules: Mapping[str, nn.Module]) -> None:
         for other, module in modules.items()
         if other != path and any(p is weight for p in module._parameters.values())
     ]
-    if tied:
+    holder = path.rpartition(".")[0]
+    parts = [
+        other
+        for other in tied
+        if isinstance(modules[other], nn.Embedding)
+        and len(other.rpartition(".")[0]) > len(holder)
+        and (not holder or other.startswith(f"{holder}."))
+    ]
+    if parts:  # T5's encoder and decoder, in each of which the tokens are looked up
+        warnings.warn(
+            f"LoRA on {path!r}: {path!r} itself is not called where {', '.join(map(repr, parts))}, "
+            "which have the same weight, look the tokens up; the delta changes nothing then. Name "
+            "those in target_modules.",
+            stacklevel=2,
+        )
+    elif tied:
         warnings.warn(
             f"LoRA on {path!r}: its weight is also that of {', '.join(map(repr, tied))}, which "
             "keeps it as it is, as in PEFT. After merge_and_unload() the two differ: set "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deltaops.errors import AttachError
-from deltaops.modules import Start
+from deltaops.modules import Start, draws_on, no_autocast
 
 _OVERSAMPLED = 8
 """Columns beyond r in the sketch of W; Halko et al. find 5 to 10 enough."""
@@ -76,7 +76,7 @@ def taken_out(
 def rest(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``W − s·B A`` ``[N, K]`` in the dtype of W, rounded once."""
     exact = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
+    with no_autocast(weight.device):
         return (weight.to(exact) - scaling * (b.to(exact) @ a.to(exact))).to(weight.dtype)
 
 
@@ -108,8 +108,8 @@ def _sketched(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first singular triplets of ``w``, from its product with a few random vectors."""
     columns = min(rank + _OVERSAMPLED, *w.shape)
-    device = torch.device("cpu") if generator is None else generator.device
-    sketch = torch.randn(w.shape[1], columns, generator=generator, device=device, dtype=w.dtype)
+    home = draws_on(generator)
+    sketch = torch.randn(w.shape[1], columns, generator=generator, device=home, dtype=w.dtype)
     q, _ = torch.linalg.qr(w @ sketch.to(w.device))
     for _ in range(rounds):
         q, _ = torch.linalg.qr(w.T @ q)

@@ -10,6 +10,10 @@ from deltaops.errors import CheckpointError
 from .base import Delta, Site
 from .targets import plain, roles
 
+PROMPT_TENSOR = "prompt_embeddings"
+"""Of a prompt, or of a prefix as rows of all layers, in PEFT's file."""
+UNWRAPPED_PREFIX = "base_model."
+"""Of what is trained whole, beside those: their models are wrapped once less than others."""
 TARGETS = frozenset({"target_modules", "exclude_modules", "modules_to_save"})
 _HARMLESS = frozenset(
     {

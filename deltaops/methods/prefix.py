@@ -33,6 +33,7 @@ from deltaops.modules import (
     activate_prefix,
     add_prefix,
     check_attention,
+    draws_on,
     drop_hooks,
     encode,
     has_prefix,
@@ -45,7 +46,7 @@ from deltaops.modules import (
 )
 
 from .base import ATTENTION, MODEL, Binding, Delta, Promise, Site, Stored, adapter_dtype
-from .peft_config import listed, refuse_unknown
+from .peft_config import PROMPT_TENSOR, UNWRAPPED_PREFIX, listed, refuse_unknown
 from .targets import ATTENTIONS, DECODER_ATTENTIONS, check_flags, is_count, normalise
 from .tasks import task_of
 
@@ -55,9 +56,6 @@ NO_MERGE = "keys and values before those of the tokens are part of no weight"
 _ENCODER = "prefix_encoder"
 """The encoder's name on the model, and its part of keys."""
 _PARTS = ("embedding", "down", "down_bias", "up", "up_bias")
-_PEFT_TENSOR = "prompt_embeddings"
-_PEFT_SAVED = "base_model."
-"""Of the keys of ``modules_to_save``: PEFT wraps no module for a prefix."""
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -221,8 +219,9 @@ class Prefix(Delta):
         if known.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=known.device)
         generator = binding.generator
-        draws_on = torch.device("cpu") if generator is None else generator.device
-        drawn = torch.randn(shape, generator=generator, device=draws_on, dtype=torch.float32)
+        drawn = torch.randn(
+            shape, generator=generator, device=draws_on(generator), dtype=torch.float32
+        )
         return (drawn * spread).to(device=known.device, dtype=dtype)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
@@ -347,18 +346,20 @@ class Prefix(Delta):
             [site.key(name) for site in some for name in (PREFIX_KEYS, PREFIX_VALUES)]
             for some in (held, sites)
         )
-        found = {f"{_PEFT_SAVED}{k}": t for k, t in tensors.items() if k not in every}
+        found = {f"{UNWRAPPED_PREFIX}{k}": t for k, t in tensors.items() if k not in every}
         if all(key in tensors for key in every):
             parts = [tensors[key].transpose(0, 1).flatten(1) for key in ours]
-            found[_PEFT_TENSOR] = torch.cat(parts, dim=1)
+            found[PROMPT_TENSOR] = torch.cat(parts, dim=1)
         return found
 
     def from_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
     ) -> dict[str, Tensor]:
         """See :meth:`Delta.from_peft_tensors`."""
-        found = {k.removeprefix(_PEFT_SAVED): t for k, t in tensors.items() if k != _PEFT_TENSOR}
-        layers = tensors[_PEFT_TENSOR].unflatten(1, (len(sites), -1))  # type: ignore[no-untyped-call]  # torch's has no types
+        found = {
+            k.removeprefix(UNWRAPPED_PREFIX): t for k, t in tensors.items() if k != PROMPT_TENSOR
+        }
+        layers = tensors[PROMPT_TENSOR].unflatten(1, (len(sites), -1))  # type: ignore[no-untyped-call]  # torch's has no types
         return found | self._split(layers[:, self._peft_layers(sites)].flatten(1), sites)
 
     def _peft_layers(self, sites: tuple[Site, ...]) -> list[int]:

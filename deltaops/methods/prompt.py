@@ -28,14 +28,10 @@ from deltaops.modules import SoftPrompt, token_table
 
 from . import stack
 from .base import Binding, Site
-from .peft_config import listed, refuse_unknown
+from .peft_config import PROMPT_TENSOR, UNWRAPPED_PREFIX, listed, refuse_unknown
 from .targets import STACKS, check_flags, is_count, normalise
 
 STARTS = ("sample_vocab", "random")
-KEY = "prompt_embeddings"
-"""Of the prompt in PEFT's file, which begins with nothing."""
-_SAVED_PREFIX = "base_model."
-"""Of what is trained whole, in the files of PEFT's prompts: their models are wrapped once less."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,6 +70,7 @@ class Prompt(stack.PromptDelta):
 
     kind: ClassVar[str] = "prompt"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    peft_role: ClassVar[str | None] = STACKS
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -114,7 +111,7 @@ class Prompt(stack.PromptDelta):
         table = token_table(module)
         ids: Tensor | None = None
         if isinstance(self.prompt_tuning_init, tuple):
-            given = torch.tensor(self.prompt_tuning_init)
+            given = torch.tensor(self.prompt_tuning_init, device="cpu")
             ids = given.repeat(-(-length // len(given)))[:length]
         elif table is not None and self.prompt_tuning_init == "sample_vocab":
             ids = stack.drawn(table, length, binding.generator)
@@ -127,19 +124,23 @@ class Prompt(stack.PromptDelta):
         """PEFT's name."""
         prompt = stack.prompt_of(module, name)
         assert isinstance(prompt, SoftPrompt)
-        return {KEY: prompt.weight}
+        return {PROMPT_TENSOR: prompt.weight}
 
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
         rows = self.num_virtual_tokens * self.num_transformer_submodules
-        return {KEY: (rows, stack.width_of(site, module))}
+        return {PROMPT_TENSOR: (rows, stack.width_of(site, module))}
+
+    def peft_takes(self, module: nn.Module) -> bool:
+        """See :meth:`Delta.peft_takes`: its file does not say which of several stacks it means."""
+        return not stack.is_decoder_of_two(module)
 
     def to_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
     ) -> dict[str, Tensor]:
         """The prompt without the path of its stack; see :meth:`Delta.to_peft_tensors`."""
-        ours = {site.key(KEY) for site in sites}
-        return {KEY if k in ours else _SAVED_PREFIX + k: t for k, t in tensors.items()}
+        ours = {site.key(PROMPT_TENSOR) for site in sites}
+        return {PROMPT_TENSOR if k in ours else UNWRAPPED_PREFIX + k: t for k, t in tensors.items()}
 
     def from_peft_tensors(
         self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
@@ -147,7 +148,7 @@ class Prompt(stack.PromptDelta):
         """See :meth:`Delta.from_peft_tensors`."""
         (site,) = sites
         return {
-            site.key(KEY) if k == KEY else k.removeprefix(_SAVED_PREFIX): t
+            site.key(PROMPT_TENSOR) if k == PROMPT_TENSOR else k.removeprefix(UNWRAPPED_PREFIX): t
             for k, t in tensors.items()
         }
 
@@ -199,9 +200,11 @@ def _start(value: Any) -> str | tuple[int, ...]:
 
 
 def _counted(value: Any) -> tuple[int, ...]:
-    """Token ids, of a list or a tensor; nothing where they are no such."""
-    if isinstance(value, Tensor):
+    """Token ids, of a list, a tensor or an array, also as a batch of one; else nothing."""
+    if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
+        value = value[0]
     if not isinstance(value, list | tuple):
         return ()
     plain = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltaops.errors import AttachError, ConfigError
+from deltaops.errors import ConfigError
 from deltaops.modules import (
     PROMPTS,
     PromptedStack,
     add_prompt,
+    draws_on,
     read_prompt,
     remove_prompt,
     room_of,
@@ -38,6 +39,15 @@ class PromptDelta(Delta):
     promises: ClassVar[frozenset[Promise]] = frozenset(
         {Promise.STATED_AT_START, Promise.REVERT_RESTORES_BITS}
     )
+
+    def unfit_together(self, sites: tuple[Site, ...]) -> str | None:
+        """See :meth:`Delta.unfit_together`."""
+        if len(sites) < 2:
+            return None
+        return (
+            f"{sites[1].path!r} would be the second stack with a prompt, after "
+            f"{sites[0].path!r}, and a file holds one. Name one of them in target_modules."
+        )
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
@@ -124,14 +134,7 @@ def put(
 
     What a head reads at the first position of a bidirectional stack is the prompt's first, in and
     outside of the stack, as in PEFT.
-    Raises: AttachError where another stack has one already: a file has one prompt.
     """
-    taken = [path for path, m in modules.items() if isinstance(m, PromptedStack)]
-    if taken:
-        raise AttachError(
-            f"attach: {site.path!r} would be the second stack with a prompt, after {taken[0]!r}, "
-            "and a file holds one. Name one of them in target_modules."
-        )
     stack = modules[site.path]
     decoders = list(_readers(site.path, modules))
     task = task_type or task_of(modules[""])
@@ -176,7 +179,8 @@ def start_rows(
     if table is not None and ids is not None:
         return _embedded(table, ids).clone()
     spread = spread_of(table, length, random)
-    return torch.randn(length, width, generator=random).to(_home(table)) * spread
+    noise = torch.randn(length, width, generator=random, device=draws_on(random))
+    return noise.to(_home(table)) * spread
 
 
 def spread_of(
@@ -190,7 +194,8 @@ def spread_of(
 
 def drawn(table: nn.Embedding, count: int, random: torch.Generator | None) -> Tensor:
     """Ids of ``count`` tokens of the vocabulary, drawn at random, some perhaps again."""
-    return torch.randint(0, table.num_embeddings, (count,), generator=random)
+    home = draws_on(random)
+    return torch.randint(0, table.num_embeddings, (count,), generator=random, device=home)
 
 
 def _embedded(table: nn.Embedding, ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
 from .dora import nonzero, row_norms
+from .draws import draws_on, no_autocast
 from .embedding import (
     DeltaEmbedding,
     become_embedding,
@@ -16,6 +17,7 @@ from .embedding import (
     unbecome_embedding,
 )
 from .factor import Factor, start_values
+from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import (
     activate_copies,
@@ -115,6 +117,7 @@ __all__ = [
     "copies",
     "delta_class",
     "disallow_bias",
+    "draws_on",
     "drop_hooks",
     "encode",
     "exchange_prompt",
@@ -125,11 +128,13 @@ __all__ = [
     "has_copies",
     "has_prefix",
     "head_width",
+    "holds_delta",
     "is_conv1d",
     "is_norm",
     "join_encoder",
     "lacks_bias",
     "near_zero",
+    "no_autocast",
     "nonzero",
     "originals",
     "plain_linear",

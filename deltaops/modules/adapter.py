@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltaops.ops import Branch, bottleneck
 
+from .draws import draws_on
 from .factor import Factor
 from .kronecker import KroneckerSum
 
@@ -120,10 +121,9 @@ def near_zero(
     if device.type == "meta":
         down, up = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
         return down, up
-    draws_on = torch.device("cpu") if generator is None else generator.device
     found = []
     for shape in shapes:
-        drawn = torch.empty(shape, device=draws_on, dtype=torch.float32)
+        drawn = torch.empty(shape, device=draws_on(generator), dtype=torch.float32)
         nn.init.trunc_normal_(drawn, std=1e-2, a=-2e-2, b=2e-2, generator=generator)
         found.append(drawn.to(device=device, dtype=dtype))
     return found[0], found[1]

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .draws import no_autocast
+
 
 class Magnitude(nn.Module):
     """m ``[N]``, held where PEFT holds it: ``lora_magnitude_vector.default.weight``."""
@@ -43,7 +45,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         scaling: s.
     """
     exact = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
+    with no_autocast(weight.device):
         own = torch.linalg.vector_norm(weight, dim=1, dtype=exact).square()
         up = b.to(exact) * scaling
         mixed = ((weight @ a.to(weight.dtype).T).to(exact) * up).sum(1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .draws import draws_on, no_autocast
 from .place import LoraSettings
 
 
@@ -66,7 +67,7 @@ def add_lora(
     Returns: ``[..., D]`` in the dtype of ``y``.
     """
     exact = torch.promote_types(torch.promote_types(y.dtype, a.dtype), torch.float32)
-    with torch.autocast(y.device.type, enabled=False):
+    with no_autocast(y.device):
         read = _columns(a.to(exact), ids.reshape(-1), padding)
         rows = y.reshape(-1, y.shape[-1]).to(exact)
         total = torch.addmm(rows, read, b.to(exact).T, alpha=scaling)
@@ -99,8 +100,9 @@ def start_embedding(
     a = torch.zeros(rank, entries, device=device, dtype=dtype)
     if device.type == "meta":
         return a, torch.empty(width, rank, device=device, dtype=dtype)
-    draws_on = torch.device("cpu") if generator is None else generator.device
-    b = torch.randn(width, rank, device=draws_on, dtype=torch.float32, generator=generator)
+    b = torch.randn(
+        width, rank, device=draws_on(generator), dtype=torch.float32, generator=generator
+    )
     return a, b.to(device=device, dtype=dtype)
 
 

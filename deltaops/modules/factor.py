@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .draws import draws_on
+
 
 class Factor(nn.Module):
     """A matrix that a place's op reads; it has no forward of its own.
@@ -47,8 +49,7 @@ def start_values(
     if device.type == "meta":
         a = torch.empty(rank, in_features, device=device, dtype=dtype)
         return a, torch.empty(out_features, rank, device=device, dtype=dtype)
-    draws_on = torch.device("cpu") if generator is None else generator.device
-    a = torch.empty(rank, in_features, device=draws_on, dtype=torch.float32)
+    a = torch.empty(rank, in_features, device=draws_on(generator), dtype=torch.float32)
     if gaussian:
         nn.init.normal_(a, std=1 / rank, generator=generator)
     else:

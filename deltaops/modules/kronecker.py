@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .draws import draws_on, no_autocast
+
 
 class KroneckerSum(nn.Module):
     """The factors of one W: a rule of its own, or that of another one.
@@ -70,7 +72,7 @@ def kronecker_sum(rule: Tensor, s: Tensor, t: Tensor) -> Tensor:
         what the op, which rounds W once, keeps.
     """
     n, p, q = len(rule), s.shape[1], t.shape[1]
-    with torch.autocast(s.device.type, enabled=False):
+    with no_autocast(s.device):
         inner = (s @ t.mT).reshape(n, p * q)
         outer = rule.to(device=s.device, dtype=s.dtype).reshape(n, n * n)
         blocks = (outer.T @ inner).reshape(n, n, p, q)
@@ -86,7 +88,7 @@ def start_rule(
     generator: torch.Generator | None,
 ) -> Tensor:
     """A rule ``[n, n, n]`` of N(0, ``std``²), drawn as :func:`start_values` draws."""
-    rule = torch.empty(n, n, n, device=_draws_on(device, generator), dtype=torch.float32)
+    rule = _blank((n, n, n), device, generator)
     if not rule.is_meta:
         nn.init.normal_(rule, std=std, generator=generator)
     return rule.to(device=device, dtype=dtype)
@@ -112,9 +114,7 @@ def start_sum(
     """
     found = []
     for size in (rows, columns):
-        factor = torch.empty(
-            n, size // n, rank, device=_draws_on(device, generator), dtype=torch.float32
-        )
+        factor = _blank((n, size // n, rank), device, generator)
         if not factor.is_meta:
             for part in factor:
                 nn.init.xavier_uniform_(part, generator=generator)
@@ -122,8 +122,9 @@ def start_sum(
     return KroneckerSum(rule, *found)
 
 
-def _draws_on(device: torch.device, generator: torch.Generator | None) -> torch.device:
-    """Where start values are drawn, so that a seed gives the same on every device."""
-    if device.type == "meta":
-        return device
-    return torch.device("cpu") if generator is None else generator.device
+def _blank(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """What start values for ``device`` are drawn into; on the device "meta" nothing is drawn."""
+    home = device if device.type == "meta" else draws_on(generator)
+    return torch.empty(shape, device=home, dtype=torch.float32)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .draws import no_autocast
+
 
 def encode(
     embedding: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor
@@ -45,7 +47,7 @@ class PrefixEncoder(nn.Module):
         up_bias: Tensor = self.up_bias
         if stop - start < up.shape[0]:
             up, up_bias = up[start:stop], up_bias[start:stop]
-        with torch.autocast(self.embedding.device.type, enabled=False):
+        with no_autocast(self.embedding.device):
             return encode(self.embedding, self.down, self.down_bias, up, up_bias)
 
 

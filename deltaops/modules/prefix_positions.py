@@ -128,8 +128,9 @@ def shift_positions(modules: Mapping[str, nn.Module], path: str, length: int) ->
         limit = getattr(module, "num_embeddings", None)
         if isinstance(limit, int) and how != "biased" and limit <= length:
             raise ConfigError(
-                f"Prefix: length must leave tokens a position, and {length} are all of the {limit} "
-                f"of {type(module).__name__}. Shorten it, or pass shift_positions=False."
+                f"Prefix: num_virtual_tokens must leave tokens a position, and {length} are all of "
+                f"the {limit} of {type(module).__name__}. Use fewer, or pass "
+                "shift_positions=False."
             )
         if not any(isinstance(hook, Shift) for hook in module._forward_pre_hooks.values()):
             module.register_forward_pre_hook(Shift(how, length), with_kwargs=True)

@@ -96,13 +96,16 @@ class PromptedStack(_Swapped):
         elif self.prompt_room is not None:
             self._check_room(length, _tokens(given), past - length)
         _lengthen(given, length, begins)
+        as_tuple = not _returns_dict(self, given)
+        if as_tuple:  # whose items have no names
+            given["return_dict"] = True
         found = self.base_forward(given)
         if begins and self.prompt_cut:
             found = _cut(found, length)
         cache = getattr(found, "past_key_values", None)
         if cache is not None and not torch.compiler.is_compiling():
             _cover(cache, length)
-        return found
+        return found.to_tuple() if as_tuple else found
 
     def told(self) -> str:
         """What runs, for the report."""
@@ -173,6 +176,11 @@ def remove_prompt(module: nn.Module) -> None:
     for name in ("prompt_active", "prompt_cut", "prompt_room", "prompt_length"):
         module.__dict__.pop(name, None)
     module._modules.pop(PROMPTS, None)
+
+
+def has_prompt(module: nn.Module) -> bool:
+    """Whether ``module`` has a prompt or reads the states of one that has, active or not."""
+    return isinstance(module, _Swapped)
 
 
 def token_table(stack: Any) -> nn.Embedding | None:
@@ -270,8 +278,6 @@ def _refuse_packed(positions: Tensor) -> None:
 
 def _cut(found: Any, length: int) -> Any:
     """``found`` without the first ``length`` positions of its hidden states."""
-    if isinstance(found, tuple):
-        return (found[0][:, length:], *found[1:])
     found.last_hidden_state = found.last_hidden_state[:, length:]
     states = getattr(found, "hidden_states", None)
     if states is not None:
@@ -279,16 +285,29 @@ def _cut(found: Any, length: int) -> Any:
     return found
 
 
+def _returns_dict(stack: Any, given: dict[str, Any]) -> bool:
+    """Whether the forward of ``stack`` is to return its results by name."""
+    asked = given.get("return_dict")
+    if asked is None:
+        asked = getattr(getattr(stack, "config", None), "return_dict", True)
+    return bool(asked)
+
+
 class _TokenCache:
     """Mixin of a cache outside of the stack that filled it: the prompt in it is not counted."""
 
     base_class: type[Any]
+    mixin: type[_TokenCache]
     prompt_length: int
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens it holds."""
         held: int = super().get_seq_length(layer_idx)  # type: ignore[misc]  # the cache's own
         return max(held - self.prompt_length, 0)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """As :meth:`_Swapped.__reduce_ex__`."""
+        return _blank, (self.mixin, self.base_class), self.__dict__
 
 
 def _cover(cache: Any, length: int) -> None:

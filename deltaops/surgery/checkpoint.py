@@ -192,8 +192,9 @@ def _unlike_peft(
         return "PEFT has no such method"
     reason = delta.unlike_peft(model, sites, writing=writing)
     if reason is None and delta.peft_role is not None:
-        theirs = resolve(model, (delta.peft_role,), lenient=True)
-        if [site.path for site in sites] != list(theirs):
+        found = resolve(model, (delta.peft_role,), lenient=True)
+        theirs = [path for path in found if delta.peft_takes(model.get_submodule(path))]
+        if [site.path for site in sites] != theirs:
             return f"it binds to other modules than all {len(theirs)} of {delta.peft_role!r}"
     return reason
 

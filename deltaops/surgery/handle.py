@@ -15,7 +15,7 @@ from deltaops.modules import unbecome
 
 from .blocks import restore_blocks
 from .losses import restore_losses
-from .record import Record, exchange, exchange_parameters, merged_parameters, read, write
+from .record import Disabled, Record, exchange, exchange_parameters, merged_parameters, read, write
 from .tree import Leaf, draw
 
 
@@ -125,23 +125,23 @@ class Handle:
     def disabled(self) -> Iterator[None]:
         """Inside, the model computes what it did before the delta was attached; also when nested.
 
-        Inside, the delta can be reverted, and neither merged nor saved.
+        Inside, the delta can be reverted, and neither merged nor saved. A copy of the model that is
+        made inside stays as it is there until :func:`handle_of` is asked for its handle.
         Raises: AttachError when the delta is merged and the base weights were not kept.
         """
         self._check_attached("disabled")
-        if self._record.disabled:
+        if self._record.disabled is not None:
             yield
             return
         merged = self._exchange_merged() if self.merged else {}
         self._activate(False)
         trained = {p: exchange(self._module(p), o) for p, o in self._record.originals.items()}
-        self._record.disabled = True
+        taken = self._record.disabled = Disabled(trained, merged)
         try:
             yield
         finally:
-            self._record.disabled = False
             if self.attached:  # not reverted inside
-                self._enable(trained, merged)
+                self._enable(taken)
 
     # -------------------------------------------------------------------------------- merging
 
@@ -254,7 +254,7 @@ class Handle:
 
     def _check_enabled(self, action: str) -> None:
         self._check_attached(action)
-        if self._record.disabled:
+        if self._record.disabled is not None:
             raise AttachError(
                 f"handle.{action}: the delta is disabled here, and what it trained is not in the "
                 "model. Call it outside of `with handle.disabled()`."
@@ -265,19 +265,16 @@ class Handle:
             self.delta.activate(self._module(path), active)
         self.delta.switch(self.model, active)
 
-    def _enable(
-        self,
-        trained: dict[str, dict[str, Tensor]],
-        merged: dict[str, dict[str, nn.Parameter | None]],
-    ) -> None:
+    def _enable(self, taken: Disabled) -> None:
         """Put back what :meth:`disabled` took out."""
-        for path, tensors in trained.items():
+        for path, tensors in taken.trained.items():
             exchange(self._module(path), tensors)
-        if merged:
-            for path, parameters in merged.items():
+        if taken.merged:
+            for path, parameters in taken.merged.items():
                 exchange_parameters(self._module(path), parameters)
         else:
             self._activate(True)
+        self._record.disabled = None
 
     @contextlib.contextmanager
     def _applied(self) -> Iterator[None]:
@@ -319,9 +316,17 @@ class Handle:
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """The handle of what is attached to ``model``, also after ``deepcopy`` or unpickling."""
+    """The handle of what is attached to ``model``, also after ``deepcopy`` or unpickling.
+
+    A copy that was made while the delta was disabled is enabled again.
+    """
     record = read(model)
-    return None if record is None else Handle(model, record)
+    if record is None:
+        return None
+    handle = Handle(model, record)
+    if record.disabled is not None and not record.disabled.inside:
+        handle._enable(record.disabled)
+    return handle
 
 
 def describe(site: Site) -> str:

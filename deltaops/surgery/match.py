@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from deltaops.errors import AttachError, TargetError
 from deltaops.methods.base import Delta
 from deltaops.methods.targets import ALL_LINEAR, plain, roles
-from deltaops.modules import LinearPlace, has_copies, has_prefix
+from deltaops.modules import holds_delta
 
 from .anatomy import Found, Whole, misses, resolve, wholes
 from .places import encoder_children, foreign, place_of, unswappable, wanted
@@ -58,7 +58,7 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
         AttachError when the model has a delta already.
     """
     modules = dict(model.named_modules())
-    _refuse_second_delta(modules)
+    refuse_second_delta(modules)
     saved = _saved_paths(modules, delta, lenient)
     parents = encoder_children(modules)
     wished = roles(delta.target_modules)
@@ -124,6 +124,21 @@ def nearest(path: str, known: Iterable[str], count: int = 5) -> list[str]:
     return difflib.get_close_matches(path, ends, n=count, cutoff=0.5)
 
 
+def refuse_second_delta(modules: Mapping[str, nn.Module]) -> None:
+    """Raises: AttachError where one of ``modules`` has a delta, ours or PEFT's."""
+    for path, module in modules.items():
+        if holds_delta(module) or read(module) is not None:
+            raise AttachError(
+                f"the model has a delta already, at {path or 'its root'!r}. Call handle.revert() "
+                "or handle.merge_and_unload() first (deltaops.surgery.handle_of(model) finds it)."
+            )
+        if type(module).__module__.startswith("peft.tuners."):
+            raise AttachError(
+                f"the model has a PEFT adapter already, at {path or 'its root'!r}. Use "
+                "deltaops.accelerate(model) to speed it up, or merge_and_unload() it first."
+            )
+
+
 # --------------------------------------------------------------------------------------- details
 
 
@@ -175,21 +190,6 @@ def _saved_paths(modules: dict[str, nn.Module], delta: Delta, lenient: bool) -> 
 def inside(path: str, roots: Iterable[str]) -> bool:
     """Whether ``path`` is one of ``roots`` or below one."""
     return any(path == root or path.startswith(f"{root}.") for root in roots)
-
-
-def _refuse_second_delta(modules: dict[str, nn.Module]) -> None:
-    for path, module in modules.items():
-        bound = isinstance(module, LinearPlace) or has_copies(module) or has_prefix(module)
-        if bound or read(module) is not None:
-            raise AttachError(
-                f"the model has a delta already, at {path or 'its root'!r}. Call handle.revert() "
-                "or handle.merge_and_unload() first (deltaops.surgery.handle_of(model) finds it)."
-            )
-        if type(module).__module__.startswith("peft.tuners."):
-            raise AttachError(
-                f"the model has a PEFT adapter already, at {path or 'its root'!r}. Use "
-                "deltaops.accelerate(model) to speed it up, or merge_and_unload() it first."
-            )
 
 
 def _refuse_unmatched_names(modules: dict[str, nn.Module], delta: Delta) -> None:

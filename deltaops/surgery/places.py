@@ -150,4 +150,8 @@ def _why_not_kind(module: nn.Module) -> str:
         return f"quantized by {home} ({kind.__name__})"
     if isinstance(module, nn.Linear):
         return f"{kind.__name__} is a subclass of nn.Linear; only the exact type is swapped"
+    if isinstance(module, nn.Embedding):
+        return f"{kind.__name__} is not a linear layer but an embedding"
+    if next(module.children(), None) is not None:  # an attention, a stack of blocks
+        return f"{kind.__name__} is not a linear layer but a module with others inside"
     return f"{kind.__name__} is not a linear layer"

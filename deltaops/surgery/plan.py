@@ -13,14 +13,14 @@ from torch import nn
 
 from deltaops.backends import DeltaLinearCall
 from deltaops.dispatch import explain_call
-from deltaops.errors import AttachError, ConfigError
+from deltaops.errors import AttachError, ConfigError, TargetError
 from deltaops.methods.base import ATTENTION, MODEL, Binding, Delta, Site
 from deltaops.modules import become, frozen_class, unbecome
 from deltaops.packing import Policy, check_policy
 
 from .anatomy import wholes
 from .handle import Handle, describe
-from .match import inside, match
+from .match import inside, match, refuse_second_delta
 from .places import foreign, frozen_linears, place_of, size_of, unswappable
 from .record import Record, exchange, take_over, write
 from .tree import Leaf, draw
@@ -56,31 +56,39 @@ class Plan:
 
         Args:
             generator: draws the start values; torch's global CPU generator without one.
-        Raises: AttachError when the model changed since the plan was made.
+        Raises: AttachError when the model changed since the plan was made, or has a delta now.
         """
         modules = dict(self.model.named_modules())
         self._check_unchanged(modules)
         parameters = dict(self.model.named_parameters())
         trained = frozenset(n for n, p in parameters.items() if p.requires_grad)
         originals: dict[str, dict[str, torch.Tensor]] = {}
+        # what was begun, so that nothing else is undone
+        entered = False
+        bound: list[Site] = []
+        swapped: list[str] = []
         try:
             for path in self.saved:
                 originals[path] = take_over(modules[path])
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+            entered = True
             self.delta.enter(self.model)
             binding = Binding(self.name, self.backend, self.strict, self.pack, generator, {})
             for site in self.sites:
+                bound.append(site)
                 self.delta.bind(site, modules, binding)
             for path in self.frozen:
                 place = frozen_class(type(modules[path]))
                 if place is not None:  # None: no longer the type that the plan saw
+                    swapped.append(path)
                     become(modules[path], place, self.backend, self.strict, self.pack)
         except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
-            for site in self.sites:
+            for site in bound:
                 self.delta.unbind(site, modules)
-            self.delta.leave(self.model)
-            for path in self.frozen:
+            if entered:
+                self.delta.leave(self.model)
+            for path in swapped:
                 unbecome(modules[path])
             for path, tensors in originals.items():
                 exchange(modules[path], tensors)
@@ -109,6 +117,7 @@ class Plan:
                     yield site, suffix, shape
 
     def _check_unchanged(self, modules: dict[str, nn.Module]) -> None:
+        refuse_second_delta(modules)
         whole = wholes(self.model, self.delta.places)
         for site in self.sites:
             if site.place == MODEL:
@@ -210,6 +219,9 @@ def make_plan(
             f"layers:\n{listing}\nChange its size, or name those layers in exclude_modules (a new "
             "head belongs in modules_to_save)."
         )
+    reason = delta.unfit_together(tuple(sites))
+    if reason is not None:
+        raise TargetError(f"attach: {reason}")
     whole = delta.on_model(tuple(sites))
     if whole is not None:
         sites.insert(0, Site("", MODEL, type(model).__name__, *whole))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,22 @@ from deltaops.methods.base import Delta, Site
 from deltaops.modules import follow
 
 _ATTRIBUTE = "_deltaops_record"
+
+
+@dataclass
+class Disabled:
+    """What ``handle.disabled()`` took out, to be put back behind it."""
+
+    trained: dict[str, dict[str, Tensor]]
+    """Path of a module trained whole → what was trained."""
+    merged: dict[str, dict[str, nn.Parameter | None]]
+    """Path of a merged place → its merged parameters."""
+    inside: bool = True
+    """False in a copy of the model, which no ``with`` puts back."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle."""
+        return self.__dict__ | {"inside": False}
 
 
 @dataclass
@@ -37,7 +54,7 @@ class Record:
     """Path of a module trained whole → its original parameters (and copies of its buffers)."""
     merged: dict[str, dict[str, nn.Parameter | None] | None] = field(default_factory=dict)
     """Path of a merged place → its original parameters; None where they were not kept."""
-    disabled: bool = False
+    disabled: Disabled | None = None
     """Inside ``handle.disabled()``."""
 
 

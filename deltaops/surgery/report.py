@@ -14,7 +14,14 @@ from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
 from deltaops.methods.base import ATTENTION, EMBEDDING, NORM
-from deltaops.modules import Block, DeltaPlace, LinearPlace, PromptedStack, told_of_prefix
+from deltaops.modules import (
+    Block,
+    DeltaEmbedding,
+    DeltaPlace,
+    LinearPlace,
+    PromptedStack,
+    told_of_prefix,
+)
 from deltaops.packing import PACKING
 
 from .blocks import block_rows
@@ -143,7 +150,7 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
                 )
             elif site.place == EMBEDDING:
                 reason = "it is looked up in torch; its branch is read where the ids point"
-                yield Row(site.path, record.delta.kind, "torch", reason)
+                yield Row(site.path, record.delta.kind, "torch", reason + _off(module))
             elif isinstance(module, PromptedStack):
                 yield Row(site.path, record.delta.kind, "torch", module.told())
             elif site.place == ATTENTION and not isinstance(module, Block):
@@ -172,16 +179,19 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
         any(b.bias is not None for b in branches),
     )
     explanation = explain_call(call, module.backend)  # type: ignore[arg-type]  # a string on places
-    note = ""
-    if isinstance(module, DeltaPlace) and not module.delta_active:
-        note = "; the delta is disabled or merged"
     return Row(
         path,
         kind,
         explanation.chosen or "none",
-        explanation.reason + note,
+        explanation.reason + _off(module),
         PACKING.bytes(weight),
     )
+
+
+def _off(module: nn.Module) -> str:
+    """What is added to the reason of a place."""
+    bound = isinstance(module, DeltaPlace | DeltaEmbedding)
+    return "; the delta is disabled or merged" if bound and not module.delta_active else ""
 
 
 def _megabytes(size: int) -> str:

@@ -213,6 +213,16 @@ def test_with_pissa_embeddings_start_beside_their_weight(tmp_path: Path) -> None
 # -------------------------------------------------------------------------- ties and refusals
 
 
+def test_an_embedding_that_only_lends_its_weight_is_named() -> None:
+    model = build("t5")
+    with pytest.warns(UserWarning, match="'shared' itself is not called where 'encoder.embed_t"):
+        handle = shaken(model, LoRA(r=2, target_modules=["shared"]))
+    assert not answer("t5", model).requires_grad
+    handle.revert()
+    with pytest.warns(UserWarning, match="also that of 'shared', 'decoder.embed_tokens', which k"):
+        shaken(model, LoRA(r=2, target_modules=["encoder.embed_tokens"]))
+
+
 def test_a_tied_output_layer_keeps_the_frozen_weight() -> None:
     model: Any = build("llama", head="ForCausalLM", tie_word_embeddings=True)
     weight, before = model.lm_head.weight, model.lm_head.weight.detach().clone()

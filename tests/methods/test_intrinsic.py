@@ -223,10 +223,11 @@ def test_it_says_that_nothing_was_fitted(tmp_path: Path) -> None:
     model: nn.Module = build("gpt2")
     handle = deltaops.attach(model, IntrinsicPrompt())
     words = "a fixed random projection, made from its seed and not stored"
-    assert words in str(handle)
+    assert f"), decoded by {words}" in str(handle)
     assert any(words in row.reason for row in deltaops.report(model).rows)
     decoder(tmp_path)
-    fitted = IntrinsicPrompt(decoder=str(tmp_path))
+    fitted = IntrinsicPrompt(decoder=tmp_path)
+    assert fitted == IntrinsicPrompt(decoder=str(tmp_path))
     assert "random" not in repr(fitted)
     other = build("gpt2")
     deltaops.attach(other, fitted)
@@ -241,6 +242,7 @@ def test_it_says_that_nothing_was_fitted(tmp_path: Path) -> None:
         ({"num_virtual_tokens": 1.5}, "num_virtual_tokens must be an integer ≥ 1"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be an integer ≥ 1"),
         ({"seed": -1}, "seed must be an integer ≥ 0"),
+        ({"seed": 2**63}, "seed must be an integer ≥ 0 and below 2⁶³"),
         ({"decoder": 3}, "decoder must be the path of a folder"),
         ({"layers_to_transform": [0]}, "before the first layer"),
     ],

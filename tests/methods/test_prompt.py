@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import deltaops
 from deltaops import Prompt
-from deltaops.errors import AttachError, CheckpointError, ConfigError, ShapeError, TargetError
+from deltaops.errors import CheckpointError, ConfigError, ShapeError, TargetError
 from deltaops.surgery import Handle
 from deltaops.surgery.files import CONFIG, WEIGHTS
 from deltaops.testing import bound, relative_error
@@ -216,6 +217,30 @@ def test_generation_goes_on_from_a_cache_that_it_returned() -> None:
     handle.revert()
 
 
+@pytest.mark.parametrize("by_config", [False, True])
+def test_a_tuple_holds_what_is_of_tokens(by_config: bool) -> None:
+    model: Any = build("llama")
+    prompted(model)
+    named = model(IDS, output_hidden_states=True)
+    model.config.return_dict = not by_config
+    settings = {} if by_config else {"return_dict": False}
+    last, cache, states = model(IDS, output_hidden_states=True, **settings)
+    assert torch.equal(last, named.last_hidden_state)
+    assert all(map(torch.equal, states, named.hidden_states))
+    assert cache.get_seq_length() == IDS.shape[1]
+
+
+def test_a_cache_can_be_pickled() -> None:
+    model: Any = build("llama")
+    prompted(model)
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+        again = pickle.loads(pickle.dumps(cache))
+        assert again.get_seq_length() == IDS.shape[1]
+        results = [model(IDS[:, :1], past_key_values=c).last_hidden_state for c in (cache, again)]
+    assert torch.equal(*results)
+
+
 def test_an_encoder_and_its_decoder_generate_alike_with_a_cache_and_without() -> None:
     model: Any = build("t5", head="ForConditionalGeneration")
     handle = prompted(model)
@@ -295,6 +320,8 @@ def test_a_start_from_tokens_repeats_or_cuts_them() -> None:
     assert torch.equal(prompt, table[[7, 9, 7, 9, 7]])
     short = deltaops.attach(build("gpt2"), Prompt(1, torch.tensor([3, 4])))  # type: ignore[arg-type]  # taken too
     assert torch.equal(next(short.parameters()), table[[3]])
+    for ids in (torch.tensor([[3, 4]]), torch.tensor([3, 4]).numpy(), [[3, 4]]):
+        assert Prompt(1, ids).prompt_tuning_init == (3, 4)  # type: ignore[arg-type]  # taken too
 
 
 def test_starts_are_of_the_vocabulary_or_as_scattered() -> None:
@@ -351,10 +378,32 @@ def test_a_model_that_scales_embeddings_by_itself_is_refused() -> None:
 
 def test_two_stacks_of_one_model_are_refused_by_name() -> None:
     pair = nn.ModuleDict({"one": build("gpt2"), "two": build("gpt2")})
-    with pytest.raises(AttachError, match=r"'two' would be the second stack .* after 'one'"):
+    with pytest.raises(TargetError, match=r"'two' would be the second stack .* after 'one'"):
         deltaops.attach(pair, Prompt())
     assert {type(m).__module__.split(".")[0] for m in pair.modules()} <= {"torch", "transformers"}
     assert deltaops.attach(pair, Prompt(target_modules=["two"])).sites == ("two",)
+
+
+def test_a_prompt_on_one_of_two_stacks_is_saved_with_its_name(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), HIDDEN)
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 2}
+    image = sizes | {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=image, projection_dim=HIDDEN)
+    first, second = (CLIPModel(config).eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    name = "text_model.encoder"
+    prompted(first, target_modules=[name], prompt_tuning_init="random").save(tmp_path / "one")
+    assert deltaops.load(second, tmp_path / "one").sites == (name,)
+    inputs = {"input_ids": IDS, "pixel_values": torch.randn(2, 3, 16, 16)}
+    assert torch.equal(second(**inputs).logits_per_text, first(**inputs).logits_per_text)
+    prompted(build("gpt2")).save(tmp_path / "peft")
+    assert (tmp_path / "peft" / CONFIG).exists()
+    pair = nn.ModuleDict({"one": build("gpt2"), "two": build("gpt2")})
+    with pytest.raises(CheckpointError, match="would be the second stack"):
+        deltaops.load(pair, tmp_path / "peft")
 
 
 # ------------------------------------------------------------------------------- what it leaves

@@ -186,6 +186,26 @@ def test_copying_a_merged_model_keeps_the_way_back(shaken: Any) -> None:
     assert shaken.handle.merged
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_copy_made_while_disabled_is_enabled_by_its_handle(shaken: Any, merged: bool) -> None:
+    with torch.no_grad():
+        if merged:
+            shaken.handle.merge()
+        after = shaken.loss()
+        with shaken.handle.disabled():
+            twin = copy.deepcopy(shaken.model)
+            assert torch.equal(shaken.loss(twin), shaken.before)
+        handle = handle_of(twin)
+        assert handle is not None
+        assert torch.equal(shaken.loss(twin), after)
+        with handle.disabled():
+            assert torch.equal(shaken.loss(twin), shaken.before)
+        assert torch.equal(shaken.loss(twin), after)
+        handle.revert()
+        assert torch.equal(shaken.loss(twin), shaken.before)
+    assert torch.equal(shaken.loss(), after)
+
+
 def test_running_statistics_of_a_head_are_restored() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     state = {k: v.clone() for k, v in model.state_dict().items()}

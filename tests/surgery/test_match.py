@@ -125,7 +125,7 @@ def test_unknown_module_to_save_is_an_error(tiny: Callable[..., Any]) -> None:
 
 
 def test_naming_a_container_is_an_error(tiny: Callable[..., Any]) -> None:
-    with pytest.raises(TargetError, match="is not a linear layer"):
+    with pytest.raises(TargetError, match="is not a linear layer but a module with others inside"):
         match(tiny("llama").model, LoRA(target_modules=["self_attn"]))
 
 

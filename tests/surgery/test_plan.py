@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import deltaops
-from deltaops import LoRA, surgery
+from deltaops import BitFit, LNTuning, LoRA, Prefix, Prompt, surgery
 from deltaops.errors import AttachError, ConfigError, NoBackendError
+from deltaops.methods.base import Delta, Site
 from deltaops.modules import LinearPlace
+from deltaops.testing.architectures import build
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -97,11 +99,50 @@ def test_attaching_twice_is_refused(tiny: Callable[..., Any]) -> None:
     assert_same(before, case.model)
 
 
-def test_a_plan_applied_twice_is_refused(tiny: Callable[..., Any]) -> None:
-    plan = surgery.plan(tiny("llama").model, LoRA(r=4))
-    plan.apply()
-    with pytest.raises(AttachError, match="Make a new plan"):
+DELTAS = {
+    "lora": LoRA(r=2),
+    "embedding": LoRA(r=2, target_modules=["embed_tokens"]),
+    "norms": LNTuning(),
+    "biases": BitFit(),
+    "prefix": Prefix(num_virtual_tokens=3),
+    "mlp": Prefix(num_virtual_tokens=3, reparameterised=True),
+    "prompt": Prompt(num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("delta", DELTAS.values(), ids=DELTAS.keys())
+def test_a_delta_on_the_model_survives_every_refused_one(delta: Delta) -> None:
+    model: Any = build("llama", head="ForCausalLM")
+    plans = [surgery.plan(model, other, frozen=False) for other in (delta, Prompt(), LoRA(r=2))]
+    deltaops.attach(model, delta, frozen=False)
+    ids, before = torch.tensor([[3, 4, 5]]), snapshot(model)
+    expected = model(ids).logits
+    for attempt in (
+        *(plan.apply for plan in plans),
+        lambda: deltaops.attach(model.model, Prompt(num_virtual_tokens=2), frozen=False),
+        lambda: deltaops.attach(model.model, delta, frozen=False),
+    ):
+        with pytest.raises(AttachError, match="has a delta already"):
+            attempt()
+    assert_same(before, model)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_refused_delta_undoes_only_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    undone = list[str]()
+    monkeypatch.setattr(LoRA, "unbind", lambda self, site, modules: undone.append(site.path))
+
+    def failing(self: LoRA, site: Site, *arguments: Any) -> None:
+        if site.path == sites[1]:
+            raise MemoryError("no memory for this adapter")
+
+    monkeypatch.setattr(LoRA, "bind", failing)
+    plan = surgery.plan(model, LoRA(r=2))
+    sites = [site.path for site in plan.sites]
+    with pytest.raises(MemoryError):
         plan.apply()
+    assert undone == sites[:2]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""Devices that a method meets beside the one it computes on: "meta", and torch's default device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deltaops
+from deltaops import Compacter, IntrinsicPrompt, LoRA, Prefix, Prompt
+from deltaops.methods import Delta
+from deltaops.testing.architectures import answer, build
+
+DELTAS: dict[str, Delta] = {
+    "lora": LoRA(r=2),
+    "dora": LoRA(r=2, use_dora=True),
+    "pissa": LoRA(r=2, init_lora_weights="pissa"),
+    "sketched": LoRA(r=2, init_lora_weights="pissa_niter_2"),
+    "olora": LoRA(r=2, init_lora_weights="olora"),
+    "embedding": LoRA(r=2, target_modules=["embed_tokens"]),
+    "compacter": Compacter(size=4),
+    "prefix": Prefix(num_virtual_tokens=3),
+    "mlp": Prefix(num_virtual_tokens=3, reparameterised=True),
+    "prompt": Prompt(num_virtual_tokens=3),
+    "random": Prompt(num_virtual_tokens=3, prompt_tuning_init="random"),
+    "ids": Prompt(num_virtual_tokens=3, prompt_tuning_init=[5, 6]),
+    "intrinsic": IntrinsicPrompt(num_virtual_tokens=3),
+}
+for_each_delta = pytest.mark.parametrize("delta", DELTAS.values(), ids=DELTAS.keys())
+
+
+@for_each_delta
+def test_a_model_without_storage_has_it_too(delta: Delta) -> None:
+    with torch.device("meta"):
+        model = build("llama")
+    handle = deltaops.attach(model, delta)
+    assert {p.device.type for p in handle.parameters()} == {"meta"}
+    assert deltaops.report(model).rows
+    handle.revert()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@for_each_delta
+def test_the_default_device_is_not_the_models(delta: Delta) -> None:
+    other, model = build("llama"), build("llama")
+    torch.manual_seed(5)
+    expected = list(deltaops.attach(other, delta).parameters())
+    torch.manual_seed(5)
+    torch.set_default_device("meta")
+    try:
+        handle = deltaops.attach(model, delta)
+    finally:
+        torch.set_default_device(None)
+    assert all(map(torch.equal, handle.parameters(), expected))
+    assert answer("llama", model).isfinite().all()
