@@ -70,14 +70,18 @@ def test_a_missing_encoder_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_tokenizer_that_is_not_the_encoders_is_told(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     build("bert").save_pretrained(tmp_path)  # type: ignore[operator]  # transformers'
     train, columns = str(folder / "train.csv"), Columns("text", "label")
     with pytest.raises(ConfigError, match=r"its tokenizer (has \d+ entries|cannot be loaded)"):
         read_material(str(tmp_path), train, None, columns, 8, 0)
+    AutoTokenizer.from_pretrained(folder, unk_token="[UNK]").save_pretrained(tmp_path)
     strange = tmp_path / "strange.csv"
     strange.write_text("text,label\n" + "not known,a\nat all,b\n" * 10)
     with pytest.raises(ConfigError, match="40 of their 40 tokens are unknown"):
-        read_material(str(folder), str(strange), None, columns, 8, 0)
+        read_material(str(tmp_path), str(strange), None, columns, 8, 0)
+    assert read_material(str(tmp_path), train, None, columns, 8, 0).classes == 3
 
 
 def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -> None:
