@@ -182,7 +182,7 @@ def grad_keys(d: int, wide: bool) -> Attend:
         return Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 8, 1)
     if lanes > 128:
         return Attend(32, 32, 8, 1)
-    return Attend(32, 32, 4, 2) if lanes <= 64 else Attend(32, 64, 8, 2)
+    return Attend(32, 32, 4, 2) if lanes <= 64 else Attend(32, 32, 8, 2)
 
 
 PROGRAMS = 256

@@ -7,7 +7,7 @@ other fields about targets; :meth:`Delta.told_apart`), whether they can have it 
 :meth:`Delta.bind`, :meth:`Delta.unbind`, :meth:`Delta.leave`), to switch on and off
 (:meth:`Delta.activate`, :meth:`Delta.switch`), how fast it learns (:meth:`Delta.pace`), what to
 merge (:meth:`Delta.unmergeable`, :meth:`Delta.merged`) and what to save (:meth:`Delta.tensors`,
-:meth:`Delta.shapes`, :meth:`Delta.portable`, :meth:`Delta.flat`), where PEFT has a name for the
+:meth:`Delta.shapes`, :meth:`Delta.portable`, :meth:`Delta.labelled`), where PEFT has a name for the
 delta in its words (:meth:`Delta.unlike_peft`, :meth:`Delta.peft_takes`, :meth:`Delta.to_peft`,
 :meth:`Delta.from_peft` and the same of tensors).
 """
@@ -29,7 +29,7 @@ LINEAR, NORM, EMBEDDING, ATTENTION, STACK = "linear", "norm", "embedding", "atte
 """Kinds of place; an attention is a whole module with its projections, a stack all blocks of a
 model with what embeds its tokens."""
 MODEL = "model"
-"""The model itself, which has what all places share; see :meth:`Delta.shared`."""
+"""The model itself, which has what all places share; see :meth:`Delta.on_model`."""
 PEFT_PREFIX = "base_model.model."
 """Of the keys in PEFT's file."""
 HALF = (torch.float16, torch.bfloat16)

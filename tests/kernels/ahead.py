@@ -92,7 +92,7 @@ ATTENTIONS = (
     Attention(64, HALF, FULL, masked=True),
     Attention(64, FULL, FULL, masked=True),
     Attention(128, HALF, FULL, masked=True),
-    Attention(128, torch.float16, HALF),
+    Attention(128),
     Attention(256, causal=False),
     # nothing divides by 16, and half of the lanes are empty
     Attention(80, length=1001, heads=(6, 3), masked=True),

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from deltaops.backends import PrefixAttentionCall
+from deltaops.backends.triton import TritonBackend
 from deltaops.dispatch import explain_call
 from deltaops.errors import (
     ConfigError,
@@ -246,9 +247,17 @@ def test_who_runs_it_and_why_the_others_do_not() -> None:
     assert explain_call(call).chosen == "cpu"
     refused = explain_call(call._replace(prefix_dtype=torch.float16), "cpu")
     assert "takes a float32 or bfloat16 prefix, not torch.float16" in str(refused)
-    gpu = explain_call(call._replace(device="cuda"))
-    assert gpu.chosen == "reference"
-    assert "has no kernel for prefix_attention yet" in gpu.reason
+    on_gpu, triton = call._replace(device="cuda"), TritonBackend()
+    assert triton.unsupported(on_gpu) is None
+    assert "runs on a GPU" in str(triton.unsupported(call))
+    assert "heads of up to 64 elements" in str(triton.unsupported(on_gpu._replace(d=65)))
+    halves = on_gpu._replace(dtype=torch.float16, prefix_dtype=torch.bfloat16)
+    assert "not of torch.bfloat16" in str(triton.unsupported(halves))
+    assert "at most 65535 heads" in str(triton.unsupported(on_gpu._replace(b=20000)))
+    if not torch.cuda.is_available():
+        gpu = explain_call(on_gpu)
+        assert gpu.chosen == "reference"
+        assert "torch finds no GPU" in gpu.reason
 
 
 Q, K, P = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 3, 8)

@@ -13,8 +13,7 @@ from deltaops.backends.calls import PrefixAttentionCall
 from . import core
 
 _WIDEST = {"half": 256, "mixed": 128, "full": 64}
-"""Elements of a head that a program has room for: a half model, with a prefix of another
-dtype, float32."""
+"""Elements of a head that a program has room for: a half model, with a float32 prefix, float32."""
 
 _MOST = 65535
 """Programs along the second axis of a grid in CUDA."""
@@ -27,9 +26,10 @@ def unsupported(call: PrefixAttentionCall) -> str | None:
             return f"takes float32, float16 and bfloat16, not {dtype}"
     if call.b * call.h > _MOST:
         return f"takes at most {_MOST} heads of all sequences, not {call.b * call.h}"
-    kind = "half" if call.dtype == call.prefix_dtype else "mixed"
-    if call.dtype == torch.float32:
-        kind = "full"
+    full = torch.float32
+    if call.prefix_dtype not in (call.dtype, full) and call.dtype != full:
+        return f"takes a prefix of {call.dtype} or float32 for it, not of {call.prefix_dtype}"
+    kind = "full" if call.dtype == full else "mixed" if call.prefix_dtype == full else "half"
     if call.d > _WIDEST[kind]:
         return (
             f"takes heads of up to {_WIDEST[kind]} elements of {call.dtype} with a prefix of "
