@@ -153,12 +153,12 @@ def _attention_kernel(
         mask,
         0,
         0,
-        False,
-        False,
-        PREFIX_WORK,
-        PREFIX_PRECISION,
-        BLOCK_N,
-        BLOCK_D,
+        MASKED=False,
+        CAUSAL=False,
+        WORK=PREFIX_WORK,
+        PRECISION=PREFIX_PRECISION,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
     )
     last = tl.minimum(Lk, first + BLOCK_M) if CAUSAL else Lk
     acc, top, total = _over_keys(
@@ -179,12 +179,12 @@ def _attention_kernel(
         mask + b * m_batch + h * m_head,
         m_row,
         m_col,
-        MASKED,
-        CAUSAL,
-        WORK,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_D,
+        MASKED=MASKED,
+        CAUSAL=CAUSAL,
+        WORK=WORK,
+        PRECISION=PRECISION,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
     )
     # a query that sees nothing: y = 0, and lse = inf makes its p 0 in the backward pass
     blind = total == 0.0

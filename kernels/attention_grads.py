@@ -157,12 +157,12 @@ def _grad_query_kernel(
             mask,
             0,
             0,
-            False,
-            False,
-            PREFIX_WORK,
-            PREFIX_PRECISION,
-            BLOCK_N,
-            BLOCK_D,
+            MASKED=False,
+            CAUSAL=False,
+            WORK=PREFIX_WORK,
+            PRECISION=PREFIX_PRECISION,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
         )
         acc = _query_over_keys(
             acc,
@@ -183,12 +183,12 @@ def _grad_query_kernel(
             mask + b * m_batch + h * m_head,
             m_row,
             m_col,
-            MASKED,
-            CAUSAL,
-            WORK,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_D,
+            MASKED=MASKED,
+            CAUSAL=CAUSAL,
+            WORK=WORK,
+            PRECISION=PRECISION,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
         )
         store_tile(grad_q + b * gq_batch + h * gq_head, row, lane, gq_row, 1, Lq, D, acc * scale)
 
