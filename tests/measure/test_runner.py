@@ -8,12 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from deltaops.cli import app
+from deltaops.errors import CheckpointError
+from deltaops.files import write_json
 from deltaops.measure import layers, runner, store
 from deltaops.measure.cases import SHAPES
 from deltaops.measure.report import markdown
 from deltaops.measure.runner import Part, Settings
 
-from .results import cell
+from .results import cell, results
 
 
 def test_the_plan_covers_what_the_settings_name() -> None:
@@ -98,3 +100,24 @@ def test_what_was_measured_outlives_a_run_that_is_killed(
     monkeypatch.setattr(runner, "plan", lambda _: iter([good]))
     assert CliRunner().invoke(app, ["bench", "--out", str(tmp_path)]).exit_code == 0
     assert left not in list(tmp_path.iterdir())
+
+
+def test_a_place_that_takes_no_files_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(settings: Settings) -> None:
+        raise AssertionError("it measures")
+
+    monkeypatch.setattr(runner, "plan", never)
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "file")])
+    assert isinstance(result.exception, CheckpointError)
+
+
+def test_a_report_is_called_as_its_json(tmp_path: Path) -> None:
+    unfinished = tmp_path / "m.unfinished.json"
+    write_json(unfinished, store.as_json(results(cell("call", {"deltaops": 1.0}))))
+    (tmp_path / "m.md").write_text("whole")
+    assert CliRunner().invoke(app, ["bench", "--report", str(unfinished)]).exit_code == 0
+    assert (tmp_path / "m.unfinished.md").exists()
+    assert (tmp_path / "m.md").read_text() == "whole"
