@@ -74,7 +74,8 @@ class Learned:
     seconds: float
     """Of all steps, with the batches' own lengths."""
     tried: dict[str, float]
-    """Learning rate → accuracy on held-out training texts; empty where none was looked for."""
+    """Learning rate → accuracy on held-out training texts, 0 where the loss was no longer finite;
+    empty where none was looked for."""
 
 
 @dataclass(frozen=True)

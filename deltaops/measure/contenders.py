@@ -61,10 +61,9 @@ _LINES = (
 
 
 def contenders() -> dict[str, Contender]:
-    """Name → contender: the lines of this build's methods, then its others with their defaults."""
-    kinds = {line.name: line.spec.partition(":")[0] for line in _LINES}
-    found = {line.name: line for line in _LINES if kinds[line.name] in ("", *METHODS)}
-    covered = set(kinds.values())
+    """Name → contender: the lines above, then methods without one, with their defaults."""
+    found = {line.name: line for line in _LINES}
+    covered = {line.spec.partition(":")[0] for line in _LINES}
     for kind, method in METHODS.items():
         if kind not in covered:
             found[kind] = Contender(kind, method.__name__, kind, GUESS, "not yet looked for")

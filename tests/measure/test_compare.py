@@ -198,6 +198,7 @@ def test_lines_of_a_slow_moment_and_of_several_runs_are_told(tmp_path: Path) -> 
     assert "LORA: the machine" not in text
     runs = "- `deltaops compare` on 2026-11-25, torch 2: LORA (time), DORA (time), HOULSBY (time)"
     assert runs in text
+    assert "did not keep their command with the line: LORA (accuracy), DORA (accuracy)" in text
 
 
 def test_a_rate_that_diverges_is_not_chosen(material: Material) -> None:
