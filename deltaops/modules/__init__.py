@@ -8,6 +8,7 @@ from .around import Relay
 from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
+from .decoded_adapter import DecodedAdapters, DecodedBottleneck, RandomRows, adapter_rows
 from .dora import nonzero, row_norms
 from .draws import draws_on, no_autocast
 from .embedding import (
@@ -85,6 +86,8 @@ __all__ = [
     "BiasedNorm",
     "Block",
     "Bottleneck",
+    "DecodedAdapters",
+    "DecodedBottleneck",
     "DecodedPrompt",
     "DeltaEmbedding",
     "DeltaLinear",
@@ -100,6 +103,7 @@ __all__ = [
     "Program",
     "PromptedStack",
     "RandomDecoder",
+    "RandomRows",
     "Relay",
     "RmsNormBlock",
     "SoftPrompt",
@@ -108,6 +112,7 @@ __all__ = [
     "activate_hooks",
     "activate_prefix",
     "activation_of",
+    "adapter_rows",
     "add_prefix",
     "add_prompt",
     "allow_bias",
