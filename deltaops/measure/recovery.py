@@ -21,7 +21,7 @@ from pathlib import Path
 
 from deltaops.errors import ConfigError, DataError
 from deltaops.methods import IntrinsicPrompt
-from deltaops.tuning.intrinsic import Full, fit, full_prompt, tune
+from deltaops.tuning.intrinsic import Full, Known, fit, full_prompt, tune, without_prompt
 from deltaops.tuning.read import SUFFIXES, Example
 from deltaops.tuning.recovered import Recovered, Scores
 from deltaops.tuning.workshop import Task, Workshop, check_rate
@@ -170,7 +170,7 @@ def _begin(
     workshop: Workshop, name: str, examples: Sequence[Example], kind: str, length: int
 ) -> _Work:
     task = workshop.task(name, examples)
-    start = workshop.score(task, f"{name} without a prompt", "--seq-len")
+    start = without_prompt(workshop, task)
     full = full_prompt(workshop, task, length, f"{name}, {kind}")
     return _Work(task, kind, len({e.label for e in examples}), start, full)
 
@@ -190,9 +190,10 @@ def _by_decoder(
         )  # fmt: skip
         for kind in KINDS:
             these = [w for w in work if w.kind == kind]
+            known = {w.task.name: Known(w.start, w.full.scores) for w in these}
             rows = tune(
                 workshop, [w.task for w in these], decoder, Path(scratch) / kind, compare=False,
-                lr=plan.intrinsic_lr, full={w.task.name: w.full.scores for w in these},
+                lr=plan.intrinsic_lr, known=known,
             )  # fmt: skip
             found |= {(row.task, kind): row.tuned for row in rows}
     return found

@@ -45,6 +45,20 @@ class Full(NamedTuple):
     scores: Scores
 
 
+class Known(NamedTuple):
+    """What a task's numbers are told beside."""
+
+    start: Scores
+    """Of the model alone."""
+    full: Scores
+    """Of a full prompt."""
+
+
+def without_prompt(workshop: Workshop, task: Task) -> Scores:
+    """The scores of the model alone. Raises: ConfigError where the loss is no number."""
+    return workshop.score(task, f"{task.name} without a prompt", "--seq-len")
+
+
 def full_prompt(workshop: Workshop, task: Task, num_virtual_tokens: int, what: str = "") -> Full:
     """Train one, P vectors long; ``what`` it is called. Raises: as :meth:`Workshop.tune`."""
     handle, scores = workshop.tune(Prompt(num_virtual_tokens), task, what or task.name)
@@ -128,7 +142,7 @@ def tune(
     *,
     compare: bool,
     lr: float | None = None,
-    full: Mapping[str, Scores] | None = None,
+    known: Mapping[str, Known] | None = None,
 ) -> list[Recovered]:
     """Tune the q numbers of each task by the decoder in a folder; adapters go to ``out/TASK``.
 
@@ -140,7 +154,7 @@ def tune(
         compare: train a full prompt as well, where the decoder's file has no scores of one that was
             trained on the same data in the same way.
         lr: peak learning rate of the numbers; that of prompts where it is None.
-        full: task → scores of its full prompt, where they are known beforehand.
+        known: of tasks by name, where it is known beforehand.
     Raises: ConfigError, CheckpointError, TargetError; Stopped, and called again with the same it
         goes on after the tasks that are done.
     """
@@ -164,11 +178,14 @@ def tune(
     for task in tasks:
         if (task.name, task.texts) in before:
             continue
-        start = workshop.score(task, f"{task.name} without a prompt", "--seq-len")
+        found_before = (known or {}).get(task.name)
+        if found_before is None:
+            start, whole = without_prompt(workshop, task), _known(facts, task, workshop)
+        else:
+            start, whole = found_before
         handle, scores = workshop.tune(delta, task, task.name, lr)
         handle.save(out / task.name)
         handle.revert()
-        whole = (full or {}).get(task.name) or _known(facts, task, workshop)
         if whole is None and compare:
             whole = full_prompt(workshop, task, delta.length, f"{task.name}, a full prompt").scores
         found = [row for row in found if row.task != task.name]

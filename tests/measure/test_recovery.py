@@ -1,11 +1,13 @@
-"""What few numbers recover: measured on a tiny language model, and told from made-up scores."""
+"""What few numbers recover: measured on a tiny encoder, and told from made-up scores."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from deltaops.cli import app
@@ -30,6 +32,14 @@ from .results import MACHINE
 
 PLAN = Plan((2, 3), 3, 4, 1e-3, 0.05)
 LABELS = {"one": "good bad", "two": "old new", "three": "late lost"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
