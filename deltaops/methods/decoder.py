@@ -1,6 +1,6 @@
-"""The file of a decoder that was fitted to the prompts of several tasks.
+"""The file of a decoder that was fitted to the prompts, or the adapters, of several tasks.
 
-    decoder.json            its sizes, a hash of its tensors, and how it was fitted
+    decoder.json            what it is of, its sizes, a hash of its tensors, and how it was fitted
     decoder.safetensors     W₁, b₁, W₂, b₂ (:data:`deltaops.modules.FITTED`), and "start" [q]: the
                             mean of what those prompts are encoded as, where tuning begins
 
@@ -28,8 +28,12 @@ FACTS, TENSORS, START = "decoder.json", "decoder.safetensors", "start"
 FORMAT, VERSION = "deltaops-decoder", 1
 
 
+PROMPT, ADAPTER = "prompt", "adapter"
+"""What a decoder makes."""
+
+
 class Sizes(NamedTuple):
-    """Of a decoder."""
+    """Of a decoder of prompts."""
 
     intrinsic_dim: int
     """q."""
@@ -40,16 +44,59 @@ class Sizes(NamedTuple):
     hidden: int
     """h."""
 
+    @property
+    def of(self) -> str:
+        """What it makes."""
+        return PROMPT
+
+    @property
+    def rows(self) -> int:
+        """P·d, the numbers that it makes."""
+        return self.num_virtual_tokens * self.width
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of its tensors."""
-        q, length, width, hidden = self
-        rows = length * width
-        found = ((hidden, q), (hidden,), (rows, hidden), (rows,))
-        return dict(zip(FITTED, found, strict=True)) | {START: (q,)}
+        return _shapes(self.intrinsic_dim, self.hidden, self.rows)
+
+
+class AdapterSizes(NamedTuple):
+    """Of a decoder of adapters."""
+
+    intrinsic_dim: int
+    """q."""
+    parameters: int
+    """n, of all adapters of a model."""
+    hidden: int
+    """h."""
+
+    @property
+    def of(self) -> str:
+        """What it makes."""
+        return ADAPTER
+
+    @property
+    def rows(self) -> int:
+        """n."""
+        return self.parameters
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its tensors."""
+        return _shapes(self.intrinsic_dim, self.hidden, self.rows)
+
+
+def _shapes(q: int, hidden: int, rows: int) -> dict[str, tuple[int, ...]]:
+    found = ((hidden, q), (hidden,), (rows, hidden), (rows,))
+    return dict(zip(FITTED, found, strict=True)) | {START: (q,)}
+
+
+_SIZES: dict[str, type[Sizes | AdapterSizes]] = {PROMPT: Sizes, ADAPTER: AdapterSizes}
 
 
 def write_decoder(
-    folder: Path, sizes: Sizes, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: Path,
+    sizes: Sizes | AdapterSizes,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
 ) -> None:
     """Write a decoder into ``folder``, whole or not at all.
 
@@ -61,7 +108,10 @@ def write_decoder(
     Raises: CheckpointError.
     """
     held = {name: tensors[name].detach().cpu().contiguous() for name in sizes.shapes()}
-    head = {"format": FORMAT, "version": VERSION, **sizes._asdict(), "digest": digest(held)}
+    head = {
+        "format": FORMAT, "version": VERSION, "of": sizes.of, **sizes._asdict(),
+        "digest": digest(held),
+    }  # fmt: skip
     text = json.dumps(head | dict(facts), indent=2, ensure_ascii=False, allow_nan=False)
     with publishing(folder, FACTS) as scratch:
         safetensors.torch.save_file(held, scratch / TENSORS, metadata={"format": "pt"})
@@ -83,7 +133,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
             f"{folder / FACTS} must have format={FORMAT!r} and version={VERSION}. Read it with the "
             "deltaops that wrote it, or fit it again with `deltaops intrinsic fit`."
         )
-    for name in Sizes._fields:
+    if facts.get("of") not in _SIZES:
+        raise CheckpointError(
+            f"{folder / FACTS} must be of={PROMPT!r} or {ADAPTER!r}, got {facts.get('of')!r}. Fit "
+            "it again with `deltaops intrinsic fit`."
+        )
+    for name in _SIZES[facts["of"]]._fields:
         value = facts.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(
@@ -92,7 +147,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if not isinstance(facts.get("digest"), str) or not _are_tasks(facts.get("tasks")):
         raise CheckpointError(
             f"{folder / FACTS} must have a digest, and tasks with name, texts, data and the scores "
-            "of a full prompt. Fit it again."
+            "of a full prompt or adapter. Fit it again."
         )
     return facts
 
@@ -113,9 +168,20 @@ def is_scores(found: Any) -> bool:
     )
 
 
-def sizes_of(facts: Mapping[str, Any]) -> Sizes:
+def sizes_of(facts: Mapping[str, Any]) -> Sizes | AdapterSizes:
     """The sizes in what :func:`read_facts` found."""
-    return Sizes(*(facts[name] for name in Sizes._fields))
+    kind = _SIZES[facts["of"]]
+    return kind(*(facts[name] for name in kind._fields))
+
+
+def refuse_other(folder: Path, facts: Mapping[str, Any], wanted: str) -> None:
+    """Raises: CheckpointError where the decoder in ``folder`` does not make what is ``wanted``."""
+    if facts["of"] != wanted:
+        method = {PROMPT: "IntrinsicPrompt", ADAPTER: "IntrinsicAdapter"}[facts["of"]]
+        raise CheckpointError(
+            f"{folder} must hold a decoder of the kind {wanted!r}, and has one of {facts['of']!r}. "
+            f"Use it with {method}, or fit another."
+        )
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Intrinsic adapters: everything that a model's adapters have, decoded from q trained numbers.
 
-    θ = θ₀ + σ/√q · z R        all parameters of all adapters, n of them; R [q, n] fixed
+    θ = decoder(z)        all parameters of all adapters, n of them
 
-Without a decoder that was fitted to adapters of other tasks, R is a random projection around the
-start θ₀ of an :class:`deltaops.Adapter`, both made from the seed alone: that measures how few
-numbers a task needs at all (Aghajanyan et al. 2021, arXiv 2012.13255). R takes q·n numbers of
-memory, and none of a file.
+The decoder is frozen. Fitted to the adapters of several tasks (``deltaops intrinsic fit --of
+adapter``) it spans what they have in common. Without one it is a fixed random projection around
+the start of an :class:`deltaops.Adapter`, both made from the seed alone: that measures how few
+numbers a task needs at all (Aghajanyan et al. 2021, arXiv 2012.13255). The projection takes q·n
+numbers of memory, and none of a file.
 
 They are decoded once in each pass, for all places. What a place runs is the adapter's own op.
 Source: Qin et al. 2021 (arXiv 2110.07867), §3, whose prompts become adapters; the start values are
@@ -14,18 +15,21 @@ those of Houlsby et al. 2019 (arXiv 1902.00751), §3.6.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deltaops.errors import AttachError, ConfigError
+from deltaops.errors import AttachError, CheckpointError, ConfigError
 from deltaops.modules import (
     DecodedAdapters,
     DecodedBottleneck,
     DeltaPlace,
+    FittedRows,
     RandomRows,
     activate_hooks,
     adapter_rows,
@@ -36,9 +40,12 @@ from deltaops.modules import (
 from . import bottleneck
 from .adapter import Adapter
 from .base import MODEL, Binding, Site, Stored, adapter_dtype
+from .decoder import ADAPTER, FACTS, START, read_facts, read_tensors, refuse_other
 from .linear import become_place
 from .targets import is_count
 
+DIMENSION = 5
+"""q where neither the settings nor a decoder say it."""
 SPREAD = 1e-2
 """σ: what Houlsby et al. draw Down and Up with, so that numbers near 1 move them by as much."""
 _NAME = "intrinsic_adapter"
@@ -53,18 +60,30 @@ class IntrinsicAdapter(Adapter):
     """Settings of intrinsic adapters: those of :class:`deltaops.Adapter` and their own.
 
     Args:
-        intrinsic_dim: q, the numbers that are trained, for all places together.
-        seed: makes the random projection, and the start that it goes around.
-    Raises: ConfigError.
+        intrinsic_dim: q, the numbers that are trained, for all places together; the decoder's, or
+            5 without one.
+        decoder: folder of ``deltaops intrinsic fit --of adapter``, which says all settings of the
+            adapters; None for a fixed random projection. A file holds this path, not the decoder;
+            a flat one the adapters themselves.
+        decoder_digest: of the decoder's tensors, read from its folder; files keep it.
+        seed: makes the random projection, and the start that it goes around; of no use beside a
+            decoder.
+    Raises: ConfigError; CheckpointError where the decoder cannot be read.
     """
 
-    intrinsic_dim: int = 5
+    intrinsic_dim: int | None = None
+    decoder: str | os.PathLike[str] | None = None
+    decoder_digest: str | None = None
     seed: int = 0
 
     kind: ClassVar[str] = "intrinsic-adapter"
 
     def __post_init__(self) -> None:
-        """Check every value; lists become tuples."""
+        """Check every value, take settings from the decoder; lists become tuples."""
+        if self.decoder is not None:
+            self._read_decoder()
+        elif self.intrinsic_dim is None:
+            object.__setattr__(self, "intrinsic_dim", DIMENSION)  # it is frozen
         super().__post_init__()
         if not is_count(self.intrinsic_dim):
             raise ConfigError(
@@ -79,7 +98,14 @@ class IntrinsicAdapter(Adapter):
 
     def __repr__(self) -> str:
         """Whatever differs from its default, and what decodes."""
-        return f"{super().__repr__()}, {RandomRows.told}"
+        shown = super().__repr__().replace(f", decoder_digest={self.decoder_digest!r}", "")
+        return f"{shown}, {(RandomRows if self.decoder is None else FittedRows).told}"
+
+    @property
+    def dimension(self) -> int:
+        """q."""
+        assert self.intrinsic_dim is not None  # never None once made
+        return self.intrinsic_dim
 
     # ------------------------------------------------------------------------------- binding
 
@@ -94,7 +120,22 @@ class IntrinsicAdapter(Adapter):
     def on_model(self, sites: tuple[Site, ...]) -> tuple[int, int] | None:
         """q and n."""
         sizes = (torch.Size(shape).numel() for s in sites for shape in self._layout(s).values())
-        return self.intrinsic_dim, sum(sizes)
+        return self.dimension, sum(sizes)
+
+    def unfit_together(self, sites: tuple[Site, ...]) -> str | None:
+        """See :meth:`Delta.unfit_together`: a decoder's numbers are for places in turn."""
+        if self.decoder is None:
+            return None
+        theirs = [tuple(place) for place in read_facts(Path(self.decoder))["places"]]
+        ours = [(site.path, site.out_features) for site in sites]
+        if ours == theirs:
+            return None
+        odd = next((p for p in (*ours, *theirs) if (p in ours) != (p in theirs)), ours[0])
+        return (
+            f"the decoder in {self.decoder!r} makes adapters of {len(theirs)} places, and the "
+            f"{len(ours)} here are others: {odd[0]!r}, {odd[1]} wide, for one. Use the model that "
+            "it was fitted on."
+        )
 
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`. The model, with its decoder, comes before the places."""
@@ -107,7 +148,8 @@ class IntrinsicAdapter(Adapter):
         layout = self._layout(site)
         settings = bottleneck.settings_of(self)
         adapter, taken = adapter_rows(source, modules, site.path, layout, settings)
-        _start(source.decoder.base[taken], layout)  # type: ignore[index]  # a tensor
+        if isinstance(source.decoder, RandomRows):
+            _start(source.decoder.base[taken], layout)
         become_place(module, self.kind, binding).add_adapter(binding.name, adapter, None)
 
     def _bind_decoder(self, site: Site, model: nn.Module) -> None:
@@ -118,6 +160,11 @@ class IntrinsicAdapter(Adapter):
             )
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         dtype = adapter_dtype(weight, self.autocast_adapter_dtype)
+        z, decoder = self._random(site, weight) if self.decoder is None else self._fitted()
+        made = DecodedAdapters(z, decoder)
+        model.add_module(_NAME, made.to(device=weight.device, dtype=dtype))
+
+    def _random(self, site: Site, weight: Tensor) -> tuple[Tensor, nn.Module]:
         q, n = site.in_features, site.out_features
         if weight.device.type == "meta":
             base, projection = (torch.empty(s, device="meta") for s in ((n,), (q, n)))
@@ -129,9 +176,12 @@ class IntrinsicAdapter(Adapter):
                 (q, n), generator=random, device=draws_on(random), dtype=torch.float32
             )
             projection *= SPREAD / q**0.5
-        z = torch.zeros(q, device=weight.device)
-        made = DecodedAdapters(z, RandomRows(base, projection))
-        model.add_module(_NAME, made.to(device=weight.device, dtype=dtype))
+        return torch.zeros(q, device=weight.device), RandomRows(base, projection)
+
+    def _fitted(self) -> tuple[Tensor, nn.Module]:
+        assert self.decoder is not None
+        tensors = read_tensors(Path(self.decoder))
+        return tensors[START].clone(), FittedRows(tensors)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
@@ -155,7 +205,7 @@ class IntrinsicAdapter(Adapter):
 
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
-        return {_KEY: (self.intrinsic_dim,)} if site.place == MODEL else {}
+        return {_KEY: (self.dimension,)} if site.place == MODEL else {}
 
     def portable(
         self,
@@ -188,11 +238,55 @@ class IntrinsicAdapter(Adapter):
         found = bottleneck.shapes(rank, width, width, norm=self.layer_norm)
         return {suffix.removeprefix(_PREFIX): shape for suffix, shape in found.items()}
 
+    def _read_decoder(self) -> None:
+        if not isinstance(self.decoder, str | os.PathLike):
+            raise ConfigError(
+                f"IntrinsicAdapter: decoder must be the path of a folder, got {self.decoder!r}."
+            )
+        folder = Path(self.decoder).expanduser().resolve()
+        facts = read_facts(folder)
+        refuse_other(folder, facts, ADAPTER)
+        if self.decoder_digest not in (None, facts["digest"]):
+            raise CheckpointError(
+                f"{folder} holds another decoder than the one that the numbers were tuned with. "
+                "Put that one there, or tune them again."
+            )
+        theirs = adapter_in(facts)
+        found = {f.name: (f.default, getattr(theirs, f.name)) for f in fields(Adapter)}
+        found["intrinsic_dim"] = (None, facts["intrinsic_dim"])
+        for own in ("modules_to_save", "task_type"):
+            del found[own]
+        for name, (default, value) in found.items():
+            asked = getattr(self, name)
+            asked = tuple(asked) if isinstance(asked, list) else asked
+            if asked not in (default, value):
+                raise ConfigError(
+                    f"IntrinsicAdapter: {name} must be the decoder's {value!r}, got {asked!r}. "
+                    "Leave it out, or fit another decoder."
+                )
+            object.__setattr__(self, name, value)  # it is frozen
+        object.__setattr__(self, "decoder", str(folder))
+        object.__setattr__(self, "decoder_digest", facts["digest"])
+
     @staticmethod
     def _adapter(module: Any, name: str) -> DecodedBottleneck:
         found = module.adapter[name]
         assert isinstance(found, DecodedBottleneck)
         return found
+
+
+def adapter_in(facts: Mapping[str, Any]) -> Adapter:
+    """What the decoder makes whose file says ``facts``. Raises: CheckpointError."""
+    try:
+        places = [(str(path), int(width)) for path, width in facts["places"]]
+        if not places:
+            raise ValueError("no places")
+        return Adapter(**facts["adapter"])
+    except (ConfigError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{FACTS} of a decoder must have the settings of an adapter and its places: "
+            f"{type(error).__name__}: {error}. Fit it again with `deltaops intrinsic fit`."
+        ) from error
 
 
 def _start(base: Tensor, layout: Mapping[str, tuple[int, ...]]) -> None:

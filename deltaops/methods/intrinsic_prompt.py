@@ -25,7 +25,7 @@ from deltaops.modules import DecodedPrompt, FittedDecoder, RandomDecoder, token_
 
 from . import stack
 from .base import Binding, Site, Stored
-from .decoder import START, Sizes, read_facts, read_tensors, sizes_of
+from .decoder import PROMPT, START, Sizes, read_facts, read_tensors, refuse_other, sizes_of
 from .peft_config import PROMPT_TENSOR
 from .prompt import Prompt
 from .targets import STACKS, check_flags, is_count, normalise
@@ -191,7 +191,9 @@ class IntrinsicPrompt(stack.PromptDelta):
 
     def _sizes(self) -> Sizes:
         assert self.decoder is not None
-        return sizes_of(read_facts(Path(self.decoder)))
+        found = sizes_of(read_facts(Path(self.decoder)))
+        assert isinstance(found, Sizes)  # it was when the settings were made
+        return found
 
     def _read_decoder(self) -> None:
         if not isinstance(self.decoder, str | os.PathLike):
@@ -200,7 +202,9 @@ class IntrinsicPrompt(stack.PromptDelta):
             )
         folder = Path(self.decoder).expanduser().resolve()
         facts = read_facts(folder)
+        refuse_other(folder, facts, PROMPT)
         sizes = sizes_of(facts)
+        assert isinstance(sizes, Sizes)
         for name in ("num_virtual_tokens", "intrinsic_dim"):
             asked, has = getattr(self, name), getattr(sizes, name)
             if asked is not None and asked != has:

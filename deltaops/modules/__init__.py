@@ -8,7 +8,13 @@ from .around import Relay
 from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
-from .decoded_adapter import DecodedAdapters, DecodedBottleneck, RandomRows, adapter_rows
+from .decoded_adapter import (
+    DecodedAdapters,
+    DecodedBottleneck,
+    FittedRows,
+    RandomRows,
+    adapter_rows,
+)
 from .dora import nonzero, row_norms
 from .draws import draws_on, no_autocast
 from .embedding import (
@@ -94,6 +100,7 @@ __all__ = [
     "DeltaPlace",
     "Factor",
     "FittedDecoder",
+    "FittedRows",
     "FrozenLinear",
     "GatedMlpBlock",
     "KroneckerSum",

@@ -1,9 +1,11 @@
 """Adapters whose parameters are all decoded from q numbers, once in each pass.
 
-    [θ₁ … θₘ] = θ₀ + σ/√q · z R             R [q, n] of the standard normal, n numbers in all
+    θ = θ₀ + σ/√q · z R                R [q, n] of the standard normal: a fixed random projection
+    θ = W₂ tanh(W₁ z + b₁) + b₂        W₁ [h, q], W₂ [n, h]: a decoder fitted to other adapters
 
-θᵢ [nᵢ] is everything that the adapter at place i has: biases, perhaps a norm, Down and Up. Only
-z [q] is trained. What decodes it is frozen and in no state dict: it is made again from a seed.
+θ [n] is everything that the adapters have, one place after the other: biases, perhaps a norm, Down
+and Up. Only z [q] is trained. What decodes it is frozen and in no state dict: it is made again from
+a seed, or read from its own file.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .adapter import AdapterSettings, Held, adapt
 from .draws import no_autocast
+from .intrinsic import FITTED
 from .rows import Rows, rows_of
 
 Layout = Mapping[str, tuple[int, ...]]
@@ -37,6 +42,27 @@ class RandomRows(nn.Module):
     def forward(self, z: Tensor, start: int, stop: int) -> Tensor:
         """``[q]`` → ``[stop − start]``."""
         return self.base[start:stop] + z @ self.projection[:, start:stop]
+
+
+class FittedRows(nn.Module):
+    """A decoder that was fitted to the adapters of several tasks."""
+
+    told = "decoded by a decoder fitted to the adapters of other tasks"
+    first_weight: Tensor
+    first_bias: Tensor
+    second_weight: Tensor
+    second_bias: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold ``tensors``, called as in :data:`~.intrinsic.FITTED`."""
+        super().__init__()
+        for name in FITTED:
+            self.register_buffer(name.replace(".", "_"), tensors[name], persistent=False)
+
+    def forward(self, z: Tensor, start: int, stop: int) -> Tensor:
+        """``[q]`` → ``[stop − start]``."""
+        inner = torch.tanh(linear(z, self.first_weight, self.first_bias))
+        return linear(inner, self.second_weight[start:stop], self.second_bias[start:stop])
 
 
 class DecodedAdapters(nn.Module):

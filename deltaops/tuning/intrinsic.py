@@ -1,11 +1,11 @@
-"""Intrinsic prompt tuning over several tasks.
+"""Intrinsic tuning over several tasks, of prompts or of adapters.
 
     fit     a full prompt for each task; then a decoder to all of them, by the tasks' losses and the
             prompts' reconstruction (multi-task subspace finding)
     tune    the q numbers of a task, by a fitted decoder (intrinsic subspace tuning)
 
 What counts is the part of a full prompt's accuracy that the q numbers recover, on tasks that the
-decoder was fitted to and on others.
+decoder was fitted to and on others. Adapters take a prompt's place where the decoder is of them.
 Source: Qin et al. 2021 (arXiv 2110.07867), §3.2 and §4.
 """
 
@@ -22,15 +22,13 @@ from torch import Tensor
 
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import publishing
-from deltaops.methods import IntrinsicPrompt, Prompt
-from deltaops.methods.decoder import FACTS, Sizes, read_facts, write_decoder
-from deltaops.modules import exchange_prompt
-from deltaops.surgery import attach
+from deltaops.methods.decoder import FACTS, read_facts, write_decoder
 
-from .autoencoder import AutoEncoder, CodedPrompt
+from .autoencoder import AutoEncoder
 from .loop import CLIP, Schedule, make_optimizer, to_device
 from .recovered import Recovered, Scores, read_recovered, refuse_used, write_recovered
 from .tokens import Order
+from .wholes import Whole, whole_in
 from .workshop import Stopped, Task, Workshop, check_rate
 
 RECONSTRUCTION = 200.0
@@ -38,10 +36,10 @@ RECONSTRUCTION = 200.0
 
 
 class Full(NamedTuple):
-    """A full prompt that was trained on a task."""
+    """A full prompt, or full adapters, that were trained on a task."""
 
-    prompt: Tensor
-    """``[P, d]``"""
+    vector: Tensor
+    """``[n]``"""
     scores: Scores
 
 
@@ -59,12 +57,12 @@ def without_prompt(workshop: Workshop, task: Task) -> Scores:
     return workshop.score(task, f"{task.name} without a prompt", "--seq-len")
 
 
-def full_prompt(workshop: Workshop, task: Task, num_virtual_tokens: int, what: str = "") -> Full:
-    """Train one, P vectors long; ``what`` it is called. Raises: as :meth:`Workshop.tune`."""
-    handle, scores = workshop.tune(Prompt(num_virtual_tokens), task, what or task.name)
-    prompt = next(handle.parameters()).detach().float().clone()
+def train_full(workshop: Workshop, task: Task, whole: Whole, what: str = "") -> Full:
+    """Train one; ``what`` it is called. Raises: as :meth:`Workshop.tune`."""
+    handle, scores = workshop.tune(whole.delta, task, what or task.name)
+    vector = whole.vector(handle)
     handle.revert()
-    return Full(prompt, scores)
+    return Full(vector, scores)
 
 
 def fit(
@@ -73,21 +71,21 @@ def fit(
     out: Path,
     *,
     model: str,
+    whole: Whole,
     intrinsic_dim: int,
-    num_virtual_tokens: int,
     fit_steps: int,
     fit_lr: float = 1e-3,
     full: Sequence[Full] | None = None,
 ) -> list[tuple[str, Scores, Scores]]:
-    """Train a prompt for each task and fit a decoder to them, into the folder ``out``.
+    """Train a prompt (or adapters) for each task and fit a decoder to them, into ``out``.
 
     Args:
         workshop: with the model.
         tasks: two or more.
-        out: for the decoder, and the prompts in ``out/prompts/TASK``, in PEFT's format.
+        out: for the decoder, and what each task has in full in ``out/full/TASK``.
         model: what the workshop's model was loaded from, for the file.
+        whole: what a task has in full.
         intrinsic_dim: q.
-        num_virtual_tokens: P.
         fit_steps: of the auto-encoder, the tasks in turns.
         fit_lr: its peak learning rate.
         full: of each task, in the same order; None trains them.
@@ -103,16 +101,18 @@ def fit(
         raise ConfigError("--fit-steps must be 1 or more.")
     check_rate("--fit-lr", fit_lr)
     refuse_used(out)
-    delta = Prompt(num_virtual_tokens=num_virtual_tokens)
-    settings = IntrinsicPrompt(intrinsic_dim=intrinsic_dim, num_virtual_tokens=num_virtual_tokens)
+    whole.intrinsic(q=intrinsic_dim)  # raises where q is none
     if full is None:
-        full = [full_prompt(workshop, task, num_virtual_tokens) for task in tasks]
-    stacked = torch.stack([one.prompt for one in full])
-    width = stacked.shape[2]
-    sizes = Sizes(settings.dimension, num_virtual_tokens, width, width)
-    coder, decoded = _fit_coder(workshop, tasks, stacked, sizes, delta, fit_steps, fit_lr)
+        full = [train_full(workshop, task, whole) for task in tasks]
+    vectors = torch.stack([one.vector for one in full])
+    with whole.bound(workshop.model, vectors[0]) as handle:
+        sizes, about = whole.sizes(handle, intrinsic_dim), whole.facts(handle)
+    torch.manual_seed(workshop.settings.seed)
+    coder = AutoEncoder(sizes).to(vectors.device)
+    decoded = _fit_coder(workshop, tasks, whole, vectors, coder, fit_steps, fit_lr)
     rows = [(t.name, one.scores, d) for t, one, d in zip(tasks, full, decoded, strict=True)]
     facts = {
+        **about,
         "base_model": model,
         "model": workshop.fingerprint,
         "answers": workshop.answering.answers,
@@ -128,9 +128,10 @@ def fit(
         ],
     }  # fmt: skip
     with publishing(out, FACTS) as scratch:  # the prompts and their decoder, or neither
-        for task, (prompt, _) in zip(tasks, full, strict=True):
-            _save_prompt(workshop, delta, prompt, scratch / "prompts" / task.name)
-        write_decoder(scratch, sizes, coder.tensors(stacked), facts)
+        for task, vector in zip(tasks, vectors, strict=True):
+            with whole.bound(workshop.model, vector) as handle:
+                handle.save(scratch / "full" / task.name)
+        write_decoder(scratch, sizes, coder.tensors(vectors), facts)
     return rows
 
 
@@ -144,16 +145,16 @@ def tune(
     lr: float | None = None,
     known: Mapping[str, Known] | None = None,
 ) -> list[Recovered]:
-    """Tune the q numbers of each task by the decoder in a folder; adapters go to ``out/TASK``.
+    """Tune the q numbers of each task by the decoder in a folder; they go to ``out/TASK``.
 
     Args:
         workshop: with the model that the decoder was fitted on.
         tasks: seen by the decoder or not.
         decoder: folder of :func:`fit`.
-        out: for the adapters and metrics.json.
-        compare: train a full prompt as well, where the decoder's file has no scores of one that was
-            trained on the same data in the same way.
-        lr: peak learning rate of the numbers; that of prompts where it is None.
+        out: for the numbers and metrics.json.
+        compare: train a full prompt (or adapters) as well, where the decoder's file has no scores
+            of one that was trained on the same data in the same way.
+        lr: peak learning rate of the numbers; None for that of the settings.
         known: of tasks by name, where it is known beforehand.
     Raises: ConfigError, CheckpointError, TargetError; Stopped, and called again with the same it
         goes on after the tasks that are done.
@@ -161,7 +162,8 @@ def tune(
     if lr is not None:
         check_rate("--intrinsic-lr", lr)
     facts = read_facts(decoder)
-    delta = IntrinsicPrompt(decoder=str(decoder))
+    whole = whole_in(facts)
+    delta = whole.intrinsic(decoder=decoder)
     seen = {known["texts"] for known in facts["tasks"]}
     head = {
         "decoder_digest": facts["digest"],
@@ -180,16 +182,16 @@ def tune(
             continue
         found_before = (known or {}).get(task.name)
         if found_before is None:
-            start, whole = without_prompt(workshop, task), _known(facts, task, workshop)
+            start, full = without_prompt(workshop, task), _known(facts, task, workshop)
         else:
-            start, whole = found_before
+            start, full = found_before
         handle, scores = workshop.tune(delta, task, task.name, lr)
         handle.save(out / task.name)
         handle.revert()
-        if whole is None and compare:
-            whole = full_prompt(workshop, task, delta.length, f"{task.name}, a full prompt").scores
+        if full is None and compare:
+            full = train_full(workshop, task, whole, f"{task.name}, {whole.title}").scores
         found = [row for row in found if row.task != task.name]
-        found.append(Recovered(task.name, task.texts, task.texts in seen, start, scores, whole))
+        found.append(Recovered(task.name, task.texts, task.texts in seen, start, scores, full))
         write_recovered(out, head, found)
     return found
 
@@ -200,6 +202,11 @@ def base_model(decoder: Path) -> str:
     if not isinstance(found, str):
         raise CheckpointError(f"{decoder / FACTS} names no base_model. Pass --model.")
     return found
+
+
+def whole_of_decoder(decoder: Path) -> Whole:
+    """What the decoder in a folder makes. Raises: CheckpointError."""
+    return whole_in(read_facts(decoder))
 
 
 def answers_of(decoder: Path) -> str | None:
@@ -214,20 +221,15 @@ def answers_of(decoder: Path) -> str | None:
 def _fit_coder(
     workshop: Workshop,
     tasks: Sequence[Task],
-    prompts: Tensor,
-    sizes: Sizes,
-    delta: Prompt,
+    whole: Whole,
+    vectors: Tensor,
+    coder: AutoEncoder,
     steps: int,
     lr: float,
-) -> tuple[AutoEncoder, list[Scores]]:
-    """The auto-encoder of ``prompts [N, P, d]``, and how well each task does with its own."""
-    settings, model = workshop.settings, workshop.model
-    torch.manual_seed(settings.seed)
-    handle = attach(model, delta)
-    try:
-        coder = AutoEncoder(sizes).to(prompts.device)
-        coded = CodedPrompt(prompts, coder)
-        exchange_prompt(model.get_submodule(handle.sites[0]), coded)
+) -> list[Scores]:
+    """Train ``coder`` on ``vectors [N, n]``; returns how well each task does with its own."""
+    settings = workshop.settings
+    with whole.coded(workshop.model, vectors, coder) as coded:
         optimizer = make_optimizer([{"params": list(coder.parameters())}], lr)
         schedule = Schedule(steps, lr)
         orders = [Order(len(t.fit), settings.batch_size, settings.seed) for t in tasks]
@@ -239,15 +241,15 @@ def _fit_coder(
                 group["lr"] = schedule.rate(step)
             rows = orders[coded.task].rows(turn)
             task = tasks[coded.task]
-            loss = task.reader.train()(**to_device(task.fit.batch(rows), prompts.device)).loss
+            loss = task.reader.train()(**to_device(task.fit.batch(rows), vectors.device)).loss
             assert coded.error is not None  # the pass before set it
-            whole = loss + RECONSTRUCTION * coded.error
-            if not math.isfinite(float(whole.detach())):
+            both = loss + RECONSTRUCTION * coded.error
+            if not math.isfinite(float(both.detach())):
                 raise ConfigError(
-                    f"the decoder's loss of step {step + 1} is {float(whole.detach())}; nothing "
+                    f"the decoder's loss of step {step + 1} is {float(both.detach())}; nothing "
                     "was written. Try a smaller --fit-lr."
                 )
-            whole.backward()
+            both.backward()
             torch.nn.utils.clip_grad_norm_(coder.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -256,20 +258,7 @@ def _fit_coder(
         for number, task in enumerate(tasks):
             coded.task = number
             scores.append(workshop.score(task, f"{task.name}, decoded again,", "--fit-lr"))
-        return coder, scores
-    finally:
-        handle.revert()
-
-
-def _save_prompt(workshop: Workshop, delta: Prompt, prompt: Tensor, folder: Path) -> None:
-    """An adapter of ``prompt [P, d]``."""
-    handle = attach(workshop.model, delta)
-    try:
-        with torch.no_grad():
-            next(handle.parameters()).copy_(prompt)
-        handle.save(folder)
-    finally:
-        handle.revert()
+        return scores
 
 
 def _known(facts: Mapping[str, Any], task: Task, workshop: Workshop) -> Scores | None:

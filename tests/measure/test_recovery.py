@@ -30,7 +30,7 @@ from deltaops.tuning.workshop import Settings, Workshop
 
 from .results import MACHINE
 
-PLAN = Plan((2, 3), 3, 4, 1e-3, 0.05)
+PLAN = Plan((2, 3), "prompt:num_virtual_tokens=3", 4, 1e-3, 0.05)
 LABELS = {"one": "good bad", "two": "old new", "three": "late lost"}
 
 
@@ -71,12 +71,12 @@ def test_the_command_measures_every_kind_of_text(
 ) -> None:
     arguments = [
         "intrinsic", "recovery", "--tasks", tasks, "--unseen", "two", "--model", encoder, "--steps",
-        2, "--fit-steps", 3, "--batch-size", 4, "--num-virtual-tokens", 3, "--intrinsic-dim", "2,3",
-        "--out", tmp_path / "out",
+        2, "--fit-steps", 3, "--batch-size", 4, "--of", "prompt:num_virtual_tokens=3", "--out",
+        tmp_path / "out", "--intrinsic-dim", "2,3",
     ]  # fmt: skip
     found = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert found.exit_code == 0, found.output
-    (file,) = (tmp_path / "out").glob("*-intrinsic.json")
+    (file,) = (tmp_path / "out").glob("*-intrinsic-prompt.json")
     assert {p.suffix for p in file.parent.iterdir()} == {".json", ".md", ".png"}
     value = json.loads(file.read_text())
     kinds = [(line["task"], line["kind"]) for line in value["lines"]]
@@ -93,7 +93,8 @@ def test_as_many_steps_are_taken_as_the_bar_has(encoder: Path, tasks: Path) -> N
     steps: list[int] = []
     settings = Settings(steps=2, batch_size=4, seq_len=8, eval_fraction=0.4)
     workshop = Workshop(str(encoder), settings, lambda what, step, loss: steps.append(step))
-    measure(workshop, task_files(tasks), ["two"], PLAN)
+    done = [plan.dimensions for plan, _ in measure(workshop, task_files(tasks), ["two"], PLAN)]
+    assert done == [(2,), (2, 3)]
     assert len(steps) == steps_of(PLAN, 2, 3, 1)
 
 
@@ -111,8 +112,8 @@ def test_means_are_the_papers_and_of_the_gain() -> None:
         return Line("t", UNSEEN, 2, 8, 5, *scores[:2], {"5": scores[2]}, {"5": scores[3]})
 
     lines = line(0.5, 1.0, 0.75, 0.5), line(0.8, 0.8, 0.8, 0.7)
-    plan = Plan((5,), 3, 4, 1e-3, 0.05)
-    recovery = Recovery(MACHINE, "m", "tasks", Settings(), plan, lines)
+    plan = Plan((5,), "prompt", 4, 1e-3, 0.05)
+    recovery = Recovery(MACHINE, "m", "named", "tasks", Settings(), plan, lines)
     found = summary(recovery, UNSEEN, 5)
     assert found["relative"] == pytest.approx((0.75 + 1.0) / 2)
     assert found["gain"] == pytest.approx(0.25 / 0.5)
@@ -127,8 +128,8 @@ def test_the_report_has_each_number_of_its_json() -> None:
              {"5": scores[3]} if kind == UNSEEN else {})
         for kind in (SAME, OTHER, UNSEEN)
     )  # fmt: skip
-    plan = Plan((5,), 3, 4, 1e-3, 0.05)
-    recovery = Recovery(MACHINE, "m", "tasks", Settings(), plan, lines)
+    plan = Plan((5,), "prompt", 4, 1e-3, 0.05)
+    recovery = Recovery(MACHINE, "m", "named", "tasks", Settings(), plan, lines)
     text = recovery_markdown(recovery, "x.png")
     assert f"| {SAME} | 1 | 5 | 93.8 | 86.3 | 87.6 | 93.4 | 51.2 | – | – |" in text
     assert f"| {UNSEEN} | 1 | 5 | 93.8 | 86.3 | 87.6 | 93.4 | 51.2 | 64.5 | 31.5 |" in text
@@ -144,8 +145,8 @@ def test_bad_plans_are_refused(encoder: Path, tasks: Path, tmp_path: Path) -> No
         (["one", "two"], "must leave two tasks or more"),
     ):
         with pytest.raises(ConfigError, match=message):
-            measure(workshop, files, unseen, PLAN)
+            next(measure(workshop, files, unseen, PLAN))
     with pytest.raises(ConfigError, match="--intrinsic-dim takes numbers"):
-        Plan((0,), 3, 4, 1e-3, 0.05).check()
+        Plan((0,), "prompt", 4, 1e-3, 0.05).check()
     with pytest.raises(DataError, match="must be a folder of CSV or JSONL files"):
         task_files(tmp_path)

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 import deltaops
+from deltaops import Prompt
 from deltaops.errors import ConfigError
 from deltaops.methods.decoder import read_facts
 from deltaops.testing.architectures import build
 from deltaops.tuning.answering import Named, Written, load_answering
 from deltaops.tuning.intrinsic import fit, tune
+from deltaops.tuning.wholes import WholePrompt
 from deltaops.tuning.workshop import Settings, Workshop
 
 SETTINGS = Settings(steps=3, batch_size=4, seq_len=12, eval_fraction=0.4)
-FIT: dict[str, Any] = {"intrinsic_dim": 2, "num_virtual_tokens": 3, "fit_steps": 4}
+FIT: dict[str, Any] = {"intrinsic_dim": 2, "whole": WholePrompt(Prompt(3)), "fit_steps": 4}
 
 
 @pytest.fixture(autouse=True)
