@@ -221,10 +221,13 @@ class IntrinsicAdapter(Adapter):
             return Stored(self, state, sites)
         places = tuple(site for site in sites if site.place != MODEL)
         found = {key: tensor for key, tensor in state.items() if key != _KEY}
+        adapters = {site: self._adapter(modules[site.path], name) for site in places}
         with torch.no_grad():
-            for site in places:
-                adapter = self._adapter(modules[site.path], name)
-                for suffix, tensor in adapter.tensors().items():
+            # as a pass decodes them, all of a stack at once: apart, their bits would be others
+            made = {rows: rows.compute() for rows in {a.rows for a in adapters.values()}}
+            for site, adapter in adapters.items():
+                parts = made[adapter.rows]
+                for suffix, tensor in adapter.tensors(parts[adapter.first]).items():
                     found[site.key(_PREFIX + suffix)] = tensor.cpu()
         same = {field.name: getattr(self, field.name) for field in fields(Adapter)}
         return Stored(Adapter(**same), found, places)
@@ -292,6 +295,6 @@ def adapter_in(facts: Mapping[str, Any]) -> Adapter:
 def _start(base: Tensor, layout: Mapping[str, tuple[int, ...]]) -> None:
     """Biases of zero and plain norms in ``base``, which was drawn for weights throughout."""
     sizes = [torch.Size(shape).numel() for shape in layout.values()]
-    for name, part in zip(layout, base.split(sizes), strict=True):
+    for name, part in zip(layout, torch.split(base, sizes), strict=True):
         if not name.endswith(".weight"):
             part.fill_(float(name == "norm_weight"))

@@ -93,10 +93,11 @@ class DecodedBottleneck(nn.Module):
         self.sizes = [prod(shape) for shape in layout.values()]
         self.settings = settings
 
-    def tensors(self) -> dict[str, Tensor]:
-        """By the names of the layout; views of what was decoded."""
-        (row,) = self.rows.current(self.first, sum(self.sizes))
-        parts = zip(self.layout.items(), row.split(self.sizes), strict=True)
+    def tensors(self, row: Tensor | None = None) -> dict[str, Tensor]:
+        """By the names of the layout; views of ``row [1, n]``, of what is decoded without one."""
+        if row is None:
+            row = self.rows.current(self.first, sum(self.sizes))
+        parts = zip(self.layout.items(), torch.split(row[0], self.sizes), strict=True)
         return {name: part.view(shape) for (name, shape), part in parts}
 
     def forward(self, x: Tensor, residual: Tensor | None, backend: str, strict: bool) -> Tensor:

@@ -68,11 +68,15 @@ class Rows:
         """Compute them for the pass that begins."""
         if not self.active or torch.compiler.is_compiling():
             return
-        parts = self.source(self.start, self.stop).split(self.sizes, dim=1)
-        firsts = accumulate(self.sizes[:-1], initial=0)
-        self._of_pass = _Computed(dict(zip(firsts, parts, strict=True)), set())
+        self._of_pass = _Computed(self.compute(), set())
         if self._of_pass.any.requires_grad:
             self._of_graph = self._of_pass
+
+    def compute(self) -> dict[int, Tensor]:
+        """What a pass reads: the parts ``[P, size]`` by where their places joined."""
+        parts = self.source(self.start, self.stop).split(self.sizes, dim=1)
+        firsts = accumulate(self.sizes[:-1], initial=0)
+        return dict(zip(firsts, parts, strict=True))
 
     def end(self, module: nn.Module, args: Any, out: Any) -> None:
         """Forget those of the pass that ends, also by an error; its backward pass has its own."""

@@ -197,5 +197,5 @@ def _joined(tensors: Iterator[Tensor]) -> Tensor:
 
 
 def _parts(vector: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
-    parts = vector.split([tensor.numel() for tensor in like])
+    parts = torch.split(vector, [tensor.numel() for tensor in like])
     return (part.view_as(tensor) for part, tensor in zip(parts, like, strict=True))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import deltaops
-from deltaops import Adapter, IntrinsicAdapter
-from deltaops.errors import AttachError, ConfigError
+from deltaops import Adapter, IntrinsicAdapter, IntrinsicPrompt
+from deltaops.errors import AttachError, CheckpointError, ConfigError, TargetError
+from deltaops.methods.decoder import START, AdapterSizes, write_decoder
 from deltaops.surgery.files import MANIFEST
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import answer, build
@@ -109,7 +110,7 @@ def test_numbers_near_one_move_weights_as_much_as_they_start() -> None:
     start = source(0, n).detach()
     with torch.no_grad():
         source.intrinsic.copy_(torch.randn(50))
-    assert 0.007 < float((source(0, n) - start).std()) < 0.014
+    assert 0.007 < float((source(0, n).detach() - start).std()) < 0.014
 
 
 class Around(nn.Module):
@@ -180,8 +181,76 @@ def test_it_says_what_it_is() -> None:
     model = build("gpt2")
     handle = deltaops.attach(model, IntrinsicAdapter(size=4))
     words = "decoded by a fixed random projection, made from its seed and not stored"
-    assert f"size=4), {words}" in str(handle)
+    assert f"intrinsic_dim=5), {words}" in str(handle)
     assert "shared by all, 5→" in str(handle)
+
+
+# ------------------------------------------------------------------------------------ fitted
+
+
+def fitted(folder: Path, model: nn.Module, delta: Adapter, **changes: Any) -> dict[str, Tensor]:
+    """Some decoder of the adapters of ``model``, also in ``folder``."""
+    handle = deltaops.attach(model, delta)
+    places = [[site.path, site.out_features] for site in handle.places]
+    sizes = AdapterSizes(3, sum(p.numel() for p in handle.parameters()), 6)
+    handle.revert()
+    tensors = {name: torch.randn(shape) * 0.1 for name, shape in sizes.shapes().items()}
+    facts = {"tasks": [], "adapter": delta.settings(), "places": places} | changes
+    write_decoder(folder, sizes, tensors, facts)
+    return tensors
+
+
+def test_a_fitted_decoders_adapters_are_its_formula(tmp_path: Path) -> None:
+    delta = Adapter("pfeiffer", size=5, non_linearity="relu")
+    model = build("bert")
+    t = fitted(tmp_path / "decoder", model, delta)
+    handle = deltaops.attach(model, IntrinsicAdapter(decoder=tmp_path / "decoder"))
+    assert (handle.delta.style, handle.delta.size) == ("pfeiffer", 5)
+    (z,) = handle.parameters()
+    assert torch.equal(z, t[START])
+    theta = t["second.weight"] @ torch.tanh(t["first.weight"] @ z + t["first.bias"])
+    twin = build("bert")
+    other = deltaops.attach(twin, delta)
+    with torch.no_grad():
+        parameters = list(other.parameters())
+        parts = (theta + t["second.bias"]).split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.copy_(part.view_as(parameter))
+    y, expected = answer("bert", model), answer("bert", twin)
+    assert relative_error(y, expected) < 16 * bound(0.0, torch.float32)
+    handle.save(tmp_path / "adapter")
+    loaded = deltaops.load(build("bert"), tmp_path / "adapter")
+    assert loaded.delta == handle.delta
+    assert torch.equal(answer("bert", loaded.model), y)
+    handle.save(tmp_path / "flat", flat=True)
+    flat = deltaops.load(build("bert"), tmp_path / "flat")
+    assert flat.delta == delta
+    assert torch.equal(answer("bert", flat.model), y)
+    assert "fitted to the adapters of other tasks" in repr(handle.delta)
+
+
+def test_settings_are_the_decoders(tmp_path: Path) -> None:
+    fitted(tmp_path, build("bert"), Adapter("pfeiffer", size=5))
+    assert IntrinsicAdapter("pfeiffer", size=5, decoder=tmp_path).dimension == 3
+    for settings in ({"size": 6}, {"intrinsic_dim": 4}, {"layer_norm": True}):
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))} must be the decoder's"):
+            IntrinsicAdapter(decoder=tmp_path, **settings)
+    with pytest.raises(CheckpointError, match="holds another decoder"):
+        IntrinsicAdapter(decoder=tmp_path, decoder_digest="0")
+    with pytest.raises(CheckpointError, match=r"has one of 'adapter'\. Use it with IntrinsicA"):
+        IntrinsicPrompt(decoder=tmp_path)
+    with pytest.raises(ConfigError, match="must be the path of a folder"):
+        IntrinsicAdapter(decoder=3)  # type: ignore[arg-type]  # what a user might pass
+
+
+def test_a_decoder_of_other_places_is_refused(tmp_path: Path) -> None:
+    fitted(tmp_path / "one", build("bert"), Adapter("pfeiffer", size=5))
+    with pytest.raises(TargetError, match="makes adapters of 2 places, and the 4 here are others"):
+        deltaops.attach(build("t5"), IntrinsicAdapter(decoder=tmp_path / "one"))
+    for places in ([], None, [["a"]]):
+        fitted(tmp_path / "two", build("bert"), Adapter("pfeiffer", size=5), places=places)
+        with pytest.raises(CheckpointError, match="settings of an adapter and its places"):
+            IntrinsicAdapter(decoder=tmp_path / "two")
 
 
 @pytest.mark.parametrize(

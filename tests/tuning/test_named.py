@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import deltaops
-from deltaops import Prompt
+from deltaops import Adapter, Prompt
 from deltaops.errors import ConfigError
 from deltaops.methods.decoder import read_facts
 from deltaops.testing.architectures import build
 from deltaops.tuning.answering import Named, Written, load_answering
 from deltaops.tuning.intrinsic import fit, tune
-from deltaops.tuning.wholes import WholePrompt
+from deltaops.tuning.wholes import WholeAdapter, WholePrompt, whole_of
 from deltaops.tuning.workshop import Settings, Workshop
 
 SETTINGS = Settings(steps=3, batch_size=4, seq_len=12, eval_fraction=0.4)
@@ -57,6 +57,57 @@ def test_both_stages_on_an_encoder(encoder: Path, files: list[str], tmp_path: Pa
     handle = deltaops.load(workshop.model, tmp_path / "out" / "three")
     assert workshop.score(tasks[2], "", "") == found[1].tuned
     assert sum(p.numel() for p in handle.parameters()) == 2
+
+
+def test_both_stages_of_adapters(encoder: Path, files: list[str], tmp_path: Path) -> None:
+    losses: dict[str, list[float]] = {}
+    settings = Settings(steps=10, batch_size=4, seq_len=12, eval_fraction=0.4, lr=1e-3)
+    workshop = Workshop(
+        str(encoder), settings, lambda what, step, loss: losses.setdefault(what, []).append(loss)
+    )
+    tasks = workshop.tasks(files)
+    before = {k: v.clone() for k, v in workshop.model.state_dict().items()}
+    whole = WholeAdapter(Adapter("pfeiffer", size=3))
+    decoder = tmp_path / "decoder"
+    fit(
+        workshop, tasks[:2], decoder, model="m", whole=whole, intrinsic_dim=2, fit_steps=30,
+        fit_lr=1e-2,
+    )  # fmt: skip
+    assert sum(losses["decoder"][-4:]) < sum(losses["decoder"][:4])
+    assert read_facts(decoder)["of"] == "adapter"
+    loaded = deltaops.load(workshop.model, decoder / "full" / "one")
+    assert loaded.delta == whole.delta
+    loaded.revert()
+    found = tune(workshop, tasks[2:], decoder, tmp_path / "out", compare=True, lr=0.05)
+    assert found[0].full is not None
+    after = workshop.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    handle = deltaops.load(workshop.model, tmp_path / "out" / "three")
+    assert workshop.score(tasks[2], "", "") == found[0].tuned
+    assert sum(p.numel() for p in handle.parameters()) == 2
+
+
+def test_a_vector_of_adapters_goes_back_where_it_came_from(encoder: Path) -> None:
+    model = load_answering(str(encoder), None).model
+    whole = WholeAdapter(Adapter(size=3, layer_norm=True))
+    handle = deltaops.attach(model, whole.delta)
+    with torch.no_grad():
+        for number, parameter in enumerate(handle.parameters()):
+            parameter.fill_(float(number))
+    vector = whole.vector(handle)
+    state = {key: tensor.detach().clone() for key, tensor in handle.state().items()}
+    handle.revert()
+    with whole.bound(model, vector) as again:
+        found = again.state()
+        assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_only_prompts_and_adapters_have_decoders() -> None:
+    with pytest.raises(ConfigError, match="--of must be prompt or adapter"):
+        whole_of(deltaops.LoRA())
+    with pytest.raises(ConfigError, match="--of must be prompt or adapter"):
+        whole_of(deltaops.Compacter())
 
 
 def test_nothing_but_the_prompt_learns(encoder: Path, files: list[str]) -> None:
