@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .recovery import recovery
+from .recovery import recovery, report
 from .split import split
 from .workshop import bar_each, workshop
 
@@ -17,7 +17,7 @@ intrinsic = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-for command in (split, recovery):
+for command in (split, recovery, report):
     intrinsic.command()(command)
 
 DATA = typer.Option(..., help="A task's JSONL or CSV file, with texts and answers; once for each.")

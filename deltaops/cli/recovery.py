@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .workshop import one_bar, workshop
+
+if TYPE_CHECKING:
+    from deltaops.measure.recovery_report import Recovery
 
 
 def recovery(
@@ -48,8 +52,8 @@ def recovery(
     from deltaops.errors import ConfigError
     from deltaops.files import check_folder
     from deltaops.measure import machine
-    from deltaops.measure.recovery import KINDS, Plan, measure, steps_of, task_files
-    from deltaops.measure.recovery_report import Recovery, summary, write_recovery
+    from deltaops.measure.recovery import Plan, measure, steps_of, task_files
+    from deltaops.measure.recovery_report import Recovery, write_recovery
     from deltaops.tuning.workshop import Settings
 
     try:
@@ -78,9 +82,29 @@ def recovery(
                 facts, Path(model).name, shop.answering.answers, tasks.name, settings, done, lines
             )
             path = write_recovery(out, found)  # what there is, if the rest is stopped
+    _tell(console, found, path)
+
+
+def report(
+    file: Path = typer.Argument(..., help="JSON of `deltaops intrinsic recovery`."),
+) -> None:
+    """Write the report and the picture of a measured recovery again, beside its JSON.
+
+    Example:  deltaops intrinsic report results/MACHINE-intrinsic-prompt.json
+    """
+    from deltaops.measure.recovery_report import read_recovery, write_recovery
+
+    found = read_recovery(file)
+    _tell(Console(), found, write_recovery(file.parent, found))
+
+
+def _tell(console: Console, found: Recovery, path: Path) -> None:
+    from deltaops.measure.recovery import KINDS
+    from deltaops.measure.recovery_report import summary
+
     table = Table("texts", "q", "E_rel", "part of the gain", "q numbers", "full", "model alone")
     for kind in KINDS:
-        for q in dimensions:
+        for q in found.plan.dimensions:
             s = summary(found, kind, q)
             keys = ("relative", "gain", "tuned", "full", "start")
             values = ("–" if s[key] is None else f"{s[key]:.1%}" for key in keys)

@@ -47,7 +47,10 @@ from .targets import is_count
 DIMENSION = 5
 """q where neither the settings nor a decoder say it."""
 SPREAD = 1e-2
-"""σ: what Houlsby et al. draw Down and Up with, so that numbers near 1 move them by as much."""
+"""Standard deviation of Down and Up at the start: Houlsby et al.'s."""
+SCALE = 0.1
+"""σ: numbers near 1 move each parameter about as far as training a full adapter does, so that
+learning rates are those of prompts' numbers."""
 _NAME = "intrinsic_adapter"
 """The decoder's name on the model, and its part of keys."""
 _KEY = f"{_NAME}.intrinsic"
@@ -175,7 +178,7 @@ class IntrinsicAdapter(Adapter):
             projection = torch.randn(
                 (q, n), generator=random, device=draws_on(random), dtype=torch.float32
             )
-            projection *= SPREAD / q**0.5
+            projection *= SCALE / q**0.5
         return torch.zeros(q, device=weight.device), RandomRows(base, projection)
 
     def _fitted(self) -> tuple[Tensor, nn.Module]:

@@ -42,6 +42,7 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "intrinsic tune",
         "intrinsic split",
         "intrinsic recovery",
+        "intrinsic report",
         "inspect",
         "doctor",
         "bench",

@@ -23,7 +23,7 @@ from deltaops.measure.recovery import (
     steps_of,
     task_files,
 )
-from deltaops.measure.recovery_report import Recovery, recovery_markdown, summary
+from deltaops.measure.recovery_report import Recovery, read_recovery, recovery_markdown, summary
 from deltaops.testing.architectures import build
 from deltaops.tuning.read import Example
 from deltaops.tuning.workshop import Settings, Workshop
@@ -86,6 +86,12 @@ def test_the_command_measures_every_kind_of_text(
     for line in value["lines"]:
         assert set(line["tuned"]) == {"2", "3"}
         assert set(line["random"]) == ({"2", "3"} if line["kind"] == UNSEEN else set())
+    text = file.with_suffix(".md").read_text()
+    file.with_suffix(".md").unlink()
+    again = CliRunner().invoke(app, ["intrinsic", "report", str(file)], catch_exceptions=False)
+    assert again.exit_code == 0, again.output
+    assert file.with_suffix(".md").read_text() == text
+    assert json.loads(file.read_text()) == value
     assert [(m["kind"], m["q"]) for m in value["means"]][:3] == [(SAME, 2), (SAME, 3), (OTHER, 2)]
 
 
@@ -148,5 +154,7 @@ def test_bad_plans_are_refused(encoder: Path, tasks: Path, tmp_path: Path) -> No
             next(measure(workshop, files, unseen, PLAN))
     with pytest.raises(ConfigError, match="--intrinsic-dim takes numbers"):
         Plan((0,), "prompt", 4, 1e-3, 0.05).check()
+    with pytest.raises(ConfigError, match="is none of `deltaops intrinsic recovery`"):
+        read_recovery(tmp_path / "none.json")
     with pytest.raises(DataError, match="must be a folder of CSV or JSONL files"):
         task_files(tmp_path)

@@ -119,7 +119,7 @@ def _decoded(
         if "weight" not in name or name == "norm_weight":
             part.fill_(1.0 if name == "norm_weight" else 0.0)
     projection = torch.randn(len(z), sum(sizes), generator=random).to(z.dtype)
-    theta = base.to(z.dtype) + 0.01 / len(z) ** 0.5 * (z @ projection)
+    theta = base.to(z.dtype) + 0.1 / len(z) ** 0.5 * (z @ projection)
     return {
         f"{site.path}.adapter.{name}": part.reshape(shape)
         for (site, name, shape), part in zip(layout, theta.split(sizes), strict=True)

@@ -102,7 +102,7 @@ def test_a_file_holds_the_numbers_and_the_seed_the_rest(tmp_path: Path) -> None:
     assert not torch.equal(answer("gpt2", moved(build("gpt2"), seed=4).model), expected)
 
 
-def test_numbers_near_one_move_weights_as_much_as_they_start() -> None:
+def test_numbers_near_one_move_parameters_by_a_tenth() -> None:
     model = build("bert")
     handle = deltaops.attach(model, IntrinsicAdapter(size=5, intrinsic_dim=50))
     source: Any = model.get_submodule("intrinsic_adapter")
@@ -110,7 +110,7 @@ def test_numbers_near_one_move_weights_as_much_as_they_start() -> None:
     start = source(0, n).detach()
     with torch.no_grad():
         source.intrinsic.copy_(torch.randn(50))
-    assert 0.007 < float((source(0, n).detach() - start).std()) < 0.014
+    assert 0.07 < float((source(0, n).detach() - start).std()) < 0.14
 
 
 class Around(nn.Module):
