@@ -9,7 +9,7 @@ one's texts into halves. For each q, numbers are tuned by that decoder on
 
 and told beside a full prompt (or adapters) on the same texts and beside the model alone; on unseen
 tasks also beside a random projection from as many numbers, which says what fitting was good for.
-Source: Qin et al. 2021 (arXiv 2110.07867), §4 and table 1.
+Source: Qin et al. 2021 (arXiv 2110.07867), §4.
 """
 
 from __future__ import annotations

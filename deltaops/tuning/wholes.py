@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,9 +44,9 @@ class Whole(ABC):
     def __init__(self, delta: Delta) -> None:
         self.delta = delta
 
-    @abstractmethod
     def vector(self, handle: Handle) -> Tensor:
         """A copy ``[n]`` of what is bound, float32."""
+        return torch.cat([p.detach().float().flatten() for p in self._tensors(handle)])
 
     @abstractmethod
     def sizes(self, handle: Handle, q: int) -> Sizes | AdapterSizes:
@@ -61,7 +61,9 @@ class Whole(ABC):
         """What a decoder's file says of it."""
 
     @abstractmethod
-    def coded(self, model: nn.Module, full: Tensor, coder: AutoEncoder) -> Any:
+    def coded(
+        self, model: nn.Module, full: Tensor, coder: AutoEncoder
+    ) -> AbstractContextManager[Coded]:
         """A context: inside, ``model`` has one of ``full [N, n]``, coded, and gives it."""
 
     @contextmanager
@@ -90,10 +92,6 @@ class WholePrompt(Whole):
     intrinsic_lr: ClassVar[float] = 0.05
     title: ClassVar[str] = "full prompt"
     delta: Prompt
-
-    def vector(self, handle: Handle) -> Tensor:
-        """See :meth:`Whole.vector`."""
-        return _joined(self._tensors(handle))
 
     def sizes(self, handle: Handle, q: int) -> Sizes:
         """See :meth:`Whole.sizes`; h is d, as in the paper."""
@@ -132,10 +130,6 @@ class WholeAdapter(Whole):
     intrinsic_lr: ClassVar[float] = 0.05
     title: ClassVar[str] = "full adapters"
     delta: Adapter
-
-    def vector(self, handle: Handle) -> Tensor:
-        """See :meth:`Whole.vector`."""
-        return _joined(self._tensors(handle))
 
     def sizes(self, handle: Handle, q: int) -> AdapterSizes:
         """See :meth:`Whole.sizes`."""
@@ -190,10 +184,6 @@ def whole_in(facts: Mapping[str, Any]) -> Whole:
     if facts["of"] == PROMPT:
         return WholePrompt(Prompt(facts["num_virtual_tokens"]))
     return WholeAdapter(adapter_in(facts))
-
-
-def _joined(tensors: Iterator[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
 
 
 def _parts(vector: Tensor, like: list[Tensor]) -> Iterator[Tensor]:
