@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from deltaops.errors import CheckpointError
+from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import publishing
 from deltaops.modules import FITTED
+
+from .targets import is_count
 
 FACTS, TENSORS, START = "decoder.json", "decoder.safetensors", "start"
 FORMAT, VERSION = "deltaops-decoder", 1
@@ -174,13 +177,45 @@ def sizes_of(facts: Mapping[str, Any]) -> Sizes | AdapterSizes:
     return kind(*(facts[name] for name in kind._fields))
 
 
-def refuse_other(folder: Path, facts: Mapping[str, Any], wanted: str) -> None:
-    """Raises: CheckpointError where the decoder in ``folder`` does not make what is ``wanted``."""
-    if facts["of"] != wanted:
+def open_decoder(delta: Any, of: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a delta's decoder and what its file says.
+
+    Args:
+        delta: with ``decoder``, a path, and ``decoder_digest``, None or what it has to be.
+        of: what it has to make.
+    Raises: ConfigError; CheckpointError where it cannot be read, or is another.
+    """
+    if not isinstance(delta.decoder, str | os.PathLike):
+        raise ConfigError(
+            f"{type(delta).__name__}: decoder must be the path of a folder, got {delta.decoder!r}."
+        )
+    folder = Path(delta.decoder).expanduser().resolve()
+    facts = read_facts(folder)
+    if facts["of"] != of:
         method = {PROMPT: "IntrinsicPrompt", ADAPTER: "IntrinsicAdapter"}[facts["of"]]
         raise CheckpointError(
-            f"{folder} must hold a decoder of the kind {wanted!r}, and has one of {facts['of']!r}. "
-            f"Use it with {method}, or fit another."
+            f"{folder} must hold a decoder of the kind {of!r}, and has one of {facts['of']!r}. Use "
+            f"it with {method}, or fit another."
+        )
+    if delta.decoder_digest not in (None, facts["digest"]):
+        raise CheckpointError(
+            f"{folder} holds another decoder than the one that the numbers were tuned with. Put "
+            "that one there, or tune them again."
+        )
+    return folder, facts
+
+
+def check_numbers(delta: Any) -> None:
+    """Raises: ConfigError where ``intrinsic_dim`` or ``seed`` is out of range."""
+    title = type(delta).__name__
+    if not is_count(delta.intrinsic_dim):
+        raise ConfigError(
+            f"{title}: intrinsic_dim must be an integer ≥ 1, got {delta.intrinsic_dim!r}."
+        )
+    whole = isinstance(delta.seed, int) and not isinstance(delta.seed, bool)
+    if not whole or not 0 <= delta.seed < 2**63:
+        raise ConfigError(
+            f"{title}: seed must be an integer ≥ 0 and below 2⁶³, got {delta.seed!r}."
         )
 
 

@@ -40,9 +40,8 @@ from deltaops.modules import (
 from . import bottleneck
 from .adapter import Adapter
 from .base import MODEL, Binding, Site, Stored, adapter_dtype
-from .decoder import ADAPTER, FACTS, START, read_facts, read_tensors, refuse_other
+from .decoder import ADAPTER, FACTS, START, check_numbers, open_decoder, read_facts, read_tensors
 from .linear import become_place
-from .targets import is_count
 
 DIMENSION = 5
 """q where neither the settings nor a decoder say it."""
@@ -88,16 +87,7 @@ class IntrinsicAdapter(Adapter):
         elif self.intrinsic_dim is None:
             object.__setattr__(self, "intrinsic_dim", DIMENSION)  # it is frozen
         super().__post_init__()
-        if not is_count(self.intrinsic_dim):
-            raise ConfigError(
-                f"IntrinsicAdapter: intrinsic_dim must be an integer ≥ 1, got "
-                f"{self.intrinsic_dim!r}."
-            )
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if not whole or not 0 <= self.seed < 2**63:
-            raise ConfigError(
-                f"IntrinsicAdapter: seed must be an integer ≥ 0 and below 2⁶³, got {self.seed!r}."
-            )
+        check_numbers(self)
 
     def __repr__(self) -> str:
         """Whatever differs from its default, and what decodes."""
@@ -245,18 +235,7 @@ class IntrinsicAdapter(Adapter):
         return {suffix.removeprefix(_PREFIX): shape for suffix, shape in found.items()}
 
     def _read_decoder(self) -> None:
-        if not isinstance(self.decoder, str | os.PathLike):
-            raise ConfigError(
-                f"IntrinsicAdapter: decoder must be the path of a folder, got {self.decoder!r}."
-            )
-        folder = Path(self.decoder).expanduser().resolve()
-        facts = read_facts(folder)
-        refuse_other(folder, facts, ADAPTER)
-        if self.decoder_digest not in (None, facts["digest"]):
-            raise CheckpointError(
-                f"{folder} holds another decoder than the one that the numbers were tuned with. "
-                "Put that one there, or tune them again."
-            )
+        folder, facts = open_decoder(self, ADAPTER)
         theirs = adapter_in(facts)
         found = {f.name: (f.default, getattr(theirs, f.name)) for f in fields(Adapter)}
         found["intrinsic_dim"] = (None, facts["intrinsic_dim"])
