@@ -35,7 +35,14 @@ def draw_recovery(
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("mean accuracy, %", fontsize=8)
-    panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    named: dict[str, Any] = {}
+    for ax in panels:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(
+        named.values(), named.keys(), fontsize=8, frameon=False, ncols=len(named),
+        loc="outside lower center",
+    )  # fmt: skip
     figure.suptitle(subtitle, fontsize=8, color="#666666")
     figure.savefig(path, format="png")
 
