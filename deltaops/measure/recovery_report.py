@@ -23,8 +23,8 @@ from .store import slug
 PAPER = (
     "The paper (Qin et al. 2021, arXiv 2110.07867) recovers 97 % of full prompts on seen tasks "
     "with other data and 83 % on unseen ones, by 250 numbers, a decoder fitted to 100 tasks of "
-    "many kinds and an encoder–decoder that writes its answers. Where the model alone answers much of a "
-    "task, a ratio flatters: read the part of the gain beside it."
+    "many kinds and an encoder–decoder that writes its answers. Where the model alone answers much "
+    "of a task, a ratio flatters: read the part of the gain beside it."
 )
 MEANS = (
     "E_rel: the mean over tasks of accuracy by q numbers / accuracy in full. Part of the gain: "
