@@ -57,6 +57,9 @@ _LINES = (
         "intrinsic", "IntrinsicPrompt, P = 16", "intrinsic-prompt:num_virtual_tokens=16", 3e-2,
         "few numbers",
     ),
+    Contender(
+        "intrinsic-adapter", "IntrinsicAdapter, q = 5", "intrinsic-adapter", 5e-2, "few numbers"
+    ),
 )  # fmt: skip
 
 

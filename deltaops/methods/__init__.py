@@ -5,6 +5,7 @@ from .base import Binding, Delta, Promise, Site
 from .bitfit import BitFit
 from .compacter import Compacter
 from .ia3 import IA3
+from .intrinsic_adapter import IntrinsicAdapter
 from .intrinsic_prompt import IntrinsicPrompt
 from .ln_tuning import LNTuning
 from .lora import LoRA
@@ -22,6 +23,7 @@ __all__ = [
     "BitFit",
     "Compacter",
     "Delta",
+    "IntrinsicAdapter",
     "IntrinsicPrompt",
     "LNTuning",
     "LoRA",
@@ -34,7 +36,7 @@ __all__ = [
 
 _ALL: tuple[type[Delta], ...] = (
     LoRA, Adapter, Compacter, ParallelAdapter, Prefix, Prompt, IntrinsicPrompt, BitFit, IA3,
-    LNTuning,
+    LNTuning, IntrinsicAdapter,
 )  # fmt: skip
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}

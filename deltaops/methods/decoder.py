@@ -1,6 +1,6 @@
-"""The file of a decoder that was fitted to the prompts of several tasks.
+"""The file of a decoder that was fitted to the prompts, or the adapters, of several tasks.
 
-    decoder.json            its sizes, a hash of its tensors, and how it was fitted
+    decoder.json            what it is of, its sizes, a hash of its tensors, and how it was fitted
     decoder.safetensors     W₁, b₁, W₂, b₂ (:data:`deltaops.modules.FITTED`), and "start" [q]: the
                             mean of what those prompts are encoded as, where tuning begins
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +21,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from deltaops.errors import CheckpointError
+from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import publishing
 from deltaops.modules import FITTED
+
+from .targets import is_count
 
 FACTS, TENSORS, START = "decoder.json", "decoder.safetensors", "start"
 FORMAT, VERSION = "deltaops-decoder", 1
 
 
+PROMPT, ADAPTER = "prompt", "adapter"
+"""What a decoder makes."""
+
+
 class Sizes(NamedTuple):
-    """Of a decoder."""
+    """Of a decoder of prompts."""
 
     intrinsic_dim: int
     """q."""
@@ -40,16 +47,59 @@ class Sizes(NamedTuple):
     hidden: int
     """h."""
 
+    @property
+    def of(self) -> str:
+        """What it makes."""
+        return PROMPT
+
+    @property
+    def rows(self) -> int:
+        """P·d, the numbers that it makes."""
+        return self.num_virtual_tokens * self.width
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of its tensors."""
-        q, length, width, hidden = self
-        rows = length * width
-        found = ((hidden, q), (hidden,), (rows, hidden), (rows,))
-        return dict(zip(FITTED, found, strict=True)) | {START: (q,)}
+        return _shapes(self.intrinsic_dim, self.hidden, self.rows)
+
+
+class AdapterSizes(NamedTuple):
+    """Of a decoder of adapters."""
+
+    intrinsic_dim: int
+    """q."""
+    parameters: int
+    """n, of all adapters of a model."""
+    hidden: int
+    """h."""
+
+    @property
+    def of(self) -> str:
+        """What it makes."""
+        return ADAPTER
+
+    @property
+    def rows(self) -> int:
+        """n."""
+        return self.parameters
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its tensors."""
+        return _shapes(self.intrinsic_dim, self.hidden, self.rows)
+
+
+def _shapes(q: int, hidden: int, rows: int) -> dict[str, tuple[int, ...]]:
+    found = ((hidden, q), (hidden,), (rows, hidden), (rows,))
+    return dict(zip(FITTED, found, strict=True)) | {START: (q,)}
+
+
+_SIZES: dict[str, type[Sizes | AdapterSizes]] = {PROMPT: Sizes, ADAPTER: AdapterSizes}
 
 
 def write_decoder(
-    folder: Path, sizes: Sizes, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: Path,
+    sizes: Sizes | AdapterSizes,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
 ) -> None:
     """Write a decoder into ``folder``, whole or not at all.
 
@@ -61,7 +111,10 @@ def write_decoder(
     Raises: CheckpointError.
     """
     held = {name: tensors[name].detach().cpu().contiguous() for name in sizes.shapes()}
-    head = {"format": FORMAT, "version": VERSION, **sizes._asdict(), "digest": digest(held)}
+    head = {
+        "format": FORMAT, "version": VERSION, "of": sizes.of, **sizes._asdict(),
+        "digest": digest(held),
+    }  # fmt: skip
     text = json.dumps(head | dict(facts), indent=2, ensure_ascii=False, allow_nan=False)
     with publishing(folder, FACTS) as scratch:
         safetensors.torch.save_file(held, scratch / TENSORS, metadata={"format": "pt"})
@@ -83,7 +136,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
             f"{folder / FACTS} must have format={FORMAT!r} and version={VERSION}. Read it with the "
             "deltaops that wrote it, or fit it again with `deltaops intrinsic fit`."
         )
-    for name in Sizes._fields:
+    if facts.get("of") not in _SIZES:
+        raise CheckpointError(
+            f"{folder / FACTS} must be of={PROMPT!r} or {ADAPTER!r}, got {facts.get('of')!r}. Fit "
+            "it again with `deltaops intrinsic fit`."
+        )
+    for name in _SIZES[facts["of"]]._fields:
         value = facts.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(
@@ -92,7 +150,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if not isinstance(facts.get("digest"), str) or not _are_tasks(facts.get("tasks")):
         raise CheckpointError(
             f"{folder / FACTS} must have a digest, and tasks with name, texts, data and the scores "
-            "of a full prompt. Fit it again."
+            "of a full prompt or adapter. Fit it again."
         )
     return facts
 
@@ -113,9 +171,52 @@ def is_scores(found: Any) -> bool:
     )
 
 
-def sizes_of(facts: Mapping[str, Any]) -> Sizes:
+def sizes_of(facts: Mapping[str, Any]) -> Sizes | AdapterSizes:
     """The sizes in what :func:`read_facts` found."""
-    return Sizes(*(facts[name] for name in Sizes._fields))
+    kind = _SIZES[facts["of"]]
+    return kind(*(facts[name] for name in kind._fields))
+
+
+def open_decoder(delta: Any, of: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a delta's decoder and what its file says.
+
+    Args:
+        delta: with ``decoder``, a path, and ``decoder_digest``, None or what it has to be.
+        of: what it has to make.
+    Raises: ConfigError; CheckpointError where it cannot be read, or is another.
+    """
+    if not isinstance(delta.decoder, str | os.PathLike):
+        raise ConfigError(
+            f"{type(delta).__name__}: decoder must be the path of a folder, got {delta.decoder!r}."
+        )
+    folder = Path(delta.decoder).expanduser().resolve()
+    facts = read_facts(folder)
+    if facts["of"] != of:
+        method = {PROMPT: "IntrinsicPrompt", ADAPTER: "IntrinsicAdapter"}[facts["of"]]
+        raise CheckpointError(
+            f"{folder} must hold a decoder of the kind {of!r}, and has one of {facts['of']!r}. Use "
+            f"it with {method}, or fit another."
+        )
+    if delta.decoder_digest not in (None, facts["digest"]):
+        raise CheckpointError(
+            f"{folder} holds another decoder than the one that the numbers were tuned with. Put "
+            "that one there, or tune them again."
+        )
+    return folder, facts
+
+
+def check_numbers(delta: Any) -> None:
+    """Raises: ConfigError where ``intrinsic_dim`` or ``seed`` is out of range."""
+    title = type(delta).__name__
+    if not is_count(delta.intrinsic_dim):
+        raise ConfigError(
+            f"{title}: intrinsic_dim must be an integer ≥ 1, got {delta.intrinsic_dim!r}."
+        )
+    whole = isinstance(delta.seed, int) and not isinstance(delta.seed, bool)
+    if not whole or not 0 <= delta.seed < 2**63:
+        raise ConfigError(
+            f"{title}: seed must be an integer ≥ 0 and below 2⁶³, got {delta.seed!r}."
+        )
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -20,15 +20,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltaops.errors import CheckpointError, ConfigError
+from deltaops.errors import ConfigError
 from deltaops.modules import DecodedPrompt, FittedDecoder, RandomDecoder, token_table
 
 from . import stack
 from .base import Binding, Site, Stored
-from .decoder import START, Sizes, read_facts, read_tensors, sizes_of
+from .decoder import (
+    PROMPT,
+    START,
+    Sizes,
+    check_numbers,
+    open_decoder,
+    read_facts,
+    read_tensors,
+    sizes_of,
+)
 from .peft_config import PROMPT_TENSOR
 from .prompt import Prompt
-from .targets import STACKS, check_flags, is_count, normalise
+from .targets import STACKS, check_flags, normalise
 
 KEY = "intrinsic"
 LENGTH, DIMENSION = 20, 5
@@ -81,16 +90,7 @@ class IntrinsicPrompt(stack.PromptDelta):
         else:
             self._read_decoder()
         stack.check_length(self)
-        if not is_count(self.intrinsic_dim):
-            raise ConfigError(
-                f"IntrinsicPrompt: intrinsic_dim must be an integer ≥ 1, got "
-                f"{self.intrinsic_dim!r}."
-            )
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if not whole or not 0 <= self.seed < 2**63:
-            raise ConfigError(
-                f"IntrinsicPrompt: seed must be an integer ≥ 0 and below 2⁶³, got {self.seed!r}."
-            )
+        check_numbers(self)
         check_flags(self, "autocast_adapter_dtype")
         stack.refuse_layers(self)
         normalise(self)
@@ -191,16 +191,14 @@ class IntrinsicPrompt(stack.PromptDelta):
 
     def _sizes(self) -> Sizes:
         assert self.decoder is not None
-        return sizes_of(read_facts(Path(self.decoder)))
+        found = sizes_of(read_facts(Path(self.decoder)))
+        assert isinstance(found, Sizes)  # it was when the settings were made
+        return found
 
     def _read_decoder(self) -> None:
-        if not isinstance(self.decoder, str | os.PathLike):
-            raise ConfigError(
-                f"IntrinsicPrompt: decoder must be the path of a folder, got {self.decoder!r}."
-            )
-        folder = Path(self.decoder).expanduser().resolve()
-        facts = read_facts(folder)
+        folder, facts = open_decoder(self, PROMPT)
         sizes = sizes_of(facts)
+        assert isinstance(sizes, Sizes)
         for name in ("num_virtual_tokens", "intrinsic_dim"):
             asked, has = getattr(self, name), getattr(sizes, name)
             if asked is not None and asked != has:
@@ -208,11 +206,6 @@ class IntrinsicPrompt(stack.PromptDelta):
                     f"IntrinsicPrompt: {name} must be the decoder's {has}, got {asked!r}. Leave it "
                     "out, or fit another decoder."
                 )
-        if self.decoder_digest not in (None, facts["digest"]):
-            raise CheckpointError(
-                f"{folder} holds another decoder than the one that the numbers were tuned with. "
-                "Put that one there, or tune them again."
-            )
         self._put(
             decoder=str(folder), decoder_digest=facts["digest"],
             num_virtual_tokens=sizes.num_virtual_tokens, intrinsic_dim=sizes.intrinsic_dim,

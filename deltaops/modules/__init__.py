@@ -8,6 +8,13 @@ from .around import Relay
 from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
 from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
+from .decoded_adapter import (
+    DecodedAdapters,
+    DecodedBottleneck,
+    FittedRows,
+    RandomRows,
+    adapter_rows,
+)
 from .dora import nonzero, row_norms
 from .draws import draws_on, no_autocast
 from .embedding import (
@@ -85,12 +92,15 @@ __all__ = [
     "BiasedNorm",
     "Block",
     "Bottleneck",
+    "DecodedAdapters",
+    "DecodedBottleneck",
     "DecodedPrompt",
     "DeltaEmbedding",
     "DeltaLinear",
     "DeltaPlace",
     "Factor",
     "FittedDecoder",
+    "FittedRows",
     "FrozenLinear",
     "GatedMlpBlock",
     "KroneckerSum",
@@ -100,6 +110,7 @@ __all__ = [
     "Program",
     "PromptedStack",
     "RandomDecoder",
+    "RandomRows",
     "Relay",
     "RmsNormBlock",
     "SoftPrompt",
@@ -108,6 +119,7 @@ __all__ = [
     "activate_hooks",
     "activate_prefix",
     "activation_of",
+    "adapter_rows",
     "add_prefix",
     "add_prompt",
     "allow_bias",

@@ -23,6 +23,52 @@ class AdapterSettings(NamedTuple):
     """Of its norm, if it has one."""
 
 
+class Held(NamedTuple):
+    """The tensors of an adapter; N is K."""
+
+    down: Tensor
+    """``[R, K]``"""
+    up: Tensor
+    """``[K, R]``"""
+    down_bias: Tensor
+    """``[R]``"""
+    up_bias: Tensor | None
+    """``[K]``"""
+    norm_weight: Tensor | None = None
+    """``[K]``"""
+    norm_bias: Tensor | None = None
+    """``[K]``"""
+
+
+def adapt(
+    x: Tensor,
+    residual: Tensor | None,
+    held: Held,
+    settings: AdapterSettings,
+    backend: str,
+    strict: bool,
+) -> Tensor:
+    """``residual + s · φ(norm(x) Downᵀ + d) Upᵀ + u``, all ``[..., K]``; None adds x itself."""
+    if residual is not None and residual.dtype is not x.dtype:
+        x = x.to(residual.dtype)  # T5 keeps one layer of its feed-forward in float32
+    return bottleneck(
+        x,
+        held.down,
+        held.up,
+        held.down_bias,
+        held.up_bias,
+        residual="x" if residual is None else residual,
+        scaling=settings.scaling,
+        activation=settings.activation,
+        norm=None if held.norm_weight is None else "layer",
+        gamma=held.norm_weight,
+        beta=held.norm_bias,
+        eps=settings.eps,
+        backend=backend,
+        strict=strict,
+    )
+
+
 class Bottleneck(nn.Module):
     """``down [R, K]``, ``up [N, R]``, a bias after each, and perhaps a norm before.
 
@@ -66,26 +112,12 @@ class Bottleneck(nn.Module):
         self.norm_bias = nn.Parameter(like.new_zeros(width)) if norm else None
 
     def forward(self, x: Tensor, residual: Tensor | None, backend: str, strict: bool) -> Tensor:
-        """``residual + s · φ(norm(x) Downᵀ + d) Upᵀ + u``, all ``[..., K]``; None adds x itself."""
-        settings = self.settings
-        if residual is not None and residual.dtype is not x.dtype:
-            x = x.to(residual.dtype)  # T5 keeps one layer of its feed-forward in float32
-        return bottleneck(
-            x,
-            self.down.weight,
-            self.up.weight,
-            self.down_bias,
-            self.up_bias,
-            residual="x" if residual is None else residual,
-            scaling=settings.scaling,
-            activation=settings.activation,
-            norm=None if self.norm_weight is None else "layer",
-            gamma=self.norm_weight,
-            beta=self.norm_bias,
-            eps=settings.eps,
-            backend=backend,
-            strict=strict,
-        )
+        """See :func:`adapt`."""
+        held = Held(
+            self.down.weight, self.up.weight, self.down_bias, self.up_bias, self.norm_weight,
+            self.norm_bias,
+        )  # fmt: skip
+        return adapt(x, residual, held, self.settings, backend, strict)
 
     def branch(self) -> Branch:
         """``s · φ(x Downᵀ + d) Upᵀ`` for :func:`deltaops.ops.delta_linear`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .decoded_adapter import DecodedAdapters
 from .embedding import DeltaEmbedding
 from .kept import has_copies
 from .place import LinearPlace
@@ -11,7 +12,7 @@ from .prefix import has_prefix
 from .prefix_encoder import PrefixEncoder
 from .prompt import has_prompt
 
-_CLASSES = (LinearPlace, DeltaEmbedding, PrefixEncoder)
+_CLASSES = (LinearPlace, DeltaEmbedding, PrefixEncoder, DecodedAdapters)
 
 
 def holds_delta(module: nn.Module) -> bool:

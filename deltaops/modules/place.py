@@ -202,7 +202,7 @@ class DeltaPlace(LinearPlace):
         """Whether (IA)³'s vector ``name`` is for the input."""
         return GainBefore(name) in self.around
 
-    def add_adapter(self, name: str, adapter: Bottleneck, relay: Relay | None) -> None:
+    def add_adapter(self, name: str, adapter: nn.Module, relay: Relay | None) -> None:
         """Add an adapter after the layer; with a relay, beside the sub-layer that ends here."""
         self._hold(name, adapter)
         self._add(Sequential(name) if relay is None else SpanEnd(name, relay))
@@ -234,7 +234,7 @@ class DeltaPlace(LinearPlace):
             found.append(f"own {', '.join(copies(self))}")
         return ", ".join(found) + ("" if self.delta_active else ", inactive")
 
-    def _hold(self, name: str, adapter: Bottleneck) -> None:
+    def _hold(self, name: str, adapter: nn.Module) -> None:
         if "adapter" not in self._modules:
             self.add_module("adapter", nn.ModuleDict())
         self.adapter[name] = adapter

@@ -23,7 +23,8 @@ from deltaops.ops import prefix_attention
 from deltaops.reference.prefix_attention import join, mask_of_both
 
 from .attention_functions import BIAS, SDPA, attend, attends, known_sdpa, visible, words
-from .prefix_encoder import PrefixEncoder, Rows, rows_of
+from .prefix_encoder import PrefixEncoder
+from .rows import Rows, rows_of
 
 NAME = "deltaops"
 """The implementation, as transformers' configs have it."""
@@ -128,9 +129,8 @@ def join_encoder(
     Raises: ConfigError where it has a prefix.
     """
     rows, size = rows_of(encoder, modules, path), heads * width
-    first = rows.stop - rows.start
+    first = rows.join(2 * size)
     _hold(modules[path], Held(backend, strict, Encoded(rows, first, heads, width)))
-    rows.stop += 2 * size
     middle = rows.stop - size
     return slice(middle - size, middle), slice(middle, rows.stop)
 

@@ -13,8 +13,8 @@ from deltaops.errors import AttachError, ConfigError
 
 from .attention_functions import SDPA, TABLE
 from .prefix import NAME, register
-from .prefix_encoder import Rows
 from .prefix_positions import Shift
+from .rows import Rows
 
 _SHARES = "_deltaops_attention"
 """On a model that attends by :data:`NAME`: its shares of what its configs said before."""

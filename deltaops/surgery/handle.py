@@ -213,7 +213,8 @@ class Handle:
             path: a folder.
             flat: write what computes the same without what only training needs: of a
                 reparameterised :class:`deltaops.Prefix` its keys and values, of a
-                :class:`deltaops.IntrinsicPrompt` the prompt itself.
+                :class:`deltaops.IntrinsicPrompt` the prompt itself, of a
+                :class:`deltaops.IntrinsicAdapter` the adapters.
         Raises: CheckpointError when it cannot be written, or no file could say what is bound.
         """
         from .checkpoint import save  # checkpoint needs Handle for what load returns

@@ -30,6 +30,8 @@ class Recovered:
     """Fingerprint of its examples."""
     seen: bool
     """The decoder was fitted to the same examples."""
+    start: Scores
+    """Of the model alone."""
     tuned: Scores
     full: Scores | None
 
@@ -47,6 +49,18 @@ def mean_relative(rows: Iterable[Recovered]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def recovered_gain(rows: Iterable[Recovered]) -> float | None:
+    """What is gained over the model alone, as a part of what full prompts gain, of all together.
+
+    A sum over a sum: a task where a full prompt gains next to nothing says next to nothing.
+    None where no full prompt is known, or they gain nothing.
+    """
+    known = [(row.start, row.tuned, row.full) for row in rows if row.full is not None]
+    tuned = sum(some["accuracy"] - start["accuracy"] for start, some, _ in known)
+    full = sum(whole["accuracy"] - start["accuracy"] for start, _, whole in known)
+    return tuned / full if full > 0 else None
+
+
 def write_recovered(out: Path, head: Mapping[str, Any], rows: Sequence[Recovered]) -> None:
     """Write ``rows`` below ``head``, which says how they were made. Raises: CheckpointError."""
     write_json(
@@ -57,6 +71,10 @@ def write_recovered(out: Path, head: Mapping[str, Any], rows: Sequence[Recovered
             "relative": {
                 "seen": mean_relative(row for row in rows if row.seen),
                 "unseen": mean_relative(row for row in rows if not row.seen),
+            },
+            "gain": {
+                "seen": recovered_gain(row for row in rows if row.seen),
+                "unseen": recovered_gain(row for row in rows if not row.seen),
             },
         },
     )
@@ -98,7 +116,8 @@ def refuse_used(out: Path) -> None:
 
 def _row(found: Any) -> Recovered:
     row = Recovered(**{field.name: found[field.name] for field in dataclasses.fields(Recovered)})
-    if not is_scores(row.tuned) or not (row.full is None or is_scores(row.full)):
+    known = [row.start, row.tuned, *([] if row.full is None else [row.full])]
+    if not all(is_scores(scores) for scores in known):
         raise ValueError("scores")
     if not isinstance(row.task, str):
         raise ValueError("task")

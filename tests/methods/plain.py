@@ -17,6 +17,7 @@ from deltaops import (
     Adapter,
     BitFit,
     Compacter,
+    IntrinsicAdapter,
     IntrinsicPrompt,
     LNTuning,
     LoRA,
@@ -48,6 +49,9 @@ def apply_plainly(
     everywhere = {k[k.rindex("adapter.") :]: v for k, v in state.items() if k.endswith("phm_rule")}
     if isinstance(delta, Prefix):
         state = _encoded(state, places) if delta.reparameterised else state
+    if isinstance(delta, IntrinsicAdapter):
+        places = tuple(site for site in places if site.path)
+        state = _decoded(delta, state, places)
     for site in places:
         start = site.key("")
         own = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
@@ -92,6 +96,34 @@ def _adapter(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> 
         return y + _bottleneck(delta, y, t) + t["adapter.up_bias"]
 
     model.get_submodule(site.path).register_forward_hook(hook)
+
+
+def _decoded(
+    delta: IntrinsicAdapter, state: dict[str, Tensor], places: tuple[Site, ...]
+) -> dict[str, Tensor]:
+    """All adapters from z: numbers of the seed, biases and norms at their plain start."""
+    z, layout = state["intrinsic_adapter.intrinsic"], []
+    for site in places:
+        width, rank = site.out_features, delta.size
+        assert rank is not None
+        shapes = {"down_bias": (rank,), "up_bias": (width,)}
+        if delta.layer_norm:
+            shapes |= {"norm_weight": (width,), "norm_bias": (width,)}
+        layout += [(site, n, s) for n, s in shapes.items()]
+        layout += [(site, "down.weight", (rank, width)), (site, "up.weight", (width, rank))]
+    sizes = [torch.Size(shape).numel() for _, _, shape in layout]
+    random = torch.Generator().manual_seed(delta.seed)
+    base = torch.empty(sum(sizes))
+    nn.init.trunc_normal_(base, std=0.01, a=-0.02, b=0.02, generator=random)
+    for (_, name, _), part in zip(layout, base.split(sizes), strict=True):
+        if "weight" not in name or name == "norm_weight":
+            part.fill_(1.0 if name == "norm_weight" else 0.0)
+    projection = torch.randn(len(z), sum(sizes), generator=random).to(z.dtype)
+    theta = base.to(z.dtype) + 0.1 / len(z) ** 0.5 * (z @ projection)
+    return {
+        f"{site.path}.adapter.{name}": part.reshape(shape)
+        for (site, name, shape), part in zip(layout, theta.split(sizes), strict=True)
+    }
 
 
 def _compacter(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
@@ -252,5 +284,6 @@ _PLAIN: dict[type[Delta], Callable[[nn.Module, Any, Site, dict[str, Tensor]], No
     IA3: _ia3,
     Prompt: _prompt,
     IntrinsicPrompt: _intrinsic,
+    IntrinsicAdapter: _adapter,
     Prefix: _prefix,
 }

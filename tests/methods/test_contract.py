@@ -21,6 +21,7 @@ from deltaops import (
     Adapter,
     BitFit,
     Compacter,
+    IntrinsicAdapter,
     IntrinsicPrompt,
     LNTuning,
     LoRA,
@@ -54,6 +55,7 @@ METHODS: dict[str, Callable[[], Delta]] = {
     "lntuning": lambda: LNTuning(),
     "prompt": lambda: Prompt(num_virtual_tokens=5, prompt_tuning_init="random"),
     "intrinsic": lambda: IntrinsicPrompt(intrinsic_dim=4, num_virtual_tokens=5, seed=7),
+    "intrinsic-adapter": lambda: IntrinsicAdapter(intrinsic_dim=4, size=5, seed=7),
     "prefix": lambda: Prefix(num_virtual_tokens=5),
     "prefix-mlp": lambda: Prefix(num_virtual_tokens=3, reparameterised=True, encoder_hidden_size=7),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deltaops
-from deltaops import Compacter, IntrinsicPrompt, LoRA, Prefix, Prompt
+from deltaops import Compacter, IntrinsicAdapter, IntrinsicPrompt, LoRA, Prefix, Prompt
 from deltaops.methods import Delta
 from deltaops.testing.architectures import answer, build
 
@@ -24,6 +24,7 @@ DELTAS: dict[str, Delta] = {
     "random": Prompt(num_virtual_tokens=3, prompt_tuning_init="random"),
     "ids": Prompt(num_virtual_tokens=3, prompt_tuning_init=[5, 6]),
     "intrinsic": IntrinsicPrompt(num_virtual_tokens=3),
+    "intrinsic-adapter": IntrinsicAdapter(size=4),
 }
 for_each_delta = pytest.mark.parametrize("delta", DELTAS.values(), ids=DELTAS.keys())
 

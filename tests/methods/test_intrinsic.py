@@ -150,6 +150,7 @@ def test_a_decoder_of_another_width_is_refused(tmp_path: Path) -> None:
     [
         ({"format": "other"}, "must have format='deltaops-decoder' and version=1"),
         ({"version": 2}, "version=1"),
+        ({"of": "lora"}, "must be of='prompt' or 'adapter', got 'lora'"),
         ({"width": 0}, "width must be an integer ≥ 1, got 0"),
         ({"hidden": True}, "hidden must be an integer"),
         ({"hidden": 7}, r"decoder\.safetensors holds other tensors"),

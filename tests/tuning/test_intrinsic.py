@@ -13,16 +13,19 @@ import pytest
 import torch
 
 import deltaops
+from deltaops import Prompt
 from deltaops.errors import CheckpointError, ConfigError, DataError
 from deltaops.methods.decoder import FACTS, Sizes, read_facts, read_tensors
 from deltaops.testing.architectures import build
 from deltaops.tuning.answers import AnswerSet, score
 from deltaops.tuning.autoencoder import AutoEncoder
-from deltaops.tuning.intrinsic import Settings, Stopped, Workshop, fit, tune
-from deltaops.tuning.recovered import Recovered, mean_relative
+from deltaops.tuning.intrinsic import fit, tune
+from deltaops.tuning.recovered import Recovered, mean_relative, recovered_gain
+from deltaops.tuning.wholes import WholePrompt
+from deltaops.tuning.workshop import Settings, Stopped, Workshop
 
 SETTINGS = Settings(steps=3, batch_size=4, seq_len=12)
-FIT: dict[str, Any] = {"intrinsic_dim": 2, "num_virtual_tokens": 3, "fit_steps": 4}
+FIT: dict[str, Any] = {"intrinsic_dim": 2, "whole": WholePrompt(Prompt(3)), "fit_steps": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +64,7 @@ def test_a_decoder_is_fitted_and_tasks_are_tuned_by_it(
     shapes = {name: tuple(t.shape) for name, t in read_tensors(tmp_path / "decoder").items()}
     assert shapes == Sizes(2, 3, width, width).shapes()
     for name in ("sound", "size"):  # each full prompt is an adapter of PEFT's
-        deltaops.load(workshop.model, tmp_path / "decoder" / "prompts" / name).revert()
+        deltaops.load(workshop.model, tmp_path / "decoder" / "full" / name).revert()
     found = tune(workshop, tasks[1:], tmp_path / "decoder", tmp_path / "out", compare=True)
     assert [(row.task, row.seen) for row in found] == [("size", True), ("age", False)]
     assert found[0].full == rows[1][1]  # the file knew it
@@ -108,7 +111,11 @@ def test_a_prompt_that_is_coded_comes_back() -> None:
     coder = AutoEncoder(Sizes(2, 3, 8, 8))
     optimizer = torch.optim.Adam(coder.parameters(), lr=0.01)
     for _ in range(300):
-        error = (coder.decode(coder.encode(prompts)) - prompts).square().mean()
+        error = (
+            (coder.decode(coder.encode(prompts.flatten(1))).view_as(prompts) - prompts)
+            .square()
+            .mean()
+        )
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
@@ -142,12 +149,15 @@ def test_a_score_is_what_the_model_writes_by_itself(name: str) -> None:
 def test_what_is_recovered_is_a_mean_of_parts() -> None:
     def row(tuned: float, full: float | None) -> Recovered:
         scores = None if full is None else {"accuracy": full}
-        return Recovered("task", "", True, {"accuracy": tuned}, scores)
+        return Recovered("task", "", True, {"accuracy": 0.4}, {"accuracy": tuned}, scores)
 
     assert row(0.6, 0.8).relative == pytest.approx(0.75)
     assert row(0.6, 0.0).relative is None
     assert mean_relative([row(0.6, 0.8), row(0.5, 0.5), row(0.1, None)]) == pytest.approx(0.875)
     assert mean_relative([row(0.1, None)]) is None
+    assert recovered_gain([row(0.6, 0.8), row(0.5, 0.5), row(0.1, None)]) == pytest.approx(0.6)
+    assert recovered_gain([row(0.6, 0.4)]) is None  # a full prompt gains nothing
+    assert recovered_gain([row(0.1, None)]) is None
 
 
 def test_a_stop_leaves_the_model_as_it_was_and_no_file(
