@@ -42,7 +42,10 @@ class Skinny:
 
 
 WIDE_ARCHITECTURES = (80, 90, 100)
-"""Data-centre GPUs: at least 163 KB of shared memory a block. Others have 99 KB."""
+"""NVIDIA's data-centre GPUs: at least 163 KB of shared memory a block. Its others have 99 KB."""
+
+AMD = -1
+"""What is given as the capability of AMD's: 64 KB of it, warps of 64 lanes."""
 
 # By the rows of the output: the first table whose bound is not below M. Tiles of fewer than 64 rows
 # cannot use Hopper's wgmma and need not: at such M the weight's bytes are the limit.
@@ -61,6 +64,12 @@ _GEMM_AMPERE = (
 _GEMM_NARROW = (
     (16, Gemm(16, 64, 64, 16, 1, 4, 4)),
     (None, Gemm(128, 128, 32, 16, 8, 8, 3)),
+)
+_GEMM_AMD = (
+    (16, Gemm(16, 64, 128, 16, 1, 4, 2)),
+    (64, Gemm(64, 64, 128, 16, 1, 4, 2)),
+    (512, Gemm(64, 128, 64, 16, 8, 4, 2)),
+    (None, Gemm(128, 128, 64, 16, 8, 4, 2)),
 )
 _GEMM_FLOAT = (
     (16, Gemm(16, 64, 32, 16, 1, 4, 2)),
@@ -93,7 +102,7 @@ def is_plain(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> bool:
 
 
 def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -> Gemm:
-    """The configuration of the two-segment GEMMs for M rows; capability as in 90 for sm_90;
+    """The configuration of the two-segment GEMMs for M rows; capability as in 90 for sm_90, or AMD;
     ``wide`` where the rank terms work in fp32; ``plain`` as :func:`is_plain` finds the call."""
     table: tuple[tuple[int | None, Gemm], ...]
     if dtype == torch.float32:
@@ -102,6 +111,8 @@ def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -
         table = _GEMM_MIXED
     elif not plain:
         table = _GEMM_CROWDED
+    elif capability == AMD:
+        table = _GEMM_AMD
     elif capability >= 90 and capability in WIDE_ARCHITECTURES:
         table = _GEMM_WGMMA
     elif capability in WIDE_ARCHITECTURES:

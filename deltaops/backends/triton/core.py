@@ -1,15 +1,18 @@
-"""What every op of the backend needs: Triton's kernels, the tensor's GPU, and its capability."""
+"""What every op of the backend needs: Triton's kernels, the tensor's GPU, and what it is."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from .targets import AMD, Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,8 +41,36 @@ def device_of(tensor: Tensor) -> torch.cuda.device | nullcontext[None]:
 
 
 def capability(tensor: Tensor) -> int:
-    """As in 90 for sm_90."""
+    """As in 90 for sm_90; ``targets.AMD`` for an AMD GPU."""
+    if _stand_in is not None:
+        return _stand_in.capability
     if not tensor.is_cuda:
         return 0  # the interpreter: the smallest tiles
+    if torch.version.hip is not None:
+        return AMD
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+def gpu(device: torch.device | str = "cuda") -> str | None:
+    """The name of a GPU as its driver gives it; None of what is none."""
+    if _stand_in is not None:
+        return _stand_in.name
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+
+
+_stand_in: Target | None = None
+
+
+@contextmanager
+def standing_in(target: Target) -> Iterator[None]:
+    """Tensors on "meta" are taken for tensors on ``target``: what would be launched can then be
+    compiled or counted where there is no such GPU. For one thread; nothing may run meanwhile."""
+    global _stand_in
+    precision = kernels("precision")
+    before = _stand_in, precision.AMD
+    _stand_in, precision.AMD = target, target.amd
+    try:
+        yield
+    finally:
+        _stand_in, precision.AMD = before
