@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,13 +66,13 @@ class Linear:
             for shape in ((self.m, self.k), (self.n, self.k), (self.m, self.n))
         )
         a, b = _meta(self.adapter, self.rank, self.k), _meta(self.adapter, self.n, self.rank)
-        settings: list[Any] = [[2.0], [self.dropout], ["identity"], _meta(torch.int64, 1)]
+        seed, linear = _meta(torch.int64, 1), ["identity"]
         if direction == FORWARD:
-            run.forward(x, weight, None, [a], [b], [None], *settings)
+            run.forward(x, weight, None, [a], [b], [None], [2.0], [self.dropout], linear, seed)
         else:
             s = _meta(torch.float32, self.m, self.rank)
             needs = [True, False, True, True, False]
-            run.backward(y, x, weight, [a], [b], s, *settings, needs)
+            run.backward(y, x, weight, [a], [b], s, [2.0], [self.dropout], linear, seed, needs)
 
     def floor(self, direction: str) -> Floor:
         """Forward: x, W, A, B and y. Backward: dy, x, W, A, B and dx, dA, dB. S is neither: it can
@@ -110,13 +110,13 @@ class Prefix:
         run = TritonBackend()
         q, y = (_meta(self.dtype, self.b, self.h, self.length, self.d) for _ in range(2))
         k, v = (_meta(self.dtype, self.b, self.h_kv, self.length, self.d) for _ in range(2))
-        prefix = [_meta(self.dtype, self.h_kv, self.prefix, self.d) for _ in range(2)]
+        pk, pv = (_meta(self.dtype, self.h_kv, self.prefix, self.d) for _ in range(2))
         if direction == FORWARD:
-            run.prefix_attention_forward(q, k, v, *prefix, None, 0.125, True)
+            run.prefix_attention_forward(q, k, v, pk, pv, None, 0.125, True)
         else:
             lse = _meta(torch.float32, self.b, self.h, self.length)
-            rest: tuple[Any, ...] = (None, 0.125, True, [True] * 5)
-            run.prefix_attention_backward(y, q, k, v, *prefix, y, lse, *rest)
+            needs = [True] * 5
+            run.prefix_attention_backward(y, q, k, v, pk, pv, y, lse, None, 0.125, True, needs)
 
     def floor(self, direction: str) -> Floor:
         """Forward: q, k, v, the prefix and y, and lse. Backward: those and dy, and every gradient.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,6 +136,14 @@ class _Operands:
     def settings(self) -> tuple[Any, ...]:
         return [gpu.SCALING], [self.dropout], ["identity"], self.seed
 
+    def double(self) -> _Operands:
+        changes = {
+            name: t.double()
+            for name, t in vars(self).items()
+            if isinstance(t, Tensor) and t.is_floating_point()
+        }
+        return replace(self, **changes)
+
 
 def _operands(setting: Setting, device: str, cache_bytes: float) -> list[_Operands]:
     """Random copies, together no smaller than ``cache_bytes``; at least two."""
@@ -198,21 +206,17 @@ def _frozen(direction: str, copies: list[_Operands]) -> gpu.Call:
 
 def _gate(setting: Setting, o: _Operands, run: Backend) -> None:
     for direction, call in _CALLS.items():
-        wide = [t.double() if t.is_floating_point() else t for t in _tensors(o)]
-        oracle = call(_Operands(*wide, o.dropout), reference)
+        oracle = call(o.double(), reference)
         baseline = call(o, reference)
         for plan in planner.possible(setting, direction):
             with _forcing(direction, plan):
                 got = call(o, run)
             try:
-                for name, *results in zip(_RESULTS[direction], got, oracle, baseline, strict=True):
-                    assert_accurate(*results, name)
+                for name, value, want, low in zip(_RESULTS[direction], got, oracle, baseline,
+                                                  strict=True):  # fmt: skip
+                    assert_accurate(value, want, low, name)
             except AssertionError as error:
                 raise DataError(
                     f"tune-kernels: {setting}: {direction} by the plan {plan!r} is wrong: {error}. "
                     "Nothing of it was timed; please report this with `deltaops doctor`."
                 ) from error
-
-
-def _tensors(o: _Operands) -> tuple[Tensor, ...]:
-    return o.x, o.weight, o.grad_y, o.a, o.b, o.s, o.seed

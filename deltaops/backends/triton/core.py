@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .targets import AMD, Target
+from .targets import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,13 +42,11 @@ def device_of(tensor: Tensor) -> torch.cuda.device | nullcontext[None]:
 
 
 def capability(tensor: Tensor) -> int:
-    """As in 90 for sm_90; ``targets.AMD`` for an AMD GPU."""
+    """As in 90 for sm_90."""
     if _stand_in is not None:
         return _stand_in.capability
     if not tensor.is_cuda:
         return 0  # the interpreter: the smallest tiles
-    if torch.version.hip is not None:
-        return AMD
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
 
@@ -67,7 +66,7 @@ def standing_in(target: Target) -> Iterator[None]:
     """Tensors on "meta" are taken for tensors on ``target``: what would be launched can then be
     compiled or counted where there is no such GPU. For one thread; nothing may run meanwhile."""
     global _stand_in
-    precision = kernels("precision")
+    precision: Any = kernels("precision")
     before = _stand_in, precision.AMD
     _stand_in, precision.AMD = target, target.amd
     try:

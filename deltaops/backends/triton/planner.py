@@ -124,14 +124,12 @@ def start(setting: Setting, plain: bool) -> Plan:
     """
     if setting.rank == 0:  # no rank part: nothing is saved by fusing
         return Plan("torch", "torch", "no branch, so the library's GEMM is all there is to do")
-    speed, chosen, notes = expected(setting, plain), [], []
-    for direction in DIRECTIONS:
-        least = break_even(setting, direction)
-        chosen.append("fused" if speed >= least else "split")
-        notes.append(f"{least:.0%}")
+    speed = expected(setting, plain)
+    y, dx = (break_even(setting, direction) for direction in DIRECTIONS)
     return Plan(
-        *chosen,
-        f"not measured on this GPU; fused breaks even at {' and '.join(notes)} of the library's "
+        "fused" if speed >= y else "split",
+        "fused" if speed >= dx else "split",
+        f"not measured on this GPU; fused breaks even at {y:.0%} and {dx:.0%} of the library's "
         f"speed, {speed:.0%} are assumed (deltaops tune-kernels measures)",
     )
 
@@ -177,11 +175,11 @@ def _chosen(setting: Setting, gpu: str | None, plain: bool) -> Plan:
     entry = table.nearest(setting) if plain else None
     if entry is None:
         return otherwise._replace(why=f"{otherwise.why}; {path} has no call like it")
-    plans = [
+    y, dx = (
         entry.best(direction, possible(setting, direction)) or getattr(otherwise, direction)
         for direction in DIRECTIONS
-    ]
-    return Plan(*plans, f"fastest for {entry.setting} on {gpu}, {path}")
+    )
+    return Plan(y, dx, f"fastest for {entry.setting} on {gpu}, {path}")
 
 
 def forget() -> None:

@@ -65,11 +65,11 @@ def _kernel_class() -> Any:
     return JITFunction
 
 
-class _Library(TorchDispatchMode):
+class _Library(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
     """Notes torch's ops that move something: no views, no new memory."""
 
     def __init__(self, launches: list[Launch]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own has no types
         self.launches = launches
 
     def __torch_dispatch__(

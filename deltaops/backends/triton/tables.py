@@ -59,7 +59,7 @@ class Setting(NamedTuple):
         return doublings + 0.5 * (self.dropout != other.dropout)
 
 
-_KINDS = (int, int, int, int, str, str, bool)
+_KINDS: tuple[type, ...] = (int, int, int, int, str, str, bool)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _entry(path: Path, i: int, call: Any) -> Entry:
     setting = Setting(*(call[name] for name in Setting._fields))
     for name, kind in zip(Setting._fields, _KINDS, strict=True):
         value = call[name]
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise _refused(path, f"{where}: {name} must be {kind.__name__}, not {value!r}")
     seconds = call["seconds"]
     if not isinstance(seconds, dict) or not set(seconds) <= set(DIRECTIONS):

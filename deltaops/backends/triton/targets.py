@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-AMD = -1
-"""What :func:`core.capability` says of every AMD GPU: none of NVIDIA's numbers fits one."""
-
-
 @dataclass(frozen=True)
 class Target:
     """A kind of GPU.
 
     Attributes:
         name: as its compiler calls it.
-        capability: what the launchers choose their tiles by; 90 for sm_90.
+        capability: as torch gives it, 10 · major + minor.
         shared: bytes of shared memory (AMD: LDS) that one block may have. The compilers do not
             check it.
     """
@@ -26,7 +22,7 @@ class Target:
     @property
     def amd(self) -> bool:
         """Whether it is compiled by AMD's backend."""
-        return self.capability == AMD
+        return self.name.startswith("gfx")
 
 
 TARGETS = {
@@ -37,6 +33,6 @@ TARGETS = {
         Target("sm_90", 90, 227 * 1024),
         Target("sm_100", 100, 227 * 1024),
         # AMD Instinct MI300 CDNA3 ISA reference guide, LDS
-        Target("gfx942", AMD, 64 * 1024),
+        Target("gfx942", 94, 64 * 1024),
     )
 }
