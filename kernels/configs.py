@@ -224,3 +224,18 @@ def split(length: int, block: int, programs: int) -> tuple[int, int]:
     wanted = max(1, min(blocks, PROGRAMS // max(1, programs)))
     chunk = triton.cdiv(blocks, wanted) * block
     return max(1, triton.cdiv(length, chunk)), chunk
+
+
+def reads_dy_twice(grad_y: Tensor, b: Tensor, wide: bool) -> bool:
+    """Whether dS goes apart from dB (project.py), by the bytes that each way moves: a second
+    reading of dy, or one partial sum of dS for each tile of columns, written and read."""
+    (m, n), rank = grad_y.shape, b.shape[1]
+    tiles = triton.cdiv(n, grad_up(rank, wide, is_aligned(grad_y, b)).cols)
+    apart = project(m, rank, wide, is_aligned(grad_y, b.t()))
+    lanes = triton.cdiv(rank, apart.rank)
+    parts, _ = split(n, apart.cols, triton.cdiv(m, apart.rows) * lanes)
+
+    def sums(pieces: int) -> int:
+        return 8 * m * rank * pieces if pieces > 1 else 0
+
+    return grad_y.element_size() * m * n * lanes + sums(parts) < sums(tiles)

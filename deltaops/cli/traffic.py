@@ -56,23 +56,22 @@ def traffic(
     calls: tuple[Any, ...] = model.CALLS
     if shape is not None:
         calls = (model.Linear(*_shape(shape), rank, dropout),)
-    counts = [
-        one
-        for call in calls
-        for one in model.count(call, gpu, plan if isinstance(call, model.Linear) else None)
-    ]
-    Console().print(_table(counts, gpu))
+    console = Console()
+    for call in calls:
+        counts = model.count(call, gpu, plan if isinstance(call, model.Linear) else None)
+        console.print(_table(str(call), counts))
+    console.print(f"counted for {gpu}, not measured", highlight=False)
 
 
-def _table(counts: list[Any], gpu: str) -> Table:
-    table = Table(title=f"counted for {gpu}, not measured", title_justify="left", box=None)
-    table.add_column("call, kernel")
-    for column in ("launches", "MB once", "MB asked", "GFLOP", "once/floor", "GFLOP/floor"):
+def _table(call: str, counts: list[Any]) -> Table:
+    table = Table(title=call, title_justify="left", box=None)
+    table.add_column("", min_width=22)
+    for column in ("launches", "MB once", "MB asked", "GFLOP", "MB/floor", "GFLOP/floor"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in counts:
         total, floor = one.total, one.floor
         table.add_row(
-            f"[bold]{one.call}, {one.direction}[/]",
+            f"[bold]{one.direction}[/]",
             *_numbers(total),
             f"{total.once / floor.bytes:.2f}",
             f"{total.operations / floor.operations:.3f}",

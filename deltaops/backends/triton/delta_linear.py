@@ -109,7 +109,14 @@ def backward(
             column += a[i].shape[0]
             need_s = grad_x is not None or wanted[i] is not None
             need_bias = grad_bias is not None and i == 0
-            if need_s or wanted[count + i] is not None or need_bias:
+            beside = need_bias or wanted[count + i] is not None
+            twice = core.kernels("configs").reads_dy_twice
+            if need_s and (not beside or twice(grad_y, b[i], precision.wide)):
+                core.kernels("project").project(
+                    grad_y, b[i].t(), grad_s[:, piece], scaling=scaling[i], precision=precision
+                )
+                need_s = False
+            if need_s or beside:
                 core.kernels("grad_up").grad_up(
                     grad_y,
                     b[i],

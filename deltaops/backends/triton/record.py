@@ -94,6 +94,7 @@ class _Library(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
                 reads.append(value)
         if not writes and isinstance(out, Tensor):
             writes.append(out)
-        name = schema.name.replace("aten::", "torch.")
-        self.launches.append(Launch(name, (), {"reads": reads, "writes": writes}, {}))
+        if writes:
+            name = schema.name.replace("aten::", "torch.")
+            self.launches.append(Launch(name, (), {"reads": reads, "writes": writes}, {}))
         return out
