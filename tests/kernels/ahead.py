@@ -67,6 +67,8 @@ SETTINGS = (
     Setting(8192, (128,), HALF, FULL, dropout=0.1),
     Setting(8, (16,), FULL, FULL, dropout=0.1),
     Setting(8192, (64,), FULL, FULL, dropout=0.1),
+    # few columns: dS and dB come of one pass over dy, with the most lanes
+    Setting(512, (64,), dropout=0.1, n=96),
     # nothing divides by 16, and two branches
     Setting(1001, (3, 100), n=1003, k=4001, dropout=0.1, bias=True),
 )

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -52,10 +53,18 @@ def capability(tensor: Tensor) -> int:
 
 
 def gpu(device: torch.device | str = "cuda") -> str | None:
-    """The name of a GPU as its driver gives it; None of what is none."""
+    """The name of a GPU as its driver has it, of "cuda" the current one's; None of what is none."""
     if _stand_in is not None:
         return _stand_in.name
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    found = torch.device(device)
+    if found.type != "cuda":
+        return None
+    return _name(torch.cuda.current_device() if found.index is None else found.index)
+
+
+@cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 _stand_in: Target | None = None
