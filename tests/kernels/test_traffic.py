@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
 from deltaops.backends.triton import core, record
 from deltaops.backends.triton import traffic as entries
+from deltaops.cli import app
 from deltaops.errors import ConfigError
 from deltaops.measure import traffic
 
@@ -35,9 +37,11 @@ UNCOUNTED |= {
 LAYER = traffic.Linear(8192, 4096, 4096, 16)
 
 
-def test_no_call_moves_or_computes_more_than_is_committed() -> None:
-    now = traffic.totals(traffic.CALLS, traffic.COMMITTED)
-    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+def test_no_call_moves_or_computes_more_than_is_committed(tmp_path: Path) -> None:
+    path = tmp_path / "now.json"
+    result = CliRunner().invoke(app, ["traffic", "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    now, committed = (json.loads(p.read_text(encoding="utf-8")) for p in (path, COMMITTED))
     assert traffic.regressions(now, committed) == [], AGAIN
     assert now == committed, f"less than is committed: keep it so. {AGAIN}"
 
@@ -92,6 +96,16 @@ def test_the_plan_that_is_asked_for_is_counted(plan: str) -> None:
         names = {name for name, _ in one.kernels}
         assert ("torch.addmm_" in names) == (plan != "fused")
         assert bool(names & {"forward", "grad_input"}) == (plan != "torch")
+
+
+def test_the_command_shows_kernels_beside_the_floor() -> None:
+    arguments = ["traffic", "--shape", "64x48x32", "--rank", "4", "--plan", "split"]
+    shown = CliRunner().invoke(app, arguments).output
+    for wanted in ("delta_linear 64×48×32 r=4", "forward", "grad_down", "torch.addmm_", "floor"):
+        assert wanted in shown, shown
+    assert "not measured" in shown
+    refused = CliRunner().invoke(app, ["traffic", "--plan", "magic"]).exception
+    assert isinstance(refused, ConfigError)
 
 
 def test_an_unknown_gpu_is_named() -> None:
