@@ -137,7 +137,7 @@ class _Operands:
         return [gpu.SCALING], [self.dropout], ["identity"], self.seed
 
     def double(self) -> _Operands:
-        changes = {
+        changes: dict[str, Any] = {
             name: t.double()
             for name, t in vars(self).items()
             if isinstance(t, Tensor) and t.is_floating_point()
