@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from deltaops.backends.triton import TritonBackend, core
+
+sys.path.append(str(Path(__file__).parent))  # which -P takes off
+import rows_ahead  # noqa: E402
 
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -216,6 +220,8 @@ def main(arch: str, how: str | None = None) -> None:
             launch(setting)
         for attention in ATTENTIONS if how is None else ():
             launch_attention(attention)
+        for call in rows_ahead.CALLS if how is None else ():
+            call()
     print(json.dumps(list(recorder.found.values())))
 
 

@@ -1,12 +1,13 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
-Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER …
+Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER … rows:SHARE/SHARES
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from deltaops.reference import delta_linear as reference
 from deltaops.reference import prefix_attention as prefix_reference
 from deltaops.reference.philox import draws
 from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES, assert_accurate
+
+sys.path.append(str(Path(__file__).parent))  # which -P takes off
+import rows  # noqa: E402
 
 
 def mend_interpreter() -> None:
@@ -100,4 +104,7 @@ if __name__ == "__main__":
     check_mask()
     for argument in sys.argv[1:]:
         kind, _, number = argument.rpartition(":")
-        (check_prefix_attention if kind else check_case)(int(number))
+        if kind == "rows":
+            rows.check_share(number)
+        else:
+            (check_prefix_attention if kind else check_case)(int(number))

@@ -26,7 +26,13 @@ SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 GEMMS = ("_forward_kernel", "_grad_input_kernel")
 SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
-KERNELS = {*GEMMS, *SKINNY, *ATTENTION}
+ROWS = (
+    "_fold_kernel", "_bottleneck_kernel", "_bottleneck_inner_kernel", "_bottleneck_outer_kernel",
+    "_bottleneck_grad_kernel", "_bottleneck_grad_outer_kernel", "_bottleneck_down_kernel",
+    "_bottleneck_finish_kernel", "_norm_kernel", "_norm_grad_kernel", "_norm_grad_wide_kernel",
+    "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
+)  # fmt: skip
+KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {
