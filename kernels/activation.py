@@ -39,8 +39,11 @@ def activate_slope(h, KIND: tl.constexpr):
     elif KIND == "gelu":
         out = 0.5 + 0.5 * tl.erf(h * _ROOT_HALF) + h * (_DENSITY * tl.exp(-0.5 * h * h))
     elif KIND == "gelu_tanh":
-        gate = tl.sigmoid(_TWICE * (h + _CUBE * h * h * h))
-        bend = gate * (1.0 - gate)
+        v = _TWICE * (h + _CUBE * h * h * h)
+        low = tl.exp(-tl.abs(v))
+        high = 1.0 / (1.0 + low)
+        gate = tl.where(v >= 0.0, high, low * high)
+        bend = low * high * high  # σ(v) σ(-v): 1 - σ(v) would lose its digits
         # where the bend has gone to 0, h² may have gone to infinity
         steep = h * bend * _TWICE * (1.0 + 3.0 * _CUBE * h * h)
         out = gate + tl.where(bend == 0.0, 0.0, steep)

@@ -231,31 +231,39 @@ def fold(k: int) -> Rows:
     return Rows(1, min(1024, max(16, triton.next_power_of_2(k))), 4)
 
 
+FEWEST = 64
+"""Programs from which on a sequential adapter is not cut in two to keep a GPU busy: half of an
+H100's multiprocessors have one, and a launch is saved."""
+
+
 def bottleneck(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
-    """A sequential adapter, forward; a program keeps h of its rows in registers."""
+    """A sequential adapter, forward; a program keeps h of its rows in registers. Rows that cannot
+    be read in 16-byte pieces need an address for each element, as in :func:`project`."""
     lanes = rank_lanes(rank, wide, 128 if aligned else 16)
-    return Skinny(16 if m <= 4096 else 32, 64 if wide else 128, lanes, 4, 3)
+    rows = 32 if aligned and m > 4096 else 16
+    if not _in_one(m, rank, rows, lanes):
+        lanes = min(lanes, 64)  # the second launch has an accumulator beside h
+    return Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3)
+
+
+def is_fused(m: int, rank: int, config: Skinny) -> bool:
+    """Whether one program does all of a sequential adapter for its rows."""
+    return _in_one(m, rank, config.rows, config.rank)
+
+
+def _in_one(m: int, rank: int, rows: int, lanes: int) -> bool:
+    return rank <= lanes and triton.cdiv(m, rows) >= FEWEST
 
 
 def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     """Its backward pass over rows; a program keeps dh of its rows, and dy and x at a time."""
-    lanes = rank_lanes(rank, wide, 128 if aligned else 16)
-    return Skinny(16 if m <= 4096 else 32, 64, lanes, 4, 3)
+    config = bottleneck(m, rank, wide, aligned)
+    return Skinny(config.rows, 64, config.rank, config.warps, config.stages)
 
 
 def bottleneck_finish() -> Skinny:
     """What comes of the partial sums of G."""
     return Skinny(0, 64, 16, 4, 1)
-
-
-FEWEST = 64
-"""Programs from which on a pass need not be cut in two to keep a GPU busy: half of an H100's
-multiprocessors have one, and the second launch is saved."""
-
-
-def is_fused(m: int, rank: int, config: Skinny) -> bool:
-    """Whether one program does all of a sequential adapter for its rows."""
-    return rank <= config.rank and triton.cdiv(m, config.rows) >= FEWEST
 
 
 def gated(k: int) -> Rows:

@@ -24,7 +24,11 @@ import rows  # noqa: E402
 
 
 def mend_interpreter() -> None:
-    """NumPy ≥ 2.4 refuses int() of Triton's one-element arrays, which `range` in a kernel needs."""
+    """NumPy ≥ 2.4 refuses int() of Triton's one-element arrays, which `range` in a kernel needs.
+
+    And a function that a kernel calls replaces Triton's language once more, each time: a launch has
+    done so for what kernels see of it, and once is enough for what Triton's own functions see.
+    """
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
@@ -32,6 +36,15 @@ def mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+    known: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in known:
+            interpreter._patch_lang(self.fn)
+            known.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def check_case(number: int) -> None:
