@@ -532,5 +532,6 @@ def bottleneck(
     )
     _bottleneck_outer_kernel[(grid_m, triton.cdiv(k, config.cols))](
         partials, moments, residual, tilt, shift, up, up_bias, y, h, stats, m, k, rank,
-        len(partials), chunk, partials.stride(0), *beside, *up.stride(), y.stride(0), scaling, eps, **settings,
+        len(partials), chunk, partials.stride(0), *beside, *up.stride(), y.stride(0), scaling, eps,
+        **settings,
     )  # fmt: skip

@@ -9,9 +9,9 @@
 
 The row means of g and of g n, which LayerNorm's gradient takes off, are products of R numbers, so
 that no third pass is needed. One program walks over its columns twice, as forward; dy and x come
-from DRAM and then from L2. Traffic: 2·M·K elements (3 with a norm), and of h, dh and S 12·M·R bytes;
-for the parameters dy and x once more, and 8·R·K bytes a piece of the rows, added in a fixed order.
-Where there are few rows or many ranks it goes in two, again as forward.
+from DRAM and then from L2. Traffic: 2·M·K elements (3 with a norm), and 12·M·R bytes of h, dh and
+S; for the parameters dy and x once more, and 8·R·K bytes a piece of the rows, added in a fixed
+order. Where there are few rows or many ranks it goes in two, again as forward.
 """
 
 import torch
@@ -53,9 +53,7 @@ def _inner_grad(
 
 
 @triton.jit
-def _row_means(
-    side, across, tilt, lane, K, R, mean, rstd, NORM: tl.constexpr, PIVOT: tl.constexpr
-):
+def _row_means(side, across, tilt, lane, K, R, mean, rstd, NORM: tl.constexpr, PIVOT: tl.constexpr):
     """(Σ_k g, Σ_k g n) / K of dh as it is multiplied, and of x Dᵀ, x less its mean if PIVOT."""
     wide = side.to(tl.float32)
     centre = tl.zeros([side.shape[0]], tl.float32)

@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from deltaops.backends.triton import TritonBackend, core
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
-import rows_ahead  # noqa: E402
+import rows_ahead
 
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 

@@ -20,7 +20,7 @@ from deltaops.reference.philox import draws
 from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES, assert_accurate
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
-import rows  # noqa: E402
+import rows
 
 
 def mend_interpreter() -> None:

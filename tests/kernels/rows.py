@@ -34,14 +34,14 @@ from deltaops.testing import (
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 RUN = TritonBackend()
 
-# What takes long to interpret is left to a GPU's tests; several tiles of ranks, rows and columns, and
-# dtypes beside the plain one, in few programs.
+# What takes long to interpret is left to a GPU's tests; several tiles of ranks, rows and columns,
+# and dtypes beside the plain one, in few programs.
 BOTTLENECKS: tuple[tuple[BottleneckCase, torch.dtype, torch.dtype], ...] = (
     *((c, FULL, FULL) for c in BOTTLENECK_CASES if c.m * c.r < 1000 and c.k < 100),
-    (BottleneckCase(17, 140, 100, "gelu", "layer"), FULL, FULL),
-    (BottleneckCase(18, 130, 128, "gelu", "layer", padding=3), BRAIN, BRAIN),
-    (BottleneckCase(9, 150, 9, "silu", "rms", "other"), HALF, HALF),
-    (BottleneckCase(20, 150, 20, "gelu_tanh", "layer"), BRAIN, FULL),
+    (BottleneckCase(17, 140, 40, "gelu", "layer"), FULL, FULL),
+    (BottleneckCase(18, 144, 128, "gelu", "layer"), BRAIN, BRAIN),
+    (BottleneckCase(9, 150, 9, "silu", "rms", "other", padding=3), HALF, HALF),
+    (BottleneckCase(20, 150, 16, "gelu_tanh", "layer"), BRAIN, FULL),
 )
 NORMS: tuple[tuple[NormBiasCase, torch.dtype, torch.dtype], ...] = (
     *((c, FULL, FULL) for c in NORM_BIAS_CASES if c.m * c.k < 9000),
@@ -82,18 +82,19 @@ def mend_bfloat16() -> None:
 
 
 def bordered(t: Any) -> Any:
-    """The same values between NaN; the rows of a matrix lie further apart than they are long."""
+    """The same values between NaN; the rows of a matrix lie further apart than they are long, by a
+    number that leaves those aligned that would be."""
     if not isinstance(t, Tensor):
         return t
     if t.dim() != 2:
         padded = torch.full((t.numel() + 6,), float("nan"), dtype=t.dtype)
         inner = padded[3:-3].view(t.shape)
     elif t.stride(1) == 1 or t.shape[1] == 1:
-        inner = torch.full((t.shape[0] + 2, t.shape[1] + 5), float("nan"), dtype=t.dtype)
-        inner = inner[1:-1, 2:-3]
+        inner = torch.full((t.shape[0] + 2, t.shape[1] + 16), float("nan"), dtype=t.dtype)
+        inner = inner[1:-1, 2:-14]
     else:
-        inner = torch.full((t.shape[1] + 2, t.shape[0] + 5), float("nan"), dtype=t.dtype)
-        inner = inner[1:-1, 2:-3].t()
+        inner = torch.full((t.shape[1] + 2, t.shape[0] + 16), float("nan"), dtype=t.dtype)
+        inner = inner[1:-1, 2:-14].t()
     return inner.copy_(t)
 
 
@@ -152,7 +153,8 @@ def check_bottleneck(number: int) -> None:
         return [*forward, *RUN.bottleneck_backward(*backward, needs)]
 
     fewest = configs.FEWEST
-    for fused in (False, True):
+    # in one program only where a block of lanes holds the rank
+    for fused in (False, True) if case.r <= 16 or case.r == 128 else (False,):
         configs.FEWEST = 1 if fused else 1 << 30
         hold(f"{case} {dtype} {parameters} {fused}", run, [*oracle, *oracle_grads],
              [*low, *low_grads])  # fmt: skip
@@ -169,7 +171,9 @@ def _between_borders(t: BottleneckTensors) -> BottleneckTensors:
     return replace(t, x=x, **rest)
 
 
-def _check_each_alone(t: BottleneckTensors, given: Any, everything: list[Tensor], fused: bool) -> None:
+def _check_each_alone(
+    t: BottleneckTensors, given: Any, everything: list[Tensor], fused: bool
+) -> None:
     """Every gradient alone has the bits that it has among all; x is read for that of down only."""
     present, wants = iter(everything), t.needs()
     for i in range(7):

@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter: no GPU needed, nothing said about speed.
 
 In processes of their own: TRITON_INTERPRET must be set before the kernels are first imported.
-The GEMMs and attention in float32 only: the interpreter keeps bfloat16 as integers, and its products
+The GEMMs and attention in float32 only: the interpreter keeps bfloat16 as integers, whose products
 are wrong where rows.py does not mend them.
 """
 

@@ -1,4 +1,4 @@
-"""``bottleneck`` and ``norm_bias``: one walk over the rows each way, sums over rows in fixed order."""
+"""``bottleneck`` and ``norm_bias``: one walk over the rows each way, sums in fixed order."""
 
 from __future__ import annotations
 
