@@ -107,7 +107,11 @@ setup(
         "deltaops.kernels": "kernels",
         "deltaops.include": "csrc/include",
     },
-    package_data={"deltaops": ["py.typed"], "deltaops.include": ["*.h"]},
+    package_data={
+        "deltaops": ["py.typed"],
+        "deltaops.include": ["*.h"],
+        "deltaops.backends.triton": ["tables/*"],
+    },
     ext_modules=[
         Extension(CPU, sources("cpu"), language="c++"),
         Extension(CUDA, sources("cuda"), language="c++"),

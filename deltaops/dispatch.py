@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,6 +30,8 @@ class Explanation:
     call: Call
     chosen: str | None
     verdicts: tuple[Verdict, ...]
+    plan: str | None = None
+    """Which of its ways the chosen backend takes and why; None where it has one only."""
 
     @property
     def fast(self) -> bool:
@@ -39,13 +42,14 @@ class Explanation:
     def reason(self) -> str:
         """One line: what runs, or why the fused ones do not."""
         if self.fast:
-            return f"fused by {self.chosen}"
+            return f"fused by {self.chosen}{f' ({self.plan})' if self.plan else ''}"
         refused = "; ".join(str(v) for v in self.verdicts if v.reason)
         return f"eager torch ({refused})" if self.chosen else f"nothing runs it ({refused})"
 
     def __str__(self) -> str:
         head = f"{self.call.title} → {self.chosen or 'no backend'}"
-        return "\n".join([head, *(f"  {verdict}" for verdict in self.verdicts)])
+        plan = [f"  plan: {self.plan}"] if self.plan else []
+        return "\n".join([head, *(f"  {verdict}" for verdict in self.verdicts), *plan])
 
 
 def _reason(backend: Backend, call: Call) -> str | None:
@@ -70,14 +74,19 @@ def explain_call(call: Call, backend: str = "auto", strict: bool = False) -> Exp
                 f"backend must be one of {known}, got {backend!r}. Check the spelling."
             )
         reason = _reason(candidates[backend], call)
-        return Explanation(call, None if reason else backend, (Verdict(backend, reason),))
+        return _explained(call, None if reason else backend, [Verdict(backend, reason)])
     verdicts = []
     for candidate in candidates.values():
         reason = _reason(candidate, call) or (None if strict else candidate.outrun(call))
         verdicts.append(Verdict(candidate.name, reason))
         if reason is None:
-            return Explanation(call, candidate.name, tuple(verdicts))
-    return Explanation(call, None, tuple(verdicts))
+            return _explained(call, candidate.name, verdicts)
+    return _explained(call, None, verdicts)
+
+
+def _explained(call: Call, chosen: str | None, verdicts: Sequence[Verdict]) -> Explanation:
+    planned = getattr(registered()[chosen], "planned", None) if chosen else None
+    return Explanation(call, chosen, tuple(verdicts), planned(call) if planned else None)
 
 
 @lru_cache(maxsize=4096)

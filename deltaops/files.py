@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,3 +126,16 @@ def umask() -> int:
     mask = os.umask(0)  # there is no way to read it without setting it
     os.umask(mask)
     return mask
+
+
+def cache_dir() -> Path:
+    """Where deltaops keeps what it can make again: ``$DELTAOPS_CACHE``, else the platform's own
+    place. Not created here."""
+    override = os.environ.get("DELTAOPS_CACHE")
+    if override:
+        return Path(override).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "deltaops"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "deltaops"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaops"

@@ -9,11 +9,14 @@ and shared-memory counts; none has been measured on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+from . import precision
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Skinny:
 
 
 WIDE_ARCHITECTURES = (80, 90, 100)
-"""Data-centre GPUs: at least 163 KB of shared memory a block. Others have 99 KB."""
+"""NVIDIA's data-centre GPUs: at least 163 KB of shared memory a block. Its others have 99 KB, and
+AMD's 64 KB, with warps of 64 lanes."""
 
 # By the rows of the output: the first table whose bound is not below M. Tiles of fewer than 64 rows
 # cannot use Hopper's wgmma and need not: at such M the weight's bytes are the limit.
@@ -61,6 +65,12 @@ _GEMM_AMPERE = (
 _GEMM_NARROW = (
     (16, Gemm(16, 64, 64, 16, 1, 4, 4)),
     (None, Gemm(128, 128, 32, 16, 8, 8, 3)),
+)
+_GEMM_AMD = (
+    (16, Gemm(16, 64, 128, 16, 1, 4, 2)),
+    (64, Gemm(64, 64, 128, 16, 1, 4, 2)),
+    (512, Gemm(64, 128, 64, 16, 8, 4, 2)),
+    (None, Gemm(128, 128, 64, 16, 8, 4, 2)),
 )
 _GEMM_FLOAT = (
     (16, Gemm(16, 64, 32, 16, 1, 4, 2)),
@@ -102,6 +112,8 @@ def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -
         table = _GEMM_MIXED
     elif not plain:
         table = _GEMM_CROWDED
+    elif precision.AMD:
+        table = _GEMM_AMD
     elif capability >= 90 and capability in WIDE_ARCHITECTURES:
         table = _GEMM_WGMMA
     elif capability in WIDE_ARCHITECTURES:
@@ -116,6 +128,17 @@ def grad_input(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: b
     return gemm(m, dtype, 80 if capability in WIDE_ARCHITECTURES else capability, wide, plain)
 
 
+Tiles = TypeVar("Tiles", bound="Skinny | Attend")
+
+
+def _for_amd(tiles: Tiles) -> Tiles:
+    """The same tiles with what AMD's GPUs have room for: four warps there are 256 lanes, of which
+    each has twice the registers that it has among eight, and shared memory holds two stages."""
+    if not precision.AMD:
+        return tiles
+    return replace(tiles, warps=min(4, tiles.warps), stages=min(2, tiles.stages))
+
+
 def rank_lanes(rank: int, wide: bool, most: int = 128) -> int:
     """Lanes of a skinny pass: the rank as a power of two from 16 (the least that tensor cores
     contract) to ``most``, or to 16 in fp32, where more would spill; higher ranks take several
@@ -126,20 +149,20 @@ def rank_lanes(rank: int, wide: bool, most: int = 128) -> int:
 def project(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     """S = drop(x) Aᵀ; also dS = dy B where it goes apart from dB."""
     lanes = rank_lanes(rank, wide, 128 if aligned else 16)
-    return Skinny(16 if m <= 16 else 32, 64 if wide else 128, lanes, 4, 3)
+    return _for_amd(Skinny(16 if m <= 16 else 32, 64 if wide else 128, lanes, 4, 3))
 
 
 def grad_up(rank: int, wide: bool, aligned: bool) -> Skinny:
     """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB and of B in registers, so
     that 128 lanes would spill."""
     lanes = rank_lanes(rank, wide, 64 if aligned else 16)
-    return Skinny(32, 64 if wide else 128, lanes, 8 if lanes > 32 else 4, 3)
+    return _for_amd(Skinny(32, 64 if wide else 128, lanes, 8 if lanes > 32 else 4, 3))
 
 
 def grad_down(rank: int, wide: bool) -> Skinny:
     """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers."""
     lanes = rank_lanes(rank, wide)
-    return Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3)
+    return _for_amd(Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3))
 
 
 @dataclass(frozen=True)
@@ -161,28 +184,30 @@ def attention(d: int, wide: bool) -> Attend:
     """The forward pass; ``wide`` where products with the prefix work in fp32."""
     lanes = head_lanes(d)
     if wide:
-        return Attend(32, 32, 4, 2)
+        # Triton 3.6 fails on AMD where 32 rows are shared by several warps
+        # (github.com/triton-lang/triton/pull/10666)
+        return _for_amd(Attend(64 if precision.AMD else 32, 32, 4, 2))
     if lanes > 128:
-        return Attend(64, 32, 4, 2)
-    return Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3)
+        return _for_amd(Attend(64, 32, 4, 2))
+    return _for_amd(Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3))
 
 
 def grad_query(d: int, wide: bool) -> Attend:
     """dQ and δ."""
     lanes = head_lanes(d)
     if wide:
-        return Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 4, 1)
-    return Attend(64, 64, 4, 2) if lanes <= 64 else Attend(64, 32, 8, 2)
+        return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 4, 1))
+    return _for_amd(Attend(64, 64, 4, 2) if lanes <= 64 else Attend(64, 32, 8, 2))
 
 
 def grad_keys(d: int, wide: bool) -> Attend:
     """dK and dV; a program keeps both for ``cols`` keys in registers."""
     lanes = head_lanes(d)
     if wide:
-        return Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 8, 1)
+        return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 8, 1))
     if lanes > 128:
-        return Attend(32, 32, 8, 1)
-    return Attend(32, 32, 4, 2) if lanes <= 64 else Attend(32, 32, 8, 2)
+        return _for_amd(Attend(32, 32, 8, 1))
+    return _for_amd(Attend(32, 32, 4, 2) if lanes <= 64 else Attend(32, 32, 8, 2))
 
 
 PROGRAMS = 256
@@ -199,6 +224,21 @@ def split(length: int, block: int, programs: int) -> tuple[int, int]:
     wanted = max(1, min(blocks, PROGRAMS // max(1, programs)))
     chunk = triton.cdiv(blocks, wanted) * block
     return max(1, triton.cdiv(length, chunk)), chunk
+
+
+def reads_dy_twice(grad_y: Tensor, b: Tensor, wide: bool) -> bool:
+    """Whether dS goes apart from dB (project.py), by the bytes that each way moves: a second
+    reading of dy, or one partial sum of dS for each tile of columns, written and read."""
+    (m, n), rank = grad_y.shape, b.shape[1]
+    tiles = triton.cdiv(n, grad_up(rank, wide, is_aligned(grad_y, b)).cols)
+    apart = project(m, rank, wide, is_aligned(grad_y, b.t()))
+    lanes = triton.cdiv(rank, apart.rank)
+    parts, _ = split(n, apart.cols, triton.cdiv(m, apart.rows) * lanes)
+
+    def sums(pieces: int) -> int:
+        return 8 * m * rank * pieces if pieces > 1 else 0
+
+    return grad_y.element_size() * m * n * lanes + sums(parts) < sums(tiles)
 
 
 LEAST_ROWS = 8
@@ -243,7 +283,7 @@ def bottleneck(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     rows = 32 if aligned and m > 4096 else 16
     if not _in_one(m, rank, rows, lanes):
         lanes = min(lanes, 64)  # the second launch has an accumulator beside h
-    return Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3)
+    return _for_amd(Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3))
 
 
 def is_fused(m: int, rank: int, config: Skinny) -> bool:

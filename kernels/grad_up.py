@@ -6,8 +6,8 @@ A program owns some columns of dy and a piece of the rows. It keeps its columns 
 its rows, leaves for each tile the part of dS that its columns give, and keeps its parts of dB and
 db in registers until the end. Partial sums are then added in a fixed order (reduce.py).
 Traffic: dy once for each 64 ranks; partials of dS, 8·M·R·⌈N/128⌉ bytes written and read, and of dB
-and db, 8·N·R·pieces. Where the former outgrows a second reading of dy, project.py could
-make dS and this kernel only dB and db; nothing chooses that yet.
+and db, 8·N·R·pieces. Where the former outgrow a second reading of dy (configs.reads_dy_twice),
+project.py makes dS, and this kernel only dB and db.
 """
 
 import torch

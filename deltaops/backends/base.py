@@ -141,6 +141,13 @@ class PreparingBackend(Backend, Protocol):
         """The plan of all calls with tensors of these dtypes, shapes and strides."""
 
 
+class PlanningBackend(Backend, Protocol):
+    """One that has several ways for a call and chooses by what was measured."""
+
+    def planned(self, call: Call) -> str | None:
+        """The way that it takes and why, in words; None where there is one only."""
+
+
 class AdapterBackend(Backend, Protocol):
     """One that also has ``bottleneck`` and ``norm_bias``. x comes flattened, ``[M, K]``."""
 

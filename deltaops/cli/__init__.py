@@ -16,7 +16,9 @@ from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
 from .intrinsic import intrinsic
+from .traffic import traffic
 from .tune import tune
+from .tune_kernels import tune_kernels
 
 app = typer.Typer(
     name="deltaops",
@@ -27,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, tune, compare, convert, inspect, doctor, bench):
+for command in (demo, tune, compare, convert, inspect, doctor, bench, tune_kernels, traffic):
     app.command()(command)
 app.add_typer(intrinsic, name="intrinsic")
 

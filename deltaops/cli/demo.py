@@ -27,9 +27,8 @@ def demo(
 
     Example:  deltaops demo --fresh --tune-steps 300
     """
-    from deltaops.files import write_atomically
+    from deltaops.files import cache_dir, write_atomically
     from deltaops.tuning import small_model
-    from deltaops.tuning.cache import cache_dir
     from deltaops.tuning.corpus import python_sources
     from deltaops.tuning.run import Settings, run
 

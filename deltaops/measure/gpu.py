@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltaops.ops import Branch, delta_linear
+from deltaops.ops.delta_linear import explain
 from deltaops.reference import delta_linear as reference
 from deltaops.testing import assert_accurate
 
@@ -328,6 +329,11 @@ def measure(
     copies = operands(case, device, cache_bytes)
     gate(case, copies[0], backend)
     calls, notes = make_peers(case, copies, backend, compile_peft)
+    o = copies[0]
+    branch = Branch(o.a, o.b, SCALING, case.dropout)
+    plan = explain(o.x, o.weight, None, [branch], backend=backend).plan
+    if plan is not None:
+        notes["plan"] = plan
     peers = {}
     for name, call in calls.items():
         try:

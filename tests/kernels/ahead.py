@@ -1,9 +1,10 @@
 """The kernels compiled for GPUs that are not here; test_ahead_of_time.py runs this, a process each.
 
-Usage: python ahead.py ARCH [SABOTAGE]
+Usage: python ahead.py TARGET [SABOTAGE]        TARGET: sm_90, gfx942, …
 
 The launchers themselves run, on meta tensors: what is compiled is what they would launch, with
 their own configurations, signatures and specialization. Prints a JSON list, one entry a kernel.
+A new op is one more entry of ``calls``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from deltaops.backends.triton import TritonBackend, core
+from deltaops.backends.triton import TritonBackend, core, planner
+from deltaops.backends.triton.targets import TARGETS, Target
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
 import rows_ahead
 
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+# The metadata of an AMD kernel (LLVM, User Guide for AMDGPU Backend): bytes of scratch memory, and
+# vector registers that went there. Scalars that spill go to lanes of vector registers instead.
+SCRATCH = re.compile(r"^ *\.(?:private_segment_fixed_size|vgpr_spill_count): *(\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ SETTINGS = (
     Setting(8192, (128,), HALF, FULL, dropout=0.1),
     Setting(8, (16,), FULL, FULL, dropout=0.1),
     Setting(8192, (64,), FULL, FULL, dropout=0.1),
+    # few columns: dS and dB come of one pass over dy, with the most lanes
+    Setting(512, (64,), dropout=0.1, n=96),
     # nothing divides by 16, and two branches
     Setting(1001, (3, 100), n=1003, k=4001, dropout=0.1, bias=True),
 )
@@ -75,6 +83,10 @@ VARIATIONS = (
     Setting(1001, (3, 100), dropout=0.1),
     Setting(8192, (), bias=True),
 )
+# The GEMM kernels without their long loop: less than what is compiled above, so some show it.
+SPLIT = (SETTINGS[3], SETTINGS[6])
+# One variant of these says all.
+SIMPLE = {"_sum_partials_kernel"}
 
 
 @dataclass(frozen=True)
@@ -93,11 +105,14 @@ class Attention:
 ATTENTIONS = (
     # every row of the tables, the widest head of each; PEFT trains a prefix in float32
     Attention(64),
-    Attention(64, HALF, FULL, masked=True),
-    Attention(64, FULL, FULL, masked=True),
-    Attention(128, HALF, FULL, masked=True),
     Attention(128),
     Attention(256, causal=False),
+    Attention(64, HALF, FULL, masked=True),
+    Attention(128, HALF, FULL, masked=True),
+)
+# The same rows with other types and strides; not for AMD, whose compiler is the slowest.
+MORE_ATTENTIONS = (
+    Attention(64, FULL, FULL, masked=True),
     # nothing divides by 16, and half of the lanes are empty
     Attention(80, length=1001, heads=(6, 3), masked=True),
     Attention(80, HALF, FULL, length=1001, heads=(6, 3), masked=True),
@@ -107,9 +122,12 @@ ATTENTIONS = (
 class Recorder:
     """Stands in for ``JITFunction.run``: compiles what would be launched, each thing once."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.backend = make_backend(target)
-        self.target = target
+    def __init__(self, target: Target) -> None:
+        if target.amd:
+            self.target = GPUTarget("hip", target.name, 64)
+        else:
+            self.target = GPUTarget("cuda", target.capability, 32)
+        self.backend = make_backend(self.target)
         self.binders: dict[JITFunction[Any], Any] = {}
         self.found: dict[str, dict[str, Any]] = {}
 
@@ -121,7 +139,9 @@ class Recorder:
         options, signature, constexprs, attrs = fn._pack_args(
             self.backend, kwargs, bound, specialization, options
         )
-        key = f"{fn.__name__} {signature} {constexprs} {attrs} {options}"
+        key = fn.__name__
+        if key not in SIMPLE:
+            key += f" {signature} {constexprs} {attrs} {options}"
         if key not in self.found:
             source = ASTSource(fn, signature, constexprs, attrs)
             log = io.StringIO()
@@ -132,19 +152,38 @@ class Recorder:
     def entry(self, name: str, bound: dict[str, Any], kernel: Any, log: str) -> dict[str, Any]:
         tiles = {k: v for k, v in bound.items() if k.startswith("BLOCK_")}
         dtype = next(str(v.dtype) for v in bound.values() if isinstance(v, Tensor))
-        spills = SPILL.findall(log)
-        # no line about spills would look like no spills
-        assert spills, f"{name}: the assembler did not report spills: {log!r}"
-        return {
+        found = {
             "kernel": name,
             "tiles": tiles,
             "dtype": dtype,
             "dropout": str(bound.get("DROPOUT")),
             "work": str(bound.get("WORK")),
-            "image": len(kernel.asm["cubin"]),
             "shared": kernel.metadata.shared,
+        }
+        return found | (
+            self.amd(kernel) if self.target.backend == "hip" else self.nvidia(kernel, log)
+        )
+
+    @staticmethod
+    def nvidia(kernel: Any, log: str) -> dict[str, Any]:
+        spills = SPILL.findall(log)
+        # no line about spills would look like no spills
+        assert spills, f"{kernel.name}: the assembler did not report spills: {log!r}"
+        return {
+            "image": len(kernel.asm["cubin"]),
             "spills": sum(int(stores) + int(loads) for stores, loads in spills),
-            "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
+            "matrix_cores": "wgmma.mma_async" in kernel.asm["ptx"],
+        }
+
+    @staticmethod
+    def amd(kernel: Any) -> dict[str, Any]:
+        text = kernel.asm["amdgcn"]
+        scratch = SCRATCH.findall(text)
+        assert len(scratch) == 2, f"{kernel.name}: the assembler did not report scratch memory"
+        return {
+            "image": len(kernel.asm["hsaco"]),
+            "spills": sum(map(int, scratch)),
+            "matrix_cores": "v_mfma_" in text,
         }
 
 
@@ -187,41 +226,57 @@ def launch_attention(setting: Attention) -> None:
     run.prefix_attention_backward(y, q, k, v, *prefix, y, lse, *rest, [True] * 5)
 
 
+def calls(target: Target) -> Iterator[Callable[[], None]]:
+    """All calls whose configurations are compiled."""
+    for setting in SETTINGS + (VARIATIONS if target.name == "sm_90" else ()):
+        yield partial(launch, setting)
+    for attention in ATTENTIONS + (() if target.amd else MORE_ATTENTIONS):
+        yield partial(launch_attention, attention)
+    yield from rows_ahead.calls(target)
+
+
 @contextlib.contextmanager
-def compiling(recorder: Recorder, capability: int) -> Iterator[None]:
+def compiling(recorder: Recorder, target: Target, plan: str) -> Iterator[None]:
     """Launches go to the recorder, and the backend takes the target for the device."""
-    run, capability_of = JITFunction.run, core.capability
+    run = JITFunction.run
     JITFunction.run = lambda fn, *args, **kwargs: recorder.run(fn, *args, **kwargs)
-    core.capability = lambda tensor: capability
     try:
-        yield
+        with core.standing_in(target), planner.forced(plan, plan):
+            yield
     finally:
-        JITFunction.run, core.capability = run, capability_of
+        JITFunction.run = run
 
 
-def sabotage(how: str) -> None:
+def sabotage(how: str, amd: bool) -> None:
     """Make the large GEMM tile one that a gate must refuse, by registers, stages or warps."""
-    bound, good = configs._GEMM_WGMMA[-1]
-    # two warps are half of what a wgmma takes
-    small = {"rows": 64, "cols": 64, "warps": 2}
-    change = {"registers": {"warps": 4}, "stages": {"stages": 8}, "warps": small}[how]
-    configs._GEMM_WGMMA = (*configs._GEMM_WGMMA[:-1], (bound, dataclasses.replace(good, **change)))
+    name = "_GEMM_AMD" if amd else "_GEMM_WGMMA"
+    rows = getattr(configs, name)
+    bound, good = rows[-1]
+    change = {
+        "registers": {"warps": 1 if amd else 4},
+        "stages": {"stages": 8},
+        # two warps are half of what a wgmma takes
+        "warps": {"rows": 64, "cols": 64, "warps": 2},
+    }[how]
+    setattr(configs, name, (*rows[:-1], (bound, dataclasses.replace(good, **change))))
 
 
-def main(arch: str, how: str | None = None) -> None:
+def main(name: str, how: str | None = None) -> None:
     knobs.nvidia.dump_ptxas_log = True
-    if how is not None:
-        sabotage(how)
-    recorder = Recorder(GPUTarget("cuda", int(arch), 32))
-    settings = SETTINGS + (VARIATIONS if arch == "90" else ())
-    with compiling(recorder, int(arch)):
-        # sabotage is of one configuration, so one call shows it
-        for setting in settings if how is None else (Setting(8192, (16,)),):
-            launch(setting)
-        for attention in ATTENTIONS if how is None else ():
-            launch_attention(attention)
-        for call in rows_ahead.CALLS if how is None else ():
-            call()
+    target = TARGETS[name]
+    recorder = Recorder(target)
+    if how is not None:  # it is of one configuration, so one call shows it
+        sabotage(how, target.amd)
+        with compiling(recorder, target, "fused"):
+            launch(Setting(8192, (16,)))
+    else:
+        with compiling(recorder, target, "fused"):
+            for call in calls(target):
+                call()
+        if name == "sm_90":
+            with compiling(recorder, target, "split"):
+                for setting in SPLIT:
+                    launch(setting)
     print(json.dumps(list(recorder.found.values())))
 
 

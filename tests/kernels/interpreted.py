@@ -1,19 +1,28 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
-Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER … rows:SHARE/SHARES
+Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER tuning rows:I/N …
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton.runtime.interpreter as interpreter
+from deltaops.kernels import configs
 
-from deltaops.backends.triton import TritonBackend
+from deltaops.backends.triton import TritonBackend, planner
+from deltaops.backends.triton.record import recording
+from deltaops.backends.triton.tables import PLANS
+from deltaops.backends.triton.traffic import traffic
+from deltaops.errors import DataError
+from deltaops.measure import tune_kernels
 from deltaops.reference import delta_linear as reference
 from deltaops.reference import prefix_attention as prefix_reference
 from deltaops.reference.philox import draws
@@ -47,8 +56,57 @@ def mend_interpreter() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
+TALLY: Counter[str] = Counter()
+"""Bytes loaded and stored and operations of products, as the interpreter makes them."""
+
+
+def tally_interpreter() -> None:
+    """Have the interpreter keep ``TALLY``."""
+    builder = interpreter.InterpreterBuilder
+    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
+
+    def size(pointers: Any, mask: Any) -> int:
+        return int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+
+    def tally_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        TALLY["loaded"] += size(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def tally_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        TALLY["stored"] += size(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def tally_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        TALLY["operations"] += 2 * a.data.shape[0] * b.data.shape[1] * a.data.shape[1]
+        return dot(self, a, b, *rest)
+
+    builder.create_masked_load = tally_load
+    builder.create_masked_store = tally_store
+    builder.create_dot = tally_dot
+
+
+def as_modelled(call: Callable[[], Any], what: str) -> Any:
+    """Run ``call``; what its kernels load, store and multiply is what the traffic model says."""
+    TALLY.clear()
+    with recording(execute=True) as launches:
+        result = call()
+    kernels = [launch for launch in launches if not launch.kernel.startswith("torch.")]
+    modelled = [traffic(launch) for launch in kernels]
+    for name in ("loaded", "stored", "operations"):
+        count = sum(getattr(one, name) for one in modelled)
+        names = [launch.kernel for launch in kernels]
+        assert TALLY[name] == count, f"{what}: {name} {TALLY[name]}, modelled {count}: {names}"
+    return result
+
+
+def plans(number: int, mask: bool) -> list[tuple[str, str]]:
+    """Each plan of a GEMM has its turn over the cases; a mask is not the library's to make."""
+    forward, backward = PLANS[number % 3], PLANS[(number + 1) % 3]
+    return [("fused", "fused"), (forward, "split" if mask and backward == "torch" else backward)]
+
+
 def check_case(number: int) -> None:
-    """Forward and every gradient against float64, twice, into poisoned memory."""
+    """Forward and every gradient against float64, twice, into poisoned memory, by two plans."""
     case, run = DELTA_LINEAR_CASES[number], TritonBackend()
     t = case.tensors(torch.float32)
     wide, grad_y = t.to(torch.float64), case.grad_y(torch.float32)
@@ -61,13 +119,21 @@ def check_case(number: int) -> None:
         *reference.backward(*wide.backward_arguments(grad_y.double(), s64), needs),
     ]
     baseline = [y32, s32, *reference.backward(*t.backward_arguments(grad_y, s32), needs)]
-    results = []
-    for _ in range(2):
+
+    def results() -> list[torch.Tensor]:
         y, s = run.forward(*t.forward_arguments())
-        results.append([y, s, *run.backward(*t.backward_arguments(grad_y, s), needs)])
-    for i, (got, again, want, low) in enumerate(zip(*results, oracle, baseline, strict=True)):
-        assert_accurate(got, want, low, f"{case}: result {i}")
-        assert torch.equal(got, again), f"{case}: result {i} changed its bits"
+        return [y, s, *run.backward(*t.backward_arguments(grad_y, s), needs)]
+
+    for turn, plan in enumerate(plans(number, any(case.dropout))):
+        # dS apart from dB, and with it; the bytes would decide
+        configs.reads_dy_twice = lambda *args: bool(turn)  # noqa: B023  # called in this turn
+        with planner.forced(*plan):
+            found, again = as_modelled(results, f"{case} {plan}"), results()
+        for i, (got, same, want, low) in enumerate(
+            zip(found, again, oracle, baseline, strict=True)
+        ):
+            assert_accurate(got, want, low, f"{case} {plan}: result {i}")
+            assert torch.equal(got, same), f"{case} {plan}: result {i} changed its bits"
 
 
 def check_prefix_attention(number: int) -> None:
@@ -84,13 +150,36 @@ def check_prefix_attention(number: int) -> None:
 
     kernels = run.prefix_attention_forward, run.prefix_attention_backward
     plain = prefix_reference.forward, prefix_reference.backward
-    found, again = results(*kernels, t, grad_y), results(*kernels, t, grad_y)
+    found = as_modelled(lambda: results(*kernels, t, grad_y), str(case))
+    again = results(*kernels, t, grad_y)
     oracle = results(*plain, t.to(torch.float64), grad_y.double())
     for i, (got, same, want, low) in enumerate(
         zip(found, again, oracle, results(*plain, t, grad_y), strict=True)
     ):
         assert_accurate(got, want, low, f"{case}: result {i}")
         assert torch.equal(got, same), f"{case}: result {i} changed its bits"
+
+
+def check_tuning() -> None:
+    """Each plan passes the gate of tune-kernels and is timed; one with wrong numbers is not."""
+    clock = iter(range(1, 1000))
+    setting = planner.setting_of(torch.float32, (torch.float32,), 24, 32, 48, (4,), True)
+    settings: dict[str, Any] = {
+        "device": "cpu", "rounds": 4, "capture": lambda call: call, "cache_bytes": 0,
+        "clock": lambda call: float(bool(call()) and next(clock)),
+    }  # fmt: skip
+    seconds = tune_kernels.measure(setting, TritonBackend(), **settings).entry.seconds
+    assert list(seconds["forward"]) == list(PLANS), seconds
+    assert list(seconds["backward"]) == ["fused", "split"], seconds
+
+    class Wrong(TritonBackend):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            y, s = TritonBackend.forward(*args)
+            return 1.01 * y, s
+
+    with pytest.raises(DataError, match="forward by the plan 'fused' is wrong"):
+        tune_kernels.measure(setting, Wrong(), **settings)
 
 
 def check_mask() -> None:
@@ -107,6 +196,7 @@ if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set it before Triton is imported"
     torch.set_num_threads(1)
     mend_interpreter()
+    tally_interpreter()
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -117,7 +207,9 @@ if __name__ == "__main__":
     check_mask()
     for argument in sys.argv[1:]:
         kind, _, number = argument.rpartition(":")
-        if kind == "rows":
+        if number == "tuning":
+            check_tuning()
+        elif kind == "rows":
             rows.check_share(number)
         else:
             (check_prefix_attention if kind else check_case)(int(number))

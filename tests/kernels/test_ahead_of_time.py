@@ -1,7 +1,7 @@
 """Every configuration of the Triton kernels compiles for the GPUs that it is meant for.
 
 ahead.py does it, in a process for each architecture. Nothing runs on a GPU here; this finds what
-only a compiler can say: spilled registers, shared memory beyond the chip, tensor cores left idle.
+only a compiler can say: spilled registers, shared memory beyond the chip, matrix cores left idle.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 
+from deltaops.backends.triton.targets import TARGETS
+
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("ahead.py")
-
-# Bytes of shared memory that one block may have (CUDA C++ Programming Guide, compute
-# capabilities); the compiler does not check it.
-SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 
 GEMMS = ("_forward_kernel", "_grad_input_kernel")
 SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
+# wgmma on Hopper, MFMA on AMD; Ampere and Blackwell are not looked at
+MATRIX_CORES = ("sm_90", "gfx942")
 ROWS = (
     "_fold_kernel", "_bottleneck_kernel", "_bottleneck_inner_kernel", "_bottleneck_outer_kernel",
     "_bottleneck_grad_kernel", "_bottleneck_grad_outer_kernel", "_bottleneck_down_kernel",
@@ -36,9 +36,11 @@ KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {
-    "registers": "bytes spilled",
-    "stages": "bytes of shared memory",
-    "warps": "no wgmma",
+    ("sm_90", "registers"): "bytes spilled",
+    ("sm_90", "stages"): "bytes of shared memory",
+    ("sm_90", "warps"): "no matrix cores",
+    ("gfx942", "registers"): "bytes spilled",
+    ("gfx942", "stages"): "bytes of shared memory",
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.waits]
@@ -65,27 +67,27 @@ def compiled(cache: Path, arch: str, *sabotage: str) -> list[dict[str, Any]]:
 
 def problems(found: list[dict[str, Any]], arch: str) -> list[str]:
     """What the gate refuses, a line each."""
-    lines = []
+    lines, limit = [], TARGETS[arch].shared
     for kernel in found:
         name = f"{kernel['kernel']} {kernel['tiles']} {kernel['dtype']} {kernel['work']}"
         if not kernel["image"]:
-            lines.append(f"{name}: no cubin")
+            lines.append(f"{name}: no machine code")
         if kernel["spills"]:
             lines.append(f"{name}: {kernel['spills']} bytes spilled")
-        if kernel["shared"] > SHARED[arch]:
-            lines.append(f"{name}: {kernel['shared']} bytes of shared memory > {SHARED[arch]}")
+        if kernel["shared"] > limit:
+            lines.append(f"{name}: {kernel['shared']} bytes of shared memory > {limit}")
         # tiles of fewer than 64 rows are for few tokens, where the weight's bytes are the limit;
-        # float32 asks for IEEE products, which tensor cores do not have
-        tensor_cores = kernel["tiles"].get("BLOCK_M", 0) >= 64 and "32" not in kernel["dtype"]
-        if arch == "90" and kernel["kernel"] in GEMMS and tensor_cores and not kernel["wgmma"]:
-            lines.append(f"{name}: no wgmma")
+        # float32 asks for IEEE products, which NVIDIA's tensor cores do not have
+        due = kernel["tiles"].get("BLOCK_M", 0) >= 64 and "32" not in kernel["dtype"]
+        if arch in MATRIX_CORES and kernel["kernel"] in GEMMS and due:
+            if not kernel["matrix_cores"]:
+                lines.append(f"{name}: no matrix cores")
     return lines
 
 
 def compile_all(folder: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
     """What was found by arguments of ahead.py, on two processors; the longest first."""
-    runs: list[tuple[str, ...]] = [*((arch,) for arch in reversed(SHARED)),
-                                   *(("90", sabotage) for sabotage in SABOTAGES)]  # fmt: skip
+    runs: list[tuple[str, ...]] = [*((arch,) for arch in reversed(TARGETS)), *SABOTAGES]
     with ThreadPool(2) as pool:
         found = pool.map(
             lambda words: compiled(folder / "-".join(words), *words), runs, chunksize=1
@@ -98,14 +100,14 @@ def prepare(ahead: Any, fixtures: set[str]) -> None:
     ahead.start("ahead_of_time", compile_all)
 
 
-@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("arch", TARGETS)
 def test_every_configuration_compiles_within_the_limits(ahead: Any, arch: str) -> None:
     found = ahead.result("ahead_of_time")[arch,]
     assert {kernel["kernel"] for kernel in found} >= KERNELS
     assert problems(found, arch) == []
 
 
-@pytest.mark.parametrize(("sabotage", "message"), SABOTAGES.items())
-def test_the_gate_can_fail(ahead: Any, sabotage: str, message: str) -> None:
-    found = problems(ahead.result("ahead_of_time")["90", sabotage], "90")
+@pytest.mark.parametrize(("run", "message"), SABOTAGES.items())
+def test_the_gate_can_fail(ahead: Any, run: tuple[str, str], message: str) -> None:
+    found = problems(ahead.result("ahead_of_time")[run], run[0])
     assert any("_forward_kernel" in line and message in line for line in found), found

@@ -35,6 +35,7 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
     ][share::SHARES]
     numbers += [f"prefix:{i}" for i in range(len(PREFIX_ATTENTION_CASES))][share::SHARES]
     numbers.append(f"rows:{share}/{SHARES}")
+    numbers += ["tuning"] if share == 0 else []
     return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],
         env=ENVIRONMENT,
@@ -57,6 +58,8 @@ def prepare(ahead: Any, fixtures: set[str]) -> None:
 
 
 @pytest.mark.parametrize("share", range(SHARES))
-def test_kernels_match_fp64_and_repeat_their_bits(ahead: Any, share: int) -> None:
+def test_kernels_match_fp64_repeat_their_bits_and_move_what_is_modelled(
+    ahead: Any, share: int
+) -> None:
     result = ahead.result("interpreted")[share]
     assert result.returncode == 0, result.stderr[-3000:]

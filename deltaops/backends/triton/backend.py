@@ -58,6 +58,10 @@ class TritonBackend:
             return rotary.unsupported(call)
         return f"has no kernel for {call.op} yet"
 
+    def planned(self, call: Call) -> str | None:
+        """Which of several ways the call goes here, and why; None where there is one."""
+        return delta_linear.planned(call) if isinstance(call, DeltaLinearCall) else None
+
     def outrun(self, call: Call) -> str | None:
         """None: where torch's own might be faster no GPU has said yet."""
         return None

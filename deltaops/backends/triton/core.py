@@ -1,15 +1,20 @@
-"""What every op of the backend needs: Triton's kernels, the tensor's GPU, and its capability."""
+"""What every op of the backend needs: Triton's kernels, the tensor's GPU, and what it is."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .targets import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,7 +44,41 @@ def device_of(tensor: Tensor) -> torch.cuda.device | nullcontext[None]:
 
 def capability(tensor: Tensor) -> int:
     """As in 90 for sm_90."""
+    if _stand_in is not None:
+        return _stand_in.capability
     if not tensor.is_cuda:
         return 0  # the interpreter: the smallest tiles
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+def gpu(device: torch.device | str = "cuda") -> str | None:
+    """The name of a GPU as its driver has it, of "cuda" the current one's; None of what is none."""
+    if _stand_in is not None:
+        return _stand_in.name
+    found = torch.device(device)
+    if found.type != "cuda":
+        return None
+    return _name(torch.cuda.current_device() if found.index is None else found.index)
+
+
+@cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+_stand_in: Target | None = None
+
+
+@contextmanager
+def standing_in(target: Target) -> Iterator[None]:
+    """Tensors on "meta" are taken for tensors on ``target``: what would be launched can then be
+    compiled or counted where there is no such GPU. For one thread; nothing may run meanwhile."""
+    global _stand_in
+    precision: Any = kernels("precision")
+    before = _stand_in, precision.AMD
+    _stand_in, precision.AMD = target, target.amd
+    try:
+        yield
+    finally:
+        _stand_in, precision.AMD = before

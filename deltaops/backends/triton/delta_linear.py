@@ -1,4 +1,7 @@
-"""``delta_linear``: two-segment GEMMs, one pass over dy, split-M reductions in fixed order."""
+"""``delta_linear``: two GEMMs with a rank part, one pass over dy, split-M sums in fixed order.
+
+The GEMMs of y and dx go one of the ways of :mod:`planner`; the passes are kernels always.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from torch import Tensor
 
 from deltaops.backends.calls import DeltaLinearCall
 
-from . import core
+from . import core, planner
+from .planner import Plan
 
 
 def unsupported(call: DeltaLinearCall) -> str | None:
@@ -24,6 +28,14 @@ def unsupported(call: DeltaLinearCall) -> str | None:
     if call.branch_bias:
         return "has no kernel for a branch with a bias yet"
     return None
+
+
+def planned(call: DeltaLinearCall) -> str:
+    """How the GEMMs of a call on the current GPU go, and why; aligned operands are assumed."""
+    setting = planner.setting_of(
+        call.dtype, call.adapter_dtypes, call.m, call.n, call.k, call.ranks, call.dropout
+    )
+    return str(planner.choose(setting, call.device, len(call.ranks) <= 1))
 
 
 def forward(
@@ -48,9 +60,16 @@ def forward(
         s: Tensor = core.kernels("project").project_branches(
             x, list(a), list(scaling), list(dropout), seed, precision
         )
+        plan = _plan(x, weight, a, dropout).forward
+        if plan == "torch":
+            _add_products(y, bias, s, [t.t() for t in b], x, weight.t())
+            return y, s
         core.kernels("forward").forward_gemm(
-            x, weight, bias, s, list(b), y, precision=precision, capability=core.capability(x)
-        )
+            x, weight, bias, s, list(b), y,
+            precision=precision, capability=core.capability(x), has_base=plan == "fused",
+        )  # fmt: skip
+        if plan == "split":
+            y.addmm_(x, weight.t())
     return y, s
 
 
@@ -90,7 +109,14 @@ def backward(
             column += a[i].shape[0]
             need_s = grad_x is not None or wanted[i] is not None
             need_bias = grad_bias is not None and i == 0
-            if need_s or wanted[count + i] is not None or need_bias:
+            beside = need_bias or wanted[count + i] is not None
+            twice = core.kernels("configs").reads_dy_twice
+            if need_s and (not beside or twice(grad_y, b[i], precision.wide)):
+                core.kernels("project").project(
+                    grad_y, b[i].t(), grad_s[:, piece], scaling=scaling[i], precision=precision
+                )
+                need_s = False
+            if need_s or beside:
                 core.kernels("grad_up").grad_up(
                     grad_y,
                     b[i],
@@ -114,15 +140,50 @@ def backward(
         if grad_bias is not None and count == 0:
             torch.sum(grad_y, 0, out=grad_bias)
         if grad_x is not None:
+            plan = _plan(grad_y, weight, a, dropout).backward
+            if plan == "torch":
+                _add_products(grad_x, None, grad_s, a, grad_y, weight)
+                return grads
             core.kernels("grad_input").grad_input_gemm(
-                grad_y,
-                weight,
-                grad_s,
-                list(a),
-                grad_x,
-                dropout=list(dropout),
-                seed=seed,
-                precision=precision,
-                capability=core.capability(grad_y),
-            )
+                grad_y, weight, grad_s, list(a), grad_x,
+                dropout=list(dropout), seed=seed, precision=precision,
+                capability=core.capability(grad_y), has_base=plan == "fused",
+            )  # fmt: skip
+            if plan == "split":
+                grad_x.addmm_(grad_y, weight)
     return grads
+
+
+def _plan(rows: Tensor, weight: Tensor, a: Sequence[Tensor], dropout: Sequence[float]) -> Plan:
+    """How the GEMMs of this call go; ``rows`` is x or dy."""
+    n, k = weight.shape
+    ranks = tuple([t.shape[0] for t in a])
+    dtypes = tuple([t.dtype for t in a])
+    setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, any(dropout))
+    plain = core.kernels("configs").is_plain(rows, weight, ranks)
+    return planner.choose(setting, rows.device, plain)
+
+
+def _add_products(
+    out: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    factors: Sequence[Tensor],
+    left: Tensor,
+    right: Tensor,
+) -> None:
+    """``out = bias + Σᵢ sᵢ factorsᵢ + left right``, each product added onto what is there, rounded
+    between them. In place and into ``out``, which autocast leaves alone."""
+    narrow, column, begun = s.to(out.dtype), 0, False
+    pieces = []
+    for factor in factors:
+        pieces.append((narrow[:, column : column + factor.shape[0]], factor))
+        column += factor.shape[0]
+    for one, other in (*pieces, (left, right)):  # the large one last: small sums lose less
+        if begun:
+            out.addmm_(one, other)
+        elif bias is not None:
+            torch.addmm(bias, one, other, out=out)
+        else:
+            torch.mm(one, other, out=out)
+        begun = True

@@ -1,0 +1,39 @@
+"""The GPUs that the kernels are compiled for and counted on, whether one is here or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of GPU.
+
+    Attributes:
+        name: as its compiler calls it.
+        capability: as torch gives it, 10 · major + minor.
+        shared: bytes of shared memory (AMD: LDS) that one block may have. The compilers do not
+            check it.
+    """
+
+    name: str
+    capability: int
+    shared: int
+
+    @property
+    def amd(self) -> bool:
+        """Whether it is compiled by AMD's backend."""
+        return self.name.startswith("gfx")
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        # CUDA C++ Programming Guide, technical specifications per compute capability
+        Target("sm_80", 80, 163 * 1024),
+        Target("sm_90", 90, 227 * 1024),
+        Target("sm_100", 100, 227 * 1024),
+        # AMD Instinct MI300 CDNA3 ISA reference guide, LDS
+        Target("gfx942", 94, 64 * 1024),
+    )
+}

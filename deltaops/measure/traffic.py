@@ -1,0 +1,233 @@
+"""What the Triton kernels of a call move and compute, beside the least that it takes.
+
+Counted, not measured: the backend's own launchers run on tensors without memory, and what they
+would launch on a GPU is written down (:mod:`deltaops.backends.triton.traffic`). The floor of a call
+reads and writes each of its arguments and results once, and multiplies what the mathematics says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deltaops.backends.triton import TritonBackend, core, planner, record, targets
+from deltaops.backends.triton.traffic import Traffic, traffic
+from deltaops.errors import ConfigError
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+class Floor(NamedTuple):
+    """The least that a direction of a call takes."""
+
+    bytes: int
+    operations: int
+
+
+class Counted(Protocol):
+    """A call of an op, on tensors without memory."""
+
+    def run(self, direction: str) -> None:
+        """Call the backend."""
+
+    def floor(self, direction: str) -> Floor:
+        """Of that direction."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``delta_linear`` with one branch; every gradient is wanted."""
+
+    m: int
+    n: int
+    k: int
+    rank: int
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    adapter: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        setting = planner.setting_of(
+            self.dtype, (self.adapter,), self.m, self.n, self.k, (self.rank,), self.dropout > 0
+        )
+        return f"delta_linear {setting}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run = TritonBackend()
+        x, weight, y = (
+            _meta(self.dtype, *shape)
+            for shape in ((self.m, self.k), (self.n, self.k), (self.m, self.n))
+        )
+        a, b = _meta(self.adapter, self.rank, self.k), _meta(self.adapter, self.n, self.rank)
+        seed, linear = _meta(torch.int64, 1), ["identity"]
+        if direction == FORWARD:
+            run.forward(x, weight, None, [a], [b], [None], [2.0], [self.dropout], linear, seed)
+        else:
+            s = _meta(torch.float32, self.m, self.rank)
+            needs = [True, False, True, True, False]
+            run.backward(y, x, weight, [a], [b], s, [2.0], [self.dropout], linear, seed, needs)
+
+    def floor(self, direction: str) -> Floor:
+        """Forward: x, W, A, B and y. Backward: dy, x, W, A, B and dx, dA, dB. S is neither: it can
+        be made again from x, which is read anyway."""
+        m, n, k, r = self.m, self.n, self.k, self.rank
+        narrow, wide = self.dtype.itemsize, self.adapter.itemsize
+        moved = narrow * (m * k + n * k + m * n) + wide * r * (n + k)
+        operations = 2 * m * (n * k + r * (n + k))
+        if direction == FORWARD:
+            return Floor(moved, operations)
+        return Floor(moved + narrow * m * k + wide * r * (n + k), operations + 2 * m * r * (n + k))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Causal ``prefix_attention``; every gradient is wanted."""
+
+    b: int
+    h: int
+    h_kv: int
+    length: int
+    d: int
+    prefix: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"prefix_attention B={self.b} H={self.h}/{self.h_kv} L={self.length} P={self.prefix} "
+            f"D={self.d} causal {dtype}"
+        )
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run = TritonBackend()
+        q, y = (_meta(self.dtype, self.b, self.h, self.length, self.d) for _ in range(2))
+        k, v = (_meta(self.dtype, self.b, self.h_kv, self.length, self.d) for _ in range(2))
+        pk, pv = (_meta(self.dtype, self.h_kv, self.prefix, self.d) for _ in range(2))
+        if direction == FORWARD:
+            run.prefix_attention_forward(q, k, v, pk, pv, None, 0.125, True)
+        else:
+            lse = _meta(torch.float32, self.b, self.h, self.length)
+            needs = [True] * 5
+            run.prefix_attention_backward(y, q, k, v, pk, pv, y, lse, None, 0.125, True, needs)
+
+    def floor(self, direction: str) -> Floor:
+        """Forward: q, k, v, the prefix and y, and lse. Backward: those and dy, and every gradient.
+        Two products of a query and a key forward, five backward."""
+        queries = self.b * self.h * self.length * self.d
+        keys = 2 * (self.b * self.length + self.prefix) * self.h_kv * self.d
+        pairs = self.length * (self.length + 1) // 2 + self.length * self.prefix
+        lse = 4 * self.b * self.h * self.length
+        size = self.dtype.itemsize
+        if direction == FORWARD:
+            moved, products = size * (2 * queries + keys) + lse, 2
+        else:
+            moved, products = size * (4 * queries + 2 * keys) + lse, 5
+        return Floor(moved, 2 * products * self.b * self.h * pairs * self.d)
+
+
+CALLS: tuple[Counted, ...] = (
+    *(Linear(8192, 4096, 4096, r) for r in (16, 64, 128)),
+    Linear(8192, 4096, 4096, 16, dropout=0.1),
+    Linear(8192, 4096, 4096, 16, dropout=0.1, adapter=torch.float32),
+    Linear(8192, 14336, 4096, 16),
+    Linear(8192, 4096, 14336, 16),
+    Linear(512, 4096, 4096, 16),
+    Linear(1, 4096, 4096, 16),
+    Prefix(4, 32, 8, 2048, 128, 20),
+)
+"""Whose numbers are committed; a new op is one more entry."""
+
+COMMITTED = ("sm_90", "gfx942")
+"""GPUs for which they are: the largest tiles that there are, and the smallest shared memory."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """One direction of a call."""
+
+    call: str
+    direction: str
+    kernels: tuple[tuple[str, Traffic], ...]
+    """Kernels of one name are added up."""
+    floor: Floor
+
+    @property
+    def total(self) -> Traffic:
+        """Of all launches."""
+        return sum((found for _, found in self.kernels), Traffic())
+
+
+def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
+    """Forward and backward of ``call`` on a kind of GPU, none of which is needed.
+
+    Args:
+        gpu: a name of ``deltaops.backends.triton.targets.TARGETS``.
+        plan: of the GEMMs, one of ``tables.PLANS``; None for the one that would be chosen.
+    Raises: ConfigError for another name, or where Triton's interpreter is on.
+    """
+    if gpu not in targets.TARGETS:
+        known = ", ".join(targets.TARGETS)
+        raise ConfigError(f"the GPU must be one of {known}, got {gpu!r}.")
+    if not core.installed():
+        raise ConfigError("traffic is counted from Triton's launches; pip install triton.")
+    if core.interpreting():
+        raise ConfigError("traffic is counted from compiled kernels: unset TRITON_INTERPRET.")
+    counts = []
+    for direction in (FORWARD, BACKWARD):
+        forced = nullcontext() if plan is None else planner.forced(plan, plan)
+        with core.standing_in(targets.TARGETS[gpu]), forced, record.recording() as launches:
+            call.run(direction)
+        kernels: dict[str, Traffic] = {}
+        for launch in launches:
+            name = launch.kernel.removeprefix("_").removesuffix("_kernel")
+            kernels[name] = kernels.get(name, Traffic()) + traffic(launch)
+        counts.append(Count(str(call), direction, tuple(kernels.items()), call.floor(direction)))
+    return counts
+
+
+def totals(
+    calls: Iterable[Counted], gpus: Sequence[str], plans: Sequence[str] = ("fused", "split")
+) -> dict[str, dict[str, int]]:
+    """What is committed: "gpu | call | plan | direction" → launches, bytes and operations."""
+    found = {}
+    for gpu in gpus:
+        for call in calls:
+            for plan in plans if isinstance(call, Linear) else (None,):
+                for one in count(call, gpu, plan):
+                    total = one.total
+                    name = [gpu, one.call, *([plan] if plan else []), one.direction]
+                    found[" | ".join(name)] = {
+                        "launches": total.launches,
+                        "bytes_once": total.once,
+                        "bytes_asked": total.asked,
+                        "operations": total.operations,
+                        "floor_bytes": one.floor.bytes,
+                        "floor_operations": one.floor.operations,
+                    }
+    return found
+
+
+def regressions(
+    now: Mapping[str, Mapping[str, int]], before: Mapping[str, Mapping[str, int]]
+) -> list[str]:
+    """Where a call moves or computes more than before, or is new or gone; a line each."""
+    lines = [f"{name}: not committed" for name in now if name not in before]
+    lines += [f"{name}: gone" for name in before if name not in now]
+    for name in now.keys() & before.keys():
+        for what, value in now[name].items():
+            committed = before[name].get(what, -math.inf)
+            if value > committed:
+                lines.append(f"{name}: {what} {value}, was {committed}")
+    return sorted(lines)
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")

@@ -1,0 +1,222 @@
+"""Measures a GPU for the planner: each plan of ``delta_linear``'s GEMMs, for calls of some shapes.
+
+As :mod:`deltaops.measure.gpu` does: every plan passes a gate against float64 first; then they and
+the frozen layer run in turns, each as one graph over more operands than the cache holds, and a run
+in which the frozen layer drifts is thrown away. The result is seconds; choosing is the planner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deltaops.backends import Backend
+from deltaops.backends.triton import planner
+from deltaops.backends.triton.tables import DIRECTIONS, Entry, Setting
+from deltaops.errors import DataError
+from deltaops.reference import delta_linear as reference
+from deltaops.testing import assert_accurate
+
+from . import gpu
+from .interleave import Timing
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+TOKENS = (1, 16, 128, 512, 2048, 8192)
+LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))
+"""N and K of the layers that are measured where none is named: those of the design page."""
+
+
+def settings(
+    tokens: Sequence[int],
+    layers: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    dropout: bool,
+) -> list[Setting]:
+    """All combinations, in this order."""
+    return [
+        planner.setting_of(dtype, (adapter,), m, n, k, (rank,), dropout)
+        for n, k in layers
+        for rank in ranks
+        for m in tokens
+    ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One setting: what the table keeps, and how it was taken."""
+
+    entry: Entry
+    frozen: dict[str, float]
+    """Seconds of the frozen layer in each direction."""
+    notes: tuple[str, ...]
+    """What went otherwise than planned."""
+
+
+def measure(
+    setting: Setting,
+    run: Backend,
+    *,
+    device: str = "cuda",
+    rounds: int = 20,
+    clock: Callable[[gpu.Call], float] = gpu.cuda_clock,
+    capture: Callable[[gpu.Call], gpu.Call] = gpu.captured,
+    cache_bytes: float = gpu.CACHE_BYTES,
+) -> Measured:
+    """Seconds of each plan, in both directions.
+
+    Args:
+        run: whose plans they are: the Triton backend.
+        clock, capture: as :func:`deltaops.measure.gpu.measure`'s.
+    Raises: DataError where a plan gives wrong numbers; nothing of the setting is timed then.
+    """
+    copies = _operands(setting, device, cache_bytes)
+    _gate(setting, copies[0], run)
+    seconds, frozen, notes = {}, {}, []
+    for direction in DIRECTIONS:
+        peers: dict[str, gpu.Call] = {gpu.FROZEN: _frozen(direction, copies)}
+        for plan in planner.possible(setting, direction):
+            peers[plan] = _planned(direction, plan, copies, run)
+        for name, call in peers.items():
+            try:
+                peers[name] = capture(call)
+            except RuntimeError as error:
+                notes.append(f"{direction}, {name}: not captured as a graph: {error}")
+        taken, moved, _ = gpu.steady(peers, clock, rounds)
+        if moved > gpu.DRIFT:
+            notes.append(f"{direction}: the frozen layer drifted by {moved:.1%}")
+        medians = {name: Timing.of(t).median / len(copies) for name, t in taken.items()}
+        frozen[direction] = medians.pop(gpu.FROZEN)
+        seconds[direction] = medians
+    return Measured(Entry(setting, seconds), frozen, tuple(notes))
+
+
+def measure_all(
+    wanted: Iterable[Setting],
+    measure_one: Callable[[Setting], Measured],
+    keep: Callable[[list[Entry]], object],
+    on_done: Callable[[Measured], object] = lambda one: None,
+) -> list[Measured]:
+    """Measure each; what there is is kept after each, so that a run that is stopped has not been in
+    vain. A setting that does not fit into the GPU's memory is left out, with a note."""
+    done: list[Measured] = []
+    for setting in wanted:
+        try:
+            one = measure_one(setting)
+        except torch.OutOfMemoryError:
+            one = Measured(Entry(setting, {}), {}, ("left out: too little memory",))
+        done.append(one)
+        keep([m.entry for m in done if m.entry.seconds])
+        on_done(one)
+    return done
+
+
+# ----------------------------------------------------------------------------------------- calls
+
+
+@dataclass(frozen=True)
+class _Operands:
+    x: Tensor
+    weight: Tensor
+    grad_y: Tensor
+    a: Tensor
+    b: Tensor
+    s: Tensor
+    seed: Tensor
+    dropout: float
+
+    def settings(self) -> tuple[Any, ...]:
+        return [gpu.SCALING], [self.dropout], ["identity"], self.seed
+
+    def double(self) -> _Operands:
+        changes: dict[str, Any] = {
+            name: t.double()
+            for name, t in vars(self).items()
+            if isinstance(t, Tensor) and t.is_floating_point()
+        }
+        return replace(self, **changes)
+
+
+def _operands(setting: Setting, device: str, cache_bytes: float) -> list[_Operands]:
+    """Random copies, together no smaller than ``cache_bytes``; at least two."""
+    m, n, k, rank = setting[:4]
+    dtype, adapter = getattr(torch, setting.dtype), getattr(torch, setting.adapter)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        t = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+        return t.mul_(scale).to(dtype)
+
+    one = dtype.itemsize * (n * k + m * k + m * n)
+    return [
+        _Operands(
+            normal(m, k),
+            normal(n, k, scale=k**-0.5),
+            normal(m, n),
+            normal(rank, k, dtype=adapter, scale=k**-0.5),
+            normal(n, rank, dtype=adapter, scale=rank**-0.5),
+            normal(m, rank, dtype=torch.float32),
+            torch.randint(2**62, (1,), generator=generator, device=device),
+            0.1 if setting.dropout else 0.0,
+        )
+        for _ in range(max(2, -(-int(cache_bytes) // one)))
+    ]
+
+
+def _forward(o: _Operands, run: Any) -> list[Tensor]:
+    return list(run.forward(o.x, o.weight, None, [o.a], [o.b], [None], *o.settings()))
+
+
+def _backward(o: _Operands, run: Any) -> list[Tensor]:
+    needs = [True, False, True, True, False]
+    found = run.backward(o.grad_y, o.x, o.weight, [o.a], [o.b], o.s, *o.settings(), needs)
+    return list(found)
+
+
+_CALLS = {"forward": _forward, "backward": _backward}
+_RESULTS = {"forward": ("y", "S"), "backward": ("grad x", "grad a", "grad b")}
+
+
+def _forcing(direction: str, plan: str) -> AbstractContextManager[None]:
+    plans = (plan, "fused") if direction == "forward" else ("fused", plan)
+    return planner.forced(*plans)
+
+
+def _planned(direction: str, plan: str, copies: list[_Operands], run: Backend) -> gpu.Call:
+    def call() -> object:
+        with _forcing(direction, plan):
+            return [_CALLS[direction](o, run) for o in copies]
+
+    return call
+
+
+def _frozen(direction: str, copies: list[_Operands]) -> gpu.Call:
+    if direction == "forward":
+        return lambda: [functional.linear(o.x, o.weight) for o in copies]
+    return lambda: [o.grad_y @ o.weight for o in copies]
+
+
+def _gate(setting: Setting, o: _Operands, run: Backend) -> None:
+    for direction, call in _CALLS.items():
+        oracle = call(o.double(), reference)
+        baseline = call(o, reference)
+        for plan in planner.possible(setting, direction):
+            with _forcing(direction, plan):
+                got = call(o, run)
+            try:
+                for name, value, want, low in zip(_RESULTS[direction], got, oracle, baseline,
+                                                  strict=True):  # fmt: skip
+                    assert_accurate(value, want, low, name)
+            except AssertionError as error:
+                raise DataError(
+                    f"tune-kernels: {setting}: {direction} by the plan {plan!r} is wrong: {error}. "
+                    "Nothing of it was timed; please report this with `deltaops doctor`."
+                ) from error

@@ -1,0 +1,113 @@
+"""What the kernels move and compute, counted from their launches, is no more than is committed.
+
+tests/kernels/interpreted.py holds the counts themselves to the interpreter's.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("triton")
+
+from deltaops.backends.triton import core, record
+from deltaops.backends.triton import traffic as entries
+from deltaops.cli import app
+from deltaops.errors import ConfigError
+from deltaops.measure import traffic
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "benchmarks" / "traffic.json"
+AGAIN = "If it is meant: deltaops traffic --out benchmarks/traffic.json"
+
+# writes what other kernels only use, for their tests
+UNCOUNTED = {"_dropout_mask_kernel"}
+# their ops are not among those that are counted yet
+UNCOUNTED |= {
+    "_fold_kernel", "_bottleneck_kernel", "_bottleneck_inner_kernel", "_bottleneck_outer_kernel",
+    "_bottleneck_grad_kernel", "_bottleneck_grad_outer_kernel", "_bottleneck_down_kernel",
+    "_bottleneck_finish_kernel", "_norm_kernel", "_norm_grad_kernel", "_norm_grad_wide_kernel",
+    "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
+}  # fmt: skip
+
+LAYER = traffic.Linear(8192, 4096, 4096, 16)
+
+
+def test_no_call_moves_or_computes_more_than_is_committed(tmp_path: Path) -> None:
+    path = tmp_path / "now.json"
+    result = CliRunner().invoke(app, ["traffic", "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    now, committed = (json.loads(p.read_text(encoding="utf-8")) for p in (path, COMMITTED))
+    assert traffic.regressions(now, committed) == [], AGAIN
+    assert now == committed, f"less than is committed: keep it so. {AGAIN}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "what"), [("gemm", "bytes_asked"), ("project", "bytes_once"), ("grad_up", "bytes")]
+)
+def test_a_regression_is_seen(kernel: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = core.kernels("configs")
+    before = traffic.totals([LAYER], ["sm_90"])
+    right = getattr(configs, kernel)
+
+    def worse(*args: object) -> object:
+        good = right(*args)
+        if kernel == "project":  # pieces of K leave partial sums
+            monkeypatch.setattr(configs, "PROGRAMS", 8 * configs.PROGRAMS)
+            return good
+        return type(good)(**{**vars(good), "cols": good.cols // 2})
+
+    monkeypatch.setattr(configs, kernel, worse)
+    lines = traffic.regressions(traffic.totals([LAYER], ["sm_90"]), before)
+    assert any(what in line for line in lines), lines
+
+
+def test_every_kernel_has_an_entry() -> None:
+    kernels = {
+        node.name
+        for path in (ROOT / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        if any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    }
+    assert kernels - UNCOUNTED == set(entries.ENTRIES)
+
+
+def test_a_kernel_without_an_entry_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the traffic of _new_kernel is not modelled"):
+        entries.traffic(record.Launch("_new_kernel", (1,), {}, {}))
+
+
+@pytest.mark.parametrize("call", traffic.CALLS, ids=str)
+def test_nothing_goes_below_the_floor(call: traffic.Counted) -> None:
+    for one in traffic.count(call, "sm_90"):
+        assert one.total.once >= one.floor.bytes
+        assert one.total.operations >= one.floor.operations
+        assert one.total.asked >= one.total.once
+
+
+@pytest.mark.parametrize("plan", ["fused", "split", "torch"])
+def test_the_plan_that_is_asked_for_is_counted(plan: str) -> None:
+    for one in traffic.count(LAYER, "sm_90", plan):
+        names = {name for name, _ in one.kernels}
+        assert ("torch.addmm_" in names) == (plan != "fused")
+        assert bool(names & {"forward", "grad_input"}) == (plan != "torch")
+
+
+def test_the_command_shows_kernels_beside_the_floor() -> None:
+    arguments = ["traffic", "--shape", "64x48x32", "--rank", "4", "--plan", "split"]
+    shown = CliRunner().invoke(app, arguments).output
+    for wanted in ("delta_linear 64×48×32 r=4", "forward", "grad_down", "torch.addmm_", "floor"):
+        assert wanted in shown, shown
+    assert "not measured" in shown
+    refused = CliRunner().invoke(app, ["traffic", "--plan", "magic"]).exception
+    assert isinstance(refused, ConfigError)
+
+
+def test_an_unknown_gpu_is_named() -> None:
+    with pytest.raises(ConfigError, match="must be one of sm_80"):
+        traffic.count(LAYER, "sm_1")
