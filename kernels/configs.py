@@ -281,9 +281,10 @@ def bottleneck(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     be read in 16-byte pieces need an address for each element, as in :func:`project`."""
     lanes = rank_lanes(rank, wide, 128 if aligned else 16)
     rows = 32 if aligned and m > 4096 else 16
-    if not _in_one(m, rank, rows, lanes):
-        lanes = min(lanes, 64)  # the second launch has an accumulator beside h
-    return _for_amd(Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3))
+    if _in_one(m, rank, rows, lanes):
+        return _for_amd(Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3))
+    # the second launch has an accumulator beside h
+    return _for_amd(Skinny(rows, 32 if wide else 64, min(lanes, 64), 4, 3))
 
 
 def is_fused(m: int, rank: int, config: Skinny) -> bool:

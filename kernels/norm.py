@@ -145,6 +145,9 @@ def _norm_grad_kernel(
     col = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     of_gamma = tl.zeros([BLOCK_K], tl.float32)
     of_bias = tl.zeros([BLOCK_K], tl.float32)
+    factor = tl.full([BLOCK_K], 1.0, tl.float32)
+    if WANT_X and HAS_GAMMA:
+        factor = tl.load(gamma + col, mask=col < K, other=0.0).to(tl.float32)
     first = part * chunk
     for m in range(first, tl.minimum(first + chunk, M), BLOCK_M):
         row = m + tl.arange(0, BLOCK_M)
@@ -158,7 +161,7 @@ def _norm_grad_kernel(
             if WANT_GAMMA:
                 of_gamma += tl.sum(grad * n, 0)
             if WANT_X:  # the columns are all there are
-                g = _affine(grad, gamma, gamma, col, K, HAS_GAMMA, False)
+                g = grad * factor[None, :]
                 out = g - n * (tl.sum(g * n, 1) / K)[:, None]
                 if LAYER:
                     out -= (tl.sum(g, 1) / K)[:, None]

@@ -210,6 +210,6 @@ if __name__ == "__main__":
         if number == "tuning":
             check_tuning()
         elif kind == "rows":
-            rows.check_share(number)
+            rows.check_share(number, as_modelled)
         else:
             (check_prefix_attention if kind else check_case)(int(number))

@@ -122,10 +122,14 @@ def guarded() -> Iterator[None]:
         assert all(b.isnan().all() for b in border), "something was written beyond a tensor"
 
 
-def hold(what: str, run: Callable[[], list[Tensor]], oracle: Any, low: Any) -> None:
-    """``run()`` twice against ``oracle``, with the error of ``low``."""
+Run = Callable[[], list[Tensor]]
+Modelled = Callable[[Run, str], list[Tensor]]
+
+
+def hold(what: str, run: Run, oracle: Any, low: Any, as_modelled: Modelled) -> None:
+    """``run()`` twice against ``oracle``, with the error of ``low``; once counted."""
     with guarded():
-        found, again = run(), run()
+        found, again = as_modelled(run, what), run()
     for i, (got, same, want, plain) in enumerate(zip(found, again, oracle, low, strict=True)):
         assert_accurate(got, want, plain, f"{what}: result {i}")
         assert torch.equal(got, same), f"{what}: result {i} changed its bits"
@@ -134,7 +138,7 @@ def hold(what: str, run: Callable[[], list[Tensor]], oracle: Any, low: Any) -> N
 # -------------------------------------------------------------------------------------- checks
 
 
-def check_bottleneck(number: int) -> None:
+def check_bottleneck(number: int, as_modelled: Modelled) -> None:
     """In one program for the rows, and in two."""
     case, dtype, parameters = BOTTLENECKS[number]
     t = case.tensors(dtype, parameter_dtype=parameters)
@@ -157,7 +161,7 @@ def check_bottleneck(number: int) -> None:
     for fused in (False, True) if case.r <= 16 or case.r == 128 else (False,):
         configs.FEWEST = 1 if fused else 1 << 30
         hold(f"{case} {dtype} {parameters} {fused}", run, [*oracle, *oracle_grads],
-             [*low, *low_grads])  # fmt: skip
+             [*low, *low_grads], as_modelled)  # fmt: skip
         if number == 0:
             _check_each_alone(given, backward, run()[3:], fused)
     configs.FEWEST = fewest
@@ -184,7 +188,7 @@ def _check_each_alone(
             assert torch.equal(got, next(present)), f"gradient {i} alone, {fused}"
 
 
-def check_norm(number: int) -> None:
+def check_norm(number: int, as_modelled: Modelled) -> None:
     """Forward and every gradient."""
     case, dtype, parameters = NORMS[number]
     x, gamma, bias = case.tensors(dtype, parameter_dtype=parameters)
@@ -200,10 +204,11 @@ def check_norm(number: int) -> None:
     wide = [None if t is None else t.double() for t in given]
     ours, borders = (RUN.norm_bias_forward, RUN.norm_bias_backward), [bordered(t) for t in given]
     hold(f"{case} {dtype} {parameters}", lambda: results(*ours, parameters, *borders),
-         results(*plain, torch.float64, *wide), results(*plain, parameters, *given))  # fmt: skip
+         results(*plain, torch.float64, *wide), results(*plain, parameters, *given),
+         as_modelled)  # fmt: skip
 
 
-def check_gated(number: int) -> None:
+def check_gated(number: int, as_modelled: Modelled) -> None:
     """Forward and both gradients, each dtype."""
     case = GATEDS[number]
     for dtype in (FULL, BRAIN) if case.k < 64 else (FULL,):
@@ -216,10 +221,11 @@ def check_gated(number: int) -> None:
         ours, borders = (RUN.gated_forward, RUN.gated_backward), [bordered(t) for t in given]
         plain = gated.forward, gated.backward
         hold(f"{case} {dtype}", lambda: results(*ours, *borders),  # noqa: B023  # called at once
-             results(*plain, *(t.double() for t in given)), results(*plain, *given))  # fmt: skip
+             results(*plain, *(t.double() for t in given)), results(*plain, *given),
+             as_modelled)  # fmt: skip
 
 
-def check_rotary(number: int) -> None:
+def check_rotary(number: int, as_modelled: Modelled) -> None:
     """Both ways, each dtype."""
     case = ROTARIES[number]
     for dtype in (FULL, HALF):
@@ -234,7 +240,8 @@ def check_rotary(number: int) -> None:
         given = x, grad_y, *tables
         borders = x, grad_y, *map(bordered, tables)
         hold(f"{case} {dtype}", lambda: results(RUN, *borders),  # noqa: B023  # called at once
-             results(rotary, *(t.double() for t in given)), results(rotary, *given))  # fmt: skip
+             results(rotary, *(t.double() for t in given)), results(rotary, *given),
+             as_modelled)  # fmt: skip
 
 
 CHECKS = [
@@ -245,9 +252,9 @@ CHECKS = [
 ]
 
 
-def check_share(which: str) -> None:
+def check_share(which: str, as_modelled: Modelled) -> None:
     """``"i/n"``: every n-th check from the i-th on."""
     first, step = map(int, which.split("/"))
     mend_bfloat16()
     for check, number in CHECKS[first::step]:
-        check(number)
+        check(number, as_modelled)
