@@ -284,7 +284,7 @@ def bottleneck(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     if _in_one(m, rank, rows, lanes):
         return _for_amd(Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3))
     # the second launch has an accumulator beside h
-    return _for_amd(Skinny(rows, 32 if wide else 64, min(lanes, 64), 4, 3))
+    return _for_amd(Skinny(rows, 64, min(lanes, 64), 8 if wide else 4, 3))
 
 
 def is_fused(m: int, rank: int, config: Skinny) -> bool:
@@ -299,7 +299,7 @@ def _in_one(m: int, rank: int, rows: int, lanes: int) -> bool:
 def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     """Its backward pass over rows; a program keeps dh of its rows, and dy and x at a time."""
     config = bottleneck(m, rank, wide, aligned)
-    return Skinny(config.rows, 64, config.rank, config.warps, config.stages)
+    return replace(config, cols=min(config.cols, 32 if wide and not aligned else 64))
 
 
 def bottleneck_finish() -> Skinny:

@@ -39,7 +39,7 @@ RUN = TritonBackend()
 BOTTLENECKS: tuple[tuple[BottleneckCase, torch.dtype, torch.dtype], ...] = (
     *((c, FULL, FULL) for c in BOTTLENECK_CASES if c.m * c.r < 1000 and c.k < 100),
     (BottleneckCase(17, 140, 40, "gelu", "layer"), FULL, FULL),
-    (BottleneckCase(18, 144, 128, "gelu", "layer"), BRAIN, BRAIN),
+    (BottleneckCase(18, 80, 128, "gelu", "layer"), BRAIN, BRAIN),
     (BottleneckCase(9, 150, 9, "silu", "rms", "other", padding=3), HALF, HALF),
     (BottleneckCase(20, 150, 16, "gelu_tanh", "layer"), BRAIN, FULL),
 )

@@ -110,8 +110,7 @@ CALLS: tuple[Callable[[], None], ...] = (
     # in one program for its rows, with the most lanes of a half model, and in two
     Adapter(8192, 4096, 128),
     Adapter(8192, 4096, 256),
-    # PEFT's default: float32 adapters on a half model
-    Adapter(8192, 4096, 16, HALF, FULL),
+    # float32 adapters on a half model
     Adapter(512, 4096, 64, HALF, FULL),
     # nothing divides by 16
     Adapter(8191, 4001, 13, HALF, FULL, padding=3),
