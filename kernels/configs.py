@@ -161,7 +161,7 @@ def grad_up(rank: int, wide: bool, aligned: bool) -> Skinny:
 
 def grad_down(rank: int, wide: bool) -> Skinny:
     """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers."""
-    lanes = rank_lanes(rank, wide)
+    lanes = rank_lanes(rank, wide, 64 if precision.AMD else 128)
     return _for_amd(Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3))
 
 

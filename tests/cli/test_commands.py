@@ -43,8 +43,6 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "inspect",
         "doctor",
         "bench",
-        "tune-kernels",
-        "traffic",
     ],
 )
 def test_help_has_an_example(command: str) -> None:

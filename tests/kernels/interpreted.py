@@ -99,14 +99,17 @@ def as_modelled(call: Callable[[], Any], what: str) -> Any:
     return result
 
 
-def plans(number: int, mask: bool) -> list[tuple[str, str]]:
-    """Each plan of a GEMM has its turn over the cases; a mask is not the library's to make."""
-    forward, backward = PLANS[number % 3], PLANS[(number + 1) % 3]
-    return [("fused", "fused"), (forward, "split" if mask and backward == "torch" else backward)]
+def other_plan(number: int, mask: bool) -> tuple[str, str] | None:
+    """Some cases go the other ways as well; a mask is not the library's to make."""
+    if number % 3 == 2:
+        return None
+    forward, backward = ("split", "torch") if number % 3 else ("torch", "split")
+    return forward, "split" if mask else backward
 
 
 def check_case(number: int) -> None:
-    """Forward and every gradient against float64, twice, into poisoned memory, by two plans."""
+    """Forward and every gradient against float64, twice, into poisoned memory; then once more by
+    another plan."""
     case, run = DELTA_LINEAR_CASES[number], TritonBackend()
     t = case.tensors(torch.float32)
     wide, grad_y = t.to(torch.float64), case.grad_y(torch.float32)
@@ -124,16 +127,21 @@ def check_case(number: int) -> None:
         y, s = run.forward(*t.forward_arguments())
         return [y, s, *run.backward(*t.backward_arguments(grad_y, s), needs)]
 
-    for turn, plan in enumerate(plans(number, any(case.dropout))):
-        # dS apart from dB, and with it; the bytes would decide
-        configs.reads_dy_twice = lambda *args: bool(turn)  # noqa: B023  # called in this turn
+    def check(found: list[torch.Tensor], what: str) -> None:
+        for i, (got, want, low) in enumerate(zip(found, oracle, baseline, strict=True)):
+            assert_accurate(got, want, low, f"{what}: result {i}")
+
+    with planner.forced("fused", "fused"):
+        found, again = as_modelled(results, str(case)), results()
+    check(found, str(case))
+    for i, (got, same) in enumerate(zip(found, again, strict=True)):
+        assert torch.equal(got, same), f"{case}: result {i} changed its bits"
+    if plan := other_plan(number, any(case.dropout)):
+        by_bytes = configs.reads_dy_twice
+        configs.reads_dy_twice = lambda *args: True  # bytes would decide so for half types only
         with planner.forced(*plan):
-            found, again = as_modelled(results, f"{case} {plan}"), results()
-        for i, (got, same, want, low) in enumerate(
-            zip(found, again, oracle, baseline, strict=True)
-        ):
-            assert_accurate(got, want, low, f"{case} {plan}: result {i}")
-            assert torch.equal(got, same), f"{case} {plan}: result {i} changed its bits"
+            check(as_modelled(results, f"{case} {plan}"), f"{case} {plan}")
+        configs.reads_dy_twice = by_bytes
 
 
 def check_prefix_attention(number: int) -> None:
@@ -163,9 +171,9 @@ def check_prefix_attention(number: int) -> None:
 def check_tuning() -> None:
     """Each plan passes the gate of tune-kernels and is timed; one with wrong numbers is not."""
     clock = iter(range(1, 1000))
-    setting = planner.setting_of(torch.float32, (torch.float32,), 24, 32, 48, (4,), True)
+    setting = planner.setting_of(torch.float32, (torch.float32,), 8, 16, 16, (3,), True)
     settings: dict[str, Any] = {
-        "device": "cpu", "rounds": 4, "capture": lambda call: call, "cache_bytes": 0,
+        "device": "cpu", "rounds": 2, "capture": lambda call: call, "cache_bytes": 0,
         "clock": lambda call: float(bool(call()) and next(clock)),
     }  # fmt: skip
     seconds = tune_kernels.measure(setting, TritonBackend(), **settings).entry.seconds

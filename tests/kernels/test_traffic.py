@@ -97,6 +97,7 @@ def test_the_command_shows_kernels_beside_the_floor() -> None:
     for wanted in ("delta_linear 64×48×32 r=4", "forward", "grad_down", "torch.addmm_", "floor"):
         assert wanted in shown, shown
     assert "not measured" in shown
+    assert "deltaops traffic --gpu gfx942" in CliRunner().invoke(app, ["traffic", "--help"]).output
     refused = CliRunner().invoke(app, ["traffic", "--plan", "magic"]).exception
     assert isinstance(refused, ConfigError)
 

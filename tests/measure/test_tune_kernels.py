@@ -106,6 +106,12 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_help_has_an_example() -> None:
+    assert (
+        "deltaops tune-kernels --layers" in CliRunner().invoke(app, ["tune-kernels", "-h"]).output
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
