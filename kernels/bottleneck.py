@@ -447,7 +447,8 @@ def product(
     ``[R, K]``, the moments ``[pieces, 3, M]`` of the pieces, and the columns of a piece."""
     (m, k), rank = x.shape, matrix.shape[0]
     grid_m, grid_r = triton.cdiv(m, config.rows), triton.cdiv(rank, config.rank)
-    parts, chunk = configs.split(k, config.cols, grid_m * grid_r)
+    # half as many pieces as elsewhere: every tile of columns reads them all
+    parts, chunk = configs.split(k, config.cols, 2 * grid_m * grid_r)
     partials = torch.empty((parts, m, rank), dtype=torch.float32, device=x.device)
     kept = 0 if norm == "none" else 3
     moments = torch.empty((parts, kept, m), dtype=torch.float32, device=x.device)

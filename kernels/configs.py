@@ -284,7 +284,8 @@ def bottleneck(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     if _in_one(m, rank, rows, lanes):
         return _for_amd(Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3))
     # the second launch has an accumulator beside h
-    return _for_amd(Skinny(rows, 64, min(lanes, 64), 8 if wide else 4, 3))
+    cols = 64 if wide or not aligned else 128
+    return _for_amd(Skinny(16, cols, min(lanes, 64), 8 if wide else 4, 3))
 
 
 def is_fused(m: int, rank: int, config: Skinny) -> bool:

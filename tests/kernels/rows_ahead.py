@@ -119,31 +119,13 @@ CALLS: tuple[Callable[[], None], ...] = (
     Gated(8192, 14336, activation="gelu_tanh"),
     Rotary(128),
 )
-# The same rows of the tables with other types, strides and settings; not for AMD, whose compiler is
-# the slowest.
-MORE: tuple[Callable[[], None], ...] = (
-    Adapter(512, 4096, 128),
-    Adapter(8191, 4001, 13, FULL, FULL, padding=3),
-    Norm(8191, 4001, FULL),
-)
+# The same rows with other types and strides: one architecture shows them.
 VARIATIONS: tuple[Callable[[], None], ...] = (
-    Adapter(8192, 4096, 64),
-    Adapter(8192, 4096, 16, FULL, FULL),
-    Adapter(512, 4096, 64, FULL, FULL),
     Adapter(8191, 4001, 100, padding=3),
-    Adapter(501, 4001, 100, padding=3),
-    Adapter(8192, 768, 48, norm="none", activation="silu"),
-    Norm(8192, 768),
-    Norm(8192, 4096, FULL, FULL),
-    Norm(8192, 8192),
-    Norm(8192, 8192, FULL),
-    Norm(8191, 4001),
-    Gated(8192, 14336),
-    Gated(8191, 1001, FULL, "gelu_tanh"),
-    Rotary(80, FULL),
+    Adapter(8191, 4001, 13, FULL, FULL, padding=3),
 )
 
 
 def calls(target: Target) -> tuple[Callable[[], None], ...]:
     """All whose configurations are compiled for this GPU."""
-    return CALLS + (() if target.amd else MORE)
+    return CALLS + (VARIATIONS if target.name == "sm_90" else ())
