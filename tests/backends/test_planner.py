@@ -13,7 +13,15 @@ import torch
 pytest.importorskip("triton")
 
 from deltaops.backends import DeltaLinearCall
-from deltaops.backends.triton import TritonBackend, core, planner, record, tables, targets
+from deltaops.backends.triton import (
+    TritonBackend,
+    core,
+    delta_linear,
+    planner,
+    record,
+    tables,
+    targets,
+)
 from deltaops.dispatch import explain_call
 from deltaops.errors import DataError
 
@@ -195,6 +203,20 @@ def test_explain_says_which_plan_and_why(monkeypatch: pytest.MonkeyPatch) -> Non
     keep(tables.own(GPU), entry(setting(8192), 1.0, 2.0, 3.0))
     planner.forget()
     assert "y fused, dx fused: fastest for 8192" in explain_call(call, "triton").reason
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ranks", [(), (3,), (3, 5)])
+def test_the_librarys_products_add_up(ranks: tuple[int, ...], bias: bool) -> None:
+    x, weight, s = torch.randn(4, 7), torch.randn(7, 6), torch.randn(4, sum(ranks))
+    factors = [torch.randn(r, 6).bfloat16() for r in ranks]  # narrower than the model
+    offset = torch.randn(6) if bias else None
+    out = torch.empty(4, 6)
+    delta_linear._add_products(out, offset, s, factors, x, weight)
+    wanted = x.double() @ weight.double() + (0 if offset is None else offset.double())
+    for part, factor in zip(s.double().split(ranks or (0,), 1), factors, strict=False):
+        wanted += part @ factor.double()
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", tables.PLANS)

@@ -176,8 +176,8 @@ def _add_products(
     between them. In place and into ``out``, which autocast leaves alone."""
     narrow, column, begun = s.to(out.dtype), 0, False
     pieces = []
-    for factor in factors:
-        pieces.append((narrow[:, column : column + factor.shape[0]], factor))
+    for factor in factors:  # of the dtype of ``out``, or narrower
+        pieces.append((narrow[:, column : column + factor.shape[0]], factor.to(out.dtype)))
         column += factor.shape[0]
     for one, other in (*pieces, (left, right)):  # the large one last: small sums lose less
         if begun:
