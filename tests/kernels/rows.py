@@ -7,6 +7,7 @@ between borders too, which must stay as they are.
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -244,7 +245,34 @@ def check_rotary(number: int, as_modelled: Modelled) -> None:
              as_modelled)  # fmt: skip
 
 
+def check_far(number: int, as_modelled: Modelled) -> None:
+    """Rows so far apart that their offsets need 64 bits: the same bits as beside each other."""
+    rows, apart = 34, 1 << 26  # elements
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python 3.11 does not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    room = mmap.mmap(-1, 2 * rows * apart, flags=flags)  # only what is touched is there
+    t = BottleneckCase(rows, 16, 4, "silu", "layer").tensors(BRAIN)
+    far = torch.frombuffer(room, dtype=BRAIN).as_strided(t.x.shape, (apart, 1)).copy_(t.x)
+    turn = [torch.rand(1, rows, 16) for _ in range(2)]
+
+    def results(x: Tensor) -> list[Tensor]:
+        u = replace(t, x=x, residual=x)
+        y, h, stats = RUN.bottleneck_forward(*u.forward_arguments())
+        heads = x.view(1, 1, rows, 16)
+        return [
+            y,
+            *RUN.bottleneck_backward(*u.backward_arguments(x, h, stats), u.needs()),
+            *RUN.norm_bias_backward(x, x, stats, None, FULL, "layer", [True, True, True]),
+            *RUN.gated_backward(x, x, x, "silu", [True, True]),
+            RUN.rotary_forward(heads, *turn, False),
+        ]
+
+    for i, (got, want) in enumerate(zip(results(far), results(t.x), strict=True)):
+        assert torch.equal(got, want), f"result {i} hangs on where the rows are"
+
+
 CHECKS = [
+    (check_far, 0),
     *((check_bottleneck, i) for i in range(len(BOTTLENECKS))),
     *((check_norm, i) for i in range(len(NORMS))),
     *((check_gated, i) for i in range(len(GATEDS))),
