@@ -239,3 +239,93 @@ def reads_dy_twice(grad_y: Tensor, b: Tensor, wide: bool) -> bool:
         return 8 * m * rank * pieces if pieces > 1 else 0
 
     return grad_y.element_size() * m * n * lanes + sums(parts) < sums(tiles)
+
+
+LEAST_ROWS = 8
+"""Rows that a piece of a sum over rows has at least: fewer, and its partial sums outweigh them."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tiles of a pass over rows: ``rows`` × ``cols`` at a time."""
+
+    rows: int
+    cols: int
+    warps: int
+
+
+def norm(k: int) -> Rows:
+    """A norm, forward: whole rows where they fit."""
+    lanes = min(8192, max(16, triton.next_power_of_2(k)))
+    return Rows(max(1, 1024 // lanes), lanes, 8 if lanes > 2048 else 4)
+
+
+def norm_grads(k: int) -> Rows:
+    """A norm, backward; a program keeps dgamma and dbias of its columns in registers."""
+    lanes = min(8192, max(16, triton.next_power_of_2(k)))
+    return Rows(max(1, 1024 // lanes), lanes, 16 if lanes > 4096 else 8 if lanes > 1024 else 4)
+
+
+def fold(k: int) -> Rows:
+    """D = Down ⊙ gamma; a program has one row."""
+    return Rows(1, min(1024, max(16, triton.next_power_of_2(k))), 4)
+
+
+FEWEST = 64
+"""Programs from which on a sequential adapter is not cut in two to keep a GPU busy: half of an
+H100's multiprocessors have one, and a launch is saved."""
+
+
+def bottleneck(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
+    """A sequential adapter, forward; a program keeps h of its rows in registers. Rows that cannot
+    be read in 16-byte pieces need an address for each element, as in :func:`project`."""
+    lanes = rank_lanes(rank, wide, 128 if aligned else 16)
+    rows = 32 if aligned and m > 4096 else 16
+    if _in_one(m, rank, rows, lanes):
+        return _for_amd(Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3))
+    # the second launch has an accumulator beside h
+    cols = 64 if wide or not aligned else 128
+    return _for_amd(Skinny(16, cols, min(lanes, 64), 8 if wide else 4, 3))
+
+
+def is_fused(m: int, rank: int, config: Skinny) -> bool:
+    """Whether one program does all of a sequential adapter for its rows."""
+    return _in_one(m, rank, config.rows, config.rank)
+
+
+def _in_one(m: int, rank: int, rows: int, lanes: int) -> bool:
+    return rank <= lanes and triton.cdiv(m, rows) >= FEWEST
+
+
+def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
+    """Its backward pass over rows; a program keeps dh of its rows, and dy and x at a time."""
+    config = bottleneck(m, rank, wide, aligned)
+    return replace(config, cols=min(config.cols, 32 if wide and not aligned else 64))
+
+
+def bottleneck_finish() -> Skinny:
+    """What comes of the partial sums of G."""
+    return Skinny(0, 64, 16, 4, 1)
+
+
+def gated(k: int) -> Rows:
+    """Activation and product, element by element."""
+    lanes = min(1024, max(16, triton.next_power_of_2(k)))
+    return Rows(max(1, 2048 // lanes), lanes, 4)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Tiles of a rotation: ``rows`` tokens × ``lanes`` of each half of a head, of ``heads`` heads
+    one after the other, for which the angles are read once."""
+
+    rows: int
+    lanes: int
+    heads: int
+    warps: int
+
+
+def rotary(h: int, d: int) -> Turn:
+    """Rotary embedding of H heads of D elements."""
+    lanes = max(16, triton.next_power_of_2(d // 2))
+    return Turn(max(1, 1024 // lanes), lanes, min(h, 8), 4)

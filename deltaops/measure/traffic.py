@@ -133,6 +133,80 @@ class Prefix:
         return Floor(moved, 2 * products * self.b * self.h * pairs * self.d)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """``bottleneck`` of x, with its biases and x itself added; every gradient is wanted."""
+
+    m: int
+    k: int
+    rank: int
+    norm: str = "none"
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        norm = "" if self.norm == "none" else f" after a {self.norm} norm"
+        return f"bottleneck {self.m}×{self.k} r={self.rank} gelu{norm} {dtype}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run, normed = TritonBackend(), self.norm != "none"
+        x, y = (_meta(self.dtype, self.m, self.k) for _ in range(2))
+        down, up = _meta(self.dtype, self.rank, self.k), _meta(self.dtype, self.k, self.rank)
+        inner, outer = _meta(self.dtype, self.rank), _meta(self.dtype, self.k)
+        gamma, beta = (_meta(self.dtype, self.k) if normed else None for _ in range(2))
+        if direction == FORWARD:
+            run.bottleneck_forward(
+                x, x, gamma, beta, down, inner, up, outer, 1.0, 1e-5, "gelu", self.norm
+            )
+        else:
+            h = _meta(torch.float32, self.m, self.rank)
+            stats = _meta(torch.float32, self.m if normed else 0, 2)
+            needs = [True, normed, normed, True, True, True, True]
+            run.bottleneck_backward(
+                y, x, h, stats, gamma, beta, down, up, 1.0, "gelu", self.norm, True, needs
+            )
+
+    def floor(self, direction: str) -> Floor:
+        """Forward: x, the parameters and y. Backward: dy, x and dx, the matrices and every
+        parameter's gradient. h is neither: it can be made again from x, which is read anyway."""
+        rows, matrices = self.m * self.k, 2 * self.rank * self.k
+        vectors = self.rank + (1 if self.norm == "none" else 3) * self.k
+        size, products = self.dtype.itemsize, 2 * self.m * matrices
+        if direction == FORWARD:
+            return Floor(size * (2 * rows + matrices + vectors), products)
+        return Floor(size * (3 * rows + 2 * matrices + vectors), 2 * products)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """``norm_bias``; every gradient is wanted."""
+
+    m: int
+    k: int
+    norm: str = "layer"
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"norm_bias {self.norm} {self.m}×{self.k} {str(self.dtype).removeprefix('torch.')}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run = TritonBackend()
+        x, y = (_meta(self.dtype, self.m, self.k) for _ in range(2))
+        gamma, bias = (_meta(self.dtype, self.k) for _ in range(2))
+        if direction == FORWARD:
+            run.norm_bias_forward(x, gamma, bias, 1e-5, self.norm)
+        else:
+            stats = _meta(torch.float32, self.m, 2)
+            run.norm_bias_backward(y, x, stats, gamma, self.dtype, self.norm, [True] * 3)
+
+    def floor(self, direction: str) -> Floor:
+        """Forward: x, gamma, bias and y. Backward: dy, x, dx, gamma and two gradients."""
+        matrices, vectors = (2, 2) if direction == FORWARD else (3, 3)
+        return Floor(self.dtype.itemsize * (matrices * self.m + vectors) * self.k, 0)
+
+
 CALLS: tuple[Counted, ...] = (
     *(Linear(8192, 4096, 4096, r) for r in (16, 64, 128)),
     Linear(8192, 4096, 4096, 16, dropout=0.1),
@@ -142,6 +216,10 @@ CALLS: tuple[Counted, ...] = (
     Linear(512, 4096, 4096, 16),
     Linear(1, 4096, 4096, 16),
     Prefix(4, 32, 8, 2048, 128, 20),
+    Adapter(8192, 4096, 64),
+    Adapter(8192, 4096, 64, "layer"),
+    Adapter(512, 4096, 64),
+    Norm(8192, 4096),
 )
 """Whose numbers are committed; a new op is one more entry."""
 

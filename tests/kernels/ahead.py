@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from deltaops.backends.triton import TritonBackend, core, planner
 from deltaops.backends.triton.targets import TARGETS, Target
+
+sys.path.append(str(Path(__file__).parent))  # which -P takes off
+import rows_ahead
 
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 # The metadata of an AMD kernel (LLVM, User Guide for AMDGPU Backend): bytes of scratch memory, and
@@ -244,6 +248,7 @@ def calls(target: Target) -> Iterator[Callable[[], None]]:
         yield partial(launch, setting)
     for attention in ATTENTIONS + (() if target.amd else MORE_ATTENTIONS):
         yield partial(launch_attention, attention)
+    yield from rows_ahead.calls(target)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
-Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER tuning …
+Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER tuning rows:I/N …
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +28,16 @@ from deltaops.reference import prefix_attention as prefix_reference
 from deltaops.reference.philox import draws
 from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES, assert_accurate
 
+sys.path.append(str(Path(__file__).parent))  # which -P takes off
+import rows
+
 
 def mend_interpreter() -> None:
-    """NumPy ≥ 2.4 refuses int() of Triton's one-element arrays, which `range` in a kernel needs."""
+    """NumPy ≥ 2.4 refuses int() of Triton's one-element arrays, which `range` in a kernel needs.
+
+    And a function that a kernel calls replaces Triton's language once more, each time: a launch has
+    done so for what kernels see of it, and once is enough for what Triton's own functions see.
+    """
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
@@ -37,6 +45,15 @@ def mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+    known: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in known:
+            interpreter._patch_lang(self.fn)
+            known.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 TALLY: Counter[str] = Counter()
@@ -200,5 +217,7 @@ if __name__ == "__main__":
         kind, _, number = argument.rpartition(":")
         if number == "tuning":
             check_tuning()
+        elif kind == "rows":
+            rows.check_share(number, as_modelled)
         else:
             (check_prefix_attention if kind else check_case)(int(number))

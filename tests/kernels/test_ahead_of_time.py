@@ -26,7 +26,13 @@ SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
 # wgmma on Hopper, MFMA on AMD; Ampere and Blackwell are not looked at
 MATRIX_CORES = ("sm_90", "gfx942")
-KERNELS = {*GEMMS, *SKINNY, *ATTENTION}
+ROWS = (
+    "_fold_kernel", "_bottleneck_kernel", "_bottleneck_inner_kernel", "_bottleneck_outer_kernel",
+    "_bottleneck_grad_kernel", "_bottleneck_grad_outer_kernel", "_bottleneck_down_kernel",
+    "_bottleneck_finish_kernel", "_norm_kernel", "_norm_grad_kernel", "_norm_grad_wide_kernel",
+    "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
+)  # fmt: skip
+KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {

@@ -26,13 +26,6 @@ AGAIN = "If it is meant: deltaops traffic --out benchmarks/traffic.json"
 
 # writes what other kernels only use, for their tests
 UNCOUNTED = {"_dropout_mask_kernel"}
-# their ops are not among those that are counted yet
-UNCOUNTED |= {
-    "_fold_kernel", "_bottleneck_kernel", "_bottleneck_inner_kernel", "_bottleneck_outer_kernel",
-    "_bottleneck_grad_kernel", "_bottleneck_grad_outer_kernel", "_bottleneck_down_kernel",
-    "_bottleneck_finish_kernel", "_norm_kernel", "_norm_grad_kernel", "_norm_grad_wide_kernel",
-    "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
-}  # fmt: skip
 
 LAYER = traffic.Linear(8192, 4096, 4096, 16)
 

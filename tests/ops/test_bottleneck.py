@@ -312,5 +312,6 @@ def test_dispatch_says_why() -> None:
     wanted = BottleneckCall("cpu", torch.float32, (torch.float32,), 4, 12, 3, "relu", "none")
     assert explain_call(wanted).chosen == "cpu"
     assert "bottleneck M=4 K=12 R=3 relu" in str(explain_call(wanted))
-    reason = registered()["triton"].unsupported(wanted._replace(device="cuda"))
-    assert reason == "has no kernel for bottleneck yet"
+    on_gpu, triton = wanted._replace(device="cuda"), registered()["triton"]
+    assert triton.unsupported(on_gpu) is None
+    assert "not torch.float64" in str(triton.unsupported(on_gpu._replace(dtype=torch.float64)))

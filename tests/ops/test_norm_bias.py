@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import layer_norm, rms_norm
 
-from deltaops.backends import registered
+from deltaops.backends import NormBiasCall, registered
 from deltaops.errors import ConfigError, DeviceError, DtypeError, NoBackendError, ShapeError
 from deltaops.ops import norm_bias
 from deltaops.reference import norm_bias as reference
@@ -217,3 +217,8 @@ def test_dispatch_says_why() -> None:
     with pytest.raises(NoBackendError, match="strict=True"):
         norm_bias(X.double(), strict=True)
     assert norm_bias(X, strict=True).shape == (4, 12)
+    on_gpu = NormBiasCall("cuda", torch.float32, (torch.float32,), 4, 12, "layer")
+    triton = registered()["triton"]
+    assert triton.unsupported(on_gpu) is None
+    foreign = on_gpu._replace(parameter_dtypes=(torch.float64,))
+    assert "not torch.float64" in str(triton.unsupported(foreign))

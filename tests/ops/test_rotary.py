@@ -256,5 +256,6 @@ def test_dispatch_says_why() -> None:
     call = call_of(X, C)
     assert str(explain_call(call)).startswith("rotary B=2 H=3 L=5 D=8 torch.float32 on cpu → cpu")
     assert explain_call(call_of(X.half(), C)).chosen == "reference"
-    reason = registered()["triton"].unsupported(call._replace(device="cuda"))
-    assert reason == "has no kernel for rotary yet"
+    on_gpu, triton = call._replace(device="cuda"), registered()["triton"]
+    assert triton.unsupported(on_gpu) is None
+    assert "not torch.float64" in str(triton.unsupported(on_gpu._replace(dtype=torch.float64)))

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from deltaops.backends.calls import Call, DeltaLinearCall, PrefixAttentionCall
+from deltaops.backends.calls import (
+    BottleneckCall,
+    Call,
+    DeltaLinearCall,
+    GatedCall,
+    NormBiasCall,
+    PrefixAttentionCall,
+    RotaryCall,
+)
 
-from . import core, delta_linear, prefix_attention
+from . import adapters, core, delta_linear, gated, prefix_attention, rotary
 
 
 class TritonBackend:
@@ -17,6 +25,14 @@ class TritonBackend:
     backward = staticmethod(delta_linear.backward)
     prefix_attention_forward = staticmethod(prefix_attention.forward)
     prefix_attention_backward = staticmethod(prefix_attention.backward)
+    bottleneck_forward = staticmethod(adapters.bottleneck_forward)
+    bottleneck_backward = staticmethod(adapters.bottleneck_backward)
+    norm_bias_forward = staticmethod(adapters.norm_bias_forward)
+    norm_bias_backward = staticmethod(adapters.norm_bias_backward)
+    gated_forward = staticmethod(gated.forward)
+    gated_backward = staticmethod(gated.backward)
+    rotary_forward = staticmethod(rotary.forward)
+    rotary_backward = staticmethod(rotary.backward)
 
     def unavailable(self) -> str | None:
         """None, or what is missing here."""
@@ -34,6 +50,12 @@ class TritonBackend:
             return prefix_attention.unsupported(call)
         if isinstance(call, DeltaLinearCall):
             return delta_linear.unsupported(call)
+        if isinstance(call, BottleneckCall | NormBiasCall):
+            return adapters.unsupported(call)
+        if isinstance(call, GatedCall):
+            return gated.unsupported(call)
+        if isinstance(call, RotaryCall):
+            return rotary.unsupported(call)
         return f"has no kernel for {call.op} yet"
 
     def planned(self, call: Call) -> str | None:
