@@ -16,6 +16,15 @@ from .embedding import (
     start_embedding,
     unbecome_embedding,
 )
+from .experts import (
+    DOWN,
+    GATE_UP,
+    DeltaExperts,
+    become_experts,
+    is_stack,
+    start_stack,
+    unbecome_experts,
+)
 from .factor import Factor, start_values
 from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
@@ -75,7 +84,9 @@ from .sharing import APART, sharing
 
 __all__ = [
     "APART",
+    "DOWN",
     "FITTED",
+    "GATE_UP",
     "PREFIX_KEYS",
     "PREFIX_VALUES",
     "PROMPTS",
@@ -87,6 +98,7 @@ __all__ = [
     "Bottleneck",
     "DecodedPrompt",
     "DeltaEmbedding",
+    "DeltaExperts",
     "DeltaLinear",
     "DeltaPlace",
     "Factor",
@@ -113,6 +125,7 @@ __all__ = [
     "allow_bias",
     "become",
     "become_embedding",
+    "become_experts",
     "check_attention",
     "copies",
     "delta_class",
@@ -131,6 +144,7 @@ __all__ = [
     "holds_delta",
     "is_conv1d",
     "is_norm",
+    "is_stack",
     "join_encoder",
     "lacks_bias",
     "near_zero",
@@ -151,6 +165,7 @@ __all__ = [
     "stand_ins",
     "start_embedding",
     "start_rule",
+    "start_stack",
     "start_sum",
     "start_values",
     "switch",
@@ -159,5 +174,6 @@ __all__ = [
     "train_copies",
     "unbecome",
     "unbecome_embedding",
+    "unbecome_experts",
     "zeros_for",
 ]

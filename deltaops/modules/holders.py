@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from .embedding import DeltaEmbedding
+from .experts import DeltaExperts
 from .kept import has_copies
 from .place import LinearPlace
 from .prefix import has_prefix
 from .prefix_encoder import PrefixEncoder
 from .prompt import has_prompt
 
-_CLASSES = (LinearPlace, DeltaEmbedding, PrefixEncoder)
+_CLASSES = (LinearPlace, DeltaEmbedding, DeltaExperts, PrefixEncoder)
 
 
 def holds_delta(module: nn.Module) -> bool:
