@@ -243,23 +243,37 @@ def test_an_unfrozen_base_runs_in_torch_and_gets_its_gradient() -> None:
     assert weight.grad.any()
 
 
-def test_it_learns_under_torch_compile_too() -> None:
+def test_it_learns() -> None:
     teacher, model = build(), build()
     shaken(teacher, experts_only())
     with torch.no_grad():
         target = answer(teacher)
     handle = deltaops.attach(model.train(), experts_only())
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
     optimizer = torch.optim.Adam(handle.parameters(), lr=0.02)
     losses = []
     for _ in range(8):
-        loss = (answer(compiled) - target).square().mean()
+        loss = (answer(model) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+# of torch's compiler, where a graph breaks and goes on with what requires a gradient
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_torch_compile_runs_the_experts_between_two_graphs() -> None:
+    model = build(num_hidden_layers=1)
+    handle = shaken(model, experts_only())
+    block, x = model.layers[0].mlp, torch.randn(1, 7, 24)
+    loss_of(block(x)).backward()
+    expected = [block(x), *(_grad(p).clone() for p in handle.parameters())]
+    model.zero_grad()
+    torch.compiler.reset()
+    y = torch.compile(block, backend="aot_eager")(x)
+    loss_of(y).backward()
+    for ours, eager in zip([y, *map(_grad, handle.parameters())], expected, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------- on and off
@@ -280,7 +294,12 @@ def test_names_roles_and_patterns_say_where() -> None:
     }
     assert "MixtralExperts 24→20 down_proj lora" in str(handle)
     assert "default: down_proj r=40, alpha=20" in repr(handle.model)
-    mixed = LoRA(r=2, target_modules=["attention-output", "experts"], layers_to_transform=[0])
+    mixed = LoRA(
+        r=2,
+        target_modules=["attention-output", "experts"],
+        layers_to_transform=[0],
+        layers_pattern=["layers"],
+    )
     handle = deltaops.attach(build(), mixed)
     assert handle.sites == ("layers.0.self_attn.o_proj", PLACE)
     assert handle.places[1].parameters == ("gate_up_proj", "down_proj")
@@ -302,7 +321,7 @@ def test_merge_disable_copy_and_revert() -> None:
 
     before, state = look(), {k: v.clone() for k, v in model.state_dict().items()}
     base = answer(model)
-    handle = shaken(model, experts_only())
+    handle = shaken(model, experts_only(), frozen=False, blocks=False)  # the rest as it was
     applied = answer(model)
     assert relative_error(applied, base) > 0.01
     with handle.disabled():
@@ -385,6 +404,8 @@ TARGETS = {
 }
 
 
+# PEFT looks for its patterns among modules, says so, and uses them
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
 def test_files_of_peft_and_ours_mean_the_same(
@@ -523,7 +544,7 @@ REFUSALS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unknown name": (
         build,
         {"target_parameters": ["experts.gate_proj"]},
-        r"target_parameters names 'experts.gate_proj', and no parameter .* Nearest: layers.0.mlp.e",
+        r"target_parameters names 'experts.gate_proj', and no parameter .* Nearest: experts.gate_up_proj, ",
     ),
     "router": (build, {"target_parameters": ["gate.weight"]}, "name layers in target_modules"),
     "linear": (
@@ -570,6 +591,6 @@ def test_no_targets_at_all_are_refused() -> None:
 def test_a_file_for_other_experts_is_refused(tmp_path: Path) -> None:
     shaken(build(), experts_only()).save(tmp_path)
     with pytest.raises(CheckpointError, match=r"must be \[12, 24\] for this model"):
-        deltaops.load(build(num_local_experts=4), tmp_path)
+        deltaops.load(build(num_local_experts=4, num_experts=4), tmp_path)
     with pytest.raises(CheckpointError, match="does not fit this model"):
         deltaops.load(transformers.LlamaModel(transformers.LlamaConfig(**SIZES)), tmp_path)
