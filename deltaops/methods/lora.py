@@ -103,7 +103,8 @@ class LoRA(Delta):
         target_parameters: parameters of experts, as ``["experts.gate_up_proj",
             "experts.down_proj"]``, matched from the end of the path, beside what ``target_modules``
             names (which may be ``[]`` here); each expert gets an A and a B of its own. "all-linear"
-            has no experts; the role "experts" in ``target_modules`` is all of them.
+            has no experts (PEFT's has Mixtral's, and its routers); the role "experts" in
+            ``target_modules`` is all of them.
             ``exclude_modules`` and ``layers_to_transform`` say nothing of parameters, and patterns
             of ranks and alphas go by their paths. PEFT has no dropout on experts: with ``dropout``
             above 0, files are in our format.

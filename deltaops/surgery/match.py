@@ -220,7 +220,8 @@ def _why_not_parameters(
     if not is_stack(module):
         return (
             f"{', '.join(chosen)} of {type(module).__name__}: target_parameters is for experts in "
-            "3-D parameters; name layers in target_modules"
+            "3-D parameters; name layers in target_modules, and leave routers to PEFT, with "
+            "deltaops.accelerate"
         )
     if inside(path, saved):
         return "modules_to_save trains it whole"

@@ -544,7 +544,7 @@ REFUSALS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unknown name": (
         build,
         {"target_parameters": ["experts.gate_proj"]},
-        r"target_parameters names 'experts.gate_proj', and no parameter .* Nearest: experts.gate_up_proj, ",
+        r"target_parameters names 'experts.gate_proj', and no parameter .* Nearest: experts",
     ),
     "router": (build, {"target_parameters": ["gate.weight"]}, "name layers in target_modules"),
     "linear": (
