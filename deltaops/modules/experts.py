@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from deltaops.backends import GatedCall
 from deltaops.ops import Branch, delta_linear, gated
@@ -49,7 +50,6 @@ class Way(NamedTuple):
     pack: Policy
 
 
-@torch.compiler.disable  # how many tokens an expert has is known only when it runs
 def run_experts(
     x: Tensor,
     index: Tensor,
@@ -59,7 +59,7 @@ def run_experts(
     act: nn.Module,
     way: Way,
 ) -> Tensor:
-    """What the experts make of ``x``.
+    """What the experts make of ``x``; under torch.compile outside of its graphs.
 
     Args:
         x: ``[T, H]``.
@@ -71,6 +71,20 @@ def run_experts(
         way: how.
     Returns: ``[T, H]`` in the dtype of ``x``.
     """
+    # how many tokens an expert has is known only when it runs
+    run = _uncompiled if torch.compiler.is_compiling() else _run
+    return run(x, index, weights, gate_up, down, act, way)
+
+
+def _run(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: tuple[Tensor, Sequence[Stack]],
+    down: tuple[Tensor, Sequence[Stack]],
+    act: nn.Module,
+    way: Way,
+) -> Tensor:
     chosen = index.shape[1]
     flat = index.reshape(-1)
     order = flat.argsort(stable=True)
@@ -89,6 +103,10 @@ def run_experts(
     y = y.view(*index.shape, y.shape[-1]) * weights.unsqueeze(-1)
     total: Tensor = y.sum(dim=1).to(x.dtype)
     return total
+
+
+_uncompiled = _disable_dynamo(_run)
+"""As ``torch.compiler.disable`` has it, which would load the compiler already here."""
 
 
 class Moved(torch.autograd.Function):
