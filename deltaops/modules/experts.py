@@ -152,7 +152,8 @@ def _activated(gate_up: Tensor, act: nn.Module, way: Way) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     activation = activation_of(act) if plain(gate) else None
     if activation is not None:
-        call = GatedCall(gate.device.type, gate.dtype, *gate.shape, activation)
+        rows, columns = gate.shape
+        call = GatedCall(gate.device.type, gate.dtype, rows, columns, activation)
         if takes(call, way.backend, way.strict):
             return gated(gate, up, activation, backend=way.backend, strict=way.strict)
     product: Tensor = act(gate) * up
@@ -181,6 +182,8 @@ class DeltaExperts(nn.Module):
     lora_B: nn.ModuleDict
     lora: dict[str, dict[str, LoraSettings]]
     """Adapter → parameter → settings."""
+    delta_kind: str
+    """For the report."""
     delta_active: bool
     """False while the deltas are disabled or already merged into the weights."""
 

@@ -66,7 +66,8 @@ class PeftExperts(ParamWrapper):
 
     def base(self) -> tuple[Tensor, None]:
         """The weight ``[N, K]`` of the first expert, as an example for the report."""
-        return self.get_param()[0], None
+        weights: Tensor = getattr(self._experts(), self.parameter_name)
+        return weights[0], None
 
     def branches(self) -> list[Branch]:
         """Those of that expert; empty where PEFT's own forward runs."""
@@ -113,11 +114,16 @@ def _stacks(wrapper: ParamWrapper, weight: Tensor) -> list[Stack] | str:
     for name in wrapper.active_adapters:
         if name not in wrapper.lora_A:
             continue
-        a, b = wrapper.lora_A[name], wrapper.lora_B[name]
+        a: Any = wrapper.lora_A[name]
+        b: Any = wrapper.lora_B[name]
         reason = unreadable(a, "lora_A") or unreadable(b, "lora_B")
         if reason is not None:
             return reason
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
+        if (
+            type(a) is not nn.Linear
+            or type(b) is not nn.Linear
+            or b._parameters["bias"] is not None
+        ):
             return "lora_A or lora_B is no plain linear layer: PEFT's forward"
         if a.weight.dtype is not weight.dtype and a.weight.dtype is not torch.float32:
             return f"adapter {a.weight.dtype} on {weight.dtype}: PEFT's forward"

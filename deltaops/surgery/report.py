@@ -187,12 +187,13 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
         any(b.bias is not None for b in branches),
     )
     explanation = explain_call(call, module.backend)  # type: ignore[arg-type]  # a string on places
+    matrices = module.matrices() if hasattr(module, "matrices") else [weight]  # type: ignore[operator]  # of experts
     return Row(
         path,
         kind,
         explanation.chosen or "none",
         explanation.reason + _off(module),
-        sum(map(PACKING.bytes, module.matrices() if hasattr(module, "matrices") else [weight])),
+        sum(PACKING.bytes(matrix) for matrix in matrices),
     )
 
 
