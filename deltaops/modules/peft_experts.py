@@ -128,9 +128,9 @@ def _stacks(wrapper: ParamWrapper, weight: Tensor) -> list[Stack] | str:
         if a.weight.dtype is not weight.dtype and a.weight.dtype is not torch.float32:
             return f"adapter {a.weight.dtype} on {weight.dtype}: PEFT's forward"
         experts = len(weight)
-        down = a.weight.unflatten(0, (experts, -1))
+        down = a.weight.view(experts, -1, a.weight.shape[1])
         # rank after rank, in each the experts: copied, a small part of what PEFT adds up
-        up = b.weight.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
+        up = b.weight.view(len(b.weight), -1, experts).permute(2, 0, 1).contiguous()
         found.append(Stack(down, up, wrapper.scaling[name], 0.0))
     return found
 
