@@ -33,7 +33,7 @@ from deltaops.modules import (
     activate_copies,
     become_embedding,
     has_copies,
-    is_stack,
+    holds_experts,
     no_autocast,
     nonzero,
     originals,
@@ -199,7 +199,7 @@ class LoRA(Delta):
 
     def unbindable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unbindable`."""
-        if is_stack(module):
+        if holds_experts(module):
             if self.use_dora:
                 return "it holds experts, and use_dora needs linear layers"
             if is_taken_out(self.init_lora_weights):

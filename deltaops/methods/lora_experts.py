@@ -18,7 +18,7 @@ from deltaops.modules import (
     LoraSettings,
     become_experts,
     no_autocast,
-    start_stack,
+    start_experts,
 )
 
 from .base import EXPERTS, PEFT_PREFIX, Binding, Site, adapter_dtype, wide
@@ -50,7 +50,7 @@ def bind(
         weight = place.get_parameter(name)
         found = settings(site.key(name))
         experts, rows, columns = weight.shape
-        a, b = start_stack(
+        a, b = start_experts(
             experts,
             found.r,
             columns,

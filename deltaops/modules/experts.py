@@ -31,7 +31,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """The two parameters, by transformers' names."""
 
 
-class Stack(NamedTuple):
+class StackedBranch(NamedTuple):
     """A branch beside the same layer of every expert."""
 
     a: Tensor
@@ -54,8 +54,8 @@ def run_experts(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    gate_up: tuple[Tensor, Sequence[Stack]],
-    down: tuple[Tensor, Sequence[Stack]],
+    gate_up: tuple[Tensor, Sequence[StackedBranch]],
+    down: tuple[Tensor, Sequence[StackedBranch]],
     act: nn.Module,
     way: Way,
 ) -> Tensor:
@@ -80,8 +80,8 @@ def _run(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    gate_up: tuple[Tensor, Sequence[Stack]],
-    down: tuple[Tensor, Sequence[Stack]],
+    gate_up: tuple[Tensor, Sequence[StackedBranch]],
+    down: tuple[Tensor, Sequence[StackedBranch]],
     act: nn.Module,
     way: Way,
 ) -> Tensor:
@@ -130,7 +130,9 @@ class Moved(torch.autograd.Function):
         return found, None, None, None
 
 
-def _layers(weight: Tensor, stacks: Sequence[Stack], way: Way) -> Callable[[int, Tensor], Tensor]:
+def _layers(
+    weight: Tensor, stacks: Sequence[StackedBranch], way: Way
+) -> Callable[[int, Tensor], Tensor]:
     """The same layer of every expert, as a function of the expert and its input."""
     weights = weight.unbind()
     # unbind, not one index each: its gradient is one stack, and zero for what was not used
@@ -202,7 +204,7 @@ class DeltaExperts(nn.Module):
             Way(self.backend, self.strict, self.pack),
         )
 
-    def stacks(self, parameter: str) -> list[Stack]:
+    def stacks(self, parameter: str) -> list[StackedBranch]:
         """The branches beside ``parameter``, dropout only in training."""
         found = []
         for name, by_parameter in self.lora.items():
@@ -211,7 +213,7 @@ class DeltaExperts(nn.Module):
                 continue
             a, b = self.factors(name, parameter)
             dropout = settings.dropout if self.training else 0.0
-            found.append(Stack(a, b, settings.scaling, dropout))
+            found.append(StackedBranch(a, b, settings.scaling, dropout))
         return found
 
     def factors(self, name: str, parameter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -248,7 +250,8 @@ class DeltaExperts(nn.Module):
 
     def slow_reason(self) -> str | None:
         """Why the next call would leave the op for plain torch; None when it does not."""
-        return UNFROZEN if self.gate_up_proj.requires_grad else None
+        trained = self.gate_up_proj.requires_grad or self.down_proj.requires_grad
+        return UNFROZEN if trained else None
 
     def matrices(self) -> list[Tensor]:
         """Every weight ``[N, K]`` that the op reads."""
@@ -315,13 +318,13 @@ def unbecome_experts(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
 
 
-def is_stack(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
     """Whether ``module`` holds experts as matrices in a tensor, one for each."""
     own = [p for p in module._parameters.values() if p is not None]
     return any(p.dim() == 3 for p in own) and "expert" in type(module).__name__.lower()
 
 
-def start_stack(
+def start_experts(
     experts: int,
     rank: int,
     in_features: int,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deltaops.ops import Branch
 from deltaops.packing import Policy
 
-from .experts import DOWN, GATE_UP, Stack, Way, run_experts
+from .experts import DOWN, GATE_UP, StackedBranch, Way, run_experts
 from .peft_linear import unreadable
 from .place import UNFROZEN
 
@@ -83,7 +83,7 @@ class PeftExperts(ParamWrapper):
     def _experts(self) -> Any:
         return self.get_base_layer()
 
-    def _resolve(self) -> dict[str, list[Stack]] | str:
+    def _resolve(self) -> dict[str, list[StackedBranch]] | str:
         """Parameter → its branches in the next call; or why PEFT's own forward must run it."""
         experts = self._experts()
         if experts.gate_up_proj.requires_grad or experts.down_proj.requires_grad:
@@ -91,7 +91,7 @@ class PeftExperts(ParamWrapper):
         reason = _watched(experts, "the experts")
         if reason is not None:
             return reason
-        found: dict[str, list[Stack]] = {}
+        found: dict[str, list[StackedBranch]] = {}
         for wrapper in self.wrappers():
             stacks = _stacks(wrapper, getattr(experts, wrapper.parameter_name))
             if isinstance(stacks, str):
@@ -102,7 +102,7 @@ class PeftExperts(ParamWrapper):
         return found
 
 
-def _stacks(wrapper: ParamWrapper, weight: Tensor) -> list[Stack] | str:
+def _stacks(wrapper: ParamWrapper, weight: Tensor) -> list[StackedBranch] | str:
     """The branches of the active adapters; or why PEFT's own forward must run them."""
     if wrapper.disable_adapters:
         return "adapters are disabled: PEFT's forward"
@@ -110,7 +110,7 @@ def _stacks(wrapper: ParamWrapper, weight: Tensor) -> list[Stack] | str:
         return "adapters are merged: PEFT's forward"
     if not getattr(wrapper, "_did_swap_in_out_features", False):
         return "its A reads what the experts return (a PEFT before 0.19): PEFT's forward"
-    found: list[Stack] = []
+    found: list[StackedBranch] = []
     for name in wrapper.active_adapters:
         if name not in wrapper.lora_A:
             continue
@@ -131,7 +131,7 @@ def _stacks(wrapper: ParamWrapper, weight: Tensor) -> list[Stack] | str:
         down = a.weight.view(experts, -1, a.weight.shape[1])
         # rank after rank, in each the experts: copied, a small part of what PEFT adds up
         up = b.weight.view(len(b.weight), -1, experts).permute(2, 0, 1).contiguous()
-        found.append(Stack(down, up, wrapper.scaling[name], 0.0))
+        found.append(StackedBranch(down, up, wrapper.scaling[name], 0.0))
     return found
 
 

@@ -38,7 +38,7 @@ from deltaops.methods.targets import (
     KEY_VALUE,
     STACKS,
 )
-from deltaops.modules import head_width, is_conv1d, is_norm, is_stack
+from deltaops.modules import head_width, holds_experts, is_conv1d, is_norm
 
 _QUERY, _KEY, _VALUE = ({"q", "query"}, {"k", "key"}, {"v", "value"})
 _FUSED = ({"qkv"}, {"wqkv"}, {"c", "attn"}, {"query", "key", "value"}, {"w", "pack"})
@@ -127,7 +127,9 @@ def resolve(model: nn.Module, roles: Iterable[str], *, lenient: bool = False) ->
             hits = [(p, "") for p, m in model.named_modules() if p and is_linear(m)]
         elif role == ALL_NORM:
             hits = [(p, "") for p, m in model.named_modules() if is_norm(m)]
-        elif role == EXPERTS and (stacked := [p for p, m in model.named_modules() if is_stack(m)]):
+        elif role == EXPERTS and (
+            stacked := [p for p, m in model.named_modules() if holds_experts(m)]
+        ):
             hits = [(p, "") for p in stacked]
         else:
             blocks = anatomy(model) if blocks is None else blocks
@@ -276,7 +278,7 @@ def _experts(path: str, block: nn.Module) -> str | None:
     A list of alike modules with linears, or a module with one matrix for each expert in a tensor.
     """
     for name, module in block.named_modules():
-        if is_stack(module):
+        if holds_experts(module):
             return f"{path}.{name}"
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             kinds = {type(m) for m in module}

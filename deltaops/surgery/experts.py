@@ -25,7 +25,7 @@ def unlike_experts(module: Any) -> str | None:
     """Why a module of experts cannot have a delta, in words; None when it can.
 
     Args:
-        module: one for which :func:`deltaops.modules.is_stack` holds.
+        module: one for which :func:`deltaops.modules.holds_experts` holds.
     """
     kind = module.base_class if isinstance(module, DeltaExperts) else type(module)
     own = {name: p for name, p in module._parameters.items() if p is not None}

@@ -17,7 +17,7 @@ from torch import nn
 from deltaops.errors import AttachError, TargetError
 from deltaops.methods.base import EXPERTS, Delta
 from deltaops.methods.targets import ALL_LINEAR, plain, roles
-from deltaops.modules import holds_delta, is_stack
+from deltaops.modules import holds_delta, holds_experts
 
 from .anatomy import Found, Whole, misses, resolve, wholes
 from .places import encoder_children, foreign, place_of, unswappable, wanted
@@ -217,7 +217,7 @@ def _why_not_parameters(
     lenient: bool,
 ) -> str | None:
     """Why the parameters ``chosen`` of ``module`` cannot have the delta; None when they can."""
-    if not is_stack(module):
+    if not holds_experts(module):
         return (
             f"{', '.join(chosen)} of {type(module).__name__}: target_parameters is for experts in "
             "3-D parameters; name layers in target_modules, and leave routers to PEFT, with "

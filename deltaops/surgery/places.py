@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deltaops.methods.base import ATTENTION, EMBEDDING, EXPERTS, LINEAR, NORM, STACK
-from deltaops.modules import DOWN, LinearPlace, delta_class, features, is_norm, is_stack
+from deltaops.modules import DOWN, LinearPlace, delta_class, features, holds_experts, is_norm
 
 from .anatomy import Whole
 from .experts import unlike_experts
@@ -59,7 +59,7 @@ def place_of(
         return NORM
     if EMBEDDING in places and type(module) is nn.Embedding:
         return EMBEDDING
-    if EXPERTS in places and is_stack(module):
+    if EXPERTS in places and holds_experts(module):
         return EXPERTS
     # whether it is a layer that can be swapped is for :func:`unswappable` to say, with a reason
     return LINEAR if LINEAR in places else None

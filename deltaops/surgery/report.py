@@ -21,7 +21,7 @@ from deltaops.modules import (
     DeltaPlace,
     LinearPlace,
     PromptedStack,
-    is_stack,
+    holds_experts,
     told_of_prefix,
 )
 from deltaops.packing import PACKING
@@ -234,7 +234,7 @@ def why_left_alone(module: nn.Module) -> str:
 def why_not_parameter(wrapper: nn.Module) -> str | None:
     """Why PEFT's wrapper of a parameter stays as it is; None where those are experts we know."""
     experts: nn.Module = wrapper.get_base_layer()  # type: ignore[operator]  # PEFT's
-    if not is_stack(experts):
+    if not holds_experts(experts):
         kind = type(experts).__name__
         return f"{wrapper.parameter_name} of {kind} is no parameter of experts: PEFT's forward"
     reason = unlike_experts(experts)

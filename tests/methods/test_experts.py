@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import deltaops
 from deltaops import LoRA
 from deltaops.errors import AttachError, CheckpointError, ConfigError, TargetError
-from deltaops.modules.experts import Stack, Way, run_experts
+from deltaops.modules.experts import StackedBranch, Way, run_experts
 from deltaops.reference import experts as reference
 from deltaops.surgery import Handle, handle_of
 from deltaops.surgery.files import CONFIG, WEIGHTS
@@ -103,8 +103,8 @@ def test_numbers_and_gradients_against_float64(
     first, second = adapted in ("both", "gate_up"), adapted in ("both", "down")
 
     def ours(x: Tensor, p: Tensor, up: Tensor, down: Tensor, *t: Tensor) -> Tensor:
-        one = [Stack(t[0], t[1], 1.5, 0.0)] if first else []
-        two = [Stack(t[2], t[3], -0.5, 0.0)] if second else []
+        one = [StackedBranch(t[0], t[1], 1.5, 0.0)] if first else []
+        two = [StackedBranch(t[2], t[3], -0.5, 0.0)] if second else []
         way = Way("auto", False, "auto")
         return run_experts(x, index, p, (up, one), (down, two), nn.SiLU(), way)
 
