@@ -260,6 +260,22 @@ def test_it_learns() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_generation_with_a_cache_equals_without() -> None:
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES)).eval()
+    handle = shaken(model, experts_only())
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    prompt = IDS[:1, :4]
+    with_cache, without = (
+        model.generate(prompt, use_cache=cache, pad_token_id=0, **settings)
+        for cache in (True, False)
+    )
+    assert with_cache.shape == (1, 10)
+    assert torch.equal(with_cache, without)
+    with handle.disabled():
+        assert not torch.equal(with_cache, model.generate(prompt, pad_token_id=0, **settings))
+
+
 # of torch's compiler, where a graph breaks and goes on with what requires a gradient
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_torch_compile_runs_the_experts_between_two_graphs() -> None:
