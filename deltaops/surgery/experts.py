@@ -40,7 +40,7 @@ def unlike_experts(module: Any) -> str | None:
         return f"{found}; a delta needs {WANTED}"
     if getattr(module, "_is_expert_parallel", False):
         return f"{found}, which are some of all: the others are on other devices"
-    known = _mixtral()
+    known = _mixtral() if "transformers.modeling_utils" in sys.modules else None
     if known is None or _outer(kind) != known.outer or _inner(kind) != known.inner:
         return f"{found}, and computes something else with them than Mixtral's experts do"
     if getattr(kind, "_apply_gate", None) is not known.gate:
@@ -67,9 +67,7 @@ def _inner(kind: type[nn.Module]) -> Program | None:
 
 @cache
 def _mixtral() -> _Known | None:
-    """None where there is no transformers, or its Mixtral computes something else."""
-    if "transformers.modeling_utils" not in sys.modules:
-        return None
+    """None where transformers' Mixtral computes something else."""
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 

@@ -101,7 +101,7 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
         if reason is None and place is not None:
             places[path] = place
             if place == EXPERTS:
-                parameters[path] = tuple(module._parameters)
+                parameters[path] = tuple(n for n, p in module._parameters.items() if p is not None)
         elif reason is not None:
             (refused if named else skipped).append(Skip(path, reason))
     for path, reason in misses(model, wished).items():

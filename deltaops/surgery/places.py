@@ -89,7 +89,7 @@ def unswappable(
         return None
     if place == EXPERTS:
         return unlike_experts(module) or next(
-            filter(None, (_unfit(p) for p in module._parameters.values())), None
+            filter(None, (_unfit(p) for p in module.parameters(recurse=False))), None
         )
     weight: Any = module.weight
     reason = _unfit(weight)
