@@ -28,6 +28,8 @@ from deltaops.packing import Policy
 LINEAR, NORM, EMBEDDING, ATTENTION, STACK = "linear", "norm", "embedding", "attention", "stack"
 """Kinds of place; an attention is a whole module with its projections, a stack all blocks of a
 model with what embeds its tokens."""
+EXPERTS = "experts"
+"""The kind of place of a mixture's experts, all of them, which are 3-D parameters of one module."""
 MODEL = "model"
 """The model itself, which has what all places share; see :meth:`Delta.on_model`."""
 PEFT_PREFIX = "base_model.model."
@@ -63,13 +65,16 @@ class Site:
     in_features: int
     out_features: int
     """Of a linear layer; a norm's size twice, an embedding's entries and width, an attention's
-    hidden size and that of its keys (all heads), a stack's hidden size twice."""
+    hidden size and that of its keys (all heads), a stack's hidden size twice, the experts' hidden
+    and inner size."""
     role: str = ""
     """The one by which it was found, or of :meth:`Delta.told_apart`; empty where it has neither."""
     entry: str = ""
     """Path of the layer where the sub-layer begins that ends here, with the role "feed-forward"."""
     heads: int = 0
     """Of an attention's keys."""
+    parameters: tuple[str, ...] = ()
+    """Of experts: the names of those that have the delta, in the module's own order."""
 
     def key(self, suffix: str) -> str:
         """The name of a tensor of this place in ``handle.state()``; the model has no path."""
@@ -154,6 +159,10 @@ class Delta(ABC):
     def unbindable(self, module: nn.Module) -> str | None:
         """What this module lacks, so that a role leaves it alone and a name is refused; or None."""
         return None
+
+    def named_parameters(self, path: str, module: nn.Module) -> tuple[str, ...]:
+        """Which parameters of ``module`` the delta names, to be bound to one by one."""
+        return ()
 
     def unfit(self, site: Site) -> str | None:
         """Why the delta's sizes do not suit the site; None when they do.

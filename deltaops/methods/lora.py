@@ -5,7 +5,8 @@ s = alpha / √r. Merged, the weight is W + s · B A. With ``use_dora`` each row
 to a length m [N] that is trained too.
 
 On an embedding, y = W[ids] + s · A[:, ids]ᵀ Bᵀ with W [V, D], A [r, V] and B [D, r], without
-dropout. Where the output layer is tied to it, that keeps the frozen weight.
+dropout. Where the output layer is tied to it, that keeps the frozen weight. On the experts of a
+mixture each has an A and a B of its own: :mod:`deltaops.modules.experts`.
 Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732);
 DoRA: Liu et al. 2024 (2402.09353); LoRA+: Hayou et al. 2024 (2402.12354); starts that are taken out
 of the weight: :mod:`deltaops.methods.lora_start`.
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.modules import (
     DeltaEmbedding,
+    DeltaExperts,
     DeltaPlace,
     LoraSettings,
     activate_copies,
     become_embedding,
     has_copies,
+    holds_experts,
     no_autocast,
     nonzero,
     originals,
@@ -38,11 +41,14 @@ from deltaops.modules import (
     start_values,
     unbecome,
     unbecome_embedding,
+    unbecome_experts,
 )
 
+from . import lora_experts
 from .base import (
     EMBEDDING,
     EXACT,
+    EXPERTS,
     LINEAR,
     Binding,
     Delta,
@@ -55,7 +61,7 @@ from .base import (
 from .linear import become_place, laid_out
 from .lora_start import is_drawn, is_rest, is_taken_out, rest, taken_out
 from .peft_config import listed, required, target_fields, unexpressed
-from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, normalise
+from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, names, normalise
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,6 +100,14 @@ class LoRA(Delta):
         autocast_adapter_dtype: keep A and B in float32 where the weight is float16 or bfloat16.
         task_type: PEFT's label, such as "CAUSAL_LM"; kept in files, and "SEQ_CLS" keeps the
             classification head out of "all-linear".
+        target_parameters: parameters of experts, as ``["experts.gate_up_proj",
+            "experts.down_proj"]``, matched from the end of the path, beside what ``target_modules``
+            names (which may be ``[]`` here); each expert gets an A and a B of its own. "all-linear"
+            has no experts (PEFT's has Mixtral's, and its routers); the role "experts" in
+            ``target_modules`` is all of them.
+            ``exclude_modules`` and ``layers_to_transform`` say nothing of parameters, and patterns
+            of ranks and alphas go by their paths. PEFT has no dropout on experts: with ``dropout``
+            above 0, files are in our format.
     Raises: ConfigError.
     """
 
@@ -113,9 +127,10 @@ class LoRA(Delta):
     layers_pattern: tuple[str, ...] = ()
     autocast_adapter_dtype: bool = True
     task_type: str | None = None
+    target_parameters: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "lora"
-    places: ClassVar[frozenset[str]] = frozenset({LINEAR, EMBEDDING})
+    places: ClassVar[frozenset[str]] = frozenset({LINEAR, EMBEDDING, EXPERTS})
     peft_type: ClassVar[str | None] = "LORA"
     promises: ClassVar[frozenset[Promise]] = EXACT
 
@@ -135,6 +150,8 @@ class LoRA(Delta):
             object.__setattr__(self, field, _pattern(field, getattr(self, field), valid))
         check_flags(self, "use_rslora", "use_dora", "autocast_adapter_dtype")
         self._check_start()
+        chosen = names("LoRA: target_parameters", self.target_parameters)
+        object.__setattr__(self, "target_parameters", chosen)
         normalise(self)
 
     def _check_start(self) -> None:
@@ -173,10 +190,22 @@ class LoRA(Delta):
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def _settings(self, path: str) -> LoraSettings:
+        rank = self.rank(path)
+        alpha = float(_first(self.alpha_pattern, path, self.alpha))
+        return LoraSettings(rank, alpha, self._scaling(rank, alpha), float(self.dropout))
+
     # ------------------------------------------------------------------------------- binding
 
     def unbindable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unbindable`."""
+        if holds_experts(module):
+            if self.use_dora:
+                return "it holds experts, and use_dora needs linear layers"
+            if is_taken_out(self.init_lora_weights):
+                start = self.init_lora_weights
+                return f"it holds experts, and init_lora_weights={start!r} needs linear layers"
+            return None
         if not isinstance(module, nn.Embedding):
             return None
         if self.use_dora:
@@ -185,8 +214,16 @@ class LoRA(Delta):
             return "it is an embedding with max_norm or scale_grad_by_freq"
         return None
 
+    def named_parameters(self, path: str, module: nn.Module) -> tuple[str, ...]:
+        """PEFT's rule: a name is the whole path of a parameter, or its end."""
+        endings = tuple(f".{name}" for name in self.target_parameters)
+        own = (name for name, p in module._parameters.items() if p is not None)
+        return tuple(name for name in own if f".{path}.{name}".endswith(endings))
+
     def unfit(self, site: Site) -> str | None:
         """A rank above either dimension adds parameters and no rank."""
+        if site.place == EXPERTS:  # as in PEFT: nothing is computed from the matrix itself
+            return None
         rank = self.rank(site.path)
         if rank > min(site.in_features, site.out_features):
             return (
@@ -197,11 +234,20 @@ class LoRA(Delta):
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]
+        if site.place == EXPERTS:
+            lora_experts.bind(
+                module,
+                site,
+                binding,
+                self._settings,
+                gaussian=self.init_lora_weights == "gaussian",
+                autocast=self.autocast_adapter_dtype,
+            )
+            return
         weight = module.weight
         assert isinstance(weight, Tensor)
-        rank = self.rank(site.path)
-        alpha = float(_first(self.alpha_pattern, site.path, self.alpha))
-        settings = LoraSettings(rank, alpha, self._scaling(rank, alpha), float(self.dropout))
+        settings = self._settings(site.path)
+        rank = settings.r
         if site.place == EMBEDDING:
             _warn_of_ties(site.path, modules)
             factors = start_embedding(
@@ -253,12 +299,14 @@ class LoRA(Delta):
         """See :meth:`Delta.unbind`."""
         if site.place == EMBEDDING:
             unbecome_embedding(modules[site.path])
+        elif site.place == EXPERTS:
+            unbecome_experts(modules[site.path])
         else:
             unbecome(modules[site.path])
 
     def activate(self, module: nn.Module, active: bool) -> None:
         """See :meth:`Delta.activate`."""
-        assert isinstance(module, DeltaPlace | DeltaEmbedding)
+        assert isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts)
         module.delta_active = active
         if has_copies(module):
             activate_copies(module, active)
@@ -285,6 +333,8 @@ class LoRA(Delta):
 
     def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """``W + s · B A``, with DoRA each row scaled to its length."""
+        if isinstance(module, DeltaExperts):
+            return lora_experts.merged(module, name)
         change = self.delta_weight(module, name)
         if isinstance(module, DeltaEmbedding):
             return {"weight": module.weight.to(change.dtype) + change}
@@ -299,7 +349,9 @@ class LoRA(Delta):
     # ----------------------------------------------------------------------------------- files
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-        """PEFT's suffixes."""
+        """PEFT's suffixes, but for experts."""
+        if isinstance(module, DeltaExperts):
+            return lora_experts.tensors(module, name)
         if isinstance(module, DeltaEmbedding):
             sides = ("lora_embedding_A", "lora_embedding_B")
             return {side: getattr(module, side)[name] for side in sides}
@@ -317,6 +369,8 @@ class LoRA(Delta):
 
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
+        if site.place == EXPERTS:
+            return lora_experts.shapes(site, module, self.rank)
         rank = self.rank(site.path)
         if site.place == EMBEDDING:
             return {
@@ -381,9 +435,36 @@ class LoRA(Delta):
                 "state dict and save again; or use handle.merge_and_unload(), which is right."
             )
 
+    def unlike_peft(
+        self, model: nn.Module, sites: tuple[Site, ...], *, writing: bool
+    ) -> str | None:
+        """See :meth:`Delta.unlike_peft`."""
+        if self.dropout and any(site.place == EXPERTS for site in sites):
+            return "its LoRA on experts has no dropout"
+        return None
+
+    def to_peft_tensors(
+        self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
+    ) -> dict[str, Tensor]:
+        """See :meth:`Delta.to_peft_tensors`."""
+        return lora_experts.to_peft(tensors, sites)
+
+    def from_peft_tensors(
+        self, tensors: Mapping[str, Tensor], sites: tuple[Site, ...]
+    ) -> dict[str, Tensor]:
+        """See :meth:`Delta.from_peft_tensors`."""
+        return lora_experts.from_peft(tensors, sites, self.rank)
+
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LoraConfig that this delta sets; the others keep their defaults."""
-        return target_fields(self, sites) | {
+        mixtures = [site for site in sites if site.place == EXPERTS]
+        found = [site.key(name) for site in mixtures for name in site.parameters]
+        by_name = list(self.target_parameters)
+        if any(site.role == EXPERTS for site in mixtures):
+            by_name = found
+        others = tuple(site for site in sites if site.place != EXPERTS)
+        return target_fields(self, others) | {
+            "target_parameters": by_name or None,
             "peft_type": self.peft_type,
             "r": self.r,
             "lora_alpha": self.alpha,
@@ -405,12 +486,14 @@ class LoRA(Delta):
     def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
         """See :meth:`Delta.from_peft`. Values of the wrong type are a CheckpointError too."""
         _refuse_unknown_features(config)
+        parameters = listed(config, "target_parameters") or ()
+        nowhere = parameters and config.get("target_modules") is None
         try:
             return cls(
                 r=config.get("r", 8),
                 alpha=config.get("lora_alpha", 8),
                 dropout=config.get("lora_dropout", 0.0),
-                target_modules=required(config, "target_modules"),
+                target_modules=() if nowhere else required(config, "target_modules"),
                 exclude_modules=config.get("exclude_modules") or None,
                 modules_to_save=listed(config, "modules_to_save") or (),
                 use_rslora=config.get("use_rslora", False),
@@ -421,6 +504,7 @@ class LoRA(Delta):
                 layers_to_transform=config.get("layers_to_transform"),
                 layers_pattern=listed(config, "layers_pattern") or (),
                 task_type=config.get("task_type"),
+                target_parameters=parameters,
             )
         except ConfigError as error:
             raise CheckpointError(f"adapter_config.json: {error}") from error
@@ -501,6 +585,7 @@ _EXPRESSED = frozenset(
         "layers_pattern",
         "task_type",
         "peft_type",
+        "target_parameters",
     }
 )
 """Fields that :class:`LoRA` has."""

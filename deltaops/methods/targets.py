@@ -32,10 +32,12 @@ DECODER_ATTENTIONS = "decoder-attention"
 """Each self-attention of the decoder; of the only stack where there is no other."""
 STACKS = "stack"
 """Each stack of blocks that takes ``inputs_embeds``, with what embeds its tokens."""
+EXPERTS = "experts"
+"""The experts of each mixture that keeps them in 3-D parameters, all of these."""
 
 ROLES = (
     ALL_LINEAR, ALL_NORM, ATTENTION_OUTPUT, KEY_VALUE, FEED_FORWARD, FEED_FORWARD_OUTPUT,
-    ATTENTIONS, DECODER_ATTENTIONS, STACKS,
+    ATTENTIONS, DECODER_ATTENTIONS, STACKS, EXPERTS,
 )  # fmt: skip
 
 
@@ -94,7 +96,9 @@ def normalise(delta: Any) -> None:
     def put(field: str, value: object) -> None:
         object.__setattr__(delta, field, value)  # the dataclass is frozen; this is its start
 
-    put("target_modules", selector(f"{title}: target_modules", delta.target_modules))
+    target = delta.target_modules
+    nothing = getattr(delta, "target_parameters", ()) and not isinstance(target, str) and not target
+    put("target_modules", () if nothing else selector(f"{title}: target_modules", target))
     if delta.exclude_modules is not None:
         put("exclude_modules", selector(f"{title}: exclude_modules", delta.exclude_modules))
     put("modules_to_save", names(f"{title}: modules_to_save", delta.modules_to_save))

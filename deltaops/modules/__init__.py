@@ -23,6 +23,15 @@ from .embedding import (
     start_embedding,
     unbecome_embedding,
 )
+from .experts import (
+    DOWN,
+    GATE_UP,
+    DeltaExperts,
+    become_experts,
+    holds_experts,
+    start_experts,
+    unbecome_experts,
+)
 from .factor import Factor, start_values
 from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
@@ -82,7 +91,9 @@ from .sharing import APART, sharing
 
 __all__ = [
     "APART",
+    "DOWN",
     "FITTED",
+    "GATE_UP",
     "PREFIX_KEYS",
     "PREFIX_VALUES",
     "PROMPTS",
@@ -96,6 +107,7 @@ __all__ = [
     "DecodedBottleneck",
     "DecodedPrompt",
     "DeltaEmbedding",
+    "DeltaExperts",
     "DeltaLinear",
     "DeltaPlace",
     "Factor",
@@ -125,6 +137,7 @@ __all__ = [
     "allow_bias",
     "become",
     "become_embedding",
+    "become_experts",
     "check_attention",
     "copies",
     "delta_class",
@@ -141,6 +154,7 @@ __all__ = [
     "has_prefix",
     "head_width",
     "holds_delta",
+    "holds_experts",
     "is_conv1d",
     "is_norm",
     "join_encoder",
@@ -162,6 +176,7 @@ __all__ = [
     "shift_positions",
     "stand_ins",
     "start_embedding",
+    "start_experts",
     "start_rule",
     "start_sum",
     "start_values",
@@ -171,5 +186,6 @@ __all__ = [
     "train_copies",
     "unbecome",
     "unbecome_embedding",
+    "unbecome_experts",
     "zeros_for",
 ]

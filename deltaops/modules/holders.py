@@ -6,13 +6,14 @@ from torch import nn
 
 from .decoded_adapter import DecodedAdapters
 from .embedding import DeltaEmbedding
+from .experts import DeltaExperts
 from .kept import has_copies
 from .place import LinearPlace
 from .prefix import has_prefix
 from .prefix_encoder import PrefixEncoder
 from .prompt import has_prompt
 
-_CLASSES = (LinearPlace, DeltaEmbedding, PrefixEncoder, DecodedAdapters)
+_CLASSES = (LinearPlace, DeltaEmbedding, DeltaExperts, PrefixEncoder, DecodedAdapters)
 
 
 def holds_delta(module: nn.Module) -> bool:

@@ -92,7 +92,7 @@ class PeftLoraLinear(PeftLinear):
             return f"a LoRA variant is set ({_variants(self)}): PEFT's forward"
         modules = self._modules
         layer = modules["base_layer"]
-        reason = _unreadable(layer, "base_layer")
+        reason = unreadable(layer, "base_layer")
         if reason is not None:
             return reason
         if not is_base(type(layer)):
@@ -111,7 +111,7 @@ class PeftLoraLinear(PeftLinear):
             b: Any = up[name]
             drop: Any = drops[name]
             reason = (
-                _unreadable(a, "lora_A") or _unreadable(b, "lora_B") or _unreadable(drop, "dropout")
+                unreadable(a, "lora_A") or unreadable(b, "lora_B") or unreadable(drop, "dropout")
             )
             if reason is not None:
                 return reason
@@ -143,7 +143,7 @@ def is_base(kind: type) -> bool:
     )
 
 
-def _unreadable(module: Any, name: str) -> str | None:
+def unreadable(module: Any, name: str) -> str | None:
     """Hooks, offloading and tensor parallelism act when a module is *called*; the op only reads."""
     if module._forward_pre_hooks or module._forward_hooks:
         return f"hooks sit on {name}: PEFT's forward"

@@ -6,6 +6,8 @@ Only ``__class__`` changes. Parameters, names, hooks and PEFT's own methods (``s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from deltaops.errors import AttachError, TargetError
@@ -16,7 +18,7 @@ from .blocks import restore_blocks, swap_blocks
 from .losses import restore_losses, swap_losses
 from .places import frozen_linears
 from .plan import check_backend
-from .report import Report, is_accelerated, report
+from .report import Report, is_accelerated, report, why_not_parameter
 
 
 def accelerate(
@@ -84,6 +86,7 @@ def accelerate(
             module.__dict__["strict"] = strict
             module.__dict__["pack"] = pack
             module.__class__ = PeftLoraLinear
+    _swap_experts(tuned.values(), backend, strict, pack)
     if frozen:
         inside = {id(m) for wrapper in tuned.values() for m in wrapper.modules()}
         for path in frozen_linears(modules):
@@ -99,6 +102,21 @@ def accelerate(
     if blocks:
         swap_blocks(model, backend, strict)
     return report(model)
+
+
+def _swap_experts(tuned: Iterable[nn.Module], backend: str, strict: bool, pack: Policy) -> None:
+    """Let the outermost wrapper of each mixture's parameters compute for all of them."""
+    # peft is loaded: the model holds its layers
+    from deltaops.modules.peft_experts import PeftExperts
+
+    wrappers = [m for m in tuned if type(m) in (PeftExperts.base_class, PeftExperts)]
+    nested = {id(m.base_layer) for m in wrappers}
+    for module in wrappers:
+        if id(module) not in nested and why_not_parameter(module) is None:
+            module.__dict__["backend"] = backend
+            module.__dict__["strict"] = strict
+            module.__dict__["pack"] = pack
+            module.__class__ = PeftExperts
 
 
 def unaccelerate(model: nn.Module) -> None:

@@ -7,6 +7,7 @@
     key, value     its linears by the parts of their names; a fused projection counts for all three
     feed-forward   the block's linears outside attention: the last that returns the hidden size is
                    its output, those before it that lead from the hidden size to it are its inputs
+    experts        a module with a matrix for each expert in 3-D parameters
     stack          the innermost module around a list of blocks that takes ``inputs_embeds``
 
 Registration order follows the data in every family of transformers, and shapes check it. So
@@ -31,12 +32,13 @@ from deltaops.methods.targets import (
     ATTENTION_OUTPUT,
     ATTENTIONS,
     DECODER_ATTENTIONS,
+    EXPERTS,
     FEED_FORWARD,
     FEED_FORWARD_OUTPUT,
     KEY_VALUE,
     STACKS,
 )
-from deltaops.modules import head_width, is_conv1d, is_norm
+from deltaops.modules import head_width, holds_experts, is_conv1d, is_norm
 
 _QUERY, _KEY, _VALUE = ({"q", "query"}, {"k", "key"}, {"v", "value"})
 _FUSED = ({"qkv"}, {"wqkv"}, {"c", "attn"}, {"query", "key", "value"}, {"w", "pack"})
@@ -125,6 +127,10 @@ def resolve(model: nn.Module, roles: Iterable[str], *, lenient: bool = False) ->
             hits = [(p, "") for p, m in model.named_modules() if p and is_linear(m)]
         elif role == ALL_NORM:
             hits = [(p, "") for p, m in model.named_modules() if is_norm(m)]
+        elif role == EXPERTS and (
+            stacked := [p for p, m in model.named_modules() if holds_experts(m)]
+        ):
+            hits = [(p, "") for p in stacked]
         else:
             blocks = anatomy(model) if blocks is None else blocks
             if role == STACKS:
@@ -272,8 +278,7 @@ def _experts(path: str, block: nn.Module) -> str | None:
     A list of alike modules with linears, or a module with one matrix for each expert in a tensor.
     """
     for name, module in block.named_modules():
-        own = [p for p in module._parameters.values() if p is not None]
-        if any(p.dim() == 3 for p in own) and "expert" in type(module).__name__.lower():
+        if holds_experts(module):
             return f"{path}.{name}"
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             kinds = {type(m) for m in module}
@@ -321,7 +326,7 @@ def _stacks(model: nn.Module, blocks: Iterable[Anatomy]) -> dict[str, int]:
 
 def misses(model: nn.Module, roles: Iterable[str]) -> dict[str, str]:
     """Path of a block in which one of ``roles`` stands for nothing → why."""
-    everywhere = (ALL_LINEAR, ALL_NORM, STACKS, DECODER_ATTENTIONS)
+    everywhere = (ALL_LINEAR, ALL_NORM, STACKS, DECODER_ATTENTIONS, EXPERTS)
     sought = [role for role in roles if role not in everywhere]
     found: dict[str, str] = {}
     for block in anatomy(model) if sought else ():
@@ -337,6 +342,8 @@ def _why(block: Anatomy, role: str) -> str:
         return "no module around them takes inputs_embeds"
     if role in (ATTENTIONS, DECODER_ATTENTIONS):
         return "no attention"
+    if role == EXPERTS:
+        return "no experts in 3-D parameters"
     named = role in (ATTENTION_OUTPUT, KEY_VALUE) and block.attentions
     return "its projections have other names" if named else block.missing
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from torch import nn
 
 from deltaops.errors import AttachError, TargetError
-from deltaops.methods.base import Delta
+from deltaops.methods.base import EXPERTS, Delta
 from deltaops.methods.targets import ALL_LINEAR, plain, roles
-from deltaops.modules import holds_delta
+from deltaops.modules import holds_delta, holds_experts
 
 from .anatomy import Found, Whole, misses, resolve, wholes
 from .places import encoder_children, foreign, place_of, unswappable, wanted
@@ -46,6 +46,8 @@ class Match(NamedTuple):
     """Kind of the place of each site."""
     wholes: dict[str, Whole]
     """Attentions and stacks, where the delta binds to such."""
+    parameters: dict[str, tuple[str, ...]]
+    """Of experts, those that get the delta."""
 
 
 def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
@@ -68,7 +70,17 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
     places: dict[str, str] = {}
     skipped: list[Skip] = []
     refused: list[Skip] = []
+    parameters: dict[str, tuple[str, ...]] = {}
     for path, module in modules.items():
+        whole_mixture = path in found and found[path].role == EXPERTS
+        if path and not whole_mixture and (chosen := delta.named_parameters(path, module)):
+            parameters[path] = chosen
+            reason = _why_not_parameters(path, module, chosen, delta, saved, lenient)
+            if reason is not None:
+                refused.append(Skip(path, reason))
+            else:
+                places[path] = EXPERTS
+            continue
         if (not path and path not in found) or inside(path, saved):
             continue
         named = _named(path, delta)
@@ -84,8 +96,12 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
         reason = reason or delta.unbindable(module)
         if reason is None and entry:
             reason = unswappable(modules[entry], place, parents.get(entry))
+        if place == EXPERTS and named:
+            reason = reason or "experts are parameters: name those in target_parameters"
         if reason is None and place is not None:
             places[path] = place
+            if place == EXPERTS:
+                parameters[path] = tuple(n for n, p in module._parameters.items() if p is not None)
         elif reason is not None:
             (refused if named else skipped).append(Skip(path, reason))
     for path, reason in misses(model, wished).items():
@@ -97,14 +113,14 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
         raise TargetError(_nothing_matched(modules, delta, skipped + refused))
     if refused:
         raise TargetError(
-            f"target_modules={_spelt(delta.target_modules)} names modules that cannot have this "
+            f"{_wish(delta)} names modules that cannot have this "
             f"delta:\n{_listing(refused)}\nName the {wanted(delta.places)} inside them, or take "
             "them out with exclude_modules."
         )
     by_role = {p: found[p] for p in places if p in found and not _named(p, delta)}
     apart = resolve(model, delta.told_apart(), lenient=True)
     by_role |= {p: apart[p] for p in places if p in apart and p not in by_role}
-    return Match(tuple(places), saved, tuple(skipped), by_role, places, whole)
+    return Match(tuple(places), saved, tuple(skipped), by_role, places, whole, parameters)
 
 
 def selects(pattern: str | Iterable[str], path: str) -> bool:
@@ -192,7 +208,39 @@ def inside(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
+def _why_not_parameters(
+    path: str,
+    module: nn.Module,
+    chosen: tuple[str, ...],
+    delta: Delta,
+    saved: tuple[str, ...],
+    lenient: bool,
+) -> str | None:
+    """Why the parameters ``chosen`` of ``module`` cannot have the delta; None when they can."""
+    if not holds_experts(module):
+        return (
+            f"{', '.join(chosen)} of {type(module).__name__}: target_parameters is for experts in "
+            "3-D parameters; name layers in target_modules, and leave routers to PEFT, with "
+            "deltaops.accelerate"
+        )
+    if inside(path, saved):
+        return "modules_to_save trains it whole"
+    excluded = delta.exclude_modules is not None and selects(delta.exclude_modules, path)
+    if not lenient and (excluded or not _in_chosen_layer(path, delta)):
+        return (
+            "exclude_modules and layers_to_transform say nothing of target_parameters, as in PEFT; "
+            f"name parameters in full there, such as '{path}.{chosen[0]}'"
+        )
+    place = place_of(path, module, delta.places, {})
+    reason = unswappable(module, place, None, foreign(delta.places)) or delta.unbindable(module)
+    return reason
+
+
 def _refuse_unmatched_names(modules: dict[str, nn.Module], delta: Delta) -> None:
+    parameters = [f"{p}.{n}" for p, m in modules.items() for n in m._parameters]
+    for name in getattr(delta, "target_parameters", ()):
+        if not any(selects((name,), key) for key in parameters):
+            raise TargetError(_no_such_name("target_parameters", name, parameters, "parameter"))
     if isinstance(delta.target_modules, str):
         return
     for name in plain(delta.target_modules):
@@ -200,15 +248,15 @@ def _refuse_unmatched_names(modules: dict[str, nn.Module], delta: Delta) -> None
             raise TargetError(_no_such_name("target_modules", name, modules))
 
 
-def _no_such_name(subject: str, name: str, modules: Iterable[str]) -> str:
-    close = nearest(name, modules)
-    hint = f"Nearest: {', '.join(close)}." if close else f"It has {_ends(modules)}."
-    return f"{subject} names {name!r}, and no module of the model is called that. {hint}"
+def _no_such_name(subject: str, name: str, known: Iterable[str], what: str = "module") -> str:
+    close = nearest(name, known)
+    hint = f"Nearest: {', '.join(close)}." if close else f"It has {_ends(known)}."
+    return f"{subject} names {name!r}, and no {what} of the model is called that. {hint}"
 
 
 def _nothing_matched(modules: dict[str, nn.Module], delta: Delta, skipped: list[Skip]) -> str:
     target = delta.target_modules
-    head = f"target_modules={_spelt(target)} leaves no module for {delta.kind}"
+    head = f"{_wish(delta)} leaves no module for {delta.kind}"
     if skipped:
         return f"{head}; each of those it matches is left alone:\n{_listing(skipped)}"
     if isinstance(target, str) and not roles(target):
@@ -225,6 +273,13 @@ def _ends(modules: Iterable[str]) -> str:
     ends = sorted({path.rsplit(".", 1)[-1] for path in modules if path and not path[-1].isdigit()})
     shown = ", ".join(ends[:12]) or "no modules at all"
     return f"{shown}, …" if len(ends) > 12 else shown
+
+
+def _wish(delta: Delta) -> str:
+    """What the delta says of its targets."""
+    wish = f"target_modules={_spelt(delta.target_modules)}"
+    more: tuple[str, ...] = getattr(delta, "target_parameters", ())
+    return f"{wish}, target_parameters={_spelt(more)}" if more else wish
 
 
 def _spelt(pattern: str | tuple[str, ...]) -> str:

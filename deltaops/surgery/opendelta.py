@@ -5,12 +5,15 @@
     <module>.compactor.{down,up}_sampler.{phm_rule,W_left,W_right,b}
                                                                 Compacter, each with its own rule
     soft_prompt_layer.soft_embeds                               Prompt
+    <module>.prefix.{past_key,past_value}                       Prefix
+    <module>.reparams.{wte,control_trans.0,control_trans.2}.*   Prefix, as what this MLP computes
     <module>.bias alone, <module>.bitfit.bias                   BitFit
     every other tensor                                          of a module trained whole
 
 OpenDelta adds an adapter to what any module returns, ours follows a linear layer: the two are one
 where that module ends with the layer (T5, GPT-2, BART, DistilBERT), and refused where a norm comes
-between (BERT, RoBERTa). What ``.bitfit.bias`` adds to a norm's output becomes part of its bias.
+between (BERT, RoBERTa). Its prefixes are ours where no position counts them; T5's bias does there,
+and they are refused. What ``.bitfit.bias`` adds to a norm's output becomes part of its bias.
 Adding a kind is one pattern and one function of :data:`_KINDS`.
 """
 
@@ -27,9 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
-from deltaops.methods import Adapter, BitFit, Compacter, Delta, LoRA, Prompt
+from deltaops.methods import Adapter, BitFit, Compacter, Delta, LoRA, Prefix, Prompt
 from deltaops.methods.targets import roles
-from deltaops.modules import is_norm
+from deltaops.modules import PREFIX_KEYS, PREFIX_VALUES, is_norm
+from deltaops.modules.prefix_encoder import encode
 
 from .files import read_tensors
 from .handle import Handle
@@ -59,10 +63,10 @@ _ACTIVATIONS = {
 _FOREIGN = {
     "parallel_adapter": "parallel adapters, which stand around any module there",
     "low_rank_adapter": "low-rank adapters",
-    "prefix": "prefix tuning",
-    "reparams": "prefix tuning by an MLP",
 }
 """Part of a key → what this reader does not take over."""
+_ATTENDS = {"BertAttention": ".self", "RobertaAttention": ".self", "GPT2Attention": ""}
+"""Class of transformers that gets a prefix → where in it the attention itself is."""
 _SIDES = ("down", "up")
 _DIMENSIONS = {
     "lora": {"lora_A": 2, "lora_B": 2},
@@ -73,6 +77,15 @@ _DIMENSIONS = {
         for n, d in (("phm_rule", 3), ("W_left", 3), ("W_right", 3), ("b", 1))
     },
     "prompt": {"soft_embeds": 2},
+    "prefix": {
+        "past_key": 2,
+        "past_value": 2,
+        "wte.weight": 2,
+        "control_trans.0.weight": 2,
+        "control_trans.0.bias": 1,
+        "control_trans.2.weight": 2,
+        "control_trans.2.bias": 1,
+    },
     "bitfit": {"bias": 1, "bitfit.bias": 1},
 }
 """Kind → how many dimensions its tensors have, by the rest of the key."""
@@ -355,6 +368,65 @@ def _prompt(
     return delta, {sites[0].key("prompt_embeddings"): vectors}
 
 
+def _prefix(
+    model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
+) -> tuple[Delta, State]:
+    """Keys and values before those of the tokens, [P, H] with one head after the other."""
+    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
+    rows = _computed(found, kinds) if any("wte.weight" in own for own in found.values()) else found
+    _needs(rows, {"past_key", "past_value"})
+    layers = {}
+    for path in rows:
+        if kinds.get(path) not in _ATTENDS:
+            raise CheckpointError(
+                f"OpenDelta's prefix of {path!r}, here a {kinds.get(path, 'module that is not')}, "
+                f"is not known to be one of ours; those of {', '.join(_ATTENDS)} are. Train it "
+                "anew with deltaops.Prefix()."
+            )
+        layers[path] = path + _ATTENDS[kinds[path]]
+    length = len(next(iter(rows.values()))["past_key"])
+    delta = _settings(
+        lambda: Prefix(
+            num_virtual_tokens=length, target_modules=tuple(layers.values()), modules_to_save=saved
+        )
+    )
+    heads = {site.path: site.heads for site in plan(model, delta).sites}
+    state = {}
+    for path, own in rows.items():
+        for name, into in (("past_key", PREFIX_KEYS), ("past_value", PREFIX_VALUES)):
+            value, count = own[name], heads[layers[path]]
+            if value.shape[1] % count or not value.shape[1]:
+                raise CheckpointError(
+                    f"OpenDelta's {name} of {path!r} must have features for {count} heads, got "
+                    f"{list(value.shape)}. Is this the model that it was trained on?"
+                )
+            split = value.reshape(len(value), count, -1)
+            state[f"{layers[path]}.{into}"] = split.transpose(0, 1)
+    return delta, state
+
+
+def _computed(found: Found, kinds: Mapping[str, str]) -> Found:
+    """The rows that the MLP at the first attention computes for all of them."""
+    names = ("wte.weight", *(f"control_trans.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")))
+    _needs(found, set(names))
+    own = next(iter(found.values()))
+    embedding, down, down_bias, up, up_bias = (own[name].float() for name in names)
+    paths = [path for path, kind in kinds.items() if kind in _ATTENDS]
+    fits = down.shape == (len(down_bias), embedding.shape[1]) and up.shape == (
+        len(up_bias), len(down_bias),
+    )  # fmt: skip
+    wide = len(up) // (2 * len(paths)) if paths else 0
+    if len(found) != 1 or not fits or not wide or wide * 2 * len(paths) != len(up):
+        raise CheckpointError(
+            f"OpenDelta's MLP computes {len(up)} numbers for each position, expected the keys and "
+            f"values of this model's {len(paths)} attentions of {', '.join(_ATTENDS)}. Is this the "
+            "model that it was trained on?"
+        )
+    rows = encode(embedding, down, down_bias, up, up_bias).detach()
+    parts = iter(rows.chunk(2 * len(paths), dim=1))
+    return {path: {"past_key": next(parts), "past_value": next(parts)} for path in paths}
+
+
 def _last_linear(model: nn.Module, path: str) -> str:
     """The linear layer whose output the module returns."""
     modules = dict(model.named_modules())
@@ -414,6 +486,7 @@ _KINDS: dict[str, tuple[re.Pattern[str], _Make]] = {
         re.compile(r"(.+)\.adapter\.modulelist\.((?:down|up)_proj\.(?:weight|bias))"), _adapter
     ),
     "compacter": (re.compile(r"(.+)\.compactor\.(.+)"), _compacter),
+    "prefix": (re.compile(r"(.+)\.(?:prefix|reparams)\.(.+)"), _prefix),
     "prompt": (re.compile(r"(?:(.+)\.)?soft_prompt_layer\.(soft_embeds)"), _prompt),
     "bitfit": (re.compile(r"(.+?)\.((?:bitfit\.)?bias)"), _bitfit),
 }  # fmt: skip

@@ -7,15 +7,17 @@ something else; attentions and stacks by what the module tree says of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from deltaops.methods.base import ATTENTION, EMBEDDING, LINEAR, NORM, STACK
-from deltaops.modules import LinearPlace, delta_class, features, is_norm
+from deltaops.methods.base import ATTENTION, EMBEDDING, EXPERTS, LINEAR, NORM, STACK
+from deltaops.modules import DOWN, LinearPlace, delta_class, features, holds_experts, is_norm
 
 from .anatomy import Whole
+from .experts import unlike_experts
 
 WORDS = {
     LINEAR: "linear layers",
@@ -23,6 +25,7 @@ WORDS = {
     EMBEDDING: "embeddings",
     ATTENTION: "attentions",
     STACK: "stacks of blocks",
+    EXPERTS: "experts",
 }
 """What messages call the places of a kind."""
 
@@ -32,6 +35,7 @@ _SINGULAR = {
     EMBEDDING: "no nn.Embedding",
     ATTENTION: "no attention of a transformer's block",
     STACK: "no stack of blocks that takes inputs_embeds",
+    EXPERTS: "no experts of a mixture",
 }
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,6 +59,8 @@ def place_of(
         return NORM
     if EMBEDDING in places and type(module) is nn.Embedding:
         return EMBEDDING
+    if EXPERTS in places and holds_experts(module):
+        return EXPERTS
     # whether it is a layer that can be swapped is for :func:`unswappable` to say, with a reason
     return LINEAR if LINEAR in places else None
 
@@ -81,19 +87,29 @@ def unswappable(
         return "its forward was replaced on the instance (accelerate's offload does that)"
     if place in (ATTENTION, STACK):
         return None
-    weight = module.weight
+    if place == EXPERTS:
+        return unlike_experts(module) or next(
+            filter(None, (_unfit(p) for p in module.parameters(recurse=False))), None
+        )
+    weight: Any = module.weight
+    reason = _unfit(weight)
+    if reason is not None or place == NORM:
+        return reason
+    if weight.dim() != 2 or 0 in weight.shape:
+        return f"its weight has the shape {list(weight.shape)}, not two sizes above 0"
+    if place == LINEAR and parent is not None:
+        return "its nn.TransformerEncoderLayer reads .weight in a fast path that skips deltas"
+    return None
+
+
+def _unfit(weight: Any) -> str | None:
+    """Why a delta cannot be beside ``weight``, whatever its shape."""
     if type(weight) is not nn.Parameter:
         return (
             f"its weight is a {type(weight).__name__}, not a plain parameter (quantized, sharded)"
         )
     if weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}; a delta needs float16, bfloat16, float32 or float64"
-    if place == NORM:
-        return None
-    if weight.dim() != 2 or 0 in weight.shape:
-        return f"its weight has the shape {list(weight.shape)}, not two sizes above 0"
-    if place == LINEAR and parent is not None:
-        return "its nn.TransformerEncoderLayer reads .weight in a fast path that skips deltas"
     return None
 
 
@@ -103,7 +119,8 @@ def foreign(places: Iterable[str]) -> str:
 
 
 def size_of(path: str, module: nn.Module, place: str, wholes: dict[str, Whole]) -> tuple[int, int]:
-    """``(in, out)`` of a linear layer or a whole, ``(entries, width)`` of an embedding.
+    """``(in, out)`` of a linear layer or a whole, ``(entries, width)`` of an embedding, ``(hidden,
+    inner)`` of experts.
 
     A norm has its one size twice.
     """
@@ -111,6 +128,9 @@ def size_of(path: str, module: nn.Module, place: str, wholes: dict[str, Whole]) 
         return wholes[path].in_features, wholes[path].out_features
     if place == LINEAR:
         return features(module)
+    if place == EXPERTS:
+        _, hidden, inner = module.get_parameter(DOWN).shape
+        return hidden, inner
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight.shape[0], weight.shape[-1]

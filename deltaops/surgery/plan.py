@@ -207,6 +207,7 @@ def make_plan(
             *size_of(path, modules[path], place, found.wholes),
             *(("", "") if role is None else (role.role, role.entry)),
             heads=found.wholes[path].heads if place == ATTENTION else 0,
+            parameters=found.parameters.get(path, ()),
         )
         reason = delta.unfit(site)
         if reason is not None:

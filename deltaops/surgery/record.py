@@ -129,10 +129,11 @@ def merged_parameters(
     Raises: AttachError where a value is not finite.
     """
     found: dict[str, nn.Parameter] = {}
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
     with torch.no_grad():
         for key, exact in delta.merged(module, name).items():
+            replaced = module._parameters.get(key)
+            weight = module.weight if replaced is None else replaced
+            assert isinstance(weight, nn.Parameter)
             value = exact.to(weight.dtype).contiguous()
             if not bool(torch.isfinite(value).all()):
                 raise AttachError(

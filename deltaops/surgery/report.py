@@ -17,14 +17,17 @@ from deltaops.methods.base import ATTENTION, EMBEDDING, NORM
 from deltaops.modules import (
     Block,
     DeltaEmbedding,
+    DeltaExperts,
     DeltaPlace,
     LinearPlace,
     PromptedStack,
+    holds_experts,
     told_of_prefix,
 )
 from deltaops.packing import PACKING
 
 from .blocks import block_rows
+from .experts import unlike_experts
 from .losses import loss_rows
 from .record import read
 from .tree import WHOLE
@@ -127,10 +130,15 @@ def report(model: nn.Module, *, tokens: int = TOKENS) -> Report:
 
 
 def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
+    inner: set[nn.Module] = set()
     for path, module in model.named_modules():
+        if module in inner:
+            continue
         if is_accelerated(module):
             yield _row(path, module, "peft lora", "peft", tokens)
-        elif isinstance(module, DeltaPlace) and "delta_kind" in module.__dict__:
+            if hasattr(module, "wrappers"):  # experts: the outermost computes with all of them
+                inner.update(module.wrappers())
+        elif isinstance(module, DeltaPlace | DeltaExperts) and "delta_kind" in module.__dict__:
             yield _row(path, module, module.delta_kind, "torch", tokens)
         elif isinstance(module, LinearPlace):
             yield _row(path, module, "frozen", "torch", tokens)
@@ -179,18 +187,19 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
         any(b.bias is not None for b in branches),
     )
     explanation = explain_call(call, module.backend)  # type: ignore[arg-type]  # a string on places
+    matrices = module.matrices() if hasattr(module, "matrices") else [weight]  # type: ignore[operator]  # of experts
     return Row(
         path,
         kind,
         explanation.chosen or "none",
         explanation.reason + _off(module),
-        PACKING.bytes(weight),
+        sum(PACKING.bytes(matrix) for matrix in matrices),
     )
 
 
 def _off(module: nn.Module) -> str:
     """What is added to the reason of a place."""
-    bound = isinstance(module, DeltaPlace | DeltaEmbedding)
+    bound = isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts)
     return "; the delta is disabled or merged" if bound and not module.delta_active else ""
 
 
@@ -201,12 +210,17 @@ def _megabytes(size: int) -> str:
 def is_accelerated(module: nn.Module) -> bool:
     """Whether ``module`` is a PEFT layer that ``accelerate`` swapped, without importing peft."""
     kind = type(module)
-    return kind.__name__ == "PeftLoraLinear" and kind.__module__ == "deltaops.modules.peft_linear"
+    return f"{kind.__module__}.{kind.__name__}" in (
+        "deltaops.modules.peft_linear.PeftLoraLinear",
+        "deltaops.modules.peft_experts.PeftExperts",
+    )
 
 
 def why_left_alone(module: nn.Module) -> str:
     """Why ``accelerate`` does not take this PEFT layer, as far as its type and settings say."""
     kind = type(module)
+    if f"{kind.__module__}.{kind.__name__}" == "peft.tuners.lora.layer.ParamWrapper":
+        return why_not_parameter(module) or "not accelerated: call deltaops.accelerate(model)"
     if f"{kind.__module__}.{kind.__name__}" != "peft.tuners.lora.layer.Linear":
         return f"{kind.__module__}.{kind.__name__} is not PEFT's LoRA Linear"
     from deltaops.modules.peft_linear import (
@@ -215,3 +229,13 @@ def why_left_alone(module: nn.Module) -> str:
 
     found = PeftLoraLinear._resolve(cast(PeftLoraLinear, module))  # it reads what both classes have
     return found if isinstance(found, str) else "not accelerated: call deltaops.accelerate(model)"
+
+
+def why_not_parameter(wrapper: nn.Module) -> str | None:
+    """Why PEFT's wrapper of a parameter stays as it is; None where those are experts we know."""
+    experts: nn.Module = wrapper.get_base_layer()  # type: ignore[operator]  # PEFT's
+    if not holds_experts(experts):
+        kind = type(experts).__name__
+        return f"{wrapper.parameter_name} of {kind} is no parameter of experts: PEFT's forward"
+    reason = unlike_experts(experts)
+    return None if reason is None else f"{reason}: PEFT's forward"

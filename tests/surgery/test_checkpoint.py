@@ -269,7 +269,7 @@ def test_broken_configuration(
         ({"init_lora_weights": "corda"}, "changes the base weights"),
         ({"init_lora_weights": "pissa_niter_4"}, "a start drawn at random"),
         ({"init_lora_weights": "pissa", "use_dora": True}, "do not go together"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"target_parameters": ["query.weight"]}, "target_parameters is for experts"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"some_future_feature": 3}, "some_future_feature"),
         ({"peft_type": "VERA"}, "peft_type='VERA'"),

@@ -167,6 +167,58 @@ def test_soft_prompt(path: str) -> None:
     assert handle.delta.num_virtual_tokens == 5  # type: ignore[attr-defined]  # a Prompt
 
 
+ATTENTIONS = {"bert": ("encoder.layer.{}.attention", ".self"), "gpt2": ("h.{}.attn", "")}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("mlp", [False, True], ids=["direct", "mlp"])
+def test_prefixes_are_laid_out_by_head(name: str, mlp: bool) -> None:
+    torch.manual_seed(1)
+    path, inner = ATTENTIONS[name]
+    length, heads, width = 3, 2, HIDDEN // 2
+    if mlp:
+        shapes = {"0": (7, 5), "2": (4 * HIDDEN, 7)}
+        weights = {f"control_trans.{i}.weight": drawn(*shape) for i, shape in shapes.items()}
+        biases = {f"control_trans.{i}.bias": drawn(shape[0]) for i, shape in shapes.items()}
+        given = {"wte.weight": drawn(length, 5), "input_tokens": torch.arange(3), **weights}
+        tensors = under(path.format(0) + ".reparams", given | biases)
+        rows = torch.tanh(given["wte.weight"] @ weights["control_trans.0.weight"].T
+                          + biases["control_trans.0.bias"])  # fmt: skip
+        rows = rows @ weights["control_trans.2.weight"].T + biases["control_trans.2.bias"]
+        parts = list(rows.split(HIDDEN, 1))
+    else:
+        parts = [drawn(length, HIDDEN) for _ in range(4)]
+        tensors = {
+            f"{path.format(i)}.prefix.past_{what}": parts[2 * i + j]
+            for i in range(2)
+            for j, what in enumerate(("key", "value"))
+        }
+    model, twin = build(name), build(name)
+    handle = from_opendelta(model, {}, tensors)
+    expected = deltaops.attach(twin, deltaops.Prefix(num_virtual_tokens=length))
+    assert expected.state().keys() == handle.state().keys()
+    with torch.no_grad():
+        for i in range(2):
+            for j, key in enumerate("kv"):
+                held = expected.state()[f"{path.format(i)}{inner}.prefix_{key}"]
+                for head in range(heads):
+                    own = slice(head * width, (head + 1) * width)
+                    held[head] = parts[2 * i + j][:, own]
+    assert relative_error(answer(name, model), answer(name, twin)) < 1e-6
+
+
+def test_prefixes_that_positions_count_are_refused() -> None:
+    tensors = under("encoder.block.0.layer.0.SelfAttention.prefix", {"past_key": drawn(2, HIDDEN)})
+    tensors |= {key.replace("past_key", "past_value"): t for key, t in tensors.items()}
+    with pytest.raises(CheckpointError, match="here a T5Attention, is not known to be one of ours"):
+        from_opendelta(build("t5"), {}, tensors)
+    mlp = {"wte.weight": drawn(2, 5), "control_trans.0.weight": drawn(7, 5)}
+    mlp |= {"control_trans.0.bias": drawn(7), "control_trans.2.bias": drawn(9)}
+    tensors = under("h.0.attn.reparams", mlp | {"control_trans.2.weight": drawn(9, 7)})
+    with pytest.raises(CheckpointError, match="expected the keys and values of this model's 2 att"):
+        from_opendelta(build("gpt2"), {}, tensors)
+
+
 def test_a_head_trained_along_is_taken_over() -> None:
     model = build("bert", head="ForSequenceClassification", num_labels=3)
     head, path = {"weight": drawn(3, HIDDEN), "bias": drawn(3)}, "bert.encoder.layer.0.output.dense"
@@ -190,7 +242,8 @@ QUERY = "encoder.layer.0.attention.self.query"
         (under(QUERY, {"lora.lora_A": GOOD["lora.lora_A"]}), {}, "has no lora_B"),
         (under(QUERY, GOOD), {"lora_r": "x"}, "OpenDelta's config.json"),
         (under(QUERY, {**GOOD, "lora.lora_B": drawn(HIDDEN, RANK) / 0}), {"lora_r": RANK}, "NaN"),
-        (under(QUERY, {"prefix.past_key": drawn(2, 2)}), {}, "prefix tuning"),
+        (under(QUERY, {"prefix.past_key": drawn(2, 2)}), {}, "has no past_value"),
+        (under(QUERY, {"parallel_adapter.x": drawn(2, 2)}), {}, "parallel adapters"),
         (under(QUERY, GOOD) | {"x.bitfit.bias": drawn(2)}, {}, "expected one delta"),
         ({"encoder.layer.0.output.dense.weight": drawn(2)}, {}, "no delta"),
         (under(QUERY, GOOD) | {"head.weight": drawn(2)}, {}, "do not agree about 'head.weight'"),
