@@ -16,9 +16,7 @@ def difference(slow: Run, fast: Run) -> str:
     Times are those of the operators themselves, without what they call, on the calling thread.
     """
     here, there = _operators(slow), _operators(fast)
-    more = {
-        name: here.get(name, 0.0) - there.get(name, 0.0) for name in here.keys() | there.keys()
-    }
+    more = {name: here.get(name, 0.0) - there.get(name, 0.0) for name in here.keys() | there.keys()}
     order = sorted(more, key=lambda name: -more[name])
     ours = ", ".join(f"{n} +{more[n]:.1f} ms" for n in order[:SHOWN] if more[n] > 0)
     theirs = ", ".join(f"{n} {more[n]:.1f} ms" for n in order[: -SHOWN - 1 : -1] if more[n] < 0)
@@ -31,6 +29,4 @@ def _operators(run: Run) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(STEPS):
             run()
-    return {
-        event.key: 1e-3 * event.self_cpu_time_total / STEPS for event in found.key_averages()
-    }
+    return {event.key: 1e-3 * event.self_cpu_time_total / STEPS for event in found.key_averages()}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from deltaops.errors import AttachError
+from deltaops.errors import AttachError, TargetError
 from deltaops.surgery import attach
 from deltaops.tuning.spec import parse_delta
 
@@ -49,10 +49,8 @@ def measure_method(
         "method", contender.title, dtype, 0.0, {}, tokens=workload.tokens, model=workload.title
     )
     try:
-        handle = attach(
-            copy.deepcopy(base), parse_delta(contender.spec, modules_to_save=(HEAD,))
-        )
-    except AttachError as error:  # an architecture that cannot have the method
+        handle = attach(copy.deepcopy(base), parse_delta(contender.spec, modules_to_save=(HEAD,)))
+    except (AttachError, TargetError) as error:  # an architecture that cannot have the method
         return replace(cell, absent={OURS: str(error)})
     batch = workload.inputs(kind)
     peers, absent = held_pair(base, handle, batch, kind)

@@ -25,6 +25,8 @@ from .saved import saved_bytes
 Peer = tuple[nn.Module, list[nn.Parameter]]
 """A model, whose call gives a ``loss``, and what it trains."""
 Batch = Mapping[str, Tensor]
+PAIRED = 5
+"""Rounds of all peers at least, however short the time: a ratio of fewer says little."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,11 @@ def time_steps(
         name: make_optimizer([{"params": trained}], 1e-4) for name, (_, trained) in peers.items()
     }
     steps = {name: stepper(model, optimizers[name], batch) for name, (model, _) in peers.items()}
-    timings = interleaved(steps, rounds=rounds, seconds=seconds, on_round=on_round)
+    timings = interleaved(steps, rounds=rounds, seconds=seconds, paired=PAIRED, on_round=on_round)
     return Taken(timings, saved, {name: _state_bytes(one) for name, one in optimizers.items()})
 
 
-def stepper(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
-) -> Callable[[], None]:
+def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], None]:
     """A call that takes one step."""
 
     def step() -> None:

@@ -55,7 +55,9 @@ def draw_methods(path: Path, results: Sequence[Cell], subtitle: str) -> None:
         ax.set_xlabel("milliseconds a training step (median, quartiles)", fontsize=8)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    grid.flat[0].legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    grid.flat[0].legend(
+        fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
+    )
     figure.suptitle(subtitle, fontsize=8, color="#666666")
     figure.savefig(path, format="png")
 

@@ -15,7 +15,7 @@ from .methods import NAMES, measure_method
 from .peak import peak
 from .sound import checked_peak, sift
 from .steps import measure_steps
-from .workloads import READERS, WORKLOADS
+from .workloads import READERS, WORKLOADS, Workload
 
 Shape = tuple[int, int, int]
 
@@ -202,9 +202,7 @@ def _method(
             ]  # fmt: skip
         # half: the gate and the warm-up take their part
         return [
-            measure_method(
-                contender, workload, dtype, rounds=settings.rounds, seconds=seconds / 2
-            )
+            measure_method(contender, workload, dtype, rounds=settings.rounds, seconds=seconds / 2)
         ]
 
     return measure

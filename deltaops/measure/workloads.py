@@ -12,7 +12,7 @@ from .reader import Reader
 
 Batch = dict[str, Tensor]
 LABELS = 100
-"""Classes of the image model and of texts: more than the rank, so that a head takes a delta, too."""
+"""Classes of images and texts: more than the rank, so that an image's head takes a delta, too."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deltaops.cli import app, bench
+from deltaops.cli import app
+from deltaops.cli.bench import _settings
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import write_json
 from deltaops.measure import layers, runner, store
@@ -27,7 +28,7 @@ def test_the_plan_covers_what_the_settings_name() -> None:
         "step BERT 384×6, 8×128 f32", "step BERT 384×6, 8×128 f32, dropout 0.1",
     ]  # fmt: skip
     assert "gemm 1×4096×4096 f32" in names
-    assert all(n.startswith("step") for n in _names(Settings(layers=False)))
+    assert all(n.startswith("step") for n in _names(Settings(layers=False, methods=())))
 
 
 def _names(settings: Settings) -> list[str]:
@@ -106,13 +107,13 @@ def test_times_that_are_no_numbers_are_named_and_written(
 
 
 def test_methods_are_chosen_by_name() -> None:
-    settings = bench._settings(False, "methods", None, None, "bert", "bitfit,full", None, None, 1)
+    settings = _settings(False, "methods", None, None, "bert", "bitfit,full", None, None, 1)
     assert _names(settings) == [
         f"method BitFit on BERT 384×6, 8×64 {dtype}" for dtype in ("f32", "bf16")
     ]
     assert not any(n.startswith("method") for n in _names(Settings.quick()))
     with pytest.raises(ConfigError, match="--methods must name one with a delta"):
-        bench._settings(False, None, None, None, None, "full", None, None, None)
+        _settings(False, None, None, None, None, "full", None, None, None)
 
 
 def test_without_instructions_a_half_has_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
