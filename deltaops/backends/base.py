@@ -279,7 +279,8 @@ class AttentionBackend(Backend, Protocol):
 
 class PrefixAttentionBackend(Backend, Protocol):
     """One that also has ``prefix_attention``: as :class:`AttentionBackend`, with prefix_k and
-    prefix_v ``[Hkv, P, D]`` of one dtype, any strides. Their gradients are contiguous.
+    prefix_v ``[Hkv, P, D]`` of one dtype, any strides. Their gradients are contiguous. ``bias`` is
+    ``[B, H, Lq, Lk or P + Lk]`` of any strides, floating point, or None.
     """
 
     def prefix_attention_forward(
@@ -292,6 +293,7 @@ class PrefixAttentionBackend(Backend, Protocol):
         mask: Tensor | None,
         scale: float,
         causal: bool,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """``(y, lse)``; see :mod:`deltaops.reference.prefix_attention`."""
 
@@ -308,6 +310,7 @@ class PrefixAttentionBackend(Backend, Protocol):
         mask: Tensor | None,
         scale: float,
         causal: bool,
+        bias: Tensor | None,
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """The wanted gradients: q, k, v, prefix_k, prefix_v."""

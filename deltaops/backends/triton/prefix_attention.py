@@ -21,6 +21,8 @@ _MOST = 65535
 
 def unsupported(call: PrefixAttentionCall) -> str | None:
     """None, or what the kernels do not take."""
+    if call.biased:
+        return "has no bias added to the scores yet"
     for dtype in (call.dtype, call.prefix_dtype):
         if dtype not in core.DTYPES:
             return f"takes float32, float16 and bfloat16, not {dtype}"
@@ -47,6 +49,7 @@ def forward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     y = _by_tokens(q)
@@ -77,6 +80,7 @@ def backward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
+    bias: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
