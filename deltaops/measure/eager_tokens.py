@@ -99,9 +99,8 @@ class _Rows:
         """What returns the two ``[Hkv, P, D]`` of the next attention."""
         first, last = self.taken, self.taken + 2 * site.out_features
         self.taken = last
-        return lambda: (
-            self.rows[:, first:last].unflatten(1, (2, site.heads, -1)).permute(1, 2, 0, 3)
-        )
+        shape = (-1, 2, site.heads, site.out_features // site.heads)
+        return lambda: self.rows[:, first:last].reshape(shape).permute(1, 2, 0, 3)
 
 
 def _attend_by_name(model: nn.Module) -> None:

@@ -82,7 +82,8 @@ class PrefixAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:GRADIENTS]
         *saved, bias = ctx.saved_tensors
-        given = Backward(grad_y.resolve_neg(), *saved, *ctx.settings, bias)
+        rest: tuple[Any, ...] = (*saved, *ctx.settings, bias)
+        given = Backward(grad_y.resolve_neg(), *rest)
         found = iter(run_backward(ctx.runner, given, needs))
         return (*(next(found) if need else None for need in needs), *[None] * 5)
 

@@ -35,7 +35,7 @@ def forward(
     seen = mask_of_both(q, k, prefix_k, mask, causal)
     y, lse = attention.forward(
         wide(q), join(prefix_k, wide(k)), join(prefix_v, wide(v)), seen, scale, False,
-        grown(bias, k, prefix_k),
+        None if bias is None else grown(bias, k, prefix_k),
     )  # fmt: skip
     return arrange(y.to(q.dtype), True), lse
 
@@ -60,7 +60,8 @@ def backward(
     length, seen = prefix_k.shape[1], mask_of_both(q, k, prefix_k, mask, causal)
     grad_q, grad_k, grad_v = attention.backward(
         wide(grad_y), wide(q), join(prefix_k, wide(k)), join(prefix_v, wide(v)), wide(y), lse,
-        seen, scale, False, (True, True, True), grown(bias, k, prefix_k),
+        seen, scale, False, (True, True, True),
+        None if bias is None else grown(bias, k, prefix_k),
     )  # fmt: skip
     own = [grad_q, grad_k[:, :, length:], grad_v[:, :, length:]]
     grads = [arrange(g.to(t.dtype), True) for g, t in zip(own, (q, k, v), strict=True)]
@@ -92,8 +93,8 @@ def mask_of_both(
     return torch.cat([seen.new_ones((*seen.shape[:3], prefix.shape[1])), seen], 3)
 
 
-def grown(bias: Tensor | None, k: Tensor, prefix: Tensor) -> Tensor | None:
+def grown(bias: Tensor, k: Tensor, prefix: Tensor) -> Tensor:
     """What is added to scores ``[…, Lq, P + Lk]``: nothing to a prefix's without columns for it."""
-    if bias is None or bias.shape[3] == prefix.shape[1] + k.shape[2]:
+    if bias.shape[3] == prefix.shape[1] + k.shape[2]:
         return bias
     return torch.cat([bias.new_zeros((*bias.shape[:3], prefix.shape[1])), bias], 3)

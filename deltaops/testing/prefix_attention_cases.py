@@ -69,7 +69,7 @@ class PrefixAttentionCase:
         prefix = [t.transpose(0, 1) for t in both.unbind(1)]
         if not self.sliced:
             prefix = [t.contiguous() for t in prefix]
-        return PrefixAttentionTensors(rest, *prefix, self._bias(dtype, seed + 50))
+        return PrefixAttentionTensors(rest, prefix[0], prefix[1], self._bias(dtype, seed + 50))
 
     def _bias(self, dtype: torch.dtype, seed: int) -> Tensor | None:
         if not self.bias:
