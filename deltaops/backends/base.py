@@ -293,7 +293,7 @@ class PrefixAttentionBackend(Backend, Protocol):
         mask: Tensor | None,
         scale: float,
         causal: bool,
-        bias: Tensor | None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(y, lse)``; see :mod:`deltaops.reference.prefix_attention`."""
 
@@ -310,7 +310,7 @@ class PrefixAttentionBackend(Backend, Protocol):
         mask: Tensor | None,
         scale: float,
         causal: bool,
-        bias: Tensor | None,
         needs: Sequence[bool],
+        bias: Tensor | None = None,
     ) -> list[Tensor]:
         """The wanted gradients: q, k, v, prefix_k, prefix_v."""

@@ -62,7 +62,10 @@ def run_forward(runner: Backend, given: Forward) -> tuple[Tensor, Tensor]:
 
 
 def run_backward(runner: Backend, given: Backward, needs: Sequence[bool]) -> list[Tensor]:
-    return cast(PrefixAttentionBackend, runner).prefix_attention_backward(*given, needs)
+    *rest, bias = given
+    run: Any = cast(PrefixAttentionBackend, runner).prefix_attention_backward
+    found: list[Tensor] = run(*rest, needs, bias)
+    return found
 
 
 class PrefixAttentionFunction(torch.autograd.Function):

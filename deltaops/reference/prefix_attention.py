@@ -29,7 +29,7 @@ def forward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(y [B, H, Lq, D] in [B, Lq, H, D] memory, lse [B, H, Lq] float32 or float64)``."""
     seen = mask_of_both(q, k, prefix_k, mask, causal)
@@ -52,8 +52,8 @@ def backward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
-    bias: Tensor | None,
     needs: Sequence[bool],
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """The wanted ones of the gradients of q, k, v, each in ``[B, L, H, D]`` memory, and of
     prefix_k, prefix_v."""

@@ -30,14 +30,19 @@ class PrefixAttentionTensors:
         bias = None if self.bias is None else self.bias.to(dtype)
         return PrefixAttentionTensors(self.rest.to(dtype), *prefix, bias)
 
+    @property
+    def more(self) -> dict[str, Tensor]:
+        """Further arguments of both, by name."""
+        return {} if self.bias is None else {"bias": self.bias}
+
     def forward_arguments(self) -> tuple[object, ...]:
-        """For ``backend.prefix_attention_forward(*…)``."""
-        return *self.inputs, self.rest.mask, self.rest.scale, self.rest.causal, self.bias
+        """For ``backend.prefix_attention_forward(*…, **more)``."""
+        return *self.inputs, self.rest.mask, self.rest.scale, self.rest.causal
 
     def backward_arguments(self, grad_y: Tensor, y: Tensor, lse: Tensor) -> tuple[object, ...]:
-        """For ``backend.prefix_attention_backward(*…, needs)``."""
+        """For ``backend.prefix_attention_backward(*…, needs, **more)``."""
         rest = self.rest
-        return grad_y, *self.inputs, y, lse, rest.mask, rest.scale, rest.causal, self.bias
+        return grad_y, *self.inputs, y, lse, rest.mask, rest.scale, rest.causal
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,10 @@ def both_ways(
     needs: Sequence[bool] = ALL,
 ) -> list[Tensor]:
     """y, lse and the wanted gradients."""
-    y, lse = cast(Any, run).prefix_attention_forward(*given.forward_arguments())
+    y, lse = cast(Any, run).prefix_attention_forward(*given.forward_arguments(), **given.more)
     arguments = given.backward_arguments(grad_y, y, lse)
-    return [y, lse, *cast(Any, run).prefix_attention_backward(*arguments, needs)]
+    grads = cast(Any, run).prefix_attention_backward(*arguments, needs, **given.more)
+    return [y, lse, *grads]
 
 
 def test_the_native_core_is_here() -> None:

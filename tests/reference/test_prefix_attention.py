@@ -47,8 +47,8 @@ def test_it_is_torchs_attention_over_copies_and_its_gradients(case: PrefixAttent
     grad_y = case.grad_y(torch.float64)
     want_grads = torch.autograd.grad(want, leaves, grad_y)
     with torch.no_grad():
-        y, lse = reference.forward(*given.forward_arguments())
-        grads = reference.backward(*given.backward_arguments(grad_y, y, lse), ALL)
+        y, lse = reference.forward(*given.forward_arguments(), **given.more)
+        grads = reference.backward(*given.backward_arguments(grad_y, y, lse), ALL, **given.more)
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-12)
     for mine, exact, leaf in zip(grads, want_grads, leaves, strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-10, atol=1e-12)

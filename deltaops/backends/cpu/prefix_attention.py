@@ -18,7 +18,7 @@ def forward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     return attention.forward(q, k, v, mask, scale, causal, (prefix_k, prefix_v), bias)
@@ -36,8 +36,8 @@ def backward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
-    bias: Tensor | None,
     needs: Sequence[bool],
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     prefix = prefix_k, prefix_v

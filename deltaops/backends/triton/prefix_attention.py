@@ -49,7 +49,7 @@ def forward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     y = _by_tokens(q)
@@ -80,8 +80,8 @@ def backward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
-    bias: Tensor | None,
     needs: Sequence[bool],
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     grads = [_by_tokens(t) if need else None for t, need in zip((q, k, v), needs, strict=False)]
