@@ -63,6 +63,16 @@ Args attention_args(int dtype, const std::array<int64_t, 6> &sizes, Address q,
 // Keys and values of a prefix, or their gradients: address and strides of the head and the token.
 using PrefixStrides = std::array<int64_t, 2>;
 
+// Strides of all four axes.
+using PairStrides = std::array<int64_t, 4>;
+
+template <class Args>
+void add_bias(Args *args, Address bias, const PairStrides &strides, int64_t from) {
+  args->bias = reinterpret_cast<const float *>(bias);
+  args->bias_from = from;
+  std::copy(strides.begin(), strides.end(), args->bias_strides);
+}
+
 deltaops_heads prefix_heads(Address data, const PrefixStrides &strides) {
   return {reinterpret_cast<void *>(data), {0, strides[0], strides[1]}};
 }
@@ -84,12 +94,14 @@ void attention_forward(int dtype, const std::array<int64_t, 6> &sizes, Address q
                        const Strides &y_strides, Address lse, float scale, bool causal,
                        int num_threads, int prefix_dtype, int64_t prefix_length, Address prefix_k,
                        const PrefixStrides &prefix_k_strides, Address prefix_v,
-                       const PrefixStrides &prefix_v_strides) {
+                       const PrefixStrides &prefix_v_strides, Address bias,
+                       const PairStrides &bias_strides, int64_t bias_from) {
   auto args = attention_args<deltaops_attention_forward_args>(
       dtype, sizes, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides, y, y_strides, lse,
       scale, causal, num_threads);
   add_prefix(&args, prefix_dtype, prefix_length, prefix_k, prefix_k_strides, prefix_v,
              prefix_v_strides);
+  add_bias(&args, bias, bias_strides, bias_from);
   run(deltaops_cpu_attention_forward, args);
 }
 
@@ -101,7 +113,8 @@ void attention_backward(
     Address grad_k, const Strides &grad_k_strides, Address grad_v, const Strides &grad_v_strides,
     float scale, bool causal, int num_threads, int prefix_dtype, int64_t prefix_length,
     Address prefix_k, const PrefixStrides &prefix_k_strides, Address prefix_v,
-    const PrefixStrides &prefix_v_strides, Address grad_prefix_k, Address grad_prefix_v) {
+    const PrefixStrides &prefix_v_strides, Address grad_prefix_k, Address grad_prefix_v,
+    Address bias, const PairStrides &bias_strides, int64_t bias_from) {
   auto args = attention_args<deltaops_attention_backward_args>(
       dtype, sizes, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides, y, y_strides, lse,
       scale, causal, num_threads);
@@ -114,6 +127,7 @@ void attention_backward(
   const PrefixStrides dense = {prefix_length * sizes[5], sizes[5]};
   args.grad_prefix_k = prefix_heads(grad_prefix_k, dense);
   args.grad_prefix_v = prefix_heads(grad_prefix_v, dense);
+  add_bias(&args, bias, bias_strides, bias_from);
   run(deltaops_cpu_attention_backward, args);
 }
 
@@ -129,7 +143,8 @@ void add_heads(py::module_ &m) {
         py::arg("y_strides"), py::arg("lse"), py::arg("scale"), py::arg("causal"),
         py::arg("num_threads"), py::arg("prefix_dtype") = 0, py::arg("prefix_length") = 0,
         py::arg("prefix_k") = 0, py::arg("prefix_k_strides") = PrefixStrides{},
-        py::arg("prefix_v") = 0, py::arg("prefix_v_strides") = PrefixStrides{},
+        py::arg("prefix_v") = 0, py::arg("prefix_v_strides") = PrefixStrides{}, py::arg("bias") = 0,
+        py::arg("bias_strides") = PairStrides{}, py::arg("bias_from") = 0,
         "sizes: B, H, Hkv, Lq, Lk, D; mask and lse: 0 where absent.");
   m.def("attention_backward", &attention_backward, py::arg("dtype"), py::arg("sizes"),
         py::arg("grad_y"), py::arg("grad_y_strides"), py::arg("q"), py::arg("q_strides"),
@@ -140,7 +155,8 @@ void add_heads(py::module_ &m) {
         py::arg("num_threads"), py::arg("prefix_dtype") = 0, py::arg("prefix_length") = 0,
         py::arg("prefix_k") = 0, py::arg("prefix_k_strides") = PrefixStrides{},
         py::arg("prefix_v") = 0, py::arg("prefix_v_strides") = PrefixStrides{},
-        py::arg("grad_prefix_k") = 0, py::arg("grad_prefix_v") = 0,
+        py::arg("grad_prefix_k") = 0, py::arg("grad_prefix_v") = 0, py::arg("bias") = 0,
+        py::arg("bias_strides") = PairStrides{}, py::arg("bias_from") = 0,
         "Gradients of address 0 are not wanted; those of a prefix are contiguous.");
 }
 

@@ -128,6 +128,24 @@ DELTAOPS_INLINE MaskRow mask_row(const Args &args, const Shape &s, int64_t b, in
   return {args.mask + b * at[0] + h * at[1] + i * at[2] + most(k0 - s.P, 0) * at[3], at[3] == 0};
 }
 
+/* Adds the bias to the scores of query i with keys k0 ... k0 + visible - 1, and anything to the
+ * rest of a vector: those are hidden next. */
+template <class Args>
+DELTAOPS_INLINE void add_bias(const Args &args, int64_t b, int64_t h, int64_t i, int64_t k0,
+                              int64_t visible, float *score) {
+  const int64_t first = most(args.bias_from - k0, 0);
+  if (args.bias == nullptr || visible <= first) return;
+  const int64_t *at = args.bias_strides;
+  const float *row = args.bias + b * at[0] + h * at[1] + i * at[2];
+  row += most(k0 - args.bias_from, 0) * at[3];
+  const bool broadcast = at[3] == 0;
+  const VecF same = splat(*row);
+  score += first;
+  each_vector(visible - first, [&](int64_t n, int64_t lanes) {
+    store(score + n, load(score + n) + (broadcast ? same : load_lanes(row + n, lanes)));
+  });
+}
+
 /* Hides scores of a row, by -infinity: where the mask has 0, and from `visible` to `width`. Scores
  * of a prefix lie before them, and `visible` is negative where those are to be hidden too. */
 DELTAOPS_INLINE void hide(float *score, int64_t visible, int64_t width, MaskRow mask) {
@@ -237,9 +255,12 @@ void forward_block(const AttentionForwardArgs &args, const Shape &s, const Forwa
       float *strip = at.scores + i * kScoreRow;
       const int64_t width = round_up(block.visible(i + kTileRows - 1), kLanes);
       if (width == 0) continue;
-      for (int64_t j = 0; j < least(kTileRows, rows - i); ++j)
-        hide(strip + j * kScoreRow + free, block.visible(i + j) - free, width - free,
+      for (int64_t j = 0; j < least(kTileRows, rows - i); ++j) {
+        float *row = strip + j * kScoreRow;
+        add_bias(args, b, h, r0 + i + j, k0, block.visible(i + j), row);
+        hide(row + free, block.visible(i + j) - free, width - free,
              mask_row(args, s, b, h, r0 + i + j, k0));
+      }
       const VecF factor = softmax_strip(strip, width, run.maximum + i, run.sum + i);
       if (k0 == 0) continue;
       for (int j = 0; j < kTileRows; ++j) {
@@ -420,7 +441,9 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
     for (int64_t j = 0; j < kTileRows; ++j) {
       const bool valid = i + j < rows;
       const int64_t visible = valid ? block.visible(i + j) : 0;
-      hide(at.p + (i + j) * kScoreRow + free, visible - free, width - free,
+      float *row = at.p + (i + j) * kScoreRow;
+      if (valid) add_bias(args, b, h, r0 + i + j, block.k0, visible, row);
+      hide(row + free, visible - free, width - free,
            valid ? mask_row(args, s, b, h, r0 + i + j, block.k0) : MaskRow{nullptr, false});
       // Tiles that no query sees were left out: where lse is NaN so is p, and the sign of NaN times
       // NaN must not come from an earlier call's scratch.

@@ -232,6 +232,24 @@ void prefix(Checker *c, const char *name, const deltaops_heads &heads, const Arg
       .memory(c, written);
 }
 
+// A number for each pair of query and one of `keys`, or NULL.
+void pairs(Checker *c, const char *name, const void *data, const int64_t *sizes, int64_t keys,
+           const int64_t *strides, int64_t element) {
+  if (c->status() != DELTAOPS_OK || data == nullptr) return;
+  c->pointer(name, data, static_cast<size_t>(element));
+  c->expect(strides[3] == 0 || strides[3] == 1,
+            "%s must have stride 1 along the keys, or 0, got %" PRId64 ". Make it contiguous.",
+            name, strides[3]);
+  Level levels[3];
+  for (int i = 0; i < 3; ++i) {
+    const int64_t size = sizes[i == 0 ? 0 : i == 1 ? 1 : 3];
+    reach(c, name, size, strides[i], element);
+    if (c->status() != DELTAOPS_OK) return;
+    levels[i] = {size, strides[i] * element};
+  }
+  remember(c, name, data, levels, 3, element * (strides[3] == 0 && keys > 0 ? 1 : keys), false);
+}
+
 template <class Args>
 void operands(Checker *c, const Args &args) {
   const int64_t B = args.sizes[0], H = args.sizes[1], Hkv = args.sizes[2], Lq = args.sizes[3],
@@ -242,19 +260,12 @@ void operands(Checker *c, const Args &args) {
   Heads{"v", args.v.data, {B, Hkv, Lk, D}, args.v.strides, element}.memory(c, false);
   prefix(c, "prefix_k", args.prefix_k, args, false);
   prefix(c, "prefix_v", args.prefix_v, args, false);
-  if (c->status() != DELTAOPS_OK || args.mask == nullptr) return;
-  const int64_t *strides = args.mask_strides;
-  c->expect(strides[3] == 0 || strides[3] == 1,
-            "mask must have stride 1 along the keys, or 0, got %" PRId64 ". Make it contiguous.",
-            strides[3]);
-  Level levels[3];
-  for (int i = 0; i < 3; ++i) {
-    const int64_t size = args.sizes[i == 0 ? 0 : i == 1 ? 1 : 3];
-    reach(c, "mask", size, strides[i], 1);
-    if (c->status() != DELTAOPS_OK) return;
-    levels[i] = {size, strides[i]};
-  }
-  remember(c, "mask", args.mask, levels, 3, strides[3] == 0 && Lk > 0 ? 1 : Lk, false);
+  pairs(c, "mask", args.mask, args.sizes, Lk, args.mask_strides, 1);
+  if (args.bias == nullptr) return;
+  const int64_t P = args.prefix_length, from = args.bias_from;
+  c->expect(from == 0 || from == P,
+            "bias_from must be 0 or the prefix's length, %" PRId64 ", got %" PRId64 ".", P, from);
+  pairs(c, "bias", args.bias, args.sizes, P + Lk - from, args.bias_strides, sizeof(float));
 }
 
 void statistics(Checker *c, const float *lse, const int64_t *sizes, bool written) {

@@ -22,7 +22,7 @@
 
 #include <stdint.h>
 
-#define DELTAOPS_ABI_VERSION 6
+#define DELTAOPS_ABI_VERSION 7
 
 #if defined(__GNUC__)
 #define DELTAOPS_API __attribute__((visibility("default")))
@@ -370,7 +370,11 @@ DELTAOPS_API deltaops_status deltaops_cpu_rotary(const deltaops_rotary_args *arg
  * that sees it, and may in rows from which it is hidden. The result does not depend on num_threads.
  *
  * With a prefix (Li and Liang 2021) the sums over j run over prefix_length more keys and values,
- * which every query sees and the batch shares; their gradients are summed over the batch too. */
+ * which every query sees and the batch shares; their gradients are summed over the batch too.
+ *
+ * With a bias (as Raffel et al. 2020 have one) s_ij = scale q_i . k_j + bias_ij, over the
+ * sequence's own keys or over those of the prefix too. It gets no gradient; -infinity hides a key.
+ */
 typedef struct {
   void *data;
   int64_t strides[3]; /* of the batch, the head and the token */
@@ -384,6 +388,9 @@ typedef struct {
   deltaops_heads k, v;     /* [B, Hkv, Lk, D] */
   const uint8_t *mask;     /* [B, H, Lq, Lk] of 0 and 1, or NULL: all see all */
   int64_t mask_strides[4]; /* 0 where it is broadcast; the last 0 or 1 */
+  const float *bias;       /* [B, H, Lq, P + Lk - bias_from], or NULL: none */
+  int64_t bias_strides[4]; /* as those of the mask */
+  int64_t bias_from;       /* its first column is this key's of prefix and sequence: P, or 0 */
   /* [Hkv, P, D], not read without a prefix; so the stride of the batch */
   deltaops_heads prefix_k, prefix_v;
   int64_t prefix_length; /* P; 0: no prefix */
@@ -403,6 +410,9 @@ typedef struct {
   deltaops_heads q, k, v;
   const uint8_t *mask;
   int64_t mask_strides[4];
+  const float *bias;
+  int64_t bias_strides[4];
+  int64_t bias_from;
   deltaops_heads prefix_k, prefix_v;
   int64_t prefix_length;
   deltaops_heads y;              /* what the forward pass wrote */

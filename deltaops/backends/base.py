@@ -286,7 +286,8 @@ class AttentionBackend(Backend, Protocol):
 
 class PrefixAttentionBackend(Backend, Protocol):
     """One that also has ``prefix_attention``: as :class:`AttentionBackend`, with prefix_k and
-    prefix_v ``[Hkv, P, D]`` of one dtype, any strides. Their gradients are contiguous.
+    prefix_v ``[Hkv, P, D]`` of one dtype, any strides. Their gradients are contiguous. ``bias`` is
+    ``[B, H, Lq, Lk or P + Lk]`` of any strides, floating point, or None.
     """
 
     def prefix_attention_forward(
@@ -299,6 +300,7 @@ class PrefixAttentionBackend(Backend, Protocol):
         mask: Tensor | None,
         scale: float,
         causal: bool,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(y, lse)``; see :mod:`deltaops.reference.prefix_attention`."""
 
@@ -316,5 +318,6 @@ class PrefixAttentionBackend(Backend, Protocol):
         scale: float,
         causal: bool,
         needs: Sequence[bool],
+        bias: Tensor | None = None,
     ) -> list[Tensor]:
         """The wanted gradients: q, k, v, prefix_k, prefix_v."""

@@ -262,6 +262,7 @@ class PrefixAttentionCall(NamedTuple):
     d: int
     masked: bool
     causal: bool
+    biased: bool = False
 
     @property
     def op(self) -> str:
@@ -275,13 +276,19 @@ class PrefixAttentionCall(NamedTuple):
         length = f"{self.l_q}" if self.l_q == self.l_kv else f"{self.l_q}/{self.l_kv}"
         return (
             f"prefix_attention B={self.b} H={heads} L={length} P={self.prefix} D={self.d}"
-            f"{' causal' if self.causal else ''}{' masked' if self.masked else ''} "
-            f"{self.dtype} on {self.device}"
+            f"{' causal' if self.causal else ''}{' masked' if self.masked else ''}"
+            f"{' biased' if self.biased else ''} {self.dtype} on {self.device}"
         )
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, prefix_k: Tensor, mask: Tensor | None, causal: bool
+        cls,
+        q: Tensor,
+        k: Tensor,
+        prefix_k: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        bias: Tensor | None = None,
     ) -> PrefixAttentionCall:
         """The call of these tensors; prefix_k ``[Hkv, P, D]``."""
         b, h, l_q, d = q.shape
@@ -298,6 +305,7 @@ class PrefixAttentionCall(NamedTuple):
             d,
             mask is not None,
             causal,
+            bias is not None,
         )
 
 

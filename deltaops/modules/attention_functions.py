@@ -29,7 +29,7 @@ TABLE = "ALL_ATTENTION_FUNCTIONS"
 SDPA = "sdpa"
 """The implementation that runs torch's scaled_dot_product_attention."""
 BIAS = "position_bias"
-"""What T5 hands on to be added to the scores; the op takes none."""
+"""What T5 hands on to be added to the scores; ``prefix_attention`` alone takes one."""
 
 
 def stand_ins(function: Any, backend: str, strict: bool) -> dict[str, Any]:

@@ -188,9 +188,10 @@ def attend_with_prefix(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: :func:`deltaops.ops.prefix_attention` where that computes it.
 
-    Dropout, a mask of numbers and a bias are none of the op's. There transformers' function for
-    "sdpa" runs on copies of keys and values with the prefix before them. A module without a prefix
-    has what it had: :func:`~.attention_functions.attend` in a block of ours, else transformers'.
+    Dropout, a mask of numbers and a bias that is trained are none of the op's. There transformers'
+    function for "sdpa" runs on copies of keys and values with the prefix before them. A module
+    without a prefix has what it had: :func:`~.attention_functions.attend` in a block of ours, else
+    transformers'.
 
     Args:
         module: the attention; its prefix, whether it is causal, how many queries share a key.
@@ -222,13 +223,13 @@ def attend_with_prefix(
     prefix_k, prefix_v = _both(module, held)
     k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
-    reason = _beyond(dropout, named)
+    reason = _beyond(dropout, named) or _unfit(bias, query, k, prefix_k)
     if reason is None and not attends(query, k, v, attention_mask, groups, causal):
         reason = "these tensors, or their mask of numbers"
     if reason is None:
         y = prefix_attention(
-            query, k, v, prefix_k, prefix_v, mask=attention_mask, causal=causal, scale=scaling,
-            backend=held.backend, strict=held.strict,
+            query, k, v, prefix_k, prefix_v, mask=attention_mask, causal=causal,
+            bias=bias, scale=scaling, backend=held.backend, strict=held.strict,
         )  # fmt: skip
         return y.transpose(1, 2).contiguous(), None  # no copy: this is how it lies
     if held.strict or held.backend != "auto":
@@ -255,13 +256,25 @@ def _beyond(dropout: float, named: dict[str, Any]) -> str | None:
     """What is asked for that is none of the op's; None where nothing is."""
     if dropout:
         return "dropout of the weights"
-    if named.get(BIAS) is not None:
-        return "a bias that is added to the scores"
     if SDPA not in _settings:
         return "what 'sdpa' computes in this version of transformers"
     known = _settings[SDPA]
-    asked = [n for n, x in named.items() if n in known and x is not None and x is not False]
+    asked = [
+        n for n, x in named.items() if n in known and n != BIAS and x is not None and x is not False
+    ]
     return f"{asked[0]!r}, a setting of 'sdpa'" if asked else None
+
+
+def _unfit(bias: Tensor | None, q: Tensor, k: Tensor, prefix: Tensor) -> str | None:
+    """What of a bias is none of the op's; None where it takes it."""
+    if bias is None:
+        return None
+    if bias.requires_grad and torch.is_grad_enabled():
+        return "a bias that wants a gradient"
+    sizes = (k.shape[2], prefix.shape[1] + k.shape[2])
+    if bias.dim() != 4 or bias.shape[3] not in sizes or bias.dtype not in (q.dtype, torch.float32):
+        return f"a bias {list(bias.shape)} of {bias.dtype}"
+    return None
 
 
 def _grown(added: Tensor, prefix: Tensor) -> Tensor:
@@ -292,14 +305,11 @@ def told_of_prefix(module: Any, tokens: int) -> tuple[str, str]:
         prefix, _ = _both(module, held)
     query = next(p for child in module.children() for p in child.parameters())
     base = getattr(type(module), "base_class", type(module))
-    if BIAS in words(unwrap(base.forward).__code__):
-        if held.strict or held.backend != "auto":
-            return "none", "raises: a bias is added to the scores, which no backend does"
-        return "torch", "by transformers on copies with the prefix: a bias is added to the scores"
+    biased = BIAS in words(unwrap(base.forward).__code__)
     h_kv, length, width = prefix.shape
     call = PrefixAttentionCall(
         prefix.device.type, query.dtype, prefix.dtype, 1, max(heads_of(module), h_kv), h_kv, tokens,
-        tokens, length, width, False, bool(getattr(module, "is_causal", True)),
+        tokens, length, width, False, bool(getattr(module, "is_causal", True)), biased,
     )  # fmt: skip
     explanation = explain_call(call, held.backend)
     eager = explanation.chosen == LAST_RESORT and held.backend != LAST_RESORT

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deltaops.backends import PrefixAttentionCall
 from deltaops.dispatch import LAST_RESORT, select
-from deltaops.errors import DtypeError, ShapeError
+from deltaops.errors import DtypeError, GradientError, ShapeError
 from deltaops.reference import prefix_attention as reference
 from deltaops.reference.heads import arrange
 
@@ -34,6 +34,7 @@ def prefix_attention(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    bias: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
     strict: bool = False,
@@ -55,6 +56,10 @@ def prefix_attention(
         causal: whether query i sees the prefix and keys 0 … i alone (of those that ``mask`` lets it
             see); wants Lq = Lk. With a cache of keys pass a mask; one query that sees them all
             needs neither.
+        bias: ``[B or 1, H or 1, Lq or 1, Lk or 1]``, in the dtype of ``q`` or float32, added to the
+            scaled scores of ``k``, as T5 has a number for each distance; with P + Lk columns to
+            those of the prefix too, which come first. It is frozen: no gradient is computed, and
+            one that wants it is refused.
         scale: of the scores; ``D ** -0.5`` where None.
         backend: "auto", or the name of one in ``deltaops.backends()``, which then runs or raises.
             Where none takes a call, or torch is faster, "auto" copies the prefix before the keys
@@ -63,34 +68,38 @@ def prefix_attention(
         strict: with "auto", run a fused backend or raise.
     Returns: ``[B, H, Lq, D]`` in the dtype of ``q``, under autocast too. Its memory is dense and
         ordered ``[B, Lq, H, D]``, as the projection behind it reads it.
-    Raises: ShapeError, DtypeError, DeviceError, ConfigError, NoBackendError.
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, NoBackendError, GradientError.
     Gradients: ``q``, ``k``, ``v``, ``prefix_k`` and ``prefix_v``, the last two summed over the
         batch and the queries' heads, in an order that no number of threads changes; first order.
-        Kept are these five, y, the mask, and a float32 for each query and head.
+        Kept are these five, y, mask and bias, and a float32 for each query and head.
     Source: Li and Liang 2021 (arXiv 2101.00190); computed as by Dao et al. 2022 (arXiv 2205.14135).
     """
     check_heads("prefix_attention", q, k, v, mask, causal)
     _check_prefix(q, k, prefix_k, prefix_v)
     scale = checked_scale("prefix_attention", scale, q)
-    short = mask
+    _check_bias(q, k, prefix_k, bias)
+    short = mask, bias
     if mask is not None:  # no copy: what is shared has a stride of zero
         mask = mask.expand(*q.shape[:3], k.shape[2])
+    if bias is not None:
+        bias = bias.expand(*q.shape[:3], max(bias.shape[3], k.shape[2]))
     given = q, k, v, prefix_k, prefix_v
+    rest = mask, scale, causal, bias
     if transformed("prefix_attention", backend, strict):
-        return reference.forward(*given, mask, scale, causal)[0]
-    if takes_bypass(*given, mask):
-        call = PrefixAttentionCall.of(q, k, prefix_k, mask, causal)
+        return reference.forward(*given, *rest)[0]
+    if takes_bypass(*given, mask, bias):
+        call = PrefixAttentionCall.of(q, k, prefix_k, mask, causal, bias)
         runner = select(call, backend, strict)
         if backend == "auto" and runner.name == LAST_RESORT:
-            return _torch(q, k, v, prefix_k, prefix_v, short, scale, causal)
+            return _torch(q, k, v, prefix_k, prefix_v, *short, scale, causal)
         if needs_grad(*given):
-            y: Tensor = PrefixAttentionFunction.apply(*given, mask, scale, causal, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+            y: Tensor = PrefixAttentionFunction.apply(*given, *rest, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return y
-        return run_forward(runner, Forward(*given, mask, scale, causal))[0]
+        return run_forward(runner, Forward(*given, *rest))[0]
     if strict:
-        call = PrefixAttentionCall.of(q, k, prefix_k, mask, causal)
+        call = PrefixAttentionCall.of(q, k, prefix_k, mask, causal, bias)
         backend = select(call, backend, strict).name
-    return torch.ops.deltaops.prefix_attention(*given, mask, scale, causal, backend)[0]  # type: ignore[no-any-return]  # torch.ops has no types
+    return torch.ops.deltaops.prefix_attention(*given, *rest, backend)[0]  # type: ignore[no-any-return]  # torch.ops has no types
 
 
 def _torch(
@@ -100,17 +109,50 @@ def _torch(
     prefix_k: Tensor,
     prefix_v: Tensor,
     mask: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     causal: bool,
 ) -> Tensor:
     """Torch's own on copies, which is faster than the reference, with the gradients that it has."""
     keys, values = reference.join(prefix_k, k), reference.join(prefix_v, v)
     seen = reference.mask_of_both(q, k, prefix_k, mask, causal)
+    if bias is not None:
+        columns = max(bias.shape[3], k.shape[2])
+        added = bias.to(q.dtype).expand(*bias.shape[:2], q.shape[2], columns)
+        added = reference.grown(added, k, prefix_k)
+        seen = added if seen is None else torch.where(seen, added, -torch.inf)
     with torch.autocast(q.device.type, enabled=False):
         y = scaled_dot_product_attention(
             q, keys, values, seen, scale=scale, enable_gqa=k.shape[1] < q.shape[1]
         )
     return arrange(y, True)
+
+
+def _check_bias(q: Tensor, k: Tensor, prefix: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    own = k.shape[2]
+    whole = prefix.shape[1] + own
+    fits = bias.dim() == 4 and all(
+        [size in (1, full) for size, full in zip(bias.shape[:3], q.shape[:3], strict=True)]
+    )
+    if not fits or bias.shape[3] not in (1, own, whole):
+        names = ", ".join(f"{full} or 1" for full in q.shape[:3])
+        raise ShapeError(
+            f"prefix_attention: bias must be [B, H, Lq, Lk or P + Lk], here [{names}, {own}, "
+            f"{whole} or 1], got {list(bias.shape)}."
+        )
+    if bias.dtype not in (q.dtype, torch.float32):
+        raise DtypeError(
+            f"prefix_attention: bias must be {q.dtype}, as q is, or torch.float32, got "
+            f"{bias.dtype}. Convert it."
+        )
+    check_device("prefix_attention", "bias", bias, q, of="q")
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise GradientError(
+            "prefix_attention: bias must not require a gradient, since the op computes none for "
+            "it. Freeze what it comes from, or detach it."
+        )
 
 
 def _check_prefix(q: Tensor, k: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:

@@ -30,6 +30,7 @@ class Forward(NamedTuple):
     mask: Tensor | None
     scale: float
     causal: bool
+    bias: Tensor | None
 
 
 class Backward(NamedTuple):
@@ -46,11 +47,14 @@ class Backward(NamedTuple):
     mask: Tensor | None
     scale: float
     causal: bool
+    bias: Tensor | None
 
 
 def call_of(given: Forward | Backward) -> PrefixAttentionCall:
     """The call of these tensors."""
-    return PrefixAttentionCall.of(given.q, given.k, given.prefix_k, given.mask, given.causal)
+    return PrefixAttentionCall.of(
+        given.q, given.k, given.prefix_k, given.mask, given.causal, given.bias
+    )
 
 
 def run_forward(runner: Backend, given: Forward) -> tuple[Tensor, Tensor]:
@@ -58,7 +62,10 @@ def run_forward(runner: Backend, given: Forward) -> tuple[Tensor, Tensor]:
 
 
 def run_backward(runner: Backend, given: Backward, needs: Sequence[bool]) -> list[Tensor]:
-    return cast(PrefixAttentionBackend, runner).prefix_attention_backward(*given, needs)
+    *rest, bias = given
+    run: Any = cast(PrefixAttentionBackend, runner).prefix_attention_backward
+    found: list[Tensor] = run(*rest, needs, bias)
+    return found
 
 
 class PrefixAttentionFunction(torch.autograd.Function):
@@ -69,7 +76,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
         *taken, ctx.runner = arguments
         given = Forward(*taken)
         y, lse = run_forward(ctx.runner, given)
-        ctx.save_for_backward(*given[:GRADIENTS], y, lse, given.mask)
+        ctx.save_for_backward(*given[:GRADIENTS], y, lse, given.mask, given.bias)
         ctx.settings = given.scale, given.causal
         return y
 
@@ -77,9 +84,11 @@ class PrefixAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:GRADIENTS]
-        given = Backward(grad_y.resolve_neg(), *ctx.saved_tensors, *ctx.settings)
+        *saved, bias = ctx.saved_tensors
+        rest: tuple[Any, ...] = (*saved, *ctx.settings, bias)
+        given = Backward(grad_y.resolve_neg(), *rest)
         found = iter(run_backward(ctx.runner, given, needs))
-        return (*(next(found) if need else None for need in needs), None, None, None, None)
+        return (*(next(found) if need else None for need in needs), *[None] * 5)
 
 
 # --------------------------------------------------------------------------------- registered op
@@ -112,30 +121,31 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *given, mask, scale, causal, backend = inputs
+    *given, mask, scale, causal, bias, backend = inputs
     y, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*given, y, lse, mask)
+    ctx.save_for_backward(*given, y, lse, mask, bias)
     ctx.settings = scale, causal, backend
 
 
 def _op_autograd(ctx: Any, grad_y: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
     scale, causal, backend = ctx.settings
+    *saved, bias = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:GRADIENTS])
     found = iter(
         torch.ops.deltaops.prefix_attention_backward(
-            grad_y, *ctx.saved_tensors, scale, causal, needs, backend
+            grad_y, *saved, scale, causal, bias, needs, backend
         )
     )
-    return (*(next(found) if need else None for need in needs), None, None, None, None)
+    return (*(next(found) if need else None for need in needs), *[None] * 5)
 
 
 register(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
-    "Tensor? mask, float scale, bool causal, str backend) -> (Tensor y, Tensor lse)",
+    "Tensor? mask, float scale, bool causal, Tensor? bias, str backend) -> (Tensor y, Tensor lse)",
     "prefix_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor prefix_k, "
-    "Tensor prefix_v, Tensor y, Tensor lse, Tensor? mask, float scale, bool causal, bool[] needs, "
-    "str backend) -> Tensor[]",
+    "Tensor prefix_v, Tensor y, Tensor lse, Tensor? mask, float scale, bool causal, Tensor? bias, "
+    "bool[] needs, str backend) -> Tensor[]",
     forward=_op_forward,
     backward=_op_backward,
     fake_forward=_fake_forward,

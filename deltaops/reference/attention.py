@@ -4,7 +4,8 @@
     dV = Pᵀ dY,   dS = P ∘ (dY Vᵀ − δ),   δ = Σ dY ∘ Y,   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
 q, y [B,H,Lq,D]  k, v [B,Hkv,Lk,D]  mask [B or 1,H or 1,Lq,Lk], True where a query sees a key
-lse [B,H,Lq]. Query head h reads key head h // (H / Hkv). The sums are over the keys that a query
+lse [B,H,Lq]. Query head h reads key head h // (H / Hkv). A bias [B or 1,H or 1,Lq,Lk] is added to
+S, if there is one; it has no gradient. The sums are over the keys that a query
 sees; one that sees none has lse = ∞, P = 0, y = 0 and hands no gradient on. Backward makes P again
 from lse, and δ from the rounded y (Dao et al. 2022). Computed in float32 at least and rounded once.
 """
@@ -20,12 +21,18 @@ from .heads import arrange
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(y [B, H, Lq, D] in [B, Lq, H, D] memory, lse [B, H, Lq] float32 or float64)``."""
     queries, keys, values = _wide(q, k.shape[1]), _wide(k), _wide(v)
     with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(queries, keys, mask, scale, causal)
+        scores = _scores(queries, keys, mask, scale, causal, bias)
         lse = torch.logsumexp(scores, -1)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         y = torch.einsum("bkgij,bkjd->bkgid", torch.exp(scores - lse.unsqueeze(-1)), values)
@@ -43,13 +50,14 @@ def backward(
     scale: float,
     causal: bool,
     needs: Sequence[bool],
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """The wanted ones of the gradients of q, k, v, each in ``[B, L, H, D]`` memory."""
     queries, keys, values = _wide(q, k.shape[1]), _wide(k), _wide(v)
     grad, result = _wide(grad_y, k.shape[1]), _wide(y, k.shape[1])
     wanted = []
     with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(queries, keys, mask, scale, causal)
+        scores = _scores(queries, keys, mask, scale, causal, bias)
         p = torch.exp(scores - lse.reshape(scores.shape[:-1]).unsqueeze(-1))
         delta = (grad * result).sum(-1, keepdim=True)
         grad_scores = p * (torch.einsum("bkgid,bkjd->bkgij", grad, values) - delta)
@@ -70,11 +78,19 @@ def _wide(t: Tensor, groups: int = 0) -> Tensor:
 
 
 def _scores(
-    queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, causal: bool
+    queries: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None,
 ) -> Tensor:
     """``[B, Hkv, G, Lq, Lk]``, minus infinity where a query does not see a key."""
     scores = scale * torch.einsum("bkgid,bkjd->bkgij", queries, keys)
     b, groups, each, lq, lk = scores.shape
+    if bias is not None:
+        added = bias.to(scores.dtype).expand(b, groups * each, lq, lk)
+        scores = scores + added.reshape(scores.shape)
     if causal:
         hidden = torch.ones((lq, lk), dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(hidden, -torch.inf)

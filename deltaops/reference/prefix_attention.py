@@ -4,8 +4,9 @@
 
 q, y [B,H,Lq,D]  k, v [B,Hkv,Lk,D]  prefix_k, prefix_v [Hkv,P,D]  lse [B,H,Lq]
 The batch shares the prefix and every query sees it, whatever the mask [B or 1,H or 1,Lq,Lk] and
-causality say of the rest. All in float32 at least, each result rounded once. See
-:mod:`deltaops.reference.attention`.
+causality say of the rest. A bias [B or 1,H or 1,Lq,Lk or P + Lk] is added to the scores, those of
+the prefix too if it has columns for it; it has no gradient. All in float32 at least, each result
+rounded once. See :mod:`deltaops.reference.attention`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ def forward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(y [B, H, Lq, D] in [B, Lq, H, D] memory, lse [B, H, Lq] float32 or float64)``."""
     seen = mask_of_both(q, k, prefix_k, mask, causal)
     y, lse = attention.forward(
-        wide(q), join(prefix_k, wide(k)), join(prefix_v, wide(v)), seen, scale, False
-    )
+        wide(q), join(prefix_k, wide(k)), join(prefix_v, wide(v)), seen, scale, False,
+        None if bias is None else grown(bias, k, prefix_k),
+    )  # fmt: skip
     return arrange(y.to(q.dtype), True), lse
 
 
@@ -50,6 +53,7 @@ def backward(
     scale: float,
     causal: bool,
     needs: Sequence[bool],
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """The wanted ones of the gradients of q, k, v, each in ``[B, L, H, D]`` memory, and of
     prefix_k, prefix_v."""
@@ -57,6 +61,7 @@ def backward(
     grad_q, grad_k, grad_v = attention.backward(
         wide(grad_y), wide(q), join(prefix_k, wide(k)), join(prefix_v, wide(v)), wide(y), lse,
         seen, scale, False, (True, True, True),
+        None if bias is None else grown(bias, k, prefix_k),
     )  # fmt: skip
     own = [grad_q, grad_k[:, :, length:], grad_v[:, :, length:]]
     grads = [arrange(g.to(t.dtype), True) for g, t in zip(own, (q, k, v), strict=True)]
@@ -86,3 +91,10 @@ def mask_of_both(
         return None
     seen = mask.expand(*mask.shape[:3], k.shape[2])
     return torch.cat([seen.new_ones((*seen.shape[:3], prefix.shape[1])), seen], 3)
+
+
+def grown(bias: Tensor, k: Tensor, prefix: Tensor) -> Tensor:
+    """What is added to scores ``[…, Lq, P + Lk]``: nothing to a prefix's without columns for it."""
+    if bias.shape[3] == prefix.shape[1] + k.shape[2]:
+        return bias
+    return torch.cat([bias.new_zeros((*bias.shape[:3], prefix.shape[1])), bias], 3)

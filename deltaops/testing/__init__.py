@@ -12,6 +12,7 @@ from .cases import DELTA_LINEAR_CASES, DeltaLinearCase, DeltaLinearTensors
 from .compare import assert_accurate, relative_error
 from .gated_cases import GATED_CASES, GatedCase
 from .prefix_attention_cases import (
+    BIASED_PREFIX_CASES,
     PREFIX_ATTENTION_CASES,
     PrefixAttentionCase,
     PrefixAttentionTensors,
@@ -21,6 +22,7 @@ from .tolerances import bound, rounding
 
 __all__ = [
     "ATTENTION_CASES",
+    "BIASED_PREFIX_CASES",
     "BOTTLENECK_CASES",
     "DELTA_LINEAR_CASES",
     "GATED_CASES",

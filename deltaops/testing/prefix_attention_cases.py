@@ -17,6 +17,7 @@ class PrefixAttentionTensors:
     rest: AttentionTensors
     prefix_k: Tensor
     prefix_v: Tensor
+    bias: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -26,14 +27,20 @@ class PrefixAttentionTensors:
     def to(self, dtype: torch.dtype) -> PrefixAttentionTensors:
         """The same values in another dtype, the prefix too; strides are kept."""
         prefix = self.prefix_k.to(dtype), self.prefix_v.to(dtype)
-        return PrefixAttentionTensors(self.rest.to(dtype), *prefix)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return PrefixAttentionTensors(self.rest.to(dtype), *prefix, bias)
+
+    @property
+    def more(self) -> dict[str, Tensor]:
+        """Further arguments of both, by name."""
+        return {} if self.bias is None else {"bias": self.bias}
 
     def forward_arguments(self) -> tuple[object, ...]:
-        """For ``backend.prefix_attention_forward(*…)``."""
+        """For ``backend.prefix_attention_forward(*…, **more)``."""
         return *self.inputs, self.rest.mask, self.rest.scale, self.rest.causal
 
     def backward_arguments(self, grad_y: Tensor, y: Tensor, lse: Tensor) -> tuple[object, ...]:
-        """For ``backend.prefix_attention_backward(*…, needs)``."""
+        """For ``backend.prefix_attention_backward(*…, needs, **more)``."""
         rest = self.rest
         return grad_y, *self.inputs, y, lse, rest.mask, rest.scale, rest.causal
 
@@ -48,10 +55,13 @@ class PrefixAttentionCase:
     """Whether the prefix is in float32 whatever the rest is in."""
     sliced: bool = False
     """Whether it is two slices of one parameter ``[P, 2, Hkv, D]``, as PEFT keeps it."""
+    bias: str = ""
+    """"heads" [1,H,Lq,Lk], as T5 has it, its keys apart; "whole", that of P + Lk; "queries"
+    [B,1,Lq,1] in float32; or ""."""
 
     def __str__(self) -> str:
         marks = f"{'wide' if self.wide else ''}{'sliced' if self.sliced else ''}"
-        return f"{self.prefix}{marks}+{self.rest}"
+        return f"{self.prefix}{marks}+{self.rest}{f'-bias{self.bias}' if self.bias else ''}"
 
     def tensors(self, dtype: torch.dtype, *, seed: int = 0) -> PrefixAttentionTensors:
         """The same for every dtype up to rounding."""
@@ -62,7 +72,22 @@ class PrefixAttentionCase:
         narrow = self.wide and dtype.itemsize < torch.float32.itemsize
         both = both.to(torch.float32 if narrow else dtype)
         prefix = [t.transpose(0, 1) for t in both.unbind(1)]
-        return PrefixAttentionTensors(rest, *(t if self.sliced else t.contiguous() for t in prefix))
+        if not self.sliced:
+            prefix = [t.contiguous() for t in prefix]
+        return PrefixAttentionTensors(rest, prefix[0], prefix[1], self._bias(dtype, seed + 50))
+
+    def _bias(self, dtype: torch.dtype, seed: int) -> Tensor | None:
+        if not self.bias:
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        b, h, l_q = self.rest.b, self.rest.h, self.rest.l_q
+        l_kv = l_q if self.rest.l_kv < 0 else self.rest.l_kv
+        if self.bias == "queries":
+            drawn = torch.randn((b, 1, l_q, 1), generator=generator, dtype=torch.float64)
+            return drawn.to(torch.promote_types(dtype, torch.float32)).expand(b, h, l_q, l_kv)
+        keys = l_kv + self.prefix * (self.bias == "whole")
+        drawn = torch.randn((l_q, keys, h), generator=generator, dtype=torch.float64).to(dtype)
+        return drawn.permute(2, 0, 1)[None].expand(b, h, l_q, keys)
 
     def grad_y(self, dtype: torch.dtype, *, seed: int = 1) -> Tensor:
         """A random output gradient ``[B, H, Lq, D]``, in the layout of q."""
@@ -83,3 +108,9 @@ PREFIX_ATTENTION_CASES = (
     PrefixAttentionCase(4, AttentionCase(0, 2, 5, 8)),
     PrefixAttentionCase(4, AttentionCase(2, 2, 0, 8, causal=True), wide=True),
 )
+BIASED_PREFIX_CASES = (
+    PrefixAttentionCase(12, AttentionCase(2, 4, 45, 16, l_kv=150, mask="rows"), bias="heads"),
+    PrefixAttentionCase(7, AttentionCase(2, 4, 33, 24, h_kv=2, causal=True), bias="queries"),
+    PrefixAttentionCase(130, AttentionCase(2, 2, 19, 9, mask="each"), bias="whole", wide=True),
+)
+"""With a bias, which Triton does not take."""

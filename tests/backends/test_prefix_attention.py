@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltaops.backends import PrefixAttentionBackend, PrefixAttentionCall, registered
 from deltaops.testing import (
+    BIASED_PREFIX_CASES,
     PREFIX_ATTENTION_CASES,
     AttentionCase,
     PrefixAttentionCase,
@@ -29,7 +30,7 @@ BACKENDS = [
 ALL = (True,) * 5
 NAMES = ("y", "lse", "grad_q", "grad_k", "grad_v", "grad_prefix_k", "grad_prefix_v")
 every = pytest.mark.parametrize("backend", BACKENDS)
-cases = pytest.mark.parametrize("case", PREFIX_ATTENTION_CASES, ids=str)
+cases = pytest.mark.parametrize("case", [*PREFIX_ATTENTION_CASES, *BIASED_PREFIX_CASES], ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -44,9 +45,10 @@ def both_ways(
     needs: Sequence[bool] = ALL,
 ) -> list[Tensor]:
     """y, lse and the wanted gradients."""
-    y, lse = cast(Any, run).prefix_attention_forward(*given.forward_arguments())
+    y, lse = cast(Any, run).prefix_attention_forward(*given.forward_arguments(), **given.more)
     arguments = given.backward_arguments(grad_y, y, lse)
-    return [y, lse, *cast(Any, run).prefix_attention_backward(*arguments, needs)]
+    grads = cast(Any, run).prefix_attention_backward(*arguments, needs, **given.more)
+    return [y, lse, *grads]
 
 
 def test_the_native_core_is_here() -> None:

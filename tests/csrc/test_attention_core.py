@@ -30,7 +30,7 @@ SHAPES = [
 ]
 DTYPES = ["f32", "bf16"]
 ROUNDING = {"f32": 2.0**-24, "bf16": 2.0**-9}
-WAYS = ["all", "causal", "mask", "mask-causal", "rows", "shared"]
+WAYS = ["all", "causal", "mask", "mask-causal", "rows", "shared", "bias"]
 # A prefix's length, its dtype, sizes and way: shorter and longer than a tile's columns and a block
 # of keys, nothing but it to see, queries and keys of many blocks, runs of several sequences
 PREFIXED = [
@@ -46,7 +46,13 @@ PREFIXED = [
     (300, "f32", (1, 2, 1, 70, 5, 3), "rows"),
     (7, "f32", (9, 33, 33, 3, 4, 5), "mask"),
     (5, "f32", (70, 1, 1, 2, 2, 3), "all"),
+    (20, "f32", (2, 4, 2, 130, 260, 33), "mask-bias"),
+    (5, "bf16", (2, 2, 1, 150, 150, 20), "causal-bias"),
+    (3, "f32", (2, 2, 2, 37, 53, 9), "bias-rows"),
+    (130, "f32", (2, 2, 1, 37, 37, 9), "mask-causal-bias-whole"),
+    (7, "bf16", (1, 2, 2, 9, 0, 9), "bias-whole"),
     (9, "f32", (2, 2, 1, 4, 0, 8), "mask"),
+    (9, "f32", (2, 2, 1, 4, 0, 8), "bias"),
     (9, "f32", (2, 2, 1, 0, 4, 8), "all"),
     (9, "f32", (0, 2, 1, 4, 4, 8), "all"),
     (9, "f32", (2, 0, 0, 4, 4, 8), "all"),
@@ -69,6 +75,9 @@ def _fields(*, backward: bool) -> list[tuple[str, Any]]:
         *((name, Heads) for name in before),
         ("mask", c_void_p),
         ("mask_strides", c_int64 * 4),
+        ("bias", c_void_p),
+        ("bias_strides", c_int64 * 4),
+        ("bias_from", c_int64),
         ("prefix_k", Heads),
         ("prefix_v", Heads),
         ("prefix_length", c_int64),
@@ -102,6 +111,7 @@ class Case:
     scale: float
     prefix_k: np.ndarray  # [1, Hkv, P, D]
     prefix_v: np.ndarray
+    bias: np.ndarray | None = None
     y: np.ndarray = field(init=False)
     lse: np.ndarray = field(init=False)
     grad_q: np.ndarray = field(init=False)
@@ -128,6 +138,12 @@ class Case:
     @property
     def prefix(self) -> int:
         return self.prefix_k.shape[2]
+
+    @property
+    def bias_from(self) -> int:
+        """The first key that the bias has a column for."""
+        whole = self.bias is not None and self.bias.shape[3] == self.prefix + self.sizes[4]
+        return 0 if whole else self.prefix
 
     def results(self) -> dict[str, np.ndarray]:
         names = ("y", *GRADS, *(PREFIX_GRADS if self.prefix else ()))
@@ -166,11 +182,16 @@ def make(
         mask = (rng.random((b, h, lq, 1)) < 0.6).astype(np.uint8)
     elif way == "shared":  # padding: the same keys for all queries of a sequence
         mask = (rng.random((b, 1, 1, lk)) < 0.6).astype(np.uint8)
+    bias = None
+    if "bias" in way:  # T5's: of a head, the same for all sequences; or a number for each query
+        columns = lk + prefix * ("whole" in way)
+        shape = (b, 1, lq, 1) if "rows" in way else (1, h, lq, columns)
+        bias = rng.standard_normal(shape).astype(np.float32)
     shared = rng.standard_normal((2, 1, hkv, prefix, d)).astype(np.float32)
     if prefix_dtype == "bf16":
         shared = helper.to_bf16(shared)
     return Case(
-        sizes, q, k, v, grad_y, mask, "causal" in way, float(np.float32(d**-0.5)), *shared
+        sizes, q, k, v, grad_y, mask, "causal" in way, float(np.float32(d**-0.5)), *shared, bias
     )  # fmt: skip
 
 
@@ -192,12 +213,15 @@ class Attention:
                 t = getattr(case, name)
                 strides = tuple(s // t.itemsize for s in t.strides[:3])
                 setattr(args, name, Heads(t.ctypes.data, strides))
-        if case.mask is not None:
-            m = case.mask
-            args.mask = m.ctypes.data
-            args.mask_strides = tuple(
-                0 if n == 1 else s for n, s in zip(m.shape, m.strides, strict=True)
-            )
+        for name, m in (("mask", case.mask), ("bias", case.bias)):
+            if m is not None:
+                setattr(args, name, m.ctypes.data)
+                strides = [
+                    0 if n == 1 else s // m.itemsize
+                    for n, s in zip(m.shape, m.strides, strict=True)
+                ]
+                setattr(args, f"{name}_strides", tuple(strides))
+        args.bias_from = case.bias_from
         args.lse = case.lse.ctypes.data
         args.scale, args.causal = case.scale, case.causal
         args.dtype = int(case.q.dtype == np.uint16)
@@ -250,7 +274,10 @@ def formula(
     group = h // hkv if hkv else 1
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     visible, scale = seen(case), q.dtype.type(case.scale)
-    scores = np.where(visible, q @ k.swapaxes(2, 3) * scale, -np.inf)
+    scores = q @ k.swapaxes(2, 3) * scale
+    if case.bias is not None:
+        scores[..., case.bias_from :] += case.bias
+    scores = np.where(visible, scores, -np.inf)
     top = np.max(scores, -1, keepdims=True, initial=-np.finfo(q.dtype).max)
     e = np.exp(scores - top)
     total = e.sum(-1, keepdims=True)

@@ -29,6 +29,9 @@ SETTINGS = {
     "plain": PrefixAttentionCase(4, AttentionCase(2, 3, 7, 8)),
     "causal": PrefixAttentionCase(4, AttentionCase(2, 6, 7, 8, h_kv=2, causal=True)),
     "masked": PrefixAttentionCase(3, AttentionCase(2, 3, 7, 8, mask="shared"), sliced=True),
+    "biased": PrefixAttentionCase(
+        3, AttentionCase(2, 6, 7, 8, h_kv=2, causal=True, mask="rows"), bias="heads"
+    ),
     "cache": PrefixAttentionCase(5, AttentionCase(2, 4, 1, 8, h_kv=2, l_kv=9, mask="rows")),
 }
 settings = pytest.mark.parametrize("case", SETTINGS.values(), ids=SETTINGS)
@@ -42,7 +45,9 @@ def leaves_of(
     given = case.tensors(dtype)
     leaves = [t.requires_grad_() for t in given.inputs]
     rest = given.rest
-    return leaves, {"mask": rest.mask, "causal": rest.causal, "scale": rest.scale}
+    return leaves, {
+        "mask": rest.mask, "causal": rest.causal, "scale": rest.scale, "bias": given.bias,
+    }  # fmt: skip
 
 
 def torchs(leaves: list[Tensor], given: dict[str, Any]) -> Tensor:
@@ -58,6 +63,10 @@ def torchs(leaves: list[Tensor], given: dict[str, Any]) -> Tensor:
     if given["mask"] is not None:
         seen = seen & given["mask"]
     seen = torch.cat([seen.new_ones(*seen.shape[:3], prefix[0].shape[1]), seen], 3)
+    if (bias := given["bias"]) is not None:
+        added = torch.zeros(seen.shape, dtype=q.dtype)
+        added[..., seen.shape[3] - max(bias.shape[3], k.shape[2]) :] += bias
+        seen = added.masked_fill(~seen, -torch.inf)
     return scaled_dot_product_attention(
         q, keys, values, seen, scale=given["scale"], enable_gqa=True
     )
@@ -65,7 +74,7 @@ def torchs(leaves: list[Tensor], given: dict[str, Any]) -> Tensor:
 
 def positional(leaves: list[Tensor], given: dict[str, Any], backend: str) -> tuple[Any, ...]:
     """The arguments of the registered op."""
-    return (*leaves, given["mask"], given["scale"], given["causal"], backend)
+    return (*leaves, given["mask"], given["scale"], given["causal"], given["bias"], backend)
 
 
 @anyone
@@ -104,6 +113,20 @@ def test_masks_are_broadcast(shape: tuple[int, ...], backend: str) -> None:
     given["mask"] = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
     got = prefix_attention(*leaves, **given, backend=backend)
     torch.testing.assert_close(got, torchs(leaves, given), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5), (1, 3, 5, 8), (1, 1, 5, 1)], ids=str)
+@anyone
+def test_biases_are_broadcast_and_frozen(shape: tuple[int, ...], backend: str) -> None:
+    leaves, given = leaves_of(PrefixAttentionCase(3, AttentionCase(2, 3, 5, 8)))
+    given["bias"] = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    got = prefix_attention(*leaves, **given, backend=backend)
+    torch.testing.assert_close(got, torchs(leaves, given), rtol=1e-5, atol=1e-6)
+    given["bias"].requires_grad_()
+    with pytest.raises(GradientError, match="bias must not require a gradient"):
+        prefix_attention(*leaves, **given, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(prefix_attention(*leaves, **given, backend=backend), got)
 
 
 def test_with_a_cache_token_by_token_is_all_at_once() -> None:
@@ -170,6 +193,7 @@ def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
     [
         ("reference", torch.float64, "causal"),
         ("cpu", torch.float32, "masked"),
+        ("cpu", torch.float32, "biased"),
         ("cpu", torch.bfloat16, "causal"),
     ],
     ids=str,
@@ -180,9 +204,9 @@ def test_registered_op_passes_opcheck(backend: str, dtype: torch.dtype, case: st
     with torch.no_grad():
         arguments = positional([t.detach() for t in leaves], given, backend)
         y, lse = torch.ops.deltaops.prefix_attention(*arguments)
-    *inputs, mask, scale, causal, _ = arguments
+    *inputs, mask, scale, causal, bias, _ = arguments
     for needs in ([True] * 5, [False, True, False, True, False]):
-        given_back = (y, *inputs, y, lse, mask, scale, causal, needs, backend)
+        given_back = (y, *inputs, y, lse, mask, scale, causal, bias, needs, backend)
         opcheck(torch.ops.deltaops.prefix_attention_backward, given_back)
 
 
@@ -251,6 +275,7 @@ def test_who_runs_it_and_why_the_others_do_not() -> None:
     assert triton.unsupported(on_gpu) is None
     assert "runs on a GPU" in str(triton.unsupported(call))
     assert "heads of up to 64 elements" in str(triton.unsupported(on_gpu._replace(d=65)))
+    assert "no bias" in str(triton.unsupported(on_gpu._replace(biased=True)))
     halves = on_gpu._replace(dtype=torch.float16, prefix_dtype=torch.bfloat16)
     assert "not of torch.bfloat16" in str(triton.unsupported(halves))
     assert "at most 65535 heads" in str(triton.unsupported(on_gpu._replace(b=20000)))
@@ -279,6 +304,12 @@ REFUSED = {
                (Q[:, :, :4], K, K, P, P), {"causal": True}),
     "mask": (ShapeError, r"mask must be \[B, H, Lq, Lk\], here \[2 or 1, 4 or 1, 5 or 1, 5 or 1\]",
              (Q, K, K, P, P), {"mask": torch.ones(1, 1, 5, 8, dtype=torch.bool)}),
+    "bias": (ShapeError, r"bias must be .* here \[2 or 1, 4 or 1, 5 or 1, 5, 8 or 1\], got \[1, 6,",
+             (Q, K, K, P, P), {"bias": torch.ones(1, 6, 5, 5)}),
+    "bias's columns": (ShapeError, r"got \[1, 1, 5, 3\]", (Q, K, K, P, P),
+                       {"bias": torch.ones(1, 1, 5, 3)}),
+    "bias's dtype": (DtypeError, "bias must be torch.float32, as q is", (Q, K, K, P, P),
+                     {"bias": torch.ones(1, 1, 5, 5).double()}),
     "scale": (ConfigError, "prefix_attention: scale must be finite", (Q, K, K, P, P),
               {"scale": float("nan")}),
     "backend": (NoBackendError, "must be one of", (Q, K, K, P, P), {"backend": "cpuu"}),

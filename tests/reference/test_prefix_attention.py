@@ -11,12 +11,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deltaops.reference import attention
 from deltaops.reference import prefix_attention as reference
-from deltaops.testing import PREFIX_ATTENTION_CASES, AttentionCase, PrefixAttentionCase
+from deltaops.testing import (
+    BIASED_PREFIX_CASES,
+    PREFIX_ATTENTION_CASES,
+    AttentionCase,
+    PrefixAttentionCase,
+)
 
 ALL = [True] * 5
 
 
-@pytest.mark.parametrize("case", PREFIX_ATTENTION_CASES, ids=str)
+@pytest.mark.parametrize("case", [*PREFIX_ATTENTION_CASES, *BIASED_PREFIX_CASES], ids=str)
 def test_it_is_torchs_attention_over_copies_and_its_gradients(case: PrefixAttentionCase) -> None:
     given: Any = case.tensors(torch.float64)
     leaves = [t.requires_grad_() for t in given.inputs]
@@ -28,6 +33,10 @@ def test_it_is_torchs_attention_over_copies_and_its_gradients(case: PrefixAttent
     if given.rest.causal:
         seen &= torch.ones(l_q, l_q, dtype=torch.bool).tril()
     seen = torch.cat([torch.ones(b, h, l_q, case.prefix, dtype=torch.bool), seen], 3)
+    if given.bias is not None:
+        added = torch.zeros(seen.shape, dtype=torch.float64)
+        added[..., seen.shape[3] - given.bias.shape[3] :] = given.bias
+        seen = added.masked_fill(~seen, -torch.inf)
     keys, values = (
         torch.cat([shared[None].repeat(b, 1, 1, 1), own], 2)
         for shared, own in ((prefix_k, k), (prefix_v, v))
@@ -38,8 +47,8 @@ def test_it_is_torchs_attention_over_copies_and_its_gradients(case: PrefixAttent
     grad_y = case.grad_y(torch.float64)
     want_grads = torch.autograd.grad(want, leaves, grad_y)
     with torch.no_grad():
-        y, lse = reference.forward(*given.forward_arguments())
-        grads = reference.backward(*given.backward_arguments(grad_y, y, lse), ALL)
+        y, lse = reference.forward(*given.forward_arguments(), **given.more)
+        grads = reference.backward(*given.backward_arguments(grad_y, y, lse), ALL, **given.more)
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-12)
     for mine, exact, leaf in zip(grads, want_grads, leaves, strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-10, atol=1e-12)

@@ -31,10 +31,11 @@ def forward(
     scale: float,
     causal: bool,
     prefix: Prefix | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.AttentionBackend`, and :mod:`.prefix_attention`."""
     more = _placed_prefix(_adjacent(prefix)) if prefix else ()
-    q, k, v, mask = as_heads(q), as_heads(k), as_heads(v), _bytes(mask)
+    q, k, v, mask, bias = as_heads(q), as_heads(k), as_heads(v), _bytes(mask), _floats(bias)
     y = empty_heads(q.shape, True, q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     core().attention_forward(
@@ -50,6 +51,7 @@ def forward(
         causal,
         torch.get_num_threads(),
         *more,
+        **_biased(bias, prefix, k.shape[2]),
     )
     return y, lse
 
@@ -66,10 +68,11 @@ def backward(
     causal: bool,
     needs: Sequence[bool],
     prefix: Prefix | None = None,
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """The same; with a prefix ``needs`` goes on for its two gradients."""
     grad_y, q, k, v, y = [as_heads(t) for t in (grad_y, q, k, v, y)]
-    mask, lse = _bytes(mask), lse.contiguous()
+    mask, lse, bias = _bytes(mask), lse.contiguous(), _floats(bias)
     wanted = [
         empty_heads(t.shape, True, t.dtype) if need else None
         for t, need in zip((q, k, v), needs[:3], strict=True)
@@ -99,6 +102,7 @@ def backward(
         causal,
         torch.get_num_threads(),
         *more,
+        **_biased(bias, prefix, k.shape[2]),
     )
     return [g for g in wanted if g is not None]
 
@@ -123,8 +127,28 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     """A mask whose keys lie side by side, or are all the same."""
     if mask is None or mask.stride(3) in (0, 1) or mask.shape[3] == 1:
         return mask
-    single = mask[tuple([slice(None if step else 1) for step in mask.stride()])]
-    return single.contiguous().expand(mask.shape)
+    return _once(mask).contiguous().expand(mask.shape)
+
+
+def _floats(bias: Tensor | None) -> Tensor | None:
+    """A bias in float32, otherwise as :func:`_bytes`."""
+    if bias is None or bias.dtype == torch.float32:
+        return _bytes(bias)
+    return _once(bias).to(torch.float32, memory_format=torch.contiguous_format).expand(bias.shape)
+
+
+def _once(pairs: Tensor) -> Tensor:
+    """Without what strides of zero repeat."""
+    return pairs[tuple([slice(None if step else 1) for step in pairs.stride()])]
+
+
+def _biased(bias: Tensor | None, prefix: Prefix | None, keys: int) -> dict[str, Any]:
+    """The arguments of a bias, whose memory the caller holds."""
+    if bias is None:
+        return {}
+    length = prefix[0].shape[1] if prefix else 0
+    first = 0 if bias.shape[3] == length + keys else length
+    return {"bias": bias.data_ptr(), "bias_strides": bias.stride(), "bias_from": first}
 
 
 def outrun(call: AttentionCall) -> str | None:

@@ -18,9 +18,10 @@ def forward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
-    return attention.forward(q, k, v, mask, scale, causal, (prefix_k, prefix_v))
+    return attention.forward(q, k, v, mask, scale, causal, (prefix_k, prefix_v), bias)
 
 
 def backward(
@@ -36,7 +37,8 @@ def backward(
     scale: float,
     causal: bool,
     needs: Sequence[bool],
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     prefix = prefix_k, prefix_v
-    return attention.backward(grad_y, q, k, v, y, lse, mask, scale, causal, needs, prefix)
+    return attention.backward(grad_y, q, k, v, y, lse, mask, scale, causal, needs, prefix, bias)

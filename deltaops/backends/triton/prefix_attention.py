@@ -21,6 +21,8 @@ _MOST = 65535
 
 def unsupported(call: PrefixAttentionCall) -> str | None:
     """None, or what the kernels do not take."""
+    if call.biased:
+        return "has no bias added to the scores yet"
     for dtype in (call.dtype, call.prefix_dtype):
         if dtype not in core.DTYPES:
             return f"takes float32, float16 and bfloat16, not {dtype}"
@@ -47,6 +49,7 @@ def forward(
     mask: Tensor | None,
     scale: float,
     causal: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     y = _by_tokens(q)
@@ -78,6 +81,7 @@ def backward(
     scale: float,
     causal: bool,
     needs: Sequence[bool],
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     grads = [_by_tokens(t) if need else None for t, need in zip((q, k, v), needs, strict=False)]

@@ -124,6 +124,11 @@ class Attention final : public Op {
     if (P_ > 0) prefix_k_ = tensor(prefix, prefix_dtype_, Tensor::Use::kRead);
     if (P_ > 0) prefix_v_ = tensor(prefix, prefix_dtype_, Tensor::Use::kRead);
     if (rng_.one_in(2)) mask_ = mask({B_, H_, Lq_, Lk_});
+    if (rng_.one_in(3)) {
+      const int64_t pairs[] = {B_, H_, Lq_, Lk_};
+      bias_ = tensor(pairs, DELTAOPS_F32, Tensor::Use::kMask);
+      bias_->fill(&rng_);
+    }
     y_ = saved_tensor(queries, dtype_);
     lse_ = saved(1, B_ * H_ * Lq_, true);
     grad_y_ = tensor(queries, dtype_, Tensor::Use::kRead);
@@ -245,19 +250,27 @@ class Attention final : public Op {
     pass.sizes.push_back(&args->prefix_length);
     add_prefix(&pass, &args->prefix_k, prefix_k_, args, false);
     add_prefix(&pass, &args->prefix_v, prefix_v_, args, false);
-    if (mask_ == nullptr) return pass;
-    args->mask = static_cast<const uint8_t *>(mask_->data());
-    int64_t *const strides = args->mask_strides;
-    copy_strides(mask_, strides, 4);
-    pass.misfits.push_back([strides] { strides[3] = 2; });
-    pass.misfits.push_back([strides] { strides[3] = -1; });
-    pass.heads.push_back({{&args->mask, false},
-                          false,
-                          {s, s + 1, s + 3, s + 4},
-                          {strides, strides + 1, strides + 2, strides + 3},
-                          nullptr,
-                          1});
+    if (mask_) add_pairs(&pass, &args->mask, mask_, s, args->mask_strides);
+    if (bias_ == nullptr) return pass;
+    add_pairs(&pass, &args->bias, bias_, s, args->bias_strides);
+    int64_t *const from = &args->bias_from;  // one of 0 would have columns that no field counts
+    *from = P_;
+    pass.misfits.push_back([from] { *from = -1; });
     return pass;
+  }
+
+  template <class T>
+  void add_pairs(Pass *pass, const T **field, const Tensor *tensor, int64_t *s, int64_t *strides) {
+    *field = static_cast<const T *>(tensor->data());
+    copy_strides(tensor, strides, 4);
+    pass->misfits.push_back([strides] { strides[3] = 2; });
+    pass->misfits.push_back([strides] { strides[3] = -1; });
+    pass->heads.push_back({{field, false},
+                           false,
+                           {s, s + 1, s + 3, s + 4},
+                           {strides, strides + 1, strides + 2, strides + 3},
+                           nullptr,
+                           sizeof(T)});
   }
 
   void add(Pass *pass, deltaops_heads *heads, const Tensor *tensor, int64_t *s, bool of_queries,
@@ -313,6 +326,7 @@ class Attention final : public Op {
   Sum score(int64_t b, int64_t h, int64_t i, int64_t j) const {
     Sum s;
     for (int64_t d = 0; d < D_; ++d) s.add(q_->at(b, h, i, d) * scale_, key(b, h / group_, j, d));
+    if (bias_ && j >= P_) s.add(1, bias_->at(b, h, i, j - P_));
     return s;
   }
 
@@ -350,7 +364,7 @@ class Attention final : public Op {
   int dtype_, prefix_dtype_;
   float scale_;
   Tensor *q_, *k_, *v_, *y_, *grad_y_;
-  Tensor *prefix_k_ = nullptr, *prefix_v_ = nullptr, *mask_ = nullptr;
+  Tensor *prefix_k_ = nullptr, *prefix_v_ = nullptr, *mask_ = nullptr, *bias_ = nullptr;
   Tensor *grad_q_ = nullptr, *grad_k_ = nullptr, *grad_v_ = nullptr, *grad_prefix_k_ = nullptr,
          *grad_prefix_v_ = nullptr;
   Array *lse_;
