@@ -68,7 +68,24 @@ _LINES = (
     ),
 )  # fmt: skip
 
-_NAMED: dict[str, tuple[float, str]] = {}
+_FASTER = "names stand still: thrice that beside a trained head"
+_NAMED: dict[str, tuple[float, str]] = {
+    FULL: (3e-4, _FASTER),
+    "lora": (3e-3, _FASTER),
+    "dora": (3e-3, "as LoRA's"),
+    "houlsby": (3e-3, _FASTER),
+    "pfeiffer": (3e-3, "as Houlsby's"),
+    "parallel": (1e-3, _FASTER),
+    "bitfit": (1e-2, _FASTER),
+    "ia3": (3e-2, _FASTER),
+    "lntuning": (1e-2, _FASTER),
+    "compacter": (3e-2, _FASTER),
+    "prefix": (3e-2, _FASTER),
+    "prefix-mlp": (3e-3, _FASTER),
+    "prompt": (1e-1, _FASTER),
+    "intrinsic": (1e-1, _FASTER),
+    "intrinsic-250": (1e-1, _FASTER),
+}
 """Name → rate under a named head and its reason, where it is another than above."""
 
 

@@ -7,7 +7,7 @@ alone is compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import sqrt
 
@@ -24,8 +24,6 @@ class Figures:
     title: str
     what: str
     values: dict[str, float]
-    causes: dict[tuple[str, str], str] = field(default_factory=dict)
-    """(better there, better here) → why, as far as it is known."""
 
 
 SOURCES = (
@@ -72,8 +70,7 @@ def figures_of(head: str) -> tuple[Figures, ...]:
     if head == NAMED:
         return SOURCES
     return tuple(
-        Figures(s.title, s.what, {k: v for k, v in s.values.items() if k != HEAD}, s.causes)
-        for s in SOURCES
+        replace(s, values={k: v for k, v in s.values.items() if k != HEAD}) for s in SOURCES
     )
 
 
@@ -92,10 +89,18 @@ def orders(source: Figures, records: Sequence[Record]) -> dict[str, list[str]]:
         points = 100 * (a.accuracy - b.accuracy)
         said = OPEN if not told_apart(a, b) else SAME if points > 0 else OTHER
         pair = f"{lines[first].title} before {lines[second].title} ({points:+.1f} points)"
-        if said == OTHER and (first, second) in source.causes:
-            pair += f": {source.causes[first, second]}"
-        found[said].append(pair)
+        found[said].append(pair + (cause(a, b) if said == OTHER else ""))
     return found
+
+
+def cause(behind: Learned, ahead: Learned) -> str:
+    """What the last training loss, of the same batch, says of two that changed places."""
+    if behind.training_loss is None or ahead.training_loss is None:
+        return ""
+    losses = f"{behind.training_loss:.2f} nats against {ahead.training_loss:.2f}"
+    if behind.training_loss > ahead.training_loss:
+        return f": it had learnt less of the training texts too after these steps, {losses}"
+    return f": it had learnt the training texts better, {losses}, and carries less over to others"
 
 
 def beside(head: str, records: Sequence[Record]) -> Iterator[tuple[str, ...]]:

@@ -75,7 +75,7 @@ def table_markdown(
         "",
         "## Where we lose",
         "",
-        *([f"- {line}" for line in losses(records)] or ["Nowhere in this table."]),
+        *([f"- {line}" for line in losses(records)] or [_nowhere(records)]),
         "",
         "## Beside the papers",
         "",
@@ -195,6 +195,11 @@ def losses(records: Sequence[Record]) -> list[str]:
                     f"{r.title}: {peer} holds {_mib(theirs)} of activations, ours {_mib(ours)}"
                 )
     return found
+
+
+def _nowhere(records: Sequence[Record]) -> str:
+    timed = any(r.timed is not None for r in records)
+    return "Nowhere in this table." if timed else "Nothing was timed yet."
 
 
 def _learned_row(r: Record, records: Sequence[Record]) -> tuple[str, ...]:
