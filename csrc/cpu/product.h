@@ -123,15 +123,16 @@ struct Group {
 };
 
 /* The grid with the least work on its busiest thread, in multiply-adds per k: a column packed
- * costs about as much as kPackRows rows of it, a row copied kCopyColumns columns of it. */
+ * costs about as much as kPackRows rows of it. Rows that are copied decide nothing: threads that
+ * share rows share their copy, so that each copies M / threads of them in any grid. */
 inline void choose_grid(const Group &group, Cut *cut) {
-  constexpr int64_t kPackRows = 8, kCopyColumns = 4, kBarrier = 6144;
+  constexpr int64_t kPackRows = 8, kBarrier = 6144;
   const int64_t passes = group.sum ? group.count : 1, M = group.parts[0].p.M;
   int64_t least_cost = -1;
   for (int shares = 1; shares <= cut->threads; ++shares) {
     if (cut->threads % shares != 0) continue;
     const int64_t rows = ceil_div(M, cut->threads / shares);
-    int64_t cost = passes * (kCopyColumns * rows / shares + (shares > 1 ? kBarrier : 0));
+    int64_t cost = shares > 1 ? passes * kBarrier : 0;
     for (const Part &part : group) {
       const int64_t columns = ceil_div(part.cut.panels, shares) * kTileColumns;
       cost += (rows + (part.p.packed ? 0 : kPackRows)) * columns;

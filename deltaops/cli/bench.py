@@ -24,11 +24,12 @@ def bench(
     ),
     quick: bool = typer.Option(False, "--quick", help="Two layer shapes, one model, no compiler."),
     only: str | None = typer.Option(
-        None, help="layers, steps, or goals (everything, and only the goals printed)."
+        None, help="layers, steps, methods, or goals (everything, and only the goals printed)."
     ),
     dtype: str | None = typer.Option(None, help="f32 or bf16; both by default."),
     shapes: str | None = typer.Option(None, help="Layer shapes: 512x768x768,128x768x768."),
     models: str | None = typer.Option(None, help="Of the steps: bert,llama,gpt2,vit."),
+    methods: str | None = typer.Option(None, help="Such as prefix,bitfit; all by default."),
     dropout: float | None = typer.Option(
         None, min=0.0, max=0.99, help="Only this dropout; 0 and 0.1 by default."
     ),
@@ -40,7 +41,7 @@ def bench(
         None, help="Measure nothing: goals, report and pictures of this JSON again."
     ),
 ) -> None:
-    """Measure layers and whole training steps on this machine, and hold them to the goals.
+    """Measure layers, training steps and methods on this machine, and hold them to the goals.
 
     Every peer is timed in turns in one run, after its numbers were held to the reference.
 
@@ -49,6 +50,8 @@ def bench(
     Example:  deltaops bench --out benchmarks/results
 
     Example:  deltaops bench --only layers --dtype f32 --shapes 512x768x768
+
+    Example:  deltaops bench --only methods --methods prefix,prompt --minutes 1
     """
     from deltaops.files import check_folder
     from deltaops.measure import store
@@ -64,7 +67,7 @@ def bench(
         check_folder(out)
     # transformers warns of its own attribute when PEFT reads it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    settings = _settings(quick, only, dtype, shapes, models, dropout, compiled, minutes)
+    settings = _settings(quick, only, dtype, shapes, models, methods, dropout, compiled, minutes)
     quiet_transformers()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -91,6 +94,7 @@ def _settings(
     dtype: str | None,
     shapes: str | None,
     models: str | None,
+    methods: str | None,
     dropout: float | None,
     compiled: bool | None,
     minutes: float | None,
@@ -99,15 +103,25 @@ def _settings(
 
     from deltaops.errors import ConfigError
     from deltaops.measure.cases import DTYPES
+    from deltaops.measure.contenders import chosen
     from deltaops.measure.runner import Settings
-    from deltaops.measure.workloads import WORKLOADS
+    from deltaops.measure.workloads import READERS, WORKLOADS
 
-    if only not in (None, "layers", "steps", "goals"):
-        raise ConfigError(f"--only must be layers, steps or goals, got {only!r}.")
+    if only not in (None, "layers", "steps", "methods", "goals"):
+        raise ConfigError(f"--only must be layers, steps, methods or goals, got {only!r}.")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
     settings = Settings.quick() if quick else Settings()
-    changes: dict[str, Any] = {"layers": only != "steps", "steps": only != "layers"}
+    everything = only in (None, "goals")
+    changes: dict[str, Any] = {
+        "layers": everything or only == "layers", "steps": everything or only == "steps",
+    }  # fmt: skip
+    if only in ("layers", "steps"):
+        changes["methods"] = ()
+    elif methods is not None or only == "methods":
+        changes["methods"] = tuple(c.name for c in chosen(methods) if c.spec)
+        if not changes["methods"]:
+            raise ConfigError(f"--methods must name one with a delta to time, got {methods!r}.")
     if dtype is not None:
         changes["dtypes"] = (dtype,)
     if shapes is not None:
@@ -119,6 +133,7 @@ def _settings(
                 f"--models knows {', '.join(WORKLOADS)}, got {unknown[0]!r}. Take one of those."
             )
         changes["workloads"] = tuple(models.split(","))
+        changes["readers"] = tuple(m for m in models.split(",") if m in READERS)
     if dropout is not None:
         changes["dropouts"] = (dropout,)
     if compiled is not None:
@@ -152,6 +167,8 @@ def _show(console: Console, results: Any, quick: bool, goals_only: bool = False)
             console.print(layer_table(layers))
         for cell in results.cells_of("step"):
             console.print(step_table(cell))
+        if results.cells_of("method"):
+            console.print(method_table(results.cells_of("method")))
     if not quick:
         outcomes = evaluate(results)
         console.print(goal_table(outcomes))
@@ -163,7 +180,7 @@ def _show(console: Console, results: Any, quick: bool, goals_only: bool = False)
     for what, why in results.left_out.items():
         console.print(f"not measured: {what}: {why}", highlight=False, markup=False)
     for what, why in results.failed.items():
-        line = f"stopped by its gate: {what}: {why}"
+        line = f"error: {what}: {why}"
         console.print(line, style="bold red", highlight=False, markup=False)
 
 
@@ -213,6 +230,26 @@ def step_table(result: Any) -> Table:
             _ratio(result.speedup(name)),
             "–" if held is None else f"{held / 2**20:.0f} MiB",
         )
+    return table
+
+
+def method_table(results: list[Any]) -> Table:
+    """Milliseconds a step of each method, ours and eager torch's."""
+    from deltaops.measure.cell import EAGER, OURS
+
+    table = Table(title="methods, training step", title_justify="left", box=None)
+    for column in ("method", "on", "dtype"):
+        table.add_column(column)
+    for column in ("ours, ms", "eager, ms", "rounds", "eager/ours"):
+        table.add_column(column, justify="right")
+    for r in results:
+        if OURS in r.timings:
+            table.add_row(
+                r.what, r.model, r.dtype,
+                *(f"{1e3 * r.timings[p].median:.1f}" if p in r.timings else "–"
+                  for p in (OURS, EAGER)),
+                f"{r.timings[OURS].rounds}", _ratio(r.ratio(EAGER, OURS)),
+            )  # fmt: skip
     return table
 
 
@@ -272,7 +309,7 @@ def _write(console: Console, out: Path, results: Any, name: str | None = None) -
     """A run, or the report and pictures alone of one that lies in the JSON ``name``."""
     from deltaops.files import write_atomically, write_json
     from deltaops.measure import store
-    from deltaops.measure.picture import draw_layers, draw_steps
+    from deltaops.measure.picture import draw_layers, draw_methods, draw_steps
     from deltaops.measure.report import markdown
 
     facts = results.machine
@@ -284,7 +321,7 @@ def _write(console: Console, out: Path, results: Any, name: str | None = None) -
         console.print(f"wrote {out / name}.json", highlight=False)
     drawn = store.pictures(results, name)
     for file, cells in drawn.items():
-        draw = draw_steps if cells[0].group == "step" else draw_layers
+        draw = {"step": draw_steps, "method": draw_methods}.get(cells[0].group, draw_layers)
         write_atomically(out / file, partial(draw, results=cells, subtitle=subtitle))
         console.print(f"wrote {out / file}", highlight=False)
     text = markdown(results, list(drawn))

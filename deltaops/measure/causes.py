@@ -21,6 +21,7 @@ def causes(goal: str, dtype: str, where: str, value: float, results: Results) ->
         found += _others_product(goal, cell, results)
         found += _free_delta(goal, cell)
         found += _saved(goal, cell)
+    found += _slow_methods(goal, dtype, results)
     isa = results.machine.get("isa", "unknown")
     if not found:
         found.append("no floor of this machine explains it")
@@ -118,3 +119,16 @@ def _saved(goal: str, cell: Cell) -> list[str]:
     if goal != "saved":
         return []
     return [f"{cell.saved[names.OURS]} bytes are held beyond x"]
+
+
+def _slow_methods(goal: str, dtype: str, results: Results) -> list[str]:
+    """Every method that eager torch is faster at, with what the profiler saw."""
+    if not goal.startswith("method"):
+        return []
+    slow = [
+        (ratio, c)
+        for c in results.of("method", dtype)
+        if (ratio := c.ratio(names.EAGER, names.OURS)) is not None and ratio < 1
+    ]
+    slow.sort(key=lambda found: found[0])
+    return [f"{c.setting}: {ratio:.2f}×, {c.note}" for ratio, c in slow]

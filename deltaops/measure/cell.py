@@ -20,9 +20,10 @@ class Cell:
     """One setting and the peers that were timed in turns on it."""
 
     group: str
-    """What was run: "gemm", "lora", "parallel", "sequential", "bitfit", "call" or "step"."""
+    """What was run: "gemm", "lora", "parallel", "sequential", "bitfit", "call", "step" or
+    "method"."""
     what: str
-    """The shape ``M×N×K``, or the model and its batch."""
+    """The shape ``M×N×K``, the model and its batch, or the method."""
     dtype: str
     dropout: float
     timings: dict[str, Timing]
@@ -36,6 +37,8 @@ class Cell:
     tokens: int = 0
     """Of a training step."""
     note: str = ""
+    model: str = ""
+    """Of a method: the model that it is on, and its batch."""
 
     def ratio(self, above: str, below: str) -> float | None:
         """The median of the rounds' ratios, else of the medians; None where a peer is missing."""
@@ -56,10 +59,15 @@ class Cell:
         return min(timed, key=lambda p: self.timings[p].median) if timed else None
 
     @property
+    def setting(self) -> str:
+        """What, and on which model."""
+        return f"{self.what} on {self.model}" if self.model else self.what
+
+    @property
     def label(self) -> str:
         """The setting in a few words."""
         dropout = f", dropout {self.dropout:g}" if self.dropout else ""
-        return f"{self.what} {self.dtype}{dropout}"
+        return f"{self.setting} {self.dtype}{dropout}"
 
     def as_json(self) -> dict[str, Any]:
         """Every field; times in seconds."""

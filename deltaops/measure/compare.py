@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deltaops.errors import ConfigError
@@ -25,11 +24,8 @@ from deltaops.tuning.tokens import Order, TokenSet
 from .cell import EAGER, OURS, Cell
 from .contenders import FULL, HEAD_RATE, Contender
 from .contenders import HEAD as HEAD_ALONE
-from .eager import eager_twin, missing
-from .gate import Step, hold_step
-from .interleave import interleaved
+from .pair import Peer, held_pair, time_steps
 from .reader import HEAD, NAMED, TRAINED, Material, Reader, by_length
-from .saved import saved_bytes
 
 FULL_TUNING = "full tuning"
 """The peer that every step is also timed against."""
@@ -237,24 +233,12 @@ def take_time(
     order = Order(len(material.train), settings.batch_size, settings.seed)
     batch = material.train.batch(order.rows(0))
     peers, absent = _peers(contender, material, settings.seed, batch)
-    saved = {
-        name: saved_bytes(
-            lambda m=model: m(**batch).loss,  # type: ignore[misc]  # a default in a lambda
-            [*model.parameters(), *model.buffers(), *trained, *batch.values()],
-        )
-        for name, (model, trained) in peers.items()
-    }
-    optimizers = {
-        name: make_optimizer([{"params": trained}], 1e-4) for name, (_, trained) in peers.items()
-    }
-    steps = {n: _step(model, optimizers[n], batch) for n, (model, _) in peers.items()}
-    timings = interleaved(steps, rounds=rounds, on_round=tick)
-    held = {name: _state_bytes(optimizer) for name, optimizer in optimizers.items()}
+    taken = time_steps(peers, batch, rounds=rounds, on_round=tick)
     rows, length = batch["input_ids"].shape
     return Cell(
-        "method", f"{contender.title}, {rows}×{length}", "f32", 0.0, timings, absent, saved,
-        tokens=rows * length,
-    ), held  # fmt: skip
+        "method", f"{contender.title}, {rows}×{length}", "f32", 0.0, taken.timings, absent,
+        taken.saved, tokens=rows * length,
+    ), taken.state  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- details
@@ -327,10 +311,6 @@ def _test(
     return found
 
 
-Peer = tuple[nn.Module, list[nn.Parameter]]
-"""A model and what it trains."""
-
-
 def _peers(
     contender: Contender, material: Material, seed: int, batch: dict[str, Tensor]
 ) -> tuple[dict[str, Peer], dict[str, str]]:
@@ -344,71 +324,8 @@ def _peers(
         if contender.name != FULL:
             peers[EAGER] = model, [p for p in model.parameters() if p.requires_grad]
     else:
-        _away_from_start(handle)
-        # handle.parameters() come in the order of handle.state()
-        peers[OURS] = model, list(handle.parameters())
-        reason = missing(handle.delta)
-        base = material.reader(seed)
-        if reason is None:
-            oracle = _oracle(*eager_twin(base, handle, torch.float64), batch)
-            twin, leaves = eager_twin(base, handle, torch.float32)
-            peers[EAGER] = twin, list(leaves.values())
-        else:
-            absent[EAGER] = reason
-            oracle = _oracle(*_reference_twin(base, handle), batch)
-        for name, (own, trained) in peers.items():
-            hold_step(name, _answer(own, trained, batch), oracle, None)
+        peers, absent = held_pair(material.reader(seed), handle, batch)
     peers[FULL_TUNING] = full, list(full.parameters())
     for m, _ in peers.values():
         m.train()
     return peers, absent
-
-
-def _oracle(model: nn.Module, trained: dict[str, nn.Parameter], batch: dict[str, Tensor]) -> Step:
-    return _answer(model, list(trained.values()), batch)
-
-
-def _reference_twin(base: nn.Module, handle: Handle) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """As :func:`eager_twin` in float64, by the reference ops: for what has no eager form."""
-    twin = base.double()
-    other = attach(twin, handle.delta, backend="reference", blocks=False)
-    with torch.no_grad():
-        for mine, value in zip(other.parameters(), handle.parameters(), strict=True):
-            mine.copy_(value)
-    return twin, dict(zip(other.state(), other.parameters(), strict=True))
-
-
-def _away_from_start(handle: Handle) -> None:
-    """Random offsets: a B of zeros would hide A from the gate."""
-    with torch.no_grad():
-        for i, parameter in enumerate(handle.parameters()):
-            generator = torch.Generator().manual_seed(i)
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-
-
-def _answer(model: nn.Module, trained: list[nn.Parameter], batch: dict[str, Tensor]) -> Step:
-    loss: Tensor = model(**batch).loss
-    # an encoder may have parts that its last states do not come from
-    grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-    return loss.detach(), torch.cat([g.flatten().double() for g in grads])
-
-
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
-) -> Callable[[], None]:
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(**batch).loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of gradients and of all that the optimizer keeps, after a step."""
-    found = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            kept = [p.grad, *optimizer.state[p].values()]
-            found += sum(t.nbytes for t in kept if isinstance(t, Tensor))
-    return found

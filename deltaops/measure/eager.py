@@ -6,7 +6,7 @@
     BitFit, LNTuning the parameter itself is trained, or a bias is added where there was none
     (IA)³            the output, or a feed-forward's inner activation, times a gain
     Compacter        Adapter, its matrices formed of their Kronecker factors
-    Prompt, Prefix   see :mod:`.eager_tokens`
+    Prompt, Prefix, IntrinsicPrompt   see :mod:`.eager_tokens`
 
 What is trained comes under the keys of ``handle.state()``, so that losses and gradients can be held
 to ours one by one. Adding a method is one function and one entry of :data:`EAGER`.
@@ -26,7 +26,7 @@ from deltaops.methods import Delta, Site
 from deltaops.methods.targets import FEED_FORWARD_OUTPUT
 from deltaops.surgery import Handle
 
-from .eager_tokens import prefix, prompt
+from .eager_tokens import intrinsic_prompt, prefix, prompt
 
 Leaves = dict[str, nn.Parameter]
 """Suffix of a place's tensor → what is trained."""
@@ -42,11 +42,7 @@ _PHI: dict[str, Callable[[Tensor], Tensor]] = {
 
 def missing(delta: Delta) -> str | None:
     """Why there is no eager form of ``delta`` to time; None where there is one."""
-    if delta.kind not in EAGER:
-        return f"{delta.kind} has no eager form in measure/eager.py"
-    if getattr(delta, "reparameterised", False):
-        return "an MLP of all layers' prefixes has no eager form in measure/eager_tokens.py"
-    return None
+    return None if delta.kind in EAGER else f"{delta.kind} has no eager form in measure/eager.py"
 
 
 def eager_twin(
@@ -64,16 +60,17 @@ def eager_twin(
     leaves = {k: nn.Parameter(t.detach().to(dtype, copy=True)) for k, t in handle.state().items()}
     left = dict(leaves)
     for site in handle.places:
-        suffixes = handle.delta.tensors(handle.model.get_submodule(site.path), handle.name)
+        bound = handle.model.get_submodule(site.path)
+        suffixes = handle.delta.tensors(bound, handle.name)
         own = {suffix: left.pop(site.key(suffix)) for suffix in suffixes}
-        EAGER[handle.delta.kind](twin, handle.delta, site, own)
+        EAGER[handle.delta.kind](twin, handle.delta, site, own, bound)
     for key, leaf in left.items():  # of modules_to_save
         path, _, name = key.rpartition(".")
         twin.get_submodule(path)._parameters[name] = leaf
     return twin, leaves
 
 
-def _lora(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
+def _lora(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module) -> None:
     a, b, s = t["lora_A.weight"], t["lora_B.weight"], float(delta.scaling)
 
     def add(module: Any, args: Any, y: Tensor) -> Tensor:
@@ -102,13 +99,13 @@ def _bottleneck(delta: Any, x: Tensor, t: Mapping[str, Tensor], bias: Tensor | N
     return y if bias is None else y + bias
 
 
-def _adapter(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
+def _adapter(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module) -> None:
     model.get_submodule(site.path).register_forward_hook(
         lambda module, args, y: y + _bottleneck(delta, y, t, t["adapter.up_bias"])
     )
 
 
-def _parallel(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
+def _parallel(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module) -> None:
     module = model.get_submodule(site.path)
     if not site.entry:  # beside one layer, whose bias is trained
         module._parameters["bias"] = t["bias"]
@@ -125,7 +122,7 @@ def _parallel(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
     )
 
 
-def _bitfit(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
+def _bitfit(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module) -> None:
     module = model.get_submodule(site.path)
     if "bias" in module._parameters:  # also one that is None: the layer's own forward adds it
         module._parameters["bias"] = t["bias"]
@@ -133,12 +130,12 @@ def _bitfit(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
         module.register_forward_hook(lambda module, args, y: y + t["bias"])
 
 
-def _ln_tuning(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
+def _ln_tuning(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module) -> None:
     for key, leaf in t.items():
         model.get_submodule(site.path)._parameters[key.rpartition(".")[2]] = leaf
 
 
-def _ia3(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
+def _ia3(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module) -> None:
     module, gain = model.get_submodule(site.path), t["ia3_l"].flatten()
     if site.role == FEED_FORWARD_OUTPUT:
         module.register_forward_pre_hook(lambda module, args: (args[0] * gain,))
@@ -146,7 +143,7 @@ def _ia3(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
         module.register_forward_hook(lambda module, args, y: y * gain)
 
 
-def _compacter(model: nn.Module, delta: Any, site: Site, t: Leaves) -> None:
+def _compacter(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module) -> None:
     """A rule that all layers share is a tensor of the first one."""
     rule = t.get("adapter.down.phm_rule")
     if rule is None:
@@ -170,7 +167,7 @@ def _kronecker(a: Tensor, s: Tensor, t: Tensor) -> Tensor:
     return blocks.reshape(a.shape[1] * s.shape[1], a.shape[2] * t.shape[1])
 
 
-EAGER: dict[str, Callable[[nn.Module, Any, Site, Leaves], None]] = {
+EAGER: dict[str, Callable[[nn.Module, Any, Site, Leaves, nn.Module], None]] = {
     "lora": _lora,
     "adapter": _adapter,
     "compacter": _compacter,
@@ -180,5 +177,7 @@ EAGER: dict[str, Callable[[nn.Module, Any, Site, Leaves], None]] = {
     "ia3": _ia3,
     "prefix": prefix,
     "prompt": prompt,
+    "intrinsic-prompt": intrinsic_prompt,
 }
-"""Kind of a delta → its eager form."""
+"""Kind of a delta → what gives a place of the plain model its eager form: of the model, the delta,
+the place, its leaves, and the module that has the delta there, for what is not trained."""

@@ -1,31 +1,55 @@
 """Prompts and prefixes as one writes them in eager torch: concatenated, for every sequence anew.
 
-    Prompt   [p₁ … p_P  e₁ … e_T] are the embeddings, and the mask gets P ones more
-    Prefix   [Pk; K] and [Pv; V], expanded over the batch, in torch's own attention
+    Prompt    [p₁ … p_P  e₁ … e_T] are the embeddings, and the mask gets P ones more
+    Intrinsic the same of a prompt that is decoded from z, once a pass
+    Prefix    [Pk; K] and [Pv; V], expanded over the batch, in torch's own attention; Pk and Pv are
+              parameters, or rows of what an MLP makes of a small matrix, once a pass
 
-For encoders, which is what methods are compared on: the prefix of a decoder would need a mask where
-torch's causal attention has none.
+A causal attention gets the mask that torch has for it otherwise, with the prefix seen by all.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from deltaops.methods import Site
+from deltaops.methods.base import MODEL
+from deltaops.modules import PROMPTS
 
 _NAME = "deltaops_eager_prefix"
 _HELD = "eager_prefix"
-"""Keys and values, in the ``__dict__`` of their attention."""
+"""In the ``__dict__`` of an attention: what returns its keys and values."""
+_ROWS = "eager_prefix_rows"
+"""In the ``__dict__`` of the model: its :class:`_Rows`."""
 
 
-def prompt(model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter]) -> None:
+def prompt(
+    model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter], bound: nn.Module
+) -> None:
     """Call the stack with longer embeddings; the states of the prompt are left to the reader."""
     vectors = t["prompt_embeddings"]
+    _lengthen(model.get_submodule(site.path), lambda: vectors)
 
+
+def intrinsic_prompt(
+    model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter], bound: nn.Module
+) -> None:
+    """As :func:`prompt`, of a prompt that the delta's frozen decoder makes of ``z``."""
+    (made,) = bound.get_submodule(PROMPTS).children()
+    z = t["intrinsic"]
+    decoder = copy.deepcopy(made.get_submodule("decoder")).to(z.dtype)
+    _lengthen(model.get_submodule(site.path), lambda: decoder(z))
+
+
+def _lengthen(stack: nn.Module, made: Callable[[], Tensor]) -> None:
     def lengthen(module: Any, args: Any, named: dict[str, Any]) -> Any:
+        vectors = made()
         ids = args[0] if args else named.pop("input_ids")
         mask = named.pop("attention_mask")
         embeds = module.get_input_embeddings()(ids)
@@ -34,11 +58,53 @@ def prompt(model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter])
         inputs = {"inputs_embeds": torch.cat([before, embeds], 1), "attention_mask": longer}
         return (), named | inputs
 
-    model.get_submodule(site.path).register_forward_pre_hook(lengthen, with_kwargs=True)
+    stack.register_forward_pre_hook(lengthen, with_kwargs=True)
 
 
-def prefix(model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter]) -> None:
-    """Let the attention see keys and values of its own before those of the tokens."""
+def prefix(
+    model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter], bound: nn.Module
+) -> None:
+    """Let the attention see keys and values of its own before those of the tokens.
+
+    The model comes first where it has an MLP, whose rows its attentions then take in turn.
+    """
+    if site.place == MODEL:
+        rows = _Rows({key.rpartition(".")[2]: leaf for key, leaf in t.items()})
+        model.__dict__[_ROWS] = rows
+        model.register_forward_pre_hook(rows)
+        return
+    _attend_by_name(model)
+    held = model.get_submodule(site.path).__dict__
+    if t:
+        both = tuple(t.values())
+        held[_HELD] = lambda: both
+    else:
+        held[_HELD] = model.__dict__[_ROWS].next(site)
+
+
+class _Rows:
+    """All keys and values ``[P, R]``, those of one attention after the other: a hook that computes
+    them before each pass."""
+
+    def __init__(self, leaves: dict[str, nn.Parameter]) -> None:
+        self.leaves = leaves
+        self.taken = 0
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        t = self.leaves
+        inner = torch.tanh(linear(t["embedding"], t["down"], t["down_bias"]))
+        self.rows = linear(inner, t["up"], t["up_bias"])
+
+    def next(self, site: Site) -> Callable[[], Tensor]:
+        """What returns the two ``[Hkv, P, D]`` of the next attention."""
+        first, last = self.taken, self.taken + 2 * site.out_features
+        self.taken = last
+        return lambda: (
+            self.rows[:, first:last].unflatten(1, (2, site.heads, -1)).permute(1, 2, 0, 3)
+        )
+
+
+def _attend_by_name(model: nn.Module) -> None:
     from transformers import PreTrainedModel
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -51,8 +117,6 @@ def prefix(model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter])
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation != _NAME:
             module.set_attn_implementation(_NAME)
-    key, value = t.values()
-    model.get_submodule(site.path).__dict__[_HELD] = (key, value)
 
 
 def _attend(
@@ -61,8 +125,11 @@ def _attend(
     """transformers' "sdpa" of longer keys and values ``[B, Hkv, P + T, D]``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    held = module.__dict__.get(_HELD)
-    if held is not None:
+    made = module.__dict__.get(_HELD)
+    if made is not None:
+        held = made()
+        if attention_mask is None and getattr(module, "is_causal", True):
+            attention_mask = q.new_ones((1, 1, q.shape[2], k.shape[2]), dtype=torch.bool).tril()
         k, v = (
             torch.cat([own.expand(len(k), -1, -1, -1), given], 2)
             for own, given in zip(held, (k, v), strict=True)

@@ -71,5 +71,15 @@ def hold_step(name: str, found: Step, expected: Step, baseline: Step | None) -> 
             )
 
 
+def hold_same(name: str, found: Step, expected: Step) -> None:
+    """Hold a peer of others to computing the same function. Raises: AssertionError."""
+    for what, got, oracle in zip(("loss", "gradients"), found, expected, strict=True):
+        off = relative_error(got, oracle)
+        if not off <= SAME_FUNCTION:
+            raise AssertionError(
+                f"{name}: {what} off by {off:.1e}, so it computes something else; nothing was timed"
+            )
+
+
 Step = tuple[Tensor, Tensor]
 """Loss and flat gradient."""

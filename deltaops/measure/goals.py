@@ -186,6 +186,10 @@ def _best_of_layer(r: Results, dtype: str) -> list[tuple[str, float]]:
     return _ratios(r.of("lora", dtype), names.PREPACKED, names.OURS)
 
 
+def _methods(r: Results, dtype: str) -> list[tuple[str, float]]:
+    return _ratios(r.of("method", dtype), names.EAGER, names.OURS)
+
+
 def _both(f32: float, bf16: float | None = None) -> dict[str, float]:
     return {"f32": f32, "bf16": f32 if bf16 is None else bf16}
 
@@ -225,4 +229,6 @@ GOALS = (
          _best_of_layer, source="text"),
     Goal("call", "smallest layer (4×16, r=4) over F.linear, per call", "≤", {"f32": 2.0},
          lambda r, d: _ratios(r.of("call", d), names.OURS, names.FROZEN), source="text"),
+    Goal("method-eager", "no method's step slower than eager torch", "≥", _both(1.0), _methods,
+         source="text"),
 )  # fmt: skip

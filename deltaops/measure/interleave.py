@@ -55,6 +55,7 @@ def interleaved(
     rounds: int,
     seconds: float = float("inf"),
     warmup: int = 1,
+    paired: int = 0,
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time each peer once a round, in an order that rotates from round to round.
@@ -65,6 +66,8 @@ def interleaved(
         seconds: for all rounds of all peers. Each gets the same share; one that is too slow for
             ``rounds`` calls in it sits rounds out, evenly spread, and is timed at least once.
         warmup: untimed rounds before, at least one where ``seconds`` is given.
+        paired: where it is not 0, all sit out the same rounds and take part in so many at least:
+            each round that has one has all, for ratios of few rounds.
         on_round: called after each round, for a progress bar.
     """
     names = list(peers)
@@ -76,6 +79,8 @@ def interleaved(
             taken[name] = time.perf_counter() - began
         on_round()
     turns = {name: _turns(rounds, seconds / max(len(names), 1), taken[name]) for name in names}
+    if paired and names:
+        turns = dict.fromkeys(names, max(min(paired, rounds), min(turns.values())))
     found: dict[str, list[float | None]] = {name: [None] * rounds for name in names}
     for turn in range(rounds):
         shift = turn % max(len(names), 1)

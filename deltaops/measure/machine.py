@@ -34,6 +34,11 @@ def features() -> set[str]:
     return set()
 
 
+def bf16_instructions() -> bool:
+    """Whether products of bfloat16 need no widening here."""
+    return bool(features() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def versions() -> dict[str, str]:
     """Package → installed version, of those that are there."""
     found = {"python": platform.python_version()}
@@ -58,7 +63,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "isa": core if isinstance(core, str) else core.isa(),
-        "bf16_instructions": bool(features() & {"avx512_bf16", "amx_bf16", "bf16"}),
+        "bf16_instructions": bf16_instructions(),
         "deltaops": __version__,
         "versions": versions(),
     }

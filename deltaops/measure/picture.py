@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cell import ACCELERATED, FROZEN, OURS, OURS_COMPILED, Cell
+from .cell import ACCELERATED, EAGER, FROZEN, OURS, OURS_COMPILED, Cell
 
 COLOURS = {
     "frozen base": "#b9c4d6", FROZEN: "#b9c4d6", OURS: "#2457a7", OURS_COMPILED: "#4f7fcb",
@@ -23,6 +23,43 @@ def draw_steps(path: Path, results: Sequence[Cell], subtitle: str) -> None:
 def draw_layers(path: Path, results: Sequence[Cell], subtitle: str) -> None:
     """One group of horizontal bars for each layer: milliseconds forward and backward."""
     _draw(path, results, subtitle, "milliseconds, forward + backward (median, quartiles)")
+
+
+def draw_methods(path: Path, results: Sequence[Cell], subtitle: str) -> None:
+    """Two bars a method, ours and eager torch's, in a panel for each model and dtype."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[Cell]] = {}
+    for c in results:
+        panels.setdefault(f"{c.model} {c.dtype}", []).append(c)
+    rows = max(map(len, panels.values()))
+    figure = Figure(figsize=(6 * len(panels), 1.3 + 0.42 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid: Any = figure.subplots(1, len(panels), squeeze=False)
+    for ax, (title, cells) in zip(grid.flat, panels.items(), strict=True):
+        for place, (peer, colour) in enumerate({OURS: COLOURS[OURS], EAGER: OTHER}.items()):
+            timed = [(i, c.timings[peer]) for i, c in enumerate(cells) if peer in c.timings]
+            ax.barh(
+                [i + 0.38 * place - 0.19 for i, _ in timed],
+                [1e3 * t.median for _, t in timed], 0.38,
+                xerr=[
+                    [1e3 * (t.median - t.low) for _, t in timed],
+                    [1e3 * (t.high - t.median) for _, t in timed],
+                ],
+                color=colour, ecolor="#444444", capsize=1.5, label=peer,
+            )  # fmt: skip
+        ax.set_yticks(range(len(cells)), [c.what for c in cells])
+        ax.invert_yaxis()
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_xlabel("milliseconds a training step (median, quartiles)", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    grid.flat[0].legend(
+        fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
+    )
+    figure.suptitle(subtitle, fontsize=8, color="#666666")
+    figure.savefig(path, format="png")
 
 
 def _draw(path: Path, results: Sequence[Cell], subtitle: str, unit: str) -> None:

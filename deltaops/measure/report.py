@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
-from .cell import ACCELERATED, OURS, PEFT, PEFT_COMPILED, PEFT_NARROW, Cell, Results
+from .cell import ACCELERATED, EAGER, OURS, PEFT, PEFT_COMPILED, PEFT_NARROW, Cell, Results
 from .goals import Outcome, evaluate, gigaflops
 from .lost import lost
 
@@ -16,7 +17,13 @@ GROUPS = {
     "bitfit": "BitFit linear, forward + backward",
     "call": "Smallest layer, one call",
     "step": "Whole training step, LoRA r = 16 on all linears",
+    "method": "Training step of each method, fused and in eager torch",
 }
+RATIOS = {
+    "step": ((OURS, ACCELERATED), (PEFT, PEFT_NARROW, PEFT_COMPILED)),
+    "method": ((OURS,), (EAGER,)),
+}
+"""Group of steps → ours and the peers whose times are told as ratios."""
 
 
 def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
@@ -48,7 +55,7 @@ def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
         if cells:
             lines += ["", f"## {title}", "", *_cells(cells, results)]
     if results.failed:
-        lines += ["", "## Stopped by the gate", ""]
+        lines += ["", "## Errors", "", "Stopped by the gate, or timed without a time:", ""]
         lines += [f"- {what}: {why}" for what, why in results.failed.items()]
     if results.left_out:
         lines += ["", "## Not measured", ""]
@@ -100,7 +107,7 @@ def _cells(cells: list[Cell], results: Results) -> Iterable[str]:
     ]
     rows = []
     for c in cells:
-        row = [c.what, c.dtype, f"{c.dropout:g}"]
+        row = [c.setting, c.dtype, f"{c.dropout:g}"]
         for p in peers:
             t = c.timings.get(p)
             if t is None:
@@ -128,14 +135,13 @@ def _speedups(cells: list[Cell]) -> list[str]:
     """Of training steps: what each round's ratio was, since a machine may change its speed."""
     rows = []
     for c in cells:
-        for ours in (OURS, ACCELERATED):
-            for peer in (PEFT, PEFT_NARROW, PEFT_COMPILED):
-                if c.group != "step" or not {ours, peer} <= set(c.timings):
-                    continue
-                ratio = c.timings[peer].over(c.timings[ours])
-                if ratio is not None:
-                    text = f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f}), {ratio.rounds}"
-                    rows.append((c.label, ours, peer, text))
+        for ours, peer in product(*RATIOS.get(c.group, ((), ()))):
+            if not {ours, peer} <= set(c.timings):
+                continue
+            ratio = c.timings[peer].over(c.timings[ours])
+            if ratio is not None:
+                text = f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f}), {ratio.rounds}"
+                rows.append((c.label, ours, peer, text))
     if not rows:
         return []
     return ["", "Times as fast, round by round: median (quartiles), rounds.", "",
@@ -149,7 +155,7 @@ def _saved(cells: list[Cell]) -> list[str]:
     peers = list(dict.fromkeys(p for c in held for p in c.saved))
     rows = [
         (
-            c.what,
+            c.setting,
             c.dtype,
             f"{c.dropout:g}",
             *(f"{c.saved[p]:,}" if p in c.saved else "–" for p in peers),

@@ -8,16 +8,22 @@ from dataclasses import dataclass, replace
 
 from . import machine
 from .cases import DTYPES, OPS, QUICK_SHAPES, SHAPES, SMALL_M
-from .cell import OURS_COMPILED, PEFT_COMPILED, Cell, Results
+from .cell import OURS, OURS_COMPILED, PEFT_COMPILED, Cell, Results
+from .contenders import Contender, contenders
 from .layers import Pace, measure_call, measure_layer, measure_product
+from .methods import NAMES, measure_method
 from .peak import peak
+from .sound import checked_peak, sift
 from .steps import measure_steps
-from .workloads import WORKLOADS
+from .workloads import READERS, WORKLOADS, Workload
 
 Shape = tuple[int, int, int]
 
 COMPILER = 45.0
 """Seconds under which a whole model is not worth compiling."""
+NO_PEER = (
+    "this CPU has no BF16 instructions: torch's own products take up to a hundred times as long"
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Settings:
     shapes: tuple[Shape, ...] = SHAPES
     small: tuple[Shape, ...] = SMALL_M
     workloads: tuple[str, ...] = tuple(WORKLOADS)
+    methods: tuple[str, ...] = NAMES
+    readers: tuple[str, ...] = tuple(READERS)
+    """What the methods are timed on."""
     dropouts: tuple[float, ...] = (0.0, 0.1)
     compiled: bool = True
     rounds: int = 15
@@ -43,7 +52,7 @@ class Settings:
         """Two shapes, one model, no compiler: well under 90 seconds."""
         return cls(
             shapes=QUICK_SHAPES, small=(), workloads=("bert",), dropouts=(0.0,), compiled=False,
-            step_dtypes=("f32",), ops=("lora",), rounds=5, minutes=1.0,
+            step_dtypes=("f32",), ops=("lora",), methods=(), rounds=5, minutes=1.0,
         )  # fmt: skip
 
 
@@ -74,7 +83,7 @@ def run(
     """
     began = time.perf_counter()
     facts = machine.describe()
-    found = {dtype: peak(dtype) for dtype in settings.dtypes}
+    found = {dtype: checked_peak(peak(dtype)) for dtype in settings.dtypes}
     parts = list(plan(settings))
     cells: list[Cell] = []
     left_out: dict[str, str] = {}
@@ -87,9 +96,12 @@ def run(
             continue
         share = left * part.weight / sum(p.weight for p in parts[done:])
         try:
-            cells += part.run(share)
+            sound, wrong = sift(part.run(share))
         except AssertionError as error:  # a gate: the rest of a long run is still worth having
             failed[part.name] = str(error)
+        else:
+            cells += sound
+            failed |= wrong
         facts["minutes"] = round((time.perf_counter() - began) / 60, 1)
         rest = dict.fromkeys((p.name for p in parts[done + 1 :]), "the run was stopped before")
         on_results(Results(facts, found, list(cells), left_out | rest, dict(failed)))
@@ -110,6 +122,10 @@ def plan(settings: Settings) -> Iterator[Part]:
             for name in settings.workloads:
                 for dropout in settings.dropouts:
                     yield _step(settings, name, dtype, dropout)
+        for reader in settings.readers:
+            # in bfloat16 one model tells what its dtype changes
+            if dtype == "f32" or reader == settings.readers[0]:
+                yield from _methods(settings, reader, dtype)
 
 
 def _layers(settings: Settings, dtype: str, pace: Pace) -> Iterator[Part]:
@@ -162,6 +178,34 @@ def _step(settings: Settings, name: str, dtype: str, dropout: float) -> Part:
 
     dropped = f", dropout {dropout:g}" if dropout else ""
     return Part(f"step {workload.title} {dtype}{dropped}", 24.0 if compiled else 12.0, measure)
+
+
+def _methods(settings: Settings, reader: str, dtype: str) -> Iterator[Part]:
+    workload, known = READERS[reader](), contenders()
+    for name in settings.methods:
+        yield Part(
+            f"method {known[name].title} on {workload.title} {dtype}", 1.5,
+            _method(settings, known[name], workload, dtype),
+        )  # fmt: skip
+
+
+def _method(
+    settings: Settings, contender: Contender, workload: Workload, dtype: str
+) -> Callable[[float], list[Cell]]:
+    def measure(seconds: float) -> list[Cell]:
+        if dtype == "bf16" and not machine.bf16_instructions():
+            return [
+                Cell(
+                    "method", contender.title, dtype, 0.0, {}, {OURS: NO_PEER},
+                    model=workload.title,
+                )
+            ]  # fmt: skip
+        # half: the gate and the warm-up take their part
+        return [
+            measure_method(contender, workload, dtype, rounds=settings.rounds, seconds=seconds / 2)
+        ]
+
+    return measure
 
 
 def _text(shape: Shape) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from deltaops.errors import ConfigError
 from .cell import Results
 from .goals import evaluate
 from .report import worth_drawing
+from .sound import checked_peak, sift
+
+DRAWN = {"lora": "loras", "step": "steps", "method": "method-steps"}
+"""Group → how its picture is called after the machine; "methods" is the table of ``compare``."""
 
 
 def slug(facts: dict[str, Any]) -> str:
@@ -30,7 +35,9 @@ def read(path: Path) -> Results:
     try:
         found = Results.of_json(json.loads(path.read_text(encoding="utf-8")))
         slug(found.machine)
-        return found
+        cells, wrong = sift(found.cells)  # Python's JSON has NaN
+        peaks = {dtype: checked_peak(top) for dtype, top in found.peak.items()}
+        return replace(found, peak=peaks, cells=cells, failed=found.failed | wrong)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} is no JSON of `deltaops bench` ({type(error).__name__}: {error}). "
@@ -40,5 +47,5 @@ def read(path: Path) -> Results:
 
 def pictures(results: Results, name: str) -> dict[str, list[Any]]:
     """File name → the cells to draw."""
-    drawn = {f"{name}-{group}s.png": worth_drawing(results, group) for group in ("lora", "step")}
+    drawn = {f"{name}-{end}.png": worth_drawing(results, group) for group, end in DRAWN.items()}
     return {file: cells for file, cells in drawn.items() if cells}

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .reader import Reader
+
 Batch = dict[str, Tensor]
 LABELS = 100
-"""Classes of the image model: more than the rank, so that its head takes a delta, too."""
+"""Classes of images and texts: more than the rank, so that an image's head takes a delta, too."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Workload:
     length: int = 128
     image: int = 0
     """Side of the square images, where ``vocabulary`` is 0."""
+    classes: int = 0
+    """Of a model that classifies texts, which have lengths of their own; 0 for other models."""
 
     @property
     def tokens(self) -> int:
@@ -45,7 +49,12 @@ class Workload:
             labels = torch.randint(0, LABELS, (self.batch,), generator=generator)
             return {"pixel_values": pixels, "labels": labels}
         ids = torch.randint(0, self.vocabulary, (self.batch, self.length), generator=generator)
-        return {"input_ids": ids, "labels": ids}
+        if not self.classes:
+            return {"input_ids": ids, "labels": ids}
+        lengths = torch.linspace(self.length / 2, self.length, self.batch).round().long()
+        mask = (torch.arange(self.length) < lengths[:, None]).long()
+        labels = torch.randint(0, self.classes, (self.batch,), generator=generator)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def smaller(self, batch: int, length: int) -> Workload:
         """The same model on fewer tokens a step; the length of an image model is its own."""
@@ -99,3 +108,35 @@ def vit() -> Workload:
 
 
 WORKLOADS = {"bert": bert, "llama": llama, "gpt2": gpt2, "vit": vit}
+
+
+def bert_reader() -> Workload:
+    """Hidden 384, 6 layers, as MiniLM has them, under a head of the mean state."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return Workload(
+        "BERT 384×6", lambda: Reader(BertModel(config, add_pooling_layer=False), 384, LABELS),
+        config.vocab_size, 8, 64, classes=LABELS,
+    )  # fmt: skip
+
+
+def llama_reader() -> Workload:
+    """Hidden 512, 4 layers, four queries to a key, under the same head."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=32000, max_position_embeddings=512, use_cache=False,
+    )  # fmt: skip
+    return Workload(
+        "Llama 512×4", lambda: Reader(LlamaModel(config), 512, LABELS), config.vocab_size, 8, 64,
+        classes=LABELS,
+    )  # fmt: skip
+
+
+READERS = {"bert": bert_reader, "llama": llama_reader}
+"""What the methods are timed on: models whose head is small, so that the step is the encoder's."""

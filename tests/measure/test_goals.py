@@ -14,6 +14,7 @@ from deltaops.measure.cell import (
     PEFT,
     PEFT_COMPILED,
     PREPACKED,
+    Cell,
     Results,
 )
 from deltaops.measure.goals import GOALS, Outcome, evaluate
@@ -114,6 +115,17 @@ def test_saved_bytes_are_counted_above_the_branch_state() -> None:
     kept_mask = outcome(results(cell("lora", {OURS: 1.0}, saved={OURS: 3 * state})), "saved")
     assert kept_mask.met is False
     assert any(f"{3 * state} bytes" in c for c in kept_mask.causes)
+
+
+def test_every_method_that_is_slower_is_named_with_what_the_profiler_saw() -> None:
+    def on(name: str, ours: float, note: str = "") -> Cell:
+        return cell("method", {OURS: ours, EAGER: 1.0}, what=name, model="BERT", note=note)
+
+    found = results(on("LoRA", 0.5), on("Prefix", 1.25, "aten::a"), on("BitFit", 2.0, "aten::b"))
+    one = outcome(found, "method-eager")
+    assert (one.met, one.where, one.worst) == (False, "BitFit on BERT f32", 0.5)
+    assert one.causes[:2] == ["BitFit on BERT: 0.50×, aten::b", "Prefix on BERT: 0.80×, aten::a"]
+    assert outcome(results(on("LoRA", 1.0)), "method-eager").met is True
 
 
 def test_a_missing_peer_is_the_reason_of_an_empty_cell() -> None:

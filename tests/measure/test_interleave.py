@@ -51,6 +51,14 @@ def test_a_slow_peer_sits_rounds_out() -> None:
     assert calls.count("s") == 2  # one of them is the warm-up
 
 
+def test_paired_peers_sit_out_the_same_rounds() -> None:
+    peers = {"fast": lambda: None, "slow": lambda: time.sleep(0.01)}
+    timings = interleaved(peers, rounds=9, seconds=0.01, paired=3)
+    played = [[s is not None for s in t.each] for t in timings.values()]
+    assert played[0] == played[1]
+    assert sum(played[0]) == 3
+
+
 def test_rounds_are_spread_evenly() -> None:
     assert [t for t in range(9) if interleave._plays(t, 3, 9)] == [2, 5, 8]
     for turns in range(1, 8):

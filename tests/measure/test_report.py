@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from deltaops.errors import ConfigError
 from deltaops.files import write_json
 from deltaops.measure import store
-from deltaops.measure.cell import FROZEN, OURS, OWN_FROZEN, PEFT, PREPACKED, Results
+from deltaops.measure.cell import EAGER, FROZEN, OURS, OWN_FROZEN, PEFT, PREPACKED, Results
+from deltaops.measure.interleave import Timing
 from deltaops.measure.lost import lost
-from deltaops.measure.picture import draw_layers
+from deltaops.measure.picture import draw_layers, draw_methods
 from deltaops.measure.report import markdown
 
 from .results import cell, results
@@ -72,6 +74,23 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
     drawn = store.pictures(RUN, "m")
     assert list(drawn) == ["m-loras.png", "m-steps.png"]
     draw_layers(tmp_path / "p.png", drawn["m-loras.png"], "made up")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_have_a_table_and_a_picture(tmp_path: Path) -> None:
+    each = {name: Timing.of([s, s, s]) for name, s in ((OURS, 0.01), (EAGER, 0.02))}
+    found = results(
+        *(
+            replace(cell("method", {OURS: 1.0}, what=name, model=model, shape=None), timings=each)
+            for model in ("BERT", "Llama")
+            for name in ("LoRA", "Prefix")
+        )
+    )
+    text = markdown(found)
+    assert "| LoRA on BERT | f32 | 0 | 10 (10–10), 3 | 20 (20–20), 3 |" in text
+    assert "| Prefix on Llama f32 | deltaops | eager torch | 2.00 (2.00–2.00), 3 |" in text
+    drawn = store.pictures(found, "m")
+    draw_methods(tmp_path / "p.png", drawn["m-method-steps.png"], "made up")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from math import inf, nan
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from deltaops.cli import app
-from deltaops.errors import CheckpointError
+from deltaops.cli.bench import _settings
+from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import write_json
 from deltaops.measure import layers, runner, store
 from deltaops.measure.cases import SHAPES
+from deltaops.measure.cell import OURS, PEFT
 from deltaops.measure.report import markdown
 from deltaops.measure.runner import Part, Settings
 
@@ -25,7 +28,7 @@ def test_the_plan_covers_what_the_settings_name() -> None:
         "step BERT 384×6, 8×128 f32", "step BERT 384×6, 8×128 f32, dropout 0.1",
     ]  # fmt: skip
     assert "gemm 1×4096×4096 f32" in names
-    assert all(n.startswith("step") for n in _names(Settings(layers=False)))
+    assert all(n.startswith("step") for n in _names(Settings(layers=False, methods=())))
 
 
 def _names(settings: Settings) -> list[str]:
@@ -79,6 +82,47 @@ def test_a_gate_stops_its_part_and_the_run_tells(monkeypatch: pytest.MonkeyPatch
     assert found.failed == {"lora a": "y: relative error"}
     assert len(found.cells) == 1
     assert "Stopped by the gate" in markdown(found)
+
+
+def test_times_that_are_no_numbers_are_named_and_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cells = [cell("lora", {OURS: 1.0, PEFT: s}, what=f"{s}") for s in (nan, inf, 0.0, 2.0)]
+    part = Part("lora", 1, lambda seconds: cells)
+    monkeypatch.setattr(runner, "plan", lambda _: iter([part]))
+    monkeypatch.setattr(runner, "peak", lambda dtype: inf)
+    run = CliRunner().invoke(app, ["bench", "--out", str(tmp_path)])
+    assert run.exit_code == 1  # after all files are written
+    (file,) = tmp_path.glob("*.json")
+    found = store.read(file)
+    assert [c.what for c in found.cells] == ["2.0"]
+    assert list(found.failed) == ["lora nan f32", "lora inf f32", "lora 0.0 f32"]
+    assert "PEFT: the median is nan s" in found.failed["lora nan f32"]
+    assert "the probe gave inf GF/s" in str(found.peak["f32"])
+    report = file.with_suffix(".md").read_text()
+    assert all(why in report for why in found.failed.values())
+    old = file.read_text().replace(": 2.0", ": NaN")  # as a program wrote it that minds no NaN
+    file.write_text(old)
+    assert len(store.read(file).failed) == 4
+
+
+def test_methods_are_chosen_by_name() -> None:
+    settings = _settings(False, "methods", None, None, "bert", "bitfit,full", None, None, 1)
+    assert _names(settings) == [
+        f"method BitFit on BERT 384×6, 8×64 {dtype}" for dtype in ("f32", "bf16")
+    ]
+    assert not any(n.startswith("method") for n in _names(Settings.quick()))
+    with pytest.raises(ConfigError, match="--methods must name one with a delta"):
+        _settings(False, None, None, None, None, "full", None, None, None)
+
+
+def test_without_instructions_a_half_has_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.machine, "bf16_instructions", lambda: False)
+    settings = Settings(layers=False, steps=False, dtypes=("bf16",), methods=("lora",))
+    (part,) = runner.plan(settings)
+    (found,) = part.run(1.0)
+    assert found.timings == {}
+    assert "no BF16 instructions" in found.absent[OURS]
 
 
 def test_what_was_measured_outlives_a_run_that_is_killed(
