@@ -9,7 +9,7 @@ from typing import Any
 
 from .cell import EAGER, OURS, Cell
 from .compare import FULL_TUNING, Learned, Record, Settings
-from .contenders import FULL, HEAD
+from .contenders import FULL, HEAD, contenders
 from .interleave import Timing
 from .papers import (
     beside,
@@ -111,7 +111,7 @@ def _how(s: Settings) -> str:
 
 
 def learning(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
-    """Which lines are not told apart from the start, and whose parameters count."""
+    """Which lines are not told apart from the start, which are not there, and what is counted."""
     start = start_of(records)
     learned = [(r, r.learned) for r in records if r.learned is not None and r.name != HEAD]
     if start is not None and learned:
@@ -124,9 +124,13 @@ def learning(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
         if not same and not below:
             yield f"Every method here is told apart from {what}, and above it."
         if same:
-            yield f"Not told apart from {what}: {', '.join(same)}."
+            yield f"Not told apart from {what}: {'; '.join(same)}."
         if below:
-            yield f"Below {what}: {', '.join(below)}."
+            yield f"Below {what}: {'; '.join(below)}."
+    there = {r.name for r in records if r.learned is not None}
+    absent = [c.title for c in contenders(settings.head).values() if c.name not in there]
+    if absent:
+        yield f"Not trained yet: {'; '.join(absent)}."
     for r in records[:1] if settings.head != NAMED else ():
         yield f"Trained parameters are without the {r.head:,} of the head."
 
@@ -144,7 +148,7 @@ def _papers(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
                 yield f"    - {said}: {'; '.join(pairs)}"
     alone = without_figures(settings.head, records)
     if alone:
-        yield f"- No accuracy of theirs stands beside {', '.join(alone)}."
+        yield f"- No accuracy of theirs stands beside {'; '.join(alone)}."
 
 
 def _origins(records: Sequence[Record]) -> Iterator[str]:

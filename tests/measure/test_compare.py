@@ -243,6 +243,7 @@ def test_gains_are_over_the_start_and_what_does_not_learn_is_named() -> None:
     assert "Below the start (60.0 ± 0.9 %): BITFIT." in text
     assert "cosines times 20.0" in text
     assert "of the head" not in text
+    assert "Not trained yet: DoRA, r = 16; Adapter (Houlsby);" in text
     fine = table_markdown(NAMED, MACHINE, lines[:3], "p.png")
     assert "Every method here is told apart from the start (60.0 ± 0.9 %), and above it." in fine
 
