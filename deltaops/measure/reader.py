@@ -117,7 +117,7 @@ def read_material(
 
 
 def _names(encoder: nn.Module, tokenizer: Any, labels: Sequence[str], model: str) -> Tensor:
-    """Raises: ConfigError where labels are no names, or cannot be put into one batch."""
+    """Raises: ConfigError where labels are no names, or two the same; or without padding."""
     if all(label.strip().lstrip("-").isdecimal() for label in labels):
         raise ConfigError(
             f"--head named reads the labels as words, and these are numbers ({labels[0]}, "
@@ -128,7 +128,15 @@ def _names(encoder: nn.Module, tokenizer: Any, labels: Sequence[str], model: str
             f"--model {model}: its tokenizer has no padding token, which --head named needs. Take "
             "an encoder such as BERT, or --head trained."
         )
-    return name_vectors(encoder, tokenizer, labels)
+    names = name_vectors(encoder, tokenizer, labels)
+    same = ((names @ names.T).fill_diagonal_(0.0) > 1 - 1e-6).nonzero().tolist()
+    if same:
+        first, second = (labels[i] for i in same[0])
+        raise ConfigError(
+            f"--model {model}: {first!r} and {second!r} are the same to it, and --head named tells "
+            "labels by their names. Give other names, or --head trained."
+        )
+    return names
 
 
 def by_length(data: TokenSet) -> TokenSet:

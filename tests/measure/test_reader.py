@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]").save_pretrained(path)
-    lines = [f"{WORDS[i % 3]} {WORDS[3 + i % 5]},intent {i % 3}" for i in range(60)]
+    lines = [f"{WORDS[i % 3]} {WORDS[3 + i % 5]},{WORDS[i % 3]}" for i in range(60)]
     (path / "train.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     (path / "test.csv").write_text("\n".join(["text,label", *lines[:11]]) + "\n")
     return path
@@ -86,6 +86,9 @@ def test_labels_that_are_numbers_are_no_names(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"these are numbers \(0, 1\)"):
         read_material(*arguments)
     assert read_material(*arguments, TRAINED).names is None
+    (tmp_path / "train.csv").write_text("text,label\n" + "card lost,one\nmoney late,two\n" * 10)
+    with pytest.raises(ConfigError, match="'one' and 'two' are the same to it"):
+        read_material(*arguments)
 
 
 def test_a_missing_encoder_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
