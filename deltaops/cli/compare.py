@@ -26,7 +26,7 @@ def compare(
     rates: str | None = typer.Option(
         None, help="Learning rates to try first, on held-out training texts: 1e-3,3e-3,1e-2."
     ),
-    steps: int = typer.Option(200, min=6, help="Training steps of each method."),
+    steps: int = typer.Option(300, min=6, help="Training steps of each method."),
     batch_size: int = typer.Option(32, min=1, help="Texts a step."),
     seq_len: int = typer.Option(32, min=4, help="Tokens that are kept of a text."),
     seed: int = typer.Option(0, help="Decides start values and order."),
