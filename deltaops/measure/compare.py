@@ -1,7 +1,7 @@
 """Train a method and time it, beside the same method in eager torch and full tuning.
 
-Every contender sees the same texts in the same order for the same number of steps, from the same
-head; what it trains beside the head has its own learning rate (:mod:`.contenders`). Its time is
+Every contender sees the same texts in the same order for the same number of steps, under the same
+head; what it trains beside it has its own learning rate (:mod:`.contenders`). Its time is
 taken apart, on the first batch: losses and gradients of both programs are held to float64 first.
 """
 
@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaops.errors import ConfigError
 from deltaops.surgery import Handle, attach
 from deltaops.tuning.loop import Point, Schedule, evaluate, make_optimizer, train
+from deltaops.tuning.sentence import SCALE, NamedClasses
 from deltaops.tuning.spec import parse_delta
 from deltaops.tuning.tokens import Order, TokenSet
 
@@ -24,7 +25,7 @@ from .cell import EAGER, OURS, Cell
 from .contenders import FULL, HEAD_RATE, Contender
 from .contenders import HEAD as HEAD_ALONE
 from .pair import Peer, held_pair, time_steps
-from .reader import HEAD, Material, Reader, by_length
+from .reader import HEAD, NAMED, TRAINED, Material, Reader, by_length
 
 FULL_TUNING = "full tuning"
 """The peer that every step is also timed against."""
@@ -45,12 +46,23 @@ class Settings:
     batch_size: int = 32
     seq_len: int = 32
     seed: int = 0
-    head_rate: float = HEAD_RATE
-    """Peak learning rate of the head beside anything else that trains."""
+    head: str = TRAINED
+    """As files say that were written before there was another."""
+    head_rate: float | None = HEAD_RATE
+    """Peak learning rate of a trained head beside anything else that trains."""
+    scale: float | None = None
+    """Of a named head's cosines, before the softmax."""
     texts: str = ""
     """A hash of all tokens and labels, of training and test: names alone say little."""
     encoder: str = ""
     """A hash of the encoder's weights."""
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    NAMED: {"head": NAMED, "head_rate": None, "scale": SCALE},
+    TRAINED: {"head": TRAINED, "head_rate": HEAD_RATE, "scale": None},
+}
+"""Head → what the settings say of it."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,8 @@ class Learned:
     """On the test texts, as a share."""
     loss: float
     """The same, mean, in nats."""
-    training_loss: float
-    """Of the last step; equal bits for equal seeds."""
+    training_loss: float | None
+    """Of the last step; equal bits for equal seeds. None where nothing trains."""
     examples: int
     """Test texts."""
     rate: float
@@ -130,20 +142,27 @@ class Record:
 Tick = Callable[[], object]
 
 
+def trains(contender: Contender, settings: Settings) -> bool:
+    """Whether there is anything to train: not in frozen features under a named head."""
+    return contender.name != HEAD_ALONE or settings.head == TRAINED
+
+
 def work(
-    settings: Settings, test: int, rates: int, train_it: bool, time_it: bool, rounds: int
+    contender: Contender, settings: Settings, test: int, rates: int, learning: bool, rounds: int
 ) -> int:
-    """How often a contender calls ``tick``."""
+    """How often ``tick`` is called: where it is learning, and in so many rounds of timing."""
     batches = -(-test // settings.batch_size)
+    if not trains(contender, settings):
+        return learning * batches
     trials = rates * (settings.steps // TRIAL)
-    return train_it * (settings.steps + trials + batches) + time_it * (rounds + 1)
+    return learning * (settings.steps + trials + batches) + rounds
 
 
 def describe(contender: Contender, material: Material, seed: int) -> Record:
     """The line without results."""
     model, _ = _set_up(contender, material, seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    head = sum(p.numel() for p in model.classifier.parameters())
+    head = sum(p.numel() for p in _head(model))
     return Record(
         contender.name, contender.title,
         repr(parse_delta(contender.spec)) if contender.spec else contender.title,
@@ -158,7 +177,7 @@ def learn(
     rates: tuple[float, ...] = (),
     tick: Tick = lambda: None,
 ) -> Learned:
-    """Train and test.
+    """Train and test; test alone where nothing trains.
 
     Args:
         rates: learning rates to try first, each for a third of the steps on nine tenths of the
@@ -166,6 +185,12 @@ def learn(
         tick: called after each step and each batch of the test.
     Raises: ConfigError where the loss is no longer finite.
     """
+    if not trains(contender, settings):
+        start = _test(material.reader(settings.seed), material.test, settings.batch_size, tick)
+        return Learned(
+            start["accuracy"], start["loss"], None, len(material.test), contender.rate,
+            contender.why, 0.0, {},
+        )  # fmt: skip
     tried: dict[str, float] = {}
     if rates:
         fit, held = material.train.split(HELD, settings.seed)
@@ -198,6 +223,10 @@ def take_time(
 ) -> tuple[Cell, dict[str, int]]:
     """Gate, then seconds a step of ours, of eager torch and of full tuning, in turns.
 
+    Args:
+        contender: one that trains.
+        rounds: how often each peer's step is timed.
+        tick: called after each round, and once before.
     Returns: the cell, and the bytes of gradients and moments by peer.
     Raises: AssertionError where a loss or gradient is off; nothing was timed then.
     """
@@ -215,20 +244,29 @@ def take_time(
 # --------------------------------------------------------------------------------------- details
 
 
-def _set_up(contender: Contender, material: Material, seed: int) -> tuple[Reader, Handle | None]:
-    """A fresh model that trains what the contender trains, and the head."""
+Model = Reader | NamedClasses
+
+
+def _head(model: Model) -> list[nn.Parameter]:
+    """What a head has to train: nothing, where it is names."""
+    return list(model.classifier.parameters()) if isinstance(model, Reader) else []
+
+
+def _set_up(contender: Contender, material: Material, seed: int) -> tuple[Model, Handle | None]:
+    """A fresh model that trains what the contender trains, and the head where that trains."""
     model = material.reader(seed)
     if contender.spec:
-        return model, attach(model, parse_delta(contender.spec, modules_to_save=(HEAD,)))
+        saved = (HEAD,) if material.names is None else ()
+        return model, attach(model, parse_delta(contender.spec, modules_to_save=saved))
     model.encoder.requires_grad_(contender.name == FULL)
     return model, None
 
 
 def _groups(
-    model: Reader, handle: Handle | None, contender: Contender, head_rate: float
+    model: Model, handle: Handle | None, contender: Contender, head_rate: float | None
 ) -> list[dict[str, Any]]:
-    """For the optimizer: the head at its own rate; "pace" is a group's rate itself."""
-    head = {id(p) for p in model.classifier.parameters()}
+    """For the optimizer: a trained head at its own rate; "pace" is a group's rate itself."""
+    head = {id(p) for p in _head(model)}
     groups: list[dict[str, Any]] = [{"params": list(model.encoder.parameters()), "pace": 1.0}]
     if handle is not None:
         groups = handle.parameter_groups(1.0)
@@ -241,7 +279,7 @@ def _groups(
     ]
     alone = contender.name == HEAD_ALONE
     own = {
-        "params": list(model.classifier.parameters()),
+        "params": _head(model),
         "pace": contender.rate if alone else head_rate,
     }
     return [g for g in (*found, own) if g["params"]]
@@ -249,7 +287,7 @@ def _groups(
 
 def _trained(
     contender: Contender, material: Material, data: TokenSet, settings: Settings, tick: Tick
-) -> tuple[Reader, float, float]:
+) -> tuple[Model, float, float]:
     """The model after all steps, its last loss, and the seconds that they took."""
     model, handle = _set_up(contender, material, settings.seed)
     optimizer = make_optimizer(_groups(model, handle, contender, settings.head_rate), 1.0)
@@ -266,7 +304,7 @@ def _trained(
 
 
 def _test(
-    model: Reader, data: TokenSet, batch_size: int, tick: Tick = lambda: None
+    model: Model, data: TokenSet, batch_size: int, tick: Tick = lambda: None
 ) -> dict[str, float]:
     found = evaluate(model, data, batch_size, on_batch=tick)
     assert found is not None  # nobody stops it

@@ -1,17 +1,22 @@
 """Who is compared: each method with its settings and the learning rate it is trained at.
 
+The rate depends on the head. A new head learns too, and a delta that moves the features fast moves
+them away under it; names stand still, and the delta has all the way to go.
+
 A method of :data:`deltaops.methods.METHODS` that has no line here takes part with its defaults.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deltaops.errors import ConfigError
 from deltaops.methods import METHODS
 
+from .reader import NAMED
+
 FULL, HEAD = "full", "head"
-"""Without a delta: everything trained, and the head alone."""
+"""Without a delta: everything trained, and nothing but the head, where that is one to train."""
 HEAD_RATE = 0.01
 """Of the new head beside anything else that trains."""
 GUESS = 0.01
@@ -28,8 +33,8 @@ class Contender:
     spec: str
     """As in ``deltaops tune --delta``; empty without a delta."""
     rate: float
-    """Peak learning rate of what trains beside the head, or of the head alone; ``deltaops compare
-    --rates`` tries others."""
+    """Peak learning rate of what trains beside the head, or of the head alone; 0 where nothing
+    trains. ``deltaops compare --rates`` tries others."""
     why: str
     """Of the rate."""
 
@@ -54,18 +59,50 @@ _LINES = (
     ),
     Contender("prompt", "Prompt, P = 16", "prompt:num_virtual_tokens=16", 3e-2, "few vectors"),
     Contender(
-        "intrinsic", "IntrinsicPrompt, P = 16", "intrinsic-prompt:num_virtual_tokens=16", 3e-2,
+        "intrinsic", "IntrinsicPrompt, q = 5", "intrinsic-prompt:num_virtual_tokens=16", 3e-2,
         "few numbers",
     ),
     Contender(
         "intrinsic-adapter", "IntrinsicAdapter, q = 5", "intrinsic-adapter", 5e-2, "few numbers"
     ),
+    Contender(
+        "intrinsic-250", "IntrinsicPrompt, q = 250",
+        "intrinsic-prompt:num_virtual_tokens=16,intrinsic_dim=250", 3e-2, "few numbers",
+    ),
 )  # fmt: skip
 
+_FASTER = "names stand still: thrice that beside a trained head"
+_NAMED: dict[str, tuple[float, str]] = {
+    FULL: (3e-4, _FASTER),
+    "lora": (3e-3, _FASTER),
+    "dora": (3e-3, "as LoRA's"),
+    "houlsby": (3e-3, _FASTER),
+    "pfeiffer": (3e-3, "as Houlsby's"),
+    "parallel": (1e-3, _FASTER),
+    "bitfit": (1e-2, _FASTER),
+    "ia3": (3e-2, _FASTER),
+    "lntuning": (1e-2, _FASTER),
+    "compacter": (3e-2, _FASTER),
+    "prefix": (3e-2, _FASTER),
+    "prefix-mlp": (3e-3, _FASTER),
+    "prompt": (1e-1, _FASTER),
+    "intrinsic": (1e-1, _FASTER),
+    "intrinsic-250": (1e-1, _FASTER),
+}
+"""Name → rate under a named head and its reason, where it is another than above."""
 
-def contenders() -> dict[str, Contender]:
-    """Name → contender: the lines above, then methods without one, with their defaults."""
+
+def contenders(head: str = NAMED) -> dict[str, Contender]:
+    """Name → contender: the lines above, then methods without one, with their defaults.
+
+    Args:
+        head: :data:`.reader.NAMED` or :data:`.reader.TRAINED`.
+    """
     found = {line.name: line for line in _LINES}
+    if head == NAMED:
+        found[HEAD] = Contender(HEAD, "frozen features", "", 0.0, "nothing trains")
+        for name, (rate, why) in _NAMED.items():
+            found[name] = replace(found[name], rate=rate, why=why)
     covered = {line.spec.partition(":")[0] for line in _LINES}
     for kind, method in METHODS.items():
         if kind not in covered:
@@ -73,9 +110,9 @@ def contenders() -> dict[str, Contender]:
     return found
 
 
-def chosen(names: str | None) -> list[Contender]:
+def chosen(names: str | None, head: str = NAMED) -> list[Contender]:
     """Those named, in the table's order; all without names. Raises: ConfigError."""
-    known = contenders()
+    known = contenders(head)
     if names is None:
         return list(known.values())
     wanted = [name.strip() for name in names.split(",") if name.strip()]

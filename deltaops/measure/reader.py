@@ -1,25 +1,31 @@
-"""What the methods are compared on: a pre-trained encoder, a new head, and labelled texts.
+"""What the methods are compared on: a pre-trained encoder, a head, and labelled texts.
 
-The head reads the mean of the tokens' last states. All dropout is off, so that two
-programs can be held to each other.
+The head reads the mean of the tokens' last states: the names of the labels, or a new linear layer
+(:mod:`deltaops.tuning.sentence`). All dropout is off, so that two programs can be held to each
+other.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltaops.errors import ConfigError
 from deltaops.tuning.encoder import encoder_folder, load_encoder
 from deltaops.tuning.read import Columns, read_examples
-from deltaops.tuning.sentence import Answer, mean_state
+from deltaops.tuning.sentence import Answer, NamedClasses, mean_state, name_vectors
 from deltaops.tuning.tokens import TokenSet, check_known, label_texts, load_tokenizer
 
 HEAD = "classifier"
+NAMED, TRAINED = "named", "trained"
+"""Heads: the frozen encoder's vectors of the labels' names, or a new layer that learns too."""
 
 
 class Reader(nn.Module):
@@ -46,10 +52,14 @@ class Material:
     classes: int
     train: TokenSet
     test: TokenSet
+    names: Tensor | None = None
+    """``[classes, width]`` of length 1 for a named head; None for a trained one."""
+    labels: tuple[str, ...] = ()
+    """What ``names`` are of."""
 
     def texts(self) -> str:
-        """A hash of all tokens and labels."""
-        parts = self.train.fingerprint(), self.test.fingerprint()
+        """A hash of all tokens and labels, and of what a named head reads of these."""
+        parts = self.train.fingerprint(), self.test.fingerprint(), *self.labels
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def weights(self) -> str:
@@ -59,17 +69,28 @@ class Material:
             digest.update(parameter.detach().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def reader(self, seed: int) -> Reader:
+    def reader(self, seed: int) -> Reader | NamedClasses:
         """A new copy; its head is the same for the same seed."""
+        encoder = copy.deepcopy(self.encoder)
+        if self.names is not None:
+            return NamedClasses(encoder, self.names)
         torch.manual_seed(seed)
-        return Reader(copy.deepcopy(self.encoder), self.width, self.classes)
+        return Reader(encoder, self.width, self.classes)
 
 
 def read_material(
-    model: str, train: str, test: str | None, columns: Columns, seq_len: int, seed: int
+    model: str,
+    train: str,
+    test: str | None,
+    columns: Columns,
+    seq_len: int,
+    seed: int,
+    head: str = NAMED,
 ) -> Material:
     """Load everything. Without ``test`` a tenth of ``train`` is held out.
 
+    Args:
+        head: :data:`NAMED` or :data:`TRAINED`.
     Raises: ConfigError, DataError.
     """
     examples = read_examples(train, columns)
@@ -80,6 +101,8 @@ def read_material(
     data, labels = label_texts(examples + held, tokenizer, seq_len)
     check_known(data.ids, tokenizer, model)
     assert data.classes is not None  # label_texts numbers the labels
+    names = _names(encoder, tokenizer, labels, model) if head == NAMED else None
+    read = tuple(labels) if head == NAMED else ()
     cut = len(examples)
     if test is None:
         fit, kept = data.split(0.1, seed)
@@ -87,7 +110,30 @@ def read_material(
     else:
         fit = TokenSet(data.ids[:cut], data.classes[:cut], data.pad)
         kept = TokenSet(data.ids[cut:], data.classes[cut:], data.pad)
-    return Material(encoder, width, len(labels), fit, by_length(kept))
+    return Material(encoder, width, len(labels), fit, by_length(kept), names, read)
+
+
+def _names(encoder: nn.Module, tokenizer: Any, labels: Sequence[str], model: str) -> Tensor:
+    """Raises: ConfigError where labels are no names, or two the same; or without padding."""
+    if all(label.strip().lstrip("-").isdecimal() for label in labels):
+        raise ConfigError(
+            f"--head named reads the labels as words, and these are numbers ({labels[0]}, "
+            f"{labels[1]}). Give the column with their names, or --head trained."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"--model {model}: its tokenizer has no padding token, which --head named needs. Take "
+            "an encoder such as BERT, or --head trained."
+        )
+    names = name_vectors(encoder, tokenizer, labels)
+    same = ((names @ names.T).fill_diagonal_(0.0) > 1 - 1e-6).nonzero().tolist()
+    if same:
+        first, second = (labels[i] for i in same[0])
+        raise ConfigError(
+            f"--model {model}: {first!r} and {second!r} are the same to it, and --head named tells "
+            "labels by their names. Give other names, or --head trained."
+        )
+    return names
 
 
 def by_length(data: TokenSet) -> TokenSet:

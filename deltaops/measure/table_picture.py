@@ -1,4 +1,4 @@
-"""The table of methods as a picture: accuracy beside the time of a step."""
+"""The table of methods as a picture: accuracy by trained parameters, and the time of a step."""
 
 from __future__ import annotations
 
@@ -7,46 +7,94 @@ from pathlib import Path
 from typing import Any
 
 from .cell import EAGER, OURS
-from .compare import FULL_TUNING, Record
+from .compare import FULL_TUNING, Learned, Record
+from .contenders import FULL, HEAD
+from .papers import standard_error
 from .picture import COLOURS, OTHER
-from .table_report import standard_error
+from .point_labels import Box, label_points
 
 PEERS = {OURS: COLOURS[OURS], EAGER: OTHER, FULL_TUNING: "#b9c4d6"}
+FAMILIES = {
+    "addition": ("#2457a7", "houlsby", "pfeiffer", "parallel", "compacter", "prefix", "prefix-mlp",
+                 "prompt"),
+    "specification": ("#c08a4a", "bitfit", "ia3", "lntuning"),
+    "reparameterisation": ("#3c8a5a", "lora", "dora", "intrinsic", "intrinsic-250"),
+}  # fmt: skip
+"""Delta tuning's three families (Ding et al. 2023) → colour and contenders."""
+LINE = "#777777"
 
 
 def draw_table(path: Path, records: Sequence[Record], subtitle: str) -> None:
-    """Horizontal bars, one row a method: test accuracy left, milliseconds a step right, as PNG."""
+    """Test accuracy over trained parameters left, milliseconds a step right, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.4 + 0.42 * len(records)), dpi=110, layout="constrained")
+    timed = [r for r in records if r.timed is not None]
+    height = max(5.6, 1.4 + 0.42 * len(timed))
+    figure = Figure(figsize=(14 if timed else 8.4, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    rows = range(len(records))
-    _accuracies(left, records)
-    _times(right, records)
-    left.set_yticks(list(rows), [r.title for r in records])
-    left.invert_yaxis()
-    for ax in (left, right):
+    shares = [3, 2] if timed else [1]
+    left, *right = figure.subplots(1, len(shares), width_ratios=shares, squeeze=False)[0]
+    for ax in (left, *right):
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
+    for ax in right:
+        _times(ax, timed)
     figure.suptitle(subtitle, fontsize=8, color="#666666")
+    _accuracies(left, records)
     figure.savefig(path, format="png")
 
 
 def _accuracies(ax: Any, records: Sequence[Record]) -> None:
-    for row, r in enumerate(records):
-        if r.learned is None:
-            continue
-        value, error = 100 * r.learned.accuracy, 100 * standard_error(r.learned)
-        ax.barh(row, value, xerr=error, color=COLOURS[OURS], ecolor="#444444", capsize=2)
-        ax.annotate(
-            f"{value:.1f}", (value, row), xytext=(8, 0), textcoords="offset points", va="center",
-            fontsize=8, color="#444444",
+    """Points with their standard errors; the start and full tuning are lines."""
+    learned = {r.name: (r, r.learned) for r in records if r.learned is not None}
+    lines = [learned.pop(name) for name in (FULL, HEAD) if name in learned]
+    points = list(learned.values())
+    for r, found in points:
+        ax.errorbar(
+            r.trained, 100 * found.accuracy, yerr=100 * standard_error(found), fmt="o", capsize=2,
+            markersize=6, color=_colour(r.name), ecolor="#aaaaaa", elinewidth=1,
         )  # fmt: skip
-    values = [100 * r.learned.accuracy for r in records if r.learned is not None]
-    ax.set_xlim(max(0.0, min(values, default=5.0) - 5), 101)
-    ax.set_xlabel("test accuracy, % (± its standard error)", fontsize=8)
+    sizes = [r.trained for r, _ in points] or [1]
+    ax.set_xscale("log")
+    ax.set_xlim(min(sizes) / 3, max(sizes) * 8)
+    values = [100 * found.accuracy for _, found in (*points, *lines)] or [0.0, 100.0]
+    room = 0.07 * (max(values) - min(values)) + 0.5
+    ax.set_ylim(min(values) - room, max(values) + room)
+    ax.set_xlabel("trained parameters of the method", fontsize=8)
+    ax.set_ylabel("test accuracy, % (± its standard error)", fontsize=8)
+    used = [f for f, (_, *names) in FAMILIES.items() if any(r.name in names for r, _ in points)]
+    for family in used:
+        ax.plot([], [], "o", color=FAMILIES[family][0], label=family)
+    if used:
+        ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    ax.figure.draw_without_rendering()  # settles the layout, which labels are placed in
+    taken = [_line(ax, r, found) for r, found in lines]
+    label_points(
+        ax, [(r.trained, 100 * found.accuracy) for r, found in points],
+        [f"{r.title}  {100 * found.accuracy:.1f}" for r, found in points], taken,
+    )  # fmt: skip
+
+
+def _line(ax: Any, record: Record, found: Learned) -> Box:
+    """A level across the picture. Returns: the room of its label, in pixels."""
+    value = 100 * found.accuracy
+    ax.axhline(value, color=LINE, linewidth=1, linestyle="--", zorder=0)
+    below = record.name == HEAD
+    what = f"start: {record.title}" if below else f"{record.title}, {record.trained:,} parameters"
+    text = ax.annotate(
+        f"{what}  {value:.1f}", (0.99 if below else 0.01, value),
+        xycoords=ax.get_yaxis_transform(), xytext=(0, -3 if below else 3),
+        textcoords="offset points", ha="right" if below else "left",
+        va="top" if below else "bottom", fontsize=8, color=LINE,
+    )  # fmt: skip
+    text.set_in_layout(False)
+    box = text.get_window_extent(ax.figure.canvas.get_renderer())
+    return box.x0, box.y0, box.x1, box.y1
+
+
+def _colour(name: str) -> str:
+    return next((colour for colour, *names in FAMILIES.values() if name in names), LINE)
 
 
 def _times(ax: Any, records: Sequence[Record]) -> None:
@@ -67,5 +115,7 @@ def _times(ax: Any, records: Sequence[Record]) -> None:
             ],
             color=colour, ecolor="#444444", capsize=1.5, label=peer,
         )  # fmt: skip
+    ax.set_yticks(range(len(records)), [r.title for r in records])
+    ax.invert_yaxis()
     ax.set_xlabel("milliseconds a training step (median, quartiles)", fontsize=8)
     ax.legend(fontsize=8, frameon=False, ncols=len(PEERS), loc="lower right", bbox_to_anchor=(1, 1))

@@ -1,28 +1,32 @@
-"""The table of methods as Markdown: every number in it comes from the table's JSON.
-
-The papers' figures beside it are of other models and tasks; only their order can be compared.
-"""
+"""The table of methods as Markdown: every number in it comes from the table's JSON, or, beside
+them, from others (:mod:`.papers`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
-from math import sqrt
 from statistics import median
 from typing import Any
 
 from .cell import EAGER, OURS, Cell
 from .compare import FULL_TUNING, Learned, Record, Settings
-from .contenders import FULL
+from .contenders import FULL, HEAD, contenders
 from .interleave import Timing
+from .papers import (
+    beside,
+    figures_of,
+    header,
+    orders,
+    standard_error,
+    told_apart,
+    without_figures,
+)
+from .reader import NAMED
 from .report import markdown_table
 
-PAPER = {"houlsby": 87.4, "bitfit": 86.6, "prompt": 77.7}
-"""Mean of 8 tasks, RoBERTa-large, full data, no template (Ding et al. 2023, arXiv 2203.06904)."""
 NONE = "–"
 ACCURACY = (
-    "method", "settings", "trained", "of the encoder", "test accuracy, %", "test loss, nats",
-    "learning rate", "its reason",
+    "method", "settings", "trained", "of the encoder", "test accuracy, %", "gain over the start",
+    "of full tuning's gain", "test loss, nats", "learning rate", "its reason",
 )  # fmt: skip
 TIME = (
     "method", OURS, EAGER, f"{EAGER} / {OURS}", f"{FULL_TUNING} / the method", "held, ours",
@@ -35,15 +39,9 @@ TIMES = (
     "optimizer's moments."
 )
 PAPERS = (
-    "Ding et al. 2023 (arXiv 2203.06904) tuned RoBERTa-large on 8 tasks to the end; here a small "
-    "encoder has one task and few steps. The order alone can be compared."
+    "Other models, trained to the end on other tasks; here a small encoder has one task and few "
+    "steps. The order alone can be compared."
 )
-
-
-def standard_error(learned: Learned) -> float:
-    """Of the accuracy, as a share: what another draw of as many test texts would change."""
-    a = learned.accuracy
-    return sqrt(a * (1 - a) / learned.examples)
 
 
 def table_markdown(
@@ -63,31 +61,29 @@ def table_markdown(
         "",
         "## Accuracy",
         "",
-        *markdown_table(ACCURACY, [_learned_row(r) for r in records]),
+        *markdown_table(ACCURACY, [_learned_row(r, records) for r in records]),
         "",
-        *[f"Trained parameters are without the {r.head:,} of the head." for r in records[:1]],
+        *learning(settings, records),
         *_tried(records),
         "",
         "## Time and memory of a step",
         "",
         TIMES,
         "",
-        *markdown_table(TIME, [_timed_row(r) for r in records]),
+        *markdown_table(TIME, [_timed_row(r) for r in records if r.trained + r.head]),
         *_reasons(records),
         "",
         "## Where we lose",
         "",
-        *([f"- {line}" for line in losses(records)] or ["Nowhere in this table."]),
+        *([f"- {line}" for line in losses(records)] or [_nowhere(records)]),
         "",
         "## Beside the papers",
         "",
         PAPERS,
         "",
-        *markdown_table(
-            ("method", "Ding et al., mean of 8 tasks", "here, %"), _paper_rows(records)
-        ),
+        *markdown_table(header(settings.head), list(beside(settings.head, records))),
         "",
-        *[f"- {line}" for line in order_beside_the_paper(records)],
+        *_papers(settings, records),
         "",
         "## Made by",
         "",
@@ -98,13 +94,61 @@ def table_markdown(
 
 def _how(s: Settings) -> str:
     test = "a tenth of it, held out" if s.test is None else s.test
+    head = (
+        "A text belongs to the label whose name the untouched encoder puts nearest to it (mean of "
+        f"the last states; cosines times {s.scale}, softmax). Nothing but the method trains: the "
+        "start is what the encoder knows without any, and the gain over it is the method's own"
+        if s.head == NAMED
+        else "A new head on the mean of the last states, the same for all, learns beside whatever "
+        f"else trains, at the learning rate {s.head_rate}; the start is the head alone"
+    )
     return (
         f"Every line: {s.steps} steps of {s.batch_size} texts of at most {s.seq_len} tokens, in "
-        f"the same order (seed {s.seed}), float32, no dropout; a new head on the mean of the last "
-        "states, the same for all, beside whatever else trains at the learning rate "
-        f"{s.head_rate:g}; tested on {test}. One seed: two accuracies that differ by less than "
-        "about twice their standard error are not told apart."
+        f"the same order (seed {s.seed}), float32, no dropout. {head}. Tested on {test}. One seed: "
+        "two accuracies that differ by less than about twice their standard error are not told "
+        "apart."
     )
+
+
+def learning(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
+    """Which lines are not told apart from the start, which are not there, and what is counted."""
+    start = start_of(records)
+    learned = [(r, r.learned) for r in records if r.learned is not None and r.name != HEAD]
+    if start is not None and learned:
+        same = [r.title for r, found in learned if not told_apart(found, start)]
+        below = [
+            r.title for r, found in learned
+            if told_apart(found, start) and found.accuracy < start.accuracy
+        ]  # fmt: skip
+        what = f"the start ({_accuracy(start)} %)"
+        if not same and not below:
+            yield f"Every method here is told apart from {what}, and above it."
+        if same:
+            yield f"Not told apart from {what}: {'; '.join(same)}."
+        if below:
+            yield f"Below {what}: {'; '.join(below)}."
+    there = {r.name for r in records if r.learned is not None}
+    absent = [c.title for c in contenders(settings.head).values() if c.name not in there]
+    if absent:
+        yield f"Not trained yet: {'; '.join(absent)}."
+    for r in records[:1] if settings.head != NAMED else ():
+        yield f"Trained parameters are without the {r.head:,} of the head."
+
+
+def start_of(records: Sequence[Record]) -> Learned | None:
+    """How frozen features do."""
+    return next((r.learned for r in records if r.name == HEAD), None)
+
+
+def _papers(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
+    for source in figures_of(settings.head):
+        yield f"- {source.what}."
+        for said, pairs in orders(source, records).items():
+            if pairs:
+                yield f"    - {said}: {'; '.join(pairs)}"
+    alone = without_figures(settings.head, records)
+    if alone:
+        yield f"- No accuracy of theirs stands beside {'; '.join(alone)}."
 
 
 def _origins(records: Sequence[Record]) -> Iterator[str]:
@@ -157,34 +201,27 @@ def losses(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def order_beside_the_paper(records: Sequence[Record]) -> Iterator[str]:
-    """For each pair that the paper has: whether its order holds here."""
-    both = [(r.title, PAPER[r.name], r.learned) for r in records if r.name in PAPER and r.learned]
-    for (a, there_a, here_a), (b, there_b, here_b) in combinations(both, 2):
-        difference = here_a.accuracy - here_b.accuracy
-        error = sqrt(standard_error(here_a) ** 2 + standard_error(here_b) ** 2)
-        first, second = (a, b) if there_a > there_b else (b, a)
-        ahead = difference if there_a > there_b else -difference
-        said = "the same here" if ahead > 0 else "the other way round here"
-        if abs(difference) < 2 * error:
-            said = "not told apart here"
-        yield f"{first} before {second} in the paper: {said} ({100 * ahead:+.1f} points)"
+def _nowhere(records: Sequence[Record]) -> str:
+    timed = any(r.timed is not None for r in records)
+    return "Nowhere in this table." if timed else "Nothing was timed yet."
 
 
-def _learned_row(r: Record) -> tuple[str, ...]:
-    share = f"{100 * r.trained / r.total:.2f} %"
+def _learned_row(r: Record, records: Sequence[Record]) -> tuple[str, ...]:
+    line = (r.title, r.settings, f"{r.trained:,}", f"{100 * r.trained / r.total:.2f} %")
     if r.learned is None:
-        return (r.title, r.settings, f"{r.trained:,}", share, NONE, NONE, NONE, NONE)
+        return (*line, *[NONE] * 6)
+    start = start_of(records)
+    full = next((o.learned for o in records if o.name == FULL), None)
+    gain = share = NONE
+    if start is not None and r.name != HEAD:
+        gain = f"{100 * (r.learned.accuracy - start.accuracy):+.1f}"
+        if full is not None and full.accuracy > start.accuracy:
+            whole = full.accuracy - start.accuracy
+            share = f"{100 * (r.learned.accuracy - start.accuracy) / whole:.0f} %"
+    rate = f"{r.learned.rate:g}" if r.learned.rate else NONE
     return (
-        r.title, r.settings, f"{r.trained:,}", share, _accuracy(r.learned), f"{r.learned.loss:.3f}",
-        f"{r.learned.rate:g}", r.learned.why,
+        *line, _accuracy(r.learned), gain, share, f"{r.learned.loss:.3f}", rate, r.learned.why,
     )  # fmt: skip
-
-
-def _paper_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    return [
-        (r.title, f"{PAPER[r.name]:.1f}", _accuracy(r.learned)) for r in records if r.name in PAPER
-    ]
 
 
 def _accuracy(learned: Learned | None) -> str:

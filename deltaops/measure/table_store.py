@@ -1,4 +1,4 @@
-"""The table of methods on disk: one JSON a machine, into which each method's line is merged."""
+"""The table of methods on disk: one JSON a machine and head, into which each line is merged."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from deltaops.files import write_atomically, write_json
 
 from .compare import Record, Settings
 from .contenders import contenders
+from .reader import NAMED, TRAINED
 from .store import slug
 from .table_picture import draw_table
 from .table_report import table_markdown
+
+FILES = {NAMED: "methods", TRAINED: "methods-trained-head"}
+"""Head → the end of the name of its table's files."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Comparison:
         """The same table with this line, which keeps the half of an older one that it lacks."""
         found = {r.name: r for r in self.records}
         found[record.name] = record.updated(found.get(record.name))
-        order = [*contenders(), *found]
+        order = [*contenders(self.settings.head), *found]
         lines = sorted(found.values(), key=lambda r: order.index(r.name))
         return Comparison(self.settings, machine, tuple(lines))
 
@@ -54,9 +58,9 @@ def origin_of(machine: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def file_of(folder: Path, machine: dict[str, Any]) -> Path:
-    """Where this machine's table lies in ``folder``."""
-    return folder / f"{slug(machine)}-methods.json"
+def file_of(folder: Path, machine: dict[str, Any], head: str) -> Path:
+    """Where this machine's table of this head lies in ``folder``."""
+    return folder / f"{slug(machine)}-{FILES[head]}.json"
 
 
 def read_table(path: Path) -> Comparison:
@@ -103,6 +107,6 @@ def subtitle(table: Comparison) -> str:
     """Under the picture's title."""
     s, m = table.settings, table.machine
     return (
-        f"{s.model} on {s.train}, {s.steps} steps of {s.batch_size}; "
+        f"{s.model} on {s.train}, {s.head} head, {s.steps} steps of {s.batch_size}; "
         f"{m['processor']}, {m['threads']} threads, {m['isa']}"
     )

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from deltaops.errors import ConfigError
-from deltaops.measure import compare, contenders, pair
+from deltaops.measure import compare, contenders, pair, papers, reader
 from deltaops.measure.cell import EAGER, OURS, Cell
 from deltaops.measure.compare import FULL_TUNING, Learned, Record, Settings
 from deltaops.measure.contenders import FULL, HEAD
+from deltaops.measure.point_labels import label_points
 from deltaops.measure.reader import Material
-from deltaops.measure.table_report import order_beside_the_paper, table_markdown
-from deltaops.measure.table_store import Comparison, begin, read_table, write_table
+from deltaops.measure.table_report import table_markdown
+from deltaops.measure.table_store import Comparison, begin, file_of, read_table, write_table
 from deltaops.methods import METHODS
 from deltaops.testing.architectures import build
 from deltaops.tuning.tokens import TokenSet
@@ -25,7 +26,9 @@ from deltaops.tuning.tokens import TokenSet
 from .results import MACHINE, cell
 
 SETTINGS = Settings("tiny", "train.csv", None, steps=6, batch_size=4, seq_len=8)
-ALL = contenders.contenders()
+NAMED = replace(SETTINGS, **compare.HEADS[reader.NAMED])
+ALL = contenders.contenders(reader.TRAINED)
+UNDER_NAMES = contenders.contenders(reader.NAMED)
 
 
 def texts(count: int) -> TokenSet:
@@ -43,6 +46,15 @@ def material() -> Material:
     """As wide as the methods' own bottlenecks need."""
     encoder = build("bert", hidden_size=128)
     return Material(encoder, 128, 3, texts(40), texts(21))
+
+
+@pytest.fixture(scope="module")
+def named(material: Material) -> Material:
+    """The same, under names that are made up."""
+    names = torch.nn.functional.normalize(
+        torch.randn(3, 128, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    return replace(material, names=names, labels=("a", "b", "c"))
 
 
 def test_every_method_takes_part_and_none_twice() -> None:
@@ -67,6 +79,35 @@ def test_ours_and_eager_agree_and_are_timed(name: str, material: Material) -> No
         return
     assert state[OURS] < state[FULL_TUNING]
     assert state[OURS] == state[EAGER]
+
+
+@pytest.mark.parametrize("name", [FULL, "lora"])
+def test_under_names_ours_and_eager_agree_too(name: str, named: Material) -> None:
+    cell, _ = compare.take_time(UNDER_NAMES[name], named, NAMED, rounds=1)
+    assert set(cell.timings) == ({FULL_TUNING} if name == FULL else {OURS, EAGER, FULL_TUNING})
+
+
+def test_under_names_nothing_but_the_method_trains(named: Material) -> None:
+    line = compare.describe(UNDER_NAMES["lora"], named, 0)
+    assert (line.head, line.trained) == (0, compare.describe(ALL["lora"], named, 0).trained)
+    assert compare.describe(UNDER_NAMES[FULL], named, 0).trained == line.total
+    model, _, _ = compare._trained(UNDER_NAMES[FULL], named, named.train, NAMED, lambda: None)
+    assert torch.equal(model.names, named.names)  # type: ignore[arg-type]  # a named head has them
+    start = compare.describe(UNDER_NAMES[HEAD], named, 0)
+    assert (start.trained, start.head) == (0, 0)
+
+
+def test_the_start_is_tested_and_not_trained(named: Material) -> None:
+    ticks: list[int] = []
+    found = compare.learn(UNDER_NAMES[HEAD], named, NAMED, (1e-2,), lambda: ticks.append(1))
+    untouched = compare.evaluate(named.reader(0), named.test, 4)
+    assert untouched is not None
+    assert (found.accuracy, found.loss) == (untouched["accuracy"], untouched["loss"])
+    assert (found.rate, found.training_loss, found.tried) == (0.0, None, {})
+    texts = len(named.test)
+    assert len(ticks) == compare.work(UNDER_NAMES[HEAD], NAMED, texts, 1, True, 9)
+    learned = compare.learn(UNDER_NAMES["lora"], named, replace(NAMED, steps=12))
+    assert learned.loss < found.loss
 
 
 def test_without_an_eager_form_ours_is_held_to_the_reference(
@@ -127,7 +168,8 @@ def test_rates_are_judged_on_training_texts_and_work_is_counted(material: Materi
     found = compare.learn(ALL["lora"], material, SETTINGS, rates, lambda: ticks.append(1))
     assert list(found.tried) == ["1e-30", "0.01"]
     assert found.rate == max(rates, key=lambda r: (found.tried[f"{r:g}"], -r))
-    assert len(ticks) == compare.work(SETTINGS, len(material.test), len(rates), True, False, 1)
+    texts = len(material.test)
+    assert len(ticks) == compare.work(ALL["lora"], SETTINGS, texts, len(rates), True, 0)
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -152,7 +194,7 @@ def test_lines_are_merged_and_halves_kept(tmp_path: Path, material: Material) ->
     assert (lora.learned, lora.timed) == (record("lora", 0.5).learned, cell)
     assert read_table(path) == again
     text = path.with_suffix(".md").read_text()
-    assert "| FULL | S() | 5 | 5.00 % | 75.0 ± 0.8 | 1.000 |" in text
+    assert "| FULL | S() | 5 | 5.00 % | 75.0 ± 0.8 | – | – | 1.000 |" in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     moved = timed.updated(record("lora", 0.5, settings="other"))
     assert moved.learned is None  # of other settings: no half of this line
@@ -163,19 +205,68 @@ def test_other_settings_are_no_table(tmp_path: Path) -> None:
     write_table(path, Comparison(SETTINGS, MACHINE, (record("lora", 0.5),)))
     with pytest.raises(ConfigError, match="was made with steps=6"):
         begin(path, replace(SETTINGS, steps=7), MACHINE)
+    with pytest.raises(ConfigError, match="was made with head='trained'"):
+        begin(path, NAMED, MACHINE)
+    files = {file_of(tmp_path, MACHINE, head).name for head in compare.HEADS}
+    assert files == {
+        "some-cpu-2-threads-avx2-methods.json",
+        "some-cpu-2-threads-avx2-methods-trained-head.json",
+    }
     path.write_text("{}")
     with pytest.raises(ConfigError, match="no table of `deltaops compare`"):
         begin(path, SETTINGS, MACHINE)
 
 
 def test_the_papers_order_is_told_only_where_it_shows() -> None:
-    close, far = record("houlsby", 0.86), record("prompt", 0.6)
-    lines = list(order_beside_the_paper([close, record("bitfit", 0.865), far]))
-    assert lines == [
-        "HOULSBY before BITFIT in the paper: not told apart here (-0.5 points)",
-        "HOULSBY before PROMPT in the paper: the same here (+26.0 points)",
-        "BITFIT before PROMPT in the paper: the same here (+26.5 points)",
-    ]
+    ding = papers.Figures("D", "d", {"houlsby": 9, "bitfit": 8, "prompt": 7, "lora": 6})
+    lines = [record("houlsby", 0.86), record("bitfit", 0.865), record("prompt", 0.6)]
+    found = papers.orders(ding, [*lines, record("lora", 0.7), record("dora", 0.1)])
+    assert found[papers.SAME] == [
+        "HOULSBY before PROMPT (+26.0 points)", "HOULSBY before LORA (+16.0 points)",
+        "BITFIT before PROMPT (+26.5 points)", "BITFIT before LORA (+16.5 points)",
+    ]  # fmt: skip
+    assert found[papers.OPEN] == ["HOULSBY before BITFIT (-0.5 points)"]
+    (pair,) = found[papers.OTHER]
+    assert pair.startswith(
+        "PROMPT before LORA (-10.0 points): it had learnt the training texts bet"
+    )
+    behind, ahead = (replace(lines[0].learned, training_loss=x) for x in (2.0, 0.5))  # type: ignore[type-var]  # is there
+    assert papers.cause(behind, ahead).endswith("too after these steps, 2.00 nats against 0.50")
+
+
+def test_gains_are_over_the_start_and_what_does_not_learn_is_named() -> None:
+    lines = [record("full", 0.9, trained=100), record("head", 0.6, head=0), record("lora", 0.84)]
+    lines += [record("prompt", 0.61), record("bitfit", 0.5)]
+    text = table_markdown(NAMED, MACHINE, lines, "p.png")
+    assert "| LORA | S() | 5 | 5.00 % | 84.0 ± 0.7 | +24.0 | 80 % | 1.000 |" in text
+    assert "Not told apart from the start (60.0 ± 0.9 %): PROMPT." in text
+    assert "Below the start (60.0 ± 0.9 %): BITFIT." in text
+    assert "cosines times 20.0" in text
+    assert "of the head" not in text
+    assert "Not trained yet: DoRA, r = 16; Adapter (Houlsby);" in text
+    fine = table_markdown(NAMED, MACHINE, lines[:3], "p.png")
+    assert "Every method here is told apart from the start (60.0 ± 0.9 %), and above it." in fine
+
+
+def test_labels_of_a_picture_keep_clear_of_each_other() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6))
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    ax.set_xlim(0, 10)
+    ax.set_ylim(0, 10)
+    figure.draw_without_rendering()
+    points = [(5 + 0.1 * i, 5 + 0.05 * (i % 3)) for i in range(12)]
+    titles = [f"a method's name {i}" for i in range(12)]
+    boxes = label_points(ax, points, titles)
+    assert len(boxes) == 12
+    for i, a in enumerate(boxes):
+        assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for b in boxes[:i])
+        assert not any(
+            a[0] <= x <= a[2] and a[1] <= y <= a[3] for x, y in ax.transData.transform(points)
+        )
 
 
 def test_a_stopped_line_is_told(tmp_path: Path) -> None:

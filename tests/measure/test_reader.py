@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from deltaops.cli import app
 from deltaops.errors import ConfigError
-from deltaops.measure.reader import Reader, read_material
+from deltaops.measure.reader import TRAINED, Reader, read_material
 from deltaops.testing.architectures import HIDDEN, build
 from deltaops.tuning.encoder import MINILM
 from deltaops.tuning.read import Columns
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]").save_pretrained(path)
-    lines = [f"{WORDS[i % 3]} {WORDS[3 + i % 5]},intent {i % 3}" for i in range(60)]
+    lines = [f"{WORDS[i % 3]} {WORDS[3 + i % 5]},{WORDS[i % 3]}" for i in range(60)]
     (path / "train.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     (path / "test.csv").write_text("\n".join(["text,label", *lines[:11]]) + "\n")
     return path
@@ -59,6 +60,36 @@ def test_the_head_reads_the_mean_of_the_tokens(folder: Path) -> None:
     logits = model(ids, mask, torch.tensor([1])).logits
     states = model.encoder(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(logits, model.classifier(states[:, :2].mean(1)))
+
+
+def test_labels_are_read_as_people_write_them(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    lines = ["text,label", *["card lost,Card_lost?", "money late,money_late"] * 10]
+    (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
+    found = read_material(
+        str(folder), str(tmp_path / "train.csv"), None, Columns("text", "label"), 8, 0
+    )
+    assert found.names is not None
+    assert found.labels == ("Card_lost?", "money_late")
+    batch = AutoTokenizer.from_pretrained(folder)(["money late"], return_tensors="pt")
+    with torch.no_grad():
+        states = found.encoder(batch["input_ids"]).last_hidden_state
+    expected = torch.nn.functional.normalize(states.mean(1), dim=-1)
+    torch.testing.assert_close(found.names[1:], expected)
+    assert found.reader(0).names.equal(found.names)  # type: ignore[union-attr]  # a named head
+    assert found.texts() != replace(found, labels=("Card_lost?", "late")).texts()
+
+
+def test_labels_that_are_numbers_are_no_names(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n" + "card lost,0\nmoney late,1\n" * 10)
+    arguments = str(folder), str(tmp_path / "train.csv"), None, Columns("text", "label"), 8, 0
+    with pytest.raises(ConfigError, match=r"these are numbers \(0, 1\)"):
+        read_material(*arguments)
+    assert read_material(*arguments, TRAINED).names is None
+    (tmp_path / "train.csv").write_text("text,label\n" + "card lost,one\nmoney late,two\n" * 10)
+    with pytest.raises(ConfigError, match="'one' and 'two' are the same to it"):
+        read_material(*arguments)
 
 
 def test_a_missing_encoder_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +121,10 @@ def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -
         "compare", "--train", folder / "train.csv", "--model", folder, "--steps", 6,
         "--batch-size", 4, "--rounds", 1, "--out", tmp_path,
     ]  # fmt: skip
-    for more in (["--methods", "bitfit,head"], ["--methods", "lora", "--only", "time"]):
+    for more in (
+        ["--methods", "bitfit,head"], ["--methods", "lora", "--only", "time"],
+        ["--methods", "head", "--head", "trained", "--only", "accuracy"],
+    ):  # fmt: skip
         found = CliRunner().invoke(app, [*map(str, arguments), *more])
         assert found.exit_code == 0, found.output
     (file,) = tmp_path.glob("*-methods.json")
@@ -98,7 +132,20 @@ def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -
     assert list(methods) == ["head", "lora", "bitfit"]
     assert methods["lora"]["learned"] is None
     assert methods["bitfit"]["learned"]["examples"] == 6
+    assert (methods["head"]["trained"], methods["head"]["head"]) == (0, 0)
+    assert methods["head"]["timed"] is None  # nothing trains
+    (other,) = tmp_path.glob("*-methods-trained-head.json")
+    table = json.loads(other.read_text())
+    assert (table["settings"]["head"], len(table["methods"])) == ("trained", 1)
+    assert table["methods"][0]["head"] == 3 * (HIDDEN + 1)
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
+def test_a_strange_head_is_refused(folder: Path) -> None:
+    arguments = ["compare", "--train", str(folder / "train.csv"), "--head", "both"]
+    found = CliRunner().invoke(app, arguments)
+    assert isinstance(found.exception, ConfigError)
+    assert "--head must be named or trained" in str(found.exception)
 
 
 @pytest.mark.skipif(find_spec(MINILM.replace("-", "_")) is None, reason=f"{MINILM} is not there")
