@@ -76,7 +76,13 @@ def tune_kernels(
             "For this machine's processor there is nothing to tune; deltaops doctor says what runs."
         )
     gpu = torch.cuda.get_device_name()
-    path = tables.own(gpu) if out is None else out / tables.file_name(gpu)
+    try:
+        path = tables.own(gpu) if out is None else out / tables.file_name(gpu)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"tune-kernels: there is no cache directory for the table: {error}. "
+            "Name one by the environment variable DELTAOPS_CACHE, or by --out."
+        ) from error
     check_folder(path.parent)
     facts = {
         **machine.describe(),

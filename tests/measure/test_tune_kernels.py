@@ -5,14 +5,16 @@ tests/kernels/interpreted.py runs it with the Triton kernels themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from typer.testing import CliRunner
 
-from deltaops.backends.triton import planner, tables
+from deltaops.backends.triton import TritonBackend, planner, tables
 from deltaops.cli import app
 from deltaops.errors import ConfigError, DataError, DeviceError
 from deltaops.measure import gpu, tune_kernels
@@ -145,6 +147,56 @@ def test_what_was_measured_is_kept_when_the_run_stops(tmp_path: Path) -> None:
         ((), False),
     ]
     assert [e.setting.m for e in tables.read(path, "a GPU").entries] == [3]
+
+
+@pytest.fixture
+def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command where a GPU seems to be, with ``errors`` for its settings, one after the other;
+    None where it is measured."""
+    monkeypatch.setenv("DELTAOPS_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
+
+    def run(errors: list[BaseException | None], *arguments: str) -> Result:
+        left = iter(errors)
+
+        def measured(setting: tables.Setting, *_: Any, **__: Any) -> tune_kernels.Measured:
+            error = next(left)
+            if error is not None:
+                raise error
+            timed = {"forward": {"fused": 1.0}}
+            return tune_kernels.Measured(tables.Entry(setting, timed), {"forward": 1.0}, ())
+
+        monkeypatch.setattr(tune_kernels, "measure", measured)
+        tokens = ",".join(str(m) for m in range(1, len(errors) + 1))
+        options = ["--tokens", tokens, "--layers", "4x5", "--ranks", "1", *arguments]
+        return CliRunner().invoke(app, ["tune-kernels", *options])
+
+    return run
+
+
+def test_a_layer_that_fails_is_named_and_the_others_are_kept(tune: Callable[..., Result]) -> None:
+    result = tune([None, RuntimeError("a kernel was ill"), None])
+    assert result.exit_code == 1
+    assert "failed: RuntimeError: a kernel was ill" in " ".join(result.output.split())
+    kept = tables.read(tables.own("a GPU"), "a GPU").entries
+    assert [e.setting.m for e in kept] == [1, 3]
+    facts = kept[0].measured["forward"]
+    assert facts["float32_matmul_precision"] == torch.get_float32_matmul_precision()
+
+
+def test_a_fresh_table_replaces_the_old_one_once_there_is_something(
+    tune: Callable[..., Result],
+) -> None:
+    assert tune([None, None, None]).exit_code == 0
+    result = tune([torch.OutOfMemoryError()], "--fresh")
+    assert result.exit_code == 1
+    assert "nothing was measured, nothing written" in result.output
+    path = tables.own("a GPU")
+    assert len(tables.read(path, "a GPU").entries) == 3
+    assert tune([None, None], "--fresh").exit_code == 0
+    assert [e.setting.m for e in tables.read(path, "a GPU").entries] == [1, 2]
 
 
 def test_interpreted_kernels_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def planned(call: DeltaLinearCall) -> str:
             for direction, rows in (("forward", matrix(m, k)), ("backward", matrix(m, n)))
         )
     except DataError as error:
-        return f"none: {error}"
+        return f"no plan, a call would raise: {error}"
     return planner.text(y, dx)
 
 
