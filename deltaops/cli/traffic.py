@@ -75,7 +75,8 @@ def traffic(
     console = Console()
     for call in calls:
         wanted = plan if isinstance(call, model.Linear) else None
-        console.print(_table(str(call), model.count(call, gpu or "sm_90", wanted)))
+        counts = model.count(call, gpu or "sm_90", wanted)
+        console.print(_table(str(call), counts) if counts else str(call), highlight=False)
         for direction in model.impossible(call, wanted):
             console.print(f"  {direction}: the plan {plan!r} cannot run it", highlight=False)
     console.print(f"counted for {gpu or 'sm_90'}, not measured", highlight=False)
@@ -92,7 +93,7 @@ def _table(call: str, counts: list[Any]) -> Table:
             f"[bold]{one.direction}[/]",
             *_numbers(total),
             f"{total.once / floor.bytes:.2f}",
-            f"{total.operations / floor.operations:.3f}",
+            f"{total.operations / floor.operations:.3f}" if floor.operations else "–",
         )
         for name, found in one.kernels:
             table.add_row(f"  {name}", *_numbers(found), style="dim")

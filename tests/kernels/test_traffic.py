@@ -112,6 +112,16 @@ def test_a_plan_that_cannot_run_a_direction_is_said_to() -> None:
     )] == ["forward"]  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [[], ["--plan", "torch"]], ids=str)
+def test_the_usual_calls_are_shown(options: list[str]) -> None:
+    result = CliRunner().invoke(app, ["traffic", *options])
+    assert result.exit_code == 0, result.exception
+    shown = " ".join(result.output.split())
+    assert all(str(call).split()[0] in shown for call in traffic.CALLS)
+    assert ("the plan 'torch' cannot run it" in shown) == bool(options)
+    assert "counted for sm_90, not measured" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
