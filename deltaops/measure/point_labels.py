@@ -57,7 +57,7 @@ def label_points(
             ):
                 continue
             way = _way(places[i], tried)
-            crossed = sum(any(_holds(b, p) for p in way) for b in (*written, *others))
+            crossed = sum(any(_holds(b, p) for p in way) for b in (*taken, *written, *others))
             cost = far + CROSSING * (crossed + any(_holds(tried, p) for p in lines))
             if cost < least:
                 radius, box, least = far, tried, cost

@@ -87,6 +87,9 @@ def test_labels_that_are_numbers_are_no_names(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"these are numbers \(0, 1\)"):
         read_material(*arguments)
     assert read_material(*arguments, TRAINED).names is None
+    (tmp_path / "train.csv").write_text("text,label\n" + "card lost,1.0\nmoney late,-2\n" * 10)
+    with pytest.raises(ConfigError, match="these are numbers"):
+        read_material(*arguments)
     (tmp_path / "train.csv").write_text("text,label\n" + "card lost,one\nmoney late,two\n" * 10)
     with pytest.raises(ConfigError, match="'one' and 'two' are the same to it"):
         read_material(*arguments)
@@ -146,6 +149,19 @@ def test_a_strange_head_is_refused(folder: Path) -> None:
     found = CliRunner().invoke(app, arguments)
     assert isinstance(found.exception, ConfigError)
     assert "--head must be named or trained" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--only", "time", "--rates", "1e-3"], "--only time trains nothing"),
+        (["--only", "time", "--methods", "head"], "nothing to time: frozen features"),
+    ],
+)
+def test_a_command_with_nothing_to_do_is_refused(more: list[str], told: str) -> None:
+    found = CliRunner().invoke(app, ["compare", "--train", "train.csv", *more])
+    assert isinstance(found.exception, ConfigError)
+    assert told in str(found.exception)
 
 
 @pytest.mark.skipif(find_spec(MINILM.replace("-", "_")) is None, reason=f"{MINILM} is not there")
