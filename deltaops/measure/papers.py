@@ -36,7 +36,8 @@ SOURCES = (
     Figures(
         "Ding et al.",
         "Ding et al. 2023 (arXiv 2203.06904): RoBERTa-large, mean of 8 tasks, all data, no "
-        "template; beside the start their zero-shot. Which of these gaps they establish is not known here",
+        "template; beside the start their zero-shot. Which of these gaps they "
+        "establish is not known here",
         {"houlsby": 87.4, "bitfit": 86.6, "prompt": 77.7, HEAD: 23.7},
     ),
     Figures(

@@ -48,7 +48,8 @@ def label_points(
         text.set_in_layout(False)
         size = text.get_window_extent(canvas.get_renderer())
         text.remove()
-        others = [*dots[:i], *dots[i + 1 :]]
+        # its own error bar is no obstacle to a line that starts on it
+        others = [*dots[:i], *dots[i + 1 :], *(b for b in taken if not _holds(b, places[i]))]
         candidates = list(_candidates(places[i], (size.width, size.height)))
         (radius, box), least = candidates[0], float("inf")
         for far, tried in candidates:
@@ -57,7 +58,7 @@ def label_points(
             ):
                 continue
             way = _way(places[i], tried)
-            crossed = sum(any(_holds(b, p) for p in way) for b in (*taken, *written, *others))
+            crossed = sum(any(_holds(b, p) for p in way) for b in (*written, *others))
             cost = far + CROSSING * (crossed + any(_holds(tried, p) for p in lines))
             if cost < least:
                 radius, box, least = far, tried, cost

@@ -60,7 +60,7 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
         )  # fmt: skip
     sizes = [r.trained for r, _ in points] or [1]
     ax.set_xscale("log")
-    ax.set_xlim(min(sizes) / 3, max(sizes) * 30)
+    ax.set_xlim(min(sizes) / 3, max(sizes) * 100)
     values = [100 * found.accuracy for _, found in (*points, *lines)] or [0.0, 100.0]
     room = 0.07 * (max(values) - min(values)) + 0.5
     ax.set_ylim(min(values) - room, max(values) + room)
