@@ -13,10 +13,13 @@ from typer.testing import CliRunner
 
 from deltaops.cli import app
 from deltaops.errors import ConfigError
+from deltaops.measure.compare import FULL_TUNING
 from deltaops.measure.reader import TRAINED, Reader, read_material
 from deltaops.testing.architectures import HIDDEN, build
 from deltaops.tuning.encoder import MINILM
 from deltaops.tuning.read import Columns
+
+from .results import cell
 
 WORDS = ["card", "lost", "late", "money", "when", "where", "my", "is"]
 
@@ -142,6 +145,28 @@ def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -
     assert (table["settings"]["head"], len(table["methods"])) == ("trained", 1)
     assert table["methods"][0]["head"] == 3 * (HIDDEN + 1)
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
+def test_a_half_that_fails_leaves_the_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(*arguments: object) -> None:
+        raise ConfigError("not finite")
+
+    timed = cell("method", {FULL_TUNING: 1.0}), {FULL_TUNING: 8}
+    monkeypatch.setattr("deltaops.measure.compare.learn", off)
+    monkeypatch.setattr("deltaops.measure.compare.take_time", lambda *arguments: timed)
+    arguments = [
+        "compare", "--train", folder / "train.csv", "--model", folder, "--out", tmp_path,
+        "--methods", "bitfit",
+    ]  # fmt: skip
+    found = CliRunner().invoke(app, list(map(str, arguments)))
+    assert found.exit_code == 1
+    assert "stopped: BitFit (accuracy): not finite" in found.output
+    (file,) = tmp_path.glob("*-methods.json")
+    (line,) = json.loads(file.read_text())["methods"]
+    assert (line["failed"], list(line["made"])) == ({"accuracy": "not finite"}, ["time"])
+    assert (line["learned"], line["state"]) == (None, {FULL_TUNING: 8})
 
 
 def test_a_strange_head_is_refused(folder: Path) -> None:
