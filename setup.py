@@ -110,7 +110,7 @@ setup(
     package_data={
         "deltaops": ["py.typed"],
         "deltaops.include": ["*.h"],
-        "deltaops.backends.triton": ["tables/*"],
+        "deltaops.backends.triton": ["timings/*"],
     },
     ext_modules=[
         Extension(CPU, sources("cpu"), language="c++"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .backends import Backend, Call, registered
+from .backends.base import PlanningBackend
 from .errors import NoBackendError
 
 LAST_RESORT = "reference"
@@ -42,7 +43,10 @@ class Explanation:
     def reason(self) -> str:
         """One line: what runs, or why the fused ones do not."""
         if self.fast:
-            return f"fused by {self.chosen}{f' ({self.plan})' if self.plan else ''}"
+            # a plan may leave the products to a library: "fused" would promise too much
+            if self.plan:
+                return f"run by {self.chosen} ({self.plan})"
+            return f"fused by {self.chosen}"
         refused = "; ".join(str(v) for v in self.verdicts if v.reason)
         return f"eager torch ({refused})" if self.chosen else f"nothing runs it ({refused})"
 
@@ -85,8 +89,9 @@ def explain_call(call: Call, backend: str = "auto", strict: bool = False) -> Exp
 
 
 def _explained(call: Call, chosen: str | None, verdicts: Sequence[Verdict]) -> Explanation:
-    planned = getattr(registered()[chosen], "planned", None) if chosen else None
-    return Explanation(call, chosen, tuple(verdicts), planned(call) if planned else None)
+    backend = registered()[chosen] if chosen else None
+    plan = backend.planned(call) if isinstance(backend, PlanningBackend) else None
+    return Explanation(call, chosen, tuple(verdicts), plan)
 
 
 @lru_cache(maxsize=4096)

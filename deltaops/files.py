@@ -95,6 +95,35 @@ def check_folder(folder: Path) -> None:
         raise _failed(folder, error) from error
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process or thread at a time, of all that lock ``path``: to read a file, change it and
+    replace it. An empty ``.lock`` file stays beside it; the lock itself ends with the process.
+
+    Raises: CheckpointError where the folder cannot be written or the system cannot lock.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _failed(path, error) from error
+    try:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(handle, msvcrt.LK_LOCK, 1)  # waits for ten seconds
+            else:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _failed(path, error) from error
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the scratch files that a killed process left in ``folder``."""
     if not folder.is_dir():

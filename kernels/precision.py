@@ -4,7 +4,8 @@ A rank term works in the wider of the adapter's dtype and that of x, as PEFT doe
 adapters on a bfloat16 model. Half types multiply exactly into fp32 accumulators. Float32 work on
 a half-precision model goes through the tensor cores in three TF32 products (about 2⁻²¹), so that
 float32 gradients are worth their format; AMD's matrix cores multiply float32 as it is. A float32
-model gets IEEE products, no TF32.
+model gets IEEE products in these kernels, no TF32; products that a plan leaves to the library obey
+torch.set_float32_matmul_precision.
 """
 
 from __future__ import annotations

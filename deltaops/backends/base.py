@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -141,6 +141,7 @@ class PreparingBackend(Backend, Protocol):
         """The plan of all calls with tensors of these dtypes, shapes and strides."""
 
 
+@runtime_checkable
 class PlanningBackend(Backend, Protocol):
     """One that has several ways for a call and chooses by what was measured."""
 

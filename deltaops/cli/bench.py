@@ -147,12 +147,12 @@ def _settings(
     return replace(settings, **changes)
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def _shape(text: str, option: str = "--shapes") -> tuple[int, int, int]:
     from deltaops.errors import ConfigError
 
     parts = text.replace("×", "x").split("x")
     if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise ConfigError(f"--shapes takes MxNxK such as 512x768x768, got {text!r}.")
+        raise ConfigError(f"{option} takes MxNxK such as 512x768x768, got {text!r}.")
     m, n, k = map(int, parts)
     return m, n, k
 

@@ -12,10 +12,14 @@ from rich.table import Table
 
 
 def traffic(
-    gpu: str = typer.Option("sm_90", help="Whose tiles: sm_80, sm_90, sm_100 or gfx942."),
+    gpu: str | None = typer.Option(
+        None, help="Whose tiles: sm_80, sm_90, sm_100 or gfx942; sm_90 by default."
+    ),
     shape: str | None = typer.Option(None, help="One layer, MxNxK, instead of the usual calls."),
-    rank: int = typer.Option(16, min=1, help="With --shape."),
-    dropout: float = typer.Option(0.0, min=0.0, max=1.0, help="With --shape."),
+    rank: int | None = typer.Option(None, min=1, help="With --shape; 16 by default."),
+    dropout: float | None = typer.Option(
+        None, min=0.0, max=1.0, help="With --shape; none by default."
+    ),
     plan: str | None = typer.Option(
         None, help="Of the GEMMs: fused, split or torch. The one that would be chosen by default."
     ),
@@ -27,9 +31,9 @@ def traffic(
     """Count bytes and operations of the Triton kernels, from their launches; no GPU is needed.
 
     "once": each element that a launch touches, once: what memory moves at
-    least. "asked": what its programs load and store, mostly served by caches.
-    The floor reads and writes every argument and result of the call once.
-    These are counts: nothing here is a time.
+    least. "asked": what its programs load and store; how much of it caches
+    serve, no count tells. The floor reads and writes every argument and result
+    of the call once. These are counts: nothing here is a time.
 
     Example:  deltaops traffic
 
@@ -45,7 +49,16 @@ def traffic(
 
     from .bench import _shape
 
+    given = {"--gpu": gpu, "--shape": shape, "--rank": rank, "--dropout": dropout, "--plan": plan}
     if as_json or out is not None:
+        others = [name for name, value in given.items() if value is not None]
+        if as_json and out is not None:
+            others.append("--json")
+        if others:
+            raise ConfigError(
+                f"{'--out' if out is not None else '--json'} gives the totals that are committed, "
+                f"whatever {' and '.join(others)} says. Leave out the one or the other."
+            )
         found = model.totals(model.CALLS, model.COMMITTED)
         if out is None:
             typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -57,12 +70,18 @@ def traffic(
         raise ConfigError(f"--plan must be {', '.join(PLANS)}, got {plan!r}.")
     calls: tuple[Any, ...] = model.CALLS
     if shape is not None:
-        calls = (model.Linear(*_shape(shape), rank, dropout),)
+        calls = (model.Linear(*_shape(shape, "--shape"), rank or 16, dropout or 0.0),)
+    elif rank is not None or dropout is not None:
+        name = "--dropout" if rank is None else "--rank"
+        raise ConfigError(f"{name} is of the layer that --shape names. Add --shape MxNxK.")
     console = Console()
     for call in calls:
-        counts = model.count(call, gpu, plan if isinstance(call, model.Linear) else None)
-        console.print(_table(str(call), counts))
-    console.print(f"counted for {gpu}, not measured", highlight=False)
+        wanted = plan if isinstance(call, model.Linear) else None
+        counts = model.count(call, gpu or "sm_90", wanted)
+        console.print(_table(str(call), counts) if counts else str(call), highlight=False)
+        for direction in model.impossible(call, wanted):
+            console.print(f"  {direction}: the plan {plan!r} cannot run it", highlight=False)
+    console.print(f"counted for {gpu or 'sm_90'}, not measured", highlight=False)
 
 
 def _table(call: str, counts: list[Any]) -> Table:
@@ -76,7 +95,7 @@ def _table(call: str, counts: list[Any]) -> Table:
             f"[bold]{one.direction}[/]",
             *_numbers(total),
             f"{total.once / floor.bytes:.2f}",
-            f"{total.operations / floor.operations:.3f}",
+            f"{total.operations / floor.operations:.3f}" if floor.operations else "–",
         )
         for name, found in one.kernels:
             table.add_row(f"  {name}", *_numbers(found), style="dim")

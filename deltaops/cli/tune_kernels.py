@@ -35,9 +35,10 @@ def tune_kernels(
 
     The Triton backend has several ways for a layer: one fused kernel, a kernel and the library's
     product, or the library's products alone. Each is held to float64 first; then they are timed in
-    turns, as CUDA graphs. A call takes what was fastest for the most similar layer, from then on in
-    every process. Without a table it follows a rule, and `deltaops.explain` says so. What is
-    measured is kept after each layer: Ctrl-C loses one.
+    turns, as CUDA graphs. A call takes what was fastest for the most similar layer, in every
+    process that starts from then on. Without a table it follows a rule, and `deltaops.explain` says
+    so. What is measured is kept after each layer: Ctrl-C loses one. A layer that fails is named,
+    and the exit code is 1.
 
     Example:  deltaops tune-kernels
 
@@ -47,7 +48,7 @@ def tune_kernels(
     """
     import torch
 
-    from deltaops.backends.triton import TritonBackend, planner, tables
+    from deltaops.backends.triton import TritonBackend, core, planner, tables
     from deltaops.errors import ConfigError, DeviceError
     from deltaops.files import check_folder
     from deltaops.measure import machine
@@ -63,6 +64,10 @@ def tune_kernels(
         numbers, shapes, _numbers("--ranks", ranks), kind, torch.promote_types(kind, narrow),
         dropout,
     )  # fmt: skip
+    if core.interpreting():
+        raise ConfigError(
+            "tune-kernels times compiled kernels, and TRITON_INTERPRET=1 is set. Unset it."
+        )
     runner = TritonBackend()
     reason = runner.unavailable()
     if reason is not None or not torch.cuda.is_available():
@@ -71,11 +76,22 @@ def tune_kernels(
             "For this machine's processor there is nothing to tune; deltaops doctor says what runs."
         )
     gpu = torch.cuda.get_device_name()
-    path = tables.own(gpu) if out is None else out / tables.file_name(gpu)
+    try:
+        path = tables.own(gpu) if out is None else out / tables.file_name(gpu)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"tune-kernels: there is no cache directory for the table: {error}. "
+            "Name one by the environment variable DELTAOPS_CACHE, or by --out."
+        ) from error
     check_folder(path.parent)
-    facts = {**machine.describe(), "rounds": rounds}
-    empty = tables.Table(gpu, facts, ())
-    before = tables.read(path, gpu) if path.exists() and not fresh else empty
+    facts = {
+        **machine.describe(),
+        "rounds": rounds,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if not fresh:
+        tables.check(path, gpu)
+    forget = fresh
     console = Console()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -87,18 +103,22 @@ def tune_kernels(
             progress.update(bar, description=escape(str(setting)))
             return tuner.measure(setting, runner, rounds=rounds)
 
-        done = tuner.measure_all(
-            wanted,
-            measure_one,
-            lambda entries: tables.write(path, before.with_entries(entries, facts)),
-            lambda one: progress.advance(bar),
-        )
+        def keep(entry: Any) -> None:
+            nonlocal forget
+            tables.add(path, gpu, [entry], facts, fresh=forget)
+            forget = False
+
+        done = tuner.measure_all(wanted, measure_one, keep, lambda one: progress.advance(bar))
     planner.forget()
     console.print(table(done, gpu))
     for one in done:
         for note in one.notes:
             console.print(f"{one.entry.setting}: {note}", highlight=False, markup=False)
-    console.print(f"wrote {path}", highlight=False)
+    kept = any(one.entry.seconds for one in done)
+    console.print(f"wrote {path}" if kept else "nothing was measured, nothing written",
+                  highlight=False)  # fmt: skip
+    if not kept or any(one.failed for one in done):
+        raise typer.Exit(1)
 
 
 def table(done: list[Any], gpu: str) -> Table:

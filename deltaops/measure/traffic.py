@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaops.backends.triton import TritonBackend, core, planner, record, targets
+from deltaops.backends.triton.tables import Setting
 from deltaops.backends.triton.traffic import Traffic, traffic
 from deltaops.errors import ConfigError
 
@@ -52,11 +53,15 @@ class Linear:
     dtype: torch.dtype = torch.bfloat16
     adapter: torch.dtype = torch.bfloat16
 
-    def __str__(self) -> str:
-        setting = planner.setting_of(
+    @property
+    def setting(self) -> Setting:
+        """What a choice depends on."""
+        return planner.setting_of(
             self.dtype, (self.adapter,), self.m, self.n, self.k, (self.rank,), self.dropout > 0
         )
-        return f"delta_linear {setting}"
+
+    def __str__(self) -> str:
+        return f"delta_linear {self.setting}"
 
     def run(self, direction: str) -> None:
         """See :class:`Counted`."""
@@ -248,7 +253,8 @@ def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
 
     Args:
         gpu: a name of ``deltaops.backends.triton.targets.TARGETS``.
-        plan: of the GEMMs, one of ``tables.PLANS``; None for the one that would be chosen.
+        plan: of the GEMMs, one of ``tables.PLANS``; a direction that it cannot run is left out, see
+            :func:`impossible`. None for the one that would be chosen.
     Raises: ConfigError for another name, or where Triton's interpreter is on.
     """
     if gpu not in targets.TARGETS:
@@ -259,7 +265,10 @@ def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
     if core.interpreting():
         raise ConfigError("traffic is counted from compiled kernels: unset TRITON_INTERPRET.")
     counts = []
+    left_out = impossible(call, plan)
     for direction in (FORWARD, BACKWARD):
+        if direction in left_out:
+            continue
         forced = nullcontext() if plan is None else planner.forced(plan, plan)
         with core.standing_in(targets.TARGETS[gpu]), forced, record.recording() as launches:
             call.run(direction)
@@ -269,6 +278,13 @@ def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
             kernels[name] = kernels.get(name, Traffic()) + traffic(launch)
         counts.append(Count(str(call), direction, tuple(kernels.items()), call.floor(direction)))
     return counts
+
+
+def impossible(call: Counted, plan: str | None) -> list[str]:
+    """The directions of ``call`` that ``plan`` cannot run; see :func:`planner.possible`."""
+    if plan is None or not isinstance(call, Linear):
+        return []
+    return [d for d in (FORWARD, BACKWARD) if plan not in planner.possible(call.setting, d)]
 
 
 def totals(

@@ -1,8 +1,9 @@
 """Measures a GPU for the planner: each plan of ``delta_linear``'s GEMMs, for calls of some shapes.
 
 As :mod:`deltaops.measure.gpu` does: every plan passes a gate against float64 first; then they and
-the frozen layer run in turns, each as one graph over more operands than the cache holds, and a run
-in which the frozen layer drifts is thrown away. The result is seconds; choosing is the planner's.
+the frozen layer run in turns, each as one graph over more operands than the cache holds. A run in
+which the frozen layer drifts is thrown away; what cannot be captured as a graph, and a direction
+that drifts in every attempt, have no seconds. The result is seconds; choosing is the planner's.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ def settings(
     adapter: torch.dtype,
     dropout: bool,
 ) -> list[Setting]:
-    """All combinations, in this order."""
-    return [
+    """All combinations, in this order, each once."""
+    combinations = [
         planner.setting_of(dtype, (adapter,), m, n, k, (rank,), dropout)
         for n, k in layers
         for rank in ranks
         for m in tokens
     ]
+    return list(dict.fromkeys(combinations))
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Measured:
     """Seconds of the frozen layer in each direction."""
     notes: tuple[str, ...]
     """What went otherwise than planned."""
+    failed: bool = False
+    """Whether an error ended it."""
 
 
 def measure(
@@ -71,28 +75,36 @@ def measure(
     capture: Callable[[gpu.Call], gpu.Call] = gpu.captured,
     cache_bytes: float = gpu.CACHE_BYTES,
 ) -> Measured:
-    """Seconds of each plan, in both directions.
+    """Seconds of each plan, in both directions: of those that were captured, in a steady run.
 
     Args:
         run: whose plans they are: the Triton backend.
-        clock, capture: as :func:`deltaops.measure.gpu.measure`'s.
+        clock: runs a call and says how many seconds it took.
+        capture: turns a call into one without launch costs, or raises RuntimeError.
     Raises: DataError where a plan gives wrong numbers; nothing of the setting is timed then.
+        torch.OutOfMemoryError.
     """
     copies = _operands(setting, device, cache_bytes)
     _gate(setting, copies[0], run)
     seconds, frozen, notes = {}, {}, []
     for direction in DIRECTIONS:
-        peers: dict[str, gpu.Call] = {gpu.FROZEN: _frozen(direction, copies)}
+        calls = {gpu.FROZEN: _frozen(direction, copies)}
         for plan in planner.possible(setting, direction):
-            peers[plan] = _planned(direction, plan, copies, run)
-        for name, call in peers.items():
+            calls[plan] = _planned(direction, plan, copies, run)
+        peers: dict[str, gpu.Call] = {}
+        for name, call in calls.items():
             try:
                 peers[name] = capture(call)
-            except RuntimeError as error:
-                notes.append(f"{direction}, {name}: not captured as a graph: {error}")
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # its launches would be timed beside others' replays
+                notes.append(f"{direction}, {name}: left out, not captured as a graph: {error}")
+        if gpu.FROZEN not in peers or len(peers) == 1:
+            continue
         taken, moved, _ = gpu.steady(peers, clock, rounds)
         if moved > gpu.DRIFT:
-            notes.append(f"{direction}: the frozen layer drifted by {moved:.1%}")
+            notes.append(f"{direction}: left out, the frozen layer drifted by {moved:.1%}")
+            continue
         medians = {name: Timing.of(t).median / len(copies) for name, t in taken.items()}
         frozen[direction] = medians.pop(gpu.FROZEN)
         seconds[direction] = medians
@@ -102,19 +114,23 @@ def measure(
 def measure_all(
     wanted: Iterable[Setting],
     measure_one: Callable[[Setting], Measured],
-    keep: Callable[[list[Entry]], object],
+    keep: Callable[[Entry], object],
     on_done: Callable[[Measured], object] = lambda one: None,
 ) -> list[Measured]:
-    """Measure each; what there is is kept after each, so that a run that is stopped has not been in
-    vain. A setting that does not fit into the GPU's memory is left out, with a note."""
+    """Measure each; it is kept at once, so that a run that is stopped has not been in vain. A
+    setting that does not fit into the GPU's memory, or that fails, is left out, with a note."""
     done: list[Measured] = []
     for setting in wanted:
         try:
             one = measure_one(setting)
         except torch.OutOfMemoryError:
             one = Measured(Entry(setting, {}), {}, ("left out: too little memory",))
+        except Exception as error:  # of one layer: the others can still be measured
+            note = f"failed: {type(error).__name__}: {error}"
+            one = Measured(Entry(setting, {}), {}, (note,), failed=True)
         done.append(one)
-        keep([m.entry for m in done if m.entry.seconds])
+        if one.entry.seconds:
+            keep(one.entry)
         on_done(one)
     return done
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ GPU = "sm_90"
 """The name that a GPU has where one stands in."""
 
 
+HALF = torch.bfloat16
+CALL = DeltaLinearCall("cuda", HALF, (HALF,), 8192, 4096, 4096, (16,), True, "row")
+
+
 def setting(m: int, n: int = 4096, k: int = 4096, rank: int = 16, **changes: Any) -> tables.Setting:
     plain = tables.Setting(m, n, k, rank, "bfloat16", "bfloat16", False)
     return plain._replace(**changes)
@@ -49,8 +54,14 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     planner.forget()
 
 
-def plan(one: tables.Setting, plain: bool = True) -> planner.Plan:
-    return planner.choose(one, "meta", plain)
+def plan(one: tables.Setting, plain: bool = True) -> tuple[str, str]:
+    """Of y and of dx."""
+    y, dx = (planner.choose(one, direction, "meta", plain) for direction in tables.DIRECTIONS)
+    return y.plan, dx.plan
+
+
+def why(one: tables.Setting, direction: str = "forward") -> str:
+    return planner.choose(one, direction, "meta").why
 
 
 # ------------------------------------------------------------------------------------- the rule
@@ -72,14 +83,14 @@ def test_the_break_even_is_that_of_the_design_page(k: int, share: float) -> None
     ],
 )
 def test_the_start_follows_the_rule(one: tables.Setting, forward: str, backward: str) -> None:
-    assert plan(one)[:2] == (forward, backward)
+    assert plan(one) == (forward, backward)
 
 
 def test_small_tiles_need_more_of_a_reason() -> None:
     one = setting(8192, k=1024)
-    assert plan(one).forward == "fused"
-    assert plan(one, plain=False).forward == "split"
-    assert plan(one._replace(adapter="float32")).forward == "split"
+    assert plan(one)[0] == "fused"
+    assert plan(one, plain=False)[0] == "split"
+    assert plan(one._replace(adapter="float32"))[0] == "split"
 
 
 def test_the_library_takes_no_mask_and_no_wider_adapter() -> None:
@@ -95,17 +106,17 @@ def test_the_library_takes_no_mask_and_no_wider_adapter() -> None:
 
 
 def keep(path: Path, *entries: tables.Entry, gpu: str = GPU) -> None:
-    tables.write(path, tables.Table(gpu, {"date": "a day"}, entries))
+    tables.add(path, gpu, entries, {"date": "a day"}, fresh=True)
 
 
 def test_the_fastest_of_the_nearest_call_is_taken() -> None:
     few, many = setting(16), setting(8192)
     keep(tables.own(GPU), entry(few, 1.0, 2.0, 3.0), entry(many, 3.0, 2.0, 1.0))
     for one, wanted in ((few, "fused"), (setting(20), "fused"), (setting(6000), "torch")):
-        assert plan(one)[:2] == (wanted, wanted)
-    assert "fastest for 8192×4096×4096 r=16 bfloat16 on sm_90" in plan(many).why
+        assert plan(one) == (wanted, wanted)
+    assert "fastest for 8192×4096×4096 r=16 bfloat16 on sm_90" in why(many)
     # what was fastest cannot make a mask: the fastest that can
-    assert plan(many._replace(dropout=True))[:2] == ("torch", "split")
+    assert plan(many._replace(dropout=True)) == ("torch", "split")
 
 
 def test_the_same_table_gives_the_same_plan() -> None:
@@ -113,7 +124,7 @@ def test_the_same_table_gives_the_same_plan() -> None:
     first = [plan(setting(m)) for m in range(1, 100)]
     planner.forget()
     assert [plan(setting(m)) for m in range(1, 100)] == first
-    assert plan(setting(32)).forward == "fused"
+    assert plan(setting(32))[0] == "fused"
 
 
 @pytest.mark.parametrize(
@@ -123,31 +134,118 @@ def test_a_call_unlike_all_that_was_measured_starts_by_the_rule(one: tables.Sett
     rule = plan(one)
     keep(tables.own(GPU), entry(setting(16), 3.0, 3.0, 1.0))
     planner.forget()
-    assert plan(one)[:2] == rule[:2]
-    assert "has no call like it" in plan(one).why
+    assert plan(one) == rule
+    assert "has no call like it" in why(one)
+
+
+def shipped() -> Path:
+    return tables.SHIPPED / tables.file_name(GPU)
 
 
 def test_ones_own_table_goes_before_the_packages() -> None:
-    keep(tables.SHIPPED / tables.file_name(GPU), entry(setting(16), 3.0, 2.0, 1.0))
-    assert plan(setting(16)).forward == "torch"
+    keep(shipped(), entry(setting(16), 3.0, 2.0, 1.0))
+    assert plan(setting(16))[0] == "torch"
     keep(tables.own(GPU), entry(setting(16), 1.0, 2.0, 3.0))
-    assert plan(setting(16)).forward == "torch"  # read once
     planner.forget()
-    assert plan(setting(16)).forward == "fused"
+    assert plan(setting(16))[0] == "fused"
+
+
+def test_the_packages_table_is_asked_where_ones_own_has_nothing_like_it() -> None:
+    keep(shipped(), entry(setting(8192), 3.0, 2.0, 1.0))
+    keep(tables.own(GPU), entry(setting(16), 1.0, 2.0, 3.0))
+    assert plan(setting(16)) == ("fused", "fused")
+    assert plan(setting(8192)) == ("torch", "torch")
+    assert str(shipped()) in why(setting(8192))
+
+
+def test_a_process_follows_the_tables_that_it_found_first() -> None:
+    keep(tables.own(GPU), entry(setting(16), 3.0, 2.0, 1.0))
+    assert plan(setting(16))[0] == "torch"
+    keep(tables.own(GPU), entry(setting(16), 1.0, 2.0, 3.0))
+    assert plan(setting(17))[0] == "torch"  # another M, planned later
+    planner.forget()
+    assert plan(setting(17))[0] == "fused"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no home"), PermissionError("not yours")])
+def test_calls_go_where_the_cache_cannot_be_reached(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise error
+
+    if isinstance(error, OSError):
+        keep(tables.own(GPU), entry(setting(16), 1.0, 2.0, 3.0))
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+    else:
+        monkeypatch.delenv("DELTAOPS_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", refuse)
+    assert plan(setting(8192)) == ("split", "split")
+    assert f"cannot be reached ({error})" in why(setting(8192))
+
+
+def test_each_direction_has_its_own_reason() -> None:
+    one = setting(16)
+    keep(tables.own(GPU), tables.Entry(one, {"forward": {"torch": 1.0}}))
+    assert plan(one) == ("torch", "fused")
+    assert why(one).startswith("fastest for")
+    assert why(one, "backward").startswith("not measured")
+    choices = (planner.choose(one, direction, "meta") for direction in tables.DIRECTIONS)
+    assert "; dx fused: not measured" in planner.text(*choices)
 
 
 def test_a_table_is_added_to(tmp_path: Path) -> None:
-    old = tables.Table(GPU, {}, (entry(setting(16), 1, 2, 3), entry(setting(64), 1, 2, 3)))
-    new = old.with_entries([entry(setting(16), 3, 2, 1), entry(setting(1), 1, 2, 3)], {"date": "x"})
-    assert [e.setting.m for e in new.entries] == [1, 16, 64]
-    assert new.entries[1].best("forward", tables.PLANS) == "torch"
-    tables.write(tmp_path / "t.json", new)
-    assert tables.read(tmp_path / "t.json", GPU) == new
+    path, first, second = tmp_path / "t.json", {"date": "x"}, {"date": "y"}
+    tables.add(path, GPU, [entry(setting(16), 1, 2, 3), entry(setting(64), 1, 2, 3)], first)
+    again = tables.Entry(setting(16), {"forward": {"torch": 9}})
+    tables.add(path, GPU, [again, entry(setting(1), 1, 2, 3)], second)
+    tables.add(path, GPU, [], {"date": "z"}, fresh=True)  # nothing measured: nothing forgotten
+    found = tables.read(path, GPU).entries
+    assert [e.setting.m for e in found] == [1, 16, 64]
+    assert found[1].seconds == {"forward": {"torch": 9}, "backward": found[2].seconds["backward"]}
+    assert found[1].measured == {"forward": second, "backward": first}
+    assert found[2].measured == {"forward": first, "backward": first}
+    tables.add(path, GPU, [again], second, fresh=True)
+    assert [e.setting.m for e in tables.read(path, GPU).entries] == [16]
+
+
+def test_runs_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+
+    def run(offset: int) -> None:
+        for m in range(offset, offset + 5):
+            tables.add(path, GPU, [entry(setting(m), 1, 2, 3)], {"run": offset})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, (0, 10, 20, 30)))
+    found = tables.read(path, GPU).entries
+    assert [e.setting.m for e in found] == [10 * i + j for i in range(4) for j in range(5)]
+    assert all(e.measured["forward"] == {"run": e.setting.m // 10 * 10} for e in found)
+
+
+def test_names_that_differ_in_signs_only_have_their_own_files() -> None:
+    assert tables.file_name("A GPU").startswith("a-gpu-")
+    assert tables.file_name("A GPU") != tables.file_name("A-GPU")
+
+
+def test_a_table_of_another_version_is_left_out() -> None:
+    path = tables.own(GPU)
+    path.parent.mkdir(parents=True)
+    path.write_text(changed(version=tables.VERSION - 1), encoding="utf-8")
+    assert plan(setting(8192)) == ("split", "split")
+    assert f"is of version {tables.VERSION - 1}, not {tables.VERSION}" in why(setting(8192))
+    tables.check(path, GPU)
+    path.write_text(changed(version=tables.VERSION + 1), encoding="utf-8")
+    with pytest.raises(DataError, match=f"is of version {tables.VERSION + 1}"):
+        tables.check(path, GPU)  # would be lost
 
 
 def changed(**changes: Any) -> str:
-    call = {**setting(16)._asdict(), "seconds": {"forward": {"fused": 1e-5}}}
-    good = {"format": tables.FORMAT, "version": 1, "gpu": GPU, "measured": {}, "calls": [call]}
+    seconds, runs = {"forward": {"fused": 1e-5}}, {"forward": 0}
+    call = {**setting(16)._asdict(), "seconds": seconds, "runs": runs}
+    head = {"format": tables.FORMAT, "version": tables.VERSION, "gpu": GPU}
+    good: dict[str, Any] = {**head, "runs": [{}], "calls": [call]}
     call |= changes.pop("call", {})
     return json.dumps(good | changes)
 
@@ -157,7 +255,13 @@ def changed(**changes: Any) -> str:
     [
         ("{", "could not be read as JSON"),
         ("[]", 'has no "format"'),
-        (changed(version=2), "is of version 2, not 1"),
+        ("[" * 100_000, "could not be read as JSON"),
+        (changed(version="x"), "is of version 'x', not 2"),
+        (changed(runs=[1]), 'a list "runs" of objects'),
+        (changed(call={"runs": {}}), "runs must name the run of each direction"),
+        (changed(call={"runs": {"forward": 1}}), "runs must be below 1, not 1"),
+        (changed(call={"m": 2**2000}), "call 0: m must be int, not 1148"),
+        (changed(call={"seconds": {"forward": {"fused": 2**2000}}}), "must be seconds, not 1148"),
         (changed(gpu="NVIDIA A100"), "was measured on 'NVIDIA A100', not on 'sm_90'"),
         (changed(calls=3), 'a list "calls"'),
         (changed(calls=[{}]), "call 0 must have m, n"),
@@ -179,26 +283,26 @@ def test_a_damaged_or_foreign_table_is_refused(text: str, message: str) -> None:
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "tune-kernels --fresh" in str(caught.value)
+    assert message in delta_linear.planned(CALL)  # explain and report go on
 
 
 def test_a_good_table_of_that_kind_is_read() -> None:
     path = tables.own(GPU)
     path.parent.mkdir(parents=True)
     path.write_text(changed(), encoding="utf-8")
-    assert plan(setting(16)).why.startswith("fastest for")
-    assert plan(setting(16)).backward == "fused"  # not measured: by the rule
+    assert why(setting(16)).startswith("fastest for")
+    assert plan(setting(16))[1] == "fused"  # not measured: by the rule
 
 
 # ------------------------------------------------------------------------------- what comes of it
 
 
 def test_explain_says_which_plan_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = torch.bfloat16
-    call = DeltaLinearCall("cuda", half, (half,), 8192, 4096, 4096, (16,), True, "row")
+    call = CALL
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
     found = explain_call(call, "triton")
     assert found.plan is not None
-    assert "y split, dx split: not measured on this GPU" in found.reason
+    assert "run by triton (y split, dx split: not measured on this GPU" in found.reason
     assert "plan: y split" in str(found)
     keep(tables.own(GPU), entry(setting(8192), 1.0, 2.0, 3.0))
     planner.forget()
@@ -219,22 +323,46 @@ def test_the_librarys_products_add_up(ranks: tuple[int, ...], bias: bool) -> Non
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", tables.PLANS)
-def test_the_plan_is_what_is_launched(name: str) -> None:
-    times = [1.0 if one == name else 2.0 for one in tables.PLANS]
-    keep(tables.own(GPU), entry(setting(64), *times))
-    x, weight, a, b, s = (
+def launched(m: int, n: int, k: int, rank: int) -> list[str]:
+    x, dy, weight, a, b, s = (
         torch.empty(*shape, dtype=dtype, device="meta")
         for shape, dtype in (
-            ((64, 4096), torch.bfloat16), ((4096, 4096), torch.bfloat16),
-            ((16, 4096), torch.bfloat16), ((4096, 16), torch.bfloat16), ((64, 16), torch.float32),
+            ((m, k), HALF), ((m, n), HALF), ((n, k), HALF),
+            ((rank, k), HALF), ((n, rank), HALF), ((m, rank), torch.float32),
         )
     )  # fmt: skip
     run, rest = TritonBackend(), ([2.0], [0.0], ["identity"], None)
     with record.recording() as launches:
         run.forward(x, weight, None, [a], [b], [None], *rest)
-        run.backward(x, x, weight, [a], [b], s, *rest, [True, False, True, True, False])
-    kernels = [launch.kernel for launch in launches]
+        run.backward(dy, x, weight, [a], [b], s, *rest, [True, False, True, True, False])
+    return [launch.kernel for launch in launches]
+
+
+@pytest.mark.parametrize("name", tables.PLANS)
+def test_the_plan_is_what_is_launched(name: str) -> None:
+    times = [1.0 if one == name else 2.0 for one in tables.PLANS]
+    keep(tables.own(GPU), entry(setting(64), *times))
+    kernels = launched(64, 4096, 4096, 16)
     both = ("_forward_kernel", "_grad_input_kernel")
     assert all((kernel in kernels) == (name != "torch") for kernel in both)
     assert kernels.count("torch.addmm_") == (0 if name == "fused" else 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "rank", "wanted"),
+    [
+        (4096, 4096, 16, ("torch", "torch")),
+        (4096, 4096, 24, ("fused", "fused")),  # rank lanes left over: other tiles, by the rule
+        (4088, 4096, 16, ("torch", "fused")),  # rows of dy are not aligned
+        (4096, 4088, 16, ("fused", "fused")),  # nor are x and the weight
+    ],
+)
+def test_explain_names_what_is_launched(n: int, k: int, rank: int, wanted: tuple[str, str]) -> None:
+    keep(tables.own(GPU), entry(setting(64, n, k, rank), 3.0, 2.0, 1.0))
+    call = CALL._replace(m=64, n=n, k=k, ranks=(rank,), dropout=False)
+    found, kernels = delta_linear.planned(call), launched(64, n, k, rank)
+    said = tuple(found.split(f"{name} ")[1].split(":")[0].split(",")[0] for name in ("y", "dx"))
+    assert said == wanted, found
+    gemms = ("_forward_kernel", "_grad_input_kernel")
+    assert [g in kernels for g in gemms] == [plan != "torch" for plan in wanted]
+    assert kernels.count("torch.addmm_") == wanted.count("torch")

@@ -102,6 +102,43 @@ def test_the_command_shows_kernels_beside_the_floor() -> None:
     assert isinstance(refused, ConfigError)
 
 
+def test_a_plan_that_cannot_run_a_direction_is_said_to() -> None:
+    arguments = ["traffic", "--shape", "64x48x32", "--dropout", "0.1", "--plan", "torch"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "backward: the plan 'torch' cannot run it" in result.output
+    assert [one.direction for one in traffic.count(
+        traffic.Linear(64, 48, 32, 4, 0.1), "sm_90", "torch"
+    )] == ["forward"]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [[], ["--plan", "torch"]], ids=str)
+def test_the_usual_calls_are_shown(options: list[str]) -> None:
+    result = CliRunner().invoke(app, ["traffic", *options])
+    assert result.exit_code == 0, result.exception
+    shown = " ".join(result.output.split())
+    assert all(str(call).split()[0] in shown for call in traffic.CALLS)
+    assert ("the plan 'torch' cannot run it" in shown) == bool(options)
+    assert "counted for sm_90, not measured" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "--gpu", "sm_80"], "whatever --gpu says"),
+        (["--out", "x.json", "--shape", "64x48x32", "--plan", "split"], "--shape and --plan"),
+        (["--out", "x.json", "--json"], "whatever --json says"),
+        (["--rank", "8"], "--rank is of the layer that --shape names"),
+        (["--dropout", "0.5"], "--dropout is of the layer that --shape names"),
+        (["--shape", "64x48"], "--shape takes MxNxK"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments: list[str], message: str) -> None:
+    refused = CliRunner().invoke(app, ["traffic", *arguments]).exception
+    assert isinstance(refused, ConfigError)
+    assert message in str(refused)
+
+
 def test_an_unknown_gpu_is_named() -> None:
     with pytest.raises(ConfigError, match="must be one of sm_80"):
         traffic.count(LAYER, "sm_1")

@@ -5,14 +5,16 @@ tests/kernels/interpreted.py runs it with the Triton kernels themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from typer.testing import CliRunner
 
-from deltaops.backends.triton import planner, tables
+from deltaops.backends.triton import TritonBackend, planner, tables
 from deltaops.cli import app
 from deltaops.errors import ConfigError, DataError, DeviceError
 from deltaops.measure import gpu, tune_kernels
@@ -31,12 +33,12 @@ class Backend:
         self.last = ""
 
     def forward(self, *args: Any) -> Any:
-        self.last = planner.choose(TINY, "cpu").forward
+        self.last = planner.choose(TINY, "forward", "cpu").plan
         y, s = reference.forward(*args)
         return y * self.factor, s
 
     def backward(self, *args: Any) -> Any:
-        self.last = planner.choose(TINY, "cpu").backward
+        self.last = planner.choose(TINY, "backward", "cpu").plan
         return reference.backward(*args)
 
 
@@ -46,8 +48,11 @@ def measure(run: Backend, times: dict[str, float], **changes: Any) -> tune_kerne
         call()
         return times.get(run.last, 1.0)
 
-    settings = {"device": "cpu", "rounds": 4, "capture": lambda call: call, "cache_bytes": 0}
-    return tune_kernels.measure(TINY, run, clock=clock, **settings | changes)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "device": "cpu", "rounds": 4, "capture": lambda call: call, "cache_bytes": 0,
+        "clock": clock,
+    }  # fmt: skip
+    return tune_kernels.measure(TINY, run, **settings | changes)
 
 
 def test_each_plan_is_timed_a_copy() -> None:
@@ -66,23 +71,65 @@ def test_wrong_numbers_are_not_timed() -> None:
         measure(Backend(1.01), {})
 
 
-def test_what_cannot_be_captured_is_timed_and_noted() -> None:
-    def refuse(call: gpu.Call) -> gpu.Call:
-        raise RuntimeError("not under capture")
+@pytest.mark.parametrize("refused", ["torch", "frozen"])
+def test_what_cannot_be_captured_is_left_out(refused: str) -> None:
+    run = Backend()
 
-    found = measure(Backend(), {}, capture=refuse)
-    assert found.entry.seconds["forward"].keys() == set(tables.PLANS)
-    assert "forward, fused: not captured as a graph: not under capture" in found.notes
+    def capture(call: gpu.Call) -> gpu.Call:
+        run.last = "frozen"
+        call()
+        if run.last == refused:
+            raise RuntimeError("not under capture")
+        return call
+
+    found = measure(run, {}, capture=capture)
+    for direction in tables.DIRECTIONS:
+        kept = {"fused", "split"} if refused == "torch" else set()
+        assert set(found.entry.seconds.get(direction, ())) == kept
+        said = f"{direction}, {refused}: left out, not captured as a graph: not under capture"
+        assert said in found.notes
+
+
+def test_too_little_memory_for_a_graph_is_no_plan_that_cannot_be_captured() -> None:
+    def capture(call: gpu.Call) -> gpu.Call:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(Backend(), {}, capture=capture)
+
+
+def test_a_direction_that_drifts_is_left_out() -> None:
+    calls: list[gpu.Call] = []
+    rounds = iter(range(1000))
+
+    def capture(call: gpu.Call) -> gpu.Call:
+        calls.append(call)
+        return call
+
+    def clock(call: gpu.Call) -> float:
+        return 2.0 ** next(rounds) if call is calls[0] else 1.0  # the frozen layer, forward
+
+    found = measure(Backend(), {}, capture=capture, clock=clock)
+    assert found.entry.seconds == {"backward": dict.fromkeys(tables.PLANS, 0.5)}
+    assert found.frozen == {"backward": 0.5}
+    assert [note.split(" drifted")[0] for note in found.notes] == [
+        "forward: left out, the frozen layer"
+    ]
 
 
 def test_what_was_measured_is_kept_when_the_run_stops(tmp_path: Path) -> None:
-    path, empty = tmp_path / "t.json", tables.Table("a GPU", {}, ())
-    wanted = tune_kernels.settings((1, 2, 3), ((4, 5),), (1,), torch.float32, torch.float32, False)
+    path = tmp_path / "t.json"
+    wanted = tune_kernels.settings(
+        (1, 2, 2, 3, 4), ((4, 5),), (1,), torch.float32, torch.float32, False
+    )
+    assert [setting.m for setting in wanted] == [1, 2, 3, 4]
 
     def measure_one(setting: tables.Setting) -> tune_kernels.Measured:
         if setting.m == 1:
             raise torch.OutOfMemoryError
-        if setting.m == 3:
+        if setting.m == 2:
+            raise RuntimeError("a kernel was ill")
+        if setting.m == 4:
             raise KeyboardInterrupt
         return tune_kernels.Measured(tables.Entry(setting, {"forward": {"fused": 1.0}}), {}, ())
 
@@ -91,11 +138,72 @@ def test_what_was_measured_is_kept_when_the_run_stops(tmp_path: Path) -> None:
         tune_kernels.measure_all(
             wanted,
             measure_one,
-            lambda entries: tables.write(path, empty.with_entries(entries, {})),
+            lambda entry: tables.add(path, "a GPU", [entry], {"date": "x"}),
             done.append,
         )
-    assert [one.notes for one in done] == [("left out: too little memory",), ()]
-    assert [e.setting.m for e in tables.read(path, "a GPU").entries] == [2]
+    assert [(one.notes, one.failed) for one in done] == [
+        (("left out: too little memory",), False),
+        (("failed: RuntimeError: a kernel was ill",), True),
+        ((), False),
+    ]
+    assert [e.setting.m for e in tables.read(path, "a GPU").entries] == [3]
+
+
+@pytest.fixture
+def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command where a GPU seems to be, with ``errors`` for its settings, one after the other;
+    None where it is measured."""
+    monkeypatch.setenv("DELTAOPS_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
+
+    def run(errors: list[BaseException | None], *arguments: str) -> Result:
+        left = iter(errors)
+
+        def measured(setting: tables.Setting, *_: Any, **__: Any) -> tune_kernels.Measured:
+            error = next(left)
+            if error is not None:
+                raise error
+            timed = {"forward": {"fused": 1.0}}
+            return tune_kernels.Measured(tables.Entry(setting, timed), {"forward": 1.0}, ())
+
+        monkeypatch.setattr(tune_kernels, "measure", measured)
+        tokens = ",".join(str(m) for m in range(1, len(errors) + 1))
+        options = ["--tokens", tokens, "--layers", "4x5", "--ranks", "1", *arguments]
+        return CliRunner().invoke(app, ["tune-kernels", *options])
+
+    return run
+
+
+def test_a_layer_that_fails_is_named_and_the_others_are_kept(tune: Callable[..., Result]) -> None:
+    result = tune([None, RuntimeError("a kernel was ill"), None])
+    assert result.exit_code == 1
+    assert "failed: RuntimeError: a kernel was ill" in " ".join(result.output.split())
+    kept = tables.read(tables.own("a GPU"), "a GPU").entries
+    assert [e.setting.m for e in kept] == [1, 3]
+    facts = kept[0].measured["forward"]
+    assert facts["float32_matmul_precision"] == torch.get_float32_matmul_precision()
+
+
+def test_a_fresh_table_replaces_the_old_one_once_there_is_something(
+    tune: Callable[..., Result],
+) -> None:
+    assert tune([None, None, None]).exit_code == 0
+    result = tune([torch.OutOfMemoryError()], "--fresh")
+    assert result.exit_code == 1
+    assert "nothing was measured, nothing written" in result.output
+    path = tables.own("a GPU")
+    assert len(tables.read(path, "a GPU").entries) == 3
+    assert tune([None, None], "--fresh").exit_code == 0
+    assert [e.setting.m for e in tables.read(path, "a GPU").entries] == [1, 2]
+
+
+def test_interpreted_kernels_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = CliRunner().invoke(app, ["tune-kernels"])
+    assert isinstance(result.exception, ConfigError)
+    assert "Unset it" in str(result.exception)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

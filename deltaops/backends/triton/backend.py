@@ -18,7 +18,9 @@ from . import adapters, core, delta_linear, gated, prefix_attention, rotary
 
 
 class TritonBackend:
-    """Fused forward and backward on a GPU, without atomics: the same bits every run."""
+    """Forward and backward on a GPU. Its kernels have no atomics and sum in a fixed order: the same
+    bits every run. Where a plan leaves a product to the library, that holds as far as the library's
+    promise does."""
 
     name = "triton"
     forward = staticmethod(delta_linear.forward)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from deltaops.backends.calls import DeltaLinearCall
+from deltaops.errors import DataError
 
 from . import core, planner
-from .planner import Plan
+from .planner import Choice
 
 
 def unsupported(call: DeltaLinearCall) -> str | None:
@@ -31,11 +32,24 @@ def unsupported(call: DeltaLinearCall) -> str | None:
 
 
 def planned(call: DeltaLinearCall) -> str:
-    """How the GEMMs of a call on the current GPU go, and why; aligned operands are assumed."""
-    setting = planner.setting_of(
-        call.dtype, call.adapter_dtypes, call.m, call.n, call.k, call.ranks, call.dropout
-    )
-    return str(planner.choose(setting, call.device, len(call.ranks) <= 1))
+    """How the GEMMs of a call on the current GPU go, and why, or why none can be chosen. x and dy
+    are taken to be contiguous, and so is a "strided" weight: the call does not say how it lies."""
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=call.dtype, device="meta")
+
+    m, n, k = call.m, call.n, call.k
+    weight = matrix(k, n).t() if call.weight_layout == "col" else matrix(n, k)
+    try:
+        y, dx = (
+            _choice(
+                direction, rows, weight, call.ranks, call.adapter_dtypes, call.dropout, call.device
+            )
+            for direction, rows in (("forward", matrix(m, k)), ("backward", matrix(m, n)))
+        )
+    except DataError as error:
+        return f"no plan, a call would raise: {error}"
+    return planner.text(y, dx)
 
 
 def forward(
@@ -60,7 +74,7 @@ def forward(
         s: Tensor = core.kernels("project").project_branches(
             x, list(a), list(scaling), list(dropout), seed, precision
         )
-        plan = _plan(x, weight, a, dropout).forward
+        plan = _plan("forward", x, weight, a, dropout)
         if plan == "torch":
             _add_products(y, bias, s, [t.t() for t in b], x, weight.t())
             return y, s
@@ -140,7 +154,7 @@ def backward(
         if grad_bias is not None and count == 0:
             torch.sum(grad_y, 0, out=grad_bias)
         if grad_x is not None:
-            plan = _plan(grad_y, weight, a, dropout).backward
+            plan = _plan("backward", grad_y, weight, a, dropout)
             if plan == "torch":
                 _add_products(grad_x, None, grad_s, a, grad_y, weight)
                 return grads
@@ -154,14 +168,27 @@ def backward(
     return grads
 
 
-def _plan(rows: Tensor, weight: Tensor, a: Sequence[Tensor], dropout: Sequence[float]) -> Plan:
-    """How the GEMMs of this call go; ``rows`` is x or dy."""
+def _plan(
+    direction: str, rows: Tensor, weight: Tensor, a: Sequence[Tensor], dropout: Sequence[float]
+) -> str:
+    """How the GEMM of this direction goes; ``rows`` is x or dy."""
+    ranks, dtypes = tuple([t.shape[0] for t in a]), tuple([t.dtype for t in a])
+    return _choice(direction, rows, weight, ranks, dtypes, any(dropout), rows.device).plan
+
+
+def _choice(
+    direction: str,
+    rows: Tensor,
+    weight: Tensor,
+    ranks: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    dropout: bool,
+    device: torch.device | str,
+) -> Choice:
     n, k = weight.shape
-    ranks = tuple([t.shape[0] for t in a])
-    dtypes = tuple([t.dtype for t in a])
-    setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, any(dropout))
+    setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, dropout)
     plain = core.kernels("configs").is_plain(rows, weight, ranks)
-    return planner.choose(setting, rows.device, plain)
+    return planner.choose(setting, direction, device, plain)
 
 
 def _add_products(

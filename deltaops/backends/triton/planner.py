@@ -4,10 +4,11 @@
     split   a Triton kernel writes the rank part, and the library adds x Wᵀ onto it (beta = 1)
     torch   the library computes both
 
-Fused saves a pass over the output and a launch; the library's GEMM is the faster one (cuBLAS;
-rocBLAS on AMD). Which outweighs the other is a matter of measurement (:mod:`tables`). Where nothing
-was measured, :func:`start` decides by the break-even rule. Either way a choice follows from the
-call and the table alone, which is read once: nothing is timed in a call, nor under graph capture.
+Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is
+expected to be the faster one. Which outweighs the other is a matter of measurement
+(:mod:`tables`). Where nothing was measured, :func:`start` decides by the break-even rule. Either
+way a choice follows from the call and the tables alone, which are read once a GPU and process:
+nothing is timed in a call, nor under graph capture.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from typing import NamedTuple
 import torch
 
 from . import core, tables
-from .tables import DIRECTIONS, PLANS, Setting
+from .tables import PLANS, Setting
 
 
-class Plan(NamedTuple):
-    """Plans of both directions, of :data:`tables.PLANS`, and why."""
+class Choice(NamedTuple):
+    """The plan of one direction, of :data:`tables.PLANS`, and why."""
 
-    forward: str
-    backward: str
+    plan: str
     why: str
 
-    def __str__(self) -> str:
-        return f"y {self.forward}, dx {self.backward}: {self.why}"
+
+def text(y: Choice, dx: Choice) -> str:
+    """Both directions in a line."""
+    if y.why == dx.why:
+        return f"y {y.plan}, dx {dx.plan}: {y.why}"
+    return f"y {y.plan}: {y.why}; dx {dx.plan}: {dx.why}"
 
 
 class Ceilings(NamedTuple):
@@ -45,20 +49,22 @@ class Ceilings(NamedTuple):
     """Seconds that one more kernel costs in a graph."""
 
 
-# The design page's figures for an H200. The rule needs their ratios only, and those of other
-# data-centre GPUs are alike: 120–180 operations a byte.
+# The design page's figures for an H200, 184 operations a byte. The rule takes them for every GPU,
+# which no measurement supports: it is a start for those that have no table.
 HALF = Ceilings(790e12, 4.3e12, 1.5e-6)
 FLOAT = Ceilings(60e12, 4.3e12, 1.5e-6)
-"""float32 products of a float32 model use no tensor cores."""
+"""Of float32 products without TF32, as torch has them by default. The 60e12 is a guess, without a
+source."""
 
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in core.DTYPES}
 
 EXPECTED = 0.85
-"""The share of the library's speed that is assumed of the fused kernels where nothing was measured:
-the least that is reported of pipelined Triton GEMMs on Hopper (0.86–1.0). Not a measurement."""
+"""The share of the library's speed that is assumed of the fused kernels where nothing was measured.
+A guess: of persistent Triton GEMMs with descriptors 0.86–1.0 is reported on Hopper, and these
+kernels are simpler."""
 EXPECTED_SMALL = 0.5
 """The same for their small tiles: float32, float32 adapters on a half model, unaligned rows,
-several branches. They read each operand two to four times as often as the large ones."""
+several branches. A guess too: they read each operand two to four times as often."""
 
 
 def setting_of(
@@ -116,25 +122,23 @@ def expected(setting: Setting, plain: bool) -> float:
     return EXPECTED_SMALL if small else EXPECTED
 
 
-def start(setting: Setting, plain: bool) -> Plan:
+def start(setting: Setting, direction: str, plain: bool) -> Choice:
     """The plan where nothing was measured.
 
     Args:
-        plain: one branch at most and aligned operands, for which the large tiles are.
+        plain: the large tiles take it, as ``configs.is_plain`` finds.
     """
     if setting.rank == 0:  # no rank part: nothing is saved by fusing
-        return Plan("torch", "torch", "no branch, so the library's GEMM is all there is to do")
-    speed = expected(setting, plain)
-    y, dx = (break_even(setting, direction) for direction in DIRECTIONS)
-    return Plan(
-        "fused" if speed >= y else "split",
-        "fused" if speed >= dx else "split",
-        f"not measured on this GPU; fused breaks even at {y:.0%} and {dx:.0%} of the library's "
-        f"speed, {speed:.0%} are assumed (deltaops tune-kernels measures)",
+        return Choice("torch", "no branch, so the library's GEMM is all there is to do")
+    speed, needed = expected(setting, plain), break_even(setting, direction)
+    return Choice(
+        "fused" if speed >= needed else "split",
+        f"not measured on this GPU; fused breaks even at {needed:.0%} of the library's speed, "
+        f"{speed:.0%} are assumed (deltaops tune-kernels measures)",
     )
 
 
-_forced: Plan | None = None
+_forced: dict[str, str] | None = None
 
 
 @contextmanager
@@ -142,46 +146,56 @@ def forced(forward: str, backward: str) -> Iterator[None]:
     """These plans for every call, for tests and measurements. A call that one of them cannot run
     raises ValueError."""
     global _forced
-    before, _forced = _forced, Plan(forward, backward, "as forced")
+    before, _forced = _forced, {"forward": forward, "backward": backward}
     try:
         yield
     finally:
         _forced = before
 
 
-def choose(setting: Setting, device: torch.device | str, plain: bool = True) -> Plan:
-    """The plan of a call on ``device``. Raises: DataError for a table that cannot be used."""
+def choose(
+    setting: Setting, direction: str, device: torch.device | str, plain: bool = True
+) -> Choice:
+    """How one direction of a call on ``device`` goes.
+
+    Args:
+        direction: of :data:`tables.DIRECTIONS`.
+        plain: the large tiles take it, as ``configs.is_plain`` finds.
+    Raises: DataError for a table that cannot be used.
+    """
     if _forced is not None:
-        for direction in DIRECTIONS:
-            if getattr(_forced, direction) not in possible(setting, direction):
-                raise ValueError(
-                    f"{setting}: {direction} must be one of {possible(setting, direction)}, "
-                    f"{getattr(_forced, direction)!r} is forced"
-                )
-        return _forced
-    return _chosen(setting, core.gpu(device), plain)
+        plan = _forced[direction]
+        if plan not in possible(setting, direction):
+            raise ValueError(
+                f"{setting}: {direction} must be one of {', '.join(possible(setting, direction))}, "
+                f"{plan!r} is forced"
+            )
+        return Choice(plan, "as forced")
+    return _chosen(setting, direction, core.gpu(device), plain)
 
 
 @lru_cache(maxsize=4096)
-def _chosen(setting: Setting, gpu: str | None, plain: bool) -> Plan:
+def _chosen(setting: Setting, direction: str, gpu: str | None, plain: bool) -> Choice:
     if gpu is None:
-        return Plan("fused", "fused", "Triton's interpreter shows the kernels")
-    otherwise = start(setting, plain)
-    found = tables.find(gpu)
-    if found is None:
-        return otherwise
-    table, path = found
+        return Choice("fused", "Triton's interpreter shows the kernels")
+    found = _found(gpu)
     # tables are of aligned operands and one branch: others have other tiles
-    entry = table.nearest(setting) if plain else None
-    if entry is None:
-        return otherwise._replace(why=f"{otherwise.why}; {path} has no call like it")
-    y, dx = (
-        entry.best(direction, possible(setting, direction)) or getattr(otherwise, direction)
-        for direction in DIRECTIONS
-    )
-    return Plan(y, dx, f"fastest for {entry.setting} on {gpu}, {path}")
+    for table, path in found.tables if plain else ():
+        entry = table.nearest(setting, direction)
+        best = None if entry is None else entry.best(direction, possible(setting, direction))
+        if entry is not None and best is not None:
+            why = f"fastest for {entry.setting} on {gpu}, {path}"
+            return Choice(best, "; ".join([why, *found.notes]))
+    rule = start(setting, direction, plain)
+    missing = [f"{path} has no call like it" for _, path in found.tables]
+    return Choice(rule.plan, "; ".join([rule.why, *missing, *found.notes]))
+
+
+_found = lru_cache(maxsize=None)(tables.find)
+"""Once a GPU, so that all calls of a process follow the same tables."""
 
 
 def forget() -> None:
-    """Plans are made again, and the table is read again: after a new one was measured."""
+    """Plans are made again, and tables are read again: after something was measured."""
     _chosen.cache_clear()
+    _found.cache_clear()

@@ -1,12 +1,15 @@
 """Bytes and operations of a launch, from its grid, its tiles and its tensors.
 
 Two counts of bytes. *Asked* is what the programs load and store, all of them, as they mask it: what
-the caches serve. *Once* is each element that the launch touches, counted once: what memory must
-move at least, where the caches keep everything between the programs of a launch and nothing between
-launches. Operations are those of the matrix products as they are issued, with their padding.
+caches and memory serve together, in shares that no count tells. *Once* is each element that the
+launch touches, counted once: what memory must move at least, where the caches keep everything
+between the programs of a launch and nothing between launches. Operations are those of the matrix
+products as they are issued, with their padding.
 
-An entry a kernel, below, says what its programs walk over. tests/kernels/interpreted.py holds every
-entry to the loads and stores that Triton's interpreter makes, to the byte.
+An entry a kernel, below, says what its programs walk over. tests/kernels/interpreted.py holds the
+kernels' entries to the loads and stores that Triton's interpreter makes, to the byte, in the calls
+that it runs. Of torch's own products each operand and result counts once: what happens inside is
+not known.
 """
 
 from __future__ import annotations
