@@ -134,6 +134,10 @@ def _settings(
             )
         changes["workloads"] = tuple(models.split(","))
         changes["readers"] = tuple(m for m in models.split(",") if m in READERS)
+        if changes.get("methods") and not changes["readers"]:
+            raise ConfigError(
+                f"--models {models}: methods are timed on {', '.join(READERS)}. Take one of those."
+            )
     if dropout is not None:
         changes["dropouts"] = (dropout,)
     if compiled is not None:

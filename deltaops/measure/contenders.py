@@ -87,6 +87,7 @@ _NAMED: dict[str, tuple[float, str]] = {
     "prefix-mlp": (3e-3, _FASTER),
     "prompt": (1e-1, _FASTER),
     "intrinsic": (1e-1, _FASTER),
+    "intrinsic-adapter": (1e-1, "names stand still: twice that beside a trained head"),
     "intrinsic-250": (1e-1, _FASTER),
 }
 """Name → rate under a named head and its reason, where it is another than above."""

@@ -10,7 +10,9 @@ RADII = (9, 14, 22, 32, 44, 58, 76, 96, 120, 150, 190)
 """Distances from a point that are tried, in pixels, the near ones first."""
 ANGLES = (0, 180, *(s * a for a in (30, 150, 60, 120, 75, 105, 90, 15, 165) for s in (1, -1)))
 CROSSING = 60
-"""What a line through another point or label costs, in pixels of distance."""
+"""What a line through another point or what is taken costs, in pixels of distance."""
+STRIKING = 200
+"""The same of one through a label, which it makes hard to read."""
 LEADER = 20
 """From this distance on a line says whose label it is."""
 DOT = 6
@@ -48,7 +50,8 @@ def label_points(
         text.set_in_layout(False)
         size = text.get_window_extent(canvas.get_renderer())
         text.remove()
-        others = [*dots[:i], *dots[i + 1 :]]
+        # its own error bar is no obstacle to a line that starts on it
+        others = [*dots[:i], *dots[i + 1 :], *(b for b in taken if not _holds(b, places[i]))]
         candidates = list(_candidates(places[i], (size.width, size.height)))
         (radius, box), least = candidates[0], float("inf")
         for far, tried in candidates:
@@ -57,8 +60,10 @@ def label_points(
             ):
                 continue
             way = _way(places[i], tried)
-            crossed = sum(any(_holds(b, p) for p in way) for b in (*written, *others))
-            cost = far + CROSSING * (crossed + any(_holds(tried, p) for p in lines))
+            crossed = sum(any(_holds(b, p) for p in way) for b in others)
+            struck = sum(any(_holds(b, p) for p in way) for b in written)
+            struck += any(_holds(tried, p) for p in lines)
+            cost = far + CROSSING * crossed + STRIKING * struck
             if cost < least:
                 radius, box, least = far, tried, cost
         arrow = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 3}

@@ -115,7 +115,7 @@ def read_material(
 
 def _names(encoder: nn.Module, tokenizer: Any, labels: Sequence[str], model: str) -> Tensor:
     """Raises: ConfigError where labels are no names, or two the same; or without padding."""
-    if all(label.strip().lstrip("-").isdecimal() for label in labels):
+    if all(_is_number(label) for label in labels):
         raise ConfigError(
             f"--head named reads the labels as words, and these are numbers ({labels[0]}, "
             f"{labels[1]}). Give the column with their names, or --head trained."
@@ -134,6 +134,14 @@ def _names(encoder: nn.Module, tokenizer: Any, labels: Sequence[str], model: str
             "labels by their names. Give other names, or --head trained."
         )
     return names
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def by_length(data: TokenSet) -> TokenSet:

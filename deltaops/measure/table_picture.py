@@ -18,10 +18,13 @@ FAMILIES = {
     "addition": ("#2457a7", "houlsby", "pfeiffer", "parallel", "compacter", "prefix", "prefix-mlp",
                  "prompt"),
     "specification": ("#c08a4a", "bitfit", "ia3", "lntuning"),
-    "reparameterisation": ("#3c8a5a", "lora", "dora", "intrinsic", "intrinsic-250"),
+    "reparameterisation": ("#3c8a5a", "lora", "dora", "intrinsic", "intrinsic-adapter",
+                           "intrinsic-250"),
 }  # fmt: skip
 """Delta tuning's three families (Ding et al. 2023) → colour and contenders."""
 LINE = "#777777"
+ROOM = 3
+"""Half the width of what a line takes, in pixels."""
 
 
 def draw_table(path: Path, records: Sequence[Record], subtitle: str) -> None:
@@ -57,7 +60,7 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
         )  # fmt: skip
     sizes = [r.trained for r, _ in points] or [1]
     ax.set_xscale("log")
-    ax.set_xlim(min(sizes) / 3, max(sizes) * 8)
+    ax.set_xlim(min(sizes) / 3, max(sizes) * 100)
     values = [100 * found.accuracy for _, found in (*points, *lines)] or [0.0, 100.0]
     room = 0.07 * (max(values) - min(values)) + 0.5
     ax.set_ylim(min(values) - room, max(values) + room)
@@ -69,15 +72,25 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
     if used:
         ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     ax.figure.draw_without_rendering()  # settles the layout, which labels are placed in
-    taken = [_line(ax, r, found) for r, found in lines]
+    taken = [box for r, found in lines for box in _line(ax, r, found)]
+    taken += [_bar(ax, r, found) for r, found in points]
     label_points(
         ax, [(r.trained, 100 * found.accuracy) for r, found in points],
         [f"{r.title}  {100 * found.accuracy:.1f}" for r, found in points], taken,
     )  # fmt: skip
 
 
-def _line(ax: Any, record: Record, found: Learned) -> Box:
-    """A level across the picture. Returns: the room of its label, in pixels."""
+def _bar(ax: Any, record: Record, found: Learned) -> Box:
+    """The room of a point's error bar, in pixels."""
+    x, middle = ax.transData.transform((record.trained, 100 * found.accuracy))
+    _, top = ax.transData.transform(
+        (record.trained, 100 * (found.accuracy + standard_error(found)))
+    )
+    return x - ROOM, 2 * middle - top - ROOM, x + ROOM, top + ROOM
+
+
+def _line(ax: Any, record: Record, found: Learned) -> tuple[Box, Box]:
+    """A level across the picture. Returns: the room of its label and its own, in pixels."""
     value = 100 * found.accuracy
     ax.axhline(value, color=LINE, linewidth=1, linestyle="--", zorder=0)
     below = record.name == HEAD
@@ -90,7 +103,9 @@ def _line(ax: Any, record: Record, found: Learned) -> Box:
     )  # fmt: skip
     text.set_in_layout(False)
     box = text.get_window_extent(ax.figure.canvas.get_renderer())
-    return box.x0, box.y0, box.x1, box.y1
+    area = ax.get_window_extent()
+    _, level = ax.transData.transform((record.trained or 1, value))
+    return (box.x0, box.y0, box.x1, box.y1), (area.x0, level - ROOM, area.x1, level + ROOM)
 
 
 def _colour(name: str) -> str:

@@ -8,7 +8,9 @@ from statistics import median
 from typing import Any
 
 from .cell import EAGER, OURS, Cell
-from .compare import FULL_TUNING, Learned, Record, Settings
+from .compare import ACCURACY as LEARNING
+from .compare import FULL_TUNING, Learned, Record, Settings, best_rate, trains
+from .compare import TIME as TIMING
 from .contenders import FULL, HEAD, contenders
 from .interleave import Timing
 from .papers import (
@@ -33,13 +35,13 @@ TIME = (
     "held, eager", "trained state",
 )  # fmt: skip
 TIMES = (
-    "ms: median (quartiles), rounds in turns on one batch. Losses and gradients of both programs "
-    "were held to float64 first. Ratios are taken round by round: above 1, ours is faster. Held: "
-    "bytes that autograd saves beyond inputs and parameters. Trained state: gradients and the "
-    "optimizer's moments."
+    "ms: median (quartiles), rounds in turns on one batch. Losses and gradients of ours, and of "
+    "eager torch's where there is one, were held to float64 first. Ratios are taken round by "
+    "round: above 1, ours is faster. Held: bytes that autograd saves beyond inputs and parameters. "
+    "Trained state: gradients and the optimizer's moments."
 )
 PAPERS = (
-    "Other models, trained to the end on other tasks; here a small encoder has one task and few "
+    "Other models, trained for longer on other tasks; here a small encoder has one task and few "
     "steps. The order alone can be compared."
 )
 
@@ -71,7 +73,7 @@ def table_markdown(
         TIMES,
         "",
         *markdown_table(TIME, [_timed_row(r) for r in records if r.trained + r.head]),
-        *_reasons(records),
+        *_reasons(settings, records),
         "",
         "## Where we lose",
         "",
@@ -79,7 +81,7 @@ def table_markdown(
         "",
         "## Beside the papers",
         "",
-        PAPERS,
+        " ".join((PAPERS, *guesses(records))),
         "",
         *markdown_table(header(settings.head), list(beside(settings.head, records))),
         "",
@@ -105,8 +107,8 @@ def _how(s: Settings) -> str:
     return (
         f"Every line: {s.steps} steps of {s.batch_size} texts of at most {s.seq_len} tokens, in "
         f"the same order (seed {s.seed}), float32, no dropout. {head}. Tested on {test}. One seed: "
-        "two accuracies that differ by less than about twice their standard error are not told "
-        "apart."
+        "two accuracies that differ by less than twice the standard error of their difference are "
+        "not told apart."
     )
 
 
@@ -127,10 +129,13 @@ def learning(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
             yield f"Not told apart from {what}: {'; '.join(same)}."
         if below:
             yield f"Below {what}: {'; '.join(below)}."
-    there = {r.name for r in records if r.learned is not None}
+    there = {r.name for r in records if r.learned is not None or LEARNING in r.failed}
     absent = [c.title for c in contenders(settings.head).values() if c.name not in there]
     if absent:
         yield f"Not trained yet: {'; '.join(absent)}."
+    for r in records:
+        if LEARNING in r.failed:
+            yield f"{r.title}: stopped: {r.failed[LEARNING]}"
     for r in records[:1] if settings.head != NAMED else ():
         yield f"Trained parameters are without the {r.head:,} of the head."
 
@@ -143,7 +148,7 @@ def start_of(records: Sequence[Record]) -> Learned | None:
 def _papers(settings: Settings, records: Sequence[Record]) -> Iterator[str]:
     for source in figures_of(settings.head):
         yield f"- {source.what}."
-        for said, pairs in orders(source, records).items():
+        for said, pairs in orders(source, records, settings.batch_size).items():
             if pairs:
                 yield f"    - {said}: {'; '.join(pairs)}"
     alone = without_figures(settings.head, records)
@@ -209,14 +214,14 @@ def _nowhere(records: Sequence[Record]) -> str:
 def _learned_row(r: Record, records: Sequence[Record]) -> tuple[str, ...]:
     line = (r.title, r.settings, f"{r.trained:,}", f"{100 * r.trained / r.total:.2f} %")
     if r.learned is None:
-        return (*line, *[NONE] * 6)
+        return (*line, "stopped" if LEARNING in r.failed else NONE, *[NONE] * 5)
     start = start_of(records)
     full = next((o.learned for o in records if o.name == FULL), None)
     gain = share = NONE
     if start is not None and r.name != HEAD:
         gain = f"{100 * (r.learned.accuracy - start.accuracy):+.1f}"
-        if full is not None and full.accuracy > start.accuracy:
-            whole = full.accuracy - start.accuracy
+        whole = 0.0 if full is None else full.accuracy - start.accuracy
+        if full is not None and whole > 0 and told_apart(full, start):
             share = f"{100 * (r.learned.accuracy - start.accuracy) / whole:.0f} %"
     rate = f"{r.learned.rate:g}" if r.learned.rate else NONE
     return (
@@ -230,9 +235,33 @@ def _accuracy(learned: Learned | None) -> str:
     return f"{100 * learned.accuracy:.1f} ± {100 * standard_error(learned):.1f}"
 
 
+def guesses(records: Sequence[Record]) -> Iterator[str]:
+    """What an order owes to rates that nobody looked for."""
+    rates = [(r.title, r.learned.tried) for r in records if r.learned is not None if r.learned.rate]
+    tried = [title for title, found in rates if found]
+    if rates and not tried:
+        yield "No rate was tried: all are guesses, and the order may be the rates'."
+    elif len(tried) < len(rates):
+        yield (
+            f"Rates were tried only for: {'; '.join(tried)}. The others' are guesses, and their "
+            "order may be the rates'."
+        )
+
+
+def _rates(tried: dict[str, float | None]) -> str:
+    """Each with its accuracy; the best one is marked where a rate beyond was not tried."""
+    ends = {min(tried, key=float), max(tried, key=float)}
+    best = best_rate(tried)
+    return ", ".join(
+        f"{rate}: {'not finite' if a is None else f'{100 * a:.1f}'}"
+        + (" (best, at the edge of those tried)" if float(rate) == best and rate in ends else "")
+        for rate, a in tried.items()
+    )
+
+
 def _tried(records: Sequence[Record]) -> list[str]:
     rows = [
-        (r.title, ", ".join(f"{rate}: {100 * a:.1f}" for rate, a in r.learned.tried.items()))
+        (r.title, _rates(r.learned.tried))
         for r in records
         if r.learned is not None and r.learned.tried
     ]
@@ -248,7 +277,7 @@ def _tried(records: Sequence[Record]) -> list[str]:
 def _timed_row(r: Record) -> tuple[str, ...]:
     c = r.timed
     if c is None:
-        return (r.title, *["stopped" if r.failed else NONE] * 2, *[NONE] * 5)
+        return (r.title, *["stopped" if TIMING in r.failed else NONE] * 2, *[NONE] * 5)
     main = OURS if OURS in c.timings else EAGER
     eager = FULL_TUNING if r.name == FULL else EAGER
     state = (r.state or {}).get(main if main in c.timings else FULL_TUNING)
@@ -259,19 +288,30 @@ def _timed_row(r: Record) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _reasons(records: Sequence[Record]) -> list[str]:
+def _untimed(settings: Settings, records: Sequence[Record]) -> list[str]:
+    there = {r.name for r in records if r.timed is not None or TIMING in r.failed}
+    return [
+        c.title for c in contenders(settings.head).values()
+        if c.name not in there and trains(c, settings.head)
+    ]  # fmt: skip
+
+
+def _reasons(settings: Settings, records: Sequence[Record]) -> list[str]:
     found = [
         f"- {r.title}: {peer} not timed: {why}"
         for r in records
         if r.timed is not None
         for peer, why in r.timed.absent.items()
     ]
-    found += [f"- {r.title}: stopped: {r.failed}" for r in records if r.failed]
+    found += [f"- {r.title}: stopped: {r.failed[TIMING]}" for r in records if TIMING in r.failed]
     found += [
         f"- {title}: the machine was slower then (full tuning took {times:.2f} times its median "
         "over the lines): read its ratios, not its milliseconds"
         for title, times in slow_lines(records).items()
     ]
+    absent = _untimed(settings, records)
+    if absent:
+        found.insert(0, f"- Not timed yet: {'; '.join(absent)}.")
     return ["", *found] if found else []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,20 @@ def read_table(path: Path) -> Comparison:
     """A table from its JSON. Raises: ConfigError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        records = tuple(Record.of_json(r) for r in value["methods"])
-        return Comparison(Settings(**value["settings"]), value["machine"], records)
+        settings = Settings(**value["settings"])
+        records = tuple(_named_now(Record.of_json(r), settings.head) for r in value["methods"])
+        return Comparison(settings, value["machine"], records)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is no table of `deltaops compare` ({type(error).__name__}: {error}). Move it "
             "elsewhere and measure again."
         ) from error
+
+
+def _named_now(record: Record, head: str) -> Record:
+    """An old line under its present title."""
+    known = contenders(head).get(record.name)
+    return record if known is None else replace(record, title=known.title)
 
 
 def begin(path: Path, settings: Settings, machine: dict[str, Any]) -> Comparison:

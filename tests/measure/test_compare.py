@@ -167,7 +167,8 @@ def test_rates_are_judged_on_training_texts_and_work_is_counted(material: Materi
     rates = (1e-30, 1e-2)
     found = compare.learn(ALL["lora"], material, SETTINGS, rates, lambda: ticks.append(1))
     assert list(found.tried) == ["1e-30", "0.01"]
-    assert found.rate == max(rates, key=lambda r: (found.tried[f"{r:g}"], -r))
+    judged = [found.tried[f"{rate:g}"] or 0.0 for rate in rates]
+    assert found.rate == rates[judged.index(max(judged))]
     texts = len(material.test)
     assert len(ticks) == compare.work(ALL["lora"], SETTINGS, texts, len(rates), True, 0)
 
@@ -192,12 +193,37 @@ def test_lines_are_merged_and_halves_kept(tmp_path: Path, material: Material) ->
     assert [r.name for r in again.records] == ["full", "lora"]
     lora = again.records[1]
     assert (lora.learned, lora.timed) == (record("lora", 0.5).learned, cell)
-    assert read_table(path) == again
+    titles = {"full": "full tuning", "lora": "LoRA, r = 16"}  # old lines get the present ones
+    now = tuple(replace(r, title=titles[r.name]) for r in again.records)
+    assert read_table(path) == replace(again, records=now)
     text = path.with_suffix(".md").read_text()
     assert "| FULL | S() | 5 | 5.00 % | 75.0 ± 0.8 | – | – | 1.000 |" in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     moved = timed.updated(record("lora", 0.5, settings="other"))
     assert moved.learned is None  # of other settings: no half of this line
+
+
+def test_a_stopped_half_is_kept_apart_and_cleared() -> None:
+    timed = cell("method", {FULL_TUNING: 1.0})
+    run = {"command": "deltaops compare", "date": "2026-11-25T10", "versions": "torch 2"}
+    made = {"accuracy": run, "time": run}
+    both = record("lora", 0.5, timed=timed, state={FULL_TUNING: 8}, made=made)
+    line = replace(both, learned=None, timed=None, state=None, made={})
+    stopped = replace(line, failed={"accuracy": "not finite"}).updated(both)
+    assert (stopped.learned, stopped.timed, stopped.state) == (None, timed, both.state)
+    assert (stopped.failed, stopped.made) == ({"accuracy": "not finite"}, {"time": run})
+    assert stopped.updated(None) == Record.of_json(stopped.as_json())
+    again = replace(line, learned=both.learned, made={"accuracy": run}).updated(stopped)
+    assert again == both
+    off = replace(line, failed={"time": "off by 2"}).updated(stopped)
+    assert (off.timed, off.state, off.made) == (None, None, {})
+    assert off.failed == {"accuracy": "not finite", "time": "off by 2"}
+
+
+def test_lines_of_before_are_read() -> None:
+    old = record("lora", 0.5).as_json()
+    assert Record.of_json({**old, "failed": ""}) == record("lora", 0.5)
+    assert Record.of_json({**old, "failed": "off by 2"}).failed == {"time": "off by 2"}
 
 
 def test_other_settings_are_no_table(tmp_path: Path) -> None:
@@ -218,20 +244,23 @@ def test_other_settings_are_no_table(tmp_path: Path) -> None:
 
 
 def test_the_papers_order_is_told_only_where_it_shows() -> None:
-    ding = papers.Figures("D", "d", {"houlsby": 9, "bitfit": 8, "prompt": 7, "lora": 6})
+    values = {"houlsby": 9, "bitfit": 8, "prompt": 7, "lora": 6, "ia3": 5.5}
+    ding = papers.Figures("D", "d", values, tie=0.6)
     lines = [record("houlsby", 0.86), record("bitfit", 0.865), record("prompt", 0.6)]
-    found = papers.orders(ding, [*lines, record("lora", 0.7), record("dora", 0.1)])
+    found = papers.orders(ding, [*lines, record("lora", 0.7), record("dora", 0.1)], 32)
     assert found[papers.SAME] == [
-        "HOULSBY before PROMPT (+26.0 points)", "HOULSBY before LORA (+16.0 points)",
-        "BITFIT before PROMPT (+26.5 points)", "BITFIT before LORA (+16.5 points)",
-    ]  # fmt: skip
-    assert found[papers.OPEN] == ["HOULSBY before BITFIT (-0.5 points)"]
-    (pair,) = found[papers.OTHER]
-    assert pair.startswith(
-        "PROMPT before LORA (-10.0 points): it had learnt the training texts bet"
-    )
-    behind, ahead = (replace(lines[0].learned, training_loss=x) for x in (2.0, 0.5))  # type: ignore[type-var]  # is there
-    assert papers.cause(behind, ahead).endswith("too after these steps, 2.00 nats against 0.50")
+        "HOULSBY before PROMPT (+26.0 points here, +2.0 there)",
+        "HOULSBY before LORA (+16.0 points here, +3.0 there)",
+        "BITFIT before PROMPT (+26.5 points here, +1.0 there)",
+        "BITFIT before LORA (+16.5 points here, +2.0 there)",
+    ]
+    assert found[papers.OPEN] == ["HOULSBY before BITFIT (-0.5 points here, +1.0 there)"]
+    assert found[papers.OTHER] == [
+        "PROMPT before LORA (-10.0 points here, +1.0 there; loss of the last batch of 32 texts: "
+        "1.00 and 1.00 nats)"
+    ]
+    tied = papers.orders(ding, [record("lora", 0.7), record("ia3", 0.1)], 32)[papers.TIED]
+    assert tied == ["LORA before IA3 (+60.0 points here, +0.5 there)"]
 
 
 def test_gains_are_over_the_start_and_what_does_not_learn_is_named() -> None:
@@ -244,6 +273,9 @@ def test_gains_are_over_the_start_and_what_does_not_learn_is_named() -> None:
     assert "cosines times 20.0" in text
     assert "of the head" not in text
     assert "Not trained yet: DoRA, r = 16; Adapter (Houlsby);" in text
+    assert "- Not timed yet: full tuning; LoRA, r = 16; DoRA, r = 16;" in text
+    weak = [record("full", 0.601), *lines[1:3]]
+    assert "84.0 ± 0.7 | +24.0 | – | 1.000 |" in table_markdown(NAMED, MACHINE, weak, "p.png")
     fine = table_markdown(NAMED, MACHINE, lines[:3], "p.png")
     assert "Every method here is told apart from the start (60.0 ± 0.9 %), and above it." in fine
 
@@ -270,8 +302,26 @@ def test_labels_of_a_picture_keep_clear_of_each_other() -> None:
 
 
 def test_a_stopped_line_is_told(tmp_path: Path) -> None:
-    text = table_markdown(SETTINGS, MACHINE, [record("lora", 0.5, failed="off by 2")], "p.png")
+    lines = [record("lora", 0.5, failed={"time": "off by 2"})]
+    lines.append(record("dora", 0.5, learned=None, failed={"accuracy": "not finite"}))
+    text = table_markdown(SETTINGS, MACHINE, lines, "p.png")
     assert "- LORA: stopped: off by 2" in text
+    assert "DORA: stopped: not finite" in text
+    assert "| DORA | S() | 5 | 5.00 % | stopped |" in text
+
+
+def test_rates_that_were_tried_are_told_from_guesses() -> None:
+    lines = [record("lora", 0.5), record("bitfit", 0.5)]
+    assert "No rate was tried: all are" in table_markdown(SETTINGS, MACHINE, lines, "p.png")
+    tried = {"0.001": 0.5, "0.01": 0.25, "0.1": None}
+    lines[0] = replace(lines[0], learned=replace(lines[0].learned, tried=tried))  # type: ignore[type-var]  # is there
+    text = table_markdown(SETTINGS, MACHINE, lines, "p.png")
+    assert "Rates were tried only for: LORA. The others' are guesses, and their order" in text
+    assert (
+        "| LORA | 0.001: 50.0 (best, at the edge of those tried), 0.01: 25.0, 0.1: not finite |"
+        in text
+    )
+    assert compare.best_rate({"0.1": None}) is None
 
 
 def test_lines_of_a_slow_moment_and_of_several_runs_are_told(tmp_path: Path) -> None:
@@ -291,7 +341,7 @@ def test_lines_of_a_slow_moment_and_of_several_runs_are_told(tmp_path: Path) -> 
 
 def test_a_rate_that_diverges_is_not_chosen(material: Material) -> None:
     found = compare.learn(ALL["lora"], material, replace(SETTINGS, steps=9), (1e-3, 1e30))
-    assert found.tried["1e+30"] == 0.0
+    assert found.tried["1e+30"] is None
     assert found.rate == 1e-3
 
 

@@ -13,10 +13,13 @@ from typer.testing import CliRunner
 
 from deltaops.cli import app
 from deltaops.errors import ConfigError
+from deltaops.measure.compare import FULL_TUNING
 from deltaops.measure.reader import TRAINED, Reader, read_material
 from deltaops.testing.architectures import HIDDEN, build
 from deltaops.tuning.encoder import MINILM
 from deltaops.tuning.read import Columns
+
+from .results import cell
 
 WORDS = ["card", "lost", "late", "money", "when", "where", "my", "is"]
 
@@ -87,6 +90,9 @@ def test_labels_that_are_numbers_are_no_names(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"these are numbers \(0, 1\)"):
         read_material(*arguments)
     assert read_material(*arguments, TRAINED).names is None
+    (tmp_path / "train.csv").write_text("text,label\n" + "card lost,1.0\nmoney late,-2\n" * 10)
+    with pytest.raises(ConfigError, match="these are numbers"):
+        read_material(*arguments)
     (tmp_path / "train.csv").write_text("text,label\n" + "card lost,one\nmoney late,two\n" * 10)
     with pytest.raises(ConfigError, match="'one' and 'two' are the same to it"):
         read_material(*arguments)
@@ -141,11 +147,46 @@ def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".png"}
 
 
+def test_a_half_that_fails_leaves_the_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(*arguments: object) -> None:
+        raise ConfigError("not finite")
+
+    timed = cell("method", {FULL_TUNING: 1.0}), {FULL_TUNING: 8}
+    monkeypatch.setattr("deltaops.measure.compare.learn", off)
+    monkeypatch.setattr("deltaops.measure.compare.take_time", lambda *arguments: timed)
+    arguments = [
+        "compare", "--train", folder / "train.csv", "--model", folder, "--out", tmp_path,
+        "--methods", "bitfit",
+    ]  # fmt: skip
+    found = CliRunner().invoke(app, list(map(str, arguments)))
+    assert found.exit_code == 1
+    assert "stopped: BitFit (accuracy): not finite" in found.output
+    (file,) = tmp_path.glob("*-methods.json")
+    (line,) = json.loads(file.read_text())["methods"]
+    assert (line["failed"], list(line["made"])) == ({"accuracy": "not finite"}, ["time"])
+    assert (line["learned"], line["state"]) == (None, {FULL_TUNING: 8})
+
+
 def test_a_strange_head_is_refused(folder: Path) -> None:
     arguments = ["compare", "--train", str(folder / "train.csv"), "--head", "both"]
     found = CliRunner().invoke(app, arguments)
     assert isinstance(found.exception, ConfigError)
     assert "--head must be named or trained" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--only", "time", "--rates", "1e-3"], "--only time trains nothing"),
+        (["--only", "time", "--methods", "head"], "nothing to time: frozen features"),
+    ],
+)
+def test_a_command_with_nothing_to_do_is_refused(more: list[str], told: str) -> None:
+    found = CliRunner().invoke(app, ["compare", "--train", "train.csv", *more])
+    assert isinstance(found.exception, ConfigError)
+    assert told in str(found.exception)
 
 
 @pytest.mark.skipif(find_spec(MINILM.replace("-", "_")) is None, reason=f"{MINILM} is not there")

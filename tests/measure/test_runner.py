@@ -114,6 +114,8 @@ def test_methods_are_chosen_by_name() -> None:
     assert not any(n.startswith("method") for n in _names(Settings.quick()))
     with pytest.raises(ConfigError, match="--methods must name one with a delta"):
         _settings(False, None, None, None, None, "full", None, None, None)
+    with pytest.raises(ConfigError, match="gpt2: methods are timed on bert, llama"):
+        _settings(False, "methods", None, None, "gpt2", None, None, None, None)
 
 
 def test_without_instructions_a_half_has_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
