@@ -215,7 +215,8 @@ def grad_keys(d: int, wide: bool) -> Attend:
 PROGRAMS = 256
 """How many programs a skinny pass is split into: about two for each multiprocessor of an H100.
 A constant, so that the order of summation, and with it the bits, hang on shapes, strides and dtypes
-of what is read only: not on the GPU, and not on which gradients are wanted beside it."""
+of what is read only: not on the GPU, and on the gradients that are wanted beside it only as far as
+these have more matrices read."""
 
 
 def split(length: int, block: int, programs: int) -> tuple[int, int]:
