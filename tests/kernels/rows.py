@@ -163,7 +163,8 @@ def check_bottleneck(number: int, as_modelled: Modelled) -> None:
     fewest, tall = configs.FEWEST, configs.TALL
     configs.TALL = 0 if number == TALL else tall
     # in one program only where a block of lanes holds the rank
-    for fused in (False, True) if case.r <= 16 or case.r == 128 else (False,):
+    both = (True,) if number == TALL else (False, True)
+    for fused in both if case.r <= 16 or case.r == 128 else (False,):
         configs.FEWEST = 1 if fused else 1 << 30
         if number == TALL and fused:
             assert configs.bottleneck_grad(case.m, case.r, False, True).rows == 32
