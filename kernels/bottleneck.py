@@ -12,10 +12,14 @@ so that x is read once for both, its statistics and the product. Where the produ
 the norm takes a mean off, a first guess at it is taken off before: x Dᵀ alone would lose the digits
 of rows whose mean is large. Half types multiply exactly, and their rounding of D outweighs that.
 
-One program keeps h of its rows in registers and walks over the columns twice: x comes from DRAM and
-then, as the residual, from L2. Traffic: 2·M·K elements and h. Where there are few rows, or more
-ranks than a program has lanes for, it goes in two: the product, cut among programs, whose partial
-sums (4·M·R·pieces bytes) the second adds up in a fixed order. A norm takes one launch more, for D.
+One program keeps h of its rows in registers and walks over the columns twice, the second time from
+the last to the first. All programs that run at once walk in step: x comes from DRAM and, as the
+residual, once more, but for the end of the rows that L2 still holds; from L2 altogether only where
+the rows at work, about 256 programs' on an H100, fit in it. Traffic: 2·M·K elements and h, or
+3·M·K. Where there are few rows, or more ranks than a program has lanes for, it goes in two: the
+product, cut among programs, whose partial sums (4·M·R·pieces bytes) the second adds up in a fixed
+order; x is then read once for each block of lanes, 64, or 16 in fp32 and where a stride or a width
+(a rank of 24) does not divide by 16, and once as the residual. A norm takes one launch more, for D.
 """
 
 import torch
@@ -270,8 +274,10 @@ def _bottleneck_kernel(
     inner = _inner(acc, lane, R, mean, rstd, pivot, tilt, shift, NORM, HAS_SHIFT)
     store_tile(h, row, lane, R, 1, M, R, inner)
     side = (activate(inner, ACTIVATION) * scale).to(WORK)
+    # from the last tile back: what the walk before read last is the likeliest to be in L2 still
+    last = (tl.cdiv(K, BLOCK_K) - 1) * BLOCK_K
     for k in range(0, K, BLOCK_K):
-        col = k + tl.arange(0, BLOCK_K)
+        col = last - k + tl.arange(0, BLOCK_K)
         right = load_tile(up, col, lane, u_row, u_col, K, R).to(WORK)
         out = tl.dot(side, tl.trans(right), input_precision=PRECISION)
         _write(
@@ -504,7 +510,8 @@ def bottleneck(
     if norm != "none":
         down, tilt, shift = fold(x.dtype, gamma, beta, down, down_bias)
     pivot = norm == "layer" and precision.wide
-    config = configs.bottleneck(m, rank, precision.wide, configs.is_aligned(x, down, up))
+    read = (x, down, up) if residual is None else (x, residual, down, up)
+    config = configs.bottleneck(m, rank, precision.wide, configs.is_aligned(*read))
     beside = (0, 0) if residual is None else residual.stride()
     settings = {
         "NORM": norm,

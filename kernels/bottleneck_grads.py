@@ -8,10 +8,13 @@
     dy, x, dx [M,K]  dh, S = s φ(h), h [M,R] fp32  Down [R,K]  Up [K,R]  stats [M,2] fp32
 
 The row means of g and of g n, which LayerNorm's gradient takes off, are products of R numbers, so
-that no third pass is needed. One program walks over its columns twice, as forward; dy and x come
-from DRAM and then from L2. Traffic: 2·M·K elements (3 with a norm), and 12·M·R bytes of h, dh and
+that no third pass is needed. One program walks over its columns twice, the second time back, as
+forward: the second reading of dy and x is from L2 only as far as it holds the rows at work.
+Traffic: 2·M·K elements (3 with a norm; 3 and 5 where L2 holds none), and 12·M·R bytes of h, dh and
 S; for the parameters dy and x once more, and 8·R·K bytes a piece of the rows, added in a fixed
-order. Where there are few rows or many ranks it goes in two, again as forward.
+order. Where there are few rows or many ranks it goes in two, again as forward: dy and x are read
+once for each block of lanes, and once for dx. A matrix that a launch does not read has no part in
+the choice of its tiles.
 """
 
 import torch
@@ -192,8 +195,10 @@ def _bottleneck_grad_kernel(
                 BLOCK_K=BLOCK_K,
             )
             centre, slope = _row_means(side, across, tilt, lane, K, R, mean, rstd, NORM, PIVOT)
+        # from the last tile back: what the walk before read last is the likeliest to be in L2 still
+        last = (tl.cdiv(K, BLOCK_K) - 1) * BLOCK_K
         for k in range(0, K, BLOCK_K):
-            col = k + tl.arange(0, BLOCK_K)
+            col = last - k + tl.arange(0, BLOCK_K)
             right = load_tile(down, lane, col, d_row, d_col, R, K).to(WORK)
             g = tl.dot(side, right, input_precision=PRECISION)
             _write_grad(
@@ -300,7 +305,7 @@ def grad_rows(
     if norm != "none":
         down, tilt, _ = fold(grad_y.dtype, gamma, None, down, None)
     pivot = norm == "layer" and precision.wide
-    read = grad_y if x is None else x
+    read = grad_y if x is None or norm == "none" else x
     config = configs.bottleneck_grad(
         m, rank, precision.wide, configs.is_aligned(grad_y, read, down, up)
     )
@@ -477,7 +482,8 @@ def grad_parameters(
     config = configs.grad_down(rank, precision.wide)
     grid_k = triton.cdiv(k, config.cols) if product_wanted else 1
     grid_r = triton.cdiv(rank, config.rank)
-    parts, chunk = configs.split(m, config.rows, grid_k * grid_r)
+    # as for the product also where only sums are wanted: the bits must not hang on that
+    parts, chunk = configs.split(m, config.rows, triton.cdiv(k, config.cols) * grid_r)
     sums = torch.empty((parts, rank), dtype=torch.float32, device=grad_h.device)
     shape = (parts, rank, k) if product_wanted else (0, 0, 0)
     products = torch.empty(shape, dtype=torch.float32, device=grad_h.device)

@@ -1,9 +1,11 @@
-"""Launch parameters: a small fixed table per kernel, chosen from shapes alone.
+"""Launch parameters: a small fixed table per kernel, chosen from shapes, strides and dtypes alone.
 
 Nothing is tuned while a program runs, so a call under graph capture behaves like any other and
-the same shapes give the same bits. The tests compile every row ahead of time and hold it to no
-spills and to the shared memory of its architecture. The numbers are starting points from register
-and shared-memory counts; none has been measured on a GPU yet.
+the same shapes, strides and dtypes give the same bits. The tests compile the calls that
+tests/kernels/ahead.py and rows_ahead.py list ahead of time, most rows of the tables but not each
+with every rank, norm and bias, and hold them to no spills and to the shared memory of their
+architecture. The numbers are starting points from register and shared-memory counts; none has been
+measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -212,7 +214,9 @@ def grad_keys(d: int, wide: bool) -> Attend:
 
 PROGRAMS = 256
 """How many programs a skinny pass is split into: about two for each multiprocessor of an H100.
-A constant, so that the order of summation, and with it the bits, hang on shapes only."""
+A constant, so that the order of summation, and with it the bits, hang on shapes, strides and dtypes
+of what is read only: not on the GPU, and on the gradients that are wanted beside it only as far as
+these have more matrices read."""
 
 
 def split(length: int, block: int, programs: int) -> tuple[int, int]:
@@ -276,13 +280,18 @@ FEWEST = 64
 H100's multiprocessors have one, and a launch is saved."""
 
 
+TALL = 4096
+"""Rows beyond which a program of a sequential adapter takes 32 of them, not 16."""
+
+
 def bottleneck(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     """A sequential adapter, forward; a program keeps h of its rows in registers. Rows that cannot
     be read in 16-byte pieces need an address for each element, as in :func:`project`."""
     lanes = rank_lanes(rank, wide, 128 if aligned else 16)
-    rows = 32 if aligned and m > 4096 else 16
+    rows = 32 if aligned and m > TALL else 16
     if _in_one(m, rank, rows, lanes):
-        return _for_amd(Skinny(rows, 64 if wide or lanes > 64 else 128, lanes, 4, 3))
+        cols = 64 if wide or not aligned or lanes > 16 else 128
+        return _for_amd(Skinny(rows, cols, lanes, 8 if lanes > 64 else 4, 3))
     # the second launch has an accumulator beside h
     cols = 64 if wide or not aligned else 128
     return _for_amd(Skinny(16, cols, min(lanes, 64), 8 if wide else 4, 3))
@@ -300,7 +309,13 @@ def _in_one(m: int, rank: int, rows: int, lanes: int) -> bool:
 def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     """Its backward pass over rows; a program keeps dh of its rows, and dy and x at a time."""
     config = bottleneck(m, rank, wide, aligned)
-    return replace(config, cols=min(config.cols, 32 if wide and not aligned else 64))
+    crowded = wide and not aligned
+    warps = config.warps
+    if is_fused(m, rank, config):
+        warps = 8 if config.rank > 32 else 4
+    elif crowded:
+        warps = 4
+    return _for_amd(replace(config, cols=min(config.cols, 32 if crowded else 64), warps=warps))
 
 
 def bottleneck_finish() -> Skinny:

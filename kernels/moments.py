@@ -35,7 +35,7 @@ def join_moments(seen, mean, m2, count, more_mean, more_m2, LAYER: tl.constexpr)
 @triton.jit
 def inverse_root(m2, K, eps):
     """rstd = 1/√(m2/K + eps), correctly rounded at each step: it is one number a row."""
-    return tl.div_rn(1.0, tl.sqrt_rn(m2 / K + eps))
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, K * 1.0) + eps))
 
 
 @triton.jit

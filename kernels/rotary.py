@@ -30,6 +30,7 @@ def _rotary_kernel(
     x_head,
     x_row,
     x_col,
+    x_half,
     t_batch,
     t_row,
     y_batch,
@@ -54,7 +55,7 @@ def _rotary_kernel(
     target = y + b * y_batch + first.to(tl.int64) * y_head
     for _ in range(first, tl.minimum(first + HEADS, H)):
         x1 = load_tile(source, row, lane, x_row, x_col, L, half).to(tl.float32)
-        x2 = load_tile(source + half * x_col, row, lane, x_row, x_col, L, half).to(tl.float32)
+        x2 = load_tile(source + x_half, row, lane, x_row, x_col, L, half).to(tl.float32)
         if BACKWARD:
             y1 = x1 * cos1 + x2 * sin2
             y2 = x2 * cos2 - x1 * sin1
@@ -82,6 +83,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, backward: bool) ->
         l,
         d // 2,
         *x.stride(),
+        d // 2 * x.stride(3),  # here: a product of two numbers of 32 bits is one in a kernel
         cos.stride(0) if cos.shape[0] > 1 else 0,
         cos.stride(1),
         *y.stride()[:3],

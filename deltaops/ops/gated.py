@@ -32,7 +32,9 @@ def gated(
 ) -> Tensor:
     """Multiply ``up`` by the activation of ``gate``, element by element.
 
-    NaN and the infinities give what torch's own activation and product give.
+    Forward, NaN and the infinities give what torch's own activation and product give. Backward, the
+    slope at an infinity is promised by no backend: where its formula multiplies infinity by 0, as
+    that of "gelu_tanh" does, it is NaN in one and the limit in another.
 
     Args:
         gate: ``[..., K]``, floating point; computed in float32 at least and rounded once. Rows may

@@ -43,7 +43,10 @@ BOTTLENECKS: tuple[tuple[BottleneckCase, torch.dtype, torch.dtype], ...] = (
     (BottleneckCase(18, 80, 128, "gelu", "layer"), BRAIN, BRAIN),
     (BottleneckCase(9, 150, 9, "silu", "rms", "other", padding=3), HALF, HALF),
     (BottleneckCase(20, 150, 16, "gelu_tanh", "layer"), BRAIN, FULL),
+    (BottleneckCase(40, 48, 16, "gelu", "layer"), HALF, HALF),
 )
+TALL = len(BOTTLENECKS) - 1
+"""The one of which a program takes 32 rows."""
 NORMS: tuple[tuple[NormBiasCase, torch.dtype, torch.dtype], ...] = (
     *((c, FULL, FULL) for c in NORM_BIAS_CASES if c.m * c.k < 9000),
     (NormBiasCase(9, 1030, "layer", offset=30.0), FULL, FULL),
@@ -157,15 +160,19 @@ def check_bottleneck(number: int, as_modelled: Modelled) -> None:
         forward = RUN.bottleneck_forward(*given.forward_arguments())
         return [*forward, *RUN.bottleneck_backward(*backward, needs)]
 
-    fewest = configs.FEWEST
+    fewest, tall = configs.FEWEST, configs.TALL
+    configs.TALL = 0 if number == TALL else tall
     # in one program only where a block of lanes holds the rank
-    for fused in (False, True) if case.r <= 16 or case.r == 128 else (False,):
+    both = (True,) if number == TALL else (False, True)
+    for fused in both if case.r <= 16 or case.r == 128 else (False,):
         configs.FEWEST = 1 if fused else 1 << 30
+        if number == TALL and fused:
+            assert configs.bottleneck_grad(case.m, case.r, False, True).rows == 32
         hold(f"{case} {dtype} {parameters} {fused}", run, [*oracle, *oracle_grads],
              [*low, *low_grads], as_modelled)  # fmt: skip
         if number == 0:
             _check_each_alone(given, backward, run()[3:], fused)
-    configs.FEWEST = fewest
+    configs.FEWEST, configs.TALL = fewest, tall
 
 
 def _between_borders(t: BottleneckTensors) -> BottleneckTensors:
@@ -246,11 +253,13 @@ def check_rotary(number: int, as_modelled: Modelled) -> None:
 
 
 def check_far(number: int, as_modelled: Modelled) -> None:
-    """Rows so far apart that their offsets need 64 bits: the same bits as beside each other."""
-    rows, apart = 34, 1 << 26  # elements
+    """Rows, and halves of a head, so far apart that their offsets need 64 bits: the same bits as
+    beside each other."""
+    rows, apart, halves = 34, 1 << 26, 1 << 30  # elements
     no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python 3.11 does not name
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    room = mmap.mmap(-1, 2 * rows * apart, flags=flags)  # only what is touched is there
+    length = 2 * max(rows * apart, 3 * halves + rows)
+    room = mmap.mmap(-1, length, flags=flags)  # only what is touched is there
     t = BottleneckCase(rows, 16, 4, "silu", "layer").tensors(BRAIN)
     far = torch.frombuffer(room, dtype=BRAIN).as_strided(t.x.shape, (apart, 1)).copy_(t.x)
     turn = [torch.rand(1, rows, 16) for _ in range(2)]
@@ -269,6 +278,10 @@ def check_far(number: int, as_modelled: Modelled) -> None:
 
     for i, (got, want) in enumerate(zip(results(far), results(t.x), strict=True)):
         assert torch.equal(got, want), f"result {i} hangs on where the rows are"
+    narrow, (cos, sin) = t.x[None, None, :, :4], (u[:, :, :4] for u in turn)
+    far = torch.frombuffer(room, dtype=BRAIN).as_strided(narrow.shape, (1, 1, 1, halves))
+    got, want = (RUN.rotary_forward(x, cos, sin, False) for x in (far.copy_(narrow), narrow))
+    assert torch.equal(got, want), "a rotation hangs on where the halves of a head are"
 
 
 CHECKS = [

@@ -27,7 +27,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A call of bottleneck with everything that it may have."""
+    """A call of bottleneck with everything that it may have, or with nothing beside its norm."""
 
     m: int
     k: int
@@ -37,6 +37,7 @@ class Adapter:
     norm: str = "layer"
     activation: str = "gelu"
     padding: int = 0
+    bare: bool = False
 
     def __call__(self) -> None:
         """Forward and every gradient."""
@@ -44,14 +45,16 @@ class Adapter:
         x = _empty(self.m, self.k + self.padding, dtype=self.dtype)[:, : self.k]
         gamma, beta, up_bias = (_empty(self.k, dtype=p) for _ in range(3))
         down, down_bias = _empty(self.r, self.k, dtype=p), _empty(self.r, dtype=p)
-        up, normed = _empty(self.k, self.r, dtype=p), self.norm != "none"
+        up, full = _empty(self.k, self.r, dtype=p), not self.bare
+        normed = full and self.norm != "none"
         affine = (gamma, beta) if normed else (None, None)
+        biases = (down_bias, up_bias) if full else (None, None)
         y, h, stats = run.bottleneck_forward(
-            x, x, *affine, down, down_bias, up, up_bias, 0.5, 1e-5, self.activation, self.norm
+            x, x, *affine, down, biases[0], up, biases[1], 0.5, 1e-5, self.activation, self.norm
         )
         run.bottleneck_backward(
             y, x, h, stats, *affine, down, up, 0.5, self.activation, self.norm, True,
-            [True, normed, normed, True, True, True, True],
+            [True, normed, normed, True, full, True, full],
         )  # fmt: skip
 
 
@@ -110,6 +113,8 @@ CALLS: tuple[Callable[[], None], ...] = (
     # in one program for its rows, with the most lanes of a half model, and in two
     Adapter(8192, 4096, 128),
     Adapter(8192, 4096, 256),
+    # the same with 16 rows
+    Adapter(2048, 4096, 128),
     # float32 adapters on a half model, and nothing divides by 16: the most registers
     Adapter(8191, 4001, 13, HALF, FULL, padding=3),
     Norm(8192, 4096),
@@ -121,6 +126,13 @@ CALLS: tuple[Callable[[], None], ...] = (
 VARIATIONS: tuple[Callable[[], None], ...] = (
     Adapter(512, 4096, 64, HALF, FULL),
     Adapter(8191, 4001, 100, padding=3),
+    # the other ranks and norms, and float32 in one program for its rows and in two
+    Adapter(8192, 4096, 64, norm="none"),
+    Adapter(8192, 4096, 8),
+    Adapter(8192, 4096, 16, norm="rms"),
+    Adapter(8192, 4096, 64, norm="rms", bare=True),
+    Adapter(8192, 4096, 16, FULL, FULL, norm="none"),
+    Adapter(501, 4001, 13, FULL, FULL),
 )
 
 

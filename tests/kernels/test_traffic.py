@@ -83,6 +83,17 @@ def test_nothing_goes_below_the_floor(call: traffic.Counted) -> None:
         assert one.total.asked >= one.total.once
 
 
+@pytest.mark.parametrize(("k", "reads"), [(1024, 1), (4096, 2)])
+def test_rows_that_l2_cannot_hold_are_read_twice(k: int, reads: int) -> None:
+    m, r = 8192, 64
+    forward, backward = traffic.count(traffic.Adapter(m, k, r), "sm_90")
+    found = dict(forward.kernels)["bottleneck"].once
+    assert found == 2 * ((reads + 1) * m * k + 2 * r * k + k + r) + 4 * m * r
+    # dy, dx; h, dh and S in float32
+    found = dict(backward.kernels)["bottleneck_grad"].once
+    assert found == 2 * ((reads + 1) * m * k + 2 * r * k) + 12 * m * r
+
+
 @pytest.mark.parametrize("plan", ["fused", "split", "torch"])
 def test_the_plan_that_is_asked_for_is_counted(plan: str) -> None:
     for one in traffic.count(LAYER, "sm_90", plan):

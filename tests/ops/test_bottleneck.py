@@ -315,3 +315,6 @@ def test_dispatch_says_why() -> None:
     on_gpu, triton = wanted._replace(device="cuda"), registered()["triton"]
     assert triton.unsupported(on_gpu) is None
     assert "not torch.float64" in str(triton.unsupported(on_gpu._replace(dtype=torch.float64)))
+    assert triton.unsupported(on_gpu._replace(k=65535 * 32, rank=65535 * 16)) is None
+    assert "at most 2097120 columns" in str(triton.unsupported(on_gpu._replace(k=65535 * 32 + 1)))
+    assert "up to 1048560, not" in str(triton.unsupported(on_gpu._replace(rank=65535 * 16 + 1)))

@@ -259,3 +259,5 @@ def test_dispatch_says_why() -> None:
     on_gpu, triton = call._replace(device="cuda"), registered()["triton"]
     assert triton.unsupported(on_gpu) is None
     assert "not torch.float64" in str(triton.unsupported(on_gpu._replace(dtype=torch.float64)))
+    assert triton.unsupported(on_gpu._replace(h=65535 * 8)) is None
+    assert "at most 524280 heads" in str(triton.unsupported(on_gpu._replace(h=65535 * 8 + 1)))

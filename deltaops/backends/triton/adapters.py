@@ -11,12 +11,23 @@ from deltaops.backends.calls import BottleneckCall, NormBiasCall
 
 from . import core
 
+_PROGRAMS = 65535
+"""Along the second axis of a grid in CUDA."""
+_MOST_COLUMNS = 32 * _PROGRAMS
+"""K, where a sequential adapter goes in two: its narrowest tile has 32 columns."""
+_MOST_RANKS = 16 * _PROGRAMS
+
 
 def unsupported(call: BottleneckCall | NormBiasCall) -> str | None:
     """None, or what the kernels do not take."""
     for dtype in (call.dtype, *call.parameter_dtypes):
         if dtype not in core.DTYPES:
             return f"takes float32, float16 and bfloat16, not {dtype}"
+    if isinstance(call, BottleneckCall):
+        if call.k > _MOST_COLUMNS:
+            return f"takes at most {_MOST_COLUMNS} columns, not {call.k}"
+        if call.rank > _MOST_RANKS:
+            return f"takes ranks of up to {_MOST_RANKS}, not {call.rank}"
     return None
 
 

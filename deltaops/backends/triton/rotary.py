@@ -12,6 +12,8 @@ from . import core
 
 _WIDEST = 8192
 """Elements of a head that a program has room for."""
+_MOST = 65535 * 8
+"""Heads: programs along the second axis of a grid in CUDA, and heads of a program."""
 
 
 def unsupported(call: RotaryCall) -> str | None:
@@ -19,7 +21,9 @@ def unsupported(call: RotaryCall) -> str | None:
     for dtype in (call.dtype, call.table_dtype):
         if dtype not in core.DTYPES:
             return f"takes float32, float16 and bfloat16, not {dtype}"
-    return f"takes heads of up to {_WIDEST} elements, not {call.d}" if call.d > _WIDEST else None
+    if call.d > _WIDEST:
+        return f"takes heads of up to {_WIDEST} elements, not {call.d}"
+    return f"takes at most {_MOST} heads, not {call.h}" if call.h > _MOST else None
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool) -> Tensor:

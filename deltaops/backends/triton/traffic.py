@@ -3,8 +3,9 @@
 Two counts of bytes. *Asked* is what the programs load and store, all of them, as they mask it: what
 caches and memory serve together, in shares that no count tells. *Once* is each element that the
 launch touches, counted once: what memory must move at least, where the caches keep everything
-between the programs of a launch and nothing between launches. Operations are those of the matrix
-products as they are issued, with their padding.
+between the programs of a launch and nothing between launches; but where all programs at work walk
+over their rows twice, and these rows are more than L2 holds, each walk counts. Operations are those
+of the matrix products as they are issued, with their padding.
 
 An entry a kernel, below, says what its programs walk over. tests/kernels/interpreted.py holds the
 kernels' entries to the loads and stores that Triton's interpreter makes, to the byte, in the calls
@@ -64,6 +65,11 @@ class Traffic:
             self.launches + other.launches,
         )
 
+
+_L2 = 50 << 20
+"""Bytes of an H100's L2 (NVIDIA H100 Tensor Core GPU Architecture, table 3); taken for all."""
+_AT_ONCE = 256
+"""Programs at work: two for each of its 132 multiprocessors, nearly."""
 
 Entry = Callable[[SimpleNamespace, tuple[int, ...], Traffic], None]
 ENTRIES: dict[str, Entry] = {}
@@ -298,6 +304,14 @@ def _fold(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.store(a.shift, rank)
 
 
+def _missed(a: SimpleNamespace, *matrices: Tensor) -> int:
+    """Elements of one of ``matrices`` [M, K] that the second walk over them all reads from memory:
+    none, or all of them where what is walked over at once is more than L2 holds."""
+    rows = min(a.M, _AT_ONCE * a.BLOCK_M)
+    walked = rows * a.K * sum(t.element_size() for t in matrices)
+    return a.M * a.K if walked > _L2 else 0
+
+
 @entry("_bottleneck_kernel")
 def _bottleneck(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     tiles = grid[0]
@@ -308,7 +322,7 @@ def _bottleneck(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.store(a.h, a.M * a.R)
     if a.NORM != "none":
         t.store(a.stats, 2 * a.M)
-    _written(a, tiles, t, again=a.residual is a.x)
+    _written(a, tiles, t, _missed(a, a.x) if a.residual is a.x else a.M * a.K)
     t.dots(2 * tiles * _cdiv(a.K, a.BLOCK_K), a.BLOCK_M, a.BLOCK_R, a.BLOCK_K)
 
 
@@ -338,7 +352,7 @@ def _bottleneck_outer(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> 
         t.store(a.stats, 2 * a.M)
     _inner_vectors(a, down * across, t)
     t.store(a.h, a.M * a.R)
-    _written(a, down, t, again=False)
+    _written(a, down, t, a.M * a.K)
     t.dots(down * across * _cdiv(a.R, a.BLOCK_R), a.BLOCK_M, a.BLOCK_K, a.BLOCK_R)
 
 
@@ -350,13 +364,13 @@ def _inner_vectors(a: SimpleNamespace, programs: int, t: Traffic) -> None:
         t.load(a.shift, a.R, a.R * programs)
 
 
-def _written(a: SimpleNamespace, tiles: int, t: Traffic, again: bool) -> None:
-    """From h to y; ``again`` where the residual was read before."""
+def _written(a: SimpleNamespace, tiles: int, t: Traffic, residual: int) -> None:
+    """From h to y; ``residual`` elements of the residual come from memory."""
     t.load(a.up, a.R * a.K, a.R * a.K * tiles)
     if a.HAS_UP_BIAS:
         t.load(a.up_bias, a.K, a.K * tiles)
     if a.HAS_RESIDUAL:
-        t.load(a.residual, 0 if again else a.M * a.K, a.M * a.K)
+        t.load(a.residual, residual, a.M * a.K)
     t.store(a.y, a.M * a.K)
 
 
@@ -364,7 +378,9 @@ def _written(a: SimpleNamespace, tiles: int, t: Traffic, again: bool) -> None:
 def _bottleneck_grad(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     tiles, normed = grid[0], a.NORM != "none"
     walks = 1
-    t.load(a.grad_y, a.M * a.K, a.M * a.K * (1 + (a.WANT_X and a.OWN)))
+    missed = _missed(a, a.grad_y, *([a.x] if normed else [])) if a.WANT_X else 0
+    again = a.WANT_X and a.OWN
+    t.load(a.grad_y, a.M * a.K + missed * again, a.M * a.K * (1 + again))
     t.load(a.up, a.R * a.K, a.R * a.K * tiles)
     t.load(a.h, a.M * a.R, a.M * a.R)
     t.store(a.grad_h, a.M * a.R)
@@ -374,7 +390,7 @@ def _bottleneck_grad(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> N
         walks += 1 + normed
         t.load(a.down, a.R * a.K, a.R * a.K * tiles * (1 + normed))
         if normed:
-            t.load(a.x, a.M * a.K, 2 * a.M * a.K)
+            t.load(a.x, a.M * a.K + missed, 2 * a.M * a.K)
             t.load(a.stats, 2 * a.M, 2 * a.M)
         if a.NORM == "layer":
             t.load(a.tilt, a.R, a.R * tiles)

@@ -1,0 +1,68 @@
+"""What chooses the tiles of a sequential adapter, and the pieces that its sums are cut into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from deltaops.backends.triton import TritonBackend, core, record, targets
+
+M, K, R = 8192, 256, 16
+
+
+def rows(apart: int = K) -> Tensor:
+    """``[M, K]``, so far apart."""
+    return torch.empty(M, apart, dtype=torch.bfloat16, device="meta")[:, :K]
+
+
+def launches(name: str, direction: str, *arguments: Any) -> list[record.Launch]:
+    """Those of this kernel."""
+    run = getattr(TritonBackend(), f"bottleneck_{direction}")
+    with core.standing_in(targets.TARGETS["sm_90"]), record.recording() as found:
+        run(*arguments)
+    return [launch for launch in found if launch.kernel == name]
+
+
+def backward(name: str, x: Tensor | None, norm: str, needs: list[bool]) -> record.Launch:
+    """The one launch of this kernel in a backward pass with these gradients."""
+    h = torch.empty(M, R, device="meta")
+    stats = torch.empty(0 if norm == "none" else M, 2, device="meta")
+    down, up = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((R, K), (K, R)))
+    given = (rows(), x, h, stats, None, None, down, up, 1.0, "gelu", norm, True, needs)
+    (found,) = launches(name, "backward", *given)
+    return found
+
+
+def test_pieces_of_a_sum_do_not_hang_on_which_gradients_are_wanted() -> None:
+    one, other = (
+        backward("_bottleneck_down_kernel", rows(), "none", [i in wanted for i in range(7)])
+        for wanted in ((3, 4), (4,))
+    )
+    assert one.arguments["WANT_PRODUCT"]
+    assert not other.arguments["WANT_PRODUCT"]
+    assert one.grid[2] == other.grid[2] > 1
+    assert one.arguments["chunk"] == other.arguments["chunk"]
+
+
+@pytest.mark.parametrize(("norm", "wants_x", "tall"), [
+    ("none", True, True), ("layer", False, True), ("layer", True, False),
+])  # fmt: skip
+def test_strides_of_x_choose_tiles_only_where_it_is_read(
+    norm: str, wants_x: bool, tall: bool
+) -> None:
+    needs = [wants_x, False, False, True, False, False, False]
+    found = backward("_bottleneck_grad_kernel", rows(apart=K + 3), norm, needs)
+    assert found.arguments["BLOCK_M"] == (32 if tall else 16)
+
+
+@pytest.mark.parametrize(("apart", "height"), [(K, 32), (K + 3, 16)])
+def test_strides_of_the_residual_choose_tiles(apart: int, height: int) -> None:
+    down, up = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((R, K), (K, R)))
+    given = (rows(), rows(apart=apart), None, None, down, None, up, None, 1.0, 1e-5, "gelu", "none")
+    (found,) = launches("_bottleneck_kernel", "forward", *given)
+    assert found.arguments["BLOCK_M"] == height
