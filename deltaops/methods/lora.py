@@ -107,7 +107,8 @@ class LoRA(Delta):
             ``target_modules`` is all of them.
             ``exclude_modules`` and ``layers_to_transform`` say nothing of parameters, and patterns
             of ranks and alphas go by their paths. PEFT has no dropout on experts: with ``dropout``
-            above 0, files are in our format.
+            above 0, files are in our format; so too where layers beside the experts have names that
+            PEFT takes for those of experts (``gate_proj`` of a dense feed-forward).
     Raises: ConfigError.
     """
 
@@ -441,6 +442,10 @@ class LoRA(Delta):
         """See :meth:`Delta.unlike_peft`."""
         if self.dropout and any(site.place == EXPERTS for site in sites):
             return "its LoRA on experts has no dropout"
+        if writing:
+            target = self.target_modules
+            named = () if isinstance(target, str) else target
+            return lora_experts.converted(model, [*(s.path for s in sites), *named])
         return None
 
     def to_peft_tensors(
