@@ -102,7 +102,9 @@ class LoRA(Delta):
             classification head out of "all-linear".
         target_parameters: parameters of experts, as ``["experts.gate_up_proj",
             "experts.down_proj"]``, matched from the end of the path, beside what ``target_modules``
-            names (which may be ``[]`` here); each expert gets an A and a B of its own. "all-linear"
+            names; each expert gets an A and a B of its own. ``LoRA(target_parameters=…)`` ALONE
+            KEEPS THE DEFAULT ``target_modules="all-linear"``, where PEFT's None is no module at
+            all: pass ``target_modules=[]`` for experts alone. "all-linear"
             has no experts (PEFT's has Mixtral's, and its routers); the role "experts" in
             ``target_modules`` is all of them.
             ``exclude_modules`` and ``layers_to_transform`` say nothing of parameters, and patterns

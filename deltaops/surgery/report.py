@@ -193,7 +193,7 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
         kind,
         explanation.chosen or "none",
         explanation.reason + _off(module),
-        sum(PACKING.bytes(matrix) for matrix in matrices),
+        PACKING.bytes_of(matrices),
     )
 
 

@@ -19,6 +19,7 @@ from deltaops import LoRA
 from deltaops.errors import AttachError, CheckpointError, ConfigError, ShapeError, TargetError
 from deltaops.methods.lora_experts import _FAMILIES, _FORMER
 from deltaops.modules.experts import StackedBranch, Way, run_experts
+from deltaops.packing import PACKING
 from deltaops.reference import experts as reference
 from deltaops.surgery import Handle, handle_of
 from deltaops.surgery import experts as surgery_experts
@@ -131,6 +132,16 @@ def test_numbers_and_gradients_against_float64(
     for gradient in found[3:]:
         assert gradient.shape[0] == experts
         assert not gradient[-1].any()  # of the expert without a token
+
+
+def test_a_mixture_of_one_expert_is_that_expert() -> None:
+    model = build(num_local_experts=1, num_experts=1, num_experts_per_tok=1, num_hidden_layers=1)
+    before = answer(model)
+    handle = shaken(model, experts_only())
+    assert {t.shape[0] for t in handle.state().values()} == {1}
+    y = answer(model)
+    assert relative_error(y, before) > 0.01
+    assert relative_error(answer(handle.merge_and_unload()), y) < 16 * bound(0.0, torch.float32)
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "Qwen2Moe"])
@@ -389,6 +400,18 @@ def test_packed_copies_belong_to_each_expert() -> None:
         fresh = copy.deepcopy(model)
         assert torch.equal(changed, answer(fresh))
     assert not torch.equal(changed, first)
+
+
+def test_a_policy_ends_with_its_delta() -> None:
+    model = build(num_hidden_layers=1)
+    handle = shaken(model, experts_only(), pack="never")
+    answer(model)
+    weight = model.get_parameter(f"{PLACE}.gate_up_proj")
+    assert "never" in {PACKING.policy(matrix) for matrix in weight}
+    handle.revert()
+    shaken(model, experts_only())
+    answer(model)
+    assert {PACKING.policy(matrix) for matrix in weight} == {"auto"}
 
 
 # ------------------------------------------------------------------------------------- files
@@ -688,7 +711,22 @@ REFUSALS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "dora": (build, {"use_dora": True}, "it holds experts, and use_dora needs linear layers"),
     "pissa": (build, {"init_lora_weights": "pissa"}, "it holds experts, and init_lora_weights"),
-    "excluded": (build, {"exclude_modules": ["experts"]}, "say nothing of target_parameters"),
+    "excluded": (build, {"exclude_modules": ["experts"]}, "says nothing of target_parameters"),
+    "another layer": (
+        build,
+        {"target_parameters": [f"{PLACE}.down_proj"], "layers_to_transform": [1]},
+        r"in none of layers_to_transform=\[1\]",
+    ),
+    "the root": (
+        lambda: build().get_submodule(PLACE),
+        {"target_parameters": ["down_proj"]},
+        "down_proj of MixtralExperts is at the model's root",
+    ),
+    "one of two": (
+        build,
+        {"target_parameters": [*NAMES, "gate.weight"]},
+        "Take parameters that it cannot have out of target_parameters.$",
+    ),
     "saved whole": (build, {"modules_to_save": ["experts"]}, "modules_to_save trains it whole"),
     "as a module": (
         build,
