@@ -16,9 +16,10 @@ kept beside the packed copies, by the same rules; it has an entry and packed cop
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ SMALLEST = 1 << 14
 """Elements below which packing on the way costs next to nothing."""
 
 _SHARE_OF_MEMORY = 0.25
+_LOOKS = 16
+"""Of a sweep at entries and policies, for each that was new since the last one."""
 
 
 class Layout(NamedTuple):
@@ -74,21 +77,22 @@ class _Entry:
     def bytes(self) -> int:
         return sum(t.nbytes for t in (*self.packed.values(), *self.converted.values()))
 
-    def renew(self, version: int, fingerprint: int) -> None:
-        """Drop what was made of the weight as it was before."""
-        if self.version != version or self.fingerprint != fingerprint:
-            self.packed, self.converted = {}, {}
-            self.version, self.fingerprint = version, fingerprint
-
     def expired(self) -> bool:
         return bool(self.storage.expired())  # type: ignore[no-untyped-call]  # torch's own has no types
 
 
 class Packing:
-    """All packed weights of the process. Safe to use from several threads."""
+    """All packed weights of the process. Safe to use from several threads.
+
+    Experts are thousands of weights: what is done for each of them walks over no others. Entries
+    whose weight is gone are looked for now and then, and when memory is wanted.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[Layout, _Entry] = {}
+        self._layouts: dict[int, set[Layout]] = {}  # of the entries, by data_ptr
+        self._total = 0  # bytes of all entries
+        self._added = 0  # entries and policies since the last sweep
         self._policies: dict[int, tuple[StorageWeakRef, Policy]] = {}  # by data_ptr
         self._lock = threading.Lock()
         self._budget: int | None = None
@@ -104,14 +108,12 @@ class Packing:
         """
         check_policy(policy)
         with self._lock:
-            self._sweep()
+            self._sweep_sometimes()
             self._policies.pop(weight.data_ptr(), None)
             if policy != "auto":
                 self._policies[weight.data_ptr()] = (_reference(weight), policy)
             # what was kept by the other rule is made again, or not; so for its converted weights
-            for layout in [x for x in self._entries if x.pointer == weight.data_ptr()]:
-                del self._entries[layout]
-            self._sweep()
+            self._forget(weight.data_ptr())
 
     def keep_policy(self, weight: Tensor, policy: Policy) -> None:
         """:meth:`set_policy` where it differs: for each call of a layer, whose weight may have been
@@ -139,7 +141,7 @@ class Packing:
         if entry is None or entry.expired():
             self._remember(core, weight, layout)
             return None
-        entry.renew(_version(weight), core.fingerprint(*layout))
+        self._renew(entry, layout, _version(weight), core.fingerprint(*layout))
         found = entry.packed.get(transposed)
         if found is not None:
             return found
@@ -162,7 +164,7 @@ class Packing:
         if entry is None or entry.expired():
             entry = self._remember(core, weight, layout)
         else:
-            entry.renew(_version(weight), core.fingerprint(*layout))
+            self._renew(entry, layout, _version(weight), core.fingerprint(*layout))
         found = None if entry is None else entry.converted.get(dtype)
         if found is not None:
             return found
@@ -174,19 +176,25 @@ class Packing:
         if entry is not None:
             with self._lock:
                 if policy == "always" or self._fits(made.nbytes):
-                    entry.converted[dtype] = made
+                    self._keep(entry, layout, entry.converted, dtype, made)
         return made
 
     def bytes(self, weight: Tensor) -> int:
         """What is packed and converted of ``weight`` now, in bytes."""
+        return self.bytes_of([weight])
+
+    def bytes_of(self, weights: Iterable[Tensor]) -> int:
+        """:meth:`bytes` of all of them together."""
         with self._lock:
             self._sweep()
-            return self._bytes(weight.data_ptr())
+            return sum(self._bytes(weight.data_ptr()) for weight in weights)
 
     def clear(self) -> None:
         """Forget every packed weight; policies stay."""
         with self._lock:
             self._entries.clear()
+            self._layouts.clear()
+            self._total = 0
 
     # ------------------------------------------------------------------------------- details
 
@@ -197,7 +205,7 @@ class Packing:
         return found[1]
 
     def _bytes(self, pointer: int) -> int:
-        entries = [e for layout, e in self._entries.items() if layout.pointer == pointer]
+        entries = [self._entries[layout] for layout in self._layouts.get(pointer, ())]
         converted = [t.data_ptr() for e in entries for t in e.converted.values()]
         return sum(e.bytes for e in entries) + sum(map(self._bytes, converted))
 
@@ -206,14 +214,55 @@ class Packing:
             return None
         entry = _Entry(_reference(weight), _version(weight), core.fingerprint(*layout))
         with self._lock:
-            self._sweep()
+            self._sweep_sometimes()
+            self._drop(layout)
             self._entries[layout] = entry
+            self._layouts.setdefault(layout.pointer, set()).add(layout)
         return entry
+
+    def _renew(self, entry: _Entry, layout: Layout, version: int, fingerprint: int) -> None:
+        """Drop what was made of the weight as it was before."""
+        if entry.version == version and entry.fingerprint == fingerprint:
+            return
+        with self._lock:
+            if self._entries.get(layout) is entry:  # no other thread dropped it
+                self._total -= entry.bytes
+            entry.packed, entry.converted = {}, {}
+            entry.version, entry.fingerprint = version, fingerprint
+
+    def _keep(
+        self, entry: _Entry, layout: Layout, among: dict[Any, Tensor], key: object, made: Tensor
+    ) -> None:
+        """Put ``made`` into one of the entry's two mappings. With the lock held."""
+        if self._entries.get(layout) is entry:  # no other thread dropped it
+            before = among.get(key)
+            self._total += made.nbytes - (0 if before is None else before.nbytes)
+        among[key] = made
+
+    def _drop(self, layout: Layout) -> None:
+        """The entry of ``layout``, if there is one. With the lock held."""
+        entry = self._entries.pop(layout, None)
+        if entry is None:
+            return
+        self._total -= entry.bytes
+        alike = self._layouts[layout.pointer]
+        alike.discard(layout)
+        if not alike:
+            del self._layouts[layout.pointer]
+
+    def _forget(self, pointer: int) -> None:
+        """The entries of a weight and of what it was converted to. With the lock held."""
+        for layout in list(self._layouts.get(pointer, ())):
+            converted = [t.data_ptr() for t in self._entries[layout].converted.values()]
+            self._drop(layout)
+            for other in converted:
+                self._forget(other)
 
     def _fits(self, size: int) -> bool:
         """Whether "auto" may keep as many bytes more. With the lock held."""
-        self._sweep()
-        return sum(e.bytes for e in self._entries.values()) + size <= self.budget
+        if self._total + size > self.budget:
+            self._sweep()
+        return self._total + size <= self.budget
 
     def _pack(
         self, core: ModuleType, entry: _Entry, layout: Layout, transposed: bool, threads: int
@@ -227,7 +276,7 @@ class Packing:
             with torch.inference_mode(False):
                 memory = torch.empty(size, dtype=torch.uint8)
             core.pack_weight(*wanted, memory.data_ptr(), size, threads)
-            entry.packed[transposed] = memory
+            self._keep(entry, layout, entry.packed, transposed, memory)
         return memory
 
     @property
@@ -237,11 +286,19 @@ class Packing:
             self._budget = int(available() * _SHARE_OF_MEMORY)
         return self._budget
 
+    def _sweep_sometimes(self) -> None:
+        """For each new entry or policy: at once while there are few. With the lock held."""
+        self._added += 1
+        if _LOOKS * self._added >= len(self._entries) + len(self._policies):
+            self._sweep()
+
     def _sweep(self) -> None:
+        """Drop what is of weights that are gone. With the lock held."""
+        self._added = 0
         # again, since with an entry its converted weights go, which have entries too
         while expired := [x for x, entry in self._entries.items() if entry.expired()]:
             for layout in expired:
-                del self._entries[layout]
+                self._drop(layout)
         for pointer, (reference, _) in list(self._policies.items()):
             if reference.expired():  # type: ignore[no-untyped-call]  # torch's own has no types
                 del self._policies[pointer]

@@ -102,12 +102,15 @@ class LoRA(Delta):
             classification head out of "all-linear".
         target_parameters: parameters of experts, as ``["experts.gate_up_proj",
             "experts.down_proj"]``, matched from the end of the path, beside what ``target_modules``
-            names (which may be ``[]`` here); each expert gets an A and a B of its own. "all-linear"
+            names; each expert gets an A and a B of its own. ``LoRA(target_parameters=…)`` ALONE
+            KEEPS THE DEFAULT ``target_modules="all-linear"``, where PEFT's None is no module at
+            all: pass ``target_modules=[]`` for experts alone. "all-linear"
             has no experts (PEFT's has Mixtral's, and its routers); the role "experts" in
             ``target_modules`` is all of them.
             ``exclude_modules`` and ``layers_to_transform`` say nothing of parameters, and patterns
             of ranks and alphas go by their paths. PEFT has no dropout on experts: with ``dropout``
-            above 0, files are in our format.
+            above 0, files are in our format; so too where layers beside the experts have names that
+            PEFT takes for those of experts (``gate_proj`` of a dense feed-forward).
     Raises: ConfigError.
     """
 
@@ -441,6 +444,10 @@ class LoRA(Delta):
         """See :meth:`Delta.unlike_peft`."""
         if self.dropout and any(site.place == EXPERTS for site in sites):
             return "its LoRA on experts has no dropout"
+        if writing:
+            target = self.target_modules
+            named = () if isinstance(target, str) else target
+            return lora_experts.converted(model, [*(s.path for s in sites), *named])
         return None
 
     def to_peft_tensors(

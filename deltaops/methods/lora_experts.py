@@ -8,7 +8,7 @@ PEFT's  A [E·r, K], expert after expert, and B [N, r·E], in whose rows the exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -162,3 +162,42 @@ def _keys(site: Site) -> dict[str, str]:
         for depth, name in enumerate(reversed(site.parameters))
         for side in SIDES
     }
+
+
+# ------------------------------------------------------------- names that PEFT takes for experts'
+
+_FORMER = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+"""Names of layers inside experts, and of routers, before transformers kept them in 3-D parameters.
+From ``peft.utils.transformers_weight_conversion``, 0.21.2."""
+
+_FAMILIES = {
+    "mixtral": "mixtral minimax minimax_m2",
+    "qwen2_moe": "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 "
+    "dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa "
+    "hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe "
+    "qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open",
+}
+"""Model types by the names that they had: what ``transformers.conversion_mapping`` 5.23 has of
+these two, as PEFT reads it, by types alone. A copy, since it is private there; a test compares."""
+
+
+def converted(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Why PEFT would change a file with ``names`` when it reads it; None where it would not.
+
+    PEFT takes every target that ends in a former name for experts, also where it is a layer beside
+    them, and raises the rank of what it then aims at.
+
+    Args:
+        names: of targets, or their paths.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    for family, kinds in _FAMILIES.items():
+        if kind not in kinds.split():
+            continue
+        for name in names:
+            if name.rpartition(".")[2] in _FORMER[family]:
+                return f"in a {kind} it takes {name!r} for a part of experts"
+    return None

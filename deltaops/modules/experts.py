@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from deltaops.backends import GatedCall
+from deltaops.errors import ShapeError
 from deltaops.ops import Branch, delta_linear, gated
 from deltaops.packing import PACKING, Policy
 
@@ -70,6 +71,7 @@ def run_experts(
         act: φ.
         way: how.
     Returns: ``[T, H]`` in the dtype of ``x``.
+    Raises: ShapeError.
     """
     # how many tokens an expert has is known only when it runs
     run = _uncompiled if torch.compiler.is_compiling() else _run
@@ -85,12 +87,18 @@ def _run(
     act: nn.Module,
     way: Way,
 ) -> Tensor:
+    _check_sizes(x, index, weights, gate_up[0], down[0])
     chosen = index.shape[1]
     flat = index.reshape(-1)
     order = flat.argsort(stable=True)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     sizes = torch.bincount(flat, minlength=len(gate_up[0])).tolist()
+    if len(sizes) > len(gate_up[0]):
+        raise ShapeError(
+            f"experts: index must be from 0 to {len(gate_up[0]) - 1}, got {len(sizes) - 1}. Pass "
+            "what the router of this mixture chose."
+        )
     # without any token one expert runs on none, so that A and B still have a part in y
     used = [e for e, size in enumerate(sizes) if size] or [0]
     rows = Moved.apply(x, order.div(chosen, rounding_mode="floor"), back, chosen)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
@@ -103,6 +111,31 @@ def _run(
     y = y.view(*index.shape, y.shape[-1]) * weights.unsqueeze(-1)
     total: Tensor = y.sum(dim=1).to(x.dtype)
     return total
+
+
+def _check_sizes(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    if gate_up.dim() != 3 or gate_up.shape[1] % 2:
+        raise ShapeError(f"experts: gate_up must be [E, 2·I, H], got {list(gate_up.shape)}.")
+    experts, inner, hidden = len(gate_up), gate_up.shape[1] // 2, gate_up.shape[2]
+    if down.shape != (experts, hidden, inner):
+        raise ShapeError(
+            f"experts: down must be {[experts, hidden, inner]}, got {list(down.shape)}. Pass both "
+            "parameters of one mixture."
+        )
+    if x.dim() != 2 or x.shape[1] != hidden:
+        raise ShapeError(
+            f"experts: x must be [T, {hidden}], got {list(x.shape)}. Flatten batch and positions."
+        )
+    if index.dim() != 2 or len(index) != len(x):
+        raise ShapeError(
+            f"experts: index must be [{len(x)}, J], got {list(index.shape)}. Pass J experts for "
+            "each token."
+        )
+    if weights.shape != index.shape:
+        raise ShapeError(
+            f"experts: weights must be {list(index.shape)}, got {list(weights.shape)}. Pass one "
+            "for each expert in index."
+        )
 
 
 _uncompiled = _disable_dynamo(_run)
@@ -142,8 +175,7 @@ def _layers(
         own = [Branch(a[e], b[e], stack.scaling, stack.dropout) for stack, a, b in branches]
         if weight.requires_grad:
             return plain_linear(x, weights[e], None, own)
-        if way.pack != "auto":
-            PACKING.keep_policy(weights[e], way.pack)
+        PACKING.keep_policy(weights[e], way.pack)  # "auto" too: a delta of before may have set it
         return delta_linear(x, weights[e], None, own, backend=way.backend, strict=way.strict)
 
     return run

@@ -102,6 +102,9 @@ class PeftExperts(ParamWrapper):
         return found
 
 
+PeftExperts.__name__ = ParamWrapper.__name__  # by which PEFT tells its own, to unwrap them
+
+
 def _stacks(wrapper: ParamWrapper, weight: Tensor) -> list[StackedBranch] | str:
     """The branches of the active adapters; or why PEFT's own forward must run them."""
     if wrapper.disable_adapters:

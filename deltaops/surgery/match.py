@@ -73,7 +73,10 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
     parameters: dict[str, tuple[str, ...]] = {}
     for path, module in modules.items():
         whole_mixture = path in found and found[path].role == EXPERTS
-        if path and not whole_mixture and (chosen := delta.named_parameters(path, module)):
+        if not whole_mixture and (chosen := delta.named_parameters(path, module)):
+            if not path:
+                refused.append(Skip("the model itself", _at_the_root(module, chosen)))
+                continue
             parameters[path] = chosen
             reason = _why_not_parameters(path, module, chosen, delta, saved, lenient)
             if reason is not None:
@@ -112,10 +115,14 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
     if not places:
         raise TargetError(_nothing_matched(modules, delta, skipped + refused))
     if refused:
+        layers = any(path not in parameters for path, _ in refused)
+        by_name = any(path in parameters for path, _ in refused)
+        remedies = [
+            f" Name the {wanted(delta.places)} inside them, or take them out with exclude_modules."
+        ] * layers + [" Take parameters that it cannot have out of target_parameters."] * by_name
         raise TargetError(
-            f"{_wish(delta)} names modules that cannot have this "
-            f"delta:\n{_listing(refused)}\nName the {wanted(delta.places)} inside them, or take "
-            "them out with exclude_modules."
+            f"{_wish(delta)} names what cannot have this delta:\n{_listing(refused)}\n"
+            f"{''.join(remedies).lstrip()}"
         )
     by_role = {p: found[p] for p in places if p in found and not _named(p, delta)}
     apart = resolve(model, delta.told_apart(), lenient=True)
@@ -226,14 +233,27 @@ def _why_not_parameters(
     if inside(path, saved):
         return "modules_to_save trains it whole"
     excluded = delta.exclude_modules is not None and selects(delta.exclude_modules, path)
-    if not lenient and (excluded or not _in_chosen_layer(path, delta)):
+    if not lenient and excluded:
         return (
-            "exclude_modules and layers_to_transform say nothing of target_parameters, as in PEFT; "
-            f"name parameters in full there, such as '{path}.{chosen[0]}'"
+            "exclude_modules takes it, and says nothing of target_parameters, as in PEFT; name in "
+            "target_parameters, in full, only those that get the delta, and drop it there"
+        )
+    if not lenient and not _in_chosen_layer(path, delta):
+        return (
+            f"it is in none of layers_to_transform={list(delta.layers_to_transform or ())}, which "
+            "says nothing of target_parameters, as in PEFT; name in target_parameters, in full, "
+            "only those of these layers"
         )
     place = place_of(path, module, delta.places, {})
     reason = unswappable(module, place, None, foreign(delta.places)) or delta.unbindable(module)
     return reason
+
+
+def _at_the_root(module: nn.Module, chosen: tuple[str, ...]) -> str:
+    return (
+        f"{', '.join(chosen)} of {type(module).__name__} is at the model's root, where it has no "
+        "path for a file; attach to a model that holds this one as a part"
+    )
 
 
 def _refuse_unmatched_names(modules: dict[str, nn.Module], delta: Delta) -> None:

@@ -67,6 +67,11 @@ _FOREIGN = {
 """Part of a key → what this reader does not take over."""
 _ATTENDS = {"BertAttention": ".self", "RobertaAttention": ".self", "GPT2Attention": ""}
 """Class of transformers that gets a prefix → where in it the attention itself is."""
+_WIDE = {
+    "BertAttention": "self.value.weight", "RobertaAttention": "self.value.weight",
+    "GPT2Attention": "c_proj.weight",
+}  # fmt: skip
+"""Of those, a parameter with as many rows as the keys of all heads have features."""
 _SIDES = ("down", "up")
 _DIMENSIONS = {
     "lora": {"lora_A": 2, "lora_B": 2},
@@ -373,7 +378,8 @@ def _prefix(
 ) -> tuple[Delta, State]:
     """Keys and values before those of the tokens, [P, H] with one head after the other."""
     kinds = {path: type(module).__name__ for path, module in model.named_modules()}
-    rows = _computed(found, kinds) if any("wte.weight" in own for own in found.values()) else found
+    computed = any("wte.weight" in own for own in found.values())
+    rows = _computed(model, found, kinds) if computed else found
     _needs(rows, {"past_key", "past_value"})
     layers = {}
     for path in rows:
@@ -405,22 +411,35 @@ def _prefix(
     return delta, state
 
 
-def _computed(found: Found, kinds: Mapping[str, str]) -> Found:
+def _computed(model: nn.Module, found: Found, kinds: Mapping[str, str]) -> Found:
     """The rows that the MLP at the first attention computes for all of them."""
     names = ("wte.weight", *(f"control_trans.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")))
-    _needs(found, set(names))
-    own = next(iter(found.values()))
-    embedding, down, down_bias, up, up_bias = (own[name].float() for name in names)
     paths = [path for path, kind in kinds.items() if kind in _ATTENDS]
+    first = repr(paths[0]) if paths else "which this model lacks"
+    if list(found) != paths[:1]:
+        raise CheckpointError(
+            f"OpenDelta's MLP computes the prefixes of every attention and is in the first, {first}"
+            f", got one in {', '.join(map(repr, found))}. Of some layers alone it cannot be told "
+            "which are meant: train it anew with deltaops.Prefix()."
+        )
+    _needs(found, set(names))
+    ((_, own),) = found.items()
+    odd = sorted(own.keys() - {*names, "input_tokens"})
+    if odd:
+        raise CheckpointError(
+            f"OpenDelta's file has {odd[0]!r} beside the MLP of a prefix, expected {names} alone. "
+            "Copy or save it again."
+        )
+    embedding, down, down_bias, up, up_bias = (own[name].float() for name in names)
     fits = down.shape == (len(down_bias), embedding.shape[1]) and up.shape == (
         len(up_bias), len(down_bias),
     )  # fmt: skip
-    wide = len(up) // (2 * len(paths)) if paths else 0
-    if len(found) != 1 or not fits or not wide or wide * 2 * len(paths) != len(up):
+    width = len(model.get_parameter(f"{paths[0]}.{_WIDE[kinds[paths[0]]]}"))
+    if not fits or len(up) != 2 * len(paths) * width:
         raise CheckpointError(
             f"OpenDelta's MLP computes {len(up)} numbers for each position, expected the keys and "
-            f"values of this model's {len(paths)} attentions of {', '.join(_ATTENDS)}. Is this the "
-            "model that it was trained on?"
+            f"values of this model's {len(paths)} attentions, {2 * len(paths)}·{width}. Was it "
+            "trained on this model, and on all of its layers?"
         )
     rows = encode(embedding, down, down_bias, up, up_bias).detach()
     parts = iter(rows.chunk(2 * len(paths), dim=1))

@@ -193,7 +193,7 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
         kind,
         explanation.chosen or "none",
         explanation.reason + _off(module),
-        sum(PACKING.bytes(matrix) for matrix in matrices),
+        PACKING.bytes_of(matrices),
     )
 
 
@@ -210,7 +210,7 @@ def _megabytes(size: int) -> str:
 def is_accelerated(module: nn.Module) -> bool:
     """Whether ``module`` is a PEFT layer that ``accelerate`` swapped, without importing peft."""
     kind = type(module)
-    return f"{kind.__module__}.{kind.__name__}" in (
+    return f"{kind.__module__}.{kind.__qualname__}" in (  # __name__ is PEFT's on the second
         "deltaops.modules.peft_linear.PeftLoraLinear",
         "deltaops.modules.peft_experts.PeftExperts",
     )

@@ -26,7 +26,8 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
     """The configuration that ``spec`` describes.
 
     Args:
-        spec: such as ``lora:r=16,alpha=32,target_modules=q_proj+v_proj``.
+        spec: such as ``lora:r=16,alpha=32,target_modules=q_proj+v_proj``. A list without a value,
+            ``target_modules=``, is empty.
         defaults: fields to set where ``spec`` does not name them.
     Raises: ConfigError for an unknown method, option or value, with the nearest names.
     """
@@ -42,6 +43,10 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
     values = dict(defaults)
     for part in filter(None, (p.strip() for p in rest.split(","))):
         option, equals, value = (p.strip() for p in part.partition("="))
+        kinds = str(fields[option].type).split("|") if option in fields else []
+        if equals and not value and any(kind.strip().startswith("tuple") for kind in kinds):
+            values[option] = []
+            continue
         if not equals or not value:
             raise ConfigError(f"--delta {spec!r}: expected option=value, got {part!r}.")
         if option not in fields:

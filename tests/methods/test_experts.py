@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 import deltaops
 from deltaops import LoRA
-from deltaops.errors import AttachError, CheckpointError, ConfigError, TargetError
+from deltaops.errors import AttachError, CheckpointError, ConfigError, ShapeError, TargetError
+from deltaops.methods.lora_experts import _FAMILIES, _FORMER
 from deltaops.modules.experts import StackedBranch, Way, run_experts
+from deltaops.packing import PACKING
 from deltaops.reference import experts as reference
 from deltaops.surgery import Handle, handle_of
+from deltaops.surgery import experts as surgery_experts
 from deltaops.surgery.files import CONFIG, WEIGHTS
 from deltaops.testing import bound, relative_error
 
@@ -129,6 +132,16 @@ def test_numbers_and_gradients_against_float64(
     for gradient in found[3:]:
         assert gradient.shape[0] == experts
         assert not gradient[-1].any()  # of the expert without a token
+
+
+def test_a_mixture_of_one_expert_is_that_expert() -> None:
+    model = build(num_local_experts=1, num_experts=1, num_experts_per_tok=1, num_hidden_layers=1)
+    before = answer(model)
+    handle = shaken(model, experts_only())
+    assert {t.shape[0] for t in handle.state().values()} == {1}
+    y = answer(model)
+    assert relative_error(y, before) > 0.01
+    assert relative_error(answer(handle.merge_and_unload()), y) < 16 * bound(0.0, torch.float32)
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "Qwen2Moe"])
@@ -389,6 +402,18 @@ def test_packed_copies_belong_to_each_expert() -> None:
     assert not torch.equal(changed, first)
 
 
+def test_a_policy_ends_with_its_delta() -> None:
+    model = build(num_hidden_layers=1)
+    handle = shaken(model, experts_only(), pack="never")
+    answer(model)
+    weight = model.get_parameter(f"{PLACE}.gate_up_proj")
+    assert "never" in {PACKING.policy(matrix) for matrix in weight}
+    handle.revert()
+    shaken(model, experts_only())
+    answer(model)
+    assert {PACKING.policy(matrix) for matrix in weight} == {"auto"}
+
+
 # ------------------------------------------------------------------------------------- files
 
 
@@ -469,6 +494,29 @@ def test_an_experts_role_is_written_for_peft_by_parameter(tmp_path: Path) -> Non
     assert relative_error(answer(theirs), answer(model)) < 16 * bound(0.0, torch.float32)
 
 
+def test_layers_with_names_that_peft_takes_for_experts_are_written_in_our_format(
+    tmp_path: Path,
+) -> None:
+    peft = pytest.importorskip("peft")
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    for kind, family in conversion._MODEL_TO_CONVERSION_PATTERN.items():
+        if family in conversion._MOE_TARGET_MODULE_MAPPING and kind.islower():  # no class
+            assert kind in _FAMILIES[family].split()
+            assert conversion._MOE_TARGET_MODULE_MAPPING[family].keys() == set(_FORMER[family])
+    model = build("Qwen3Moe", mlp_only_layers=[0])
+    delta = LoRA(r=3, target_modules=["all-linear", "experts"])
+    shaken(model, delta).save(tmp_path / "dense")
+    assert not (tmp_path / "dense" / CONFIG).exists()
+    twin = build("Qwen3Moe", mlp_only_layers=[0])
+    deltaops.load(twin, tmp_path / "dense")
+    assert torch.equal(answer(twin), answer(model))
+    model = build("Qwen3Moe", mlp_only_layers=[0])
+    shaken(model, LoRA(r=3, target_modules=["q_proj", "experts"])).save(tmp_path / "without")
+    twin = build("Qwen3Moe", mlp_only_layers=[0])
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "without")
+    assert relative_error(answer(theirs), answer(model)) < 16 * bound(0.0, torch.float32)
+
+
 # -------------------------------------------------------------------------------- accelerate
 
 
@@ -506,6 +554,54 @@ def test_accelerate_runs_the_experts_of_a_peft_model() -> None:
     assert torch.equal(answer(model), expected[0])
 
 
+def peft_model() -> Any:
+    """Of one layer, with an adapter on attention and experts that is not at its start."""
+    peft = pytest.importorskip("peft")
+    return stirred(peft.get_peft_model(build(num_hidden_layers=1), peft_config()))
+
+
+def peft_config() -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(r=3, target_modules=["q_proj"], target_parameters=NAMES)
+
+
+def stirred(model: Any) -> Any:
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_adapters_added_after_accelerate_and_merged_are_those_of_plain_peft(
+    tmp_path: Path,
+) -> None:
+    plain, fast = peft_model(), peft_model()
+    plain.save_pretrained(tmp_path)
+    deltaops.accelerate(fast)
+    for model in (plain, fast):
+        model.add_adapter("second", peft_config())
+        model.load_adapter(tmp_path, "third")
+        stirred(model)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    limit = 16 * bound(0.0, torch.float32)
+    for active in ("second", ["default", "third"]):
+        for model in (plain, fast):
+            model.base_model.set_adapter(active)
+        assert relative_error(answer(fast), answer(plain)) < limit
+        rows = [r for r in deltaops.report(fast).rows if "experts" in r.path]
+        assert [r.backend != "peft" for r in rows] == [True]
+    for model in (plain, fast):
+        model.merge_adapter()
+    assert relative_error(answer(fast), answer(plain)) < limit
+    (row,) = [r for r in deltaops.report(fast).rows if "experts" in r.path]
+    assert row.reason == "adapters are merged: PEFT's forward"
+    for model in (plain, fast):
+        model.unmerge_adapter()
+    assert relative_error(answer(fast), answer(plain)) < limit
+
+
 def test_accelerate_leaves_other_parameters_and_says_why() -> None:
     peft = pytest.importorskip("peft")
     names = ["gate.weight", "experts.down_proj"]
@@ -520,6 +616,51 @@ def test_accelerate_leaves_other_parameters_and_says_why() -> None:
 
 
 # ---------------------------------------------------------------------------------- refusals
+
+
+def test_experts_are_known_whatever_stands_around_and_no_failure_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    accelerate = pytest.importorskip("accelerate")
+
+    experts = build().get_submodule(PLACE)
+    for around in (
+        torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode(),
+        FakeTensorMode(), accelerate.init_empty_weights(include_buffers=True),
+    ):  # fmt: skip
+        surgery_experts._cache.clear()
+        with around:
+            assert surgery_experts.unlike_experts(experts) is None
+    surgery_experts._cache.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(surgery_experts, "reference", lambda x, *others: x)
+        assert "compute something else" in str(surgery_experts.unlike_experts(experts))
+    assert surgery_experts.unlike_experts(experts) is None
+    experts._apply_gate = lambda x: x[..., ::2]
+    assert "has a gate of its own" in str(surgery_experts.unlike_experts(experts))
+
+
+SHAPES: dict[str, tuple[dict[str, Tensor], str]] = {
+    "x": ({"x": torch.zeros(3, 5)}, r"x must be \[T, 4\], got \[3, 5\]"),
+    "index": ({"index": torch.zeros(2, 1, dtype=torch.long)}, r"index must be \[3, J\]"),
+    "weights": ({"weights": torch.zeros(3, 2)}, r"weights must be \[3, 1\]"),
+    "down": ({"down": torch.zeros(2, 4, 5)}, r"down must be \[2, 4, 3\]"),
+    "no such expert": ({"index": torch.full((3, 1), 2)}, "from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), SHAPES.values(), ids=SHAPES)
+def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, Tensor], message: str) -> None:
+    given = {
+        "x": torch.zeros(3, 4), "index": torch.zeros(3, 1, dtype=torch.long),
+        "weights": torch.ones(3, 1), "gate_up": torch.zeros(2, 6, 4), "down": torch.zeros(2, 4, 3),
+    } | wrong  # fmt: skip
+    x, index, weights, gate_up, down = given.values()
+    way = Way("auto", False, "auto")
+    with pytest.raises(ShapeError, match=message):
+        run_experts(x, index, weights, (gate_up, []), (down, []), nn.SiLU(), way)
 
 
 def tiny_gpt_oss() -> Any:
@@ -570,7 +711,22 @@ REFUSALS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "dora": (build, {"use_dora": True}, "it holds experts, and use_dora needs linear layers"),
     "pissa": (build, {"init_lora_weights": "pissa"}, "it holds experts, and init_lora_weights"),
-    "excluded": (build, {"exclude_modules": ["experts"]}, "say nothing of target_parameters"),
+    "excluded": (build, {"exclude_modules": ["experts"]}, "says nothing of target_parameters"),
+    "another layer": (
+        build,
+        {"target_parameters": [f"{PLACE}.down_proj"], "layers_to_transform": [1]},
+        r"in none of layers_to_transform=\[1\]",
+    ),
+    "the root": (
+        lambda: build().get_submodule(PLACE),
+        {"target_parameters": ["down_proj"]},
+        "down_proj of MixtralExperts is at the model's root",
+    ),
+    "one of two": (
+        build,
+        {"target_parameters": [*NAMES, "gate.weight"]},
+        "Take parameters that it cannot have out of target_parameters.$",
+    ),
     "saved whole": (build, {"modules_to_save": ["experts"]}, "modules_to_save trains it whole"),
     "as a module": (
         build,

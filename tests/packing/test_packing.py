@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import deltaops
 from deltaops.errors import ConfigError
 from deltaops.ops import Branch, delta_linear
-from deltaops.packing import PACKING
+from deltaops.packing import PACKING, _Entry
 from deltaops.testing import assert_accurate
 
 pytestmark = pytest.mark.skipif(
@@ -123,6 +123,33 @@ def test_attach_runs_the_other_linears_and_report_counts_the_copies() -> None:
         model(x)
     report = deltaops.report(model)
     assert ([row.kind for row in report.rows], report.packed) == (["lora"], 0)
+
+
+def test_what_is_kept_for_many_weights_looks_at_each_a_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = 0
+    real = _Entry.expired
+
+    def counted(entry: _Entry) -> bool:
+        nonlocal looks
+        looks += 1
+        return real(entry)
+
+    monkeypatch.setattr(_Entry, "expired", counted)
+    many = torch.randn(40, N, K)
+    for _ in range(2):
+        for weight in many.unbind():
+            call(weight)
+    assert PACKING.bytes_of(many.unbind()) == PACKING._total >= many.nbytes
+    assert looks < 25 * len(many)
+    many.mul_(2)
+    call(many[0])
+    held = sum(e.bytes for e in PACKING._entries.values())
+    PACKING.set_policy(many[1], "never")
+    assert held > PACKING._total == sum(e.bytes for e in PACKING._entries.values())
+    del many, weight
+    assert PACKING.bytes(weight_of()) == PACKING._total == len(PACKING._layouts) == 0
 
 
 def autocast(run: Callable[[], list[Tensor]]) -> list[Tensor]:

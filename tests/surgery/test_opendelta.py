@@ -217,6 +217,18 @@ def test_prefixes_that_positions_count_are_refused() -> None:
     tensors = under("h.0.attn.reparams", mlp | {"control_trans.2.weight": drawn(9, 7)})
     with pytest.raises(CheckpointError, match="expected the keys and values of this model's 2 att"):
         from_opendelta(build("gpt2"), {}, tensors)
+    for rows in (2 * HIDDEN, 8 * HIDDEN):  # of one layer, of twice as many
+        up = {"control_trans.2.weight": drawn(rows, 7), "control_trans.2.bias": drawn(rows)}
+        with pytest.raises(CheckpointError, match=f"computes {rows} .* attentions, 4·{HIDDEN}"):
+            from_opendelta(build("gpt2"), {}, under("h.0.attn.reparams", mlp | up))
+    up = {"control_trans.2.weight": drawn(4 * HIDDEN, 7), "control_trans.2.bias": drawn(4 * HIDDEN)}
+    with pytest.raises(
+        CheckpointError, match=r"is in the first, 'h.0.attn', got one in 'h.1.attn'"
+    ):
+        from_opendelta(build("gpt2"), {}, under("h.1.attn.reparams", mlp | up))
+    odd = mlp | up | {"control_trans.4.weight": drawn(2, 2)}
+    with pytest.raises(CheckpointError, match=r"'control_trans.4.weight' beside the MLP"):
+        from_opendelta(build("gpt2"), {}, under("h.0.attn.reparams", odd))
 
 
 def test_a_head_trained_along_is_taken_over() -> None:

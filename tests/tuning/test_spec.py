@@ -38,6 +38,10 @@ from deltaops.tuning.spec import parse_delta
         ),
         ("lora:init_lora_weights=pissa_niter_4", LoRA(init_lora_weights="pissa_niter_4")),
         ("lora:init_lora_weights=true", LoRA()),
+        (
+            "lora:target_modules=,target_parameters=a+b",
+            LoRA(target_modules=[], target_parameters=["a", "b"]),
+        ),
         ("adapter:style=pfeiffer,size=8", Adapter(style="pfeiffer", size=8)),
         ("adapter:size=none,layer_norm=true", Adapter(layer_norm=True)),
         (
@@ -65,6 +69,8 @@ def test_a_spec_says_a_delta(spec: str, delta: Any) -> None:
         ("lorra:r=4", "no method 'lorra' .did you mean lora"),
         ("lora:rnk=4", "lora has no option 'rnk'"),
         ("lora:r", "expected option=value, got 'r'"),
+        ("lora:r=", "expected option=value, got 'r='"),
+        ("lora:target_modules=", "target_modules is empty"),
         ("lora:r=many", "r must be int, got 'many'"),
         ("lora:rank_pattern=q_proj", "rank_pattern must hold numbers, got 'q_proj'"),
         ("lora:rank_pattern=8", "rank_pattern must map names"),
