@@ -105,7 +105,7 @@ def write_tasks(out: Path, tasks: Mapping[str, Sequence[Example]]) -> None:
 
 
 def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ, of which ``json`` else keeps the last. Raises: ValueError."""
+    """A JSON object; of equal keys ``json`` itself keeps the last. Raises: ValueError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -119,6 +119,6 @@ def _row(found: Any) -> Recovered:
     known = [row.start, row.tuned, *([] if row.full is None else [row.full])]
     if not all(is_scores(scores) for scores in known):
         raise ValueError("scores")
-    if not isinstance(row.task, str):
+    if not isinstance(row.task, str) or not isinstance(row.texts, str):
         raise ValueError("task")
     return row
