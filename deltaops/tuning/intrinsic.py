@@ -162,6 +162,12 @@ def tune(
     if lr is not None:
         check_rate("--intrinsic-lr", lr)
     facts = read_facts(decoder)
+    if facts.get("model") != workshop.fingerprint:
+        raise ConfigError(
+            f"--model {workshop.name} must be the model that the decoder in {decoder} was fitted "
+            f"on ({facts.get('base_model')}, answers {facts.get('answers')}), and has other "
+            "weights. Leave --model and --answers out, name that one, or fit a decoder on this one."
+        )
     whole = whole_in(facts)
     delta = whole.intrinsic(decoder=decoder)
     seen = {known["texts"] for known in facts["tasks"]}
@@ -262,10 +268,8 @@ def _fit_coder(
 
 
 def _known(facts: Mapping[str, Any], task: Task, workshop: Workshop) -> Scores | None:
-    """The scores of a full prompt of the same model on the same data, trained in the same way."""
+    """The scores of a full prompt on the same data, trained in the same way."""
     if facts.get("settings") != dataclasses.asdict(workshop.settings):
-        return None
-    if facts.get("model") != workshop.fingerprint:
         return None
     for known in facts["tasks"]:
         if known["data"] == task.fingerprint:

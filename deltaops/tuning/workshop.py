@@ -119,16 +119,16 @@ class Workshop:
             raise DataError(f"task {name!r}: {error}") from error
 
     def task(self, name: str, examples: Sequence[Example]) -> Task:
-        """A task of these examples. Raises: DataError."""
+        """A task of these examples. Raises: DataError, ConfigError."""
         settings = self.settings
         try:
             data = self.answering.texts(examples, settings.seq_len)
+            check_known(data.ids, self.tokenizer, self.name)
+            reader = self.answering.reader(data)
         except DataError as error:
             raise DataError(f"task {name!r}: {error}") from error
-        check_known(data.ids, self.tokenizer, self.name)
         fit, held = data.split(settings.eval_fraction, settings.seed)
         assert held is not None  # the fraction is above 0
-        reader = self.answering.reader(data)
         texts, labels = _fingerprint(examples), len({e.label for e in examples})
         return Task(name, fit, held, data.fingerprint(), texts, reader, labels)
 

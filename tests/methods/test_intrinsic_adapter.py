@@ -152,6 +152,36 @@ def test_places_around_a_stack_read_their_own_numbers() -> None:
     assert torch.equal(copy.deepcopy(model)(x), plain(x))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_that_are_checkpointed_by_hand_have_their_own_numbers(reentrant: bool) -> None:
+    """After a whole pass and its backward pass, whose numbers are others by now."""
+    model: Any = build("bert").train()
+    (z,) = moved(model).parameters()
+    answer("bert", model).square().mean().backward()
+    with torch.no_grad():
+        z.mul_(0.5)
+    x = torch.randn(2, 5, model.config.hidden_size, requires_grad=True)
+    layer = model.encoder.layer[1]
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), z)
+    z.grad = None
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(z.grad, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_one_loss_of_a_pass_with_checkpoints_and_one_without() -> None:
+    found = []
+    for checkpoints in (False, True):
+        model: Any = build("bert")
+        (z,) = moved(model).parameters()
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        first = answer("bert", model.train()).square().mean()
+        (first + answer("bert", model.eval()).mean()).backward()
+        found.append(z.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
+
+
 def test_a_layer_that_is_checkpointed_by_hand_has_its_gradient() -> None:
     model = nn.ModuleDict({"out": nn.Linear(8, 8)})
     (z,) = moved(model, target_modules=["out"]).parameters()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import deltaops
 from deltaops import Adapter, Prompt
-from deltaops.errors import ConfigError
+from deltaops.errors import ConfigError, DataError
 from deltaops.methods.decoder import read_facts
 from deltaops.testing.architectures import build
 from deltaops.tuning.answering import Named, Written, load_answering
@@ -145,3 +147,50 @@ def test_names_decide_what_is_right(encoder: Path, files: list[str], tmp_path: P
     workshop = Workshop(str(encoder), SETTINGS)
     first, second = (workshop.tasks([str(file)])[0] for file in (files[0], renamed))
     assert first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("old_card", "old card"), "'old card' and 'old_card' are the same to the encoder"),
+        (("old", "_"), "makes no token of the label '_'"),
+        (("old", "new_" * 999), "has 999 tokens, and the encoder takes"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_refused(
+    labels: tuple[str, str], message: str, encoder: Path, tmp_path: Path
+) -> None:
+    rows = [f"my card is late,{labels[i % 2]}\n" for i in range(8)]
+    (tmp_path / "one.csv").write_text("text,label\n" + "".join(rows))
+    with pytest.raises(DataError, match=f"task 'one': .*{message}"):
+        Workshop(str(encoder), SETTINGS).tasks([str(tmp_path / "one.csv")])
+
+
+def test_a_tokenizer_without_padding_is_told(encoder: Path, files: list[str]) -> None:
+    workshop = Workshop(str(encoder), SETTINGS)
+    workshop.tokenizer.pad_token = None
+    with pytest.raises(ConfigError, match="no padding token, which the names of labels need"):
+        workshop.tasks(files[:1])
+
+
+def test_a_model_without_all_of_its_weights_is_refused(encoder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(encoder, tmp_path / "model")
+    file = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    for key in [key for key in weights if key.startswith("pooler.")]:
+        del weights[key]
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    load_answering(str(folder), None)  # nothing reads a pooler
+    with pytest.raises(ConfigError, match=r"no weights for \d+ parameters .* 'cls\.predictions"):
+        load_answering(str(folder), "written")
+    key = next(key for key in weights if key.endswith("query.weight"))
+    for value in (None, torch.zeros(3, 3)):
+        broken = {k: v for k, v in weights.items() if k != key}
+        broken |= {} if value is None else {key: value}
+        safetensors.torch.save_file(broken, file, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=r"no weights for 1 param|cannot be loaded"):
+            load_answering(str(folder), None)
+    raw = file.read_bytes()
+    file.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_answering(str(folder), None)
