@@ -60,9 +60,10 @@ def without_prompt(workshop: Workshop, task: Task) -> Scores:
 def train_full(workshop: Workshop, task: Task, whole: Whole, what: str = "") -> Full:
     """Train one; ``what`` it is called. Raises: as :meth:`Workshop.tune`."""
     handle, scores = workshop.tune(whole.delta, task, what or task.name)
-    vector = whole.vector(handle)
-    handle.revert()
-    return Full(vector, scores)
+    try:
+        return Full(whole.vector(handle), scores)
+    finally:
+        handle.revert()
 
 
 def fit(
@@ -192,8 +193,10 @@ def tune(
         else:
             start, full = found_before
         handle, scores = workshop.tune(delta, task, task.name, lr)
-        handle.save(out / task.name)
-        handle.revert()
+        try:
+            handle.save(out / task.name)
+        finally:
+            handle.revert()
         if full is None and compare:
             full = train_full(workshop, task, whole, f"{task.name}, {whole.title}").scores
         found = [row for row in found if row.task != task.name]

@@ -148,13 +148,13 @@ class Workshop:
         torch.manual_seed(settings.seed)
         # every delta has the same start, so that what differs is the task
         handle = attach(self.model, delta, generator=torch.Generator().manual_seed(settings.seed))
-        optimizer = make_optimizer(handle.parameter_groups(rate), rate)
-        order = Order(len(task.fit), settings.batch_size, settings.seed)
 
         def told(point: Point) -> None:
             self.on_step(what, point.step, point.loss)
 
         try:
+            optimizer = make_optimizer(handle.parameter_groups(rate), rate)
+            order = Order(len(task.fit), settings.batch_size, settings.seed)
             finished = train(
                 task.reader, task.fit, order, optimizer, Schedule(settings.steps, rate),
                 on_step=told, should_stop=self.should_stop,

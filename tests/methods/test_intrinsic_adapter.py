@@ -283,6 +283,33 @@ def test_a_decoder_of_other_places_is_refused(tmp_path: Path) -> None:
             IntrinsicAdapter(decoder=tmp_path / "two")
 
 
+def test_a_decoder_that_was_exchanged_is_refused(tmp_path: Path) -> None:
+    model = build("bert")
+    fitted(tmp_path, model, Adapter("pfeiffer", size=5))
+    delta = IntrinsicAdapter(decoder=tmp_path)
+    fitted(tmp_path, model, Adapter("pfeiffer", size=5))
+    with pytest.raises(CheckpointError, match="holds another decoder than the one"):
+        deltaops.attach(model, delta)
+
+
+@pytest.mark.parametrize("delta", [IntrinsicAdapter(size=4), IntrinsicPrompt()], ids=repr)
+def test_a_decoder_without_values_gets_no_memory(delta: Any) -> None:
+    with torch.device("meta"):
+        model: Any = build("bert")
+    deltaops.attach(model, delta)
+    model.to("meta")
+    with pytest.raises(AttachError, match=r"Give the model its weights .*, then attach"):
+        model.to_empty(device="cpu")
+
+
+def test_places_on_several_devices_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(AttachError, match=r"must be on one device, .* '1' is on meta"):
+        deltaops.attach(model, IntrinsicAdapter(size=4, target_modules=["0", "1"]))
+    assert [type(m) for m in model.modules()] == before
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

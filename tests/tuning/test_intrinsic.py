@@ -16,6 +16,7 @@ import deltaops
 from deltaops import Prompt
 from deltaops.errors import CheckpointError, ConfigError, DataError
 from deltaops.methods.decoder import FACTS, Sizes, read_facts, read_tensors
+from deltaops.surgery.files import MANIFEST
 from deltaops.testing.architectures import build
 from deltaops.tuning.answers import AnswerSet, score
 from deltaops.tuning.autoencoder import AutoEncoder
@@ -206,6 +207,7 @@ def test_a_tuning_that_was_stopped_goes_on(base: Path, fitted: Path, tmp_path: P
         "one"
     ]
     (out / ".deltaops-partial-x").mkdir()  # as a killed process leaves it
+    (out / "two").mkdir(exist_ok=True)  # which holds nothing, so it is not done
     seen.clear()
     workshop.should_stop = lambda: False
     again = tune(workshop, workshop.tasks(names), decoder, out, compare=False)
@@ -215,6 +217,15 @@ def test_a_tuning_that_was_stopped_goes_on(base: Path, fitted: Path, tmp_path: P
     other = Workshop(str(base), Settings(steps=2, batch_size=4, seq_len=12))
     with pytest.raises(ConfigError, match="begun with another settings"):
         tune(other, other.tasks(names), decoder, out, compare=False)
+    (out / "one" / MANIFEST).unlink()
+    seen.clear()
+    tune(workshop, workshop.tasks(names), decoder, out, compare=False)
+    assert set(seen) == {"one"}
+    odd = json.loads((out / "metrics.json").read_text())
+    odd["tasks"][0]["texts"] = ["a"]
+    (out / "metrics.json").write_text(json.dumps(odd))
+    with pytest.raises(ConfigError, match="is none of"):
+        tune(workshop, workshop.tasks(names), decoder, out, compare=False)
     (out / "metrics.json").write_text("[]")
     with pytest.raises(ConfigError, match="is none of"):
         tune(workshop, workshop.tasks(names), decoder, out, compare=False)

@@ -13,11 +13,11 @@ import torch
 
 import deltaops
 from deltaops import Adapter, Prompt
-from deltaops.errors import ConfigError, DataError
+from deltaops.errors import CheckpointError, ConfigError, DataError
 from deltaops.methods.decoder import read_facts
 from deltaops.testing.architectures import build
 from deltaops.tuning.answering import Named, Written, load_answering
-from deltaops.tuning.intrinsic import fit, tune
+from deltaops.tuning.intrinsic import fit, tune, whole_of_decoder
 from deltaops.tuning.wholes import WholeAdapter, WholePrompt, whole_of
 from deltaops.tuning.workshop import Settings, Workshop
 
@@ -110,6 +110,37 @@ def test_only_prompts_and_adapters_have_decoders() -> None:
         whole_of(deltaops.LoRA())
     with pytest.raises(ConfigError, match="--of must be prompt or adapter"):
         whole_of(deltaops.Compacter())
+    for delta in (Prompt(3, modules_to_save=("x",)), Adapter(modules_to_save=("x",))):
+        with pytest.raises(ConfigError, match=r"modules_to_save=\('x',\) would train beside"):
+            whole_of(delta)
+
+
+def test_a_prompts_decoder_keeps_its_settings(
+    encoder: Path, files: list[str], tmp_path: Path
+) -> None:
+    whole = WholePrompt(Prompt(3, "random", autocast_adapter_dtype=False))
+    workshop = Workshop(str(encoder), SETTINGS)
+    tasks = workshop.tasks(files[:2])
+    fit(workshop, tasks, tmp_path / "decoder", model="m", **(FIT | {"whole": whole}))
+    found = whole_of_decoder(tmp_path / "decoder")
+    assert found.delta == whole.delta
+    assert not found.intrinsic(decoder=tmp_path / "decoder").autocast_adapter_dtype  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_saved_leaves_the_model_alone(
+    encoder: Path, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = Workshop(str(encoder), SETTINGS)
+    tasks = workshop.tasks(files[:2])
+    fit(workshop, tasks, tmp_path / "decoder", model="m", **FIT)
+
+    def fail(*_: Any) -> None:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr("deltaops.surgery.handle.Handle.save", fail)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        tune(workshop, tasks, tmp_path / "decoder", tmp_path / "out", compare=False)
+    assert deltaops.surgery.handle_of(workshop.model) is None
 
 
 def test_nothing_but_the_prompt_learns(encoder: Path, files: list[str]) -> None:
