@@ -71,6 +71,8 @@ class Recovery:
 def read_recovery(path: Path) -> Recovery:
     """A measurement from its JSON. Raises: ConfigError."""
     try:
+        if path.suffix != ".json":  # the report would be written over it
+            raise ValueError("its name does not end in .json")
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise TypeError("no object")

@@ -142,6 +142,9 @@ def _read_jsonl(text: str, path: Path, columns: Columns) -> Iterator[Example | _
         except json.JSONDecodeError as error:
             yield _BadLine(number, f"not JSON ({error.msg} at column {error.colno})")
             continue
+        except ValueError as error:  # a number of thousands of digits
+            yield _BadLine(number, f"not usable JSON ({error})")
+            continue
         except RecursionError:
             yield _BadLine(number, "not usable JSON (nested too deeply)")
             continue

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltaops.errors import ConfigError, DataError
+from deltaops.modules import room_of
 
 SCALE = 20.0
 """Of cosines, before the softmax: 1 / temperature, as sentence-transformers ranks by default."""
@@ -53,7 +54,7 @@ def name_vectors(encoder: nn.Module, tokenizer: Any, labels: Sequence[str]) -> T
             "such as BERT."
         )
     words = [label.replace("_", " ") for label in labels]
-    limit = _positions(encoder)
+    limit = room_of(encoder)
     for label, name in zip(labels, words, strict=True):
         if not tokenizer(name, add_special_tokens=False)["input_ids"]:
             raise DataError(f"the tokenizer makes no token of the label {label!r}. Rename it.")
@@ -75,16 +76,6 @@ def name_vectors(encoder: nn.Module, tokenizer: Any, labels: Sequence[str]) -> T
             "apart by their names. Rename one of them."
         )
     return vectors
-
-
-def _positions(encoder: nn.Module) -> int | None:
-    """How many tokens an encoder can read; None where its positions have no table."""
-    tables = [
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in encoder.named_modules()
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-    ]  # RoBERTa's begin after that of padding
-    return min(tables, default=None)
 
 
 class NamedClasses(nn.Module):

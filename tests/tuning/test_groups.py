@@ -53,10 +53,13 @@ def test_a_split_leaves_its_input_alone(tmp_path: Path) -> None:
     assert data.read_bytes() == before
 
 
-def test_half_a_surrogate_pair_is_told_by_its_line(tmp_path: Path) -> None:
+def test_what_json_can_write_and_nobody_reads_is_told_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": "x"}\n{"text": "b \\ud83d", "label": "y"}\n')
     with pytest.raises(DataError, match="line 2: 'text' has half of a surrogate pair"):
+        read_examples(str(path), Columns("text", "label"))
+    path.write_text('{"text": ' + "1" * 5000 + "}\n")
+    with pytest.raises(DataError, match=r"line 1: not usable JSON \(Exceeds the limit"):
         read_examples(str(path), Columns("text", "label"))
 
 
