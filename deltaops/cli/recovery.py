@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,12 @@ def recovery(
     from deltaops.files import check_folder
     from deltaops.measure import machine
     from deltaops.measure.recovery import Plan, measure, steps_of, task_files
-    from deltaops.measure.recovery_report import Recovery, write_recovery
+    from deltaops.measure.recovery_report import (
+        Recovery,
+        recovery_file,
+        refuse_another,
+        write_recovery,
+    )
     from deltaops.tuning.workshop import Settings
 
     try:
@@ -69,19 +75,22 @@ def recovery(
         steps, batch_size, rate, seq_len, seed, text_column, label_column, eval_fraction
     )
     files = task_files(tasks)
-    others = tuple(name.strip() for name in unseen.split(",") if name.strip())
+    others = tuple(dict.fromkeys(name.strip() for name in unseen.split(",") if name.strip()))
     check_folder(out)
     facts = machine.describe()
+    path = out / recovery_file(facts, plan)
     console = Console()
     began = time.monotonic()
     total = steps_of(plan, steps, len(files), len(others))
     with workshop(model, answers, settings, console, one_bar(total)) as shop:
+        coming = Recovery(
+            facts, Path(model).name, shop.answering.answers, tasks.name, settings, plan, ()
+        )
+        refuse_another(path, coming, [name for name in files if name not in others], others)
         for done, lines in measure(shop, files, others, plan):
             facts["minutes"] = round((time.monotonic() - began) / 60, 1)
-            found = Recovery(
-                facts, Path(model).name, shop.answering.answers, tasks.name, settings, done, lines
-            )
-            path = write_recovery(out, found)  # what there is, if the rest is stopped
+            found = replace(coming, plan=done, lines=lines)
+            write_recovery(path, found)  # what there is, if the rest is stopped
     _tell(console, found, path)
 
 
@@ -95,7 +104,8 @@ def report(
     from deltaops.measure.recovery_report import read_recovery, write_recovery
 
     found = read_recovery(file)
-    _tell(Console(), found, write_recovery(file.parent, found))
+    write_recovery(file, found)
+    _tell(Console(), found, file)
 
 
 def _tell(console: Console, found: Recovery, path: Path) -> None:

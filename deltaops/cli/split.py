@@ -12,7 +12,9 @@ from rich.table import Table
 def split(
     data: list[str] = typer.Option(..., help="Labelled texts: JSONL or CSV; several are joined."),
     groups: Path = typer.Option(..., help='JSON: {"task": ["label", "label"], …}.'),
-    out: Path = typer.Option(..., help="Folder for a TASK.csv each, with columns text and label."),
+    out: Path = typer.Option(
+        ..., help="New folder for a TASK.csv each, with columns text and label."
+    ),
     text_column: str = typer.Option("text", help="Field of the text."),
     label_column: str = typer.Option("label", help="Field of the label."),
 ) -> None:
@@ -24,7 +26,9 @@ def split(
     from deltaops.files import check_folder
     from deltaops.tuning.groups import grouped, read_groups, write_tasks
     from deltaops.tuning.read import Columns, read_examples
+    from deltaops.tuning.recovered import refuse_used
 
+    refuse_used(out)  # a task of another split would pass for one of this; --data may lie there
     found = read_groups(groups)
     columns = Columns(text_column, label_column)
     examples = [example for source in data for example in read_examples(source, columns)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops.errors import ConfigError
+from deltaops.errors import ConfigError, DataError
 from deltaops.tuning.encoder import encoder_folder, load_encoder
 from deltaops.tuning.read import Columns, read_examples
 from deltaops.tuning.sentence import Answer, NamedClasses, mean_state, name_vectors
@@ -120,20 +120,10 @@ def _names(encoder: nn.Module, tokenizer: Any, labels: Sequence[str], model: str
             f"--head named reads the labels as words, and these are numbers ({labels[0]}, "
             f"{labels[1]}). Give the column with their names, or --head trained."
         )
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(
-            f"--model {model}: its tokenizer has no padding token, which --head named needs. Take "
-            "an encoder such as BERT, or --head trained."
-        )
-    names = name_vectors(encoder, tokenizer, labels)
-    same = ((names @ names.T).fill_diagonal_(0.0) > 1 - 1e-6).nonzero().tolist()
-    if same:
-        first, second = (labels[i] for i in same[0])
-        raise ConfigError(
-            f"--model {model}: {first!r} and {second!r} are the same to it, and --head named tells "
-            "labels by their names. Give other names, or --head trained."
-        )
-    return names
+    try:
+        return name_vectors(encoder, tokenizer, labels)
+    except (ConfigError, DataError) as error:
+        raise ConfigError(f"--model {model}: {error} Or pass --head trained.") from error
 
 
 def _is_number(label: str) -> bool:

@@ -25,7 +25,7 @@ from deltaops.tuning.read import SUFFIXES, Example
 from deltaops.tuning.recovered import Recovered, Scores
 from deltaops.tuning.spec import parse_delta
 from deltaops.tuning.wholes import Whole, whole_of
-from deltaops.tuning.workshop import Task, Workshop, check_rate
+from deltaops.tuning.workshop import Task, Workshop, check_rate, check_task_names
 
 SAME, OTHER, UNSEEN = "same data", "other data", "unseen"
 KINDS = (SAME, OTHER, UNSEEN)
@@ -102,19 +102,23 @@ class _Work:
 
     task: Task
     kind: str
-    labels: int
     start: Scores
     full: Full
 
 
 def task_files(folder: Path) -> dict[str, str]:
-    """Task → its file, of all in a folder. Raises: DataError where there is none."""
-    files = sorted(path for path in folder.glob("*") if SUFFIXES.get(path.suffix) in _LABELLED)
+    """Task → its file, of all in a folder but hidden ones.
+
+    Raises: DataError where there is none; ConfigError for a name that no task can have.
+    """
+    found = (path for path in folder.glob("*") if not path.name.startswith("."))
+    files = sorted(path for path in found if SUFFIXES.get(path.suffix.lower()) in _LABELLED)
     if not files:
         raise DataError(
             f"--tasks {folder} must be a folder of CSV or JSONL files, a task each, and has none. "
             "Make them with `deltaops intrinsic split`."
         )
+    check_task_names("--tasks", [str(path) for path in files])
     return {path.stem: str(path) for path in files}
 
 
@@ -140,12 +144,17 @@ def measure(
     plan.check()
     _check_names(files, unseen)
     texts = {name: workshop.examples(name, source) for name, source in files.items()}
-    work = []
-    for kind, part in ((SAME, 0), (OTHER, 1), (UNSEEN, 0)):
-        for name, examples in texts.items():
-            if (name in unseen) == (kind == UNSEEN):
-                half = halves(examples)[part]
-                work.append(_begin(workshop, name, half, kind, plan.whole()))
+    cut = {name: halves(examples) for name, examples in texts.items()}
+    for name in texts:
+        if name not in unseen:
+            _check_labels(name, *cut[name])
+    parts = [
+        (kind, workshop.task(name, halves_of[part]))
+        for kind, part in ((SAME, 0), (OTHER, 1), (UNSEEN, 0))
+        for name, halves_of in cut.items()
+        if (name in unseen) == (kind == UNSEEN)
+    ]  # all of them, before hours of training
+    work = [_begin(workshop, kind, task, plan.whole()) for kind, task in parts]
     tuned: dict[tuple[str, str], dict[str, Scores]] = {(w.task.name, w.kind): {} for w in work}
     random: dict[tuple[str, str], dict[str, Scores]] = {key: {} for key in tuned}
     for count, q in enumerate(plan.dimensions, 1):
@@ -157,7 +166,7 @@ def measure(
                 random[key][str(q)] = _by_chance(workshop, w.task, plan, q)
         lines = tuple(
             Line(
-                w.task.name, w.kind, w.labels, len(w.task.fit), len(w.task.held), w.start,
+                w.task.name, w.kind, w.task.labels, len(w.task.fit), len(w.task.held), w.start,
                 w.full.scores, dict(tuned[w.task.name, w.kind]), dict(random[w.task.name, w.kind]),
             )
             for w in work
@@ -175,13 +184,20 @@ def halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     return parts
 
 
-def _begin(
-    workshop: Workshop, name: str, examples: Sequence[Example], kind: str, whole: Whole
-) -> _Work:
-    task = workshop.task(name, examples)
+def _check_labels(name: str, first: Sequence[Example], second: Sequence[Example]) -> None:
+    """Raises: DataError for a label that is not in both halves of a task."""
+    missing = {e.label for e in first} - {e.label for e in second}  # the first has every label
+    if missing:
+        raise DataError(
+            f"task {name!r}: the label {min(map(str, missing))!r} has one text, and a task's texts "
+            "are cut into halves that both need it. Give more texts of it, or leave it out."
+        )
+
+
+def _begin(workshop: Workshop, kind: str, task: Task, whole: Whole) -> _Work:
     start = without_prompt(workshop, task)
-    full = train_full(workshop, task, whole, f"{name}, {kind}")
-    return _Work(task, kind, len({e.label for e in examples}), start, full)
+    full = train_full(workshop, task, whole, f"{task.name}, {kind}")
+    return _Work(task, kind, start, full)
 
 
 def _by_decoder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +12,7 @@ from typing import Any
 
 from deltaops.errors import ConfigError
 from deltaops.files import write_atomically, write_json
+from deltaops.methods.decoder import is_scores
 from deltaops.tuning.recovered import Recovered, mean_relative, recovered_gain
 from deltaops.tuning.workshop import Settings
 
@@ -70,20 +71,80 @@ class Recovery:
 def read_recovery(path: Path) -> Recovery:
     """A measurement from its JSON. Raises: ConfigError."""
     try:
+        if path.suffix != ".json":  # the report would be written over it
+            raise ValueError("its name does not end in .json")
         value = json.loads(path.read_text(encoding="utf-8"))
-        del value["means"]
+        if not isinstance(value, dict):
+            raise TypeError("no object")
+        value.pop("means")
         plan = value["plan"] | {"dimensions": tuple(value["plan"]["dimensions"])}
         made = {
             "settings": Settings(**value["settings"]),
             "plan": Plan(**plan),
             "lines": tuple(Line(**line) for line in value["lines"]),
         }
-        return Recovery(**(value | made))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        found = Recovery(**(value | made))
+        _check(found)
+        recovery_markdown(found, "")  # whatever is missing, it is missing here
+        return found
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+    ) as error:  # fmt: skip
         raise ConfigError(
             f"{path} is none of `deltaops intrinsic recovery` ({type(error).__name__}: {error}). "
             "Name its JSON."
         ) from error
+
+
+def _check(found: Recovery) -> None:
+    """Raises: ValueError, LookupError, TypeError for lines or scores that are missing."""
+    slug(found.machine)
+    found.plan.check()
+    for kind in KINDS:
+        if not found.of(kind):
+            raise ValueError(f"it has no lines of {kind!r}")
+    for line in found.lines:
+        by_q = [line.tuned] if line.kind != UNSEEN else [line.tuned, line.random]
+        scores = [some[str(q)] for some in by_q for q in found.plan.dimensions]
+        if not all(map(is_scores, (line.start, line.full, *scores))):
+            raise ValueError(f"the scores of {line.task!r} are none")
+
+
+def refuse_another(
+    path: Path, coming: Recovery, seen: Iterable[str], unseen: Iterable[str]
+) -> None:
+    """Raises: ConfigError where ``path`` holds another measurement than the ``coming`` one.
+
+    Args:
+        path: a JSON, which may be missing.
+        coming: without its lines.
+        seen: the tasks that it will fit decoders to.
+        unseen: the others.
+    """
+    if not path.exists():
+        return
+    old = read_recovery(path)
+    pairs: dict[str, tuple[Any, Any]] = {
+        "model": (old.model, coming.model),
+        "answers": (old.answers, coming.answers),
+        "tasks": (
+            (old.texts, {line.task for line in old.of(SAME)}), (coming.texts, set(seen)),
+        ),
+        "unseen": ({line.task for line in old.of(UNSEEN)}, set(unseen)),
+    }  # fmt: skip
+    for before, after in ((old.settings, coming.settings), (old.plan, coming.plan)):
+        pairs |= {f.name: (getattr(before, f.name), getattr(after, f.name)) for f in fields(before)}
+    before, after = pairs.pop("dimensions")
+    odd = [
+        f"--{name.replace('_', '-')}" for name, (old_one, new) in pairs.items() if old_one != new
+    ]
+    if not set(before) <= set(after):  # there are fewer where it was stopped
+        odd.append("--intrinsic-dim")
+    if odd:
+        raise ConfigError(
+            f"--out {path.parent}: {path.name} is there already, measured with another "
+            f"{' and '.join(odd)}. Choose another folder, or move it away."
+        )
 
 
 def summary(recovery: Recovery, kind: str, q: int) -> dict[str, Any]:
@@ -101,13 +162,17 @@ def summary(recovery: Recovery, kind: str, q: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_recovery(folder: Path, recovery: Recovery) -> Path:
-    """JSON, report and picture, each whole or as it was; returns the JSON's path.
+def recovery_file(machine: dict[str, Any], plan: Plan) -> str:
+    """What the JSON of a measurement is called."""
+    return f"{slug(machine)}-intrinsic-{plan.whole().of}.json"
+
+
+def write_recovery(path: Path, recovery: Recovery) -> None:
+    """The JSON at ``path``, and report and picture beside it, each whole or as it was.
 
     Raises: CheckpointError.
     """
     whole = recovery.plan.whole()
-    path = folder / f"{slug(recovery.machine)}-intrinsic-{whole.of}.json"
     write_json(path, recovery.as_json())
     picture = path.with_suffix(".png")
     means = {kind: [summary(recovery, kind, q) for q in recovery.plan.dimensions] for kind in KINDS}
@@ -116,7 +181,6 @@ def write_recovery(folder: Path, recovery: Recovery) -> Path:
     write_atomically(picture, drawn)
     text = recovery_markdown(recovery, picture.name)
     write_atomically(path.with_suffix(".md"), lambda part: part.write_text(text, encoding="utf-8"))
-    return path
 
 
 def recovery_markdown(recovery: Recovery, picture: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What ``decoder.json`` says. Raises: CheckpointError where it is missing or no such file."""
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} holds no decoder that can be read: {error}. Fit one with "
             "`deltaops intrinsic fit`, or name the folder where it lies now."
@@ -136,7 +137,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
             f"{folder / FACTS} must have format={FORMAT!r} and version={VERSION}. Read it with the "
             "deltaops that wrote it, or fit it again with `deltaops intrinsic fit`."
         )
-    if facts.get("of") not in _SIZES:
+    if facts.get("of") not in tuple(_SIZES):
         raise CheckpointError(
             f"{folder / FACTS} must be of={PROMPT!r} or {ADAPTER!r}, got {facts.get('of')!r}. Fit "
             "it again with `deltaops intrinsic fit`."
@@ -165,9 +166,10 @@ def _are_tasks(found: Any) -> bool:
 
 
 def is_scores(found: Any) -> bool:
-    """Whether ``found`` is a loss and an accuracy."""
+    """Whether ``found`` is a loss and an accuracy, both finite."""
     return isinstance(found, dict) and all(
-        isinstance(found.get(name), int | float) for name in ("loss", "accuracy")
+        isinstance(found.get(name), int | float) and abs(found[name]) <= sys.float_info.max
+        for name in ("loss", "accuracy")
     )
 
 

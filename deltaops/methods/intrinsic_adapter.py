@@ -138,6 +138,13 @@ class IntrinsicAdapter(Adapter):
             return
         source = modules[""].get_submodule(_NAME)
         assert isinstance(source, DecodedAdapters)
+        place = next(module.parameters(), source.intrinsic)
+        if place.device != source.intrinsic.device:
+            raise AttachError(
+                "IntrinsicAdapter: the model must be on one device, since all adapters are decoded "
+                f"at once, on {source.intrinsic.device}; {site.path!r} is on {place.device}. Move "
+                "it there, or use Adapter."
+            )
         layout = self._layout(site)
         settings = bottleneck.settings_of(self)
         adapter, taken = adapter_rows(source, modules, site.path, layout, settings)
@@ -172,8 +179,8 @@ class IntrinsicAdapter(Adapter):
         return torch.zeros(q, device=weight.device), RandomRows(base, projection)
 
     def _fitted(self) -> tuple[Tensor, nn.Module]:
-        assert self.decoder is not None
-        tensors = read_tensors(Path(self.decoder))
+        folder, _ = open_decoder(self, ADAPTER)  # another may lie there by now
+        tensors = read_tensors(folder)
         return tensors[START].clone(), FittedRows(tensors)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:

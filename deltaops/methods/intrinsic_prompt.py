@@ -185,8 +185,8 @@ class IntrinsicPrompt(stack.PromptDelta):
         return decoder, base.new_zeros(self.dimension)
 
     def _fitted(self) -> tuple[nn.Module, Tensor]:
-        assert self.decoder is not None
-        tensors = read_tensors(Path(self.decoder))
+        folder, _ = open_decoder(self, PROMPT)  # another may lie there by now
+        tensors = read_tensors(folder)
         return FittedDecoder(tensors, self._sizes().width), tensors[START].clone()
 
     def _sizes(self) -> Sizes:

@@ -19,14 +19,14 @@ from torch.nn.functional import linear
 
 from .adapter import AdapterSettings, Held, adapt
 from .draws import no_autocast
-from .intrinsic import FITTED
+from .intrinsic import FITTED, Decoding
 from .rows import Rows, rows_of
 
 Layout = Mapping[str, tuple[int, ...]]
 """Name → shape of an adapter's tensors, in their order."""
 
 
-class RandomRows(nn.Module):
+class RandomRows(Decoding):
     """A fixed random projection around a start θ₀."""
 
     told = "decoded by a fixed random projection, made from its seed and not stored"
@@ -44,7 +44,7 @@ class RandomRows(nn.Module):
         return self.base[start:stop] + z @ self.projection[:, start:stop]
 
 
-class FittedRows(nn.Module):
+class FittedRows(Decoding):
     """A decoder that was fitted to the adapters of several tasks."""
 
     told = "decoded by a decoder fitted to the adapters of other tasks"

@@ -9,15 +9,37 @@ or read from its own file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from deltaops.errors import AttachError
 
 FITTED = ("first.weight", "first.bias", "second.weight", "second.bias")
 """Names of a fitted decoder's tensors: W₁ [h, q], b₁ [h], W₂ [P·d, h], b₂ [P·d]."""
 
 
-class RandomDecoder(nn.Module):
+class Decoding(nn.Module):
+    """What decodes: frozen tensors in no state dict, which have values from the start or never."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoding:
+        """Refuse memory where there were no values, as ``to_empty`` gives it.
+
+        Raises: AttachError, before anything is changed here.
+        """
+        if any(buffer.is_meta and not fn(buffer).is_meta for buffer in self.buffers()):
+            raise AttachError(
+                "an intrinsic delta that was attached on the device meta has no decoder: that is "
+                "made when it is attached, and no state dict has it. Give the model its weights "
+                "(to_empty, load_state_dict), then attach."
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        return self
+
+
+class RandomDecoder(Decoding):
     """A fixed random projection around a prompt p₀."""
 
     told = "decoded by a fixed random projection, made from its seed and not stored"
@@ -35,7 +57,7 @@ class RandomDecoder(nn.Module):
         return self.base + (z @ self.projection).view_as(self.base)
 
 
-class FittedDecoder(nn.Module):
+class FittedDecoder(Decoding):
     """A decoder that was fitted to the prompts of several tasks."""
 
     told = "decoded by a decoder fitted to the prompts of other tasks"

@@ -21,7 +21,7 @@ class _Computed(NamedTuple):
     parts: dict[int, Tensor]
     """By their first row. Split at once: slices would each give back a gradient of all rows."""
     without_gradient: set[int]
-    """The first rows of places that read them where gradients are off."""
+    """The first rows of places that read them where gradients are off; all passes share it."""
 
     @property
     def any(self) -> Tensor:
@@ -68,7 +68,9 @@ class Rows:
         """Compute them for the pass that begins."""
         if not self.active or torch.compiler.is_compiling():
             return
-        self._of_pass = _Computed(self.compute(), set())
+        # shared: one backward pass may be that of several passes, some of them without checkpoints
+        read = set() if self._of_graph is None else self._of_graph.without_gradient
+        self._of_pass = _Computed(self.compute(), read)
         if self._of_pass.any.requires_grad:
             self._of_graph = self._of_pass
 
@@ -101,8 +103,10 @@ class Rows:
     def _kept(self) -> _Computed | None:
         if self._of_pass is not None:
             return self._of_pass
-        runs_backward = torch._C._current_graph_task_id() != -1
-        return self._of_graph if runs_backward else None
+        if torch._C._current_graph_task_id() == -1:  # no backward pass runs
+            # a block is run by itself, and so will be the checkpoint's that runs it again
+            self._of_graph = None
+        return self._of_graph
 
     def _serves(self, kept: _Computed, first: int) -> bool:
         """Whether a gradient can pass where one is due, and autograd takes them at all."""

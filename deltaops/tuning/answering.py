@@ -10,13 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from deltaops.errors import ConfigError
 
 from .answers import AnswerSet, answer_texts, score
-from .encoder import encoder_folder, load_encoder
+from .encoder import encoder_folder, load_encoder, load_weights
 from .loop import evaluate
 from .named import NamedSet, name_texts
 from .read import Example
@@ -41,7 +40,10 @@ class Answering(ABC):
 
     @abstractmethod
     def reader(self, data: TokenSet) -> nn.Module:
-        """What has a loss for the batches of ``data``; made while the model has no delta."""
+        """What has a loss for the batches of ``data``; made while the model has no delta.
+
+        Raises: DataError, ConfigError for labels that it cannot answer by.
+        """
 
     @abstractmethod
     def score(self, reader: nn.Module, data: Any, batch_size: int) -> dict[str, float]:
@@ -149,10 +151,8 @@ def _load_writer(folder: str, config: Any, model: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    try:
-        return kind.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--model {model} cannot be loaded: {error}. Give a folder with a language model or an "
-            "encoder–decoder and its tokenizer, or a hub id."
-        ) from error
+    remedy = (
+        "Give a folder with a language model or an encoder–decoder, its head included, and its "
+        "tokenizer, or a hub id."
+    )
+    return load_weights(kind, folder, model, remedy)

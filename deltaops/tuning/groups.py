@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deltaops.errors import ConfigError, DataError
 from deltaops.files import write_atomically
@@ -26,13 +27,17 @@ Groups = dict[str, tuple[str, ...]]
 def read_groups(path: Path) -> Groups:
     """The groups in a JSON file. Raises: ConfigError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--groups {path} cannot be read: {error}. Give a JSON file such as "
             '{"cards": ["card_arrival", "card_linking"]}.'
         ) from error
-    if not isinstance(found, dict) or not all(_are_labels(labels) for labels in found.values()):
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(_are_labels(labels) for labels in found.values())
+    ):
         raise ConfigError(
             f"--groups {path} must be an object of lists of two labels or more, such as "
             '{"cards": ["card_arrival", "card_linking"]}.'
@@ -42,6 +47,14 @@ def read_groups(path: Path) -> Groups:
             raise ConfigError(
                 f"--groups {path}: a task cannot be called {name!r}, since its file is. Begin with "
                 "a letter or digit."
+            )
+    cased: dict[str, str] = {}
+    for name in found:
+        other = cased.setdefault(name.casefold(), name)
+        if other != name:
+            raise ConfigError(
+                f"--groups {path}: tasks cannot be called {other!r} and {name!r}, which are one "
+                "file where case does not count. Rename one."
             )
     every = [label for labels in found.values() for label in labels]
     twice = sorted({label for label in every if every.count(label) > 1})
@@ -80,14 +93,24 @@ def write_tasks(out: Path, tasks: Mapping[str, Sequence[Example]]) -> None:
     """``out/TASK.csv`` with the columns text and label. Raises: CheckpointError."""
     for name, examples in tasks.items():
         table = io.StringIO()
-        rows = csv.writer(table, lineterminator="\n")
+        # quoted, or a carriage return in a text would end its row
+        rows = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL)
         rows.writerow(("text", "label"))
         rows.writerows((example.text, example.label) for example in examples)
-        text = table.getvalue()
+        raw = table.getvalue().encode()  # as bytes, so that no system changes the ends of lines
         write_atomically(
             out / f"{name}.csv",
-            lambda part, text=text: part.write_text(text, encoding="utf-8"),  # type: ignore[misc]  # a default, to bind it now
+            lambda part, raw=raw: part.write_bytes(raw),  # type: ignore[misc]  # a default, to bind it now
         )
+
+
+def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of equal keys ``json`` itself keeps the last. Raises: ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found
 
 
 def _are_labels(found: object) -> bool:

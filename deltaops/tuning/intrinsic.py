@@ -60,9 +60,10 @@ def without_prompt(workshop: Workshop, task: Task) -> Scores:
 def train_full(workshop: Workshop, task: Task, whole: Whole, what: str = "") -> Full:
     """Train one; ``what`` it is called. Raises: as :meth:`Workshop.tune`."""
     handle, scores = workshop.tune(whole.delta, task, what or task.name)
-    vector = whole.vector(handle)
-    handle.revert()
-    return Full(vector, scores)
+    try:
+        return Full(whole.vector(handle), scores)
+    finally:
+        handle.revert()
 
 
 def fit(
@@ -162,6 +163,12 @@ def tune(
     if lr is not None:
         check_rate("--intrinsic-lr", lr)
     facts = read_facts(decoder)
+    if facts.get("model") != workshop.fingerprint:
+        raise ConfigError(
+            f"--model {workshop.name} must be the model that the decoder in {decoder} was fitted "
+            f"on ({facts.get('base_model')}, answers {facts.get('answers')}), and has other "
+            "weights. Leave --model and --answers out, name that one, or fit a decoder on this one."
+        )
     whole = whole_in(facts)
     delta = whole.intrinsic(decoder=decoder)
     seen = {known["texts"] for known in facts["tasks"]}
@@ -186,8 +193,10 @@ def tune(
         else:
             start, full = found_before
         handle, scores = workshop.tune(delta, task, task.name, lr)
-        handle.save(out / task.name)
-        handle.revert()
+        try:
+            handle.save(out / task.name)
+        finally:
+            handle.revert()
         if full is None and compare:
             full = train_full(workshop, task, whole, f"{task.name}, {whole.title}").scores
         found = [row for row in found if row.task != task.name]
@@ -262,10 +271,8 @@ def _fit_coder(
 
 
 def _known(facts: Mapping[str, Any], task: Task, workshop: Workshop) -> Scores | None:
-    """The scores of a full prompt of the same model on the same data, trained in the same way."""
+    """The scores of a full prompt on the same data, trained in the same way."""
     if facts.get("settings") != dataclasses.asdict(workshop.settings):
-        return None
-    if facts.get("model") != workshop.fingerprint:
         return None
     for known in facts["tasks"]:
         if known["data"] == task.fingerprint:

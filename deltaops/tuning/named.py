@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaops.errors import DataError
-
 from .read import Example
 from .tokens import TokenSet, label_texts
 
@@ -40,10 +38,7 @@ class NamedSet(TokenSet):
 def name_texts(examples: Sequence[Example], tokenizer: Any, seq_len: int) -> NamedSet:
     """Each text cut at ``seq_len`` tokens, with the number of its label.
 
-    Raises: DataError where there are fewer than two labels, or one has no token.
+    Raises: DataError where there are fewer than two labels.
     """
     data, labels = label_texts(examples, tokenizer, seq_len)
-    for label in labels:
-        if not tokenizer(label, add_special_tokens=False)["input_ids"]:
-            raise DataError(f"the tokenizer makes no token of the label {label!r}. Rename it.")
     return NamedSet(data.ids, data.classes, data.pad, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from deltaops.errors import DataError
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 MAX_SHOWN = 8
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def _example(record: dict[str, Any], columns: Columns, line: int) -> Example | _
             return _BadLine(line, f"{column!r} must be text, got {type(value).__name__}")
         if not value.strip():
             return _BadLine(line, f"{column!r} is empty")
+        if _SURROGATE.search(value):
+            return _BadLine(line, f"{column!r} has half of a surrogate pair, which is no character")
         values.append(value)
     text, label = values
     assert text is not None  # columns.text always names a field
@@ -137,6 +141,9 @@ def _read_jsonl(text: str, path: Path, columns: Columns) -> Iterator[Example | _
             record = json.loads(line)
         except json.JSONDecodeError as error:
             yield _BadLine(number, f"not JSON ({error.msg} at column {error.colno})")
+            continue
+        except ValueError as error:  # a number of thousands of digits
+            yield _BadLine(number, f"not usable JSON ({error})")
             continue
         except RecursionError:
             yield _BadLine(number, "not usable JSON (nested too deeply)")

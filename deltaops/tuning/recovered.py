@@ -15,6 +15,7 @@ from typing import Any
 from deltaops.errors import ConfigError
 from deltaops.files import remove_leftovers, write_json
 from deltaops.methods.decoder import is_scores
+from deltaops.surgery.files import MANIFEST
 
 FILE = "metrics.json"
 
@@ -103,7 +104,7 @@ def read_recovered(out: Path, head: Mapping[str, Any]) -> list[Recovered]:
             f"--out {out} was begun with another {' and '.join(odd)}. Go on with the same, or "
             "choose another folder."
         )
-    return [row for row in rows if (out / row.task).is_dir()]
+    return [row for row in rows if (out / row.task / MANIFEST).is_file()]
 
 
 def refuse_used(out: Path) -> None:
@@ -119,6 +120,6 @@ def _row(found: Any) -> Recovered:
     known = [row.start, row.tuned, *([] if row.full is None else [row.full])]
     if not all(is_scores(scores) for scores in known):
         raise ValueError("scores")
-    if not isinstance(row.task, str):
+    if not isinstance(row.task, str) or not isinstance(row.texts, str):
         raise ValueError("task")
     return row

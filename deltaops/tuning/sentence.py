@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltaops.errors import ConfigError, DataError
+from deltaops.modules import room_of
+
 SCALE = 20.0
 """Of cosines, before the softmax: 1 / temperature, as sentence-transformers ranks by default."""
+
+
+_ALIKE = 1e-6
+"""1 − cosine, below which two names are one: what rounding makes of equal texts of a batch."""
 
 
 class Answer(NamedTuple):
@@ -36,12 +43,39 @@ def mean_state(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 
 def name_vectors(encoder: nn.Module, tokenizer: Any, labels: Sequence[str]) -> Tensor:
     """Vectors ``[classes, D]`` of length 1, of labels as people write them: ``card_arrival`` is
-    read as "card arrival"."""
+    read as "card arrival".
+
+    Raises: ConfigError without padding; DataError for a label with no token, or more of them than
+        the encoder has positions, and for two labels that it cannot tell apart.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            "the tokenizer has no padding token, which the names of labels need. Take an encoder "
+            "such as BERT."
+        )
     words = [label.replace("_", " ") for label in labels]
+    limit = room_of(encoder)
+    for label, name in zip(labels, words, strict=True):
+        if not tokenizer(name, add_special_tokens=False)["input_ids"]:
+            raise DataError(f"the tokenizer makes no token of the label {label!r}. Rename it.")
+        length = len(tokenizer(name, verbose=False)["input_ids"])
+        if limit is not None and length > limit:
+            raise DataError(
+                f"the label {label[:40]!r} has {length} tokens, and the encoder takes {limit}. "
+                "Rename it."
+            )
     batch = tokenizer(words, padding=True, return_tensors="pt")
     with torch.no_grad():
         mean = mean_state(encoder, batch["input_ids"], batch["attention_mask"])
-    return functional.normalize(mean, dim=-1)
+    vectors = functional.normalize(mean, dim=-1)
+    same = ((vectors @ vectors.T).fill_diagonal_(0.0) > 1 - _ALIKE).nonzero().tolist()
+    if same:
+        first, second = (labels[i] for i in same[0])
+        raise DataError(
+            f"the labels {first!r} and {second!r} are the same to the encoder, which tells them "
+            "apart by their names. Rename one of them."
+        )
+    return vectors
 
 
 class NamedClasses(nn.Module):

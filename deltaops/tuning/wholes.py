@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltaops.errors import ConfigError
+from deltaops.errors import CheckpointError, ConfigError
 from deltaops.methods import Adapter, IntrinsicAdapter, IntrinsicPrompt, Prompt
 from deltaops.methods.base import MODEL, Delta
-from deltaops.methods.decoder import ADAPTER, PROMPT, AdapterSizes, Sizes
+from deltaops.methods.decoder import ADAPTER, FACTS, PROMPT, AdapterSizes, Sizes
 from deltaops.methods.intrinsic_adapter import adapter_in
 from deltaops.modules import DecodedAdapters, exchange_prompt
 from deltaops.surgery import Handle, attach
@@ -28,6 +28,10 @@ from .autoencoder import AutoEncoder, Coded, CodedAdapters, CodedPrompt
 
 HIDDEN = 64
 """h of adapters: there are so many numbers that W₂ [n, d] would be as large as the model."""
+
+
+_OF_BOTH = ("target_modules", "exclude_modules", "autocast_adapter_dtype", "task_type")
+"""Settings that a prompt and its few numbers share."""
 
 
 class Whole(ABC):
@@ -101,13 +105,14 @@ class WholePrompt(Whole):
 
     def intrinsic(self, *, q: int | None = None, decoder: Path | None = None) -> IntrinsicPrompt:
         """See :meth:`Whole.intrinsic`."""
+        same = {name: getattr(self.delta, name) for name in _OF_BOTH}
         if decoder is not None:
-            return IntrinsicPrompt(decoder=str(decoder))
-        return IntrinsicPrompt(q, self.delta.num_virtual_tokens)
+            return IntrinsicPrompt(decoder=str(decoder), **same)
+        return IntrinsicPrompt(q, self.delta.num_virtual_tokens, **same)
 
     def facts(self, handle: Handle) -> dict[str, Any]:
-        """See :meth:`Whole.facts`: its sizes say all."""
-        return {}
+        """See :meth:`Whole.facts`."""
+        return {"prompt": self.delta.settings()}
 
     @contextmanager
     def coded(self, model: nn.Module, full: Tensor, coder: AutoEncoder) -> Iterator[Coded]:
@@ -168,7 +173,12 @@ class WholeAdapter(Whole):
 
 
 def whole_of(delta: Delta) -> Whole:
-    """The kind that ``delta`` is of. Raises: ConfigError where it is neither."""
+    """The kind that ``delta`` is of. Raises: ConfigError where it is neither, or more."""
+    if getattr(delta, "modules_to_save", ()):
+        raise ConfigError(
+            f"--of: nothing but a prompt or adapters is decoded, and modules_to_save="
+            f"{delta.modules_to_save!r} would train beside them. Leave it out."
+        )
     if type(delta) is Prompt:
         return WholePrompt(delta)
     if type(delta) is Adapter:
@@ -182,8 +192,21 @@ def whole_of(delta: Delta) -> Whole:
 def whole_in(facts: Mapping[str, Any]) -> Whole:
     """What the decoder makes whose file says ``facts``. Raises: CheckpointError."""
     if facts["of"] == PROMPT:
-        return WholePrompt(Prompt(facts["num_virtual_tokens"]))
+        return WholePrompt(_prompt_in(facts))
     return WholeAdapter(adapter_in(facts))
+
+
+def _prompt_in(facts: Mapping[str, Any]) -> Prompt:
+    try:
+        delta = Prompt(**facts["prompt"])
+        if delta.num_virtual_tokens != facts["num_virtual_tokens"]:
+            raise ValueError("num_virtual_tokens")
+        return delta
+    except (ConfigError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{FACTS} of a decoder must have the settings of a prompt of its length: "
+            f"{type(error).__name__}: {error}. Fit it again with `deltaops intrinsic fit`."
+        ) from error
 
 
 def _parts(vector: Tensor, like: list[Tensor]) -> Iterator[Tensor]:

@@ -71,6 +71,7 @@ class Task:
     """Fingerprint of its examples, before they are cut into tokens."""
     reader: nn.Module
     """What has a loss for its batches."""
+    labels: int
 
 
 class Stopped(Exception):
@@ -105,23 +106,9 @@ class Workshop:
 
     def tasks(self, sources: Sequence[str]) -> list[Task]:
         """Read the file of each task. Raises: DataError, ConfigError for a bad name."""
-        names = [Path(source).stem for source in sources]
-        for name, source in zip(names, sources, strict=True):
-            if NAME.fullmatch(name) is None or name == FILE:
-                raise ConfigError(
-                    f"--data {source}: the task would be called {name!r}, and its folder too. "
-                    "Rename the file to begin with a letter or digit, such as task.csv."
-                )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ConfigError(
-                f"--data: two files are called {twice[0]!r}, and tasks are told apart by that. "
-                "Rename one of them."
-            )
-        return [
-            self.task(name, self.examples(name, source))
-            for name, source in zip(names, sources, strict=True)
-        ]
+        check_task_names("--data", sources)
+        named = [(Path(source).stem, source) for source in sources]
+        return [self.task(name, self.examples(name, source)) for name, source in named]
 
     def examples(self, name: str, source: str) -> list[Example]:
         """Those in the file of the task ``name``. Raises: DataError."""
@@ -132,17 +119,18 @@ class Workshop:
             raise DataError(f"task {name!r}: {error}") from error
 
     def task(self, name: str, examples: Sequence[Example]) -> Task:
-        """A task of these examples. Raises: DataError."""
+        """A task of these examples. Raises: DataError, ConfigError."""
         settings = self.settings
         try:
             data = self.answering.texts(examples, settings.seq_len)
+            check_known(data.ids, self.tokenizer, self.name)
+            reader = self.answering.reader(data)
         except DataError as error:
             raise DataError(f"task {name!r}: {error}") from error
-        check_known(data.ids, self.tokenizer, self.name)
         fit, held = data.split(settings.eval_fraction, settings.seed)
         assert held is not None  # the fraction is above 0
-        reader = self.answering.reader(data)
-        return Task(name, fit, held, data.fingerprint(), _fingerprint(examples), reader)
+        texts, labels = _fingerprint(examples), len({e.label for e in examples})
+        return Task(name, fit, held, data.fingerprint(), texts, reader, labels)
 
     def tune(
         self, delta: Delta, task: Task, what: str, lr: float | None = None
@@ -160,13 +148,13 @@ class Workshop:
         torch.manual_seed(settings.seed)
         # every delta has the same start, so that what differs is the task
         handle = attach(self.model, delta, generator=torch.Generator().manual_seed(settings.seed))
-        optimizer = make_optimizer(handle.parameter_groups(rate), rate)
-        order = Order(len(task.fit), settings.batch_size, settings.seed)
 
         def told(point: Point) -> None:
             self.on_step(what, point.step, point.loss)
 
         try:
+            optimizer = make_optimizer(handle.parameter_groups(rate), rate)
+            order = Order(len(task.fit), settings.batch_size, settings.seed)
             finished = train(
                 task.reader, task.fit, order, optimizer, Schedule(settings.steps, rate),
                 on_step=told, should_stop=self.should_stop,
@@ -194,6 +182,23 @@ class Workshop:
                 f"written. Try a smaller {option}."
             )
         return scores
+
+
+def check_task_names(option: str, sources: Sequence[str]) -> None:
+    """Raises: ConfigError for a file whose task's folder could not be called after it."""
+    names = [Path(source).stem for source in sources]
+    for name, source in zip(names, sources, strict=True):
+        if NAME.fullmatch(name) is None or name == FILE:
+            raise ConfigError(
+                f"{option} {source}: the task would be called {name!r}, and its folder too. "
+                "Rename the file to begin with a letter or digit, such as task.csv."
+            )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"{option}: two files are called {twice[0]!r}, and tasks are told apart by that. "
+            "Rename one of them."
+        )
 
 
 def check_rate(name: str, value: float) -> None:

@@ -93,6 +93,25 @@ def test_the_command_measures_every_kind_of_text(
     assert file.with_suffix(".md").read_text() == text
     assert json.loads(file.read_text()) == value
     assert [(m["kind"], m["q"]) for m in value["means"]][:3] == [(SAME, 2), (SAME, 3), (OTHER, 2)]
+    renamed = file.rename(tmp_path / "mine.json")
+    CliRunner().invoke(app, ["intrinsic", "report", str(renamed)], catch_exceptions=False)
+    assert {p.name for p in tmp_path.iterdir()} >= {"mine.json", "mine.md", "mine.png"}
+    assert not file.exists()  # nothing is called after the machine again
+    renamed.rename(file)
+    changed = [*arguments, "--seed", 1, "--unseen", "one"]
+    with pytest.raises(ConfigError, match="measured with another --tasks and --unseen and --seed"):
+        CliRunner().invoke(app, list(map(str, changed)), catch_exceptions=False)
+    assert json.loads(file.read_text()) == value
+    for key in ("machine", "plan", "lines"):
+        broken = json.loads(file.read_text())
+        if key == "lines":
+            broken["lines"] = [line for line in broken["lines"] if line["kind"] != UNSEEN]
+        else:
+            broken[key].update({"machine": {"threads": None}, "plan": {"dimensions": [2, 64]}}[key])
+        broken["machine"] = {k: v for k, v in broken["machine"].items() if v is not None}
+        renamed.write_text(json.dumps(broken))
+        with pytest.raises(ConfigError, match="is none of `deltaops intrinsic recovery`"):
+            read_recovery(renamed)
 
 
 def test_as_many_steps_are_taken_as_the_bar_has(encoder: Path, tasks: Path) -> None:
@@ -110,6 +129,29 @@ def test_halves_share_each_label_and_no_text() -> None:
     assert {e.text for e in first} | {e.text for e in second} == {e.text for e in examples}
     for label, count in (("a", 4), ("b", 2)):
         assert [sum(e.label == label for e in half) for half in (first, second)] == [count, count]
+
+
+def test_files_of_tasks_are_told_before_anything_is_read(tasks: Path) -> None:
+    (tasks / ".deltaops-partial-x.csv").write_text("half a fi")
+    (tasks / "two.csv").rename(tasks / "two.CSV")
+    assert set(task_files(tasks)) == set(LABELS)
+    (tasks / "one.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="two files are called 'one'"):
+        task_files(tasks)
+    (tasks / "one.jsonl").rename(tasks / "-x.jsonl")
+    with pytest.raises(ConfigError, match="the task would be called '-x'"):
+        task_files(tasks)
+
+
+def test_a_label_with_one_text_is_told_before_training(encoder: Path, tasks: Path) -> None:
+    with (tasks / "three.csv").open("a") as file:
+        file.write("my card is old,lost_card\n")
+    steps: list[int] = []
+    settings = Settings(steps=1, batch_size=4, seq_len=8)
+    workshop = Workshop(str(encoder), settings, lambda what, step, loss: steps.append(step))
+    with pytest.raises(DataError, match="task 'three': the label 'lost_card' has one text"):
+        next(measure(workshop, task_files(tasks), ["two"], PLAN))
+    assert not steps
 
 
 def test_means_are_the_papers_and_of_the_gain() -> None:

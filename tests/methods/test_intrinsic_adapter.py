@@ -152,6 +152,36 @@ def test_places_around_a_stack_read_their_own_numbers() -> None:
     assert torch.equal(copy.deepcopy(model)(x), plain(x))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_that_are_checkpointed_by_hand_have_their_own_numbers(reentrant: bool) -> None:
+    """After a whole pass and its backward pass, whose numbers are others by now."""
+    model: Any = build("bert").train()
+    (z,) = moved(model).parameters()
+    answer("bert", model).square().mean().backward()
+    with torch.no_grad():
+        z.mul_(0.5)
+    x = torch.randn(2, 5, model.config.hidden_size, requires_grad=True)
+    layer = model.encoder.layer[1]
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), z)
+    z.grad = None
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(z.grad, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_one_loss_of_a_pass_with_checkpoints_and_one_without() -> None:
+    found = []
+    for checkpoints in (False, True):
+        model: Any = build("bert")
+        (z,) = moved(model).parameters()
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        first = answer("bert", model.train()).square().mean()
+        (first + answer("bert", model.eval()).mean()).backward()
+        found.append(z.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
+
+
 def test_a_layer_that_is_checkpointed_by_hand_has_its_gradient() -> None:
     model = nn.ModuleDict({"out": nn.Linear(8, 8)})
     (z,) = moved(model, target_modules=["out"]).parameters()
@@ -251,6 +281,33 @@ def test_a_decoder_of_other_places_is_refused(tmp_path: Path) -> None:
         fitted(tmp_path / "two", build("bert"), Adapter("pfeiffer", size=5), places=places)
         with pytest.raises(CheckpointError, match="settings of an adapter and its places"):
             IntrinsicAdapter(decoder=tmp_path / "two")
+
+
+def test_a_decoder_that_was_exchanged_is_refused(tmp_path: Path) -> None:
+    model = build("bert")
+    fitted(tmp_path, model, Adapter("pfeiffer", size=5))
+    delta = IntrinsicAdapter(decoder=tmp_path)
+    fitted(tmp_path, model, Adapter("pfeiffer", size=5))
+    with pytest.raises(CheckpointError, match="holds another decoder than the one"):
+        deltaops.attach(model, delta)
+
+
+@pytest.mark.parametrize("delta", [IntrinsicAdapter(size=4), IntrinsicPrompt()], ids=repr)
+def test_a_decoder_without_values_gets_no_memory(delta: Any) -> None:
+    with torch.device("meta"):
+        model: Any = build("bert")
+    deltaops.attach(model, delta)
+    model.to("meta")
+    with pytest.raises(AttachError, match=r"Give the model its weights .*, then attach"):
+        model.to_empty(device="cpu")
+
+
+def test_places_on_several_devices_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(AttachError, match=r"must be on one device, .* '1' is on meta"):
+        deltaops.attach(model, IntrinsicAdapter(size=4, target_modules=["0", "1"]))
+    assert [type(m) for m in model.modules()] == before
 
 
 @pytest.mark.parametrize(

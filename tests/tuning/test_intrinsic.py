@@ -16,6 +16,7 @@ import deltaops
 from deltaops import Prompt
 from deltaops.errors import CheckpointError, ConfigError, DataError
 from deltaops.methods.decoder import FACTS, Sizes, read_facts, read_tensors
+from deltaops.surgery.files import MANIFEST
 from deltaops.testing.architectures import build
 from deltaops.tuning.answers import AnswerSet, score
 from deltaops.tuning.autoencoder import AutoEncoder
@@ -206,6 +207,7 @@ def test_a_tuning_that_was_stopped_goes_on(base: Path, fitted: Path, tmp_path: P
         "one"
     ]
     (out / ".deltaops-partial-x").mkdir()  # as a killed process leaves it
+    (out / "two").mkdir(exist_ok=True)  # which holds nothing, so it is not done
     seen.clear()
     workshop.should_stop = lambda: False
     again = tune(workshop, workshop.tasks(names), decoder, out, compare=False)
@@ -215,31 +217,46 @@ def test_a_tuning_that_was_stopped_goes_on(base: Path, fitted: Path, tmp_path: P
     other = Workshop(str(base), Settings(steps=2, batch_size=4, seq_len=12))
     with pytest.raises(ConfigError, match="begun with another settings"):
         tune(other, other.tasks(names), decoder, out, compare=False)
+    (out / "one" / MANIFEST).unlink()
+    seen.clear()
+    tune(workshop, workshop.tasks(names), decoder, out, compare=False)
+    assert set(seen) == {"one"}
+    odd = json.loads((out / "metrics.json").read_text())
+    odd["tasks"][0]["texts"] = ["a"]
+    (out / "metrics.json").write_text(json.dumps(odd))
+    with pytest.raises(ConfigError, match="is none of"):
+        tune(workshop, workshop.tasks(names), decoder, out, compare=False)
     (out / "metrics.json").write_text("[]")
     with pytest.raises(ConfigError, match="is none of"):
         tune(workshop, workshop.tasks(names), decoder, out, compare=False)
 
 
-def test_known_scores_are_those_of_the_same_model_and_the_same_data(
-    base: Path, fitted: Path, tmp_path: Path
-) -> None:
+def test_known_scores_are_those_of_the_same_data(base: Path, fitted: Path, tmp_path: Path) -> None:
     renamed, impostor = tmp_path / "renamed.csv", tmp_path / "one.csv"
     shutil.copy(fitted / "one.csv", renamed)
     impostor.write_text((fitted / "one.csv").read_text().replace("thing", "matter"))
     workshop = Workshop(str(base), SETTINGS)
-    found = {}
-    for which in ("same", "other"):
-        if which == "other":
-            with torch.no_grad():
-                next(workshop.model.parameters()).mul_(1.5)
-            workshop.model.save_pretrained(tmp_path / "model")
-            workshop.tokenizer.save_pretrained(tmp_path / "model")
-            workshop = Workshop(str(tmp_path / "model"), SETTINGS)
-        tasks = workshop.tasks([str(renamed), str(impostor)])
-        found[which] = tune(workshop, tasks, fitted / "decoder", tmp_path / which, compare=False)
-    assert [row.seen for row in found["same"]] == [True, False]
-    assert found["same"][0].full is not None
-    assert all(row.full is None for row in (found["same"][1], *found["other"]))
+    tasks = workshop.tasks([str(renamed), str(impostor)])
+    found = tune(workshop, tasks, fitted / "decoder", tmp_path / "out", compare=False)
+    assert [row.seen for row in found] == [True, False]
+    assert [row.full is None for row in found] == [False, True]
+
+
+def test_numbers_are_tuned_on_the_decoders_model_only(
+    base: Path, fitted: Path, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    workshop = Workshop(str(base), SETTINGS)
+    with torch.no_grad():
+        next(workshop.model.parameters()).mul_(1.5)
+    workshop.model.save_pretrained(tmp_path / "model")
+    workshop.tokenizer.save_pretrained(tmp_path / "model")
+    other = Workshop(str(tmp_path / "model"), SETTINGS, lambda what, *_: seen.append(what))
+    tasks = other.tasks([str(fitted / "one.csv")])
+    with pytest.raises(ConfigError, match=r"must be the model that the decoder .* was fitted on"):
+        tune(other, tasks, fitted / "decoder", tmp_path / "out", compare=False)
+    assert not seen
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rate_that_ruins_the_decoder_leaves_nothing(
@@ -266,10 +283,17 @@ def test_a_task_is_named_as_a_folder_can_be(name: str, base: Path, tmp_path: Pat
 
 def test_a_decoder_without_its_tasks_is_told(fitted: Path, tmp_path: Path) -> None:
     facts = json.loads((fitted / "decoder" / FACTS).read_text())
-    for key, value in (("tasks", [{"name": "a"}]), ("tasks", None), ("digest", 3)):
+    nan = [task | {"full": {"loss": float("nan"), "accuracy": 1}} for task in facts["tasks"]]
+    for key, value in (("tasks", [{"name": "a"}]), ("tasks", None), ("tasks", nan), ("digest", 3)):
         (tmp_path / FACTS).write_text(json.dumps(facts | {key: value}))
         with pytest.raises(CheckpointError, match="must have a digest, and tasks with"):
             read_facts(tmp_path)
+    (tmp_path / FACTS).write_text(json.dumps(facts | {"of": ["prompt"]}))
+    with pytest.raises(CheckpointError, match=r"must be of='prompt' or 'adapter', got \['prompt"):
+        read_facts(tmp_path)
+    (tmp_path / FACTS).write_text('{"version": ' + "1" * 5000 + "}")
+    with pytest.raises(CheckpointError, match="holds no decoder that can be read"):
+        read_facts(tmp_path)
 
 
 def test_a_model_without_its_tokenizer_is_told(base: Path, tmp_path: Path) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import deltaops
 from deltaops import Adapter, Prompt
-from deltaops.errors import ConfigError
+from deltaops.errors import CheckpointError, ConfigError, DataError
 from deltaops.methods.decoder import read_facts
 from deltaops.testing.architectures import build
 from deltaops.tuning.answering import Named, Written, load_answering
-from deltaops.tuning.intrinsic import fit, tune
+from deltaops.tuning.intrinsic import fit, tune, whole_of_decoder
 from deltaops.tuning.wholes import WholeAdapter, WholePrompt, whole_of
 from deltaops.tuning.workshop import Settings, Workshop
 
@@ -108,6 +110,37 @@ def test_only_prompts_and_adapters_have_decoders() -> None:
         whole_of(deltaops.LoRA())
     with pytest.raises(ConfigError, match="--of must be prompt or adapter"):
         whole_of(deltaops.Compacter())
+    for delta in (Prompt(3, modules_to_save=("x",)), Adapter(modules_to_save=("x",))):
+        with pytest.raises(ConfigError, match=r"modules_to_save=\('x',\) would train beside"):
+            whole_of(delta)
+
+
+def test_a_prompts_decoder_keeps_its_settings(
+    encoder: Path, files: list[str], tmp_path: Path
+) -> None:
+    whole = WholePrompt(Prompt(3, "random", autocast_adapter_dtype=False))
+    workshop = Workshop(str(encoder), SETTINGS)
+    tasks = workshop.tasks(files[:2])
+    fit(workshop, tasks, tmp_path / "decoder", model="m", **(FIT | {"whole": whole}))
+    found = whole_of_decoder(tmp_path / "decoder")
+    assert found.delta == whole.delta
+    assert not found.intrinsic(decoder=tmp_path / "decoder").autocast_adapter_dtype  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_saved_leaves_the_model_alone(
+    encoder: Path, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = Workshop(str(encoder), SETTINGS)
+    tasks = workshop.tasks(files[:2])
+    fit(workshop, tasks, tmp_path / "decoder", model="m", **FIT)
+
+    def fail(*_: Any) -> None:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr("deltaops.surgery.handle.Handle.save", fail)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        tune(workshop, tasks, tmp_path / "decoder", tmp_path / "out", compare=False)
+    assert deltaops.surgery.handle_of(workshop.model) is None
 
 
 def test_nothing_but_the_prompt_learns(encoder: Path, files: list[str]) -> None:
@@ -145,3 +178,50 @@ def test_names_decide_what_is_right(encoder: Path, files: list[str], tmp_path: P
     workshop = Workshop(str(encoder), SETTINGS)
     first, second = (workshop.tasks([str(file)])[0] for file in (files[0], renamed))
     assert first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("old_card", "old card"), "'old card' and 'old_card' are the same to the encoder"),
+        (("old", "_"), "makes no token of the label '_'"),
+        (("old", "new_" * 999), "has 999 tokens, and the encoder takes"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_refused(
+    labels: tuple[str, str], message: str, encoder: Path, tmp_path: Path
+) -> None:
+    rows = [f"my card is late,{labels[i % 2]}\n" for i in range(8)]
+    (tmp_path / "one.csv").write_text("text,label\n" + "".join(rows))
+    with pytest.raises(DataError, match=f"task 'one': .*{message}"):
+        Workshop(str(encoder), SETTINGS).tasks([str(tmp_path / "one.csv")])
+
+
+def test_a_tokenizer_without_padding_is_told(encoder: Path, files: list[str]) -> None:
+    workshop = Workshop(str(encoder), SETTINGS)
+    workshop.tokenizer.pad_token = None
+    with pytest.raises(ConfigError, match="no padding token, which the names of labels need"):
+        workshop.tasks(files[:1])
+
+
+def test_a_model_without_all_of_its_weights_is_refused(encoder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(encoder, tmp_path / "model")
+    file = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    for key in [key for key in weights if key.startswith("pooler.")]:
+        del weights[key]
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    load_answering(str(folder), None)  # nothing reads a pooler
+    with pytest.raises(ConfigError, match=r"no weights for \d+ parameters .* 'cls\.predictions"):
+        load_answering(str(folder), "written")
+    key = next(key for key in weights if key.endswith("query.weight"))
+    for value in (None, torch.zeros(3, 3)):
+        broken = {k: v for k, v in weights.items() if k != key}
+        broken |= {} if value is None else {key: value}
+        safetensors.torch.save_file(broken, file, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=r"no weights for 1 param|cannot be loaded"):
+            load_answering(str(folder), None)
+    raw = file.read_bytes()
+    file.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_answering(str(folder), None)
