@@ -527,6 +527,15 @@ def test_generation_with_shared_heads_padding_and_a_cache(mlp: bool, shift: bool
     assert torch.equal(found[0], found[2])
 
 
+def test_t5_generates_the_same_with_a_cache() -> None:
+    model = attached("t5", "ForConditionalGeneration").model
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 0
+    given = {"input_ids": torch.tensor([[9, 17, 3, 40], [5, 17, 3, 40]])}
+    found = [model.generate(**given, max_new_tokens=4, use_cache=cache) for cache in (False, True)]
+    assert torch.equal(*found)
+    assert model(**given, labels=torch.tensor([[3], [4]])).loss.isfinite()  # one key, too
+
+
 def test_a_pickle_runs_in_a_fresh_process(tmp_path: Path) -> None:
     handle = attached("bert", reparameterised=True, shift_positions=True)
     answer("bert", handle.model)  # what the MLP computed is a node, and stays behind
