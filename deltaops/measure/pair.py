@@ -121,11 +121,11 @@ def away_from_start(handle: Handle, dtype: torch.dtype = torch.float32) -> None:
 
 
 def answer(model: nn.Module, trained: list[nn.Parameter], batch: Batch) -> Step:
-    """Loss and flat gradient."""
+    """Loss and gradients."""
     loss: Tensor = model(**batch).loss
     # an encoder may have parts that its last states do not come from
     grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-    return loss.detach(), torch.cat([g.flatten().double() for g in grads])
+    return loss.detach(), [g.double() for g in grads]
 
 
 # --------------------------------------------------------------------------------------- details

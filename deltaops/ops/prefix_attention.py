@@ -130,7 +130,7 @@ def _torch(
 
 
 def _columns(bias: Tensor, k: Tensor) -> int:
-    """Those of a bias for each of its keys: one column is that of all of ``k``, if there are any."""
+    """Those of a bias, one for each of its keys: a single one is that of all of ``k``, or none."""
     return k.shape[2] if bias.shape[3] == 1 else bias.shape[3]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import deltaops
 from deltaops.measure import methods, pair
 from deltaops.measure.cell import EAGER, OURS
 from deltaops.measure.contenders import contenders
@@ -52,6 +53,25 @@ def test_another_function_is_stopped_in_bf16(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pair, "eager_twin", wrong)
     with pytest.raises(AssertionError, match="computes something else; nothing was timed"):
         methods.measure_method(ALL["lora"], workload("bert"), "bf16", rounds=1)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_lost_gradient_is_stopped_however_small(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = pair.answer
+
+    def wrong(model: nn.Module, trained: list[nn.Parameter], batch: pair.Batch) -> pair.Step:
+        loss, (first, *others) = right(model, trained, batch)
+        ours = hasattr(model, "encoder") and deltaops.surgery.handle_of(model) is not None
+        if ours:
+            rest = torch.cat([g.flatten() for g in others])
+            assert first.norm() < (1e-3 if dtype == "f32" else 1e-2) * rest.norm()
+        return loss, [first * 0 if ours else first, *others]
+
+    monkeypatch.setattr(pair, "answer", wrong)
+    with pytest.raises(AssertionError, match=r"off by 1.0e\+00 .* in leaf 0 of"):
+        methods.measure_method(ALL["intrinsic"], workload("bert"), dtype, rounds=1)
 
 
 def test_a_model_that_cannot_have_a_method_says_why() -> None:
