@@ -263,7 +263,7 @@ def goal_table(outcomes: list[Any]) -> Table:
     for column in ("worst", "median", "goal is"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    colours = {"met": "green", "missed": "red", "not measured": "yellow"}
+    colours = {"met": "green", "missed": "red", "not measured": "yellow", "incomplete": "yellow"}
     for o in outcomes:
         said = verdict(o)
         table.add_row(

@@ -115,7 +115,15 @@ def _torch(
     scale: float,
     causal: bool,
 ) -> Tensor:
-    """Torch's own on copies, which is faster than the reference, with the gradients that it has."""
+    """Torch's own on copies, which is faster than the reference, with the gradients that it has.
+
+    A bias wider than q is not rounded to it: all is computed in the wider dtype then.
+    """
+    if bias is not None and bias.dtype is not q.dtype:
+        kind, wide = q.dtype, torch.promote_types(bias.dtype, q.dtype)
+        q, k, v, prefix_k, prefix_v = (t.to(wide) for t in (q, k, v, prefix_k, prefix_v))
+        y = _torch(q, k, v, prefix_k, prefix_v, mask, bias.to(wide), scale, causal)
+        return y.to(kind)
     keys, values = reference.join(prefix_k, k), reference.join(prefix_v, v)
     seen = reference.mask_of_both(q, k, prefix_k, mask, causal)
     if bias is not None:

@@ -14,6 +14,7 @@ from deltaops.measure.difference import difference
 from deltaops.measure.reader import Reader
 from deltaops.measure.workloads import Workload
 from deltaops.testing.architectures import build
+from deltaops.tuning.spec import parse_delta
 
 ALL = contenders()
 
@@ -31,6 +32,12 @@ def test_a_decoder_agrees_with_its_eager_form(name: str) -> None:
     cell = methods.measure_method(ALL[name], workload("llama"), "f32", rounds=1)
     assert set(cell.timings) == set(cell.saved) == {OURS, EAGER}
     assert cell.label == f"{ALL[name].title} on llama, 3×8 f32"
+
+
+def test_what_decodes_a_prompt_is_of_the_eager_model_and_no_bytes_of_a_pass() -> None:
+    handle = deltaops.attach(reader("llama"), parse_delta(ALL["intrinsic"].spec))
+    twin, _ = pair.eager_twin(reader("llama"), handle, torch.float32)
+    assert {"encoder.eager_base", "encoder.eager_projection"} <= dict(twin.named_buffers()).keys()
 
 
 @pytest.mark.parametrize("name", ["lora", "prefix-mlp"])

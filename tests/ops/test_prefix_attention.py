@@ -152,6 +152,17 @@ def test_a_bias_of_no_key_is_not_that_of_the_prefix(backend: str) -> None:
     assert torch.equal(prefix_attention(*leaves, **given, backend=backend), want)
 
 
+def test_a_wide_bias_is_not_rounded_where_torch_runs() -> None:
+    case = PrefixAttentionCase(3, AttentionCase(2, 4, 5, 8))
+    given, bias = case.tensors(torch.bfloat16), 100 + torch.rand(1, 4, 5, 5)
+    found = [
+        prefix_attention(*given.inputs, bias=bias, backend=backend)
+        for backend in ("auto", "reference")
+    ]
+    assert found[0].dtype is torch.bfloat16
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
+
+
 def test_with_a_cache_token_by_token_is_all_at_once() -> None:
     (q, k, v, *prefix), _ = leaves_of(PrefixAttentionCase(3, AttentionCase(2, 4, 6, 8)))
     whole = prefix_attention(q, k, v, *prefix, causal=True, backend="cpu")
