@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -27,6 +28,7 @@ def difference(slow: Run, fast: Run) -> str:
 def _operators(run: Run) -> dict[str, float]:
     """Name → milliseconds a step."""
     run()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes a line at each start and stop
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(STEPS):
             run()

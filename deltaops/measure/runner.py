@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from deltaops.errors import DeltaopsError
+
 from . import machine
 from .cases import DTYPES, OPS, QUICK_SHAPES, SHAPES, SMALL_M
 from .cell import EAGER, OURS_COMPILED, PEFT_COMPILED, Cell, Results
@@ -98,7 +100,7 @@ def run(
         try:
             sound, wrong = sift(part.run(share))
         # a gate, or what one method cannot: the rest of a long run is still worth having
-        except (AssertionError, ValueError, RuntimeError) as error:
+        except (AssertionError, DeltaopsError, ValueError, RuntimeError) as error:
             failed[part.name] = str(error) or type(error).__name__
         else:
             cells += sound

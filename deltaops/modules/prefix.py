@@ -225,6 +225,9 @@ def attend_with_prefix(
         return attend(theirs, backend, module.__dict__.get("strict", False), *given, **settings)
     prefix_k, prefix_v = _both(module, held)
     k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
+    hidden = key.shape[2] - k.shape[2]
+    if bias is not None and hidden and bias.shape[-1] >= key.shape[2]:  # as the keys are cut
+        bias = named[BIAS] = bias[..., : bias.shape[-1] - hidden]
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
     reason = _beyond(dropout, named) or _unfit(module, bias, query, k, prefix_k)
     if reason is None and not attends(query, k, v, attention_mask, groups, causal):
