@@ -152,6 +152,14 @@ def test_a_bias_of_no_key_is_not_that_of_the_prefix(backend: str) -> None:
     assert torch.equal(prefix_attention(*leaves, **given, backend=backend), want)
 
 
+@anyone
+def test_a_row_of_the_least_finite_numbers_is_a_mean(backend: str) -> None:
+    leaves, given = leaves_of(PrefixAttentionCase(3, AttentionCase(2, 4, 5, 8)))
+    given["bias"] = torch.full((1, 1, 5, 8), torch.finfo(torch.float32).min)
+    y = prefix_attention(*leaves, **given, backend=backend)
+    torch.testing.assert_close(y, torchs(leaves, given), rtol=1e-5, atol=1e-6)
+
+
 def test_a_wide_bias_is_not_rounded_where_torch_runs() -> None:
     case = PrefixAttentionCase(3, AttentionCase(2, 4, 5, 8))
     given, bias = case.tensors(torch.bfloat16), 100 + torch.rand(1, 4, 5, 5)
