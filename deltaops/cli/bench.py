@@ -116,11 +116,16 @@ def _settings(
     changes: dict[str, Any] = {
         "layers": everything or only == "layers", "steps": everything or only == "steps",
     }  # fmt: skip
+    named = tuple(c.name for c in chosen(methods) if c.spec)
+    if methods is not None and only in ("layers", "steps"):
+        raise ConfigError(f"--methods has no part in --only {only}. Leave one of them out.")
+    if dropout is not None and only == "methods":
+        raise ConfigError("--dropout has no part in --only methods. Leave one of them out.")
     if only in ("layers", "steps"):
         changes["methods"] = ()
     elif methods is not None or only == "methods":
-        changes["methods"] = tuple(c.name for c in chosen(methods) if c.spec)
-        if not changes["methods"]:
+        changes["methods"] = named
+        if not named:
             raise ConfigError(f"--methods must name one with a delta to time, got {methods!r}.")
     if dtype is not None:
         changes["dtypes"] = (dtype,)
@@ -267,7 +272,7 @@ def goal_table(outcomes: list[Any]) -> Table:
     for column in ("worst", "median", "goal is"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    colours = {"met": "green", "missed": "red", "not measured": "yellow"}
+    colours = {"met": "green", "missed": "red", "not measured": "yellow", "incomplete": "yellow"}
     for o in outcomes:
         said = verdict(o)
         table.add_row(

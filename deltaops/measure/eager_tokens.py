@@ -10,7 +10,6 @@ A causal attention gets the mask that torch has for it otherwise, with the prefi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -42,9 +41,25 @@ def intrinsic_prompt(
 ) -> None:
     """As :func:`prompt`, of a prompt that the delta's frozen decoder makes of ``z``."""
     (made,) = bound.get_submodule(PROMPTS).children()
-    z = t["intrinsic"]
-    decoder = copy.deepcopy(made.get_submodule("decoder")).to(z.dtype)
-    _lengthen(model.get_submodule(site.path), lambda: decoder(z))
+    z, stack = t["intrinsic"], model.get_submodule(site.path)
+    decoder: Any = made.get_submodule("decoder")
+    frozen = {k: v.detach().to(z.dtype) for k, v in decoder.named_buffers()}
+    for name, tensor in frozen.items():  # of the model, as ours are: no bytes of a pass
+        stack.register_buffer(f"eager_{name}", tensor, persistent=False)
+    if "projection" in frozen:
+        base, projection = frozen["base"], frozen["projection"]
+        _lengthen(stack, lambda: base + (z @ projection).view_as(base))
+        return
+    first, first_bias, second, second_bias = (
+        frozen[name] for name in ("first_weight", "first_bias", "second_weight", "second_bias")
+    )
+    width: int = decoder.width
+
+    def decoded() -> Tensor:
+        inner = torch.tanh(linear(z, first, first_bias))
+        return linear(inner, second, second_bias).view(-1, width)
+
+    _lengthen(stack, decoded)
 
 
 def _lengthen(stack: nn.Module, made: Callable[[], Tensor]) -> None:

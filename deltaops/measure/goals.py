@@ -30,6 +30,8 @@ class Goal:
     """dtype → threshold; a dtype that is not there has no goal."""
     samples: Samples
     unit: str = "×"
+    lacking: Callable[[Results, str], str] = lambda r, dtype: ""
+    """What must be measured and was not, in words: without it a goal is not met, if not missed."""
     source: str = "table"
     """"table", or "text" for what the issue asks for beside it."""
 
@@ -48,8 +50,9 @@ class Outcome:
     """None where nothing was measured."""
     median: float | None
     where: str
-    """The worst cell, or why there is none."""
+    """The worst cell, or why there is none; and what is lacking beside it."""
     met: bool | None
+    """None where too little was measured to say."""
     count: int
     causes: list[str]
     """Of a miss."""
@@ -75,9 +78,11 @@ def _outcome(goal: Goal, dtype: str, limit: float, results: Results) -> Outcome:
         return Outcome(*shown, None, None, _why_empty(goal, dtype, results), None, 0, [])
     pick = min if goal.sense == "≥" else max
     where, worst = pick(samples, key=lambda s: s[1])
-    met = worst >= limit if goal.sense == "≥" else worst <= limit
+    met: bool | None = worst >= limit if goal.sense == "≥" else worst <= limit
     middle = statistics.median(v for _, v in samples)
     why = [] if met else causes(goal.id, dtype, where, worst, results)
+    if lacking := goal.lacking(results, dtype):
+        where, met = f"{where}; {lacking}", None if met else False
     return Outcome(*shown, worst, middle, where, met, len(samples), why)
 
 
@@ -94,8 +99,16 @@ def _why_empty(goal: Goal, dtype: str, results: Results) -> str:
         for peer, why in c.absent.items()
     }
     for wanting in (results.left_out, results.failed):
-        reasons |= {why for what, why in wanting.items() if what.startswith(groups)}
+        reasons |= {
+            why for what, why in wanting.items() if what.startswith(groups) and _is_of(what, dtype)
+        }
     return "; ".join(sorted(reasons)) or "not part of this run"
+
+
+def _is_of(what: str, dtype: str) -> bool:
+    """Whether a part of the run, by its name, is of this dtype; "call" is of all."""
+    words = what.replace(",", " ").split()
+    return dtype in words or not {"f32", "bf16"} & set(words)
 
 
 def _ratios(cells: list[Cell], above: str, below: str) -> list[tuple[str, float]]:
@@ -190,6 +203,28 @@ def _methods(r: Results, dtype: str) -> list[tuple[str, float]]:
     return _ratios(r.of("method", dtype), names.EAGER, names.OURS)
 
 
+def _unpaired(r: Results, dtype: str) -> str:
+    """The methods that failed, were left out or have no peer; not what a model cannot have."""
+    cells = [c for c in r.of("method", dtype) if names.OURS not in c.absent]
+    gone = [
+        f"{what.removeprefix('method ')}: {why}"
+        for wanting in (r.failed, r.left_out)
+        for what, why in wanting.items()
+        if what.startswith("method ") and _is_of(what, dtype)
+    ]
+    alone = [
+        f"{c.label}: {c.absent.get(names.EAGER, 'not timed')}"
+        for c in cells
+        if c.ratio(names.EAGER, names.OURS) is None
+    ]
+    if not gone + alone:
+        return ""
+    return (
+        f"of {len(cells) + len(gone)} methods, {len(gone) + len(alone)} without a peer: "
+        f"{'; '.join(gone + alone)}"
+    )
+
+
 def _both(f32: float, bf16: float | None = None) -> dict[str, float]:
     return {"f32": f32, "bf16": f32 if bf16 is None else bf16}
 
@@ -230,5 +265,5 @@ GOALS = (
     Goal("call", "smallest layer (4×16, r=4) over F.linear, per call", "≤", {"f32": 2.0},
          lambda r, d: _ratios(r.of("call", d), names.OURS, names.FROZEN), source="text"),
     Goal("method-eager", "no method's step slower than eager torch", "≥", _both(1.0), _methods,
-         source="text"),
+         lacking=_unpaired, source="text"),
 )  # fmt: skip

@@ -15,7 +15,7 @@ from .cases import DTYPES
 from .cell import EAGER, OURS, Cell
 from .contenders import Contender, contenders
 from .difference import difference
-from .pair import held_pair, stepper, time_steps
+from .pair import held_pair, stepper, time_steps, timed_optimizer
 from .reader import HEAD
 from .workloads import Workload
 
@@ -60,7 +60,7 @@ def measure_method(
     if ratio is None or ratio >= 1:
         return cell
     steps = {
-        name: stepper(model, torch.optim.AdamW(trained), batch)
+        name: stepper(model, timed_optimizer(trained), batch)
         for name, (model, trained) in peers.items()
     }
     return replace(cell, note=difference(steps[OURS], steps[EAGER]))

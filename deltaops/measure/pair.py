@@ -92,12 +92,15 @@ def time_steps(
         )
         for name, (model, trained) in peers.items()
     }
-    optimizers = {
-        name: make_optimizer([{"params": trained}], 1e-4) for name, (_, trained) in peers.items()
-    }
+    optimizers = {name: timed_optimizer(trained) for name, (_, trained) in peers.items()}
     steps = {name: stepper(model, optimizers[name], batch) for name, (model, _) in peers.items()}
     timings = interleaved(steps, rounds=rounds, seconds=seconds, paired=PAIRED, on_round=on_round)
     return Taken(timings, saved, {name: _state_bytes(one) for name, one in optimizers.items()})
+
+
+def timed_optimizer(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """That of every peer."""
+    return make_optimizer([{"params": trained}], 1e-4)
 
 
 def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], None]:
@@ -121,11 +124,11 @@ def away_from_start(handle: Handle, dtype: torch.dtype = torch.float32) -> None:
 
 
 def answer(model: nn.Module, trained: list[nn.Parameter], batch: Batch) -> Step:
-    """Loss and flat gradient."""
+    """Loss and gradients."""
     loss: Tensor = model(**batch).loss
     # an encoder may have parts that its last states do not come from
     grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-    return loss.detach(), torch.cat([g.flatten().double() for g in grads])
+    return loss.detach(), [g.double() for g in grads]
 
 
 # --------------------------------------------------------------------------------------- details

@@ -64,8 +64,9 @@ def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
 
 
 def verdict(outcome: Outcome) -> str:
-    """ "met", "missed" or "not measured"."""
-    return {True: "met", False: "missed", None: "not measured"}[outcome.met]
+    """ "met", "missed", "incomplete" or "not measured"."""
+    open_ = "not measured" if outcome.worst is None else "incomplete"
+    return open_ if outcome.met is None else "met" if outcome.met else "missed"
 
 
 def quantity(value: float | None, unit: str) -> str:

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from deltaops.errors import DeltaopsError
+
 from . import machine
 from .cases import DTYPES, OPS, QUICK_SHAPES, SHAPES, SMALL_M
-from .cell import OURS, OURS_COMPILED, PEFT_COMPILED, Cell, Results
+from .cell import EAGER, OURS_COMPILED, PEFT_COMPILED, Cell, Results
 from .contenders import Contender, contenders
 from .layers import Pace, measure_call, measure_layer, measure_product
 from .methods import NAMES, measure_method
@@ -97,8 +99,9 @@ def run(
         share = left * part.weight / sum(p.weight for p in parts[done:])
         try:
             sound, wrong = sift(part.run(share))
-        except AssertionError as error:  # a gate: the rest of a long run is still worth having
-            failed[part.name] = str(error)
+        # a gate, or what one method cannot: the rest of a long run is still worth having
+        except (AssertionError, DeltaopsError, ValueError, RuntimeError) as error:
+            failed[part.name] = str(error) or type(error).__name__
         else:
             cells += sound
             failed |= wrong
@@ -196,7 +199,7 @@ def _method(
         if dtype == "bf16" and not machine.bf16_instructions():
             return [
                 Cell(
-                    "method", contender.title, dtype, 0.0, {}, {OURS: NO_PEER},
+                    "method", contender.title, dtype, 0.0, {}, {EAGER: NO_PEER},
                     model=workload.title,
                 )
             ]  # fmt: skip

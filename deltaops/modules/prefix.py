@@ -30,6 +30,9 @@ NAME = "deltaops"
 """The implementation, as transformers' configs have it."""
 KEYS, VALUES = "prefix_k", "prefix_v"
 """Names of the parameters ``[Hkv, P, D]`` on an attention module."""
+TABLE = "relative_attention_bias"
+"""What T5's first attention of a stack makes the bias of all from."""
+WANTS_GRADIENT = "a bias that wants a gradient"
 _HELD = "_deltaops_prefix"
 _settings: dict[str, frozenset[str]] = {}
 """Words of transformers' function for "sdpa", where we know it; a compiler follows no cache."""
@@ -222,8 +225,11 @@ def attend_with_prefix(
         return attend(theirs, backend, module.__dict__.get("strict", False), *given, **settings)
     prefix_k, prefix_v = _both(module, held)
     k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
+    hidden = key.shape[2] - k.shape[2]
+    if bias is not None and hidden and bias.shape[-1] >= key.shape[2]:  # as the keys are cut
+        bias = named[BIAS] = bias[..., : bias.shape[-1] - hidden]
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
-    reason = _beyond(dropout, named) or _unfit(bias, query, k, prefix_k)
+    reason = _beyond(dropout, named) or _unfit(module, bias, query, k, prefix_k)
     if reason is None and not attends(query, k, v, attention_mask, groups, causal):
         reason = "these tensors, or their mask of numbers"
     if reason is None:
@@ -265,16 +271,23 @@ def _beyond(dropout: float, named: dict[str, Any]) -> str | None:
     return f"{asked[0]!r}, a setting of 'sdpa'" if asked else None
 
 
-def _unfit(bias: Tensor | None, q: Tensor, k: Tensor, prefix: Tensor) -> str | None:
+def _unfit(module: Any, bias: Tensor | None, q: Tensor, k: Tensor, prefix: Tensor) -> str | None:
     """What of a bias is none of the op's; None where it takes it."""
     if bias is None:
         return None
-    if bias.requires_grad and torch.is_grad_enabled():
-        return "a bias that wants a gradient"
+    # not by the grad mode: a block that is run again for its gradients takes the same way
+    if bias.requires_grad or (module.training and _trains_bias(module)):
+        return WANTS_GRADIENT
     sizes = (k.shape[2], prefix.shape[1] + k.shape[2])
     if bias.dim() != 4 or bias.shape[3] not in sizes or bias.dtype not in (q.dtype, torch.float32):
         return f"a bias {list(bias.shape)} of {bias.dtype}"
     return None
+
+
+def _trains_bias(module: Any) -> bool:
+    """Whether a T5 attention has a table of biases that is trained."""
+    table = getattr(module, TABLE, None)
+    return isinstance(table, nn.Module) and any([p.requires_grad for p in table.parameters()])
 
 
 def _grown(added: Tensor, prefix: Tensor) -> Tensor:
@@ -306,6 +319,8 @@ def told_of_prefix(module: Any, tokens: int) -> tuple[str, str]:
     query = next(p for child in module.children() for p in child.parameters())
     base = getattr(type(module), "base_class", type(module))
     biased = BIAS in words(unwrap(base.forward).__code__)
+    if biased and (wanting := _wants_gradient(module)):
+        return "torch", f"prefix_attention does not take {WANTS_GRADIENT}: {wanting}"
     h_kv, length, width = prefix.shape
     call = PrefixAttentionCall(
         prefix.device.type, query.dtype, prefix.dtype, 1, max(heads_of(module), h_kv), h_kv, tokens,
@@ -313,7 +328,20 @@ def told_of_prefix(module: Any, tokens: int) -> tuple[str, str]:
     )  # fmt: skip
     explanation = explain_call(call, held.backend)
     eager = explanation.chosen == LAST_RESORT and held.backend != LAST_RESORT
-    return "torch" if eager else explanation.chosen or "none", explanation.reason
+    reason = explanation.reason
+    if biased and not eager and not hasattr(module, TABLE):
+        reason += "; torch where a bias that its stack's first layer makes is trained"
+    return "torch" if eager else explanation.chosen or "none", reason
+
+
+def _wants_gradient(module: Any) -> str | None:
+    """Why the bias of a T5 attention wants a gradient, as far as the module itself says it."""
+    if _trains_bias(module):
+        return f"its {TABLE} is trained"
+    crosses = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    if crosses and module.training and getattr(module, "gradient_checkpointing", False):
+        return "transformers makes one of zeros for gradient checkpointing"
+    return None
 
 
 def heads_of(module: Any) -> int:

@@ -58,8 +58,10 @@ def prefix_attention(
             needs neither.
         bias: ``[B or 1, H or 1, Lq or 1, Lk or 1]``, in the dtype of ``q`` or float32, added to the
             scaled scores of ``k``, as T5 has a number for each distance; with P + Lk columns to
-            those of the prefix too, which come first. It is frozen: no gradient is computed, and
-            one that wants it is refused.
+            those of the prefix too, which come first. One column is that of all keys of ``k``, and
+            of none of the prefix. It is frozen: no gradient is computed, and one that wants it is
+            refused. Keys are hidden by -inf or by ``mask``: a row whose every score is near the
+            least finite number has no gradient to rely on.
         scale: of the scores; ``D ** -0.5`` where None.
         backend: "auto", or the name of one in ``deltaops.backends()``, which then runs or raises.
             Where none takes a call, or torch is faster, "auto" copies the prefix before the keys
@@ -82,7 +84,7 @@ def prefix_attention(
     if mask is not None:  # no copy: what is shared has a stride of zero
         mask = mask.expand(*q.shape[:3], k.shape[2])
     if bias is not None:
-        bias = bias.expand(*q.shape[:3], max(bias.shape[3], k.shape[2]))
+        bias = bias.expand(*q.shape[:3], _columns(bias, k))
     given = q, k, v, prefix_k, prefix_v
     rest = mask, scale, causal, bias
     if transformed("prefix_attention", backend, strict):
@@ -113,12 +115,19 @@ def _torch(
     scale: float,
     causal: bool,
 ) -> Tensor:
-    """Torch's own on copies, which is faster than the reference, with the gradients that it has."""
+    """Torch's own on copies, which is faster than the reference, with the gradients that it has.
+
+    A bias wider than q is not rounded to it: all is computed in the wider dtype then.
+    """
+    if bias is not None and bias.dtype is not q.dtype:
+        kind, wide = q.dtype, torch.promote_types(bias.dtype, q.dtype)
+        q, k, v, prefix_k, prefix_v = (t.to(wide) for t in (q, k, v, prefix_k, prefix_v))
+        y = _torch(q, k, v, prefix_k, prefix_v, mask, bias.to(wide), scale, causal)
+        return y.to(kind)
     keys, values = reference.join(prefix_k, k), reference.join(prefix_v, v)
     seen = reference.mask_of_both(q, k, prefix_k, mask, causal)
     if bias is not None:
-        columns = max(bias.shape[3], k.shape[2])
-        added = bias.to(q.dtype).expand(*bias.shape[:2], q.shape[2], columns)
+        added = bias.to(q.dtype).expand(*bias.shape[:2], q.shape[2], _columns(bias, k))
         added = reference.grown(added, k, prefix_k)
         seen = added if seen is None else torch.where(seen, added, -torch.inf)
     with torch.autocast(q.device.type, enabled=False):
@@ -126,6 +135,11 @@ def _torch(
             q, keys, values, seen, scale=scale, enable_gqa=k.shape[1] < q.shape[1]
         )
     return arrange(y, True)
+
+
+def _columns(bias: Tensor, k: Tensor) -> int:
+    """Those of a bias, one for each of its keys: a single one is that of all of ``k``, or none."""
+    return k.shape[2] if bias.shape[3] == 1 else bias.shape[3]
 
 
 def _check_bias(q: Tensor, k: Tensor, prefix: Tensor, bias: Tensor | None) -> None:

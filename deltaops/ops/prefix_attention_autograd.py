@@ -58,14 +58,22 @@ def call_of(given: Forward | Backward) -> PrefixAttentionCall:
 
 
 def run_forward(runner: Backend, given: Forward) -> tuple[Tensor, Tensor]:
-    return cast(PrefixAttentionBackend, runner).prefix_attention_forward(*given)
+    *rest, bias = given
+    run: Any = cast(PrefixAttentionBackend, runner).prefix_attention_forward
+    found: tuple[Tensor, Tensor] = run(*rest, **_more(bias))
+    return found
 
 
 def run_backward(runner: Backend, given: Backward, needs: Sequence[bool]) -> list[Tensor]:
     *rest, bias = given
     run: Any = cast(PrefixAttentionBackend, runner).prefix_attention_backward
-    found: list[Tensor] = run(*rest, needs, bias)
+    found: list[Tensor] = run(*rest, needs, **_more(bias))
     return found
+
+
+def _more(bias: Tensor | None) -> dict[str, Tensor]:
+    """By name, and only where there is one: a backend that refuses biases need not know of them."""
+    return {} if bias is None else {"bias": bias}
 
 
 class PrefixAttentionFunction(torch.autograd.Function):

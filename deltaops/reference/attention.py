@@ -8,6 +8,9 @@ lse [B,H,Lq]. Query head h reads key head h // (H / Hkv). A bias [B or 1,H or 1,
 S, if there is one; it has no gradient. The sums are over the keys that a query
 sees; one that sees none has lse = ∞, P = 0, y = 0 and hands no gradient on. Backward makes P again
 from lse, and δ from the rounded y (Dao et al. 2022). Computed in float32 at least and rounded once.
+
+Keys are hidden by −∞ or the mask. Where every score of a row is near the least finite number lse
+swallows log n: y is right, but P of the backward pass is not, and the row has no useful gradient.
 """
 
 from __future__ import annotations
@@ -34,8 +37,10 @@ def forward(
     with torch.autocast(q.device.type, enabled=False):
         scores = _scores(queries, keys, mask, scale, causal, bias)
         lse = torch.logsumexp(scores, -1)
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        y = torch.einsum("bkgij,bkjd->bkgid", torch.exp(scores - lse.unsqueeze(-1)), values)
+        blind = lse == -torch.inf
+        lse = lse.masked_fill(blind, torch.inf)
+        p = torch.softmax(scores, -1).masked_fill(blind.unsqueeze(-1), 0.0)
+        y = torch.einsum("bkgij,bkjd->bkgid", p, values)
     return arrange(y.reshape(q.shape).to(q.dtype), True), lse.reshape(q.shape[:3])
 
 

@@ -18,6 +18,7 @@ from deltaops.measure.cell import (
     Results,
 )
 from deltaops.measure.goals import GOALS, Outcome, evaluate
+from deltaops.measure.report import verdict
 
 from .results import cell, results
 
@@ -126,6 +127,26 @@ def test_every_method_that_is_slower_is_named_with_what_the_profiler_saw() -> No
     assert (one.met, one.where, one.worst) == (False, "BitFit on BERT f32", 0.5)
     assert one.causes[:2] == ["BitFit on BERT: 0.50×, aten::b", "Prefix on BERT: 0.80×, aten::a"]
     assert outcome(results(on("LoRA", 1.0)), "method-eager").met is True
+
+
+def test_the_methods_goal_is_open_while_one_has_no_ratio() -> None:
+    def on(name: str, **fields: object) -> Cell:
+        return cell("method", {OURS: 0.5, EAGER: 1.0}, what=name, model="BERT", **fields)
+
+    alone = cell("method", {OURS: 1.0}, what="Odd", model="BERT", absent={EAGER: "no form"})
+    impossible = cell("method", {}, what="Prompt", model="BERT", absent={OURS: "no room"})
+    found = results(on("LoRA"), alone, impossible)
+    found.failed.update({"method IA3 on BERT f32": "off", "method IA3 on BERT bf16": "narrow"})
+    found.left_out["method BitFit on BERT f32"] = "no time"
+    one = outcome(found, "method-eager")
+    assert (one.met, one.worst) == (None, 2.0)
+    assert "of 4 methods, 3 without a peer: IA3 on BERT f32: off; BitFit on BERT f32" in one.where
+    assert "Odd on BERT f32: no form" in one.where
+    assert "Prompt" not in one.where
+    assert verdict(one) == "incomplete"
+    assert outcome(found, "method-eager", "bf16").where == "narrow"
+    found.cells.append(cell("method", {OURS: 2.0, EAGER: 1.0}, what="DoRA", model="BERT"))
+    assert outcome(found, "method-eager").met is False
 
 
 def test_a_missing_peer_is_the_reason_of_an_empty_cell() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import deltaops
 from deltaops.measure import methods, pair
 from deltaops.measure.cell import EAGER, OURS
 from deltaops.measure.contenders import contenders
@@ -13,6 +14,7 @@ from deltaops.measure.difference import difference
 from deltaops.measure.reader import Reader
 from deltaops.measure.workloads import Workload
 from deltaops.testing.architectures import build
+from deltaops.tuning.spec import parse_delta
 
 ALL = contenders()
 
@@ -30,6 +32,12 @@ def test_a_decoder_agrees_with_its_eager_form(name: str) -> None:
     cell = methods.measure_method(ALL[name], workload("llama"), "f32", rounds=1)
     assert set(cell.timings) == set(cell.saved) == {OURS, EAGER}
     assert cell.label == f"{ALL[name].title} on llama, 3×8 f32"
+
+
+def test_what_decodes_a_prompt_is_of_the_eager_model_and_no_bytes_of_a_pass() -> None:
+    handle = deltaops.attach(reader("llama"), parse_delta(ALL["intrinsic"].spec))
+    twin, _ = pair.eager_twin(reader("llama"), handle, torch.float32)
+    assert {"encoder.eager_base", "encoder.eager_projection"} <= dict(twin.named_buffers()).keys()
 
 
 @pytest.mark.parametrize("name", ["lora", "prefix-mlp"])
@@ -54,6 +62,25 @@ def test_another_function_is_stopped_in_bf16(monkeypatch: pytest.MonkeyPatch) ->
         methods.measure_method(ALL["lora"], workload("bert"), "bf16", rounds=1)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_lost_gradient_is_stopped_however_small(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = pair.answer
+
+    def wrong(model: nn.Module, trained: list[nn.Parameter], batch: pair.Batch) -> pair.Step:
+        loss, (first, *others) = right(model, trained, batch)
+        ours = hasattr(model, "encoder") and deltaops.surgery.handle_of(model) is not None
+        if ours:
+            rest = torch.cat([g.flatten() for g in others])
+            assert first.norm() < (1e-3 if dtype == "f32" else 1e-2) * rest.norm()
+        return loss, [first * 0 if ours else first, *others]
+
+    monkeypatch.setattr(pair, "answer", wrong)
+    with pytest.raises(AssertionError, match=r"off by 1.0e\+00 .* in leaf 0 of"):
+        methods.measure_method(ALL["intrinsic"], workload("bert"), dtype, rounds=1)
+
+
 def test_a_model_that_cannot_have_a_method_says_why() -> None:
     short = Workload("bert", lambda: Reader(build("bert", max_position_embeddings=16), 24, 20), 60,
                      3, 8, classes=20)  # fmt: skip
@@ -67,6 +94,7 @@ def test_a_slower_step_is_explained() -> None:
     said = difference(lambda: (x @ x).exp(), lambda: (x @ x).sin())
     assert "aten::exp +" in said
     assert "aten::sin -" in said
+    assert not difference(lambda: x @ x, lambda: None).endswith("; ")
 
 
 def test_texts_have_lengths_of_their_own() -> None:

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from deltaops.cli import app
 from deltaops.cli.bench import _settings
-from deltaops.errors import CheckpointError, ConfigError
+from deltaops.errors import CheckpointError, ConfigError, DtypeError
 from deltaops.files import write_json
 from deltaops.measure import layers, runner, store
 from deltaops.measure.cases import SHAPES
-from deltaops.measure.cell import OURS, PEFT
+from deltaops.measure.cell import EAGER, OURS, PEFT
 from deltaops.measure.report import markdown
 from deltaops.measure.runner import Part, Settings
 
@@ -71,9 +71,12 @@ def test_a_hopeless_peer_is_refused_with_its_reason() -> None:
     assert pace.refuses("PEFT", "f32", 1e11) is None
 
 
-def test_a_gate_stops_its_part_and_the_run_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [AssertionError, DtypeError, RuntimeError])
+def test_a_gate_stops_its_part_and_the_run_tells(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(seconds: float) -> list[object]:
-        raise AssertionError("y: relative error")
+        raise error("y: relative error")
 
     good = Part("call", 1, lambda s: [cell("call", {"deltaops": 1.0})])
     monkeypatch.setattr(runner, "plan", lambda _: iter([Part("lora a", 1, wrong), good]))
@@ -124,7 +127,7 @@ def test_without_instructions_a_half_has_no_peer(monkeypatch: pytest.MonkeyPatch
     (part,) = runner.plan(settings)
     (found,) = part.run(1.0)
     assert found.timings == {}
-    assert "no BF16 instructions" in found.absent[OURS]
+    assert "no BF16 instructions" in found.absent[EAGER]
 
 
 def test_what_was_measured_outlives_a_run_that_is_killed(
@@ -158,6 +161,21 @@ def test_a_place_that_takes_no_files_is_told_before_anything_is_measured(
     (tmp_path / "file").write_text("")
     result = CliRunner().invoke(app, ["bench", "--out", str(tmp_path / "file")])
     assert isinstance(result.exception, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--methods nothing", "--methods knows"),
+        ("--only layers --methods nothing", "--methods knows"),
+        ("--only steps --methods lora", "no part in --only steps"),
+        ("--only methods --dropout 0.1", "--dropout has no part in --only methods"),
+    ],
+)
+def test_words_that_have_no_part_in_a_run_are_refused(words: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *words.split()])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
 
 
 def test_a_report_is_called_as_its_json(tmp_path: Path) -> None:

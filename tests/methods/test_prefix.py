@@ -527,6 +527,36 @@ def test_generation_with_shared_heads_padding_and_a_cache(mlp: bool, shift: bool
     assert torch.equal(found[0], found[2])
 
 
+def test_a_bias_of_t5_that_wants_a_gradient_is_told() -> None:
+    handle = attached("t5")
+    model = handle.model.train()
+
+    def told() -> dict[str, tuple[str, str]]:
+        rows = deltaops.report(model).rows
+        return {r.path: (r.backend, r.reason) for r in rows if r.path in handle.sites}
+
+    cross = {path for path in handle.sites if path.endswith("EncDecAttention")}
+    first = "encoder.block.0.layer.0.SelfAttention"
+    assert "wants a gradient" not in str(told())
+    model.gradient_checkpointing_enable()
+    found = told()
+    assert {p for p, (_, why) in found.items() if "for gradient checkpointing" in why} == cross
+    assert {found[path][0] for path in cross} == {"torch"}
+    model.gradient_checkpointing_disable()
+    model.get_submodule(first).relative_attention_bias.requires_grad_()
+    assert told()[first][0] == "torch"
+    assert "its relative_attention_bias is trained" in told()[first][1]
+
+
+def test_t5_generates_the_same_with_a_cache() -> None:
+    model = attached("t5", "ForConditionalGeneration").model
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 0
+    given = {"input_ids": torch.tensor([[9, 17, 3, 40], [5, 17, 3, 40]])}
+    found = [model.generate(**given, max_new_tokens=4, use_cache=cache) for cache in (False, True)]
+    assert torch.equal(*found)
+    assert model(**given, labels=torch.tensor([[3], [4]])).loss.isfinite()  # one key, too
+
+
 def test_a_pickle_runs_in_a_fresh_process(tmp_path: Path) -> None:
     handle = attached("bert", reparameterised=True, shift_positions=True)
     answer("bert", handle.model)  # what the MLP computed is a node, and stays behind

@@ -193,6 +193,22 @@ def test_added_numbers_reach_no_prefix() -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_bias_is_cut_where_keys_of_a_larger_cache_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, LENGTH, 8, generator=generator)
+    module = nn.Module()
+    module.is_causal = True
+    ours.add_prefix(module, *torch.randn(2, 4, P, 8, generator=generator))
+    bias = torch.randn(1, 4, LENGTH, P + LENGTH, generator=generator)
+    want, _ = ours.attend_with_prefix(module, q, k, v, None, position_bias=bias)
+    ahead = torch.ones(2, 4, 3, 8)
+    longer = [torch.cat([t, ahead], 2) for t in (k, v)]
+    more = torch.cat([bias, torch.ones(1, 4, LENGTH, 3)], 3)
+    for settings in ({}, {"dropout": 1e-30}):  # fused, and by transformers' function
+        got, _ = ours.attend_with_prefix(module, q, *longer, None, position_bias=more, **settings)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @each_model
 def test_without_its_prefix_a_model_is_what_it_was(make: Any, name: str, heads: int) -> None:
     torch.manual_seed(0)

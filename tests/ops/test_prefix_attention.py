@@ -129,6 +129,48 @@ def test_biases_are_broadcast_and_frozen(shape: tuple[int, ...], backend: str) -
         assert torch.equal(prefix_attention(*leaves, **given, backend=backend), got)
 
 
+@anyone
+def test_a_single_key_has_no_stride(backend: str) -> None:
+    """Of heads that lie last, as T5's are in its bias."""
+    leaves, given = leaves_of(PrefixAttentionCase(3, AttentionCase(2, 4, 5, 8, l_kv=1)))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn((2, 5, 1, 4), generator=generator).permute(0, 3, 1, 2)
+    given["bias"], given["mask"] = drawn, drawn > 0
+    assert given["mask"].stride(3) == given["bias"].stride(3) == 4
+    y = prefix_attention(*leaves, **given, backend=backend)
+    torch.testing.assert_close(y, torchs(leaves, given), rtol=1e-5, atol=1e-6)
+    q, k, v, *_ = leaves
+    y = attention(q, k, v, mask=given["mask"], backend=backend)
+    torch.testing.assert_close(y, v * given["mask"], rtol=1e-5, atol=1e-6)
+
+
+@anyone
+def test_a_bias_of_no_key_is_not_that_of_the_prefix(backend: str) -> None:
+    leaves, given = leaves_of(PrefixAttentionCase(1, AttentionCase(2, 4, 5, 8, l_kv=0)))
+    want = prefix_attention(*leaves, **given, backend=backend)
+    given["bias"] = torch.full((1, 1, 1, 1), -torch.inf)
+    assert torch.equal(prefix_attention(*leaves, **given, backend=backend), want)
+
+
+@anyone
+def test_a_row_of_the_least_finite_numbers_is_a_mean(backend: str) -> None:
+    leaves, given = leaves_of(PrefixAttentionCase(3, AttentionCase(2, 4, 5, 8)))
+    given["bias"] = torch.full((1, 1, 5, 8), torch.finfo(torch.float32).min)
+    y = prefix_attention(*leaves, **given, backend=backend)
+    torch.testing.assert_close(y, torchs(leaves, given), rtol=1e-5, atol=1e-6)
+
+
+def test_a_wide_bias_is_not_rounded_where_torch_runs() -> None:
+    case = PrefixAttentionCase(3, AttentionCase(2, 4, 5, 8))
+    given, bias = case.tensors(torch.bfloat16), 100 + torch.rand(1, 4, 5, 5)
+    found = [
+        prefix_attention(*given.inputs, bias=bias, backend=backend)
+        for backend in ("auto", "reference")
+    ]
+    assert found[0].dtype is torch.bfloat16
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
+
+
 def test_with_a_cache_token_by_token_is_all_at_once() -> None:
     (q, k, v, *prefix), _ = leaves_of(PrefixAttentionCase(3, AttentionCase(2, 4, 6, 8)))
     whole = prefix_attention(q, k, v, *prefix, causal=True, backend="cpu")

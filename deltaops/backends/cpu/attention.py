@@ -120,7 +120,12 @@ def _placed_prefix(prefix: Prefix) -> tuple[Any, ...]:
 
 
 def _placed_mask(mask: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    return (0, (0, 0, 0, 0)) if mask is None else (mask.data_ptr(), mask.stride())
+    return (0, (0, 0, 0, 0)) if mask is None else (mask.data_ptr(), _steps(mask))
+
+
+def _steps(pairs: Tensor) -> tuple[int, ...]:
+    """Strides; torch leaves that of a single key open, and the core takes 0 and 1."""
+    return pairs.stride() if pairs.shape[3] != 1 else (*pairs.stride()[:3], 0)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -148,7 +153,7 @@ def _biased(bias: Tensor | None, prefix: Prefix | None, keys: int) -> dict[str, 
         return {}
     length = prefix[0].shape[1] if prefix else 0
     first = 0 if bias.shape[3] == length + keys else length
-    return {"bias": bias.data_ptr(), "bias_strides": bias.stride(), "bias_from": first}
+    return {"bias": bias.data_ptr(), "bias_strides": _steps(bias), "bias_from": first}
 
 
 def outrun(call: AttentionCall) -> str | None:

@@ -52,6 +52,7 @@ def forward(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
+    assert bias is None  # refused by unsupported()
     y = _by_tokens(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if lse.numel():
@@ -84,6 +85,7 @@ def backward(
     bias: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
+    assert bias is None  # refused by unsupported()
     grads = [_by_tokens(t) if need else None for t, need in zip((q, k, v), needs, strict=False)]
     for t, need in zip((prefix_k, prefix_v), needs[3:], strict=True):
         shape = torch.Size(t.shape)
