@@ -6,6 +6,7 @@
     BitFit, LNTuning the parameter itself is trained, or a bias is added where there was none
     (IA)³            the output, or a feed-forward's inner activation, times a gain
     Compacter        Adapter, its matrices formed of their Kronecker factors
+    IntrinsicAdapter Adapter, all parameters decoded once a pass
     Prompt, Prefix, IntrinsicPrompt   see :mod:`.eager_tokens`
 
 What is trained comes under the keys of ``handle.state()``, so that losses and gradients can be held
@@ -23,10 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltaops.methods import Delta, Site
+from deltaops.methods.base import MODEL
 from deltaops.methods.targets import FEED_FORWARD_OUTPUT
+from deltaops.modules import DecodedAdapters, DecodedBottleneck
 from deltaops.surgery import Handle
 
+from .eager_decoded import Decoded, decoding
 from .eager_tokens import intrinsic_prompt, prefix, prompt
+
+_DECODED = "eager_decoded"
+"""In the ``__dict__`` of the model: its :class:`.eager_decoded.Decoded`."""
 
 Leaves = dict[str, nn.Parameter]
 """Suffix of a place's tensor → what is trained."""
@@ -105,6 +112,27 @@ def _adapter(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Modu
     )
 
 
+def _intrinsic_adapter(
+    model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module
+) -> None:
+    """The model comes first, with z."""
+    if site.place == MODEL:
+        (z,) = t.values()
+        (source,) = (m for m in bound.children() if isinstance(m, DecodedAdapters))
+        decoded = model.__dict__[_DECODED] = Decoded(decoding(source.decoder, z, model))
+        model.register_forward_pre_hook(decoded)
+        return
+    (adapter,) = bound.get_submodule("adapter").children()
+    assert isinstance(adapter, DecodedBottleneck)
+    tensors = model.__dict__[_DECODED].next(adapter.layout)
+
+    def after(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        own = tensors()
+        return y + _bottleneck(delta, y, own, own["adapter.up_bias"])
+
+    model.get_submodule(site.path).register_forward_hook(after)
+
+
 def _parallel(model: nn.Module, delta: Any, site: Site, t: Leaves, bound: nn.Module) -> None:
     module = model.get_submodule(site.path)
     if not site.entry:  # beside one layer, whose bias is trained
@@ -170,6 +198,7 @@ def _kronecker(a: Tensor, s: Tensor, t: Tensor) -> Tensor:
 EAGER: dict[str, Callable[[nn.Module, Any, Site, Leaves, nn.Module], None]] = {
     "lora": _lora,
     "adapter": _adapter,
+    "intrinsic-adapter": _intrinsic_adapter,
     "compacter": _compacter,
     "parallel": _parallel,
     "bitfit": _bitfit,

@@ -21,6 +21,8 @@ from deltaops.methods import Site
 from deltaops.methods.base import MODEL
 from deltaops.modules import PROMPTS
 
+from .eager_decoded import decoding
+
 _NAME = "deltaops_eager_prefix"
 _HELD = "eager_prefix"
 """In the ``__dict__`` of an attention: what returns its keys and values."""
@@ -41,25 +43,11 @@ def intrinsic_prompt(
 ) -> None:
     """As :func:`prompt`, of a prompt that the delta's frozen decoder makes of ``z``."""
     (made,) = bound.get_submodule(PROMPTS).children()
-    z, stack = t["intrinsic"], model.get_submodule(site.path)
-    decoder: Any = made.get_submodule("decoder")
-    frozen = {k: v.detach().to(z.dtype) for k, v in decoder.named_buffers()}
-    for name, tensor in frozen.items():  # of the model, as ours are: no bytes of a pass
-        stack.register_buffer(f"eager_{name}", tensor, persistent=False)
-    if "projection" in frozen:
-        base, projection = frozen["base"], frozen["projection"]
-        _lengthen(stack, lambda: base + (z @ projection).view_as(base))
-        return
-    first, first_bias, second, second_bias = (
-        frozen[name] for name in ("first_weight", "first_bias", "second_weight", "second_bias")
-    )
-    width: int = decoder.width
-
-    def decoded() -> Tensor:
-        inner = torch.tanh(linear(z, first, first_bias))
-        return linear(inner, second, second_bias).view(-1, width)
-
-    _lengthen(stack, decoded)
+    z = t["intrinsic"]
+    stack: Any = model.get_submodule(site.path)
+    flat = decoding(made.get_submodule("decoder"), z, stack)
+    width = stack.get_input_embeddings().embedding_dim
+    _lengthen(stack, lambda: flat().view(-1, width))
 
 
 def _lengthen(stack: nn.Module, made: Callable[[], Tensor]) -> None:
