@@ -11,7 +11,7 @@
  *
  * Threads form a grid of row groups x column shares. A thread walks its rows in blocks, and each
  * block through k in blocks: copy the block of x (L2) where the tiles cannot read it as it lies,
- * add its part of S, then for each panel of W: pack it (L1) and run the tiles down the block.
+ * add its part of S, then for each panel of W: pack it (L2) and run the tiles down the block.
  * Threads that share rows share the copy and S, double buffered, with one barrier a step where
  * there is either; with one thread a row group there is no barrier at all.
  * How a product is cut never changes the order of one element's sum: the same bits for any team.
