@@ -179,7 +179,7 @@ struct Layer {
   uint8_t *bits;
   int64_t bits_each;
   Outer *b_outers;
-  int64_t num_b, b_panels;
+  OuterInput dy;  // without columns where no dB and no db is wanted
   bool any_bias;
   bool again;  // some dB is wanted past an activation
   float *up;   // [M, ranks]: S made again, in the columns of branches with an activation
@@ -191,11 +191,10 @@ struct Backward {
   Part parts[DELTAOPS_MAX_GROUP];
   Layer layers[DELTAOPS_MAX_GROUP];
   int64_t count, num_products;
-  const deltaops_matrix *x;
   Outer *a_outers;  // of all layers: x is read once for them
-  int64_t num_a, a_panels;
-  float *outer;
-  int64_t outer_each;
+  OuterInput x;     // without columns where no dA is wanted
+  Segments segments;
+  float *panel;  // per thread
 
   Group products() { return {parts, num_products, true}; }
 };
@@ -210,9 +209,16 @@ inline bool any_wanted(const deltaops_matrix *grads, int64_t count) {
   return false;
 }
 
+inline int64_t ranks_wanted(const BackwardArgs &args, const deltaops_matrix *grads) {
+  int64_t ranks = 0;
+  for (int64_t i = 0; i < args.num_branches; ++i)
+    if (wanted(grads, i)) ranks += rank_of(args.branches[i]);
+  return ranks;
+}
+
 template <class T>
 void lay_out_backward(int threads, Backward *b, Arena *arena) {
-  int64_t branches = 0, ranks_of_x = 0, most_ranks = 0;
+  int64_t branches = 0;
   for (int64_t i = 0; i < b->count; ++i) {
     const int64_t count = b->of[i]->num_branches;
     Product &p = b->parts[i].p;
@@ -230,8 +236,6 @@ void lay_out_backward(int threads, Backward *b, Arena *arena) {
       p.s_row = p.ranks;
     }
     branches += count;
-    ranks_of_x += p.ranks;
-    most_ranks = most(most_ranks, p.ranks);
     set_terms(b->of[i]->branches, count, false, terms, segments, &p);
     if (terms == nullptr) continue;
     for (int64_t t = p.num_plain; t < p.num_terms; ++t)
@@ -244,20 +248,25 @@ void lay_out_backward(int threads, Backward *b, Arena *arena) {
       }
   }
   b->a_outers = arena->take<Outer>(branches);
-  b->outer_each =
-      (kOuterRows + kOuterPanels * (b->a_panels ? ranks_of_x : most_ranks)) * kTileColumns + 64;
-  b->outer = arena->take<float>(threads * b->outer_each);
+  b->panel = arena->take<float>(threads * kOuterPanel);
+  b->x.sums = arena->take<float>(b->segments.count * b->x.sums_each());
+  for (int64_t i = 0; i < b->count; ++i) {
+    OuterInput &dy = b->layers[i].dy;
+    dy.sums = arena->take<float>(b->segments.count * dy.sums_each());
+  }
   if (b->num_products > 0) lay_out<T>(b->products(), arena);
 }
 
 /* The outer products that are wanted, once the buffers have their places. */
 inline void set_outers(Backward *b) {
-  b->num_a = 0;
+  b->x.outers = b->a_outers;
+  b->x.count = 0;
   for (int64_t l = 0; l < b->count; ++l) {
     const BackwardArgs &args = *b->of[l];
     const Product &p = b->parts[l].p;
     Layer &layer = b->layers[l];
-    layer.num_b = 0;
+    layer.dy.outers = layer.b_outers;
+    layer.dy.count = 0;
     int64_t column = 0;
     for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
       const int64_t rank = rank_of(args.branches[i]);
@@ -265,19 +274,19 @@ inline void set_outers(Backward *b) {
         const uint8_t *bits = nullptr;
         for (int64_t t = 0; t < p.num_terms; ++t)
           if (p.terms[t].plain_column == column) bits = p.terms[t].bits;
-        b->a_outers[b->num_a++] = {layer.ds + column,
-                                   p.ranks,
-                                   rank,
-                                   args.grad_a[i].data,
-                                   args.grad_a[i].dtype == DELTAOPS_BF16,
-                                   false,
-                                   p.N,
-                                   bits,
-                                   p.bits_row};
+        b->a_outers[b->x.count++] = {layer.ds + column,
+                                     p.ranks,
+                                     rank,
+                                     args.grad_a[i].data,
+                                     args.grad_a[i].dtype == DELTAOPS_BF16,
+                                     false,
+                                     p.N,
+                                     bits,
+                                     p.bits_row};
       }
       const bool kept = args.branches[i].activation == DELTAOPS_IDENTITY;
       if (wanted(args.grad_b, i))
-        layer.b_outers[layer.num_b++] = {
+        layer.b_outers[layer.dy.count++] = {
             (kept ? static_cast<const float *>(args.s.data) : layer.up) + column,
             kept ? args.s.row_stride : p.ranks,
             rank,
@@ -321,33 +330,44 @@ inline void prepare(const Product &p, const Layer &layer, int self, int threads)
                 ceil_div(p.N, 8), p.seed, p.terms[t].stream, p.terms[t].threshold);
 }
 
-/* Some of the panels for outer products: those of x come first, then each dy's. */
-template <class T>
-void outer_panels(const Backward &b, Range panels, float *scratch) {
-  const int64_t M = b.parts[0].p.M;
-  if (b.a_panels > 0)
-    outer_products(static_cast<const T *>(b.x->data), b.x->row_stride, M, b.x->cols,
-                   {panels.begin, least(panels.end, b.a_panels)}, b.a_outers, b.num_a, nullptr,
-                   false, scratch);
-  int64_t before = b.a_panels;
-  for (int64_t i = 0; i < b.count; before += b.layers[i++].b_panels) {
-    const Layer &layer = b.layers[i];
-    const BackwardArgs &args = *b.of[i];
-    outer_products(static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, M,
-                   args.grad_y.cols,
-                   {most(panels.begin - before, 0), least(panels.end - before, layer.b_panels)},
-                   layer.b_outers, layer.num_b, args.grad_bias.data,
-                   args.grad_bias.dtype == DELTAOPS_BF16, scratch);
+/* f(matrix, its panels) for those among `panels`: first those of x, then each dy's. */
+template <class F>
+void each_input(const Backward &b, Range panels, const F &f) {
+  int64_t before = 0;
+  for (int64_t i = -1; i < b.count; ++i) {
+    const OuterInput &in = i < 0 ? b.x : b.layers[i].dy;
+    const Range mine = {most(panels.begin - before, 0), least(panels.end - before, in.panels())};
+    if (mine.begin < mine.end) f(in, mine);
+    before += in.panels();
   }
+}
+
+/* Thread `self`'s part of the outer products, segment by segment. */
+template <class T>
+void outer_products(const Backward &b, int64_t panels, int self, int threads) {
+  const auto finish = [&](const OuterInput &in, Range mine) { outer_finish(in, b.segments, mine); };
+  const Range all = share(b.segments.count * panels, self, threads);
+  for (int64_t at = all.begin; at < all.end;) {
+    const int64_t segment = at / panels, first = at % panels;
+    const Range mine = {first, least(panels, first + all.end - at)};
+    each_input(b, mine, [&](const OuterInput &in, Range some) {
+      outer_sums<T>(in, b.segments, segment, some, b.panel + self * kOuterPanel);
+    });
+    if (b.segments.count == 1) each_input(b, mine, finish);
+    at += mine.end - mine.begin;
+  }
+  if (b.segments.count == 1) return;
+  barrier();
+  each_input(b, share(panels, self, threads), finish);
 }
 
 template <class T>
 void backward_thread(Backward &b, int self, int threads) {
-  int64_t all_panels = b.a_panels;
+  int64_t panels = b.x.panels();
   bool again = false;
   for (int64_t i = 0; i < b.count; ++i) {
     prepare(b.parts[i].p, b.layers[i], self, threads);
-    all_panels += b.layers[i].b_panels;
+    panels += b.layers[i].dy.panels();
     again = again || b.layers[i].again;
   }
   if (b.num_products > 0) {
@@ -356,7 +376,7 @@ void backward_thread(Backward &b, int self, int threads) {
     run_product<T>(b.products(), self);
   }
   if (b.num_products > 0 || again) barrier();
-  outer_panels<T>(b, share(all_panels, self, threads), b.outer + self * b.outer_each);
+  if (panels > 0) outer_products<T>(b, panels, self, threads);
   for (int64_t i = 0; i < b.count; ++i)
     if (b.layers[i].any_bias) branch_bias_grads(*b.of[i], b.parts[i].p, b.layers[i], self, threads);
 }
@@ -394,12 +414,23 @@ inline bool add_layer(const BackwardArgs &args, const Product &p, Backward *b) {
     layer.again = layer.again || (wanted(args.grad_b, i) && p.M > 0 &&
                                   args.branches[i].activation != DELTAOPS_IDENTITY);
   layer.need_ds = p.M > 0 && (p.w.data || any_a || layer.any_bias);
-  layer.b_panels = any_b || args.grad_bias.data ? ceil_div(p.K, kTileColumns) : 0;
+  if (any_b || args.grad_bias.data)
+    layer.dy = {args.grad_y.data,
+                args.grad_y.row_stride,
+                p.M,
+                p.K,
+                nullptr,
+                0,
+                ranks_wanted(args, args.grad_b),
+                args.grad_bias.data,
+                args.grad_bias.dtype == DELTAOPS_BF16,
+                nullptr};
   if (any_a) {
-    b->x = &args.x;
-    b->a_panels = ceil_div(p.N, kTileColumns);
+    const int64_t before = b->x.ranks;
+    b->x = {args.x.data, args.x.row_stride, p.M, p.N, nullptr, 0, before, nullptr, false, nullptr};
+    b->x.ranks += ranks_wanted(args, args.grad_a);
   }
-  if (!layer.need_ds && !layer.any_bias && !any_a && layer.b_panels == 0) return false;
+  if (!layer.need_ds && !layer.any_bias && !any_a && layer.dy.C == 0) return false;
   int64_t at = b->count++;
   if (layer.need_ds) {  // before those without a product
     const int64_t first = b->num_products++;
@@ -416,7 +447,9 @@ inline bool add_layer(const BackwardArgs &args, const Product &p, Backward *b) {
 template <class T>
 deltaops_status backward_as(const BackwardArgs *layers, int64_t count) {
   Backward b;
-  b.count = b.num_products = b.num_a = b.a_panels = 0;
+  b.count = b.num_products = 0;
+  b.x = {};
+  b.segments = segments_of(layers[0].grad_y.rows);
   int64_t work = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Product p = backward_product(layers[i], layers[0].grad_x);
