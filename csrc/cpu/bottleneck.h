@@ -10,9 +10,9 @@
  * [M, R] floats exist. Both small matrices are packed once per call, in float, for all threads.
  *
  * Backward, dx takes the same path with the matrices exchanged; then the gradients that contract
- * over the rows are cut by columns of x and dy (outer.h says why), kWide of them at a time, and z
- * is made again from x while its panel is copied. dgamma and dbeta are summed by blocks of rows. No
- * sum's order depends on the team.
+ * over the rows are summed by segments of rows (outer.h says why), kWide columns of x or dy at a
+ * time, and z is made again from x while its panel is copied. dgamma and dbeta are summed by blocks
+ * of rows. No sum's order depends on the team.
  */
 #ifndef DELTAOPS_CPU_BOTTLENECK_H
 #define DELTAOPS_CPU_BOTTLENECK_H
@@ -275,8 +275,16 @@ struct BottleneckBackward {
   float *grad_gamma, *grad_beta;  // [blocks][k_padded]
   float *rows;                    // per thread
   int64_t rows_each;
-  float *sums;  // per thread: copied panels, then [kWideTiles][R][kTileColumns]
-  int64_t sums_each;
+  float *panels;  // per thread: copied, kWide columns of kSumRows rows
+  Segments segments;
+  float *sums[2];  // for dDown and for dUp: [segments][wides][sums_each]
+
+  int64_t wides() const { return ceil_div(b.K, kWide); }
+  /* The outer product as [kWide / kTileColumns][R][kTileColumns], and the columns' own sums. */
+  int64_t sums_each() const { return (b.R + 1) * kWide; }
+  float *sums_of(int sort, int64_t segment, int64_t wide) const {
+    return sums[sort] + (segment * wides() + wide) * sums_each();
+  }
 };
 
 inline void lay_out_bottleneck(const BottleneckBackwardArgs &args, BottleneckBackward *f,
@@ -292,8 +300,12 @@ inline void lay_out_bottleneck(const BottleneckBackwardArgs &args, BottleneckBac
   f->grad_beta = arena->take<float>(args.grad_beta.data ? b.blocks * b.k_padded : 0);
   f->rows_each = b.block_rows * b.row;
   f->rows = arena->take<float>(threads * f->rows_each);
-  f->sums_each = (kSumRows + b.R) * kWide;
-  f->sums = arena->take<float>(threads * f->sums_each);
+  f->panels = arena->take<float>(threads * kSumRows * kWide);
+  const bool wanted[] = {args.grad_down.data != nullptr,
+                         args.grad_up.data != nullptr || args.grad_up_bias.data != nullptr};
+  for (int sort = 0; sort < 2; ++sort)
+    f->sums[sort] =
+        arena->take<float>(wanted[sort] ? f->segments.count * f->wides() * f->sums_each() : 0);
 }
 
 /* dh, s act(h), dx and a block's part of dgamma and dbeta. */
@@ -361,20 +373,19 @@ inline void store_sums(const Bottleneck &b, const float *sums, int64_t n, int64_
   });
 }
 
-/* kWide columns of grad = g^T v, and of the column sums of v, over all rows. v is x, normalized
- * where `stats` is there, or dy. g [M, r_padded]; grad.data or sum.data may be NULL. */
+/* sums = g^T v and the column sums of v, over a segment of the rows: kWide columns from n on. v is
+ * x, normalized where `stats` is there, or dy. g [M, r_padded]; NULL: the column sums alone. */
 template <class T>
 void sum_columns(const BottleneckBackward &f, int self, const T *v, int64_t v_row, int64_t n,
-                 const deltaops_matrix *stats, const float *g, const deltaops_matrix &grad,
-                 bool transposed, const deltaops_matrix &sum) {
+                 const deltaops_matrix *stats, const float *g, int64_t segment, float *sums) {
   const Bottleneck &b = f.b;
   constexpr int kVectors = static_cast<int>(kWide) / kLanes;
   const int64_t columns = least(kWide, b.K - n);
-  float *panels = f.sums + self * f.sums_each, *sums = panels + kSumRows * kWide;
-  memset(sums, 0, static_cast<size_t>(b.R * kWide) * sizeof(float));
-  float total[kWide] = {};
-  for (int64_t m = 0; m < b.M; m += kSumRows) {
-    const int64_t rows = least(kSumRows, b.M - m);
+  const int64_t begin = segment * f.segments.rows, end = least(b.M, begin + f.segments.rows);
+  float *panels = f.panels + self * kSumRows * kWide, *total = sums + b.R * kWide;
+  memset(sums, 0, static_cast<size_t>(f.sums_each()) * sizeof(float));
+  for (int64_t m = begin; m < end; m += kSumRows) {
+    const int64_t rows = least(kSumRows, end - m);
     VecF part[kVectors] = {};
     for (int64_t i = 0; i < rows; ++i) {
       const T *from = v + (m + i) * v_row + n;
@@ -394,7 +405,7 @@ void sum_columns(const BottleneckBackward &f, int self, const T *v, int64_t v_ro
     }
     for (int j = 0; j < kVectors; ++j)
       store(total + j * kLanes, load(total + j * kLanes) + part[j]);
-    if (grad.data == nullptr) continue;
+    if (g == nullptr) continue;
     for (int64_t t = 0; t * kTileColumns < columns; ++t)
       for (int64_t q = 0; q < b.R; q += kTileRows)
         with_rows<kTileRows>(least(kTileRows, b.R - q), [&](auto size) {
@@ -403,27 +414,53 @@ void sum_columns(const BottleneckBackward &f, int self, const T *v, int64_t v_ro
                                             sums + (t * b.R + q) * kTileColumns);
         });
   }
-  if (grad.data) store_sums(b, sums, n, columns, grad, transposed);
-  if (sum.data)
-    for (int64_t c = 0; c < columns; c += kLanes)
-      store_gradient(sum, n + c, load(total + c), least(kLanes, columns - c));
 }
 
-/* One of the jobs after the rows: kWide columns of dDown, of dUp, of dgamma and dbeta; or dh's
- * column sums. They are handed out in turn, so that each thread gets some of every sort. */
+/* Thread `self`'s part of the sums for dDown and dUp: segments of rows that it has had before, for
+ * the reason that outer.h gives. */
 template <class T>
 void bottleneck_sums(const BottleneckBackwardArgs &args, const BottleneckBackward &f, int self,
-                     int64_t job) {
+                     int threads) {
+  const int64_t wides = f.wides();
+  const Range mine = share(f.segments.count * 2 * wides, self, threads);
+  for (int64_t item = mine.begin; item < mine.end; ++item) {
+    const int64_t segment = item / (2 * wides), wide = item % wides;
+    const int sort = item / wides % 2;
+    float *sums = f.sums_of(sort, segment, wide);
+    if (sort == 0 && args.grad_down.data)
+      sum_columns(f, self, static_cast<const T *>(args.x.data), args.x.row_stride, wide * kWide,
+                  args.norm == DELTAOPS_NO_NORM ? nullptr : &args.stats, f.dh, segment, sums);
+    if (sort == 1 && (args.grad_up.data || args.grad_up_bias.data))
+      sum_columns(f, self, static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride,
+                  wide * kWide, nullptr, args.grad_up.data ? f.act : nullptr, segment, sums);
+  }
+}
+
+/* One of the jobs at the end: kWide columns of dDown, of dUp, of dgamma and dbeta; or dh's column
+ * sums. They are handed out in turn, so that each thread gets some of every sort. */
+inline void bottleneck_finish(const BottleneckBackwardArgs &args, const BottleneckBackward &f,
+                              int64_t job) {
   const Bottleneck &b = f.b;
-  const int64_t wides = ceil_div(b.K, kWide), sort = job / wides, n = job % wides * kWide;
-  const deltaops_matrix none = {};
+  const int64_t wides = f.wides(), sort = job / wides, wide = job % wides, n = wide * kWide;
+  const int64_t columns = least(kWide, b.K - n);
+  const auto added = [&](int which) {  // the segments' sums, in order
+    float *sums = f.sums_of(which, 0, wide);
+    for (int64_t s = 1; s < f.segments.count; ++s) {
+      const float *more = f.sums_of(which, s, wide);
+      for (int64_t i = 0; i < f.sums_each(); i += kLanes)
+        store(sums + i, load(sums + i) + load(more + i));
+    }
+    return sums;
+  };
   if (sort == 0 && args.grad_down.data) {
-    sum_columns(f, self, static_cast<const T *>(args.x.data), args.x.row_stride, n,
-                args.norm == DELTAOPS_NO_NORM ? nullptr : &args.stats, f.dh, args.grad_down, false,
-                none);
+    store_sums(b, added(0), n, columns, args.grad_down, false);
   } else if (sort == 1 && (args.grad_up.data || args.grad_up_bias.data)) {
-    sum_columns(f, self, static_cast<const T *>(args.grad_y.data), args.grad_y.row_stride, n,
-                nullptr, f.act, args.grad_up, true, args.grad_up_bias);
+    const float *sums = added(1);
+    if (args.grad_up.data) store_sums(b, sums, n, columns, args.grad_up, true);
+    if (args.grad_up_bias.data)
+      for (int64_t c = 0; c < columns; c += kLanes)
+        store_gradient(args.grad_up_bias, n + c, load(sums + b.R * kWide + c),
+                       least(kLanes, columns - c));
   } else if (sort == 2) {
     for (int64_t k = n; k < least(n + kWide, b.K); k += kLanes) {
       const int64_t count = least(kLanes, b.K - k);
@@ -453,6 +490,7 @@ deltaops_status bottleneck_backward_as(const BottleneckBackwardArgs &args) {
   const Bottleneck &b = f.b;
   f.past_down = args.grad_x.data || args.grad_gamma.data || args.grad_beta.data;
   f.inner = f.past_down || args.grad_down.data || args.grad_down_bias.data;
+  f.segments = segments_of(b.M);
   const bool by_rows = f.inner || args.grad_up.data;
   int threads = useful_threads(args.num_threads, (4 * b.M + 8) * b.K * b.R);
   for (;;) {
@@ -475,8 +513,9 @@ deltaops_status bottleneck_backward_as(const BottleneckBackwardArgs &args) {
           bottleneck_backward_block<T>(args, f, self, block);
         barrier();
       }
-      for (int64_t job = self; job < 4 * ceil_div(b.K, kWide); job += threads)
-        bottleneck_sums<T>(args, f, self, job);
+      bottleneck_sums<T>(args, f, self, threads);
+      barrier();
+      for (int64_t job = self; job < 4 * f.wides(); job += threads) bottleneck_finish(args, f, job);
     });
     if (given == threads) return DELTAOPS_OK;
     threads = given;
