@@ -89,6 +89,8 @@ VARIATIONS = (
 SPLIT = (SETTINGS[3], SETTINGS[6])
 # The persistent GEMMs: every row of their table, with and without a mask and a bias.
 PERSISTENT = (Setting(8192, (16,), bias=True), Setting(512, (64,), dropout=0.1))
+# dB alone, with the most lanes: what spilled on sm_100 with the warps of dS and dB together.
+ALONE = Setting(8192, (64,), wanted="b")
 # One variant of these says all.
 SIMPLE = {"_sum_partials_kernel"}
 
@@ -304,6 +306,9 @@ def main(name: str, how: str | None = None) -> None:
                 for setting in SPLIT:
                     launch(setting)
         if target.capability in configs.PERSISTENT and not target.amd:
+            recorder.only = "_grad_up"
+            with compiling(recorder, target, "fused"):
+                launch(ALONE)
             recorder.only = "_persistent"
             with compiling(recorder, target, "persistent"):
                 for setting in PERSISTENT:
