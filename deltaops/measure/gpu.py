@@ -199,6 +199,29 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
+def ceilings(
+    device: str = "cuda",
+    *,
+    size: int = 8192,
+    rounds: int = 10,
+    clock: Callable[[Call], float] = cuda_clock,
+) -> dict[str, float]:
+    """What this GPU does at best, by the library: operations a second of a bf16 product of size³,
+    and bytes a second, read and written, of a copy of size² such elements, 8 times over."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(8, size, size, device=device, dtype=torch.bfloat16)
+    product, target = torch.empty_like(left), torch.empty_like(source)
+    calls: dict[str, Call] = {
+        "product": lambda: torch.mm(left, right, out=product),
+        "copy": lambda: target.copy_(source),
+    }
+    seconds = {name: statistics.median(t) for name, t in take_turns(calls, clock, rounds).items()}
+    return {
+        "operations_per_second": 2 * size**3 / seconds["product"],
+        "copy_bytes_per_second": 2 * source.nbytes / seconds["copy"],
+    }
+
+
 # ----------------------------------------------------------------------------------------- peers
 
 
@@ -452,7 +475,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run(wanted.out, wanted.seconds, torch.cuda.get_device_name(), CASES, measure)
+    name = torch.cuda.get_device_name()
+    return run(wanted.out, wanted.seconds, name, CASES, measure, best=ceilings())
 
 
 def run(
@@ -462,6 +486,7 @@ def run(
     cases: Sequence[Case],
     measure_one: Callable[[Case], Result],
     now: Callable[[], float] = time.monotonic,
+    best: Mapping[str, float] | None = None,
 ) -> int:
     """Measure ``cases`` until ``budget`` seconds are over, write the JSON, print the table; returns
     the exit code, 1 where numbers were wrong."""
@@ -470,7 +495,7 @@ def run(
 
     began, results = now(), list[Result]()
     path = out / f"gpu-{'-'.join(device.lower().split())}.json"
-    facts = {**machine.describe(), "gpu": device}
+    facts = {**machine.describe(), "gpu": device, "ceilings": dict(best or {})}
     for case in cases:
         if now() - began > budget:
             break
@@ -489,6 +514,8 @@ def run(
         }  # fmt: skip
         write_json(path, content)
     print(table(results))
+    for what, rate in (best or {}).items():
+        print(f"{what.replace('_', ' ')} of this GPU at best, in this run: {rate:.3g}")
     if len(results) < len(cases):
         print(f"{len(cases) - len(results)} of {len(cases)} cases left out: the time was over")
     print(f"wrote {path}" if results else "nothing was measured, nothing written")

@@ -144,6 +144,12 @@ def test_a_run_that_drifts_is_discarded() -> None:
     assert discarded == gpu.ATTEMPTS - 1
 
 
+def test_ceilings_count_operations_and_bytes_both_ways() -> None:
+    assert gpu.ceilings("cpu", size=16, rounds=2, clock=one_second) == {
+        "operations_per_second": 2 * 16**3, "copy_bytes_per_second": 2 * 2 * 8 * 16**2
+    }  # fmt: skip
+
+
 def test_peers_take_turns() -> None:
     calls: list[str] = []
     peers = {name: (lambda name=name: calls.append(name)) for name in "ab"}
@@ -164,17 +170,20 @@ def test_the_report_says_what_was_left_out(
 
     ticks = iter([0.0, 1.0, 2.0, 3.0, 11.0])
     cases = (TINY, TINY, TINY, TINY, TINY)
-    assert gpu.run(tmp_path, 10.0, "Some GPU", cases, made_up, lambda: next(ticks)) == 1
+    best = {"operations_per_second": 7.9e14}
+    assert gpu.run(tmp_path, 10.0, "Some GPU", cases, made_up, lambda: next(ticks), best) == 1
     printed = capsys.readouterr().out
     assert re.search(r"24×32×48 r=4 +1000.0 +2000.0 .*2.000 +— +— +— +—", printed)
     assert "left out: too little memory on the GPU: 9 GiB" in printed
     assert "left out: wrong numbers: y: relative error 1" in printed
     assert "PEFT left out: peft is not installed (24×32×48 r=4)" in printed
     assert "2 of 5 cases left out" in printed
+    assert "operations per second of this GPU at best, in this run: 7.9e+14" in printed
     written = json.loads((tmp_path / "gpu-some-gpu.json").read_text())
     assert [r["wrong"] for r in written["delta_linear"]] == [False, False, True]
     assert [bool(r["seconds"]) for r in written["delta_linear"]] == [True, False, False]
     assert written["not_reached"] == ["24×32×48 r=4"] * 2
+    assert written["machine"]["ceilings"] == best
 
 
 def test_what_was_measured_is_written_when_the_run_stops(tmp_path: Path) -> None:
