@@ -1,7 +1,8 @@
 """Every configuration of the Triton kernels compiles for the GPUs that it is meant for.
 
-ahead.py does it, in a process for each architecture; every_variant.py, by hand, goes further. Nothing runs on a GPU here; this finds what
-only a compiler can say: spilled registers, shared memory beyond the chip, matrix cores left idle.
+ahead.py does it, in a process for each architecture; every_variant.py, by hand, goes further.
+Nothing runs on a GPU here; this finds what only a compiler can say: spilled registers, shared
+memory beyond the chip, matrix cores left idle.
 """
 
 from __future__ import annotations
