@@ -130,6 +130,35 @@ def grad_input(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: b
     return gemm(m, dtype, 80 if capability in WIDE_ARCHITECTURES else capability, wide, plain)
 
 
+@dataclass(frozen=True)
+class Persistent:
+    """Tiles of a GEMM whose programs stay: as :class:`Gemm`; stored in ``parts`` by columns;
+    ``specialise``: some warps only load, others only multiply, where Triton 3.6 can (Blackwell)."""
+
+    rows: int
+    cols: int
+    inner: int
+    group: int
+    warps: int
+    stages: int
+    parts: int
+    specialise: bool
+
+
+PERSISTENT = (90, 100)
+"""Compute capabilities with tensor descriptors (TMA) and the shared memory of these tiles."""
+PERSISTENT_ROWS = 256
+"""Least M: of fewer rows the weight's bytes are the limit, and these tiles would be half empty."""
+
+
+def persistent(m: int, capability: int, masked: bool) -> Persistent:
+    """The persistent GEMMs; ``masked`` where a mask is made beside the accumulator, for which
+    tiles of 256 columns leave no registers."""
+    if masked or m <= 1024:
+        return Persistent(128, 128, 64, 8, 8, 4, 1, False)
+    return Persistent(128, 256, 64, 8, 8, 3, 2, capability >= 100)
+
+
 Tiles = TypeVar("Tiles", bound="Skinny | Attend")
 
 
@@ -154,11 +183,12 @@ def project(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     return _for_amd(Skinny(16 if m <= 16 else 32, 64 if wide else 128, lanes, 4, 3))
 
 
-def grad_up(rank: int, wide: bool, aligned: bool) -> Skinny:
+def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
     """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB and of B in registers, so
-    that 128 lanes would spill."""
+    that 128 lanes would spill. Without dS (``of_s``) eight warps spill on sm_100; their number
+    changes no bits."""
     lanes = rank_lanes(rank, wide, 64 if aligned else 16)
-    return _for_amd(Skinny(32, 64 if wide else 128, lanes, 8 if lanes > 32 else 4, 3))
+    return _for_amd(Skinny(32, 64 if wide else 128, lanes, 8 if of_s and lanes > 32 else 4, 3))
 
 
 def grad_down(rank: int, wide: bool) -> Skinny:

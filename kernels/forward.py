@@ -6,9 +6,7 @@ The contraction runs over x Wᵀ and on over S Bᵀ in one fp32 accumulator; the
 epilogue and y is rounded once. Traffic beyond the frozen layer: S and B, 4·M·R + N·R elements.
 Without its base segment (HAS_BASE off) the kernel writes S Bᵀ + bias alone, memory-bound, for
 cuBLAS to add x Wᵀ on: the backend's plan "split".
-
-A persistent kernel with tensor descriptors for sm_90 and later will be a second kernel here,
-behind the same launcher.
+The same with tensor descriptors, for sm_90 and later: persistent_forward.py.
 """
 
 import triton

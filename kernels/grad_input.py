@@ -6,7 +6,8 @@
 The rank segment comes first: the masked product is the accumulator that dy W then starts from, so
 no second accumulator is alive in the long loop. dx is rounded once. Traffic beyond the frozen
 layer's dx: dS and A, 4·M·R + R·K elements. Without the base segment the kernel writes the rank
-part alone for cuBLAS to add dy W on: the backend's plan "split".
+part alone for cuBLAS to add dy W on: the backend's plan "split". The same with tensor descriptors,
+for sm_90 and later: persistent_grad_input.py.
 """
 
 import triton

@@ -21,7 +21,9 @@ def traffic(
         None, min=0.0, max=1.0, help="With --shape; none by default."
     ),
     plan: str | None = typer.Option(
-        None, help="Of the GEMMs: fused, split or torch. The one that would be chosen by default."
+        None,
+        help="Of the GEMMs: fused, split, torch or persistent. The one that would be chosen by "
+        "default.",
     ),
     as_json: bool = typer.Option(
         False, "--json", help="Print the totals of all usual calls that are committed, as JSON."
@@ -79,7 +81,7 @@ def traffic(
         wanted = plan if isinstance(call, model.Linear) else None
         counts = model.count(call, gpu or "sm_90", wanted)
         console.print(_table(str(call), counts) if counts else str(call), highlight=False)
-        for direction in model.impossible(call, wanted):
+        for direction in model.impossible(call, gpu or "sm_90", wanted):
             console.print(f"  {direction}: the plan {plan!r} cannot run it", highlight=False)
     console.print(f"counted for {gpu or 'sm_90'}, not measured", highlight=False)
 

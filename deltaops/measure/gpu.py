@@ -1,10 +1,14 @@
-"""The Triton ``delta_linear`` on a GPU beside the frozen layer, PEFT and compiled PEFT.
+"""The Triton ``delta_linear`` on a GPU beside the frozen layer, PEFT, and two published plans.
 
     python3 -P -m deltaops.measure.gpu --out benchmarks/results        (`make gpu` ends with it)
 
-Each case passes a gate against float64 first. Then the peers run in turns: each as one CUDA graph
-over enough copies of its operands that none is found in the cache, timed with CUDA events. A run
-in which the frozen layer drifts is thrown away and repeated. bf16, adapters too.
+Each case passes a gate against float64 first, ours and the plans of :mod:`.published` alike. Then
+the peers run in turns: each as one CUDA graph over enough copies of its operands that none is found
+in the cache, timed with CUDA events. A run in which the frozen layer drifts is thrown away and
+repeated. bf16, adapters too.
+
+What has no number has a reason, in the JSON and in the table: a peer that is no CUDA graph, or for
+which there is too little memory; a case that drifts in every attempt, does not fit, or is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltaops.ops import Branch, delta_linear
-from deltaops.ops.delta_linear import explain
+from deltaops.ops.delta_linear import draw_seed, explain
 from deltaops.reference import delta_linear as reference
 from deltaops.testing import assert_accurate
 
+from . import published
 from .interleave import Timing
 
 FROZEN, PEFT, COMPILED, OURS = "frozen", "PEFT", "PEFT compiled", "deltaops"
+UNSLOTH, LORA_FUSION = "Unsloth's arithmetic", "LoRAFusion's plan"
 
 CACHE_BYTES = 180e6
 """What the rotated operands hold at least: more than any L2 cache."""
@@ -38,6 +44,9 @@ DRIFT = 0.02
 """How far the frozen layer may move between the halves of a run."""
 ATTEMPTS = 3
 SCALING = 2.0
+CASE = "case"
+"""In what was left out: all of it."""
+NO_MEMORY = "too little memory on the GPU"
 
 Call = Callable[[], object]
 
@@ -87,10 +96,16 @@ class Result:
     """Seconds of each peer for one copy, and how they were taken."""
 
     case: Case
-    timings: dict[str, Timing]
-    drift: float
-    discarded: int
-    notes: dict[str, str]
+    timings: dict[str, Timing] = field(default_factory=dict)
+    """Empty where the case was left out."""
+    drift: float | None = None
+    discarded: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Peer → why it has no number; of the case itself under :data:`CASE`."""
+    plan: str | None = None
+    """How the backend goes, in its words."""
+    wrong: bool = False
+    """Whether the gate ended it."""
 
     def ratio(self, above: str, below: str) -> float | None:
         """Median over median; None where a peer is missing."""
@@ -99,7 +114,7 @@ class Result:
         return self.timings[above].median / self.timings[below].median
 
     def as_json(self) -> dict[str, Any]:
-        """Shape, setting, every timing in seconds, and what went otherwise than planned."""
+        """Shape, setting, every timing in seconds, and what has none for which reason."""
         case = self.case
         return {
             "shape": [case.m, case.n, case.k],
@@ -109,9 +124,10 @@ class Result:
             "dtype": "bf16",
             "seconds": {name: t.as_json() for name, t in self.timings.items()},
             "frozen_drift": self.drift,
-            "valid": self.drift <= DRIFT,
             "runs_discarded": self.discarded,
-            "notes": self.notes,
+            "left_out": self.left_out,
+            "plan": self.plan,
+            "wrong": self.wrong,
         }
 
 
@@ -145,7 +161,7 @@ def steady(
 ) -> tuple[dict[str, list[float]], float, int]:
     """A run whose frozen layer did not drift: (seconds, drift, runs thrown away before it).
 
-    After the last attempt a run that drifted is handed out, with its drift.
+    After the last attempt a run that drifted is handed out, with its drift: not to be believed.
     """
     discarded = 0
     while True:
@@ -183,6 +199,29 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
+def ceilings(
+    device: str = "cuda",
+    *,
+    size: int = 8192,
+    rounds: int = 10,
+    clock: Callable[[Call], float] = cuda_clock,
+) -> dict[str, float]:
+    """What this GPU does at best, by the library: operations a second of a bf16 product of size³,
+    and bytes a second, read and written, of a copy of size² such elements, 8 times over."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(8, size, size, device=device, dtype=torch.bfloat16)
+    product, target = torch.empty_like(left), torch.empty_like(source)
+    calls: dict[str, Call] = {
+        "product": lambda: torch.mm(left, right, out=product),
+        "copy": lambda: target.copy_(source),
+    }
+    seconds = {name: statistics.median(t) for name, t in take_turns(calls, clock, rounds).items()}
+    return {
+        "operations_per_second": 2 * size**3 / seconds["product"],
+        "copy_bytes_per_second": 2 * source.nbytes / seconds["copy"],
+    }
+
+
 # ----------------------------------------------------------------------------------------- peers
 
 
@@ -216,16 +255,15 @@ def make_peers(
         y = functional.linear(o.x, o.weight)
         return torch.autograd.grad(y, o.x, o.grad_y) if case.backward else y
 
-    def ours(o: Operands) -> object:
-        return _ours(case, o, backend)
+    def over_copies(one: Callable[[Operands], object]) -> Call:
+        return lambda: [one(o) for o in copies]
 
-    peers: dict[str, Call] = {
-        FROZEN: lambda: [frozen(o) for o in copies],
-        OURS: lambda: [ours(o) for o in copies],
-    }
+    peers: dict[str, Call] = {FROZEN: over_copies(frozen)}
+    gated, missing = gated_peers(case, copies[0].x.device, backend)
+    peers |= {name: over_copies(one) for name, one in gated.items()}
     layers = [_peft_layer(case, o) for o in copies]
     if None in layers:
-        return peers, {PEFT: "peft is not installed"}
+        return peers, missing | dict.fromkeys((PEFT, COMPILED), "peft is not installed")
     peers[PEFT] = lambda: [
         _there_and_back(case, layer(o.x), o, list(_trained(layer).values()))
         for layer, o in zip(layers, copies, strict=True)
@@ -243,7 +281,33 @@ def make_peers(
             _there_and_back(case, compiled(state, o.x), o, list(_trained(layer).values()))
             for layer, state, o in zip(layers, states, copies, strict=True)
         ]
-    return peers, {}
+    return peers, missing
+
+
+def gated_peers(
+    case: Case, device: torch.device, backend: str
+) -> tuple[dict[str, Callable[[Operands], list[Tensor]]], dict[str, str]]:
+    """What is held to float64: ours and the published plans, each as a call on one copy that gives
+    y and the gradients of x, a and b; and why one is missing."""
+    peers: dict[str, Callable[[Operands], list[Tensor]]] = {OURS: lambda o: _ours(case, o, backend)}
+    missing = {}
+    if case.dropout:
+        missing[UNSLOTH] = "its fast path has no dropout"
+    else:
+        peers[UNSLOTH] = lambda o: _all_of(
+            case, published.unsloth(o.x, o.weight, o.a, o.b, SCALING), o
+        )
+    if reason := published.lora_fusion_unavailable(device):
+        missing[LORA_FUSION] = reason
+    else:
+        peers[LORA_FUSION] = lambda o: _all_of(
+            case, published.lora_fusion(o.x, o.weight, o.a, o.b, SCALING, case.dropout), o
+        )
+    return peers, missing
+
+
+def _all_of(case: Case, y: Tensor, o: Operands) -> list[Tensor]:
+    return [y, *(torch.autograd.grad(y, [o.x, o.a, o.b], o.grad_y) if case.backward else [])]
 
 
 def _there_and_back(case: Case, y: Tensor, o: Operands, trained: list[Tensor]) -> object:
@@ -251,10 +315,8 @@ def _there_and_back(case: Case, y: Tensor, o: Operands, trained: list[Tensor]) -
 
 
 def _ours(case: Case, o: Operands, backend: str) -> list[Tensor]:
-    y = delta_linear(
-        o.x, o.weight, None, [Branch(o.a, o.b, SCALING, case.dropout)], backend=backend
-    )
-    return [y, *(torch.autograd.grad(y, [o.x, o.a, o.b], o.grad_y) if case.backward else [])]
+    branch = Branch(o.a, o.b, SCALING, case.dropout)
+    return _all_of(case, delta_linear(o.x, o.weight, None, [branch], backend=backend), o)
 
 
 def _peft_layer(case: Case, o: Operands) -> Any:
@@ -284,14 +346,11 @@ def _trained(layer: Any) -> dict[str, Tensor]:
 
 
 def gate(case: Case, o: Operands, backend: str) -> None:
-    """Hold ours to the float64 reference, with the same mask. Raises: AssertionError."""
+    """Hold ours and the published plans to the float64 reference, with the same mask. Raises:
+    AssertionError, which names the peer."""
     device = o.x.device
     torch.manual_seed(1)
-    got = _ours(case, o, backend)
-    torch.manual_seed(1)
-    seed = None
-    if case.dropout:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    seed = draw_seed(device) if case.dropout else None
     wanted = []
     with torch.no_grad():
         for kind in (torch.float64, o.x.dtype):
@@ -303,9 +362,12 @@ def gate(case: Case, o: Operands, backend: str) -> None:
                 needs = [True, False, True, True, False]
                 results += reference.backward(dy, x, w, [a], [b], s, *factors, needs)
             wanted.append(results)
-    names = ("y", "grad x", "grad a", "grad b")[: len(got)]
-    for name, value, oracle, baseline in zip(names, got, *wanted, strict=True):
-        assert_accurate(value, oracle, baseline, f"{case}: {name}")
+    for peer, call in gated_peers(case, device, backend)[0].items():
+        torch.manual_seed(1)
+        got = call(o)
+        names = ("y", "grad x", "grad a", "grad b")[: len(got)]
+        for name, value, oracle, baseline in zip(names, got, *wanted, strict=True):
+            assert_accurate(value, oracle, baseline, f"{case}: {peer}: {name}")
 
 
 def measure(
@@ -319,59 +381,85 @@ def measure(
     compile_peft: bool = True,
     cache_bytes: float = CACHE_BYTES,
 ) -> Result:
-    """Gate, then time. Raises: AssertionError where our numbers are wrong; nothing is timed then.
+    """Gate, then time what can be captured. Raises: AssertionError where numbers are wrong; nothing
+    is timed then. torch.OutOfMemoryError where the operands or the gate do not fit.
 
     Args:
         clock: runs a call and says how many seconds it took.
-        capture: turns a call into one without launch costs; where it raises RuntimeError the peer
-            is timed as it is, and the notes say so.
+        capture: turns a call into one without launch costs; a peer for which it raises RuntimeError
+            is left out, since its launches would be timed beside others' replays. So is the case
+            where that is the frozen layer or ours.
     """
     copies = operands(case, device, cache_bytes)
     gate(case, copies[0], backend)
-    calls, notes = make_peers(case, copies, backend, compile_peft)
+    calls, left_out = make_peers(case, copies, backend, compile_peft)
     o = copies[0]
     branch = Branch(o.a, o.b, SCALING, case.dropout)
     plan = explain(o.x, o.weight, None, [branch], backend=backend).plan
-    if plan is not None:
-        notes["plan"] = plan
     peers = {}
     for name, call in calls.items():
         try:
             peers[name] = capture(call)
+        except torch.OutOfMemoryError as error:
+            left_out[name] = f"{NO_MEMORY}: {first_line(error)}"
         except RuntimeError as error:
-            if name == COMPILED:  # a peer that does not compile here is no peer
-                notes[name] = f"left out: {error}"
-                continue
-            peers[name] = call
-            notes[name] = f"not captured as a graph: {error}"
+            left_out[name] = f"not captured as a graph: {first_line(error)}"
+    for name in (FROZEN, OURS):
+        if name not in peers:
+            left_out[CASE] = f"nothing to compare without {name}"
+            return Result(case, left_out=left_out, plan=plan)
     seconds, moved, discarded = steady(peers, clock, rounds)
+    if moved > DRIFT:
+        left_out[CASE] = (
+            f"the frozen layer drifted by {moved:.1%}, in each of {ATTEMPTS} runs more "
+        )
+        left_out[CASE] += f"than {DRIFT:.0%}"
+        return Result(case, drift=moved, discarded=discarded + 1, left_out=left_out, plan=plan)
     timings = {
         name: Timing.of([value / len(copies) for value in values])
         for name, values in seconds.items()
     }
-    return Result(case, timings, moved, discarded, notes)
+    return Result(case, timings, moved, discarded, left_out, plan)
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; compilers' go on for pages."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------- program
 
 
+PEERS = (PEFT, COMPILED, UNSLOTH, LORA_FUSION)
+"""Whose time is told over ours."""
+
+
 def table(results: Sequence[Result]) -> str:
-    """Microseconds of each peer (median, quartiles) and what matters between them."""
+    """Microseconds of each peer (median, quartiles) and what matters between them; below it what
+    was left out, and why."""
+    heads = [f"{name}/ours" for name in ("PEFT", "compiled", "Unsloth", "LoRAFusion")]
     lines = [
         f"{'M×N×K, forward (+ backward from M=512)':40} {'frozen µs':>10} {'ours µs':>10} "
-        f"{'quartiles':>17} {'ours/frozen':>12} {'PEFT/ours':>10} {'compiled/ours':>14}"
+        f"{'quartiles':>17} {'ours/frozen':>12}" + "".join(f" {head:>15}" for head in heads)
     ]
     for r in results:
+        if CASE in r.left_out:
+            lines.append(f"{r.case!s:40} left out: {r.left_out[CASE]}")
+            continue
         ours = r.timings[OURS]
-        ratios = (r.ratio(OURS, FROZEN), r.ratio(PEFT, OURS), r.ratio(COMPILED, OURS))
-        shown = ["—" if value is None else f"{value:.3f}" for value in ratios]
-        mark = "" if r.drift <= DRIFT else f"   invalid: frozen drifted {r.drift:.1%}"
+        ratios = [r.ratio(name, OURS) for name in PEERS]
+        shown = "".join(f" {'—' if ratio is None else f'{ratio:.3f}':>15}" for ratio in ratios)
         span = f"{1e6 * ours.low:.1f}–{1e6 * ours.high:.1f}"
         lines.append(
             f"{r.case!s:40} {1e6 * r.timings[FROZEN].median:10.1f} {1e6 * ours.median:10.1f} "
-            f"{span:>17} {shown[0]:>12} {shown[1]:>10} {shown[2]:>14}{mark}"
+            f"{span:>17} {r.ratio(OURS, FROZEN):12.3f}{shown}"
         )
-    return "\n".join(lines)
+    reasons: dict[str, list[str]] = {}
+    for r in results:
+        for name, why in r.left_out.items():
+            if name != CASE:
+                reasons.setdefault(f"{name} left out: {why}", []).append(str(r.case))
+    return "\n".join([*lines, *(f"{why} ({', '.join(cases)})" for why, cases in reasons.items())])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -387,7 +475,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run(wanted.out, wanted.seconds, torch.cuda.get_device_name(), CASES, measure)
+    name = torch.cuda.get_device_name()
+    return run(wanted.out, wanted.seconds, name, CASES, measure, best=ceilings())
 
 
 def run(
@@ -397,26 +486,40 @@ def run(
     cases: Sequence[Case],
     measure_one: Callable[[Case], Result],
     now: Callable[[], float] = time.monotonic,
+    best: Mapping[str, float] | None = None,
 ) -> int:
-    """Measure ``cases`` until ``budget`` seconds are over, write the JSON, print the table."""
+    """Measure ``cases`` until ``budget`` seconds are over, write the JSON, print the table; returns
+    the exit code, 1 where numbers were wrong."""
     from deltaops.files import write_json
     from deltaops.measure import machine
 
-    began, results = now(), []
+    began, results = now(), list[Result]()
+    path = out / f"gpu-{'-'.join(device.lower().split())}.json"
+    facts = {**machine.describe(), "gpu": device, "ceilings": dict(best or {})}
     for case in cases:
         if now() - began > budget:
             break
-        results.append(measure_one(case))
+        try:
+            found = measure_one(case)
+        except torch.OutOfMemoryError as error:
+            found = Result(case, left_out={CASE: f"{NO_MEMORY}: {first_line(error)}"})
+        except AssertionError as error:  # the other cases may be right
+            found = Result(case, left_out={CASE: f"wrong numbers: {error}"}, wrong=True)
+        results.append(found)
         print(f"{case}: done", file=sys.stderr, flush=True)
-    slug = "-".join(device.lower().split())
-    path = out / f"gpu-{slug}.json"
-    facts = {**machine.describe(), "gpu": device}
-    write_json(path, {"machine": facts, "delta_linear": [r.as_json() for r in results]})
+        # after each case: a run that is stopped has not been in vain
+        over = [str(left) for left in cases[len(results) :]]
+        content = {
+            "machine": facts, "delta_linear": [r.as_json() for r in results], "not_reached": over,
+        }  # fmt: skip
+        write_json(path, content)
     print(table(results))
+    for what, rate in (best or {}).items():
+        print(f"{what.replace('_', ' ')} of this GPU at best, in this run: {rate:.3g}")
     if len(results) < len(cases):
         print(f"{len(cases) - len(results)} of {len(cases)} cases left out: the time was over")
-    print(f"wrote {path}")
-    return 0
+    print(f"wrote {path}" if results else "nothing was measured, nothing written")
+    return 1 if any(r.wrong for r in results) else 0
 
 
 if __name__ == "__main__":

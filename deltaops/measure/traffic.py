@@ -16,7 +16,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deltaops.backends.triton import TritonBackend, core, planner, record, targets
+from deltaops.backends.triton import (
+    TritonBackend,
+    core,
+    delta_linear,
+    planner,
+    record,
+    targets,
+)
 from deltaops.backends.triton.tables import Setting
 from deltaops.backends.triton.traffic import Traffic, traffic
 from deltaops.errors import ConfigError
@@ -62,6 +69,21 @@ class Linear:
 
     def __str__(self) -> str:
         return f"delta_linear {self.setting}"
+
+    def plans(self, direction: str) -> tuple[str, ...]:
+        """Those that can run it on the GPU that stands in."""
+        rows, factor = (
+            (self.k, (self.n, self.rank)) if direction == FORWARD else (self.n, (self.rank, self.k))
+        )
+        described = delta_linear.described(
+            direction,
+            _meta(self.dtype, self.m, rows),
+            _meta(self.dtype, self.n, self.k),
+            [_meta(self.adapter, *factor)],
+            [self.rank],
+            "meta",
+        )
+        return planner.possible(self.setting, direction, described)
 
     def run(self, direction: str) -> None:
         """See :class:`Counted`."""
@@ -265,7 +287,7 @@ def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
     if core.interpreting():
         raise ConfigError("traffic is counted from compiled kernels: unset TRITON_INTERPRET.")
     counts = []
-    left_out = impossible(call, plan)
+    left_out = impossible(call, gpu, plan)
     for direction in (FORWARD, BACKWARD):
         if direction in left_out:
             continue
@@ -280,15 +302,18 @@ def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
     return counts
 
 
-def impossible(call: Counted, plan: str | None) -> list[str]:
-    """The directions of ``call`` that ``plan`` cannot run; see :func:`planner.possible`."""
+def impossible(call: Counted, gpu: str, plan: str | None) -> list[str]:
+    """The directions of ``call`` that ``plan`` cannot run there; see :func:`planner.possible`."""
     if plan is None or not isinstance(call, Linear):
         return []
-    return [d for d in (FORWARD, BACKWARD) if plan not in planner.possible(call.setting, d)]
+    with core.standing_in(targets.TARGETS[gpu]):
+        return [d for d in (FORWARD, BACKWARD) if plan not in call.plans(d)]
 
 
 def totals(
-    calls: Iterable[Counted], gpus: Sequence[str], plans: Sequence[str] = ("fused", "split")
+    calls: Iterable[Counted],
+    gpus: Sequence[str],
+    plans: Sequence[str] = ("fused", "split", "persistent"),
 ) -> dict[str, dict[str, int]]:
     """What is committed: "gpu | call | plan | direction" → launches, bytes and operations."""
     found = {}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaops.backends import Backend
-from deltaops.backends.triton import planner
+from deltaops.backends.triton import delta_linear, planner
 from deltaops.backends.triton.tables import DIRECTIONS, Entry, Setting
 from deltaops.errors import DataError
 from deltaops.reference import delta_linear as reference
@@ -89,7 +89,7 @@ def measure(
     seconds, frozen, notes = {}, {}, []
     for direction in DIRECTIONS:
         calls = {gpu.FROZEN: _frozen(direction, copies)}
-        for plan in planner.possible(setting, direction):
+        for plan in _possible(setting, direction, copies[0]):
             calls[plan] = _planned(direction, plan, copies, run)
         peers: dict[str, gpu.Call] = {}
         for name, call in calls.items():
@@ -206,6 +206,14 @@ def _forcing(direction: str, plan: str) -> AbstractContextManager[None]:
     return planner.forced(*plans)
 
 
+def _possible(setting: Setting, direction: str, o: _Operands) -> tuple[str, ...]:
+    rows, factor = (o.x, o.b) if direction == "forward" else (o.grad_y, o.a)
+    described = delta_linear.described(
+        direction, rows, o.weight, [factor], [setting.rank], rows.device
+    )
+    return planner.possible(setting, direction, described)
+
+
 def _planned(direction: str, plan: str, copies: list[_Operands], run: Backend) -> gpu.Call:
     def call() -> object:
         with _forcing(direction, plan):
@@ -224,7 +232,7 @@ def _gate(setting: Setting, o: _Operands, run: Backend) -> None:
     for direction, call in _CALLS.items():
         oracle = call(o.double(), reference)
         baseline = call(o, reference)
-        for plan in planner.possible(setting, direction):
+        for plan in _possible(setting, direction, o):
             with _forcing(direction, plan):
                 got = call(o, run)
             try:

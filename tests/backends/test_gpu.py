@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaops.backends import PrefixAttentionCall
-from deltaops.backends.triton import TritonBackend, planner
+from deltaops.backends.triton import TritonBackend, core, planner
 from deltaops.backends.triton.tables import PLANS
 from deltaops.reference import delta_linear as reference
 from deltaops.reference import prefix_attention as prefix_reference
@@ -14,6 +14,7 @@ from deltaops.testing import (
     DELTA_LINEAR_CASES,
     PREFIX_ATTENTION_CASES,
     DeltaLinearCase,
+    DeltaLinearTensors,
     PrefixAttentionCase,
     assert_accurate,
 )
@@ -26,21 +27,46 @@ pytestmark = [
 
 @pytest.mark.parametrize("case", DELTA_LINEAR_CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS[:3])
 def test_forward_and_gradients_match_fp64_and_repeat(
     case: DeltaLinearCase, dtype: torch.dtype, plan: str
 ) -> None:
     t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
-    needs, wide = t.all_needed(), t.to(torch.float64)
     if reason := TritonBackend().unsupported(t.call()):
         pytest.skip(reason)
+    # the library makes no mask
+    back = "split" if plan == "torch" and any(case.dropout) else plan
+    check_plans(t, grad_y, plan, back)
+
+
+# Ragged in every length; M past one tile a multiprocessor; a rank of two steps; a mask.
+PERSISTENT = (
+    DeltaLinearCase(300, 280, 136, (72,), padding=8),
+    DeltaLinearCase(257, 136, 200, (8,), (0.3,), bias=False),
+    DeltaLinearCase(5000, 1032, 520, (16,)),
+    DeltaLinearCase(5000, 1032, 520, (64,), (0.1,)),
+)
+
+
+@pytest.mark.parametrize("case", PERSISTENT, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_persistent_plan_matches_fp64_and_repeats(
+    case: DeltaLinearCase, dtype: torch.dtype
+) -> None:
+    if not core.persists("cuda"):
+        pytest.skip("needs tensor descriptors: sm_90 or sm_100")
+    t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
+    check_plans(t, grad_y, "persistent", "persistent")
+
+
+def check_plans(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str, back: str) -> None:
+    """y and every gradient against float64, twice, forward by ``plan`` and backward by ``back``."""
+    needs, wide = t.all_needed(), t.to(torch.float64)
     y64, s64 = reference.forward(*wide.forward_arguments())
     low, s_low = reference.forward(*t.forward_arguments())
     oracle = reference.backward(*wide.backward_arguments(grad_y.double(), s64), needs)
     baseline = reference.backward(*t.backward_arguments(grad_y, s_low), needs)
     run, results = TritonBackend(), []
-    # the library makes no mask
-    back = "split" if plan == "torch" and any(case.dropout) else plan
     with planner.forced(plan, back):
         for _ in range(2):
             y, s = run.forward(*t.forward_arguments())

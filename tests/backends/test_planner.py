@@ -40,7 +40,7 @@ def setting(m: int, n: int = 4096, k: int = 4096, rank: int = 16, **changes: Any
 
 
 def entry(one: tables.Setting, *forward: float) -> tables.Entry:
-    timed = dict(zip(tables.PLANS, forward, strict=True))
+    timed = dict(zip(tables.PLANS, forward, strict=False))
     return tables.Entry(one, {"forward": timed, "backward": timed})
 
 
@@ -341,11 +341,72 @@ def launched(m: int, n: int, k: int, rank: int) -> list[str]:
 @pytest.mark.parametrize("name", tables.PLANS)
 def test_the_plan_is_what_is_launched(name: str) -> None:
     times = [1.0 if one == name else 2.0 for one in tables.PLANS]
-    keep(tables.own(GPU), entry(setting(64), *times))
-    kernels = launched(64, 4096, 4096, 16)
-    both = ("_forward_kernel", "_grad_input_kernel")
-    assert all((kernel in kernels) == (name != "torch") for kernel in both)
-    assert kernels.count("torch.addmm_") == (0 if name == "fused" else 2)
+    keep(tables.own(GPU), entry(setting(512), *times))
+    kernels = launched(512, 4096, 4096, 16)
+    both, staying = ("_forward_kernel", "_grad_input_kernel"), name == "persistent"
+    assert all((kernel in kernels) == (name in ("fused", "split")) for kernel in both)
+    assert all((f"_persistent{kernel}" in kernels) == staying for kernel in both)
+    assert kernels.count("torch.addmm_") == (2 if name in ("split", "torch") else 0)
+
+
+FASTEST = (4.0, 3.0, 2.0, 1.0)
+"""Of the plans: the persistent one, where it can run."""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "taken"),
+    [
+        ("sm_90", {}, True),
+        ("sm_100", {}, True),
+        ("sm_80", {}, False),
+        ("gfx942", {}, False),
+        ("sm_90", {"m": 128}, False),  # few rows
+        ("sm_90", {"ranks": (20,)}, False),  # rows of S start off multiples of 16 bytes
+        ("sm_90", {"ranks": (8, 8)}, False),  # two branches
+        ("sm_90", {"adapter_dtypes": (torch.float32,)}, False),
+        ("sm_90", {"weight_layout": "col"}, False),
+        ("sm_90", {"n": 4100}, False),
+        ("sm_90", {"dropout": True}, True),
+    ],
+)
+def test_the_persistent_plan_is_for_what_its_descriptors_take(
+    gpu: str, changes: dict[str, Any], taken: bool
+) -> None:
+    call = CALL._replace(**{"m": 4096, "dropout": False} | changes)
+    if (ranks := len(call.ranks)) > 1:
+        call = call._replace(adapter_dtypes=(HALF,) * ranks)
+    wide = "float32" if torch.float32 in call.adapter_dtypes else "bfloat16"
+    measured = setting(call.m, call.n, call.k, sum(call.ranks), adapter=wide)
+    with core.standing_in(targets.TARGETS[gpu]):
+        keep(tables.own(gpu), entry(measured, *FASTEST), gpu=gpu)
+        said = delta_linear.planned(call)
+        assert [f"{out} persistent" in said for out in ("y", "dx")] == [taken, taken], said
+
+
+def test_nothing_is_said_to_be_persistent_that_was_not_measured() -> None:
+    for m in (256, 8192, 32768):
+        for plan_of in (
+            planner.start(setting(m), "forward", True),
+            planner.start(setting(m), "backward", True),
+        ):
+            assert plan_of.plan != "persistent"
+    keep(tables.own(GPU), entry(setting(8192), 3.0, 2.0, 4.0, 5.0))
+    assert "y split, dx split" in delta_linear.planned(CALL)
+
+
+def test_matrices_off_a_multiple_of_16_bytes_are_not_described() -> None:
+    good = torch.zeros(32, 64, dtype=HALF)
+    able = core.kernels("persistent").is_describable
+    assert able(good, good[:, :48], good[3:])
+    for bad in (
+        good.t(),
+        good[:, 1:],
+        good[:, ::2],
+        good[:0],
+        good[:1].expand(4, 64),
+        good.float(),
+    ):
+        assert not able(good, bad)
 
 
 @pytest.mark.parametrize(

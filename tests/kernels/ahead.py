@@ -55,6 +55,8 @@ class Setting:
     k: int = 4096
     conv1d: bool = False
     bias: bool = False
+    wanted: str = "xab"
+    """Gradients: of x, of each A, of each B."""
 
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -85,6 +87,10 @@ VARIATIONS = (
 )
 # The GEMM kernels without their long loop: less than what is compiled above, so some show it.
 SPLIT = (SETTINGS[3], SETTINGS[6])
+# The persistent GEMMs: every row of their table, with and without a mask and a bias.
+PERSISTENT = (Setting(8192, (16,), bias=True), Setting(512, (64,), dropout=0.1))
+# dB alone, with the most lanes: what spilled on sm_100 with the warps of dS and dB together.
+ALONE = Setting(8192, (64,), wanted="b")
 # One variant of these says all.
 SIMPLE = {"_sum_partials_kernel"}
 
@@ -123,7 +129,7 @@ class Recorder:
     """Stands in for ``JITFunction.run``: compiles what would be launched, each thing once."""
 
     def __init__(self, target: Target) -> None:
-        self.only: str | None = None  # the one kernel to compile, where it is not all
+        self.only = ""  # how the kernels begin that are compiled
         if target.amd:
             self.target = GPUTarget("hip", target.name, 64)
         else:
@@ -140,7 +146,7 @@ class Recorder:
         options, signature, constexprs, attrs = fn._pack_args(
             self.backend, kwargs, bound, specialization, options
         )
-        if self.only not in (None, fn.__name__):
+        if not fn.__name__.startswith(self.only):
             return
         key = fn.__name__
         if key in SIMPLE:
@@ -167,13 +173,15 @@ class Recorder:
 
     def entry(self, name: str, bound: dict[str, Any], kernel: Any, log: str) -> dict[str, Any]:
         tiles = {k: v for k, v in bound.items() if k.startswith("BLOCK_")}
-        dtype = next(str(v.dtype) for v in bound.values() if isinstance(v, Tensor))
+        tensors = [getattr(v, "base", v) for v in bound.values()]  # of a descriptor
+        dtype = next(str(t.dtype) for t in tensors if isinstance(t, Tensor))
         found = {
             "kernel": name,
             "tiles": tiles,
             "dtype": dtype,
             "dropout": str(bound.get("DROPOUT")),
             "work": str(bound.get("WORK")),
+            "specialise": bound.get("SPECIALISE", False),
             "shared": kernel.metadata.shared,
         }
         return found | (
@@ -189,6 +197,8 @@ class Recorder:
             "image": len(kernel.asm["cubin"]),
             "spills": sum(int(stores) + int(loads) for stores, loads in spills),
             "matrix_cores": "wgmma.mma_async" in kernel.asm["ptx"],
+            "bulk": "cp.async.bulk.tensor" in kernel.asm["ptx"],
+            "specialised": "setmaxnreg" in kernel.asm["ptx"],
         }
 
     @staticmethod
@@ -220,7 +230,8 @@ def launch(setting: Setting) -> None:
     run = TritonBackend()
     no_bias, linear = [None] * len(a), ["identity"] * len(a)
     y, s = run.forward(x, weight, bias, a, b, no_bias, scaling, dropout, linear, seed)
-    needs = [True, setting.bias] + [True] * (2 * len(a)) + [False] * len(a)
+    of_x, of_a, of_b = (name in setting.wanted for name in "xab")
+    needs = [of_x, setting.bias, *[of_a] * len(a), *[of_b] * len(b), *[False] * len(a)]
     run.backward(y, x, weight, a, b, s, scaling, dropout, linear, seed, needs)
 
 
@@ -293,6 +304,14 @@ def main(name: str, how: str | None = None) -> None:
         if name == "sm_90":
             with compiling(recorder, target, "split"):
                 for setting in SPLIT:
+                    launch(setting)
+        if target.capability in configs.PERSISTENT and not target.amd:
+            recorder.only = "_grad_up"
+            with compiling(recorder, target, "fused"):
+                launch(ALONE)
+            recorder.only = "_persistent"
+            with compiling(recorder, target, "persistent"):
+                for setting in PERSISTENT:
                     launch(setting)
     print(json.dumps(list(recorder.found.values())))
 

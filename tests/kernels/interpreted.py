@@ -1,6 +1,7 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
 Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER tuning rows:I/N …
+       persistent:CASE_NUMBER
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
@@ -22,11 +25,17 @@ from deltaops.backends.triton.record import recording
 from deltaops.backends.triton.tables import PLANS
 from deltaops.backends.triton.traffic import traffic
 from deltaops.errors import DataError
-from deltaops.measure import tune_kernels
+from deltaops.measure import published, tune_kernels
+from deltaops.ops.delta_linear import draw_seed
 from deltaops.reference import delta_linear as reference
 from deltaops.reference import prefix_attention as prefix_reference
 from deltaops.reference.philox import draws
-from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES, assert_accurate
+from deltaops.testing import (
+    DELTA_LINEAR_CASES,
+    PREFIX_ATTENTION_CASES,
+    DeltaLinearCase,
+    assert_accurate,
+)
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
 import rows
@@ -66,15 +75,19 @@ def tally_interpreter() -> None:
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
     def size(pointers: Any, mask: Any) -> int:
-        return int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+        return int(np.asarray(mask.data).sum()) * (
+            pointers.get_element_ty().primitive_bitwidth // 8
+        )
 
-    def tally_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def tally_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         TALLY["loaded"] += size(pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def tally_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def tally_store(
+        self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any
+    ) -> Any:
         TALLY["stored"] += size(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     def tally_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         TALLY["operations"] += 2 * a.data.shape[0] * b.data.shape[1] * a.data.shape[1]
@@ -144,6 +157,59 @@ def check_case(number: int) -> None:
         configs.reads_dy_twice = by_bytes
 
 
+PERSISTENT = (
+    # ragged in every length: tiles and steps left over, and a rank of two steps
+    (DeltaLinearCase(300, 280, 136, (72,), padding=8), torch.bfloat16),
+    (DeltaLinearCase(257, 136, 200, (8,), (0.3,), bias=False), torch.float16),
+    # the tall table, whose tiles are stored in two parts; the only tile of columns is not full
+    (DeltaLinearCase(1030, 136, 72, (16,)), torch.bfloat16),
+)
+
+
+def check_persistent(number: int) -> None:
+    """As :func:`check_case`, in a half type, which tensor descriptors are for; y and dx alone."""
+    case, dtype = PERSISTENT[number]
+    t, run = case.tensors(dtype), TritonBackend()
+    wide, grad_y = t.to(torch.float64), case.grad_y(dtype)
+    needs = [i == 0 for i in range(len(t.all_needed()))]
+
+    def results(forward: Any, backward: Any, t: Any, grad_y: torch.Tensor) -> list[torch.Tensor]:
+        y, s = forward(*t.forward_arguments())
+        return [y, *backward(*t.backward_arguments(grad_y, s), needs)]
+
+    with planner.forced("persistent", "persistent"):
+        found, again = (
+            as_modelled(lambda: results(run.forward, run.backward, t, grad_y), str(case))
+            for _ in range(2)
+        )
+    plain = reference.forward, reference.backward
+    oracle, low = results(*plain, wide, grad_y.double()), results(*plain, t, grad_y)
+    for i, (got, same, want, eager) in enumerate(zip(found, again, oracle, low, strict=True)):
+        assert_accurate(got, want, eager, f"{case} {dtype}: result {i}")
+        assert torch.equal(got, same), f"{case}: result {i} changed its bits"
+
+
+def check_published(dropout: float) -> None:
+    """LoRAFusion's plan, a peer of the GPU benchmark, against float64, with the same mask."""
+    case = DeltaLinearCase(37, 40, 70, (19,), (dropout,), bias=False)
+    grad_y, needs = case.grad_y(torch.float32), [True, False, True, True, False]
+    torch.manual_seed(1)
+    t = replace(case.tensors(torch.float32), seed=draw_seed(grad_y.device))
+    results = []
+    for one, dy in ((t.to(torch.float64), grad_y.double()), (t, grad_y)):
+        y, s = reference.forward(*one.forward_arguments())
+        results.append([y, *reference.backward(*one.backward_arguments(dy, s), needs)])
+    x, a, b = (v.requires_grad_() for v in (t.x, t.a[0], t.b[0]))
+
+    def call() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        y = published.lora_fusion(x, t.weight, a, b, t.scaling[0], dropout)
+        return [y, *torch.autograd.grad(y, [x, a, b], grad_y)]
+
+    for i, (got, want, low) in enumerate(zip(as_modelled(call, str(case)), *results, strict=True)):
+        assert_accurate(got, want, low, f"LoRAFusion's plan {case}: result {i}")
+
+
 def check_prefix_attention(number: int) -> None:
     """As :func:`check_case`, of the other table."""
     case, run = PREFIX_ATTENTION_CASES[number], TritonBackend()
@@ -176,7 +242,7 @@ def check_tuning() -> None:
         "clock": lambda call: float(bool(call())),
     }  # fmt: skip
     seconds = tune_kernels.measure(setting, TritonBackend(), **settings).entry.seconds
-    assert list(seconds["forward"]) == list(PLANS), seconds
+    assert list(seconds["forward"]) == list(PLANS[:3]), seconds
     assert list(seconds["backward"]) == ["fused", "split"], seconds
 
     class Wrong(TritonBackend):
@@ -216,7 +282,12 @@ if __name__ == "__main__":
         kind, _, number = argument.rpartition(":")
         if number == "tuning":
             check_tuning()
+            check_published(0.0)
+            check_published(0.3)
         elif kind == "rows":
             rows.check_share(number, as_modelled)
+        elif kind == "persistent":
+            rows.mend_bfloat16()
+            check_persistent(int(number))
         else:
             (check_prefix_attention if kind else check_case)(int(number))

@@ -1,7 +1,8 @@
 """Every configuration of the Triton kernels compiles for the GPUs that it is meant for.
 
-ahead.py does it, in a process for each architecture. Nothing runs on a GPU here; this finds what
-only a compiler can say: spilled registers, shared memory beyond the chip, matrix cores left idle.
+ahead.py does it, in a process for each architecture; every_variant.py, by hand, goes further.
+Nothing runs on a GPU here; this finds what only a compiler can say: spilled registers, shared
+memory beyond the chip, matrix cores left idle.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SCRIPT = Path(__file__).with_name("ahead.py")
 GEMMS = ("_forward_kernel", "_grad_input_kernel")
 SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
+PERSISTENT = ("_persistent_forward_kernel", "_persistent_grad_input_kernel")
 # wgmma on Hopper, MFMA on AMD; Ampere and Blackwell are not looked at
 MATRIX_CORES = ("sm_90", "gfx942")
 ROWS = (
@@ -33,6 +35,7 @@ ROWS = (
     "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
 )  # fmt: skip
 KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS}
+ALSO = {"sm_90": {*PERSISTENT}, "sm_100": {*PERSISTENT}}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {
@@ -79,9 +82,13 @@ def problems(found: list[dict[str, Any]], arch: str) -> list[str]:
         # tiles of fewer than 64 rows are for few tokens, where the weight's bytes are the limit;
         # float32 asks for IEEE products, which NVIDIA's tensor cores do not have
         due = kernel["tiles"].get("BLOCK_M", 0) >= 64 and "32" not in kernel["dtype"]
-        if arch in MATRIX_CORES and kernel["kernel"] in GEMMS and due:
+        if arch in MATRIX_CORES and kernel["kernel"] in (*GEMMS, *PERSISTENT) and due:
             if not kernel["matrix_cores"]:
                 lines.append(f"{name}: no matrix cores")
+        if kernel["kernel"] in PERSISTENT and not kernel["bulk"]:
+            lines.append(f"{name}: no tensor descriptors")
+        if kernel["specialise"] and not kernel["specialised"]:
+            lines.append(f"{name}: no warps of their own for loads")
     return lines
 
 
@@ -103,7 +110,7 @@ def prepare(ahead: Any, fixtures: set[str]) -> None:
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_configuration_compiles_within_the_limits(ahead: Any, arch: str) -> None:
     found = ahead.result("ahead_of_time")[arch,]
-    assert {kernel["kernel"] for kernel in found} >= KERNELS
+    assert {kernel["kernel"] for kernel in found} >= KERNELS | ALSO.get(arch, set())
     assert problems(found, arch) == []
 
 
@@ -111,3 +118,20 @@ def test_every_configuration_compiles_within_the_limits(ahead: Any, arch: str) -
 def test_the_gate_can_fail(ahead: Any, run: tuple[str, str], message: str) -> None:
     found = problems(ahead.result("ahead_of_time")[run], run[0])
     assert any("_forward_kernel" in line and message in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("arch", "what", "message"),
+    [
+        ("sm_90", "matrix_cores", "no matrix cores"),
+        ("sm_90", "bulk", "no tensor descriptors"),
+        ("sm_100", "specialised", "no warps of their own"),
+    ],
+)
+def test_a_persistent_kernel_without_them_is_refused(
+    ahead: Any, arch: str, what: str, message: str
+) -> None:
+    found = ahead.result("ahead_of_time")[arch,]
+    (one, *_) = [k for k in found if k["kernel"] == "_persistent_forward_kernel" and k[what]]
+    assert problems([one], arch) == []
+    assert [message in line for line in problems([one | {what: False}], arch)] == [True]

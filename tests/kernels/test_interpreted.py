@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter: no GPU needed, nothing said about speed.
 
 In processes of their own: TRITON_INTERPRET must be set before the kernels are first imported.
-The GEMMs and attention in float32 only: the interpreter keeps bfloat16 as integers, whose products
-are wrong where rows.py does not mend them.
+The GEMMs and attention in float32 only, but for the persistent ones, which take half types: the
+interpreter keeps bfloat16 as integers, whose products are wrong where rows.py does not mend them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
         if max(case.m, case.n, case.k) < 500 and not (case.activation or case.branch_bias)
     ][share::SHARES]
     numbers += [f"prefix:{i}" for i in range(len(PREFIX_ATTENTION_CASES))][share::SHARES]
+    numbers += [f"persistent:{i}" for i in range(3)][share::SHARES]
     numbers.append(f"rows:{share}/{SHARES}")
     numbers += ["tuning"] if share == 0 else []
     return subprocess.run(

@@ -1,7 +1,10 @@
-"""What chooses the tiles of a sequential adapter, and the pieces that its sums are cut into."""
+"""What chooses the tiles of a sequential adapter, and the pieces that its sums are cut into; and
+which tiles the programs of a persistent GEMM take."""
 
 from __future__ import annotations
 
+from collections import Counter
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,3 +69,24 @@ def test_strides_of_the_residual_choose_tiles(apart: int, height: int) -> None:
     given = (rows(), rows(apart=apart), None, None, down, None, up, None, 1.0, 1e-5, "gelu", "none")
     (found,) = launches("_bottleneck_kernel", "forward", *given)
     assert found.arguments["BLOCK_M"] == height
+
+
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize(
+    ("down", "across", "programs"),
+    [(1, 1, 1), (1, 37, 5), (37, 1, 37), (7, 11, 3), (8, 16, 128), (9, 17, 132), (64, 16, 132)],
+)
+def test_each_tile_is_taken_once(down: int, across: int, programs: int, group: int) -> None:
+    # the kernels' own function, on Python's numbers
+    code = core.kernels("tiles").grouped_tile.fn.__code__
+    place = FunctionType(code, {"tl": SimpleNamespace(minimum=min)})
+    walks = [range(first, down * across, programs) for first in range(programs)]
+    taken = Counter(place(tile, down, across, group) for walk in walks for tile in walk)
+    assert taken == Counter((i, j) for i in range(down) for j in range(across))
+    lengths = [len(walk) for walk in walks]
+    assert max(lengths) - min(lengths) <= 1  # nobody waits for two tiles of another
+
+
+@pytest.mark.parametrize(("tiles", "multiprocessors", "stay"), [(1024, 132, 132), (12, 132, 12)])
+def test_no_program_is_without_a_tile(tiles: int, multiprocessors: int, stay: int) -> None:
+    assert core.kernels("persistent").programs(tiles, multiprocessors) == stay

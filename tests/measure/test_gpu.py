@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaops.measure import gpu
+from deltaops.measure import gpu, published
 from deltaops.measure.interleave import Timing
+from deltaops.reference import delta_linear as reference
+from deltaops.testing import DeltaLinearCase, assert_accurate
 
 pytest.importorskip("peft")
 TINY = gpu.Case(24, 32, 48, 4)
@@ -33,9 +35,11 @@ def measure(case: gpu.Case, capture: Callable[[gpu.Call], gpu.Call] = lambda c: 
 def test_every_peer_passes_and_is_timed_a_copy(case: gpu.Case) -> None:
     copies = len(gpu.operands(case, "cpu", 1e4))
     result = measure(case)
-    assert set(result.timings) == {gpu.FROZEN, gpu.PEFT, gpu.OURS}
+    plain = set() if case.dropout else {gpu.UNSLOTH}
+    assert set(result.timings) == {gpu.FROZEN, gpu.PEFT, gpu.OURS} | plain
     assert {t.median for t in result.timings.values()} == {1 / copies}
-    assert result.as_json()["valid"]
+    # its kernels are Triton's, which tests/kernels/interpreted.py runs
+    assert set(result.as_json()["left_out"]) == {gpu.LORA_FUSION, gpu.UNSLOTH} - plain
 
 
 def test_operands_outgrow_the_cache() -> None:
@@ -54,17 +58,79 @@ def test_peft_computes_what_ours_does() -> None:
 def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu.delta_linear
     monkeypatch.setattr(gpu, "delta_linear", lambda *a, **k: right(*a, **k) * 1.1)
-    with pytest.raises(AssertionError, match="relative error"):
+    with pytest.raises(AssertionError, match="deltaops: y: relative error"):
         measure(TINY)
 
 
-def test_a_peer_that_cannot_be_captured_is_timed_and_noted() -> None:
+def test_a_peer_with_wrong_numbers_stops_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = published.unsloth
+    monkeypatch.setattr(published, "unsloth", lambda *a: right(*a) * 1.1)
+    with pytest.raises(AssertionError, match="Unsloth's arithmetic: y: relative error"):
+        measure(TINY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unsloths_arithmetic_is_that_of_lora(dtype: torch.dtype) -> None:
+    case = DeltaLinearCase(19, 24, 40, (5,), bias=False)
+    t, grad_y, needs = case.tensors(dtype), case.grad_y(dtype), [True, False, True, True, False]
+    wide = t.to(torch.float64)
+    wanted, low = (
+        [(y := reference.forward(*one.forward_arguments()))[0],
+         *reference.backward(*one.backward_arguments(dy, y[1]), needs)]
+        for one, dy in ((wide, grad_y.double()), (t, grad_y))
+    )  # fmt: skip
+    x, a, b = (v.requires_grad_() for v in (t.x, t.a[0], t.b[0]))
+    got = published.unsloth(x, t.weight, a, b, t.scaling[0])
+    found = [got, *torch.autograd.grad(got, [x, a, b], grad_y)]
+    for name, value, want, eager in zip(("y", "x", "a", "b"), found, wanted, low, strict=True):
+        assert_accurate(value, want, eager, name)
+
+
+REFUSED = {
+    "too little memory": torch.OutOfMemoryError("tried to allocate 9 GiB\nand so on"),
+    "not captured as a graph": RuntimeError("not permitted when stream is capturing"),
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "why"),
+    [
+        (0, gpu.FROZEN, "not captured as a graph"),
+        (1, gpu.OURS, "too little memory"),
+        (2, gpu.UNSLOTH, "too little memory"),
+        (3, gpu.PEFT, "not captured as a graph"),
+    ],
+)
+def test_what_is_no_graph_is_left_out_with_its_reason(number: int, name: str, why: str) -> None:
+    turn = iter(range(10))
+
     def refuse(call: gpu.Call) -> gpu.Call:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        if next(turn) == number:
+            raise REFUSED[why]
+        return call
 
     result = measure(TINY, refuse)
-    assert "not captured" in result.notes[gpu.OURS]
-    assert gpu.OURS in result.timings
+    assert result.left_out[name].startswith(why)
+    assert "and so on" not in result.left_out[name]
+    whole = name in (gpu.FROZEN, gpu.OURS)
+    assert (gpu.CASE in result.left_out) == whole == (not result.timings)
+    assert name not in result.timings
+    shown = gpu.table([result])
+    assert f"{name} left out: {why}" in shown
+    assert (f"left out: nothing to compare without {name}" in shown) == whole
+
+
+def test_a_case_that_drifts_ever_has_no_seconds() -> None:
+    ever = iter(range(1, 1000))
+    result = gpu.measure(
+        TINY, device="cpu", backend="auto", rounds=4, clock=lambda call: float(next(ever)),
+        capture=lambda call: call, compile_peft=False, cache_bytes=1e4,
+    )  # fmt: skip
+    assert result.timings == {}
+    assert "the frozen layer drifted by" in result.left_out[gpu.CASE]
+    written = result.as_json()
+    assert (written["seconds"], written["runs_discarded"]) == ({}, gpu.ATTEMPTS)
+    assert written["frozen_drift"] > gpu.DRIFT
 
 
 def test_a_run_that_drifts_is_discarded() -> None:
@@ -78,6 +144,12 @@ def test_a_run_that_drifts_is_discarded() -> None:
     assert discarded == gpu.ATTEMPTS - 1
 
 
+def test_ceilings_count_operations_and_bytes_both_ways() -> None:
+    assert gpu.ceilings("cpu", size=16, rounds=2, clock=one_second) == {
+        "operations_per_second": 2 * 16**3, "copy_bytes_per_second": 2 * 2 * 8 * 16**2
+    }  # fmt: skip
+
+
 def test_peers_take_turns() -> None:
     calls: list[str] = []
     peers = {name: (lambda name=name: calls.append(name)) for name in "ab"}
@@ -88,18 +160,44 @@ def test_peers_take_turns() -> None:
 def test_the_report_says_what_was_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def made_up(case: gpu.Case) -> gpu.Result:
-        timings = {gpu.FROZEN: Timing.of([1e-3]), gpu.OURS: Timing.of([2e-3])}
-        return gpu.Result(case, timings, 0.5, 2, {gpu.PEFT: "peft is not installed"})
+    fate = iter([None, torch.OutOfMemoryError("9 GiB"), AssertionError("y: relative error 1")])
 
-    ticks = iter([0.0, 1.0, 2.0, 11.0])
-    cases = (TINY, TINY, TINY)
-    assert gpu.run(tmp_path, 10.0, "Some GPU", cases, made_up, lambda: next(ticks)) == 0
+    def made_up(case: gpu.Case) -> gpu.Result:
+        if error := next(fate):
+            raise error
+        timings = {gpu.FROZEN: Timing.of([1e-3]), gpu.OURS: Timing.of([2e-3])}
+        return gpu.Result(case, timings, 0.0, 2, {gpu.PEFT: "peft is not installed"})
+
+    ticks = iter([0.0, 1.0, 2.0, 3.0, 11.0])
+    cases = (TINY, TINY, TINY, TINY, TINY)
+    best = {"operations_per_second": 7.9e14}
+    assert gpu.run(tmp_path, 10.0, "Some GPU", cases, made_up, lambda: next(ticks), best) == 1
     printed = capsys.readouterr().out
-    assert re.search(r"24×32×48 r=4 +1000.0 +2000.0 .*2.000 +— +—   invalid", printed)
-    assert "1 of 3 cases left out" in printed
+    assert re.search(r"24×32×48 r=4 +1000.0 +2000.0 .*2.000 +— +— +— +—", printed)
+    assert "left out: too little memory on the GPU: 9 GiB" in printed
+    assert "left out: wrong numbers: y: relative error 1" in printed
+    assert "PEFT left out: peft is not installed (24×32×48 r=4)" in printed
+    assert "2 of 5 cases left out" in printed
+    assert "operations per second of this GPU at best, in this run: 7.9e+14" in printed
     written = json.loads((tmp_path / "gpu-some-gpu.json").read_text())
-    assert [r["valid"] for r in written["delta_linear"]] == [False, False]
+    assert [r["wrong"] for r in written["delta_linear"]] == [False, False, True]
+    assert [bool(r["seconds"]) for r in written["delta_linear"]] == [True, False, False]
+    assert written["not_reached"] == ["24×32×48 r=4"] * 2
+    assert written["machine"]["ceilings"] == best
+
+
+def test_what_was_measured_is_written_when_the_run_stops(tmp_path: Path) -> None:
+    fate = iter([None, KeyboardInterrupt()])
+
+    def made_up(case: gpu.Case) -> gpu.Result:
+        if error := next(fate):
+            raise error
+        return gpu.Result(case, {gpu.FROZEN: Timing.of([1.0]), gpu.OURS: Timing.of([1.0])}, 0.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(tmp_path, 10.0, "GPU", (TINY, TINY), made_up, lambda: 0.0)
+    written = json.loads((tmp_path / "gpu-gpu.json").read_text())
+    assert (len(written["delta_linear"]), len(written["not_reached"])) == (1, 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

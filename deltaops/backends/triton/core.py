@@ -52,6 +52,28 @@ def capability(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the tensor's GPU; one in the interpreter."""
+    if _stand_in is not None:
+        return _stand_in.multiprocessors
+    if not tensor.is_cuda:
+        return 1
+    return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+
+
+def persists(device: torch.device | str) -> bool:
+    """Whether the persistent kernels run there: NVIDIA's Hopper and data-centre Blackwell, and the
+    interpreter."""
+    wanted: tuple[int, ...] = kernels("configs").PERSISTENT
+    if _stand_in is not None:
+        return not _stand_in.amd and _stand_in.capability in wanted
+    found = torch.device(device)
+    if found.type != "cuda" or torch.version.hip is not None:
+        return interpreting()
+    major, minor = torch.cuda.get_device_capability(found)
+    return 10 * major + minor in wanted
+
+
 def gpu(device: torch.device | str = "cuda") -> str | None:
     """The name of a GPU as its driver has it, of "cuda" the current one's; None of what is none."""
     if _stand_in is not None:

@@ -35,18 +35,23 @@ def planned(call: DeltaLinearCall) -> str:
     """How the GEMMs of a call on the current GPU go, and why, or why none can be chosen. x and dy
     are taken to be contiguous, and so is a "strided" weight: the call does not say how it lies."""
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=call.dtype, device="meta")
+    def matrix(rows: int, columns: int, dtype: torch.dtype = call.dtype) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device="meta")
 
     m, n, k = call.m, call.n, call.k
+    branches = list(zip(call.ranks, call.adapter_dtypes, strict=True))
     weight = matrix(k, n).t() if call.weight_layout == "col" else matrix(n, k)
     try:
         y, dx = (
             _choice(
-                direction, rows, weight, call.ranks, call.adapter_dtypes, call.dropout, call.device
+                direction, rows, weight, factors, call.ranks, call.adapter_dtypes, call.dropout,
+                call.device,
             )
-            for direction, rows in (("forward", matrix(m, k)), ("backward", matrix(m, n)))
-        )
+            for direction, rows, factors in (
+                ("forward", matrix(m, k), [matrix(n, r, dtype) for r, dtype in branches]),
+                ("backward", matrix(m, n), [matrix(r, k, dtype) for r, dtype in branches]),
+            )
+        )  # fmt: skip
     except DataError as error:
         return f"no plan, a call would raise: {error}"
     return planner.text(y, dx)
@@ -74,9 +79,15 @@ def forward(
         s: Tensor = core.kernels("project").project_branches(
             x, list(a), list(scaling), list(dropout), seed, precision
         )
-        plan = _plan("forward", x, weight, a, dropout)
+        plan = _plan("forward", x, weight, a, b, dropout)
         if plan == "torch":
             _add_products(y, bias, s, [t.t() for t in b], x, weight.t())
+            return y, s
+        if plan == "persistent":
+            core.kernels("persistent_forward").persistent_forward(
+                x, weight, bias, s, b[0], y,
+                capability=core.capability(x), multiprocessors=core.multiprocessors(x),
+            )  # fmt: skip
             return y, s
         core.kernels("forward").forward_gemm(
             x, weight, bias, s, list(b), y,
@@ -154,9 +165,16 @@ def backward(
         if grad_bias is not None and count == 0:
             torch.sum(grad_y, 0, out=grad_bias)
         if grad_x is not None:
-            plan = _plan("backward", grad_y, weight, a, dropout)
+            plan = _plan("backward", grad_y, weight, a, a, dropout)
             if plan == "torch":
                 _add_products(grad_x, None, grad_s, a, grad_y, weight)
+                return grads
+            if plan == "persistent":
+                core.kernels("persistent_grad_input").persistent_grad_input(
+                    grad_y, weight, grad_s, a[0], grad_x, dropout=dropout[0], seed=seed,
+                    capability=core.capability(grad_y),
+                    multiprocessors=core.multiprocessors(grad_y),
+                )  # fmt: skip
                 return grads
             core.kernels("grad_input").grad_input_gemm(
                 grad_y, weight, grad_s, list(a), grad_x,
@@ -168,18 +186,45 @@ def backward(
     return grads
 
 
+def described(
+    direction: str,
+    rows: Tensor,
+    weight: Tensor,
+    factors: Sequence[Tensor],
+    ranks: Sequence[int],
+    device: torch.device | str,
+) -> bool:
+    """Whether the persistent kernels take the GEMM of a direction on ``device``: of one branch in
+    the model's dtype, and of matrices that tensor descriptors take, S and the output among them."""
+    if len(ranks) != 1 or rows.shape[0] < core.kernels("configs").PERSISTENT_ROWS:
+        return False
+    columns = weight.shape[0 if direction == "forward" else 1]
+    if ranks[0] == 0 or ranks[0] % 8 or columns % 8 or factors[0].dtype != rows.dtype:
+        return False
+    if not core.persists(device):
+        return False
+    taken: bool = core.kernels("persistent").is_describable(rows, weight, *factors)
+    return taken
+
+
 def _plan(
-    direction: str, rows: Tensor, weight: Tensor, a: Sequence[Tensor], dropout: Sequence[float]
+    direction: str,
+    rows: Tensor,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    dropout: Sequence[float],
 ) -> str:
-    """How the GEMM of this direction goes; ``rows`` is x or dy."""
+    """How the GEMM of this direction goes; ``rows`` is x or dy, ``factors`` are B or A."""
     ranks, dtypes = tuple([t.shape[0] for t in a]), tuple([t.dtype for t in a])
-    return _choice(direction, rows, weight, ranks, dtypes, any(dropout), rows.device).plan
+    return _choice(direction, rows, weight, factors, ranks, dtypes, any(dropout), rows.device).plan
 
 
 def _choice(
     direction: str,
     rows: Tensor,
     weight: Tensor,
+    factors: Sequence[Tensor],
     ranks: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     dropout: bool,
@@ -188,7 +233,8 @@ def _choice(
     n, k = weight.shape
     setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, dropout)
     plain = core.kernels("configs").is_plain(rows, weight, ranks)
-    return planner.choose(setting, direction, device, plain)
+    able = described(direction, rows, weight, factors, ranks, device)
+    return planner.choose(setting, direction, device, plain, able)
 
 
 def _add_products(

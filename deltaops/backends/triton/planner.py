@@ -3,12 +3,14 @@
     fused   one Triton kernel: x Wᵀ and S Bᵀ in one accumulator
     split   a Triton kernel writes the rank part, and the library adds x Wᵀ onto it (beta = 1)
     torch   the library computes both
+    persistent   the fused kernel whose programs stay, with tensor descriptors: Hopper and later
 
 Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is
 expected to be the faster one. Which outweighs the other is a matter of measurement
-(:mod:`tables`). Where nothing was measured, :func:`start` decides by the break-even rule. Either
-way a choice follows from the call and the tables alone, which are read once a GPU and process:
-nothing is timed in a call, nor under graph capture.
+(:mod:`tables`). Where nothing was measured, :func:`start` decides by the break-even rule, and never
+for persistent, of whose speed nothing is known. Either way a choice follows from the call, how its
+matrices lie and the tables alone, which are read once a GPU and process: nothing is timed in a
+call, nor under graph capture.
 """
 
 from __future__ import annotations
@@ -83,12 +85,17 @@ def setting_of(
     return Setting(m, n, k, sum(ranks), _NAMES[dtype], _NAMES[wide], dropout)
 
 
-def possible(setting: Setting, direction: str) -> tuple[str, ...]:
-    """The plans that can run a call."""
+def possible(setting: Setting, direction: str, described: bool = False) -> tuple[str, ...]:
+    """The plans that can run a call.
+
+    Args:
+        described: the persistent kernels take its matrices on its GPU.
+    """
     mixed = setting.rank > 0 and setting.adapter != setting.dtype
     masked = setting.dropout and direction == "backward"
     # the library rounds S to the model's dtype, and knows no mask
-    return PLANS[:2] if mixed or masked else PLANS
+    plans = PLANS[:2] if mixed or masked else PLANS[:3]
+    return (*plans, PLANS[3]) if described else plans
 
 
 def break_even(setting: Setting, direction: str) -> float:
@@ -154,35 +161,42 @@ def forced(forward: str, backward: str) -> Iterator[None]:
 
 
 def choose(
-    setting: Setting, direction: str, device: torch.device | str, plain: bool = True
+    setting: Setting,
+    direction: str,
+    device: torch.device | str,
+    plain: bool = True,
+    described: bool = False,
 ) -> Choice:
     """How one direction of a call on ``device`` goes.
 
     Args:
         direction: of :data:`tables.DIRECTIONS`.
         plain: the large tiles take it, as ``configs.is_plain`` finds.
+        described: as :func:`possible`.
     Raises: DataError for a table that cannot be used.
     """
     if _forced is not None:
-        plan = _forced[direction]
-        if plan not in possible(setting, direction):
+        plan, able = _forced[direction], possible(setting, direction, described)
+        if plan not in able:
             raise ValueError(
-                f"{setting}: {direction} must be one of {', '.join(possible(setting, direction))}, "
-                f"{plan!r} is forced"
+                f"{setting}: {direction} must be one of {', '.join(able)}, {plan!r} is forced"
             )
         return Choice(plan, "as forced")
-    return _chosen(setting, direction, core.gpu(device), plain)
+    return _chosen(setting, direction, core.gpu(device), plain, described)
 
 
 @lru_cache(maxsize=4096)
-def _chosen(setting: Setting, direction: str, gpu: str | None, plain: bool) -> Choice:
+def _chosen(
+    setting: Setting, direction: str, gpu: str | None, plain: bool, described: bool
+) -> Choice:
     if gpu is None:
         return Choice("fused", "Triton's interpreter shows the kernels")
     found = _found(gpu)
+    able = possible(setting, direction, described)
     # tables are of aligned operands and one branch: others have other tiles
     for table, path in found.tables if plain else ():
         entry = table.nearest(setting, direction)
-        best = None if entry is None else entry.best(direction, possible(setting, direction))
+        best = None if entry is None else entry.best(direction, able)
         if entry is not None and best is not None:
             why = f"fastest for {entry.setting} on {gpu}, {path}"
             return Choice(best, "; ".join([why, *found.notes]))

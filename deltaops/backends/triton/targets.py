@@ -14,11 +14,13 @@ class Target:
         capability: as torch gives it, 10 · major + minor.
         shared: bytes of shared memory (AMD: LDS) that one block may have. The compilers do not
             check it.
+        multiprocessors: of the usual card: A100, H100 SXM, B200, MI300X.
     """
 
     name: str
     capability: int
     shared: int
+    multiprocessors: int
 
     @property
     def amd(self) -> bool:
@@ -30,10 +32,10 @@ TARGETS = {
     target.name: target
     for target in (
         # CUDA C++ Programming Guide, technical specifications per compute capability
-        Target("sm_80", 80, 163 * 1024),
-        Target("sm_90", 90, 227 * 1024),
-        Target("sm_100", 100, 227 * 1024),
+        Target("sm_80", 80, 163 * 1024, 108),
+        Target("sm_90", 90, 227 * 1024, 132),
+        Target("sm_100", 100, 227 * 1024, 148),
         # AMD Instinct MI300 CDNA3 ISA reference guide, LDS
-        Target("gfx942", 94, 64 * 1024),
+        Target("gfx942", 94, 64 * 1024, 304),
     )
 }

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 
@@ -142,6 +143,36 @@ def _forward(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.store(a.y, a.M * a.N)
 
 
+@entry("_persistent_forward_kernel")
+def _persistent_forward(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    _persistent(a.x, a.weight, a.s, a.b, a.y, (a.M, a.N, a.K, a.R),
+                (a.BLOCK_M, a.BLOCK_N, a.BLOCK_K), t)  # fmt: skip
+    if a.HAS_BIAS:
+        t.load(a.bias, a.N, a.N * _cdiv(a.M, a.BLOCK_M))
+
+
+@entry("_persistent_grad_input_kernel")
+def _persistent_grad_input(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    _persistent(a.grad_y, a.weight, a.grad_s, a.a, a.grad_x, (a.M, a.K, a.N, a.R),
+                (a.BLOCK_M, a.BLOCK_K, a.BLOCK_N), t)  # fmt: skip
+    if a.DROPOUT:
+        t.load(a.seed, 1, grid[0])
+
+
+def _persistent(
+    left: Any, right: Any, side: Any, factor: Any, out: Any,
+    lengths: tuple[int, int, int, int], block: tuple[int, int, int], t: Traffic,
+) -> None:  # fmt: skip
+    """Of tensor descriptors: what lies outside a matrix is not asked for."""
+    rows, cols, inner, rank = lengths
+    down, across = _cdiv(rows, block[0]), _cdiv(cols, block[1])
+    for first, second, length in ((left, right, inner), (side, factor, rank)):
+        t.load(first.base, rows * length, rows * length * across)
+        t.load(second.base, cols * length, cols * length * down)
+        t.dots(down * across * _cdiv(length, block[2]), *block)
+    t.store(out.base, rows * cols)
+
+
 @entry("_grad_input_kernel")
 def _grad_input(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     down, across = _cdiv(a.M, a.BLOCK_M), _cdiv(a.K, a.BLOCK_K)
@@ -169,6 +200,31 @@ def _project(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
         t.load(a.seed, 1, math.prod(grid))
     t.store(a.s, a.M * a.R * parts)
     t.dots(down * across * _cdiv(a.K, a.BLOCK_K), a.BLOCK_M, a.BLOCK_R, a.BLOCK_K)
+
+
+@entry("_drop_and_project_kernel")
+def _drop_and_project(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, across = grid
+    t.load(a.x, a.M * a.K, a.M * a.K * across)
+    t.load(a.a, a.R * a.K, a.R * a.K * down)
+    t.load(a.seed, 1, math.prod(grid))
+    for made in (a.dropped, a.keep):
+        t.store(made, a.M * a.K)
+    t.store(a.s, a.M * a.R)
+    t.dots(down * across * _cdiv(a.K, a.BLOCK_K), a.BLOCK_M, a.BLOCK_R, a.BLOCK_K)
+
+
+@entry("_stored_grad_input_kernel")
+def _stored_grad_input(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, across = _cdiv(a.M, a.BLOCK_M), _cdiv(a.K, a.BLOCK_K)
+    t.load(a.keep, a.M * a.K, a.M * a.K)
+    for left, right, length, block in (
+        (a.grad_s, a.a, a.R, a.BLOCK_R), (a.grad_y, a.weight, a.N, a.BLOCK_N),
+    ):  # fmt: skip
+        t.load(left, a.M * length, a.M * length * across)
+        t.load(right, a.K * length, a.K * length * down)
+        t.dots(down * across * _cdiv(length, block), a.BLOCK_M, a.BLOCK_K, block)
+    t.store(a.grad_x, a.M * a.K)
 
 
 @entry("_grad_up_kernel")
