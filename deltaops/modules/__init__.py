@@ -87,6 +87,8 @@ from .prompt import (
     room_of,
     token_table,
 )
+from .router import WEIGHT as ROUTER_WEIGHT
+from .router import DeltaRouter, become_router, is_router, unbecome_router
 from .sharing import APART, sharing
 
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "PREFIX_KEYS",
     "PREFIX_VALUES",
     "PROMPTS",
+    "ROUTER_WEIGHT",
     "UNFROZEN",
     "AdapterSettings",
     "AttentionBlock",
@@ -110,6 +113,7 @@ __all__ = [
     "DeltaExperts",
     "DeltaLinear",
     "DeltaPlace",
+    "DeltaRouter",
     "Factor",
     "FittedDecoder",
     "FittedRows",
@@ -138,6 +142,7 @@ __all__ = [
     "become",
     "become_embedding",
     "become_experts",
+    "become_router",
     "check_attention",
     "copies",
     "delta_class",
@@ -157,6 +162,7 @@ __all__ = [
     "holds_experts",
     "is_conv1d",
     "is_norm",
+    "is_router",
     "join_encoder",
     "lacks_bias",
     "near_zero",
@@ -187,5 +193,6 @@ __all__ = [
     "unbecome",
     "unbecome_embedding",
     "unbecome_experts",
+    "unbecome_router",
     "zeros_for",
 ]
