@@ -535,17 +535,37 @@ def test_a_bias_of_t5_that_wants_a_gradient_is_told() -> None:
         rows = deltaops.report(model).rows
         return {r.path: (r.backend, r.reason) for r in rows if r.path in handle.sites}
 
-    cross = {path for path in handle.sites if path.endswith("EncDecAttention")}
     first = "encoder.block.0.layer.0.SelfAttention"
     assert "wants a gradient" not in str(told())
-    model.gradient_checkpointing_enable()
-    found = told()
-    assert {p for p, (_, why) in found.items() if "for gradient checkpointing" in why} == cross
-    assert {found[path][0] for path in cross} == {"torch"}
-    model.gradient_checkpointing_disable()
+    cross = {why for path, (_, why) in told().items() if path.endswith("EncDecAttention")}
+    assert "torch where a bias" not in str(cross)
     model.get_submodule(first).relative_attention_bias.requires_grad_()
     assert told()[first][0] == "torch"
     assert "its relative_attention_bias is trained" in told()[first][1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_a_gradient_of_t5s_bias_that_nobody_reads_keeps_no_attention_from_the_op(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltaops.modules import prefix as module
+
+    seen, real = [], module.prefix_attention
+    monkeypatch.setattr(module, "prefix_attention", lambda *t, **s: seen.append(1) or real(*t, **s))
+    handle = attached("t5")
+    model, found = handle.model.train(), []
+    model.enable_input_require_grads()
+    for passes in (1, 2):  # the blocks run again for their gradients
+        y = answer("t5", model)
+        y.square().mean().backward()
+        assert len(seen) == passes * len(handle.sites)
+        found.append([y, *(p.grad for p in handle.parameters())])
+        seen.clear()
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        # else the zeros want no gradient, and nothing is tested
+        assert model.decoder.block[0].layer[1].EncDecAttention.gradient_checkpointing
+    assert all(same(*pair) for pair in zip(*found, strict=True))
 
 
 def test_t5_generates_the_same_with_a_cache() -> None:
