@@ -66,8 +66,9 @@ from .base import (
     wide,
 )
 from .linear import become_place, laid_out
-from .lora_start import is_drawn, is_rest, is_taken_out, rest, taken_out
-from .peft_config import listed, required, target_fields, unexpressed
+from .lora_peft import refuse_unknown_features, start_in
+from .lora_start import is_rest, is_taken_out, rest, taken_out
+from .peft_config import listed, required, target_fields
 from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, names, normalise
 
 
@@ -530,7 +531,7 @@ class LoRA(Delta):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
         """See :meth:`Delta.from_peft`. Values of the wrong type are a CheckpointError too."""
-        _refuse_unknown_features(config)
+        refuse_unknown_features(config)
         parameters = listed(config, "target_parameters") or ()
         nowhere = parameters and config.get("target_modules") is None
         try:
@@ -545,7 +546,7 @@ class LoRA(Delta):
                 use_dora=config.get("use_dora", False),
                 rank_pattern=config.get("rank_pattern") or {},
                 alpha_pattern=config.get("alpha_pattern") or {},
-                init_lora_weights=_start_in(config),
+                init_lora_weights=start_in(config),
                 layers_to_transform=config.get("layers_to_transform"),
                 layers_pattern=listed(config, "layers_pattern") or (),
                 task_type=config.get("task_type"),
@@ -610,76 +611,3 @@ def _first(pattern: Any, path: str, otherwise: float) -> float:
     """The value of the first key that matches ``path``, by PEFT's rule for patterns."""
     hits = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
     return next(hits, otherwise)
-
-
-# ------------------------------------------------------------------------- PEFT's configuration
-
-_EXPRESSED = frozenset(
-    {
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "layers_pattern",
-        "task_type",
-        "peft_type",
-        "target_parameters",
-    }
-)
-"""Fields that :class:`LoRA` has."""
-
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "fan_in_fan_out",  # read off the layer itself
-        "inference_mode",
-        "megatron_core",  # names a package; only megatron_config switches it on
-        "peft_version",
-        "qalora_group_size",  # only use_qalora switches it on
-        "revision",
-    }
-)
-"""Fields that change nothing about what the saved tensors mean."""
-
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Start values that leave the base weights alone."""
-
-_RECOMPUTED = ("pissa", "olora")
-"""Those that every reader takes out of the base weights anew. PEFT's other starts that change them
-hang on random numbers or on data, which no file holds."""
-
-
-def _start_in(config: Mapping[str, Any]) -> bool | str:
-    """The start that decides what the tensors mean, or at least the next training's."""
-    start = config.get("init_lora_weights")
-    return start if start in ("gaussian", *_RECOMPUTED) else True
-
-
-def _refuse_unknown_features(config: Mapping[str, Any]) -> None:
-    """Anything switched on that a LoRA branch cannot express is an error that names it."""
-    refused = []
-    for key, value in config.items():
-        if key in _EXPRESSED or key in _HARMLESS:
-            continue
-        if key == "init_lora_weights":
-            if is_drawn(value):
-                refused.append(
-                    f"{key}={value!r} (a start drawn at random, which the file does not hold; save "
-                    "it with path_initial_model_for_weight_conversion)"
-                )
-            elif value not in (*_STARTS, *_RECOMPUTED):
-                refused.append(f"{key}={value!r} (it changes the base weights)")
-        elif key == "eva_config" and config.get("init_lora_weights") == "eva":
-            continue  # how the start was found, nothing about what it means
-        elif value not in (None, False, "none") and value != {} and value != []:
-            refused.append(f"{key}={value!r}")
-    if refused:
-        raise CheckpointError(unexpressed("LoRA", refused))

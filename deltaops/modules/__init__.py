@@ -37,6 +37,7 @@ from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import (
     activate_copies,
+    check_untied,
     copies,
     follow,
     give_back,
@@ -145,6 +146,7 @@ __all__ = [
     "become_experts",
     "become_router",
     "check_attention",
+    "check_untied",
     "copies",
     "delta_class",
     "disallow_bias",

@@ -4,8 +4,8 @@ A block that a checkpoint runs again, inside of the backward pass, is to read wh
 pass computed; one that is called by itself, outside, is to compute anew. Nothing public tells the
 two apart with that guarantee: a hook on what the stack returned does not see a backward pass that
 begins at one of its hidden states, and a node of autograd says when a gradient passed it but not
-that none will. ``torch.utils.checkpoint`` asks under the same name; it stands here
-alone, so that a torch without it is refused where a delta is attached and not misread later.
+that none will. ``torch.utils.checkpoint`` asks under the same name; it stands here alone, so that a
+torch without it is refused where a delta is attached and not misread later.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .draws import no_autocast
 from .factor import Factor
 from .place import LoraSettings
+from .replicas import refuse_replicas
 
 WEIGHT = "weight"
 """The parameter, by transformers' name."""
@@ -22,6 +23,8 @@ WEIGHT = "weight"
 
 class DeltaRouter(nn.Module):
     """Mixin over a class of router: LoRA branches by adapter name."""
+
+    _replicate_for_data_parallel = refuse_replicas
 
     base_class: type[nn.Module]
     """The exact type that surgery swapped, and that revert puts back."""

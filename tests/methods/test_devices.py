@@ -69,3 +69,24 @@ def test_adapters_that_are_decoded_at_once_are_refused_on_several_devices() -> N
     assert [p.device.type for p in model.parameters()] == devices
     assert all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("loose", [False, True], ids=["", "without frozen layers and blocks"])
+@for_each_delta
+def test_data_parallel_is_refused(delta: Delta, loose: bool) -> None:
+    """As ``torch.nn.parallel.replicate`` asks each module, which needs two GPUs to begin."""
+    model = build("llama")
+    around = {"frozen": False, "blocks": False} if loose else {}
+    handle = deltaops.attach(model, delta, **around)
+
+    def replicate() -> None:
+        for module in model.modules():
+            module._replicate_for_data_parallel()
+
+    if isinstance(delta, Prefix) and loose and not delta.reparameterised:
+        replicate()  # parameters on plain attentions, which replicas have too
+    else:
+        with pytest.raises(AttachError, match=r"Use torch\.nn\.parallel\.DistributedDataParallel"):
+            replicate()
+    handle.revert()
+    replicate()
