@@ -29,9 +29,9 @@ def convert(
 ) -> None:
     """Convert an adapter to PEFT's format, or to ours where PEFT has none.
 
-    Reads OpenDelta's LoRA, adapters, Compacter, BitFit, soft prompts and prefixes, and PEFT's
-    adapters that are still pickles. A pickle (.bin) is looked at, never run: anything in it beside
-    tensors is refused. OUT is written whole or left as it was.
+    Reads OpenDelta's LoRA, adapters (parallel ones too), Compacter, BitFit, soft prompts and
+    prefixes, and PEFT's adapters that are still pickles. A pickle (.bin) is looked at, never run:
+    anything in it beside tensors is refused. OUT is written whole or left as it was.
 
     Example:  deltaops convert delta_checkpoints/t5-lora my-adapter --model path/to/t5-base
 

@@ -30,6 +30,10 @@ LINEAR, NORM, EMBEDDING, ATTENTION, STACK = "linear", "norm", "embedding", "atte
 model with what embeds its tokens."""
 EXPERTS = "experts"
 """The kind of place of a mixture's experts, all of them, which are 3-D parameters of one module."""
+ROUTER = "router"
+"""The kind of place of what chooses among experts by a matrix of its own, and is no layer."""
+BY_PARAMETER = frozenset({EXPERTS, ROUTER})
+"""Kinds of place that PEFT's file names by their parameters."""
 MODEL = "model"
 """The model itself, which has what all places share; see :meth:`Delta.on_model`."""
 PEFT_PREFIX = "base_model.model."
@@ -74,7 +78,7 @@ class Site:
     heads: int = 0
     """Of an attention's keys."""
     parameters: tuple[str, ...] = ()
-    """Of experts: the names of those that have the delta, in the module's own order."""
+    """Of experts and routers: the names of those that have the delta, in the module's own order."""
 
     def key(self, suffix: str) -> str:
         """The name of a tensor of this place in ``handle.state()``; the model has no path."""

@@ -18,6 +18,7 @@ from deltaops.modules import (
     DeltaPlace,
     activate_copies,
     allow_bias,
+    check_untied,
     copies,
     disallow_bias,
     give_back,
@@ -85,6 +86,7 @@ class BitFit(Delta):
         else:
             become_place(module, self.kind, binding)
         bias = module._parameters.get("bias")
+        check_untied(modules, site.path, ("bias",))
         start = zeros_for(module, site.out_features) if bias is None else bias
         train_copies(module, {"bias": start})
 

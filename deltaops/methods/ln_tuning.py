@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import activate_copies, copies, give_back, train_copies
+from deltaops.modules import activate_copies, check_untied, copies, give_back, train_copies
 
 from .base import EXACT, NORM, Binding, Delta, Promise, Site, wide
 from .peft_config import listed, refuse_unknown, required, target_fields
@@ -61,7 +61,9 @@ class LNTuning(Delta):
 
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
-        train_copies(modules[site.path], _parameters(modules[site.path]))
+        parameters = _parameters(modules[site.path])
+        check_untied(modules, site.path, parameters)
+        train_copies(modules[site.path], parameters)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
@@ -86,6 +88,17 @@ class LNTuning(Delta):
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
         return {f"{_SUFFIX}.{k}": tuple(p.shape) for k, p in _parameters(module).items()}
+
+    def unlike_peft(
+        self, model: nn.Module, sites: tuple[Site, ...], *, writing: bool
+    ) -> str | None:
+        """See :meth:`Delta.unlike_peft`: one module in two places has the delta in both here."""
+        first = {site.path for site in sites}
+        by_id = {id(model.get_submodule(path)): path for path in first}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if path not in first and id(module) in by_id:
+                return f"{by_id[id(module)]!r} is also at {path!r}, where it trains nothing"
+        return None
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LNTuningConfig."""

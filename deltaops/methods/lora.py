@@ -6,7 +6,8 @@ to a length m [N] that is trained too.
 
 On an embedding, y = W[ids] + s · A[:, ids]ᵀ Bᵀ with W [V, D], A [r, V] and B [D, r], without
 dropout. Where the output layer is tied to it, that keeps the frozen weight. On the experts of a
-mixture each has an A and a B of its own: :mod:`deltaops.modules.experts`.
+mixture each has an A and a B of its own: :mod:`deltaops.modules.experts`. Its router, no layer in
+transformers, computes with the sum: :mod:`deltaops.modules.router`.
 Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scaling: Kalajdzievski 2023 (2312.03732);
 DoRA: Liu et al. 2024 (2402.09353); LoRA+: Hayou et al. 2024 (2402.12354); starts that are taken out
 of the weight: :mod:`deltaops.methods.lora_start`.
@@ -29,11 +30,14 @@ from deltaops.modules import (
     DeltaEmbedding,
     DeltaExperts,
     DeltaPlace,
+    DeltaRouter,
     LoraSettings,
     activate_copies,
     become_embedding,
+    become_router,
     has_copies,
     holds_experts,
+    is_router,
     no_autocast,
     nonzero,
     originals,
@@ -42,14 +46,17 @@ from deltaops.modules import (
     unbecome,
     unbecome_embedding,
     unbecome_experts,
+    unbecome_router,
 )
 
 from . import lora_experts
 from .base import (
+    BY_PARAMETER,
     EMBEDDING,
     EXACT,
     EXPERTS,
     LINEAR,
+    ROUTER,
     Binding,
     Delta,
     Promise,
@@ -59,8 +66,9 @@ from .base import (
     wide,
 )
 from .linear import become_place, laid_out
-from .lora_start import is_drawn, is_rest, is_taken_out, rest, taken_out
-from .peft_config import listed, required, target_fields, unexpressed
+from .lora_peft import refuse_unknown_features, start_in
+from .lora_start import is_rest, is_taken_out, rest, taken_out
+from .peft_config import listed, required, target_fields
 from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, names, normalise
 
 
@@ -102,15 +110,16 @@ class LoRA(Delta):
             classification head out of "all-linear".
         target_parameters: parameters of experts, as ``["experts.gate_up_proj",
             "experts.down_proj"]``, matched from the end of the path, beside what ``target_modules``
-            names; each expert gets an A and a B of its own. ``LoRA(target_parameters=…)`` ALONE
-            KEEPS THE DEFAULT ``target_modules="all-linear"``, where PEFT's None is no module at
-            all: pass ``target_modules=[]`` for experts alone. "all-linear"
-            has no experts (PEFT's has Mixtral's, and its routers); the role "experts" in
-            ``target_modules`` is all of them.
+            names; each expert gets an A and a B of its own. "gate.weight" is the router's, which is
+            no layer in transformers. ``LoRA(target_parameters=…)`` ALONE KEEPS THE DEFAULT
+            ``target_modules="all-linear"``, where PEFT's None is no module at all: pass
+            ``target_modules=[]`` for experts alone. "all-linear" has neither experts nor routers
+            (PEFT's has Mixtral's); the role "experts" in ``target_modules`` is all of the former.
             ``exclude_modules`` and ``layers_to_transform`` say nothing of parameters, and patterns
-            of ranks and alphas go by their paths. PEFT has no dropout on experts: with ``dropout``
-            above 0, files are in our format; so too where layers beside the experts have names that
-            PEFT takes for those of experts (``gate_proj`` of a dense feed-forward).
+            of ranks and alphas go by their paths. PEFT has no dropout on either, and routers have
+            none here: with ``dropout`` above 0, files of experts are in our format; so too where
+            layers beside the experts have names that PEFT takes for those of experts
+            (``gate_proj`` of a dense feed-forward).
     Raises: ConfigError.
     """
 
@@ -133,7 +142,7 @@ class LoRA(Delta):
     target_parameters: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "lora"
-    places: ClassVar[frozenset[str]] = frozenset({LINEAR, EMBEDDING, EXPERTS})
+    places: ClassVar[frozenset[str]] = frozenset({LINEAR, EMBEDDING, EXPERTS, ROUTER})
     peft_type: ClassVar[str | None] = "LORA"
     promises: ClassVar[frozenset[Promise]] = EXACT
 
@@ -190,6 +199,11 @@ class LoRA(Delta):
         """The rank at ``path``."""
         return int(_first(self.rank_pattern, path, self.r))
 
+    @staticmethod
+    def _named(site: Site) -> str:
+        """What patterns of ranks and alphas go by: a router's weight is named as a parameter."""
+        return site.key(*site.parameters) if site.place == ROUTER else site.path
+
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -209,6 +223,13 @@ class LoRA(Delta):
                 start = self.init_lora_weights
                 return f"it holds experts, and init_lora_weights={start!r} needs linear layers"
             return None
+        if is_router(module):
+            if self.dropout:
+                return "it is a router, whose sum of weights has no dropout, here as in PEFT"
+            plain = not self.use_dora and not is_taken_out(self.init_lora_weights)
+            return (
+                None if plain else "it is a router, and use_dora and init_lora_weights need layers"
+            )
         if not isinstance(module, nn.Embedding):
             return None
         if self.use_dora:
@@ -225,7 +246,7 @@ class LoRA(Delta):
 
     def unfit(self, site: Site) -> str | None:
         """A rank above either dimension adds parameters and no rank."""
-        if site.place == EXPERTS:  # as in PEFT: nothing is computed from the matrix itself
+        if site.place in BY_PARAMETER:  # as in PEFT: nothing is computed from the matrix itself
             return None
         rank = self.rank(site.path)
         if rank > min(site.in_features, site.out_features):
@@ -249,8 +270,12 @@ class LoRA(Delta):
             return
         weight = module.weight
         assert isinstance(weight, Tensor)
-        settings = self._settings(site.path)
+        settings = self._settings(self._named(site))
         rank = settings.r
+        if site.place == ROUTER:
+            a, b = self._drawn(site, settings, weight, binding.generator)
+            become_router(module).add_lora(binding.name, settings, a, b)
+            return
         if site.place == EMBEDDING:
             _warn_of_ties(site.path, modules)
             factors = start_embedding(
@@ -281,21 +306,30 @@ class LoRA(Delta):
     ) -> tuple[Tensor, Tensor]:
         """A and B, in the dtype that they have."""
         weight, start = place.base()[0], self.init_lora_weights
-        dtype = adapter_dtype(weight, self.autocast_adapter_dtype)
         if isinstance(start, str) and is_taken_out(start):
+            dtype = adapter_dtype(weight, self.autocast_adapter_dtype)
             reason = self.unfit(site)
             if reason is not None:  # a file says what it says; a weight has no more directions
                 raise ConfigError(f"attach: {site.path!r}: {reason}.")
             a, b = taken_out(start, weight, settings.r, settings.scaling, generator)
             return a.to(dtype), b.to(dtype)
+        return self._drawn(site, settings, weight, generator)
+
+    def _drawn(
+        self,
+        site: Site,
+        settings: LoraSettings,
+        weight: Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
         return start_values(
             settings.r,
             site.in_features,
             site.out_features,
             device=weight.device,
-            dtype=dtype,
+            dtype=adapter_dtype(weight, self.autocast_adapter_dtype),
             generator=generator,
-            gaussian=start == "gaussian",
+            gaussian=self.init_lora_weights == "gaussian",
         )
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
@@ -304,12 +338,14 @@ class LoRA(Delta):
             unbecome_embedding(modules[site.path])
         elif site.place == EXPERTS:
             unbecome_experts(modules[site.path])
+        elif site.place == ROUTER:
+            unbecome_router(modules[site.path])
         else:
             unbecome(modules[site.path])
 
     def activate(self, module: nn.Module, active: bool) -> None:
         """See :meth:`Delta.activate`."""
-        assert isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts)
+        assert isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts | DeltaRouter)
         module.delta_active = active
         if has_copies(module):
             activate_copies(module, active)
@@ -327,7 +363,7 @@ class LoRA(Delta):
     @torch.no_grad()
     def delta_weight(self, module: nn.Module, name: str) -> Tensor:
         """``s · B A`` [N, K], of an embedding ``s · Aᵀ Bᵀ`` [V, D], in float32 at least."""
-        assert isinstance(module, DeltaPlace | DeltaEmbedding)
+        assert isinstance(module, DeltaPlace | DeltaEmbedding | DeltaRouter)
         a, b, *_ = self.tensors(module, name).values()
         # autocast would take the product in half precision
         with no_autocast(a.device):
@@ -339,7 +375,7 @@ class LoRA(Delta):
         if isinstance(module, DeltaExperts):
             return lora_experts.merged(module, name)
         change = self.delta_weight(module, name)
-        if isinstance(module, DeltaEmbedding):
+        if isinstance(module, DeltaEmbedding | DeltaRouter):
             return {"weight": module.weight.to(change.dtype) + change}
         assert isinstance(module, DeltaPlace)
         total = module.base()[0].to(change.dtype) + change
@@ -358,6 +394,8 @@ class LoRA(Delta):
         if isinstance(module, DeltaEmbedding):
             sides = ("lora_embedding_A", "lora_embedding_B")
             return {side: getattr(module, side)[name] for side in sides}
+        if isinstance(module, DeltaRouter):
+            return dict(zip(("lora_A.weight", "lora_B.weight"), module.factors(name), strict=True))
         assert isinstance(module, DeltaPlace)
         found = {}
         for side in ("lora_A", "lora_B"):
@@ -374,7 +412,7 @@ class LoRA(Delta):
         """See :meth:`Delta.shapes`."""
         if site.place == EXPERTS:
             return lora_experts.shapes(site, module, self.rank)
-        rank = self.rank(site.path)
+        rank = self.rank(self._named(site))
         if site.place == EMBEDDING:
             return {
                 "lora_embedding_A": (rank, site.in_features),
@@ -447,7 +485,8 @@ class LoRA(Delta):
         if writing:
             target = self.target_modules
             named = () if isinstance(target, str) else target
-            return lora_experts.converted(model, [*(s.path for s in sites), *named])
+            layers = [site.path for site in sites if site.place not in BY_PARAMETER]
+            return lora_experts.converted(model, [*layers, *named])
         return None
 
     def to_peft_tensors(
@@ -464,12 +503,12 @@ class LoRA(Delta):
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LoraConfig that this delta sets; the others keep their defaults."""
-        mixtures = [site for site in sites if site.place == EXPERTS]
+        mixtures = [site for site in sites if site.place in BY_PARAMETER]
         found = [site.key(name) for site in mixtures for name in site.parameters]
         by_name = list(self.target_parameters)
         if any(site.role == EXPERTS for site in mixtures):
             by_name = found
-        others = tuple(site for site in sites if site.place != EXPERTS)
+        others = tuple(site for site in sites if site.place not in BY_PARAMETER)
         return target_fields(self, others) | {
             "target_parameters": by_name or None,
             "peft_type": self.peft_type,
@@ -492,7 +531,7 @@ class LoRA(Delta):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
         """See :meth:`Delta.from_peft`. Values of the wrong type are a CheckpointError too."""
-        _refuse_unknown_features(config)
+        refuse_unknown_features(config)
         parameters = listed(config, "target_parameters") or ()
         nowhere = parameters and config.get("target_modules") is None
         try:
@@ -507,7 +546,7 @@ class LoRA(Delta):
                 use_dora=config.get("use_dora", False),
                 rank_pattern=config.get("rank_pattern") or {},
                 alpha_pattern=config.get("alpha_pattern") or {},
-                init_lora_weights=_start_in(config),
+                init_lora_weights=start_in(config),
                 layers_to_transform=config.get("layers_to_transform"),
                 layers_pattern=listed(config, "layers_pattern") or (),
                 task_type=config.get("task_type"),
@@ -572,76 +611,3 @@ def _first(pattern: Any, path: str, otherwise: float) -> float:
     """The value of the first key that matches ``path``, by PEFT's rule for patterns."""
     hits = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
     return next(hits, otherwise)
-
-
-# ------------------------------------------------------------------------- PEFT's configuration
-
-_EXPRESSED = frozenset(
-    {
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "layers_pattern",
-        "task_type",
-        "peft_type",
-        "target_parameters",
-    }
-)
-"""Fields that :class:`LoRA` has."""
-
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "fan_in_fan_out",  # read off the layer itself
-        "inference_mode",
-        "megatron_core",  # names a package; only megatron_config switches it on
-        "peft_version",
-        "qalora_group_size",  # only use_qalora switches it on
-        "revision",
-    }
-)
-"""Fields that change nothing about what the saved tensors mean."""
-
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Start values that leave the base weights alone."""
-
-_RECOMPUTED = ("pissa", "olora")
-"""Those that every reader takes out of the base weights anew. PEFT's other starts that change them
-hang on random numbers or on data, which no file holds."""
-
-
-def _start_in(config: Mapping[str, Any]) -> bool | str:
-    """The start that decides what the tensors mean, or at least the next training's."""
-    start = config.get("init_lora_weights")
-    return start if start in ("gaussian", *_RECOMPUTED) else True
-
-
-def _refuse_unknown_features(config: Mapping[str, Any]) -> None:
-    """Anything switched on that a LoRA branch cannot express is an error that names it."""
-    refused = []
-    for key, value in config.items():
-        if key in _EXPRESSED or key in _HARMLESS:
-            continue
-        if key == "init_lora_weights":
-            if is_drawn(value):
-                refused.append(
-                    f"{key}={value!r} (a start drawn at random, which the file does not hold; save "
-                    "it with path_initial_model_for_weight_conversion)"
-                )
-            elif value not in (*_STARTS, *_RECOMPUTED):
-                refused.append(f"{key}={value!r} (it changes the base weights)")
-        elif key == "eva_config" and config.get("init_lora_weights") == "eva":
-            continue  # how the start was found, nothing about what it means
-        elif value not in (None, False, "none") and value != {} and value != []:
-            refused.append(f"{key}={value!r}")
-    if refused:
-        raise CheckpointError(unexpressed("LoRA", refused))

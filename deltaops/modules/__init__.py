@@ -37,6 +37,7 @@ from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import (
     activate_copies,
+    check_untied,
     copies,
     follow,
     give_back,
@@ -68,6 +69,7 @@ from .prefix import (
     has_prefix,
     head_width,
     join_encoder,
+    know_table,
     reads_prefix,
     remove_prefix,
     told_of_prefix,
@@ -87,6 +89,8 @@ from .prompt import (
     room_of,
     token_table,
 )
+from .router import WEIGHT as ROUTER_WEIGHT
+from .router import DeltaRouter, become_router, is_router, unbecome_router
 from .sharing import APART, sharing
 
 __all__ = [
@@ -97,6 +101,7 @@ __all__ = [
     "PREFIX_KEYS",
     "PREFIX_VALUES",
     "PROMPTS",
+    "ROUTER_WEIGHT",
     "UNFROZEN",
     "AdapterSettings",
     "AttentionBlock",
@@ -110,6 +115,7 @@ __all__ = [
     "DeltaExperts",
     "DeltaLinear",
     "DeltaPlace",
+    "DeltaRouter",
     "Factor",
     "FittedDecoder",
     "FittedRows",
@@ -138,7 +144,9 @@ __all__ = [
     "become",
     "become_embedding",
     "become_experts",
+    "become_router",
     "check_attention",
+    "check_untied",
     "copies",
     "delta_class",
     "disallow_bias",
@@ -157,7 +165,9 @@ __all__ = [
     "holds_experts",
     "is_conv1d",
     "is_norm",
+    "is_router",
     "join_encoder",
+    "know_table",
     "lacks_bias",
     "near_zero",
     "no_autocast",
@@ -187,5 +197,6 @@ __all__ = [
     "unbecome",
     "unbecome_embedding",
     "unbecome_experts",
+    "unbecome_router",
     "zeros_for",
 ]

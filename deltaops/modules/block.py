@@ -17,6 +17,7 @@ from deltaops.dispatch import LAST_RESORT, explain_call, select
 from deltaops.ops import gated, norm_bias
 from deltaops.ops.paths import PLAIN
 
+from .replicas import refuse_replicas
 from .sharing import sharing
 
 _ACTIVATIONS = {
@@ -31,6 +32,8 @@ _ACTIVATIONS = {
 
 class Block(nn.Module):
     """Mixin of all of them."""
+
+    _replicate_for_data_parallel = refuse_replicas
 
     base_class: type[nn.Module]
     """The exact type that surgery swapped, and that revert puts back."""

@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from .adapter import AdapterSettings, Held, adapt
 from .draws import no_autocast
 from .intrinsic import FITTED, Decoding
+from .replicas import refuse_replicas
 from .rows import Rows, rows_of
 
 Layout = Mapping[str, tuple[int, ...]]
@@ -67,6 +68,8 @@ class FittedRows(Decoding):
 
 class DecodedAdapters(nn.Module):
     """The numbers of all adapters of a model, and what decodes them."""
+
+    _replicate_for_data_parallel = refuse_replicas
 
     def __init__(self, z: Tensor, decoder: nn.Module) -> None:
         """Decode z ``[q]`` by ``decoder``."""

@@ -16,10 +16,13 @@ from torch.nn import functional
 
 from .draws import draws_on, no_autocast
 from .place import LoraSettings
+from .replicas import refuse_replicas
 
 
 class DeltaEmbedding(nn.Embedding):
     """An ``nn.Embedding`` with LoRA branches by adapter name."""
+
+    _replicate_for_data_parallel = refuse_replicas
 
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict

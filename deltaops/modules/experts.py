@@ -27,6 +27,7 @@ from deltaops.packing import PACKING, Policy
 from .block import activation_of, plain, takes
 from .draws import draws_on
 from .place import UNFROZEN, LoraSettings, plain_linear
+from .replicas import refuse_replicas
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """The two parameters, by transformers' names."""
@@ -199,6 +200,8 @@ class DeltaExperts(nn.Module):
 
     ``lora_A.<adapter>.<parameter>`` is ``[E, R, K]``, that of ``lora_B`` ``[E, N, R]``.
     """
+
+    _replicate_for_data_parallel = refuse_replicas
 
     base_class: type[nn.Module]
     """The exact type that surgery swapped, and that revert puts back."""

@@ -12,8 +12,11 @@ from .place import LinearPlace
 from .prefix import has_prefix
 from .prefix_encoder import PrefixEncoder
 from .prompt import has_prompt
+from .router import DeltaRouter
 
-_CLASSES = (LinearPlace, DeltaEmbedding, DeltaExperts, PrefixEncoder, DecodedAdapters)
+_CLASSES = (
+    LinearPlace, DeltaEmbedding, DeltaExperts, DeltaRouter, PrefixEncoder, DecodedAdapters,
+)  # fmt: skip
 
 
 def holds_delta(module: nn.Module) -> bool:

@@ -7,11 +7,14 @@ it; the original, untouched, comes back when the delta is disabled or reverted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from deltaops.errors import AttachError
 
 _ATTRIBUTE = "_deltaops_kept"
 
@@ -42,6 +45,28 @@ def train_copies(module: nn.Module, starts: dict[str, Tensor], *, trained: bool 
     )
     module.__dict__[_ATTRIBUTE] = kept
     parameters.update(copies)
+
+
+def check_untied(modules: Mapping[str, nn.Module], path: str, names: Iterable[str]) -> None:
+    """Whether the module at ``path`` may get copies of its own, asked before it has them.
+
+    Args:
+        modules: of the model, by path, each once.
+        path: of the module.
+        names: of the parameters to copy.
+    Raises: AttachError where another module has a copy of the same parameter already.
+    """
+    own = {id(p): name for name in names if (p := modules[path]._parameters.get(name)) is not None}
+    for other, module in modules.items():
+        if other == path or not has_copies(module):
+            continue
+        for waiting in _kept(module).outside.values():
+            if waiting is not None and id(waiting) in own:
+                raise AttachError(
+                    f"the {own[id(waiting)]} of {path!r} is also that of {other!r}, and each would "
+                    "train a copy of its own. Name one of the two in exclude_modules, or untie "
+                    "them first."
+                )
 
 
 def has_copies(module: nn.Module) -> bool:

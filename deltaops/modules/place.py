@@ -24,6 +24,7 @@ from .around import GainAfter, GainBefore, Part, Relay, Rescale, Sequential, Spa
 from .dora import Magnitude, row_norms
 from .factor import Factor
 from .kept import copies, give_back, has_copies, train_copies
+from .replicas import refuse_replicas
 from .sharing import ALTERS_INPUT, shared
 
 UNFROZEN = "the base weight requires a gradient, which the fused op does not compute: plain torch"
@@ -50,6 +51,8 @@ class Start(NamedTuple):
 
 class LinearPlace(nn.Module):
     """Mixin of all places on a linear layer. Without branches it is the frozen layer itself."""
+
+    _replicate_for_data_parallel = refuse_replicas
 
     base_class: type[nn.Module]
     """The exact type that surgery swapped, and that revert puts back."""

@@ -23,6 +23,7 @@ from deltaops.ops import prefix_attention
 from deltaops.reference.prefix_attention import join, mask_of_both
 
 from .attention_functions import BIAS, SDPA, attend, attends, known_sdpa, visible, words
+from .prefix_bias import TABLE, makes_zeros, table_of, trains, without_unread_gradient
 from .prefix_encoder import PrefixEncoder
 from .rows import Rows, rows_of
 
@@ -30,8 +31,6 @@ NAME = "deltaops"
 """The implementation, as transformers' configs have it."""
 KEYS, VALUES = "prefix_k", "prefix_v"
 """Names of the parameters ``[Hkv, P, D]`` on an attention module."""
-TABLE = "relative_attention_bias"
-"""What T5's first attention of a stack makes the bias of all from."""
 WANTS_GRADIENT = "a bias that wants a gradient"
 _HELD = "_deltaops_prefix"
 _settings: dict[str, frozenset[str]] = {}
@@ -78,6 +77,8 @@ class Held:
         self.encoded = encoded
         """None where the prefix is parameters of the module."""
         self.active = True
+        self.table: nn.Module | None = None
+        """See :func:`know_table`."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model may be unpickled in a process that has not heard of :data:`NAME`."""
@@ -136,6 +137,11 @@ def join_encoder(
     _hold(modules[path], Held(backend, strict, Encoded(rows, first, heads, width)))
     middle = rows.stop - size
     return slice(middle - size, middle), slice(middle, rows.stop)
+
+
+def know_table(modules: Mapping[str, nn.Module], path: str) -> None:
+    """Let the attention at ``path``, which has a prefix, know what makes T5's bias, if anything."""
+    modules[path].__dict__[_HELD].table = table_of(modules, path)
 
 
 def remove_prefix(module: nn.Module) -> None:
@@ -226,6 +232,8 @@ def attend_with_prefix(
     prefix_k, prefix_v = _both(module, held)
     k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
     hidden = key.shape[2] - k.shape[2]
+    if bias is not None:
+        bias = named[BIAS] = without_unread_gradient(bias, module, held.table)
     if bias is not None and hidden and bias.shape[-1] >= key.shape[2]:  # as the keys are cut
         bias = named[BIAS] = bias[..., : bias.shape[-1] - hidden]
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
@@ -276,18 +284,12 @@ def _unfit(module: Any, bias: Tensor | None, q: Tensor, k: Tensor, prefix: Tenso
     if bias is None:
         return None
     # not by the grad mode: a block that is run again for its gradients takes the same way
-    if bias.requires_grad or (module.training and _trains_bias(module)):
+    if bias.requires_grad or (module.training and trains(module)):
         return WANTS_GRADIENT
     sizes = (k.shape[2], prefix.shape[1] + k.shape[2])
     if bias.dim() != 4 or bias.shape[3] not in sizes or bias.dtype not in (q.dtype, torch.float32):
         return f"a bias {list(bias.shape)} of {bias.dtype}"
     return None
-
-
-def _trains_bias(module: Any) -> bool:
-    """Whether a T5 attention has a table of biases that is trained."""
-    table = getattr(module, TABLE, None)
-    return isinstance(table, nn.Module) and any([p.requires_grad for p in table.parameters()])
 
 
 def _grown(added: Tensor, prefix: Tensor) -> Tensor:
@@ -319,8 +321,8 @@ def told_of_prefix(module: Any, tokens: int) -> tuple[str, str]:
     query = next(p for child in module.children() for p in child.parameters())
     base = getattr(type(module), "base_class", type(module))
     biased = BIAS in words(unwrap(base.forward).__code__)
-    if biased and (wanting := _wants_gradient(module)):
-        return "torch", f"prefix_attention does not take {WANTS_GRADIENT}: {wanting}"
+    if biased and trains(module):
+        return "torch", f"prefix_attention does not take {WANTS_GRADIENT}: its {TABLE} is trained"
     h_kv, length, width = prefix.shape
     call = PrefixAttentionCall(
         prefix.device.type, query.dtype, prefix.dtype, 1, max(heads_of(module), h_kv), h_kv, tokens,
@@ -329,19 +331,9 @@ def told_of_prefix(module: Any, tokens: int) -> tuple[str, str]:
     explanation = explain_call(call, held.backend)
     eager = explanation.chosen == LAST_RESORT and held.backend != LAST_RESORT
     reason = explanation.reason
-    if biased and not eager and not hasattr(module, TABLE):
+    if biased and not eager and not hasattr(module, TABLE) and not makes_zeros(module):
         reason += "; torch where a bias that its stack's first layer makes is trained"
     return "torch" if eager else explanation.chosen or "none", reason
-
-
-def _wants_gradient(module: Any) -> str | None:
-    """Why the bias of a T5 attention wants a gradient, as far as the module itself says it."""
-    if _trains_bias(module):
-        return f"its {TABLE} is trained"
-    crosses = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
-    if crosses and module.training and getattr(module, "gradient_checkpointing", False):
-        return "transformers makes one of zeros for gradient checkpointing"
-    return None
 
 
 def heads_of(module: Any) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .draws import no_autocast
+from .replicas import refuse_replicas
 
 
 def encode(
@@ -25,6 +26,8 @@ def encode(
 
 class PrefixEncoder(nn.Module):
     """The parameters, float32 at best: they are small, and what they compute feeds every layer."""
+
+    _replicate_for_data_parallel = refuse_replicas
 
     def __init__(
         self, embedding: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor

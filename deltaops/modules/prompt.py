@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from deltaops.errors import ShapeError
 
+from .replicas import refuse_replicas
+
 PROMPTS = "prompt_encoder"
 """The ModuleDict of a prompted stack: the adapter's name → what makes its prompt."""
 
@@ -48,6 +50,8 @@ class SoftPrompt(nn.Module):
 
 class _Swapped(nn.Module):
     """Mixin of what surgery makes by swapping ``__class__``."""
+
+    _replicate_for_data_parallel = refuse_replicas
 
     base_class: type[nn.Module]
     """The class of before."""

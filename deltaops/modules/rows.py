@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .backward import backward_runs, check_backward_runs
+
 
 class _Computed(NamedTuple):
     """What a pass computed."""
@@ -103,7 +105,7 @@ class Rows:
     def _kept(self) -> _Computed | None:
         if self._of_pass is not None:
             return self._of_pass
-        if torch._C._current_graph_task_id() == -1:  # no backward pass runs
+        if not backward_runs():
             # a block is run by itself, and so will be the checkpoint's that runs it again
             self._of_graph = None
         return self._of_graph
@@ -119,7 +121,9 @@ def rows_of(source: nn.Module, modules: Mapping[str, nn.Module], path: str) -> R
     """Those of the stack around the module at ``path`` that the last place joined, or new ones.
 
     The stack is what has the outermost list of modules on the path: a whole encoder or decoder.
+    Raises: AttachError in a torch that does not tell a block that is run again.
     """
+    check_backward_runs()
     parts = path.split(".")
     above = [".".join(parts[:depth]) for depth in range(len(parts))]
     lists = [place for place in above if isinstance(modules[place], nn.ModuleList)]

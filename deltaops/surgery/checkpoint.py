@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
 from deltaops.methods import METHODS
-from deltaops.methods.base import EXPERTS, PEFT_PREFIX, Delta, Site
+from deltaops.methods.base import BY_PARAMETER, PEFT_PREFIX, Delta, Site
 from deltaops.methods.targets import roles
 from deltaops.methods.tasks import about
 from deltaops.modules import LinearPlace
@@ -159,7 +159,7 @@ def load(
 
 def _peft_config(model: nn.Module, delta: Delta, sites: tuple[Site, ...]) -> dict[str, Any]:
     """All that PEFT needs to build the same adapter on the same base model."""
-    paths = tuple(site.path for site in sites if site.place != EXPERTS)
+    paths = tuple(site.path for site in sites if site.place not in BY_PARAMETER)
     config = delta.to_peft(sites)
     if "layers_to_transform" in config and not _means_the_same(model, delta, paths):
         # every path in full, as PEFT writes "all-linear": it means the same to every reader

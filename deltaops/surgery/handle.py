@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaops.errors import AttachError
-from deltaops.methods.base import EXPERTS, MODEL, NORM, STACK, Delta, Site
+from deltaops.methods.base import BY_PARAMETER, MODEL, NORM, STACK, Delta, Site
 from deltaops.modules import unbecome
 
 from .blocks import restore_blocks
@@ -336,7 +336,7 @@ def describe(site: Site) -> str:
         return f"shared by all, {site.in_features}→{site.out_features}"
     if site.place in (NORM, STACK):
         return f"{site.kind} {site.in_features}"
-    if site.place == EXPERTS:
+    if site.place in BY_PARAMETER:
         sizes = f"{site.in_features}→{site.out_features}"
         return f"{site.kind} {sizes} {', '.join(site.parameters)}"
     return f"{site.kind} {site.in_features}→{site.out_features}"

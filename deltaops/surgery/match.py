@@ -15,12 +15,12 @@ from typing import NamedTuple
 from torch import nn
 
 from deltaops.errors import AttachError, TargetError
-from deltaops.methods.base import EXPERTS, Delta
+from deltaops.methods.base import BY_PARAMETER, EXPERTS, Delta
 from deltaops.methods.targets import ALL_LINEAR, plain, roles
-from deltaops.modules import holds_delta, holds_experts
+from deltaops.modules import ROUTER_WEIGHT, holds_delta, holds_experts, is_router
 
 from .anatomy import Found, Whole, misses, resolve, wholes
-from .places import encoder_children, foreign, place_of, unswappable, wanted
+from .places import WORDS, encoder_children, foreign, place_of, unswappable, wanted
 from .record import read
 
 _HEADS = ("score", "classifier")
@@ -82,7 +82,9 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
             if reason is not None:
                 refused.append(Skip(path, reason))
             else:
-                places[path] = EXPERTS
+                place = place_of(path, module, delta.places, whole)
+                assert place is not None  # one without a reason has one
+                places[path] = place
             continue
         if (not path and path not in found) or inside(path, saved):
             continue
@@ -99,8 +101,8 @@ def match(model: nn.Module, delta: Delta, *, lenient: bool = False) -> Match:
         reason = reason or delta.unbindable(module)
         if reason is None and entry:
             reason = unswappable(modules[entry], place, parents.get(entry))
-        if place == EXPERTS and named:
-            reason = reason or "experts are parameters: name those in target_parameters"
+        if place in BY_PARAMETER and named:
+            reason = reason or f"{WORDS[place]} are parameters: name those in target_parameters"
         if reason is None and place is not None:
             places[path] = place
             if place == EXPERTS:
@@ -224,11 +226,10 @@ def _why_not_parameters(
     lenient: bool,
 ) -> str | None:
     """Why the parameters ``chosen`` of ``module`` cannot have the delta; None when they can."""
-    if not holds_experts(module):
+    if not (holds_experts(module) or (is_router(module) and chosen == (ROUTER_WEIGHT,))):
         return (
             f"{', '.join(chosen)} of {type(module).__name__}: target_parameters is for experts in "
-            "3-D parameters; name layers in target_modules, and leave routers to PEFT, with "
-            "deltaops.accelerate"
+            "3-D parameters and for the weight of a router; name layers in target_modules"
         )
     if inside(path, saved):
         return "modules_to_save trains it whole"

@@ -2,6 +2,8 @@
 
     <module>.lora.lora_A, .lora_B                               LoRA
     <module>.adapter.modulelist.{down,up}_proj.{weight,bias}    Adapter
+    <module>.parallel_adapter.modulelist.{down,up}_proj.{weight,bias}
+                                                                ParallelAdapter
     <module>.compactor.{down,up}_sampler.{phm_rule,W_left,W_right,b}
                                                                 Compacter, each with its own rule
     soft_prompt_layer.soft_embeds                               Prompt
@@ -12,8 +14,9 @@
 
 OpenDelta adds an adapter to what any module returns, ours follows a linear layer: the two are one
 where that module ends with the layer (T5, GPT-2, BART, DistilBERT), and refused where a norm comes
-between (BERT, RoBERTa). Its prefixes are ours where no position counts them; T5's bias does there,
-and they are refused. What ``.bitfit.bias`` adds to a norm's output becomes part of its bias.
+between (BERT, RoBERTa). A parallel adapter stands around any module there, ours beside a
+feed-forward or a linear layer. Its prefixes are ours where no position counts them; T5's bias does
+there, and they are refused. What ``.bitfit.bias`` adds to a norm's output becomes part of its bias.
 Adding a kind is one pattern and one function of :data:`_KINDS`.
 """
 
@@ -30,17 +33,36 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
-from deltaops.methods import Adapter, BitFit, Compacter, Delta, LoRA, Prefix, Prompt
+from deltaops.methods import (
+    Adapter,
+    BitFit,
+    Compacter,
+    Delta,
+    LoRA,
+    Prefix,
+    Prompt,
+)
 from deltaops.methods.targets import roles
 from deltaops.modules import PREFIX_KEYS, PREFIX_VALUES, is_norm
 from deltaops.modules.prefix_encoder import encode
 
 from .files import read_tensors
 from .handle import Handle
+from .opendelta_common import (
+    BOTTLENECK,
+    CONFIG,
+    LINEARS,
+    SIDES,
+    Found,
+    State,
+    activation_of,
+    needs,
+    settings,
+)
+from .opendelta_parallel import parallel
 from .plan import plan
 from .torch_file import read_torch_file
 
-CONFIG = "config.json"
 PICKLE = "pytorch_model.bin"
 TENSORS = "model.safetensors"
 
@@ -55,13 +77,7 @@ _ENDS = {
     "FFN": "lin2",
 }
 """Class of transformers → its linear layer whose output it returns, but for dropout."""
-_ACTIVATIONS = {
-    "relu": "relu", "gelu": "gelu", "gelu_orig": "gelu", "gelu_new": "gelu_tanh",
-    "swish": "silu", "silu": "silu",
-}  # fmt: skip
-"""OpenDelta's name → ours."""
 _FOREIGN = {
-    "parallel_adapter": "parallel adapters, which stand around any module there",
     "low_rank_adapter": "low-rank adapters",
 }
 """Part of a key → what this reader does not take over."""
@@ -72,13 +88,15 @@ _WIDE = {
     "GPT2Attention": "c_proj.weight",
 }  # fmt: skip
 """Of those, a parameter with as many rows as the keys of all heads have features."""
-_SIDES = ("down", "up")
 _DIMENSIONS = {
     "lora": {"lora_A": 2, "lora_B": 2},
-    "adapter": {f"{s}_proj.{n}": d for s in _SIDES for n, d in (("weight", 2), ("bias", 1))},
+    "adapter": LINEARS,
+    "parallel adapter": {
+        f"{i}.modulelist.{name}": d for i in ("", "_1") for name, d in LINEARS.items()
+    },
     "compacter": {
         f"{s}_sampler.{n}": d
-        for s in _SIDES
+        for s in SIDES
         for n, d in (("phm_rule", 3), ("W_left", 3), ("W_right", 3), ("b", 1))
     },
     "prompt": {"soft_embeds": 2},
@@ -94,11 +112,6 @@ _DIMENSIONS = {
     "bitfit": {"bias": 1, "bitfit.bias": 1},
 }
 """Kind → how many dimensions its tensors have, by the rest of the key."""
-
-Found = dict[str, dict[str, Tensor]]
-"""Path of a module → what the file has for it, by the rest of the key."""
-State = dict[str, Tensor]
-"""As ``handle.state()``."""
 
 
 def is_opendelta(folder: Path) -> bool:
@@ -251,28 +264,12 @@ def _fill(handle: Handle, state: State) -> None:
             tensor.copy_(state[key])
 
 
-def _settings(make: Callable[[], Delta]) -> Delta:
-    try:
-        return make()
-    except ConfigError as error:
-        raise CheckpointError(f"OpenDelta's {CONFIG}: {error}") from error
-
-
-def _needs(found: Found, names: set[str]) -> None:
-    for path, own in found.items():
-        if not names <= own.keys():
-            missing = sorted(names - own.keys())[0]
-            raise CheckpointError(
-                f"OpenDelta's file has no {missing} for {path!r}. Copy or save it again."
-            )
-
-
 def _lora(
     model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
 ) -> tuple[Delta, State]:
     """y + alpha/r · B A x. Some versions also save a ``lin`` that they never use."""
-    _needs(found, {"lora_A", "lora_B"})
-    delta = _settings(
+    needs(found, {"lora_A", "lora_B"})
+    delta = settings(
         lambda: LoRA(
             r=config.get("lora_r", 8),
             alpha=config.get("lora_alpha", 16),
@@ -289,11 +286,10 @@ def _adapter(
     model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
 ) -> tuple[Delta, State]:
     """y + Up φ(Down y + d) + u."""
-    names = {f"{side}_proj.{n}": (side, n) for side in _SIDES for n in ("weight", "bias")}
-    _needs(found, set(names))
-    activation = _activation(config, "gelu_new")
+    needs(found, set(LINEARS))
+    activation = activation_of(config, "gelu_new")
     layers = {path: _last_linear(model, path) for path in found}
-    delta = _settings(
+    delta = settings(
         lambda: Adapter(
             size=next(iter(found.values()))["down_proj.weight"].shape[0],
             non_linearity=activation,
@@ -302,45 +298,35 @@ def _adapter(
         )
     )
     state = {
-        f"{layers[path]}.adapter.{part}{'.weight' if name == 'weight' else '_bias'}": own[key]
+        f"{layers[path]}.{BOTTLENECK[key]}": own[key]
         for path, own in found.items()
-        for key, (part, name) in names.items()
+        for key in LINEARS
     }
     return delta, state
-
-
-def _activation(config: Mapping[str, Any], usual: str) -> str:
-    name = config.get("non_linearity", usual)
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"OpenDelta's adapter has non_linearity={name!r}; deltaops has those of "
-            f"{', '.join(_ACTIVATIONS)}. Train it anew with one of these."
-        )
-    return _ACTIVATIONS[name]
 
 
 def _compacter(
     model: nn.Module, config: Mapping[str, Any], found: Found, saved: tuple[str, ...]
 ) -> tuple[Delta, State]:
     """x H + b with H = Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ): of our W = Hᵀ the rule is Aᵀ, S is Rᵀ and T is L."""
-    _needs(found, set(_DIMENSIONS["compacter"]))
+    needs(found, set(_DIMENSIONS["compacter"]))
     layers = {path: _last_linear(model, path) for path in found}
     first = next(iter(found.values()))
     n, _, rank = first["down_sampler.W_left"].shape
-    delta = _settings(
+    delta = settings(
         lambda: Compacter(
             size=first["down_sampler.b"].shape[0],
             phm_dim=n,
             phm_rank=rank,
             shared_phm_rule=False,
-            non_linearity=_activation(config, "relu"),
+            non_linearity=activation_of(config, "relu"),
             target_modules=tuple(layers.values()),
             modules_to_save=saved,
         )
     )
     state = {}
     for path, own in found.items():
-        for side in _SIDES:
+        for side in SIDES:
             into, of = f"{layers[path]}.adapter.{side}", f"{side}_sampler."
             state[f"{into}.phm_rule"] = own[of + "phm_rule"].mT
             state[f"{into}.s"] = own[of + "W_right"].mT
@@ -359,7 +345,7 @@ def _prompt(
         )
     ((_, own),) = found.items()
     vectors = own["soft_embeds"]
-    delta = _settings(
+    delta = settings(
         lambda: Prompt(
             num_virtual_tokens=len(vectors), prompt_tuning_init="random", modules_to_save=saved
         )
@@ -380,7 +366,7 @@ def _prefix(
     kinds = {path: type(module).__name__ for path, module in model.named_modules()}
     computed = any("wte.weight" in own for own in found.values())
     rows = _computed(model, found, kinds) if computed else found
-    _needs(rows, {"past_key", "past_value"})
+    needs(rows, {"past_key", "past_value"})
     layers = {}
     for path in rows:
         if kinds.get(path) not in _ATTENDS:
@@ -391,7 +377,7 @@ def _prefix(
             )
         layers[path] = path + _ATTENDS[kinds[path]]
     length = len(next(iter(rows.values()))["past_key"])
-    delta = _settings(
+    delta = settings(
         lambda: Prefix(
             num_virtual_tokens=length, target_modules=tuple(layers.values()), modules_to_save=saved
         )
@@ -422,7 +408,7 @@ def _computed(model: nn.Module, found: Found, kinds: Mapping[str, str]) -> Found
             f", got one in {', '.join(map(repr, found))}. Of some layers alone it cannot be told "
             "which are meant: train it anew with deltaops.Prefix()."
         )
-    _needs(found, set(names))
+    needs(found, set(names))
     ((_, own),) = found.items()
     odd = sorted(own.keys() - {*names, "input_tokens"})
     if odd:
@@ -494,7 +480,7 @@ def _bitfit(
             value = added if before is None else before.detach() + added
         assert value is not None  # one of the two put the path here
         state[f"{path}.bias"] = value
-    delta = _settings(lambda: BitFit(target_modules=tuple(found), modules_to_save=saved))
+    delta = settings(lambda: BitFit(target_modules=tuple(found), modules_to_save=saved))
     return delta, state
 
 
@@ -504,6 +490,7 @@ _KINDS: dict[str, tuple[re.Pattern[str], _Make]] = {
     "adapter": (
         re.compile(r"(.+)\.adapter\.modulelist\.((?:down|up)_proj\.(?:weight|bias))"), _adapter
     ),
+    "parallel adapter": (re.compile(r"(.+)\.parallel_adapter((?:_1)?\..+)"), parallel),
     "compacter": (re.compile(r"(.+)\.compactor\.(.+)"), _compacter),
     "prefix": (re.compile(r"(.+)\.(?:prefix|reparams)\.(.+)"), _prefix),
     "prompt": (re.compile(r"(?:(.+)\.)?soft_prompt_layer\.(soft_embeds)"), _prompt),

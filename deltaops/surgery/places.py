@@ -13,8 +13,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from deltaops.methods.base import ATTENTION, EMBEDDING, EXPERTS, LINEAR, NORM, STACK
-from deltaops.modules import DOWN, LinearPlace, delta_class, features, holds_experts, is_norm
+from deltaops.methods.base import ATTENTION, EMBEDDING, EXPERTS, LINEAR, NORM, ROUTER, STACK
+from deltaops.modules import (
+    DOWN,
+    LinearPlace,
+    delta_class,
+    features,
+    holds_experts,
+    is_norm,
+    is_router,
+)
 
 from .anatomy import Whole
 from .experts import unlike_experts
@@ -26,6 +34,7 @@ WORDS = {
     ATTENTION: "attentions",
     STACK: "stacks of blocks",
     EXPERTS: "experts",
+    ROUTER: "routers",
 }
 """What messages call the places of a kind."""
 
@@ -36,6 +45,7 @@ _SINGULAR = {
     ATTENTION: "no attention of a transformer's block",
     STACK: "no stack of blocks that takes inputs_embeds",
     EXPERTS: "no experts of a mixture",
+    ROUTER: "no router of one",
 }
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -61,6 +71,8 @@ def place_of(
         return EMBEDDING
     if EXPERTS in places and holds_experts(module):
         return EXPERTS
+    if ROUTER in places and is_router(module):
+        return ROUTER
     # whether it is a layer that can be swapped is for :func:`unswappable` to say, with a reason
     return LINEAR if LINEAR in places else None
 
@@ -122,7 +134,7 @@ def size_of(path: str, module: nn.Module, place: str, wholes: dict[str, Whole]) 
     """``(in, out)`` of a linear layer or a whole, ``(entries, width)`` of an embedding, ``(hidden,
     inner)`` of experts.
 
-    A norm has its one size twice.
+    Of a router ``(hidden, experts)``; a norm has its one size twice.
     """
     if place in (ATTENTION, STACK):
         return wholes[path].in_features, wholes[path].out_features
@@ -133,6 +145,8 @@ def size_of(path: str, module: nn.Module, place: str, wholes: dict[str, Whole]) 
         return hidden, inner
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
+    if place == ROUTER:
+        return weight.shape[1], weight.shape[0]
     return weight.shape[0], weight.shape[-1]
 
 

@@ -13,12 +13,13 @@ from deltaops.backends.calls import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
-from deltaops.methods.base import ATTENTION, EMBEDDING, NORM
+from deltaops.methods.base import ATTENTION, EMBEDDING, NORM, ROUTER
 from deltaops.modules import (
     Block,
     DeltaEmbedding,
     DeltaExperts,
     DeltaPlace,
+    DeltaRouter,
     LinearPlace,
     PromptedStack,
     holds_experts,
@@ -159,6 +160,9 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
             elif site.place == EMBEDDING:
                 reason = "it is looked up in torch; its branch is read where the ids point"
                 yield Row(site.path, record.delta.kind, "torch", reason + _off(module))
+            elif site.place == ROUTER:
+                reason = "its small weight and the branch are summed in torch once a pass"
+                yield Row(site.path, record.delta.kind, "torch", reason + _off(module))
             elif isinstance(module, PromptedStack):
                 yield Row(site.path, record.delta.kind, "torch", module.told())
             elif site.place == ATTENTION and not isinstance(module, Block):
@@ -199,7 +203,7 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
 
 def _off(module: nn.Module) -> str:
     """What is added to the reason of a place."""
-    bound = isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts)
+    bound = isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts | DeltaRouter)
     return "; the delta is disabled or merged" if bound and not module.delta_active else ""
 
 

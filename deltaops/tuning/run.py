@@ -24,7 +24,7 @@ from .loop import Point, Schedule, evaluate, make_optimizer, train
 from .read import Columns, read_examples
 from .spec import parse_delta
 from .state import FILE, read_facts, restore_state, trainable, write_state
-from .tokens import Order, TokenSet, label_texts, pack_text
+from .tokens import Order, TokenSet, check_known, label_texts, load_tokenizer, pack_text
 
 TASKS = ("causal-lm", "classification")
 
@@ -92,7 +92,7 @@ def run(
     """
     settings.check()
     start_facts = _check_out(settings, out, resume)
-    data, labels, _tokenizer = _read(settings)
+    data, labels = _read(settings)
     fit, held = data.split(settings.eval_fraction, settings.seed)
     torch.manual_seed(settings.seed)
     model = _load_model(settings, labels, data.pad)
@@ -188,22 +188,37 @@ def _check_out(settings: Settings, out: Path, resume: bool) -> dict[str, Any] | 
     return None
 
 
-def _read(settings: Settings) -> tuple[TokenSet, list[str] | None, Any]:
+def _read(settings: Settings) -> tuple[TokenSet, list[str] | None]:
     label = settings.label_column if settings.task == "classification" else None
     examples = read_examples(settings.data, Columns(settings.text_column, label))
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        config = AutoConfig.from_pretrained(settings.model)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--model {settings.model}: its tokenizer cannot be loaded ({error}). Give a folder "
-            "with a model and its tokenizer, or a hub id."
+            f"--model {settings.model} cannot be loaded: {error}. Give a folder with a model and "
+            "its tokenizer, or a hub id."
         ) from error
+    tokenizer = load_tokenizer(settings.model, config)
     if label is None:
-        return pack_text(examples, tokenizer, settings.seq_len), None, tokenizer
-    data, labels = label_texts(examples, tokenizer, settings.seq_len)
-    return data, labels, tokenizer
+        data, labels = pack_text(examples, tokenizer, settings.seq_len), None
+    else:
+        data, labels = label_texts(examples, tokenizer, settings.seq_len)
+    check_known(data.ids, tokenizer, settings.model)
+    _check_ids(data, config, settings.model)
+    return data, labels
+
+
+def _check_ids(data: TokenSet, config: Any, model: str) -> None:
+    """Raises: ConfigError where a token is none of the model's."""
+    entries = getattr(config.get_text_config(), "vocab_size", None)
+    highest = max(int(ids.max()) for ids in data.ids)
+    if entries is not None and highest >= entries:
+        raise ConfigError(
+            f"--model {model}: its tokenizer makes the token {highest}, and the model knows those "
+            f"below {entries}. Save the model's own tokenizer beside it."
+        )
 
 
 def _load_model(settings: Settings, labels: list[str] | None, pad: int) -> Any:
@@ -220,7 +235,8 @@ def _load_model(settings: Settings, labels: list[str] | None, pad: int) -> Any:
             label2id={label: i for i, label in enumerate(labels)},
             pad_token_id=pad,
         )
-    except (OSError, ValueError) as error:
+    # RuntimeError: weights of another shape than its configuration says
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"--model {settings.model} cannot be loaded: {error}") from error
 
 

@@ -7,6 +7,7 @@ import torch
 
 import deltaops
 from deltaops import Compacter, IntrinsicAdapter, IntrinsicPrompt, LoRA, Prefix, Prompt
+from deltaops.errors import AttachError
 from deltaops.methods import Delta
 from deltaops.testing.architectures import answer, build
 
@@ -53,3 +54,39 @@ def test_the_default_device_is_not_the_models(delta: Delta) -> None:
         torch.set_default_device(None)
     assert all(map(torch.equal, handle.parameters(), expected))
     assert answer("llama", model).isfinite().all()
+
+
+def test_adapters_that_are_decoded_at_once_are_refused_on_several_devices() -> None:
+    model = build("llama")
+    model.layers[1].to("meta")  # type: ignore[operator, index]  # a list of blocks
+    kinds = [type(module) for module in model.modules()]
+    devices = [p.device.type for p in model.parameters()]
+    with pytest.raises(
+        AttachError, match=r"must be on one device.*, on cpu; 'layers\.1\..* on meta"
+    ):
+        deltaops.attach(model, IntrinsicAdapter(size=4))
+    assert [type(module) for module in model.modules()] == kinds
+    assert [p.device.type for p in model.parameters()] == devices
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("loose", [False, True], ids=["", "without frozen layers and blocks"])
+@for_each_delta
+def test_data_parallel_is_refused(delta: Delta, loose: bool) -> None:
+    """As ``torch.nn.parallel.replicate`` asks each module, which needs two GPUs to begin."""
+    model = build("llama")
+    around = {"frozen": False, "blocks": False} if loose else {}
+    handle = deltaops.attach(model, delta, **around)
+
+    def replicate() -> None:
+        for module in model.modules():
+            module._replicate_for_data_parallel()
+
+    if isinstance(delta, Prefix) and loose and not delta.reparameterised:
+        replicate()  # parameters on plain attentions, which replicas have too
+    else:
+        with pytest.raises(AttachError, match=r"Use torch\.nn\.parallel\.DistributedDataParallel"):
+            replicate()
+    handle.revert()
+    replicate()

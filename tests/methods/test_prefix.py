@@ -1,9 +1,8 @@
-"""Prefix tuning: PEFT as the oracle of files, and what a prefix may not do unseen."""
+"""Prefix tuning: values, positions, and what a prefix may not do unseen."""
 
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import subprocess
 import sys
@@ -12,51 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import deltaops
 from deltaops import Prefix
 from deltaops.errors import (
     AttachError,
-    CheckpointError,
     ConfigError,
     DeltaopsError,
     NoBackendError,
     ShapeError,
 )
-from deltaops.modules import prefix_encoder
-from deltaops.surgery.files import CONFIG, MANIFEST, WEIGHTS
-from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import ARCHITECTURES, answer, batch, build
+
+from .prefixed import SIZES, P, attached, random, same
 
 transformers = pytest.importorskip("transformers")
 
 # transformers renames gradient checkpointing between the versions that we support
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-
-P = 4
-SIZES: dict[str, Any] = {
-    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 60,
-}  # fmt: skip
-
-
-def random(handle: Any) -> Any:
-    """The handle, its parameters far from their start."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in handle.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return handle
-
-
-def attached(name: str, head: str = "Model", **settings: Any) -> Any:
-    settings = {"num_virtual_tokens": P} | settings
-    return random(deltaops.attach(build(name, head=head), Prefix(**settings)))
-
-
-def same(found: Tensor, expected: Tensor) -> bool:
-    return relative_error(found, expected) < 16 * bound(0.0, torch.float32)
-
 
 # --------------------------------------------------------------------------------------- values
 
@@ -89,257 +62,6 @@ def test_keys_start_apart_and_values_near_zero(mlp: bool) -> None:
             assert keys.shape == values.shape == (2, 64, 12)
             assert 0.8 < keys.std() / spread < 1.2
             assert 0.016 < values.std() < 0.024
-
-
-# ----------------------------------------------------------------------------------------- PEFT
-
-THREE = {"num_layers": 3, "num_decoder_layers": 3}
-CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "llama": ("llama", "ForCausalLM", "CAUSAL_LM", {}),
-    "gpt2": ("gpt2", "LMHeadModel", "CAUSAL_LM", {}),
-    "qwen3 classifier": ("qwen3", "ForSequenceClassification", "SEQ_CLS", {}),
-    "bert": ("bert", "ForTokenClassification", "TOKEN_CLS", {}),
-    "roberta": ("roberta", "ForSequenceClassification", "SEQ_CLS", {}),
-    "t5 of 2 layers": ("t5", "ForConditionalGeneration", "SEQ_2_SEQ_LM", {}),
-    "t5 of 3 layers": ("t5", "ForConditionalGeneration", "SEQ_2_SEQ_LM", THREE),
-}
-
-
-def inputs(name: str) -> dict[str, Tensor]:
-    """Padded on the left, whose positions are the ones that differ."""
-    given = batch(name)
-    mask = torch.ones_like(given["input_ids"])
-    mask[0, :2] = 0
-    return given | {"input_ids": given["input_ids"] * mask, "attention_mask": mask}
-
-
-def logits(model: Any, name: str) -> Tensor:
-    """Those of tokens that are no padding."""
-    given = inputs(name)
-    y: Tensor = model(**given).logits
-    return y[given["attention_mask"].bool()] if y.dim() == 3 and name != "t5" else y
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("projected", [False, True], ids=["", "mlp"])
-@pytest.mark.filterwarnings("ignore:Unsupported layer type.*:UserWarning")
-def test_peft_computes_the_same_and_files_go_both_ways(
-    case: str, projected: bool, tmp_path: Path
-) -> None:
-    peft = pytest.importorskip("peft")
-    name, head, task, sizes = CASES[case]
-    torch.manual_seed(0)
-    config = peft.PrefixTuningConfig(
-        task_type=task, num_virtual_tokens=P, prefix_projection=projected
-    )
-    theirs = peft.get_peft_model(build(name, head=head, **sizes), config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    handle = deltaops.load(build(name, head=head, **sizes), tmp_path / "theirs")
-    expected, y = logits(theirs, name), logits(handle.model, name)
-    assert same(y, expected)
-    if not projected:
-        for out in (expected, y):
-            out.square().mean().backward()
-        want = theirs.prompt_encoder["default"].embedding.weight.grad
-        assert same(as_peft(handle, "grad", task), want)
-    handle.save(tmp_path / "ours")
-    if case == "t5 of 2 layers":  # whose layers read the same rows of PEFT's file
-        assert (tmp_path / "ours" / MANIFEST).exists()
-        return
-    again = peft.PeftModel.from_pretrained(build(name, head=head, **sizes), tmp_path / "ours")
-    assert torch.equal(logits(again.eval(), name), expected)
-    stored, written = (
-        json.loads((tmp_path / who / CONFIG).read_text()) for who in ("theirs", "ours")
-    )
-    known = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
-    assert {k: written[k] for k in known} == {k: stored[k] for k in known}
-
-
-def as_peft(handle: Any, what: str, task: str) -> Tensor:
-    """``[P, R]``: of each layer keys and values, summed where PEFT gives several the same."""
-    layers = len(handle.places)
-    rows: list[Any] = [0.0] * layers
-    for i, site in enumerate(handle.places):
-        module = handle.model.get_submodule(site.path)
-        both = [getattr(p, what).mT for p in (module.prefix_k, module.prefix_v)]
-        flat = torch.cat([t.permute(2, 0, 1).flatten(1) for t in both], 1)
-        row = 2 * i % layers if task == "SEQ_2_SEQ_LM" else i
-        rows[row] = rows[row] + flat
-    return torch.cat([r if isinstance(r, Tensor) else torch.zeros_like(flat) for r in rows], 1)
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"shift_positions": False}, "first positions"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "is not for GPT2LMHeadModel"),
-        ({"layers_to_transform": [1]}, "other modules than all 2 of 'decoder-attention'"),
-        ({"reparameterised": True}, "flat=True"),
-    ],
-    ids=str,
-)
-def test_what_pefts_file_cannot_hold_is_in_ours(
-    settings: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
-    from deltaops.surgery.checkpoint import _unlike_peft
-
-    fields = {"shift_positions": True, "task_type": "CAUSAL_LM"} | settings
-    handle = attached("gpt2", "LMHeadModel", **fields)
-    found = _unlike_peft(handle.model, handle.delta, handle.places, writing=True)
-    assert found is not None
-    assert reason in found
-    handle.save(tmp_path)
-    assert (tmp_path / MANIFEST).exists()
-    twin = build("gpt2", head="LMHeadModel")
-    assert deltaops.load(twin, tmp_path).delta == handle.delta
-    assert torch.equal(logits(twin, "gpt2"), logits(handle.model, "gpt2"))
-
-
-@pytest.mark.parametrize(
-    ("name", "head", "task"),
-    [
-        ("llama", "ForCausalLM", "CAUSAL_LM"),
-        ("bert", "Model", "FEATURE_EXTRACTION"),
-        ("t5", "ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    ],
-)
-def test_the_class_of_the_model_says_the_task_of_pefts_file(
-    name: str, head: str, task: str, tmp_path: Path
-) -> None:
-    peft = pytest.importorskip("peft")
-    sizes = THREE if name == "t5" else {}  # of 2 layers PEFT's file cannot hold both
-    delta = Prefix(num_virtual_tokens=P, shift_positions=True, target_modules="decoder-attention")
-    handle = random(deltaops.attach(build(name, head=head, **sizes), delta))
-    handle.save(tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == task
-    theirs = peft.PeftModel.from_pretrained(build(name, head=head, **sizes), tmp_path).eval()
-    key = "last_hidden_state" if head == "Model" else "logits"
-    assert same(theirs(**inputs(name))[key], handle.model(**inputs(name))[key])
-    assert deltaops.load(build(name, head=head, **sizes), tmp_path).delta.task_type == task  # type: ignore[attr-defined]  # a Prefix's
-
-
-def test_a_class_that_says_no_task_has_our_file(tmp_path: Path) -> None:
-    model = build("llama", head="ForCausalLM")
-    model.__class__ = type("Odd", (type(model),), {})
-    handle = deltaops.attach(
-        model, Prefix(shift_positions=True, target_modules="decoder-attention")
-    )
-    handle.save(tmp_path)
-    assert (tmp_path / MANIFEST).exists()
-
-
-def test_a_file_of_another_model_or_window_is_refused(tmp_path: Path) -> None:
-    handle = attached(
-        "llama", "ForCausalLM", shift_positions=True, task_type="CAUSAL_LM",
-        target_modules="decoder-attention",
-    )  # fmt: skip
-    handle.save(tmp_path)
-    assert (tmp_path / WEIGHTS).exists()
-    other = build("llama", head="ForCausalLM", num_attention_heads=4, num_key_value_heads=2)
-    config = transformers.MistralConfig(
-        **SIZES, intermediate_size=40, num_key_value_heads=1, sliding_window=4
-    )
-    for model, message in (
-        (other, "num_attention_heads=1, and this LlamaForCausalLM 2"),
-        (transformers.MistralForCausalLM(config), "a sliding window leaves PEFT's prefix behind"),
-    ):
-        before = list(model.state_dict())
-        with pytest.raises(CheckpointError, match=message):
-            deltaops.load(model, tmp_path)
-        assert list(model.state_dict()) == before
-
-
-# ---------------------------------------------------------------------------- the MLP's training
-
-
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_the_mlp_runs_once_for_a_pass_of_a_stack(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handle, calls, real = attached(name, reparameterised=True), [], prefix_encoder.encode
-    monkeypatch.setattr(prefix_encoder, "encode", lambda *t: calls.append(1) or real(*t))
-    handle.model.train()
-    handle.model.gradient_checkpointing_enable()
-    answer(name, handle.model).square().mean().backward()
-    stacks = 2 if name == "t5" else 1
-    assert len(calls) == stacks
-    with torch.no_grad():
-        expected = answer(name, handle.model)
-        assert len(calls) == 2 * stacks
-        for parameter in handle.parameters():
-            parameter.data.mul_(2.0)  # which no version counts
-        assert not torch.equal(answer(name, handle.model), expected)
-    assert len(calls) == 3 * stacks
-
-
-@pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-def test_blocks_that_run_again_have_the_gradients_of_those_that_do_not(
-    name: str, reentrant: bool
-) -> None:
-    handle = attached(name, reparameterised=True)
-    model, found = handle.model.train(), []
-    for checkpointed in (False, True):
-        if checkpointed:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        y, again = answer(name, model), answer(name, model)
-        with torch.no_grad():
-            answer(name, model.eval())  # of which the backward pass may read nothing
-        model.train()
-        (y.square().mean() + again.mean()).backward()
-        found.append([p.grad for p in handle.parameters()])
-        model.zero_grad()
-    assert all(same(*pair) for pair in zip(*found, strict=True))
-
-
-def test_a_pass_that_fails_leaves_no_rows_behind() -> None:
-    handle = attached("llama", reparameterised=True)
-    rows = handle.model.layers[0].self_attn.__dict__["_deltaops_prefix"].encoded.rows
-    with pytest.raises(IndexError):
-        handle.model(input_ids=torch.tensor([[10**6]]))
-    assert rows._of_pass is None
-    handle.revert()
-    assert not handle.model._forward_hooks
-
-
-def test_blocks_that_are_called_alone_have_the_present_prefix() -> None:
-    handle = attached("llama", reparameterised=True)
-    model, attention = handle.model, handle.model.layers[0].self_attn
-    x = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(0))
-    turn = model.rotary_emb(x, torch.arange(5)[None])
-    answer("llama", model)
-    with torch.no_grad():
-        for parameter in handle.parameters():
-            parameter.mul_(0.5)
-        alone = attention(x, position_embeddings=turn, attention_mask=None)[0]
-        answer("llama", model)
-        assert torch.equal(alone, attention(x, position_embeddings=turn, attention_mask=None)[0])
-
-
-def test_training_goes_on_from_a_checkpoint_and_a_flat_one_computes_the_same(
-    tmp_path: Path,
-) -> None:
-    settings = {"reparameterised": True, "shift_positions": True, "task_type": "CAUSAL_LM"}
-    handle = attached("gpt2", "LMHeadModel", encoder_hidden_size=5, **settings)
-
-    def step(handle: Any) -> None:
-        optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
-        logits(handle.model, "gpt2").square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(handle)
-    handle.save(tmp_path / "ours")
-    handle.save(tmp_path / "flat", flat=True)
-    loaded = deltaops.load(build("gpt2", head="LMHeadModel"), tmp_path / "ours")
-    flat = deltaops.load(build("gpt2", head="LMHeadModel"), tmp_path / "flat")
-    assert (tmp_path / "flat" / CONFIG).exists()
-    assert not flat.delta.reparameterised
-    assert same(logits(flat.model, "gpt2"), logits(handle.model, "gpt2"))
-    for one in (handle, loaded):
-        step(one)
-    assert all(torch.equal(t, loaded.state()[k]) for k, t in handle.state().items())
 
 
 # ------------------------------------------------------------------------------------ positions
@@ -535,17 +257,37 @@ def test_a_bias_of_t5_that_wants_a_gradient_is_told() -> None:
         rows = deltaops.report(model).rows
         return {r.path: (r.backend, r.reason) for r in rows if r.path in handle.sites}
 
-    cross = {path for path in handle.sites if path.endswith("EncDecAttention")}
     first = "encoder.block.0.layer.0.SelfAttention"
     assert "wants a gradient" not in str(told())
-    model.gradient_checkpointing_enable()
-    found = told()
-    assert {p for p, (_, why) in found.items() if "for gradient checkpointing" in why} == cross
-    assert {found[path][0] for path in cross} == {"torch"}
-    model.gradient_checkpointing_disable()
+    cross = {why for path, (_, why) in told().items() if path.endswith("EncDecAttention")}
+    assert "torch where a bias" not in str(cross)
     model.get_submodule(first).relative_attention_bias.requires_grad_()
     assert told()[first][0] == "torch"
     assert "its relative_attention_bias is trained" in told()[first][1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_a_gradient_of_t5s_bias_that_nobody_reads_keeps_no_attention_from_the_op(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltaops.modules import prefix as module
+
+    seen, real = [], module.prefix_attention
+    monkeypatch.setattr(module, "prefix_attention", lambda *t, **s: seen.append(1) or real(*t, **s))
+    handle = attached("t5")
+    model, found = handle.model.train(), []
+    model.enable_input_require_grads()
+    for passes in (1, 2):  # the blocks run again for their gradients
+        y = answer("t5", model)
+        y.square().mean().backward()
+        assert len(seen) == passes * len(handle.sites)
+        found.append([y, *(p.grad for p in handle.parameters())])
+        seen.clear()
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        # else the zeros want no gradient, and nothing is tested
+        assert model.decoder.block[0].layer[1].EncDecAttention.gradient_checkpointing
+    assert all(same(*pair) for pair in zip(*found, strict=True))
 
 
 def test_t5_generates_the_same_with_a_cache() -> None:

@@ -255,7 +255,7 @@ QUERY = "encoder.layer.0.attention.self.query"
         (under(QUERY, GOOD), {"lora_r": "x"}, "OpenDelta's config.json"),
         (under(QUERY, {**GOOD, "lora.lora_B": drawn(HIDDEN, RANK) / 0}), {"lora_r": RANK}, "NaN"),
         (under(QUERY, {"prefix.past_key": drawn(2, 2)}), {}, "has no past_value"),
-        (under(QUERY, {"parallel_adapter.x": drawn(2, 2)}), {}, "parallel adapters"),
+        (under(QUERY, {"low_rank_adapter.x": drawn(2, 2)}), {}, "low-rank adapters"),
         (under(QUERY, GOOD) | {"x.bitfit.bias": drawn(2)}, {}, "expected one delta"),
         ({"encoder.layer.0.output.dense.weight": drawn(2)}, {}, "no delta"),
         (under(QUERY, GOOD) | {"head.weight": drawn(2)}, {}, "do not agree about 'head.weight'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,29 @@ def test_a_truncated_state_is_refused(base: Path, text: Path, tmp_path: Path) ->
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         run(settings(base, text), tmp_path / "out", resume=True)
+
+
+def test_a_model_without_its_own_tokenizer_is_refused_and_leaves_nothing(
+    base: Path, encoder: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(base, folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="its tokenizer cannot be loaded"):
+        run(settings(folder, text), out)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"its tokenizer (has \d+ entries|cannot be loaded)"):
+        run(settings(folder, text), out)
+    for file in encoder.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"unk_token": "[UNK]"}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(ConfigError, match="knows next to nothing of the texts"):
+        run(settings(folder, text), out)
+    shutil.copy(base / "tokenizer.json", folder)
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
+    with pytest.raises(ConfigError, match="the model knows those below 20"):
+        run(settings(folder, text), out)
+    assert not out.exists()

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from types import ModuleType
+from typing import Any, Never
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from deltaops.errors import BuildError
 from deltaops.memory import LEAST, large, start
 
 # deltaops_dtype, deltaops_activation and deltaops_norm of csrc/include/deltaops.h
@@ -20,26 +22,44 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NORMS = {"none": 0, "layer": 1, "rms": 2}
 ABI_VERSION = 7
+_REBUILD = (
+    "Rebuild it: `python setup.py build_ext --inplace` in a checkout, elsewhere `pip install "
+    "--force-reinstall --no-cache-dir deltaops`."
+)
 
 
 @cache
 def native() -> ModuleType | str:
-    """The compiled module ``deltaops._cpu``, or why it is not there, in words."""
+    """The compiled module ``deltaops._cpu``, or why it is not there, in words.
+
+    Raises: BuildError for one that was built from other sources; so does what it lacks, later.
+    """
     try:
-        module = importlib.import_module("deltaops._cpu")
+        module: Any = importlib.import_module("deltaops._cpu")
     except ImportError as error:
         return (
             f"deltaops._cpu could not be imported ({error}); "
             "reinstall deltaops with a C++ compiler at hand"
         )
+    module.__getattr__ = _lacking  # Python asks it for what a module has not (PEP 562)
     if module.abi_version() != ABI_VERSION:
-        return (
-            f"deltaops._cpu has ABI {module.abi_version()}, this package needs {ABI_VERSION}; "
-            "rebuild it (pip install --force-reinstall deltaops)"
+        raise BuildError(
+            f"deltaops._cpu must have the C ABI {ABI_VERSION} for this package, and has "
+            f"{module.abi_version()}: it is of another build. {_REBUILD}"
         )
     start(module)
     module.set_tensor_types(Tensor, Parameter)
-    return module
+    found: ModuleType = module
+    return found
+
+
+def _lacking(name: str) -> Never:
+    if name.startswith("_"):  # Python's own questions
+        raise AttributeError(f"module 'deltaops._cpu' has no attribute {name!r}")
+    raise BuildError(
+        f"deltaops._cpu must have {name!r} for this package, and has not: it is of another build. "
+        f"{_REBUILD}"
+    )
 
 
 def core() -> ModuleType:
