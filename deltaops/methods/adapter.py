@@ -117,10 +117,10 @@ class Adapter(Delta):
         """See :meth:`Delta.unbind`."""
         unbecome(modules[site.path])
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         assert isinstance(module, DeltaPlace)
-        module.delta_active = active
+        module.turn(name, active)
 
     def unmergeable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unmergeable`."""

@@ -30,9 +30,7 @@ from deltaops.modules import (
     DeltaExperts,
     DeltaPlace,
     LoraSettings,
-    activate_copies,
     become_embedding,
-    has_copies,
     holds_experts,
     no_autocast,
     nonzero,
@@ -234,6 +232,11 @@ class LoRA(Delta):
             )
         return None
 
+    def claims(self, site: Site, module: nn.Module) -> dict[str, bool]:
+        """See :meth:`Delta.claims`: DoRA and starts that change the weight have it alone."""
+        alone = self.use_dora or is_taken_out(self.init_lora_weights)
+        return dict.fromkeys(site.parameters or ("weight",), alone and site.place == LINEAR)
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]
@@ -307,12 +310,10 @@ class LoRA(Delta):
         else:
             unbecome(modules[site.path])
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         assert isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts)
-        module.delta_active = active
-        if has_copies(module):
-            activate_copies(module, active)
+        module.turn(name, active)
 
     def pace(self, suffix: str) -> float:
         """See :meth:`Delta.pace`."""
@@ -425,7 +426,7 @@ class LoRA(Delta):
         """Raises: CheckpointError where the weight is not what this start left of W."""
         if not module.delta_active:  # merged for good: W is gone, and nothing can be said of it
             return
-        waiting = originals(module)["weight"]
+        waiting = originals(module, name)["weight"]
         assert waiting is not None
         weight = laid_out(module, waiting)
         if not is_rest(module.base()[0], weight, module.starts[name], module.lora[name].scaling):

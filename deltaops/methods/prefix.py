@@ -107,6 +107,7 @@ class Prefix(Delta):
         "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules",
     )  # fmt: skip
     places: ClassVar[frozenset[str]] = frozenset({ATTENTION})
+    once: ClassVar[str | None] = "the prefix of its attentions"
     promises: ClassVar[frozenset[Promise]] = frozenset(
         {Promise.STATED_AT_START, Promise.REVERT_RESTORES_BITS}
     )
@@ -153,7 +154,7 @@ class Prefix(Delta):
             switch(model)
         else:
             restore(model)
-        activate_hooks(model, active)
+        activate_hooks(model, active, PrefixEncoder)
 
     def on_model(self, sites: tuple[Site, ...]) -> tuple[int, int] | None:
         """E and R of the encoder."""
@@ -232,7 +233,7 @@ class Prefix(Delta):
         elif isinstance(module._modules.get(_ENCODER), PrefixEncoder):
             del module._modules[_ENCODER]
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         if has_prefix(module):  # not the model, of which :meth:`switch` sees to the encoder
             activate_prefix(module, active)

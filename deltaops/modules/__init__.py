@@ -88,6 +88,7 @@ from .prompt import (
     token_table,
 )
 from .sharing import APART, sharing
+from .switched import Switched
 
 __all__ = [
     "APART",
@@ -127,6 +128,7 @@ __all__ = [
     "RmsNormBlock",
     "SoftPrompt",
     "Start",
+    "Switched",
     "activate_copies",
     "activate_hooks",
     "activate_prefix",

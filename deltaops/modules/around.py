@@ -2,15 +2,16 @@
 
     x → before → y = x Wᵀ + b + branches → after → y
 
-A place keeps a tuple of such parts, empty for LoRA. A part holds no tensors: it names them on the
-place, so that copies, pickles and ``state_dict`` see parameters where they look for them.
+A place keeps a tuple of such parts, empty for LoRA, in their ``order``. A part holds no tensors: it
+names them on the place, so that copies, pickles and ``state_dict`` see parameters where they look
+for them.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Part:
     name: str
     """Of the adapter."""
 
+    order: ClassVar[int] = 0
+    """Where several are around one op, the lowest comes first, whichever was added first."""
+
     def before(self, place: Any, x: Tensor) -> Tensor:
         """What the op reads in the place of ``x`` ``[..., K]``."""
         return x
@@ -40,6 +44,8 @@ class Part:
 class GainBefore(Part):
     """(IA)³ on an input: ``x ⊙ l``, l ``[1, K]``."""
 
+    order: ClassVar[int] = 1
+
     def before(self, place: Any, x: Tensor) -> Tensor:
         """Multiplied in the wider dtype, rounded once."""
         gain: Tensor = place.ia3_l[self.name]
@@ -49,6 +55,8 @@ class GainBefore(Part):
 @dataclass(frozen=True)
 class GainAfter(Part):
     """(IA)³ on an output: ``y ⊙ l``, l ``[N, 1]``."""
+
+    order: ClassVar[int] = 1
 
     def after(self, place: Any, y: Tensor) -> Tensor:
         """Multiplied in the wider dtype, rounded once."""
@@ -70,7 +78,12 @@ class Rescale(Part):
 
 @dataclass(frozen=True)
 class Sequential(Part):
-    """An adapter after the layer: ``y + s · φ(norm(y) Downᵀ + d) Upᵀ + u``."""
+    """An adapter after the layer: ``y + s · φ(norm(y) Downᵀ + d) Upᵀ + u``.
+
+    It reads all that the layer returns, with what a span that ends there has added.
+    """
+
+    order: ClassVar[int] = 3
 
     def after(self, place: Any, y: Tensor) -> Tensor:
         """One op; see :func:`deltaops.ops.bottleneck`."""
@@ -131,6 +144,8 @@ def _thread() -> int:
 class SpanStart(Part):
     """The first layer of a sub-layer that an adapter stands beside."""
 
+    order: ClassVar[int] = 0
+
     relay: Relay
 
     def before(self, place: Any, x: Tensor) -> Tensor:
@@ -143,6 +158,8 @@ class SpanStart(Part):
 @dataclass(frozen=True)
 class SpanEnd(Part):
     """The last layer: ``y + s · (φ(x Downᵀ + d) Upᵀ) + u`` with the x of the first one."""
+
+    order: ClassVar[int] = 2
 
     relay: Relay
 
