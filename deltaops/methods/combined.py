@@ -215,7 +215,7 @@ def _at(place: Any, delta: Any) -> Delta | Combined:
     """``delta`` with ``place`` for its targets."""
     if not isinstance(delta, Delta) or not isinstance(place, str) or not place:
         raise ConfigError(
-            "attach: a mapping goes from places to deltas, such as {'query|value': LoRA(r=8)}, got "
+            "attach: expected a delta for each place, as {'query|value': LoRA(r=8)}, got "
             f"{place!r}: {type(delta).__name__}."
         )
     (default,) = (f.default for f in fields(delta) if f.name == "target_modules")  # type: ignore[arg-type]  # every method is a dataclass

@@ -37,8 +37,8 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
     from deltaops.methods.combined import PRESETS, Combined, combined, preset
 
     if spec.strip().lower() in {name.lower() for name in PRESETS if "+" not in name}:
-        parts = preset(spec).by_name.items()
-        return Combined({n: dataclasses.replace(part, **defaults) for n, part in parts})
+        parts: dict[str, Any] = dict(preset(spec).by_name)
+        return Combined({n: dataclasses.replace(part, **defaults) for n, part in parts.items()})
     parts_of_spec = _parts(spec)
     if len(parts_of_spec) > 1:
         return combined(*(_parse_one(part, defaults) for part in parts_of_spec))
