@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltaops.errors import ConfigError
 from deltaops.packing import Policy
 
 if TYPE_CHECKING:
@@ -222,6 +223,20 @@ class Delta(ABC):
     @abstractmethod
     def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """Switch the adapter ``name`` on or off (disabled, or merged); again is nothing new."""
+
+    def weighed(self, factor: float) -> Delta:
+        """The delta that adds ``factor`` times what this one adds, with the same tensors.
+
+        Raises: ConfigError where there is none, because it does not just add.
+        """
+        raise ConfigError(
+            f"{type(self).__name__}: what it does cannot be weighed, since it is no sum of the "
+            "layer and one product; it can be on or off. LoRA can be."
+        )
+
+    def reread(self, site: Site, module: nn.Module, name: str) -> None:
+        """Have the adapter ``name`` of ``module`` go by the settings of this :meth:`weighed`."""
+        raise NotImplementedError  # only asked of what weighed returned
 
     def pace(self, suffix: str) -> float:
         """The factor of the learning rate for the tensor ``suffix``; see ``Handle``."""

@@ -188,6 +188,10 @@ class LoRA(Delta):
         """The rank at ``path``."""
         return int(_first(self.rank_pattern, path, self.r))
 
+    def scaling_at(self, path: str) -> float:
+        """The factor of the branch at ``path``."""
+        return self._settings(path).scaling
+
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -314,6 +318,27 @@ class LoRA(Delta):
         """See :meth:`Delta.activate`."""
         assert isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts)
         module.turn(name, active)
+
+    def weighed(self, factor: float) -> LoRA:
+        """See :meth:`Delta.weighed`: every alpha times ``factor``."""
+        if not is_number(factor):
+            raise ConfigError(f"LoRA: a weight must be a finite number, got {factor!r}.")
+        if self.use_dora or is_taken_out(self.init_lora_weights):
+            raise ConfigError(
+                "LoRA: with use_dora or a start that is taken out of the weight it cannot be "
+                "weighed, since it does not just add; it can be on or off."
+            )
+        alphas = {key: alpha * factor for key, alpha in dict(self.alpha_pattern).items()}
+        return replace(self, alpha=self.alpha * factor, alpha_pattern=alphas)
+
+    def reread(self, site: Site, module: nn.Module, name: str) -> None:
+        """See :meth:`Delta.reread`."""
+        if isinstance(module, DeltaExperts):
+            paths = {parameter: f"{site.path}.{parameter}" for parameter in site.parameters}
+            module.lora[name] = {one: self._settings(path) for one, path in paths.items()}
+            return
+        assert isinstance(module, DeltaPlace | DeltaEmbedding)
+        module.lora[name] = self._settings(site.path)
 
     def pace(self, suffix: str) -> float:
         """See :meth:`Delta.pace`."""

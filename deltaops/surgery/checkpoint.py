@@ -188,6 +188,9 @@ def _stored(handle: Handle, part: str, flat: bool) -> Stored:
     }
     modules = {site.path: handle.model.get_submodule(site.path) for site in sites}
     delta = parts_of(handle.delta)[part]
+    factor = handle.weights[part or handle.name]
+    if factor != 1:
+        delta = delta.weighed(factor)
     return delta.portable(modules, part or handle.name, state, sites, flat=flat)
 
 

@@ -143,6 +143,32 @@ class Handle:
         """Names of the parts that are not switched off."""
         return tuple(p or self.name for p in parts_of(self.delta) if p not in self._record.off)
 
+    def weigh(self, part: str, factor: float) -> None:
+        """Have ``part`` add ``factor`` times what it adds by itself; 1 undoes it.
+
+        A file holds it: with alphas that are ``factor`` times those of the delta.
+
+        Args:
+            part: its name in :attr:`parts`.
+            factor: dimensionless, also 0 or below.
+        Raises: ConfigError for an unknown name, and for a method that does not just add;
+            AttachError while the delta is merged.
+        """
+        self._check_attached("weigh")
+        (chosen,) = self._chosen([part])
+        self._check_unmerged("weigh")
+        weighed = parts_of(self.delta)[chosen].weighed(factor)
+        for site in self._record.sites:
+            if site.part == chosen:
+                weighed.reread(site, self._module(site.path), self._part(site)[1])
+        self._record.weights[chosen] = factor
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name of each part → its factor; see :meth:`weigh`."""
+        found = self._record.weights
+        return {part or self.name: found.get(part, 1.0) for part in parts_of(self.delta)}
+
     @contextlib.contextmanager
     def disabled(self, *parts: str) -> Iterator[None]:
         """Inside, the model computes what it did before the delta was attached; also when nested.
@@ -328,11 +354,7 @@ class Handle:
     def _turn(self, action: str, parts: Iterable[str], active: bool) -> None:
         self._check_attached(action)
         chosen = self._chosen(parts)
-        if self.merged:
-            raise AttachError(
-                f"handle.{action}: the delta is merged, all parts in one weight. Call "
-                "handle.unmerge() first."
-            )
+        self._check_unmerged(action)
         if active:
             self._record.off.difference_update(chosen)
         else:
@@ -345,6 +367,13 @@ class Handle:
             raise AttachError(
                 f"handle.{action}: the delta is no longer on the model. Attach it again with "
                 "deltaops.attach or deltaops.load."
+            )
+
+    def _check_unmerged(self, action: str) -> None:
+        if self.merged:
+            raise AttachError(
+                f"handle.{action}: the delta is merged, all parts in one weight. Call "
+                "handle.unmerge() first."
             )
 
     def _check_enabled(self, action: str) -> None:

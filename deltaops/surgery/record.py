@@ -59,6 +59,8 @@ class Record:
     """Inside ``handle.disabled()``."""
     off: set[str] = field(default_factory=set)
     """Names of the parts that are switched off by themselves; the empty one of a single delta."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Part → how many times what it adds is added, where that is not once."""
 
 
 def read(model: nn.Module) -> Record | None:

@@ -293,6 +293,68 @@ def test_switching_of_what_is_merged_and_merging_of_what_is_off_are_refused() ->
         handle.disable("lora")
 
 
+def test_a_weight_multiplies_what_a_part_adds_and_files_hold_it(tmp_path: Path) -> None:
+    model = build("llama")
+    pattern = {"q_proj": 5}
+    wish = LoRA(r=2, alpha=3, alpha_pattern=pattern) + LoRA(r=3).named("other") + Adapter(size=3)
+    handle = moved(deltaops.attach(model, wish))
+    start = answer("llama", model)
+    handle.weigh("lora", 0.3)
+    assert handle.weights == {"lora": 0.3, "other": 1.0, "adapter": 1.0}
+    weighed = answer("llama", model)
+    with handle.disabled("lora"):
+        off = answer("llama", model)
+    handle.save(tmp_path / "all")
+    handle.save(tmp_path / "lora", part="lora", format="peft")
+    twin = build("llama")
+    again = deltaops.load(twin, tmp_path / "all")
+    assert torch.equal(answer("llama", twin), weighed)
+    assert again.parts["lora"] == LoRA(r=2, alpha=0.3 * 3, alpha_pattern={"q_proj": 0.3 * 5})
+    alone = build("llama")
+    deltaops.load(alone, tmp_path / "lora")
+    with handle.disabled("other", "adapter"):
+        assert torch.equal(answer("llama", model), answer("llama", alone))
+    handle.weigh("lora", 0)
+    assert relative_error(answer("llama", model), off) < 16 * bound(0.0, torch.float32)
+    handle.weigh("lora", 1)
+    assert torch.equal(answer("llama", model), start)
+    with pytest.raises(ConfigError, match="Adapter: what it does cannot be weighed"):
+        handle.weigh("adapter", 0.5)
+    with pytest.raises(ConfigError, match="must be a finite number, got nan"):
+        handle.weigh("lora", float("nan"))
+
+
+def test_two_lora_on_one_embedding_and_on_the_same_experts(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=20, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.MixtralModel(config).eval()
+    places = ["embed_tokens", "experts", "q_proj"]
+    wish = LoRA(r=2, alpha=3, target_modules=places) + LoRA(r=4, alpha=3, target_modules=places)
+    base, twin = answer("llama", model), copy.deepcopy(model)
+    handle = moved(deltaops.attach(model, wish))
+    both = answer("llama", model)
+    handle.weigh("lora", 2)
+    handle.save(tmp_path)
+    deltaops.load(twin, tmp_path)
+    assert torch.equal(answer("llama", twin), answer("llama", model))
+    handle.weigh("lora", 1)
+    assert torch.equal(answer("llama", model), both)
+    handle.merge()
+    assert relative_error(answer("llama", model), both) < 16 * bound(0.0, torch.float32)
+    handle.unmerge()
+    handle.save(tmp_path, part="lora2")
+    alone = copy.deepcopy(model)
+    deltaops.surgery.handle_of(alone).revert()  # type: ignore[union-attr]
+    deltaops.load(alone, tmp_path)
+    with handle.disabled("lora"):
+        assert torch.equal(answer("llama", alone), answer("llama", model))
+    handle.revert()
+    assert torch.equal(answer("llama", model), base)
+
+
 def test_a_single_delta_is_a_part_by_the_name_of_the_adapter() -> None:
     model = build("gpt2")
     handle = moved(deltaops.attach(model, LoRA(r=2)))
