@@ -256,6 +256,7 @@ def test_generation_with_a_cache_equals_without(pair: str) -> None:
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.slow
 def test_a_trainer_trains_all_parts_with_checkpointing(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments

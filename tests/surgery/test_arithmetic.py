@@ -18,6 +18,9 @@ from deltaops.surgery.files import CONFIG, WEIGHTS
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import answer, build
 
+# transformers renames gradient checkpointing between the versions that we support
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
 FIRST = LoRA(r=3, alpha=5, use_rslora=True, target_modules=["query", "value"])
 SECOND = LoRA(
     r=2, alpha=4, target_modules=["value", "word_embeddings"], rank_pattern={"0.*value": 4}
