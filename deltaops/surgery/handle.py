@@ -17,7 +17,7 @@ from deltaops.modules import unbecome
 from .blocks import restore_blocks
 from .losses import restore_losses
 from .record import Disabled, Record, exchange, exchange_parameters, merged_parameters, read, write
-from .tree import Leaf, draw
+from .tree import WHOLE, Leaf, draw
 
 
 class Handle:
@@ -231,8 +231,8 @@ class Handle:
             if reason is not None:
                 of = f"the part {site.part!r} at " if site.part else ""
                 raise AttachError(
-                    f"handle.merge: {of}{site.path!r}: {reason}. Keep the delta applied, and save "
-                    "it with handle.save(path)."
+                    f"handle.merge: {of}{site.path or WHOLE!r}: {reason}. Keep the delta applied, "
+                    "and save it with handle.save(path)."
                 )
             bound.setdefault(site.path, []).append(self._part(site))
         values = {
