@@ -97,6 +97,10 @@ class Adapter(Delta):
         """See :meth:`Delta.unfit`."""
         return bottleneck.misfit(self, site.out_features)
 
+    def gate_width(self, site: Site) -> int | None:
+        """See :meth:`Delta.gate_width`."""
+        return site.out_features
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]

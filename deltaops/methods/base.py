@@ -212,6 +212,10 @@ class Delta(ABC):
         """
         return {}
 
+    def gate_width(self, site: Site) -> int | None:
+        """Features of what a gate on this delta reads at ``site``; None where it can have none."""
+        return None
+
     @abstractmethod
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """Turn the module of ``site`` into its place and give it the start values."""

@@ -21,7 +21,7 @@ from .bitfit import BitFit
 from .lora import LoRA
 from .parallel_adapter import ParallelAdapter
 from .prefix import Prefix
-from .targets import ATTENTION_OUTPUT, FEED_FORWARD, FEED_FORWARD_OUTPUT, ROLES
+from .targets import ATTENTION_OUTPUT, FEED_FORWARD, FEED_FORWARD_OUTPUT, ROLES, check_flags
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
 _WORDS: dict[str, tuple[tuple[type[Delta], str], ...]] = {
@@ -38,12 +38,15 @@ class Combined:
     Args:
         parts: name → delta, where the names are yours; a sequence of deltas, each named by its
             method ("lora", the next "lora2").
+        gated: a learned gate on every part at every module, which sees the input: UniPELT's, for
+            encoders; see :mod:`deltaops.modules.gate`.
     Raises: ConfigError.
 
     ``modules_to_save`` of one part are trained beside all of them, once.
     """
 
     parts: Mapping[str, Delta] | Iterable[Delta] | tuple[tuple[str, Delta], ...]
+    gated: bool = False
 
     kind: ClassVar[str] = "combined"
 
@@ -51,13 +54,19 @@ class Combined:
         """Check and name the parts."""
         parts = _saved_once(_pairs(self.parts))
         object.__setattr__(self, "parts", parts)  # the dataclass is frozen; this is its start
+        check_flags(self, "gated")
 
     def __repr__(self) -> str:
         """The parts, with the names that are not their methods'."""
-        return " + ".join(
+        shown = " + ".join(
             repr(delta) if name == delta.kind else f"{delta!r}.named({name!r})"
             for name, delta in self.by_name.items()
         )
+        return f"({shown}).with_gates()" if self.gated else shown
+
+    def with_gates(self) -> Combined:
+        """The same parts, each through gates."""
+        return replace(self, gated=True)
 
     def __add__(self, other: Delta | Combined) -> Combined:
         """This and one more, or those of another combination."""
@@ -98,7 +107,7 @@ def combined(*deltas: Delta | Combined) -> Combined:
             )
         for name, part in pairs.items():
             found[_free(name, found)] = part
-    return Combined(found)
+    return Combined(found, any(isinstance(one, Combined) and one.gated for one in deltas))
 
 
 def parts_of(delta: Delta | Combined) -> dict[str, Delta]:
@@ -149,10 +158,10 @@ PRESETS: dict[str, Callable[[], Combined]] = {
         Prefix(num_virtual_tokens=30, reparameterised=True, encoder_hidden_size=512),
         ParallelAdapter(),
     ),
-    # Mao et al. 2022 (arXiv 2110.07577), §4.1, without its gates
+    # Mao et al. 2022 (arXiv 2110.07577), §4.1
     "UniPELT": lambda: combined(
         Prefix(num_virtual_tokens=10), Adapter(style="pfeiffer", reduction_factor=16), _on_qv()
-    ),
+    ).with_gates(),
     "LoRA+BitFit": lambda: combined(LoRA(), BitFit()),
     "all": lambda: combined(LoRA(), Adapter(), Prefix(), BitFit()),
 }

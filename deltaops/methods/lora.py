@@ -241,6 +241,11 @@ class LoRA(Delta):
         alone = self.use_dora or is_taken_out(self.init_lora_weights)
         return dict.fromkeys(site.parameters or ("weight",), alone and site.place == LINEAR)
 
+    def gate_width(self, site: Site) -> int | None:
+        """See :meth:`Delta.gate_width`."""
+        alone = self.use_dora or is_taken_out(self.init_lora_weights)
+        return site.in_features if site.place == LINEAR and not alone else None
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]

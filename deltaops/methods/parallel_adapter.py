@@ -95,6 +95,10 @@ class ParallelAdapter(Delta):
         """See :meth:`Delta.claims`."""
         return {} if site.entry else {"weight": False, "bias": True}
 
+    def gate_width(self, site: Site) -> int | None:
+        """See :meth:`Delta.gate_width`: beside a whole feed-forward, since a bias has none."""
+        return _inputs(site) if site.entry else None
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]

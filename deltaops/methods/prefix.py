@@ -168,6 +168,10 @@ class Prefix(Delta):
             return f"{type(module).__name__} does not say how wide its heads are"
         return None
 
+    def gate_width(self, site: Site) -> int | None:
+        """See :meth:`Delta.gate_width`."""
+        return site.in_features
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`. The model, with its encoder, comes before the attentions."""
         module = modules[site.path]

@@ -33,6 +33,7 @@ from .experts import (
     unbecome_experts,
 )
 from .factor import Factor, start_values
+from .gate import Gate, gate_of
 from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import (
@@ -65,6 +66,7 @@ from .prefix import VALUES as PREFIX_VALUES
 from .prefix import (
     activate_prefix,
     add_prefix,
+    gate_prefix,
     has_prefix,
     head_width,
     join_encoder,
@@ -115,6 +117,7 @@ __all__ = [
     "FittedDecoder",
     "FittedRows",
     "FrozenLinear",
+    "Gate",
     "GatedMlpBlock",
     "KroneckerSum",
     "LinearPlace",
@@ -151,6 +154,8 @@ __all__ = [
     "features",
     "follow",
     "frozen_class",
+    "gate_of",
+    "gate_prefix",
     "give_back",
     "has_copies",
     "has_prefix",

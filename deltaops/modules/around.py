@@ -15,10 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from deltaops.errors import AttachError
 
 from .dora import row_norms, scaled
+from .gate import gate_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Part:
         """What the op reads in the place of ``x`` ``[..., K]``."""
         return x
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
-        """What the layer returns in the place of ``y`` ``[..., N]``."""
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
+        """What the layer returns in the place of ``y`` ``[..., N]``, for what the op has read."""
         return y
 
 
@@ -58,7 +60,7 @@ class GainAfter(Part):
 
     order: ClassVar[int] = 1
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
         """Multiplied in the wider dtype, rounded once."""
         gain: Tensor = place.ia3_l[self.name]
         return (y * gain.flatten()).to(y.dtype)
@@ -68,7 +70,7 @@ class GainAfter(Part):
 class Rescale(Part):
     """DoRA on an output; see :mod:`deltaops.modules.dora`."""
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
         """The norms are new in every step, since A and B are."""
         weight, bias = place.base()
         a, b = place.lora_A[self.name].weight, place.lora_B[self.name].weight
@@ -85,10 +87,9 @@ class Sequential(Part):
 
     order: ClassVar[int] = 3
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
         """One op; see :func:`deltaops.ops.bottleneck`."""
-        adapted: Tensor = place.adapter[self.name](y, None, place.backend, place.strict)
-        return adapted
+        return _adapted(self.name, place, y, None, y)
 
 
 @dataclass
@@ -163,9 +164,34 @@ class SpanEnd(Part):
 
     relay: Relay
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
         """One op; see :func:`deltaops.ops.bottleneck`."""
-        adapted: Tensor = place.adapter[self.name](
-            self.relay.take(), y, place.backend, place.strict
-        )
+        return _adapted(self.name, place, self.relay.take(), y, y)
+
+
+def _adapted(name: str, place: Any, x: Tensor, residual: Tensor | None, y: Tensor) -> Tensor:
+    """``y`` and what the adapter ``name`` adds for ``x``, times its gate where it has one."""
+    adapter, gate = place.adapter[name], gate_of(place, name)
+    if gate is None:
+        adapted: Tensor = adapter(x, residual, place.backend, place.strict)
         return adapted
+    added = adapter(x, torch.zeros_like(y), place.backend, place.strict)
+    gated: Tensor = y + gate(x).to(y.dtype) * added
+    return gated
+
+
+@dataclass(frozen=True)
+class GatedBranch(Part):
+    """LoRA with a gate: ``y + g · s · drop(x) Aᵀ Bᵀ``, beside the op, which knows no gates."""
+
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
+        """In torch, in the dtype of A; rounded once."""
+        a, b = place.lora_A[self.name].weight, place.lora_B[self.name].weight
+        settings, gate = place.lora[self.name], gate_of(place, self.name)
+        assert gate is not None
+        wide = x.to(a.dtype)
+        if place.training and settings.dropout:
+            wide = functional.dropout(wide, settings.dropout)
+        inner = functional.linear(functional.linear(wide, a) * settings.scaling, b)
+        gated: Tensor = y + gate(x) * inner
+        return gated.to(y.dtype)

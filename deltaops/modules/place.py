@@ -20,9 +20,20 @@ from deltaops.packing import PACKING, Policy
 from deltaops.reference.activation import activate
 
 from .adapter import Bottleneck
-from .around import GainAfter, GainBefore, Part, Relay, Rescale, Sequential, SpanEnd, SpanStart
+from .around import (
+    GainAfter,
+    GainBefore,
+    GatedBranch,
+    Part,
+    Relay,
+    Rescale,
+    Sequential,
+    SpanEnd,
+    SpanStart,
+)
 from .dora import Magnitude, row_norms
 from .factor import Factor
+from .gate import GATES, Gate, add_gate
 from .kept import activate_copies, copies, give_back, has_copies, owners, train_copies
 from .sharing import ALTERS_INPUT, shared
 from .switched import Switched
@@ -114,6 +125,8 @@ class DeltaPlace(Switched, LinearPlace):
     lora: dict[str, LoraSettings]
     around: tuple[Part, ...]
     """Gains and adapters; see :mod:`deltaops.modules.around`."""
+    gated: frozenset[str]
+    """Names of the LoRA that are added after the op, each times its gate."""
     starts: dict[str, Start]
     """By adapter, what was taken out of the weight; see :meth:`take_out`."""
     beside: tuple[str, ...]
@@ -132,13 +145,13 @@ class DeltaPlace(Switched, LinearPlace):
             x = part.before(self, x)
         y = super().forward(x)
         for part in around:
-            y = part.after(self, y)
+            y = part.after(self, y, x)
         return y
 
     def branches(self) -> list[Branch]:
         """One branch for each LoRA or parallel adapter that is neither off nor merged."""
         found: list[Branch] = []
-        off = self.off
+        off = self.off | self.gated if self.gated else self.off
         if self.lora:
             modules, training = self._modules, self.training
             # nn.ModuleDict's own lookup costs more than the rest of this function
@@ -191,6 +204,13 @@ class DeltaPlace(Switched, LinearPlace):
         start = row_norms(self.base()[0], a, b, self.lora[name].scaling).to(a.dtype)
         self.lora_magnitude_vector[name] = Magnitude(start)
         self._add(Rescale(name))
+
+    def add_gate(self, name: str, gate: Gate) -> None:
+        """Let what the adapter ``name`` adds here pass through a gate."""
+        add_gate(self, name, gate)
+        if name in self.lora:
+            self.__dict__["gated"] = self.gated | {name}
+            self._add(GatedBranch(name))
 
     def add_gain(self, name: str, gain: Tensor, *, before: bool) -> None:
         """Add (IA)³'s vector: ``[1, K]`` for the input (``before``), ``[N, 1]`` for the output."""
@@ -278,7 +298,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[
 
 
 _ATTRIBUTES = (
-    "backend", "strict", "pack", "off", "delta_kind", "lora", "around", "beside",
+    "backend", "strict", "pack", "off", "gated", "delta_kind", "lora", "around", "beside",
     "starts", ALTERS_INPUT,
 )  # fmt: skip
 """What a place has in its ``__dict__`` beside what the layer had."""
@@ -295,7 +315,7 @@ def become(
     module.__dict__["strict"] = strict
     module.__dict__["pack"] = pack
     if issubclass(place, DeltaPlace):
-        module.__dict__["off"] = frozenset()
+        module.__dict__["off"] = module.__dict__["gated"] = frozenset()
         module.__dict__["lora"] = {}
         module.__dict__["around"] = module.__dict__["beside"] = ()
     module.__class__ = place
@@ -306,7 +326,7 @@ def unbecome(module: nn.Module) -> None:
     if isinstance(module, LinearPlace):
         module.__class__ = module.base_class  # type: ignore[assignment]  # its exact class of before
     give_back(module)
-    for name in ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l", "adapter"):
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l", "adapter", GATES):
         module._modules.pop(name, None)
     for name in _ATTRIBUTES:
         module.__dict__.pop(name, None)

@@ -208,6 +208,11 @@ def _single(handle: Handle, part: str | None, flat: bool, format: str) -> _File:
     """Of a delta that is alone in its file."""
     model = handle.model
     combined = isinstance(handle.delta, Combined)
+    if isinstance(handle.delta, Combined) and handle.delta.gated:
+        raise CheckpointError(
+            f"save: the part {part!r} goes through gates, which a delta by itself has not. Save "
+            "the whole combination, without part."
+        )
     delta, state, sites = _stored(handle, part if combined and part else "", flat)
     if combined:
         state = {**state, **_saved_whole(handle)}
@@ -227,9 +232,10 @@ def _combination(handle: Handle, flat: bool) -> _File:
         stored = _stored(handle, part, flat)
         parts[part] = stored.delta
         state |= {f"{part}/{key}": tensor for key, tensor in stored.state.items()}
+    gated = isinstance(handle.delta, Combined) and handle.delta.gated
     reason = "it is a combination; save(path, part=NAME) writes one of its parts"
     return _File(
-        _manifest(handle.model, Combined(parts)), state | _saved_whole(handle), OURS, reason
+        _manifest(handle.model, Combined(parts, gated)), state | _saved_whole(handle), OURS, reason
     )
 
 
@@ -277,7 +283,9 @@ def _unlike_peft(
 
 def _manifest(model: nn.Module, delta: Delta | Combined) -> dict[str, Any]:
     """All that :func:`load` needs to build the same adapter on the same base model."""
-    kept = {"parts" if isinstance(delta, Combined) else "settings": delta.settings()}
+    kept: dict[str, Any] = {"settings": delta.settings()}
+    if isinstance(delta, Combined):
+        kept = {"parts": delta.settings(), "gated": delta.gated}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -325,18 +333,19 @@ def _delta(config: Mapping[str, Any], files: Files) -> Delta | Combined:
             f"{config.get('format')!r} and {config.get('version')!r}. A newer deltaops may read it."
         )
     if config.get("method") == Combined.kind:
-        return _parts(config.get("parts"), files)
+        return _parts(config.get("parts"), config.get("gated"), files)
     return _method(config, files)
 
 
-def _parts(parts: Any, files: Files) -> Combined:
+def _parts(parts: Any, gated: Any, files: Files) -> Combined:
     """The parts of a manifest. Raises: CheckpointError where they are none."""
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(
             f"load: {files.config} must have a list of parts, each with name, method and settings."
         )
     try:
-        return Combined(tuple((part.get("name"), _method(part, files)) for part in parts))
+        found = tuple((part.get("name"), _method(part, files)) for part in parts)
+        return Combined(found, gated)
     except ConfigError as error:
         raise CheckpointError(f"load: {files.config}: {error}") from error
 

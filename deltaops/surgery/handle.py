@@ -15,6 +15,7 @@ from deltaops.methods.base import EXPERTS, MODEL, NORM, STACK, Site
 from deltaops.modules import unbecome
 
 from .blocks import restore_blocks
+from .gates import NO_MERGE, gate_tensors
 from .losses import restore_losses
 from .record import Disabled, Record, exchange, exchange_parameters, merged_parameters, read, write
 from .tree import WHOLE, Leaf, draw
@@ -228,6 +229,8 @@ class Handle:
         bound: dict[str, list[tuple[Delta, str]]] = {}
         for site in self._record.sites:
             reason = self._part(site)[0].unmergeable(self._module(site.path))
+            if isinstance(self.delta, Combined) and self.delta.gated:
+                reason = reason or NO_MERGE
             if reason is not None:
                 of = f"the part {site.part!r} at " if site.part else ""
                 raise AttachError(
@@ -332,7 +335,8 @@ class Handle:
 
     def _tensors(self, site: Site) -> dict[str, nn.Parameter]:
         delta, name = self._part(site)
-        return delta.tensors(self._module(site.path), name)
+        module = self._module(site.path)
+        return delta.tensors(module, name) | gate_tensors(module, name)
 
     def _label(self, site: Site) -> str:
         """Of a site in the tree."""

@@ -21,6 +21,7 @@ from deltaops.packing import Policy, check_policy
 
 from .anatomy import wholes
 from .conflicts import refuse_conflicts
+from .gates import bind_gate, gate_shapes, refuse_gates
 from .handle import Handle, gathered
 from .match import Match, inside, match, refuse_second_delta
 from .places import foreign, frozen_linears, place_of, size_of, unswappable
@@ -43,6 +44,11 @@ class Plan:
     backend: str
     strict: bool
     pack: Policy
+
+    @property
+    def gated(self) -> bool:
+        """Whether every part gets gates."""
+        return isinstance(self.delta, Combined) and self.delta.gated
 
     def __str__(self) -> str:
         sizes = dict.fromkeys(self.sites, 0)
@@ -86,6 +92,9 @@ class Plan:
             for site in self.sites:
                 bound.append(site)
                 parts[site.part].bind(site, modules, bindings[site.part])
+                if self.gated:
+                    name = bindings[site.part].name
+                    bind_gate(site, parts[site.part], modules[site.path], name)
             for path in self.frozen:
                 place = frozen_class(type(modules[path]))
                 if place is not None:  # None: no longer the type that the plan saw
@@ -122,7 +131,10 @@ class Plan:
         begun: set[str] = set()
         for site in self.sites:
             delta = parts[site.part]
-            for suffix, shape in delta.shapes(site, self.model.get_submodule(site.path)).items():
+            shapes = delta.shapes(site, self.model.get_submodule(site.path))
+            if self.gated:
+                shapes = shapes | gate_shapes(site, delta)
+            for suffix, shape in shapes.items():
                 if site.part not in begun or not delta.shared(suffix):
                     yield site, suffix, shape
             begun.add(site.part)
@@ -224,6 +236,8 @@ def make_plan(
         skipped += [(path, f"{part}: {why}" if part else why) for path, why in found.skipped]
         sites += bound
     refuse_conflicts(model, parts, sites)
+    if isinstance(delta, Combined) and delta.gated:
+        refuse_gates(model, parts, tuple(sites))
     others = []
     if frozen:
         taken = {site.path for site in sites} | {site.entry for site in sites}

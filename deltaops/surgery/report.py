@@ -200,7 +200,9 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
 def _off(module: nn.Module) -> str:
     """What is added to the reason of a place."""
     bound = isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts)
-    return "; the delta is disabled or merged" if bound and not module.delta_active else ""
+    gated = "; a branch with a gate is added in torch" if getattr(module, "gated", None) else ""
+    off = "; the delta is disabled or merged" if bound and not module.delta_active else ""
+    return gated + off
 
 
 def _megabytes(size: int) -> str:
