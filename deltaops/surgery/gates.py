@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import unwrap
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +19,10 @@ _SUFFIX = "gate."
 
 def refuse_gates(model: nn.Module, parts: Mapping[str, Delta], sites: tuple[Site, ...]) -> None:
     """Raises: AttachError where a site can have no gate, or a token would see later ones."""
-    if any(getattr(module, "is_causal", False) for module in model.modules()):
+    if any(_causal(module) for module in model.modules()):
         raise AttachError(
-            f"attach: {type(model).__name__} has causal attentions, and a gate is the mean over "
-            "all tokens of a sample: it would tell a token of those that follow. Attach without "
-            "gates."
+            f"attach: {type(model).__name__} is causal, and a gate is the mean over all tokens of "
+            "a sample: it would tell a token of those that follow. Attach without gates."
         )
     for site in sites:
         if site.place != MODEL and parts[site.part].gate_width(site) is None:
@@ -44,6 +45,23 @@ def bind_gate(site: Site, delta: Delta, module: nn.Module, name: str) -> None:
     else:
         assert isinstance(module, DeltaPlace)
         module.add_gate(name, gate)
+
+
+def _causal(module: nn.Module) -> bool:
+    """Whether a token in ``module`` may not see those that follow, as far as transformers says."""
+    if getattr(module, "is_causal", False):
+        return True
+    config = getattr(module, "config", None)
+    if not hasattr(config, "model_type") or getattr(config, "is_decoder", None) is False:
+        return False  # an encoder that can be a decoder, and is none
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    forward: Any = unwrap(type(module).forward)
+    masks = "create_causal_mask" in forward.__code__.co_names
+    return masks or (
+        hasattr(module, "get_input_embeddings")
+        and getattr(config, "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
 
 
 def gate_tensors(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
