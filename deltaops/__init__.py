@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         IA3,
         Adapter,
         BitFit,
+        Combined,
         Compacter,
         IntrinsicAdapter,
         IntrinsicPrompt,
@@ -38,6 +39,7 @@ __all__ = [
     "IA3",
     "Adapter",
     "BitFit",
+    "Combined",
     "Compacter",
     "IntrinsicAdapter",
     "IntrinsicPrompt",
@@ -63,6 +65,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "methods",
     "BitFit": "methods",
+    "Combined": "methods",
     "Compacter": "methods",
     "IA3": "methods",
     "IntrinsicAdapter": "methods",

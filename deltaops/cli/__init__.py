@@ -10,6 +10,7 @@ from rich.console import Console
 from deltaops.errors import DeltaopsError
 
 from .bench import bench
+from .combine import combine
 from .compare import compare
 from .convert import convert
 from .demo import demo
@@ -29,7 +30,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, tune, compare, convert, inspect, doctor, bench, tune_kernels, traffic):
+for command in (
+    demo,
+    tune,
+    compare,
+    convert,
+    inspect,
+    doctor,
+    bench,
+    tune_kernels,
+    traffic,
+    combine,
+):
     app.command()(command)
 app.add_typer(intrinsic, name="intrinsic")
 

@@ -54,7 +54,10 @@ def _show_adapter(console: Console, folder: Path) -> None:
         ) from error
     shown = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout")
     facts = {key: config[key] for key in (*shown, "method", "base_model") if key in config}
-    for key, value in (facts | config.get("settings", {})).items():
+    facts |= config.get("settings", {})
+    for part in config.get("parts", []):
+        facts[f"part {part['name']}"] = f"{part['method']} {part['settings']}"
+    for key, value in facts.items():
         console.print(f"{key:<26}{value}", highlight=False, markup=False)
     table = Table("tensor", "shape", box=None, pad_edge=False, header_style="bold")
     total = 0

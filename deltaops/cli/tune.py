@@ -20,7 +20,9 @@ def tune(
     data: str = typer.Option(..., help="A JSONL, CSV or text file, or a name of `datasets`."),
     out: Path = typer.Option(..., help="Folder for the adapter, metrics.json and loss.png."),
     task: str = typer.Option("causal-lm", help="causal-lm or classification."),
-    delta: str = typer.Option("lora:r=16,alpha=32", help="The delta and its options."),
+    delta: str = typer.Option(
+        "lora:r=16,alpha=32", help="The delta and its options; several by +."
+    ),
     steps: int = typer.Option(200, help="Training steps."),
     batch_size: int = typer.Option(8, help="Examples a step."),
     lr: float = typer.Option(1e-3, help="Peak learning rate."),
@@ -40,6 +42,9 @@ def tune(
               --label-column category --delta lora:r=8,alpha=16 --out intents
 
     Example:  deltaops tune --model path/to/gpt2 --data notes.txt --delta adapter:style=pfeiffer
+              --out notes-adapter
+
+    Example:  deltaops tune --model path/to/gpt2 --data notes.txt --delta lora:r=8+bitfit
               --out notes-adapter
 
     Example:  deltaops tune --model path/to/gpt2 --data notes.txt --lr 0.01 --out notes-adapter
@@ -72,7 +77,7 @@ def tune(
 
             def ready(handle: Handle, start: int) -> None:
                 trained = sum(p.numel() for p in handle.parameters())
-                places = [site for site in handle.places if site.place != MODEL]
+                places = {site.path for site in handle.places if site.place != MODEL}
                 progress.console.print(f"{len(places)} layers, {trained:,} trainable parameters")
                 progress.update(bar, completed=start, description="training")
 

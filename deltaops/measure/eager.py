@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaops.methods import Delta, Site
+from deltaops.methods import Combined, Delta, Site
 from deltaops.methods.base import MODEL
 from deltaops.methods.targets import FEED_FORWARD_OUTPUT
 from deltaops.modules import DecodedAdapters, DecodedBottleneck
@@ -47,7 +47,7 @@ _PHI: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def missing(delta: Delta) -> str | None:
+def missing(delta: Delta | Combined) -> str | None:
     """Why there is no eager form of ``delta`` to time; None where there is one."""
     return None if delta.kind in EAGER else f"{delta.kind} has no eager form in measure/eager.py"
 
@@ -66,11 +66,12 @@ def eager_twin(
     twin = copy.deepcopy(base).requires_grad_(False).to(dtype)
     leaves = {k: nn.Parameter(t.detach().to(dtype, copy=True)) for k, t in handle.state().items()}
     left = dict(leaves)
+    delta = handle.delta
+    assert isinstance(delta, Delta), "a combination has no eager form; see missing"
     for site in handle.places:
         bound = handle.model.get_submodule(site.path)
-        suffixes = handle.delta.tensors(bound, handle.name)
-        own = {suffix: left.pop(site.key(suffix)) for suffix in suffixes}
-        EAGER[handle.delta.kind](twin, handle.delta, site, own, bound)
+        own = {suffix: left.pop(site.key(suffix)) for suffix in delta.tensors(bound, handle.name)}
+        EAGER[delta.kind](twin, delta, site, own, bound)
     for key, leaf in left.items():  # of modules_to_save
         path, _, name = key.rpartition(".")
         twin.get_submodule(path)._parameters[name] = leaf

@@ -3,6 +3,7 @@
 from .adapter import Adapter
 from .base import Binding, Delta, Promise, Site
 from .bitfit import BitFit
+from .combined import PRESETS, Combined, as_delta, parts_of
 from .compacter import Compacter
 from .ia3 import IA3
 from .intrinsic_adapter import IntrinsicAdapter
@@ -18,9 +19,11 @@ __all__ = [
     "ALL_LINEAR",
     "IA3",
     "METHODS",
+    "PRESETS",
     "Adapter",
     "Binding",
     "BitFit",
+    "Combined",
     "Compacter",
     "Delta",
     "IntrinsicAdapter",
@@ -32,6 +35,8 @@ __all__ = [
     "Promise",
     "Prompt",
     "Site",
+    "as_delta",
+    "parts_of",
 ]
 
 _ALL: tuple[type[Delta], ...] = (

@@ -97,6 +97,10 @@ class Adapter(Delta):
         """See :meth:`Delta.unfit`."""
         return bottleneck.misfit(self, site.out_features)
 
+    def gate_width(self, site: Site) -> int | None:
+        """See :meth:`Delta.gate_width`."""
+        return site.out_features
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]
@@ -117,10 +121,10 @@ class Adapter(Delta):
         """See :meth:`Delta.unbind`."""
         unbecome(modules[site.path])
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         assert isinstance(module, DeltaPlace)
-        module.delta_active = active
+        module.turn(name, active)
 
     def unmergeable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unmergeable`."""

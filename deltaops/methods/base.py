@@ -2,7 +2,8 @@
 
 A method is one file here. Surgery asks it, in this order: which modules (``target_modules`` and the
 other fields about targets; :meth:`Delta.told_apart`), whether they can have it and its sizes suit
-(:meth:`Delta.unbindable`, :meth:`Delta.unfit`, :meth:`Delta.unfit_together`), what they share
+(:meth:`Delta.unbindable`, :meth:`Delta.unfit`, :meth:`Delta.unfit_together`), what no other delta
+may have beside it (:attr:`Delta.once`, :meth:`Delta.claims`), what they share
 (:meth:`Delta.on_model`, :meth:`Delta.shared`), to bind and unbind (:meth:`Delta.enter`,
 :meth:`Delta.bind`, :meth:`Delta.unbind`, :meth:`Delta.leave`), to switch on and off
 (:meth:`Delta.activate`, :meth:`Delta.switch`), how fast it learns (:meth:`Delta.pace`), what to
@@ -18,12 +19,16 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from deltaops.errors import ConfigError
 from deltaops.packing import Policy
+
+if TYPE_CHECKING:
+    from .combined import Combined
 
 LINEAR, NORM, EMBEDDING, ATTENTION, STACK = "linear", "norm", "embedding", "attention", "stack"
 """Kinds of place; an attention is a whole module with its projections, a stack all blocks of a
@@ -79,10 +84,13 @@ class Site:
     """Of an attention's keys."""
     parameters: tuple[str, ...] = ()
     """Of experts and routers: the names of those that have the delta, in the module's own order."""
+    part: str = ""
+    """Of a :class:`deltaops.Combined`, the name of the part that binds here; else empty."""
 
     def key(self, suffix: str) -> str:
         """The name of a tensor of this place in ``handle.state()``; the model has no path."""
-        return f"{self.path}.{suffix}" if self.path else suffix
+        key = f"{self.path}.{suffix}" if self.path else suffix
+        return f"{self.part}/{key}" if self.part else key
 
 
 class Binding(NamedTuple):
@@ -124,6 +132,10 @@ class Delta(ABC):
     """Where PEFT binds it, if nothing but that can be said in PEFT's file."""
     peft_sizes: ClassVar[tuple[str, ...]] = ()
     """Fields of PEFT's config that follow from the model; a file with others is another's."""
+    once: ClassVar[str | None] = None
+    """What of the whole model it has for itself, so that a combination has it once; or None."""
+    merges_last: ClassVar[bool] = False
+    """Whether what it multiplies a layer by applies to what others have added to it."""
 
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...] | None
@@ -131,6 +143,20 @@ class Delta(ABC):
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     task_type: str | None
+
+    # ----------------------------------------------------------------------------- combining
+
+    def __add__(self, other: Delta | Combined) -> Combined:
+        """Both on one model; see :class:`deltaops.Combined`."""
+        from .combined import combined  # it knows methods, which are deltas
+
+        return combined(self, other)
+
+    def named(self, name: str) -> Combined:
+        """This as the part ``name`` of a combination, instead of by its method's name."""
+        from .combined import Combined  # it knows methods, which are deltas
+
+        return Combined({name: self})
 
     # ------------------------------------------------------------------------------- binding
 
@@ -182,6 +208,18 @@ class Delta(ABC):
         """
         return None
 
+    def claims(self, site: Site, module: nn.Module) -> dict[str, bool]:
+        """Parameters of ``module`` that it trains or changes → whether no other delta may as well.
+
+        Two deltas are refused on one module, before anything is changed, where both name a
+        parameter and one of them needs it for itself.
+        """
+        return {}
+
+    def gate_width(self, site: Site) -> int | None:
+        """Features of what a gate on this delta reads at ``site``; None where it can have none."""
+        return None
+
     @abstractmethod
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """Turn the module of ``site`` into its place and give it the start values."""
@@ -191,8 +229,22 @@ class Delta(ABC):
         """Undo :meth:`bind`; also called where ``bind`` failed halfway, or never came."""
 
     @abstractmethod
-    def activate(self, module: nn.Module, active: bool) -> None:
-        """Switch the delta of ``module`` on or off (disabled, or merged); again is nothing new."""
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
+        """Switch the adapter ``name`` on or off (disabled, or merged); again is nothing new."""
+
+    def weighed(self, factor: float) -> Delta:
+        """The delta that adds ``factor`` times what this one adds, with the same tensors.
+
+        Raises: ConfigError where there is none, because it does not just add.
+        """
+        raise ConfigError(
+            f"{type(self).__name__}: what it does cannot be weighed, since it is no sum of the "
+            "layer and one product; it can be on or off. LoRA can be."
+        )
+
+    def reread(self, site: Site, module: nn.Module, name: str) -> None:
+        """Have the adapter ``name`` of ``module`` go by the settings of this :meth:`weighed`."""
+        raise NotImplementedError  # only asked of what weighed returned
 
     def pace(self, suffix: str) -> float:
         """The factor of the learning rate for the tensor ``suffix``; see ``Handle``."""

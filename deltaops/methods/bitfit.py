@@ -78,6 +78,10 @@ class BitFit(Delta):
         missing = module._parameters.get("bias") is None
         return "it has no bias" if missing and not self.create_missing else None
 
+    def claims(self, site: Site, module: nn.Module) -> dict[str, bool]:
+        """See :meth:`Delta.claims`."""
+        return {"bias": True}
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]
@@ -88,7 +92,7 @@ class BitFit(Delta):
         bias = module._parameters.get("bias")
         check_untied(modules, site.path, ("bias",))
         start = zeros_for(module, site.out_features) if bias is None else bias
-        train_copies(module, {"bias": start})
+        train_copies(module, {"bias": start}, binding.name)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
@@ -99,11 +103,12 @@ class BitFit(Delta):
         else:
             unbecome(module)
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
-        activate_copies(module, active)
         if isinstance(module, DeltaPlace):
-            module.delta_active = active
+            module.turn(name, active)
+        else:
+            activate_copies(module, active, name)
 
     def unmergeable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unmergeable`."""
@@ -113,11 +118,11 @@ class BitFit(Delta):
 
     def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """The trained bias itself."""
-        return {k: v.detach().to(wide(v), copy=True) for k, v in copies(module).items()}
+        return {k: v.detach().to(wide(v), copy=True) for k, v in copies(module, name).items()}
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """The whole bias, not its difference from the original."""
-        return copies(module)
+        return copies(module, name)
 
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""

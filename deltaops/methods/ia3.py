@@ -65,6 +65,7 @@ class IA3(Delta):
     kind: ClassVar[str] = "ia3"
     peft_type: ClassVar[str | None] = "IA3"
     promises: ClassVar[frozenset[Promise]] = EXACT
+    merges_last: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -92,6 +93,10 @@ class IA3(Delta):
         """See :meth:`Delta.told_apart`."""
         return roles(self.feedforward_modules)
 
+    def claims(self, site: Site, module: nn.Module) -> dict[str, bool]:
+        """See :meth:`Delta.claims`."""
+        return {"weight": False}
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]
@@ -108,10 +113,10 @@ class IA3(Delta):
         """See :meth:`Delta.unbind`."""
         unbecome(modules[site.path])
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         assert isinstance(module, DeltaPlace)
-        module.delta_active = active
+        module.turn(name, active)
 
     def unmergeable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unmergeable`."""

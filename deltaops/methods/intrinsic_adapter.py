@@ -79,6 +79,7 @@ class IntrinsicAdapter(Adapter):
     seed: int = 0
 
     kind: ClassVar[str] = "intrinsic-adapter"
+    once: ClassVar[str | None] = "the decoder of all adapters"
 
     def __post_init__(self) -> None:
         """Check every value, take settings from the decoder; lists become tuples."""
@@ -108,7 +109,7 @@ class IntrinsicAdapter(Adapter):
 
     def switch(self, model: nn.Module, active: bool) -> None:
         """See :meth:`Delta.switch`: nothing is decoded for adapters that are off."""
-        activate_hooks(model, active)
+        activate_hooks(model, active, DecodedAdapters)
 
     def on_model(self, sites: tuple[Site, ...]) -> tuple[int, int] | None:
         """q and n."""
@@ -191,10 +192,10 @@ class IntrinsicAdapter(Adapter):
         elif isinstance(module._modules.get(_NAME), DecodedAdapters):
             del module._modules[_NAME]
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         if isinstance(module, DeltaPlace):  # not the model, which :meth:`switch` sees to
-            super().activate(module, active)
+            super().activate(module, active, name)
 
     # ----------------------------------------------------------------------------------- files
 

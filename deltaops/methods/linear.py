@@ -23,6 +23,9 @@ def become_place(module: nn.Module, kind: str, binding: Binding) -> DeltaPlace:
         become(module, place, binding.backend, binding.strict, binding.pack)
         module.__dict__["delta_kind"] = kind
     assert isinstance(module, DeltaPlace)
+    known = module.delta_kind.split(" + ")
+    if kind not in known:
+        module.__dict__["delta_kind"] = " + ".join([*known, kind])
     return module
 
 

@@ -59,19 +59,23 @@ class LNTuning(Delta):
         """Whatever differs from its default."""
         return self._shown()
 
+    def claims(self, site: Site, module: nn.Module) -> dict[str, bool]:
+        """See :meth:`Delta.claims`."""
+        return dict.fromkeys(_parameters(module), True)
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         parameters = _parameters(modules[site.path])
         check_untied(modules, site.path, parameters)
-        train_copies(modules[site.path], parameters)
+        train_copies(modules[site.path], parameters, binding.name)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
         give_back(modules[site.path])
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
-        activate_copies(module, active)
+        activate_copies(module, active, name)
 
     def unmergeable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unmergeable`."""
@@ -79,11 +83,11 @@ class LNTuning(Delta):
 
     def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """The trained parameters themselves."""
-        return {k: v.detach().to(wide(v), copy=True) for k, v in copies(module).items()}
+        return {k: v.detach().to(wide(v), copy=True) for k, v in copies(module, name).items()}
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """PEFT's suffixes."""
-        return {f"{_SUFFIX}.{key}": parameter for key, parameter in copies(module).items()}
+        return {f"{_SUFFIX}.{key}": parameter for key, parameter in copies(module, name).items()}
 
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""

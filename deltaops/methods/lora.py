@@ -32,10 +32,8 @@ from deltaops.modules import (
     DeltaPlace,
     DeltaRouter,
     LoraSettings,
-    activate_copies,
     become_embedding,
     become_router,
-    has_copies,
     holds_experts,
     is_router,
     no_autocast,
@@ -202,7 +200,11 @@ class LoRA(Delta):
     @staticmethod
     def _named(site: Site) -> str:
         """What patterns of ranks and alphas go by: a router's weight is named as a parameter."""
-        return site.key(*site.parameters) if site.place == ROUTER else site.path
+        return ".".join([site.path, *site.parameters]) if site.place == ROUTER else site.path
+
+    def scaling_at(self, path: str) -> float:
+        """The factor of the branch at ``path``."""
+        return self._settings(path).scaling
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -254,6 +256,16 @@ class LoRA(Delta):
                 f"r={rank} is above its smaller dimension ({site.in_features}→{site.out_features})"
             )
         return None
+
+    def claims(self, site: Site, module: nn.Module) -> dict[str, bool]:
+        """See :meth:`Delta.claims`: DoRA and starts that change the weight have it alone."""
+        alone = self.use_dora or is_taken_out(self.init_lora_weights)
+        return dict.fromkeys(site.parameters or ("weight",), alone and site.place == LINEAR)
+
+    def gate_width(self, site: Site) -> int | None:
+        """See :meth:`Delta.gate_width`."""
+        alone = self.use_dora or is_taken_out(self.init_lora_weights)
+        return site.in_features if site.place == LINEAR and not alone else None
 
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
@@ -343,12 +355,31 @@ class LoRA(Delta):
         else:
             unbecome(modules[site.path])
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         assert isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts | DeltaRouter)
-        module.delta_active = active
-        if has_copies(module):
-            activate_copies(module, active)
+        module.turn(name, active)
+
+    def weighed(self, factor: float) -> LoRA:
+        """See :meth:`Delta.weighed`: every alpha times ``factor``."""
+        if not is_number(factor):
+            raise ConfigError(f"LoRA: a weight must be a finite number, got {factor!r}.")
+        if self.use_dora or is_taken_out(self.init_lora_weights):
+            raise ConfigError(
+                "LoRA: with use_dora or a start that is taken out of the weight it cannot be "
+                "weighed, since it does not just add; it can be on or off."
+            )
+        alphas = {key: alpha * factor for key, alpha in dict(self.alpha_pattern).items()}
+        return replace(self, alpha=self.alpha * factor, alpha_pattern=alphas)
+
+    def reread(self, site: Site, module: nn.Module, name: str) -> None:
+        """See :meth:`Delta.reread`."""
+        if isinstance(module, DeltaExperts):
+            paths = {parameter: f"{site.path}.{parameter}" for parameter in site.parameters}
+            module.lora[name] = {one: self._settings(path) for one, path in paths.items()}
+            return
+        assert isinstance(module, DeltaPlace | DeltaEmbedding | DeltaRouter)
+        module.lora[name] = self._settings(self._named(site))
 
     def pace(self, suffix: str) -> float:
         """See :meth:`Delta.pace`."""
@@ -463,7 +494,7 @@ class LoRA(Delta):
         """Raises: CheckpointError where the weight is not what this start left of W."""
         if not module.delta_active:  # merged for good: W is gone, and nothing can be said of it
             return
-        waiting = originals(module)["weight"]
+        waiting = originals(module, name)["weight"]
         assert waiting is not None
         weight = laid_out(module, waiting)
         if not is_rest(module.base()[0], weight, module.starts[name], module.lora[name].scaling):

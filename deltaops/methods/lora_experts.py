@@ -48,7 +48,7 @@ def bind(
     place = become_experts(module, binding.backend, binding.strict, binding.pack)
     for name in site.parameters:
         weight = place.get_parameter(name)
-        found = settings(site.key(name))
+        found = settings(f"{site.path}.{name}")
         experts, rows, columns = weight.shape
         a, b = start_experts(
             experts,
@@ -83,7 +83,7 @@ def shapes(site: Site, module: nn.Module, rank: Callable[[str], int]) -> dict[st
     found: dict[str, tuple[int, ...]] = {}
     for name in site.parameters:
         experts, rows, columns = module.get_parameter(name).shape
-        r = rank(site.key(name))
+        r = rank(f"{site.path}.{name}")
         found[f"lora_A.{name}"] = (experts, r, columns)
         found[f"lora_B.{name}"] = (experts, rows, r)
     return found

@@ -25,7 +25,6 @@ from deltaops.modules import (
     DeltaPlace,
     Factor,
     Relay,
-    activate_copies,
     copies,
     has_copies,
     start_values,
@@ -92,6 +91,14 @@ class ParallelAdapter(Delta):
         """See :meth:`Delta.unfit`."""
         return bottleneck.misfit(self, _inputs(site))
 
+    def claims(self, site: Site, module: nn.Module) -> dict[str, bool]:
+        """See :meth:`Delta.claims`."""
+        return {} if site.entry else {"weight": False, "bias": True}
+
+    def gate_width(self, site: Site) -> int | None:
+        """See :meth:`Delta.gate_width`: beside a whole feed-forward, since a bias has none."""
+        return _inputs(site) if site.entry else None
+
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
         module = modules[site.path]
@@ -111,7 +118,7 @@ class ParallelAdapter(Delta):
             place.add_branch(binding.name, adapter)
             bias = module._parameters.get("bias")
             start = zeros_for(module, site.out_features) if bias is None else bias
-            train_copies(module, {"bias": start})
+            train_copies(module, {"bias": start}, binding.name)
         else:
             relay = Relay()
             place.add_adapter(binding.name, adapter, relay)
@@ -124,14 +131,10 @@ class ParallelAdapter(Delta):
         if site.entry:
             unbecome(modules[site.entry])
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         assert isinstance(module, DeltaPlace)
-        module.delta_active = active
-        if has_copies(module):
-            activate_copies(module, active)
-        for relay in module.relays():
-            relay.active = active
+        module.turn(name, active)
 
     def unmergeable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unmergeable`."""
@@ -143,7 +146,7 @@ class ParallelAdapter(Delta):
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """See :meth:`Delta.tensors`."""
-        own = copies(module) if has_copies(module) else {}
+        own = copies(module, name) if has_copies(module, name) else {}
         return bottleneck.held(module, name) | own
 
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -108,6 +108,7 @@ class Prefix(Delta):
         "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules",
     )  # fmt: skip
     places: ClassVar[frozenset[str]] = frozenset({ATTENTION})
+    once: ClassVar[str | None] = "the prefix of its attentions"
     promises: ClassVar[frozenset[Promise]] = frozenset(
         {Promise.STATED_AT_START, Promise.REVERT_RESTORES_BITS}
     )
@@ -154,7 +155,7 @@ class Prefix(Delta):
             switch(model)
         else:
             restore(model)
-        activate_hooks(model, active)
+        activate_hooks(model, active, PrefixEncoder)
 
     def on_model(self, sites: tuple[Site, ...]) -> tuple[int, int] | None:
         """E and R of the encoder."""
@@ -167,6 +168,10 @@ class Prefix(Delta):
         if head_width(module) is None:
             return f"{type(module).__name__} does not say how wide its heads are"
         return None
+
+    def gate_width(self, site: Site) -> int | None:
+        """See :meth:`Delta.gate_width`."""
+        return site.in_features
 
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`. The model, with its encoder, comes before the attentions."""
@@ -234,7 +239,7 @@ class Prefix(Delta):
         elif isinstance(module._modules.get(_ENCODER), PrefixEncoder):
             del module._modules[_ENCODER]
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         if has_prefix(module):  # not the model, of which :meth:`switch` sees to the encoder
             activate_prefix(module, active)

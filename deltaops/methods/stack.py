@@ -36,6 +36,7 @@ class PromptDelta(Delta):
     """What every method is that puts a prompt before the tokens."""
 
     places: ClassVar[frozenset[str]] = frozenset({STACK})
+    once: ClassVar[str | None] = "the prompt before its tokens"
     promises: ClassVar[frozenset[Promise]] = frozenset(
         {Promise.STATED_AT_START, Promise.REVERT_RESTORES_BITS}
     )
@@ -53,7 +54,7 @@ class PromptDelta(Delta):
         """See :meth:`Delta.unbind`."""
         take_away(site, modules)
 
-    def activate(self, module: nn.Module, active: bool) -> None:
+    def activate(self, module: nn.Module, active: bool, name: str) -> None:
         """See :meth:`Delta.activate`."""
         assert isinstance(module, PromptedStack)
         module.prompt_active = active

@@ -33,6 +33,7 @@ from .experts import (
     unbecome_experts,
 )
 from .factor import Factor, start_values
+from .gate import Gate, gate_of
 from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import (
@@ -66,6 +67,7 @@ from .prefix import VALUES as PREFIX_VALUES
 from .prefix import (
     activate_prefix,
     add_prefix,
+    gate_prefix,
     has_prefix,
     head_width,
     join_encoder,
@@ -92,6 +94,7 @@ from .prompt import (
 from .router import WEIGHT as ROUTER_WEIGHT
 from .router import DeltaRouter, become_router, is_router, unbecome_router
 from .sharing import APART, sharing
+from .switched import Switched
 
 __all__ = [
     "APART",
@@ -120,6 +123,7 @@ __all__ = [
     "FittedDecoder",
     "FittedRows",
     "FrozenLinear",
+    "Gate",
     "GatedMlpBlock",
     "KroneckerSum",
     "LinearPlace",
@@ -133,6 +137,7 @@ __all__ = [
     "RmsNormBlock",
     "SoftPrompt",
     "Start",
+    "Switched",
     "activate_copies",
     "activate_hooks",
     "activate_prefix",
@@ -157,6 +162,8 @@ __all__ = [
     "features",
     "follow",
     "frozen_class",
+    "gate_of",
+    "gate_prefix",
     "give_back",
     "has_copies",
     "has_prefix",

@@ -2,22 +2,25 @@
 
     x → before → y = x Wᵀ + b + branches → after → y
 
-A place keeps a tuple of such parts, empty for LoRA. A part holds no tensors: it names them on the
-place, so that copies, pickles and ``state_dict`` see parameters where they look for them.
+A place keeps a tuple of such parts, empty for LoRA, in their ``order``. A part holds no tensors: it
+names them on the place, so that copies, pickles and ``state_dict`` see parameters where they look
+for them.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from deltaops.errors import AttachError
 
 from .dora import row_norms, scaled
+from .gate import gate_of
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,23 @@ class Part:
     name: str
     """Of the adapter."""
 
+    order: ClassVar[int] = 0
+    """Where several are around one op, the lowest comes first, whichever was added first."""
+
     def before(self, place: Any, x: Tensor) -> Tensor:
         """What the op reads in the place of ``x`` ``[..., K]``."""
         return x
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
-        """What the layer returns in the place of ``y`` ``[..., N]``."""
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
+        """What the layer returns in the place of ``y`` ``[..., N]``, for what the op has read."""
         return y
 
 
 @dataclass(frozen=True)
 class GainBefore(Part):
     """(IA)³ on an input: ``x ⊙ l``, l ``[1, K]``."""
+
+    order: ClassVar[int] = 1
 
     def before(self, place: Any, x: Tensor) -> Tensor:
         """Multiplied in the wider dtype, rounded once."""
@@ -50,7 +58,9 @@ class GainBefore(Part):
 class GainAfter(Part):
     """(IA)³ on an output: ``y ⊙ l``, l ``[N, 1]``."""
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
+    order: ClassVar[int] = 1
+
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
         """Multiplied in the wider dtype, rounded once."""
         gain: Tensor = place.ia3_l[self.name]
         return (y * gain.flatten()).to(y.dtype)
@@ -60,7 +70,7 @@ class GainAfter(Part):
 class Rescale(Part):
     """DoRA on an output; see :mod:`deltaops.modules.dora`."""
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
         """The norms are new in every step, since A and B are."""
         weight, bias = place.base()
         a, b = place.lora_A[self.name].weight, place.lora_B[self.name].weight
@@ -70,12 +80,16 @@ class Rescale(Part):
 
 @dataclass(frozen=True)
 class Sequential(Part):
-    """An adapter after the layer: ``y + s · φ(norm(y) Downᵀ + d) Upᵀ + u``."""
+    """An adapter after the layer: ``y + s · φ(norm(y) Downᵀ + d) Upᵀ + u``.
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
+    It reads all that the layer returns, with what a span that ends there has added.
+    """
+
+    order: ClassVar[int] = 3
+
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
         """One op; see :func:`deltaops.ops.bottleneck`."""
-        adapted: Tensor = place.adapter[self.name](y, None, place.backend, place.strict)
-        return adapted
+        return _adapted(self.name, place, y, None, y)
 
 
 @dataclass
@@ -131,6 +145,8 @@ def _thread() -> int:
 class SpanStart(Part):
     """The first layer of a sub-layer that an adapter stands beside."""
 
+    order: ClassVar[int] = 0
+
     relay: Relay
 
     def before(self, place: Any, x: Tensor) -> Tensor:
@@ -144,11 +160,38 @@ class SpanStart(Part):
 class SpanEnd(Part):
     """The last layer: ``y + s · (φ(x Downᵀ + d) Upᵀ) + u`` with the x of the first one."""
 
+    order: ClassVar[int] = 2
+
     relay: Relay
 
-    def after(self, place: Any, y: Tensor) -> Tensor:
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
         """One op; see :func:`deltaops.ops.bottleneck`."""
-        adapted: Tensor = place.adapter[self.name](
-            self.relay.take(), y, place.backend, place.strict
-        )
+        return _adapted(self.name, place, self.relay.take(), y, y)
+
+
+def _adapted(name: str, place: Any, x: Tensor, residual: Tensor | None, y: Tensor) -> Tensor:
+    """``y`` and what the adapter ``name`` adds for ``x``, times its gate where it has one."""
+    adapter, gate = place.adapter[name], gate_of(place, name)
+    if gate is None:
+        adapted: Tensor = adapter(x, residual, place.backend, place.strict)
         return adapted
+    added = adapter(x, torch.zeros_like(y), place.backend, place.strict)
+    gated: Tensor = y + gate(x).to(y.dtype) * added
+    return gated
+
+
+@dataclass(frozen=True)
+class GatedBranch(Part):
+    """LoRA with a gate: ``y + g · s · drop(x) Aᵀ Bᵀ``, beside the op, which knows no gates."""
+
+    def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
+        """In torch, in the dtype of A; rounded once."""
+        a, b = place.lora_A[self.name].weight, place.lora_B[self.name].weight
+        settings, gate = place.lora[self.name], gate_of(place, self.name)
+        assert gate is not None
+        wide = x.to(a.dtype)
+        if place.training and settings.dropout:
+            wide = functional.dropout(wide, settings.dropout)
+        inner = functional.linear(functional.linear(wide, a) * settings.scaling, b)
+        gated: Tensor = y + gate(x) * inner
+        return gated.to(y.dtype)

@@ -17,9 +17,10 @@ from torch.nn import functional
 from .draws import draws_on, no_autocast
 from .place import LoraSettings
 from .replicas import refuse_replicas
+from .switched import Switched
 
 
-class DeltaEmbedding(nn.Embedding):
+class DeltaEmbedding(Switched, nn.Embedding):
     """An ``nn.Embedding`` with LoRA branches by adapter name."""
 
     _replicate_for_data_parallel = refuse_replicas
@@ -27,15 +28,14 @@ class DeltaEmbedding(nn.Embedding):
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
     lora: dict[str, LoraSettings]
-    delta_active: bool
-    """False while the deltas are disabled or already merged into the weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         """ids ``[...]`` → ``[..., D]`` in the dtype of the weight."""
         y = super().forward(input)
-        if not self.delta_active:
-            return y
+        off = self.off
         for name, settings in self.lora.items():
+            if name in off:
+                continue
             a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
             y = add_lora(y, input, a, b, settings.scaling, self.padding_idx)
         return y
@@ -47,6 +47,10 @@ class DeltaEmbedding(nn.Embedding):
                 self.add_module(side, nn.ParameterDict())
             getattr(self, side)[name] = nn.Parameter(factor)
         self.lora[name] = settings
+
+    def names(self) -> set[str]:
+        """See :class:`Switched`."""
+        return set(self.lora)
 
     def extra_repr(self) -> str:
         """That of nn.Embedding and the deltas."""
@@ -112,7 +116,7 @@ def start_embedding(
 def become_embedding(module: nn.Module) -> DeltaEmbedding:
     """Swap the class of an exact ``nn.Embedding``; one that is a place already stays it."""
     if not isinstance(module, DeltaEmbedding):
-        module.__dict__["delta_active"] = True
+        module.__dict__["off"] = frozenset()
         module.__dict__["lora"] = {}
         module.__class__ = DeltaEmbedding
     assert isinstance(module, DeltaEmbedding)
@@ -127,5 +131,5 @@ def unbecome_embedding(module: nn.Module) -> None:
     module.__class__ = plain
     for name in ("lora_embedding_A", "lora_embedding_B"):
         module._modules.pop(name, None)
-    for name in ("delta_active", "lora"):
+    for name in ("off", "lora"):
         module.__dict__.pop(name, None)

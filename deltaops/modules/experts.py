@@ -28,6 +28,7 @@ from .block import activation_of, plain, takes
 from .draws import draws_on
 from .place import UNFROZEN, LoraSettings, plain_linear
 from .replicas import refuse_replicas
+from .switched import Switched
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """The two parameters, by transformers' names."""
@@ -195,7 +196,7 @@ def _activated(gate_up: Tensor, act: nn.Module, way: Way) -> Tensor:
     return product
 
 
-class DeltaExperts(nn.Module):
+class DeltaExperts(Switched, nn.Module):
     """Mixin over a class of experts: LoRA branches by adapter name and parameter.
 
     ``lora_A.<adapter>.<parameter>`` is ``[E, R, K]``, that of ``lora_B`` ``[E, N, R]``.
@@ -221,12 +222,10 @@ class DeltaExperts(nn.Module):
     """Adapter → parameter → settings."""
     delta_kind: str
     """For the report."""
-    delta_active: bool
-    """False while the deltas are disabled or already merged into the weights."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[T, H]`` → ``[T, H]``, for the experts ``[T, J]`` and their weights ``[T, J]``."""
-        if not self.delta_active:
+        if self.off and not self.delta_active:
             plain: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
             return plain
         return run_experts(
@@ -244,7 +243,7 @@ class DeltaExperts(nn.Module):
         found = []
         for name, by_parameter in self.lora.items():
             settings = by_parameter.get(parameter)
-            if settings is None:
+            if settings is None or name in self.off:
                 continue
             a, b = self.factors(name, parameter)
             dropout = settings.dropout if self.training else 0.0
@@ -277,8 +276,6 @@ class DeltaExperts(nn.Module):
 
     def branches(self) -> list[Branch]:
         """Those of that expert."""
-        if not self.delta_active:
-            return []
         return [
             Branch(s.a[0], s.b[0], s.scaling, s.dropout) for s in self.stacks(self._adapted()[0])
         ]
@@ -291,6 +288,10 @@ class DeltaExperts(nn.Module):
     def matrices(self) -> list[Tensor]:
         """Every weight ``[N, K]`` that the op reads."""
         return [*self.gate_up_proj.unbind(), *self.down_proj.unbind()]
+
+    def names(self) -> set[str]:
+        """See :class:`Switched`."""
+        return set(self.lora)
 
     def _adapted(self) -> list[str]:
         return list(next(iter(self.lora.values())))
@@ -336,7 +337,7 @@ def become_experts(module: nn.Module, backend: str, strict: bool, pack: Policy) 
     """
     if not isinstance(module, DeltaExperts):
         attributes = {"backend": backend, "strict": strict, "pack": pack}
-        module.__dict__.update(attributes, delta_active=True, lora={}, delta_kind="lora")
+        module.__dict__.update(attributes, off=frozenset(), lora={}, delta_kind="lora")
         module.__class__ = _over(type(module))
     assert isinstance(module, DeltaExperts)
     return module
@@ -349,7 +350,7 @@ def unbecome_experts(module: nn.Module) -> None:
     module.__class__ = module.base_class  # type: ignore[assignment]  # its class of before
     for name in ("lora_A", "lora_B"):
         module._modules.pop(name, None)
-    for name in ("backend", "strict", "pack", "delta_active", "lora", "delta_kind"):
+    for name in ("backend", "strict", "pack", "off", "lora", "delta_kind"):
         module.__dict__.pop(name, None)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltaops.errors import AttachError
 
 _ATTRIBUTE = "_deltaops_kept"
+"""In the ``__dict__`` of a module: :class:`_Kept` by the name of the adapter."""
 
 
 @dataclass
@@ -29,12 +30,15 @@ class _Kept:
     active: bool = True
 
 
-def train_copies(module: nn.Module, starts: dict[str, Tensor], *, trained: bool = True) -> None:
+def train_copies(
+    module: nn.Module, starts: dict[str, Tensor], owner: str, *, trained: bool = True
+) -> None:
     """Put trainable ``starts`` in the place of ``module``'s parameters of the same names.
 
     Args:
         module: whose parameters they replace; it may lack them, or have None in their place.
-        starts: by name; copied.
+        starts: by name; copied. No other owner has copies of these names.
+        owner: name of the adapter that they belong to.
         trained: False where they are frozen as the originals are.
     """
     copies = {name: nn.Parameter(t.detach().clone(), trained) for name, t in starts.items()}
@@ -43,7 +47,7 @@ def train_copies(module: nn.Module, starts: dict[str, Tensor], *, trained: bool 
         {name: parameters.get(name) for name in copies},
         frozenset(name for name in copies if name not in parameters),
     )
-    module.__dict__[_ATTRIBUTE] = kept
+    module.__dict__.setdefault(_ATTRIBUTE, {})[owner] = kept
     parameters.update(copies)
 
 
@@ -58,25 +62,32 @@ def check_untied(modules: Mapping[str, nn.Module], path: str, names: Iterable[st
     """
     own = {id(p): name for name in names if (p := modules[path]._parameters.get(name)) is not None}
     for other, module in modules.items():
-        if other == path or not has_copies(module):
+        if other == path:
             continue
-        for waiting in _kept(module).outside.values():
-            if waiting is not None and id(waiting) in own:
-                raise AttachError(
-                    f"the {own[id(waiting)]} of {path!r} is also that of {other!r}, and each would "
-                    "train a copy of its own. Name one of the two in exclude_modules, or untie "
-                    "them first."
-                )
+        for owner in owners(module):
+            for waiting in _kept(module, owner).outside.values():
+                if waiting is not None and id(waiting) in own:
+                    raise AttachError(
+                        f"the {own[id(waiting)]} of {path!r} is also that of {other!r}, and each "
+                        "would train a copy of its own. Name one of the two in exclude_modules, "
+                        "or untie them first."
+                    )
 
 
-def has_copies(module: nn.Module) -> bool:
-    """Whether :func:`train_copies` was called on ``module``, and :func:`give_back` not yet."""
-    return _ATTRIBUTE in module.__dict__
+def owners(module: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that have copies on ``module``."""
+    return tuple(module.__dict__.get(_ATTRIBUTE, ()))
 
 
-def copies(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name, whether it is in its place now or not."""
-    kept = _kept(module)
+def has_copies(module: nn.Module, owner: str | None = None) -> bool:
+    """Whether ``owner``, or anybody, called :func:`train_copies`, and :func:`give_back` not yet."""
+    found = owners(module)
+    return bool(found) if owner is None else owner in found
+
+
+def copies(module: nn.Module, owner: str) -> dict[str, nn.Parameter]:
+    """What ``owner`` trains, by name, whether it is in its place now or not."""
+    kept = _kept(module, owner)
     found: dict[str, nn.Parameter] = {}
     for name, outside in kept.outside.items():
         copy = module._parameters[name] if kept.active else outside
@@ -85,16 +96,16 @@ def copies(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def originals(module: nn.Module) -> dict[str, nn.Parameter | None]:
+def originals(module: nn.Module, owner: str) -> dict[str, nn.Parameter | None]:
     """What waits while the copies are in their places, by name; None where there was nothing."""
-    kept = _kept(module)
+    kept = _kept(module, owner)
     assert kept.active, "the originals are in their places, or what was merged is"
     return dict(kept.outside)
 
 
-def activate_copies(module: nn.Module, active: bool) -> None:
+def activate_copies(module: nn.Module, active: bool, owner: str) -> None:
     """Put the copies into their places, or the originals; nothing where they are there already."""
-    kept = _kept(module)
+    kept = _kept(module, owner)
     if kept.active is active:
         return
     parameters = module._parameters
@@ -112,11 +123,10 @@ def activate_copies(module: nn.Module, active: bool) -> None:
 
 
 def give_back(module: nn.Module) -> None:
-    """Forget the copies. The originals are back, or what was merged into their places stays."""
-    if not has_copies(module):
-        return
-    activate_copies(module, False)
-    del module.__dict__[_ATTRIBUTE]
+    """Forget all copies. The originals are back, or what was merged into their places stays."""
+    for owner in owners(module):
+        activate_copies(module, False, owner)
+    module.__dict__.pop(_ATTRIBUTE, None)
 
 
 def follow(tensor: Tensor, current: Tensor) -> None:
@@ -131,7 +141,7 @@ def zeros_for(module: nn.Module, size: int) -> Tensor:
     return torch.zeros(size, dtype=weight.dtype, device=weight.device)
 
 
-def _kept(module: nn.Module) -> _Kept:
-    found = module.__dict__[_ATTRIBUTE]
+def _kept(module: nn.Module, owner: str) -> _Kept:
+    found = module.__dict__[_ATTRIBUTE][owner]
     assert isinstance(found, _Kept)
     return found

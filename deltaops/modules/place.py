@@ -20,12 +20,24 @@ from deltaops.packing import PACKING, Policy
 from deltaops.reference.activation import activate
 
 from .adapter import Bottleneck
-from .around import GainAfter, GainBefore, Part, Relay, Rescale, Sequential, SpanEnd, SpanStart
+from .around import (
+    GainAfter,
+    GainBefore,
+    GatedBranch,
+    Part,
+    Relay,
+    Rescale,
+    Sequential,
+    SpanEnd,
+    SpanStart,
+)
 from .dora import Magnitude, row_norms
 from .factor import Factor
-from .kept import copies, give_back, has_copies, train_copies
+from .gate import GATES, Gate, add_gate
+from .kept import activate_copies, copies, give_back, has_copies, owners, train_copies
 from .replicas import refuse_replicas
 from .sharing import ALTERS_INPUT, shared
+from .switched import Switched
 
 UNFROZEN = "the base weight requires a gradient, which the fused op does not compute: plain torch"
 """The reason that ``deltaops.report`` shows while a place runs :func:`plain_linear`."""
@@ -102,7 +114,7 @@ class LinearPlace(nn.Module):
         return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
 
 
-class DeltaPlace(LinearPlace):
+class DeltaPlace(Switched, LinearPlace):
     """Mixin of a place with deltas: LoRA branches by adapter name, and parts around the op.
 
     Of the containers, a place has those that its deltas need.
@@ -116,31 +128,33 @@ class DeltaPlace(LinearPlace):
     lora: dict[str, LoraSettings]
     around: tuple[Part, ...]
     """Gains and adapters; see :mod:`deltaops.modules.around`."""
+    gated: frozenset[str]
+    """Names of the LoRA that are added after the op, each times its gate."""
     starts: dict[str, Start]
     """By adapter, what was taken out of the weight; see :meth:`take_out`."""
     beside: tuple[str, ...]
     """Names of the adapters that are branches of the op."""
     delta_kind: str
     """For the report."""
-    delta_active: bool
-    """False while the deltas are disabled or already merged into the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., N]``: the parts around the op, if there are any, and the op."""
-        if not self.around or not self.delta_active:
+        around, off = self.around, self.off
+        if off:
+            around = tuple([part for part in around if part.name not in off])
+        if not around:
             return super().forward(x)
-        for part in self.around:
+        for part in around:
             x = part.before(self, x)
         y = super().forward(x)
-        for part in self.around:
-            y = part.after(self, y)
+        for part in around:
+            y = part.after(self, y, x)
         return y
 
     def branches(self) -> list[Branch]:
-        """One branch for each LoRA or parallel adapter, none while they are off or merged."""
-        if not self.delta_active:
-            return []
+        """One branch for each LoRA or parallel adapter that is neither off nor merged."""
         found: list[Branch] = []
+        off = self.off | self.gated if self.gated else self.off
         if self.lora:
             modules, training = self._modules, self.training
             # nn.ModuleDict's own lookup costs more than the rest of this function
@@ -153,8 +167,11 @@ class DeltaPlace(LinearPlace):
                     settings.dropout if training else 0.0,
                 )
                 for name, settings in self.lora.items()
+                if name not in off
             ]
         for name in self.beside:
+            if name in off:
+                continue
             adapter = self.adapter[name]
             assert isinstance(adapter, Bottleneck)
             found.append(adapter.branch())
@@ -178,7 +195,7 @@ class DeltaPlace(LinearPlace):
         assert isinstance(b, Tensor)
         start = Start(a.detach().clone(), b.detach().clone(), rest.dtype)
         self.__dict__["starts"] = {name: start}
-        train_copies(self, {"weight": rest.contiguous()}, trained=False)
+        train_copies(self, {"weight": rest.contiguous()}, name, trained=False)
 
     def add_magnitude(self, name: str) -> None:
         """Make the branch ``name`` DoRA's; its magnitudes start as the rows' norms ``[N]``."""
@@ -190,6 +207,13 @@ class DeltaPlace(LinearPlace):
         start = row_norms(self.base()[0], a, b, self.lora[name].scaling).to(a.dtype)
         self.lora_magnitude_vector[name] = Magnitude(start)
         self._add(Rescale(name))
+
+    def add_gate(self, name: str, gate: Gate) -> None:
+        """Let what the adapter ``name`` adds here pass through a gate."""
+        add_gate(self, name, gate)
+        if name in self.lora:
+            self.__dict__["gated"] = self.gated | {name}
+            self._add(GatedBranch(name))
 
     def add_gain(self, name: str, gain: Tensor, *, before: bool) -> None:
         """Add (IA)³'s vector: ``[1, K]`` for the input (``before``), ``[N, 1]`` for the output."""
@@ -219,6 +243,19 @@ class DeltaPlace(LinearPlace):
         """Note that a sub-layer with an adapter beside it begins here."""
         self._add(SpanStart(name, relay))
 
+    def names(self) -> set[str]:
+        """See :class:`Switched`."""
+        return {*self.lora, *self.beside, *(part.name for part in self.around), *owners(self)}
+
+    def turn(self, name: str, active: bool) -> None:
+        """See :class:`Switched`: what it trains of the layer, and the span that ends here, too."""
+        super().turn(name, active)
+        if has_copies(self, name):
+            activate_copies(self, active, name)
+        for part in self.around:
+            if isinstance(part, SpanEnd) and part.name == name:
+                part.relay.active = active
+
     def relays(self) -> list[Relay]:
         """Those of the sub-layers that end here."""
         return [part.relay for part in self.around if isinstance(part, SpanEnd)]
@@ -234,8 +271,10 @@ class DeltaPlace(LinearPlace):
         found += [f"branch {name}" for name in self.beside]
         found += [type(part).__name__ for part in self.around]
         if has_copies(self):
-            found.append(f"own {', '.join(copies(self))}")
-        return ", ".join(found) + ("" if self.delta_active else ", inactive")
+            found.append(f"own {', '.join(n for o in owners(self) for n in copies(self, o))}")
+        if self.delta_active:
+            return ", ".join([*found, *(f"{name} off" for name in sorted(self.off))])
+        return ", ".join(found) + ", inactive"
 
     def _hold(self, name: str, adapter: nn.Module) -> None:
         if "adapter" not in self._modules:
@@ -243,7 +282,8 @@ class DeltaPlace(LinearPlace):
         self.adapter[name] = adapter
 
     def _add(self, part: Part) -> None:
-        self.__dict__["around"] = (*self.around, part)
+        # by what they are, those alike in the order in which they were added
+        self.__dict__["around"] = tuple(sorted((*self.around, part), key=lambda p: p.order))
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch]) -> Tensor:
@@ -261,7 +301,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[
 
 
 _ATTRIBUTES = (
-    "backend", "strict", "pack", "delta_active", "delta_kind", "lora", "around", "beside",
+    "backend", "strict", "pack", "off", "gated", "delta_kind", "lora", "around", "beside",
     "starts", ALTERS_INPUT,
 )  # fmt: skip
 """What a place has in its ``__dict__`` beside what the layer had."""
@@ -278,7 +318,7 @@ def become(
     module.__dict__["strict"] = strict
     module.__dict__["pack"] = pack
     if issubclass(place, DeltaPlace):
-        module.__dict__["delta_active"] = True
+        module.__dict__["off"] = module.__dict__["gated"] = frozenset()
         module.__dict__["lora"] = {}
         module.__dict__["around"] = module.__dict__["beside"] = ()
     module.__class__ = place
@@ -289,7 +329,7 @@ def unbecome(module: nn.Module) -> None:
     if isinstance(module, LinearPlace):
         module.__class__ = module.base_class  # type: ignore[assignment]  # its exact class of before
     give_back(module)
-    for name in ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l", "adapter"):
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l", "adapter", GATES):
         module._modules.pop(name, None)
     for name in _ATTRIBUTES:
         module.__dict__.pop(name, None)

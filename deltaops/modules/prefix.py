@@ -22,7 +22,9 @@ from deltaops.errors import ConfigError, NoBackendError
 from deltaops.ops import prefix_attention
 from deltaops.reference.prefix_attention import join, mask_of_both
 
+from .around import Relay
 from .attention_functions import BIAS, SDPA, attend, attends, known_sdpa, visible, words
+from .gate import GATES, Gate, add_gate
 from .prefix_bias import TABLE, makes_zeros, table_of, trains, without_unread_gradient
 from .prefix_encoder import PrefixEncoder
 from .rows import Rows, rows_of
@@ -31,6 +33,7 @@ NAME = "deltaops"
 """The implementation, as transformers' configs have it."""
 KEYS, VALUES = "prefix_k", "prefix_v"
 """Names of the parameters ``[Hkv, P, D]`` on an attention module."""
+GATED = "a gate, by which each sample has a prefix of its own"
 WANTS_GRADIENT = "a bias that wants a gradient"
 _HELD = "_deltaops_prefix"
 _settings: dict[str, frozenset[str]] = {}
@@ -76,6 +79,8 @@ class Held:
         self.strict = strict
         self.encoded = encoded
         """None where the prefix is parameters of the module."""
+        self.gate: Relay | None = None
+        """Carries what the prefix's gate says of this call, where it has one."""
         self.active = True
         self.table: nn.Module | None = None
         """See :func:`know_table`."""
@@ -149,6 +154,36 @@ def remove_prefix(module: nn.Module) -> None:
     if module.__dict__.pop(_HELD, None) is not None:
         for name in (KEYS, VALUES):
             module._parameters.pop(name, None)
+        module._modules.pop(GATES, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Opens):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+class _Opens:
+    """The hook before an attention whose prefix has a gate: the gate reads what it reads."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __call__(self, module: Any, args: Any, named: dict[str, Any]) -> None:
+        held = _active(module)
+        if held is not None and held.gate is not None:
+            held.gate.leave(self.gate(args[0] if args else named["hidden_states"]))
+
+
+def gate_prefix(module: nn.Module, name: str, gate: Gate) -> None:
+    """Multiply the prefix of ``module``, keys and values, by a gate: each sample has its own.
+
+    Args:
+        module: an attention with a prefix.
+        name: of the adapter.
+        gate: of the attention's hidden states.
+    """
+    add_gate(module, name, gate)
+    module.__dict__[_HELD].gate = Relay()
+    module.register_forward_pre_hook(_Opens(gate), with_kwargs=True)
 
 
 def activate_prefix(module: nn.Module, active: bool) -> None:
@@ -238,6 +273,11 @@ def attend_with_prefix(
         bias = named[BIAS] = bias[..., : bias.shape[-1] - hidden]
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
     reason = _beyond(dropout, named) or _unfit(module, bias, query, k, prefix_k)
+    own_k, own_v = prefix_k, prefix_v
+    if held.gate is not None:
+        reason = GATED
+        opened = held.gate.take()[..., None]  # [B, 1, 1, 1]
+        own_k, own_v = opened * prefix_k, opened * prefix_v
     if reason is None and not attends(query, k, v, attention_mask, groups, causal):
         reason = "these tensors, or their mask of numbers"
     if reason is None:
@@ -260,7 +300,7 @@ def attend_with_prefix(
     if bias is not None and bias.shape[-1] == k.shape[2]:
         named[BIAS] = _grown(bias, prefix_k)
     out = theirs(
-        module, query, join(prefix_k, k), join(prefix_v, v), mask,
+        module, query, join(own_k, k), join(own_v, v), mask,
         dropout=dropout, scaling=scaling, is_causal=False, **named,
     )  # fmt: skip
     return out
@@ -316,6 +356,8 @@ def told_of_prefix(module: Any, tokens: int) -> tuple[str, str]:
     held: Held = module.__dict__[_HELD]
     if not reads_prefix(module):
         return "torch", "by transformers: the prefix is disabled"
+    if held.gate is not None:
+        return "torch", f"prefix_attention does not take {GATED}"
     with torch.no_grad():
         prefix, _ = _both(module, held)
     query = next(p for child in module.children() for p in child.parameters())

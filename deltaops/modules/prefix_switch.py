@@ -13,6 +13,7 @@ from deltaops.errors import AttachError, ConfigError
 
 from .attention_functions import SDPA, TABLE
 from .prefix import NAME, register
+from .prefix_encoder import PrefixEncoder
 from .prefix_positions import Shift
 from .rows import Rows
 
@@ -141,11 +142,14 @@ def check_attention(path: str, module: Any) -> None:
         )
 
 
-def activate_hooks(model: nn.Module, active: bool) -> None:
-    """Have what moves positions and computes prefixes do so, or nothing."""
+def activate_hooks(model: nn.Module, active: bool, source: type[nn.Module]) -> None:
+    """Have what computes rows by a ``source`` do so, or nothing; a prefix moves positions, too."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, Shift | Rows):
+            if isinstance(hook, Shift):
+                if source is PrefixEncoder:
+                    hook.active = active
+            elif isinstance(hook, Rows) and isinstance(hook.source, source):
                 hook.active = active
 
 

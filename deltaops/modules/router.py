@@ -16,12 +16,13 @@ from .draws import no_autocast
 from .factor import Factor
 from .place import LoraSettings
 from .replicas import refuse_replicas
+from .switched import Switched
 
 WEIGHT = "weight"
 """The parameter, by transformers' name."""
 
 
-class DeltaRouter(nn.Module):
+class DeltaRouter(Switched, nn.Module):
     """Mixin over a class of router: LoRA branches by adapter name."""
 
     _replicate_for_data_parallel = refuse_replicas
@@ -35,12 +36,10 @@ class DeltaRouter(nn.Module):
     lora: dict[str, LoraSettings]
     delta_kind: str
     """For the report."""
-    delta_active: bool
-    """False while the deltas are disabled or already merged into the weight."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the router's own ``forward`` takes and gives."""
-        if not self.delta_active:
+        if self.off and not self.delta_active:
             return super().forward(*args, **kwargs)
         # another thread may run this module, so what reads the sum is a view of it
         view = nn.Module.__new__(self.base_class)
@@ -55,6 +54,8 @@ class DeltaRouter(nn.Module):
         total = weight.to(exact)
         with no_autocast(weight.device):
             for name, settings in self.lora.items():
+                if name in self.off:
+                    continue
                 a, b = self.factors(name)
                 total = torch.addmm(total, b.to(exact), a.to(exact), alpha=settings.scaling)
         return total.to(weight.dtype)
@@ -71,6 +72,10 @@ class DeltaRouter(nn.Module):
                 self.add_module(side, nn.ModuleDict())
             getattr(self, side)[name] = Factor(factor)
         self.lora[name] = settings
+
+    def names(self) -> set[str]:
+        """See :class:`Switched`."""
+        return set(self.lora)
 
     def extra_repr(self) -> str:
         """The deltas."""
@@ -101,7 +106,7 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 def become_router(module: nn.Module) -> DeltaRouter:
     """Swap the class of a router; one that is a place already stays it."""
     if not isinstance(module, DeltaRouter):
-        module.__dict__.update(delta_active=True, lora={}, delta_kind="lora")
+        module.__dict__.update(off=frozenset(), lora={}, delta_kind="lora")
         module.__class__ = _over(type(module))
     assert isinstance(module, DeltaRouter)
     return module
@@ -114,7 +119,7 @@ def unbecome_router(module: nn.Module) -> None:
     module.__class__ = module.base_class  # type: ignore[assignment]  # its class of before
     for name in ("lora_A", "lora_B"):
         module._modules.pop(name, None)
-    for name in ("delta_active", "lora", "delta_kind"):
+    for name in ("off", "lora", "delta_kind"):
         module.__dict__.pop(name, None)
 
 

@@ -1,6 +1,7 @@
 """Change models by deltas, and change them back: match, plan, apply, revert, merge, files."""
 
 from .accelerate import accelerate
+from .arithmetic import Sum, sum_adapters
 from .attach import attach
 from .checkpoint import load, save
 from .handle import Handle, handle_of
@@ -12,6 +13,7 @@ __all__ = [
     "Plan",
     "Report",
     "Row",
+    "Sum",
     "accelerate",
     "attach",
     "handle_of",
@@ -19,4 +21,5 @@ __all__ = [
     "plan",
     "report",
     "save",
+    "sum_adapters",
 ]

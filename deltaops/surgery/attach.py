@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 
-from deltaops.methods.base import Delta
+from deltaops.methods import Combined, Delta, as_delta
 from deltaops.packing import Policy
 
 from .blocks import swap_blocks
@@ -16,7 +18,7 @@ from .plan import plan
 
 def attach(
     model: nn.Module,
-    delta: Delta,
+    delta: Delta | Combined | Sequence[Delta | Combined] | Mapping[str, Delta] | str,
     *,
     name: str = "default",
     backend: str = "auto",
@@ -31,8 +33,11 @@ def attach(
 
     Args:
         model: any torch model with ``nn.Linear`` or GPT-2's ``Conv1D`` layers; changed in place.
-        delta: such as ``deltaops.LoRA(r=16, alpha=32)``.
-        name: of the adapter; its parameters are ``<module>.lora_A.<name>.weight``.
+        delta: such as ``deltaops.LoRA(r=16, alpha=32)``; several joined by ``+`` or in a list, a
+            mapping from places to deltas, or a preset such as "MAM": see
+            :func:`deltaops.methods.as_delta`.
+        name: of the adapter; its parameters are ``<module>.lora_A.<name>.weight``. Parts of a
+            combination have their own, and this names its folder.
         backend: for every place: "auto", or a name of ``deltaops.backends()``.
         strict: raise where "auto" would end in eager torch.
         frozen: run the other linear layers (such as ``lm_head``) by the same op as well.
@@ -50,7 +55,8 @@ def attach(
     Returns: a :class:`Handle`; ``print`` it, ``revert()``, ``merge()``, ``save(path)``.
     Raises: TargetError, AttachError, ConfigError, NoBackendError; the model is as it was then.
     """
-    made = plan(model, delta, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack)
+    wish = as_delta(delta)
+    made = plan(model, wish, name=name, backend=backend, strict=strict, frozen=frozen, pack=pack)
     handle = made.apply(generator=generator)
     try:
         if loss is not False:

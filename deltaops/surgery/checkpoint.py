@@ -3,7 +3,8 @@
 PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors`` with keys
 ``base_model.model.<module>.lora_A.weight``; the adapter's name is not in the keys.
 Ours: ``deltaops.json``, a manifest with the method and its settings, and ``deltaops.safetensors``
-with keys ``<module>.<suffix>``. Loading checks the whole file against the model first and changes
+with keys ``<module>.<suffix>``; of a combination, the parts with theirs, and ``<part>/`` before the
+keys. Loading checks the whole file against the model first and changes
 the model after.
 """
 
@@ -11,15 +12,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError, TargetError
-from deltaops.methods import METHODS
-from deltaops.methods.base import BY_PARAMETER, PEFT_PREFIX, Delta, Site
+from deltaops.methods import METHODS, Combined, parts_of
+from deltaops.methods.base import BY_PARAMETER, PEFT_PREFIX, Delta, Site, Stored
 from deltaops.methods.targets import roles
 from deltaops.methods.tasks import about
 from deltaops.modules import LinearPlace
@@ -38,30 +40,35 @@ VERSION = 1
 """Of the manifest; raised when an older reader would misread a newer file."""
 
 
-def save(handle: Handle, path: str | os.PathLike[str], *, flat: bool = False) -> None:
+def save(
+    handle: Handle,
+    path: str | os.PathLike[str],
+    *,
+    flat: bool = False,
+    part: str | None = None,
+    format: str = "auto",
+) -> None:
     """Write the adapter into the folder ``path`` (``path/NAME`` unless its name is "default").
 
-    ``flat`` leaves out what only training needs: see :meth:`Handle.save`. A failure leaves a
-    previous checkpoint as it was; a success replaces it, also one of the other format. In a
-    distributed run, call it on one process.
-    Raises: CheckpointError when it cannot be written; AttachError when the handle is spent.
+    ``flat`` leaves out what only training needs, ``part`` is one of a combination's: see
+    :meth:`Handle.save`. A failure leaves a previous checkpoint as it was; a success replaces it,
+    also one of the other format. In a distributed run, call it on one process.
+    Raises: CheckpointError when it cannot be written; AttachError when the handle is spent;
+        ConfigError for an unknown part or format.
     """
+    if format not in _FORMATS:
+        raise ConfigError(f"save: format must be one of {', '.join(_FORMATS)}, got {format!r}.")
     folder = Path(path)
     if handle.name != "default":
         folder = folder / handle.name
-    model = handle.model
-    state: Mapping[str, Tensor] = {k: t.detach().cpu() for k, t in handle.state().items()}
-    modules = {path: model.get_submodule(path) for path in handle.sites}
-    delta, state, sites = handle.delta.portable(
-        modules, handle.name, state, handle.places, flat=flat
-    )
-    labelled = delta.labelled(model)
-    files = PEFT if _unlike_peft(model, labelled, sites, writing=True) is None else OURS
-    if files is PEFT:
-        delta = labelled
-    config = _manifest(model, delta) if files is OURS else _peft_config(model, delta, sites)
-    if files is PEFT:
-        state = delta.to_peft_tensors(state, sites)
+    if part is not None and part not in handle.parts:
+        raise ConfigError(f"save: no part is called {part!r}; there are {', '.join(handle.parts)}.")
+    if isinstance(handle.delta, Combined) and part is None:
+        config, state, files, reason = _combination(handle, flat)
+    else:
+        config, state, files, reason = _single(handle, part, flat, format)
+    if format == "peft" and files is not PEFT:
+        raise CheckpointError(f"save: PEFT's file cannot hold this: {reason}. Use format='auto'.")
     # clone: safetensors refuses tensors that share storage, and the file must not
     write_adapter(folder, config, {k: t.contiguous().clone() for k, t in state.items()}, files)
 
@@ -130,6 +137,7 @@ def load(
             )
     _check_tensors(tensors, shapes, where, files, allow_nonfinite)
     if files is PEFT:
+        assert isinstance(delta, Delta)  # PEFT's file holds one
         tensors = delta.from_peft_tensors(tensors, plan.sites)
     handle = plan.apply()
     try:
@@ -155,6 +163,80 @@ def load(
 
 
 # ------------------------------------------------------------------------------------------ save
+
+_FORMATS = ("auto", "peft", "deltaops")
+
+
+class _File(NamedTuple):
+    """What is written."""
+
+    config: dict[str, Any]
+    state: Mapping[str, Tensor]
+    files: Files
+    reason: str | None
+    """Why the format is not PEFT's, if it cannot be."""
+
+
+def _stored(handle: Handle, part: str, flat: bool) -> Stored:
+    """What a file holds of the part ``part``, with the keys and sites of a single delta."""
+    sites = tuple(replace(site, part="") for site in handle.places if site.part == part)
+    start = f"{part}/" if part else ""
+    state = {
+        key.removeprefix(start): tensor.detach().cpu()
+        for key, tensor in handle.state().items()
+        if key.startswith(start)
+    }
+    modules = {site.path: handle.model.get_submodule(site.path) for site in sites}
+    delta = parts_of(handle.delta)[part]
+    factor = handle.weights[part or handle.name]
+    if factor != 1:
+        delta = delta.weighed(factor)
+    return delta.portable(modules, part or handle.name, state, sites, flat=flat)
+
+
+def _saved_whole(handle: Handle) -> dict[str, Tensor]:
+    """The tensors of ``modules_to_save``, which are no part's."""
+    sites = [site.part for site in handle.places]
+    return {
+        key: tensor.detach().cpu()
+        for key, tensor in handle.state().items()
+        if not any(part and key.startswith(f"{part}/") for part in dict.fromkeys(sites))
+    }
+
+
+def _single(handle: Handle, part: str | None, flat: bool, format: str) -> _File:
+    """Of a delta that is alone in its file."""
+    model = handle.model
+    combined = isinstance(handle.delta, Combined)
+    if isinstance(handle.delta, Combined) and handle.delta.gated:
+        raise CheckpointError(
+            f"save: the part {part!r} goes through gates, which a delta by itself has not. Save "
+            "the whole combination, without part."
+        )
+    delta, state, sites = _stored(handle, part if combined and part else "", flat)
+    if combined:
+        state = {**state, **_saved_whole(handle)}
+    labelled = delta.labelled(model)
+    reason = _unlike_peft(model, labelled, sites, writing=True)
+    if reason is not None or format == "deltaops":
+        return _File(_manifest(model, delta), state, OURS, reason)
+    state = labelled.to_peft_tensors(state, sites)
+    return _File(_peft_config(model, labelled, sites), state, PEFT, None)
+
+
+def _combination(handle: Handle, flat: bool) -> _File:
+    """Of all parts and what is trained whole; PEFT has no format for several."""
+    parts: dict[str, Delta] = {}
+    state: dict[str, Tensor] = {}
+    for part in handle.parts:
+        stored = _stored(handle, part, flat)
+        parts[part] = stored.delta
+        state |= {f"{part}/{key}": tensor for key, tensor in stored.state.items()}
+    gated = isinstance(handle.delta, Combined) and handle.delta.gated
+    reason = "it is a combination; save(path, part=NAME) writes one of its parts"
+    return _File(
+        _manifest(handle.model, Combined(parts, gated)), state | _saved_whole(handle), OURS, reason
+    )
 
 
 def _peft_config(model: nn.Module, delta: Delta, sites: tuple[Site, ...]) -> dict[str, Any]:
@@ -199,13 +281,16 @@ def _unlike_peft(
     return reason
 
 
-def _manifest(model: nn.Module, delta: Delta) -> dict[str, Any]:
+def _manifest(model: nn.Module, delta: Delta | Combined) -> dict[str, Any]:
     """All that :func:`load` needs to build the same adapter on the same base model."""
+    kept: dict[str, Any] = {"settings": delta.settings()}
+    if isinstance(delta, Combined):
+        kept = {"parts": delta.settings(), "gated": delta.gated}
     return {
         "format": FORMAT,
         "version": VERSION,
         "method": delta.kind,
-        "settings": delta.settings(),
+        **kept,
         "base_model": _base_model(model),
     }
 
@@ -232,8 +317,8 @@ def _means_the_same(model: nn.Module, delta: Delta, sites: tuple[str, ...]) -> b
 # ------------------------------------------------------------------------------------------ load
 
 
-def _delta(config: Mapping[str, Any], files: Files) -> Delta:
-    """The method and settings of a file."""
+def _delta(config: Mapping[str, Any], files: Files) -> Delta | Combined:
+    """The method and settings of a file, or those of all parts."""
     if files is PEFT:
         by_type = {m.peft_type: m for m in METHODS.values() if m.peft_type is not None}
         kind = config.get("peft_type")
@@ -247,6 +332,25 @@ def _delta(config: Mapping[str, Any], files: Files) -> Delta:
             f"load: {files.config} must have format={FORMAT!r} and version={VERSION}, got "
             f"{config.get('format')!r} and {config.get('version')!r}. A newer deltaops may read it."
         )
+    if config.get("method") == Combined.kind:
+        return _parts(config.get("parts"), config.get("gated"), files)
+    return _method(config, files)
+
+
+def _parts(parts: Any, gated: Any, files: Files) -> Combined:
+    """The parts of a manifest. Raises: CheckpointError where they are none."""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise CheckpointError(
+            f"load: {files.config} must have a list of parts, each with name, method and settings."
+        )
+    try:
+        found = tuple((part.get("name"), _method(part, files)) for part in parts)
+        return Combined(found, gated)
+    except ConfigError as error:
+        raise CheckpointError(f"load: {files.config}: {error}") from error
+
+
+def _method(config: Mapping[str, Any], files: Files) -> Delta:
     kind, settings = config.get("method"), config.get("settings")
     method = METHODS.get(kind) if isinstance(kind, str) else None
     if method is None or not isinstance(settings, dict):
@@ -262,14 +366,16 @@ def _delta(config: Mapping[str, Any], files: Files) -> Delta:
 
 def _check_peft(model: nn.Module, plan: Plan, config: Mapping[str, Any]) -> None:
     """Raises: CheckpointError for a file that PEFT gives another meaning in ``model``."""
-    reason = _unlike_peft(model, plan.delta, plan.sites, writing=False)
+    delta = plan.delta
+    assert isinstance(delta, Delta)  # PEFT's file holds one
+    reason = _unlike_peft(model, delta, plan.sites, writing=False)
     if reason is not None:
         raise CheckpointError(
             f"load: {PEFT.config} means something else to PEFT in this {type(model).__name__}: "
             f"{reason}. Load it with peft."
         )
-    sizes = plan.delta.to_peft(plan.sites) if plan.delta.peft_sizes else {}
-    for key in plan.delta.peft_sizes:
+    sizes = delta.to_peft(plan.sites) if delta.peft_sizes else {}
+    for key in delta.peft_sizes:
         if config.get(key) not in (None, sizes[key]):
             raise CheckpointError(
                 f"load: {PEFT.config} has {key}={config[key]!r}, and this {type(model).__name__} "
@@ -296,6 +402,7 @@ def _in_file(shapes: Shapes, plan: Plan, files: Files) -> Shapes:
     """What the file must hold for tensors of ``shapes``."""
     if files is OURS:
         return shapes
+    assert isinstance(plan.delta, Delta)  # PEFT's file holds one
     empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     found = plan.delta.to_peft_tensors(empty, plan.sites)
     return {key: tuple(tensor.shape) for key, tensor in found.items()}

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from deltaops.errors import AttachError
-from deltaops.methods.base import BY_PARAMETER, MODEL, NORM, STACK, Delta, Site
+from deltaops.errors import AttachError, ConfigError
+from deltaops.methods import Combined, Delta, parts_of
+from deltaops.methods.base import BY_PARAMETER, MODEL, NORM, STACK, Site
 from deltaops.modules import unbecome
 
 from .blocks import restore_blocks
+from .gates import NO_MERGE, gate_tensors
 from .losses import restore_losses
 from .record import Disabled, Record, exchange, exchange_parameters, merged_parameters, read, write
-from .tree import Leaf, draw
+from .tree import WHOLE, Leaf, draw
 
 
 class Handle:
@@ -27,9 +29,14 @@ class Handle:
         self._record = record
 
     @property
-    def delta(self) -> Delta:
+    def delta(self) -> Delta | Combined:
         """The settings it was attached with."""
         return self._record.delta
+
+    @property
+    def parts(self) -> dict[str, Delta]:
+        """Name → delta of each part of a combination; a single delta has the adapter's name."""
+        return {part or self.name: delta for part, delta in parts_of(self.delta).items()}
 
     @property
     def name(self) -> str:
@@ -38,8 +45,8 @@ class Handle:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Paths of the places that have the delta."""
-        return tuple(site.path for site in self._record.sites)
+        """Paths of the places that have the delta, each once."""
+        return tuple(dict.fromkeys(site.path for site in self._record.sites))
 
     @property
     def places(self) -> tuple[Site, ...]:
@@ -59,8 +66,8 @@ class Handle:
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained: the delta's parameters, then those of ``modules_to_save``."""
         self._check_attached("parameters")
-        for path in self.sites:
-            yield from self.delta.tensors(self._module(path), self.name).values()
+        for site in self._record.sites:
+            yield from self._tensors(site).values()
         for path in self._record.saved:
             yield from self._module(path).parameters()
 
@@ -74,19 +81,20 @@ class Handle:
         """
         self._check_attached("parameter_groups")
         by_pace: dict[float, list[nn.Parameter]] = {}
-        for path in self.sites:
-            for suffix, parameter in self.delta.tensors(self._module(path), self.name).items():
-                by_pace.setdefault(self.delta.pace(suffix), []).append(parameter)
+        for site in self._record.sites:
+            delta, _ = self._part(site)
+            for suffix, parameter in self._tensors(site).items():
+                by_pace.setdefault(delta.pace(suffix), []).append(parameter)
         for path in self._record.saved:
             by_pace.setdefault(1.0, []).extend(self._module(path).parameters())
         return [{"params": p, "lr": lr * pace, "pace": pace} for pace, p in by_pace.items()]
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, keys as ``<module>.<suffix>``."""
+        """What a checkpoint holds, keys as ``<module>.<suffix>``, after ``<part>/`` of a part."""
         self._check_enabled("state")
         found: dict[str, Tensor] = {}
         for site in self._record.sites:
-            for suffix, tensor in self.delta.tensors(self._module(site.path), self.name).items():
+            for suffix, tensor in self._tensors(site).items():
                 found[site.key(suffix)] = tensor
         for path in self._record.saved:
             for key, tensor in self._module(path).state_dict().items():
@@ -101,15 +109,11 @@ class Handle:
         """A tree of what changed with parameter counts."""
         if not self.attached:
             return repr(self)
-        leaves = []
-        for site in self._record.sites:
-            tensors = self.delta.tensors(self._module(site.path), self.name)
-            size = sum(t.numel() for t in tensors.values())
-            leaves.append(Leaf(site.path, f"{describe(site)} {self.delta.kind}", f"+{size:,}"))
+        sizes = {s: sum(t.numel() for t in self._tensors(s).values()) for s in self._record.sites}
+        leaves = gathered(sizes, self._label, self._record.skipped)
         for path in self._record.saved:
             size = sum(p.numel() for p in self._module(path).parameters())
             leaves.append(Leaf(path, "trained whole", f"{size:,}"))
-        leaves += [Leaf(path, f"left alone: {reason}", "") for path, reason in self._record.skipped]
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         share = 100 * trained / total if total else 0.0
@@ -121,14 +125,72 @@ class Handle:
 
     # ------------------------------------------------------------------------------ switching
 
+    def disable(self, *parts: str) -> None:
+        """Switch parts off until :meth:`enable`: the model computes as if they were not there.
+
+        Args:
+            parts: their names in :attr:`parts`; all without any. ``modules_to_save``, which are no
+                part's, stay as trained. A file holds what is off as well.
+        Raises: ConfigError for an unknown name; AttachError while the delta is merged.
+        """
+        self._turn("disable", parts, False)
+
+    def enable(self, *parts: str) -> None:
+        """Undo :meth:`disable`, for all parts without a name. Raises: as there."""
+        self._turn("enable", parts, True)
+
+    @property
+    def enabled(self) -> tuple[str, ...]:
+        """Names of the parts that are not switched off."""
+        return tuple(p or self.name for p in parts_of(self.delta) if p not in self._record.off)
+
+    def weigh(self, part: str, factor: float) -> None:
+        """Have ``part`` add ``factor`` times what it adds by itself; 1 undoes it.
+
+        A file holds it: with alphas that are ``factor`` times those of the delta.
+
+        Args:
+            part: its name in :attr:`parts`.
+            factor: dimensionless, also 0 or below.
+        Raises: ConfigError for an unknown name, and for a method that does not just add;
+            AttachError while the delta is merged.
+        """
+        self._check_attached("weigh")
+        (chosen,) = self._chosen([part])
+        self._check_unmerged("weigh")
+        weighed = parts_of(self.delta)[chosen].weighed(factor)
+        for site in self._record.sites:
+            if site.part == chosen:
+                weighed.reread(site, self._module(site.path), self._part(site)[1])
+        self._record.weights[chosen] = factor
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name of each part → its factor; see :meth:`weigh`."""
+        found = self._record.weights
+        return {part or self.name: found.get(part, 1.0) for part in parts_of(self.delta)}
+
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self, *parts: str) -> Iterator[None]:
         """Inside, the model computes what it did before the delta was attached; also when nested.
 
         Inside, the delta can be reverted, and neither merged nor saved. A copy of the model that is
         made inside stays as it is there until :func:`handle_of` is asked for its handle.
-        Raises: AttachError when the delta is merged and the base weights were not kept.
+
+        Args:
+            parts: names in :attr:`parts`: only these are off inside, as by :meth:`disable`.
+        Raises: AttachError when the delta is merged and the base weights were not kept, or is
+            merged and ``parts`` are named; ConfigError for an unknown name.
         """
+        if parts:
+            on = [name for name in parts if name in self.enabled]
+            self.disable(*parts)
+            try:
+                yield
+            finally:
+                if self.attached and on:  # not reverted inside
+                    self.enable(*on)
+            return
         self._check_attached("disabled")
         if self._record.disabled is not None:
             yield
@@ -159,16 +221,26 @@ class Handle:
         self._check_enabled("merge")
         if self.merged:
             raise AttachError("handle.merge: already merged. Call handle.unmerge() first.")
-        for path in self.sites:
-            reason = self.delta.unmergeable(self._module(path))
+        if self._record.off:
+            raise AttachError(
+                f"handle.merge: {', '.join(sorted(set(self.parts) - set(self.enabled)))} is "
+                "switched off, and would be lost. Call handle.enable() first."
+            )
+        bound: dict[str, list[tuple[Delta, str]]] = {}
+        for site in self._record.sites:
+            reason = self._part(site)[0].unmergeable(self._module(site.path))
+            if isinstance(self.delta, Combined) and self.delta.gated:
+                reason = reason or NO_MERGE
             if reason is not None:
+                of = f"the part {site.part!r} at " if site.part else ""
                 raise AttachError(
-                    f"handle.merge: {path!r}: {reason}. Keep the delta applied, and save it with "
-                    "handle.save(path)."
+                    f"handle.merge: {of}{site.path or WHOLE!r}: {reason}. Keep the delta applied, "
+                    "and save it with handle.save(path)."
                 )
+            bound.setdefault(site.path, []).append(self._part(site))
         values = {
-            path: merged_parameters(self.delta, self._module(path), self.name, path)
-            for path in self.sites
+            path: merged_parameters(deltas, self._module(path), path)
+            for path, deltas in bound.items()
         }
         self._activate(False)
         done: dict[str, dict[str, nn.Parameter | None]] = {}
@@ -206,7 +278,14 @@ class Handle:
 
     # ---------------------------------------------------------------------- saving, undoing
 
-    def save(self, path: str | os.PathLike[str], *, flat: bool = False) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        flat: bool = False,
+        part: str | None = None,
+        format: str = "auto",
+    ) -> None:
         """Write the adapter, in PEFT's format where it can hold it: :func:`deltaops.surgery.save`.
 
         Args:
@@ -215,14 +294,18 @@ class Handle:
                 reparameterised :class:`deltaops.Prefix` its keys and values, of a
                 :class:`deltaops.IntrinsicPrompt` the prompt itself, of a
                 :class:`deltaops.IntrinsicAdapter` the adapters.
-        Raises: CheckpointError when it cannot be written, or no file could say what is bound.
+            part: write this part of a combination alone, as the delta that it is; None writes all
+                of them, in one file.
+            format: "auto", or "peft" or "deltaops" to have that format or an error.
+        Raises: CheckpointError when it cannot be written, or no file could say what is bound;
+            ConfigError for an unknown part.
         """
         from .checkpoint import save  # checkpoint needs Handle for what load returns
 
         self._check_enabled("save")
 
         with self._applied():
-            save(self, path, flat=flat)
+            save(self, path, flat=flat, part=part, format=format)
 
     def revert(self) -> None:
         """Give the model back as it was: classes, keys, every bit and every requires_grad flag.
@@ -246,11 +329,55 @@ class Handle:
     def _module(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
 
+    def _part(self, site: Site) -> tuple[Delta, str]:
+        """The delta that is bound at ``site``, and the name of its adapter."""
+        return parts_of(self.delta)[site.part], site.part or self.name
+
+    def _tensors(self, site: Site) -> dict[str, nn.Parameter]:
+        delta, name = self._part(site)
+        module = self._module(site.path)
+        return delta.tensors(module, name) | gate_tensors(module, name)
+
+    def _label(self, site: Site) -> str:
+        """Of a site in the tree."""
+        delta, name = self._part(site)
+        own = f" {name!r}" if site.part not in ("", delta.kind) else ""
+        return f"{delta.kind}{own}{' (off)' if site.part in self._record.off else ''}"
+
+    def _chosen(self, parts: Iterable[str]) -> list[str]:
+        """The parts of these names as sites have them, all without any. Raises: ConfigError."""
+        known = {part or self.name: part for part in parts_of(self.delta)}
+        wanted = list(parts) or list(known)
+        for name in wanted:
+            if name not in known:
+                raise ConfigError(
+                    f"handle: no part is called {name!r}; there are {', '.join(known)}."
+                )
+        return [known[name] for name in wanted]
+
+    def _turn(self, action: str, parts: Iterable[str], active: bool) -> None:
+        self._check_attached(action)
+        chosen = self._chosen(parts)
+        self._check_unmerged(action)
+        if active:
+            self._record.off.difference_update(chosen)
+        else:
+            self._record.off.update(chosen)
+        if self._record.disabled is None:
+            self._activate(True, chosen)
+
     def _check_attached(self, action: str) -> None:
         if not self.attached:
             raise AttachError(
                 f"handle.{action}: the delta is no longer on the model. Attach it again with "
                 "deltaops.attach or deltaops.load."
+            )
+
+    def _check_unmerged(self, action: str) -> None:
+        if self.merged:
+            raise AttachError(
+                f"handle.{action}: the delta is merged, all parts in one weight. Call "
+                "handle.unmerge() first."
             )
 
     def _check_enabled(self, action: str) -> None:
@@ -261,10 +388,17 @@ class Handle:
                 "model. Call it outside of `with handle.disabled()`."
             )
 
-    def _activate(self, active: bool) -> None:
-        for path in self.sites:
-            self.delta.activate(self._module(path), active)
-        self.delta.switch(self.model, active)
+    def _activate(self, active: bool, parts: Iterable[str] | None = None) -> None:
+        """Switch ``parts``, all without: off, or on but for what is switched off by itself."""
+        deltas = parts_of(self.delta)
+        chosen = set(deltas if parts is None else parts)
+        on = chosen - self._record.off if active else set()
+        for site in self._record.sites:
+            if site.part in chosen:
+                delta, name = self._part(site)
+                delta.activate(self._module(site.path), site.part in on, name)
+        for part in chosen:
+            deltas[part].switch(self.model, part in on)
 
     def _enable(self, taken: Disabled) -> None:
         """Put back what :meth:`disabled` took out."""
@@ -279,7 +413,16 @@ class Handle:
 
     @contextlib.contextmanager
     def _applied(self) -> Iterator[None]:
-        """Inside, what is merged is applied instead, where the base weights were kept."""
+        """Inside, what is merged is applied instead, where the base weights were kept, and every
+        part is on."""
+        off = set(self._record.off)
+        if off:  # then nothing is merged
+            self.enable()
+            try:
+                yield
+            finally:
+                self.disable(*(part or self.name for part in off))
+            return
         if not self.merged or None in self._record.merged.values():
             yield
             return
@@ -306,8 +449,9 @@ class Handle:
     def _unbind(self) -> None:
         modules = dict(self.model.named_modules())
         for site in self._record.sites:
-            self.delta.unbind(site, modules)
-        self.delta.leave(self.model)
+            self._part(site)[0].unbind(site, modules)
+        for delta in parts_of(self.delta).values():
+            delta.leave(self.model)
         for path in self._record.frozen:
             unbecome(modules[path])
 
@@ -328,6 +472,27 @@ def handle_of(model: nn.Module) -> Handle | None:
     if record.disabled is not None and not record.disabled.inside:
         handle._enable(record.disabled)
     return handle
+
+
+def gathered(
+    sizes: Mapping[Site, int], label: Callable[[Site], str], skipped: Iterable[tuple[str, str]]
+) -> list[Leaf]:
+    """Lines of the tree: one for each path, also where several parts meet.
+
+    Args:
+        sizes: parameters of each site.
+        label: what to call the delta of a site.
+        skipped: paths left alone, with the reason; a path that another part took is not.
+    """
+    by_path: dict[str, list[Site]] = {}
+    for site in sizes:
+        by_path.setdefault(site.path, []).append(site)
+    leaves = []
+    for path, sites in by_path.items():
+        what = " + ".join(filter(None, map(label, sites)))
+        size = sum(sizes[site] for site in sites)
+        leaves.append(Leaf(path, f"{describe(sites[0])} {what}".rstrip(), f"+{size:,}"))
+    return leaves + [Leaf(p, f"left alone: {why}", "") for p, why in skipped if p not in by_path]
 
 
 def describe(site: Site) -> str:

@@ -14,13 +14,16 @@ from torch import nn
 from deltaops.backends import DeltaLinearCall
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError, ConfigError, TargetError
-from deltaops.methods.base import ATTENTION, MODEL, Binding, Delta, Site
+from deltaops.methods import Combined, Delta, parts_of
+from deltaops.methods.base import ATTENTION, MODEL, Binding, Site
 from deltaops.modules import become, frozen_class, unbecome
 from deltaops.packing import Policy, check_policy
 
 from .anatomy import wholes
-from .handle import Handle, describe
-from .match import inside, match, refuse_second_delta
+from .conflicts import refuse_conflicts
+from .gates import bind_gate, gate_shapes, refuse_gates
+from .handle import Handle, gathered
+from .match import Match, inside, match, refuse_second_delta
 from .places import foreign, frozen_linears, place_of, size_of, unswappable
 from .record import Record, exchange, take_over, write
 from .tree import Leaf, draw
@@ -31,7 +34,7 @@ class Plan:
     """What :meth:`apply` will change. Printing it shows the tree; nothing is changed before."""
 
     model: nn.Module = field(repr=False)
-    delta: Delta
+    delta: Delta | Combined
     name: str
     sites: tuple[Site, ...]
     saved: tuple[str, ...]
@@ -42,13 +45,17 @@ class Plan:
     strict: bool
     pack: Policy
 
+    @property
+    def gated(self) -> bool:
+        """Whether every part gets gates."""
+        return isinstance(self.delta, Combined) and self.delta.gated
+
     def __str__(self) -> str:
         sizes = dict.fromkeys(self.sites, 0)
         for site, _, shape in self.tensors():
             sizes[site] += torch.Size(shape).numel()
-        leaves = [Leaf(s.path, describe(s), f"+{size:,}") for s, size in sizes.items()]
+        leaves = gathered(sizes, lambda site: site.part, self.skipped)
         leaves += [Leaf(p, "trained whole", f"{_count(self.model, p):,}") for p in self.saved]
-        leaves += [Leaf(path, f"left alone: {reason}", "") for path, reason in self.skipped]
         return f"{self.delta} on {type(self.model).__name__}\n{draw(leaves)}"
 
     def apply(self, *, generator: torch.Generator | None = None) -> Handle:
@@ -60,6 +67,7 @@ class Plan:
         """
         modules = dict(self.model.named_modules())
         self._check_unchanged(modules)
+        parts = parts_of(self.delta)
         parameters = dict(self.model.named_parameters())
         trained = frozenset(n for n, p in parameters.items() if p.requires_grad)
         originals: dict[str, dict[str, torch.Tensor]] = {}
@@ -73,11 +81,20 @@ class Plan:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
             entered = True
-            self.delta.enter(self.model)
-            binding = Binding(self.name, self.backend, self.strict, self.pack, generator, {})
+            for delta in parts.values():
+                delta.enter(self.model)
+            bindings = {
+                part: Binding(
+                    part or self.name, self.backend, self.strict, self.pack, generator, {}
+                )
+                for part in parts
+            }
             for site in self.sites:
                 bound.append(site)
-                self.delta.bind(site, modules, binding)
+                parts[site.part].bind(site, modules, bindings[site.part])
+                if self.gated:
+                    name = bindings[site.part].name
+                    bind_gate(site, parts[site.part], modules[site.path], name)
             for path in self.frozen:
                 place = frozen_class(type(modules[path]))
                 if place is not None:  # None: no longer the type that the plan saw
@@ -85,9 +102,9 @@ class Plan:
                     become(modules[path], place, self.backend, self.strict, self.pack)
         except BaseException:  # also KeyboardInterrupt and out of memory: undo, then raise it
             for site in bound:
-                self.delta.unbind(site, modules)
-            if entered:
-                self.delta.leave(self.model)
+                parts[site.part].unbind(site, modules)
+            for delta in parts.values() if entered else ():
+                delta.leave(self.model)
             for path in swapped:
                 unbecome(modules[path])
             for path, tensors in originals.items():
@@ -110,24 +127,32 @@ class Plan:
 
     def tensors(self) -> Iterator[tuple[Site, str, tuple[int, ...]]]:
         """``(site, suffix, shape)`` of all that the delta will train; what sites share, once."""
-        for i, site in enumerate(self.sites):
-            shapes = self.delta.shapes(site, self.model.get_submodule(site.path))
+        parts = parts_of(self.delta)
+        begun: set[str] = set()
+        for site in self.sites:
+            delta = parts[site.part]
+            shapes = delta.shapes(site, self.model.get_submodule(site.path))
+            if self.gated:
+                shapes = shapes | gate_shapes(site, delta)
             for suffix, shape in shapes.items():
-                if i == 0 or not self.delta.shared(suffix):
+                if site.part not in begun or not delta.shared(suffix):
                     yield site, suffix, shape
+            begun.add(site.part)
 
     def _check_unchanged(self, modules: dict[str, nn.Module]) -> None:
         refuse_second_delta(modules)
-        whole = wholes(self.model, self.delta.places)
+        parts = parts_of(self.delta)
+        whole = wholes(self.model, frozenset().union(*(d.places for d in parts.values())))
         for site in self.sites:
+            places = parts[site.part].places
             if site.place == MODEL:
                 continue
             module = modules.get(site.path)
             if module is None:
                 reason: str | None = "it is gone"
             else:
-                place = place_of(site.path, module, self.delta.places, whole)
-                reason = unswappable(module, place, None, foreign(self.delta.places))
+                place = place_of(site.path, module, places, whole)
+                reason = unswappable(module, place, None, foreign(places))
                 if reason is None and place is not None:
                     now = size_of(site.path, module, place, whole)
                     if now != (site.in_features, site.out_features):
@@ -144,7 +169,7 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    delta: Delta,
+    delta: Delta | Combined,
     *,
     name: str = "default",
     backend: str = "auto",
@@ -156,7 +181,7 @@ def plan(
 
     Args:
         model: any torch model.
-        delta: such as :class:`deltaops.LoRA`.
+        delta: such as :class:`deltaops.LoRA`, or several joined by ``+``.
         name: of the adapter, in the keys of ``state_dict`` and for ``save``.
         backend: for every place, see :func:`deltaops.ops.delta_linear`.
         strict: raise instead of falling back to eager torch.
@@ -173,7 +198,7 @@ def plan(
 
 def make_plan(
     model: nn.Module,
-    delta: Delta,
+    delta: Delta | Combined,
     *,
     name: str,
     backend: str,
@@ -186,13 +211,49 @@ def make_plan(
 
     A file may also have a rank above a layer's dimensions: PEFT writes such, and it loads.
     """
-    if not isinstance(delta, Delta):
+    if not isinstance(delta, (Delta, Combined)):
         raise ConfigError(
             f"attach: expected a delta such as deltaops.LoRA(r=16), got {type(delta).__name__}."
         )
     check_name(name)
     check_backend(backend)
     check_policy(pack)
+    parts = parts_of(delta)
+    for part in filter(None, parts):
+        check_name(part)
+    sites: list[Site] = []
+    skipped: list[tuple[str, str]] = []
+    saved: tuple[str, ...] = ()
+    for part, single in parts.items():
+        try:
+            found, bound = _sites(model, single, part, lenient)
+        except (TargetError, ConfigError) as error:
+            if not part:
+                raise
+            reason = str(error).removeprefix("attach: ")
+            raise type(error)(f"attach: the part {part!r}: {reason}") from error
+        saved = found.saved  # those of all parts
+        skipped += [(path, f"{part}: {why}" if part else why) for path, why in found.skipped]
+        sites += bound
+    refuse_conflicts(model, parts, sites)
+    if isinstance(delta, Combined) and delta.gated:
+        refuse_gates(model, parts, tuple(sites))
+    others = []
+    if frozen:
+        taken = {site.path for site in sites} | {site.entry for site in sites}
+        others = [
+            path
+            for path in frozen_linears(dict(model.named_modules()))
+            if path not in taken and not inside(path, saved)
+        ]
+    return Plan(
+        model, delta, name, tuple(sites), saved, tuple(skipped), tuple(others), backend, strict,
+        pack,
+    )  # fmt: skip
+
+
+def _sites(model: nn.Module, delta: Delta, part: str, lenient: bool) -> tuple[Match, list[Site]]:
+    """What ``delta`` matches, and its sites, of the part ``part`` of a combination."""
     found = match(model, delta, lenient=lenient)
     modules = dict(model.named_modules())
     sites = []
@@ -208,6 +269,7 @@ def make_plan(
             *(("", "") if role is None else (role.role, role.entry)),
             heads=found.wholes[path].heads if place == ATTENTION else 0,
             parameters=found.parameters.get(path, ()),
+            part=part,
         )
         reason = delta.unfit(site)
         if reason is not None:
@@ -225,19 +287,8 @@ def make_plan(
         raise TargetError(f"attach: {reason}")
     whole = delta.on_model(tuple(sites))
     if whole is not None:
-        sites.insert(0, Site("", MODEL, type(model).__name__, *whole))
-    others = []
-    if frozen:
-        taken = set(found.sites) | {site.entry for site in sites}
-        others = [
-            path
-            for path in frozen_linears(modules)
-            if path not in taken and not inside(path, found.saved)
-        ]
-    return Plan(
-        model, delta, name, tuple(sites), found.saved, found.skipped, tuple(others), backend,
-        strict, pack,
-    )  # fmt: skip
+        sites.insert(0, Site("", MODEL, type(model).__name__, *whole, part=part))
+    return found, sites
 
 
 def check_name(name: str) -> None:

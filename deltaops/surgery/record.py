@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import AttachError
-from deltaops.methods.base import Delta, Site
+from deltaops.methods import Combined, Delta
+from deltaops.methods.base import Site
 from deltaops.modules import follow
 
 _ATTRIBUTE = "_deltaops_record"
@@ -41,7 +42,7 @@ class Disabled:
 class Record:
     """State of one attached delta."""
 
-    delta: Delta
+    delta: Delta | Combined
     name: str
     sites: tuple[Site, ...]
     saved: tuple[str, ...]
@@ -56,6 +57,10 @@ class Record:
     """Path of a merged place → its original parameters; None where they were not kept."""
     disabled: Disabled | None = None
     """Inside ``handle.disabled()``."""
+    off: set[str] = field(default_factory=set)
+    """Names of the parts that are switched off by themselves; the empty one of a single delta."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Part → how many times what it adds is added, where that is not once."""
 
 
 def read(model: nn.Module) -> Record | None:
@@ -122,15 +127,19 @@ def _owned(module: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module, str]]
 
 
 def merged_parameters(
-    delta: Delta, module: nn.Module, name: str, path: str
+    deltas: Iterable[tuple[Delta, str]], module: nn.Module, path: str
 ) -> dict[str, nn.Parameter]:
     """What merging puts into ``module``, computed in float32 at least and rounded once.
 
+    Args:
+        deltas: all that ``module`` has, each with the name of its adapter.
+        module: of the place.
+        path: of the module.
     Raises: AttachError where a value is not finite.
     """
     found: dict[str, nn.Parameter] = {}
     with torch.no_grad():
-        for key, exact in delta.merged(module, name).items():
+        for key, exact in _merged(deltas, module).items():
             replaced = module._parameters.get(key)
             weight = module.weight if replaced is None else replaced
             assert isinstance(weight, nn.Parameter)
@@ -141,6 +150,21 @@ def merged_parameters(
                     "base weight holds NaN or infinity; nothing was merged."
                 )
             found[key] = nn.Parameter(value, requires_grad=False)
+    return found
+
+
+def _merged(deltas: Iterable[tuple[Delta, str]], module: nn.Module) -> dict[str, Tensor]:
+    """Name of a parameter → its value with all ``deltas``, not rounded between them."""
+    before: dict[str, nn.Parameter | None] = {}
+    found: dict[str, Tensor] = {}
+    try:
+        for delta, name in sorted(deltas, key=lambda pair: pair[0].merges_last):
+            for key, exact in found.items():  # what the one before left is what this one adds to
+                before.setdefault(key, module._parameters.get(key))
+                module._parameters[key] = nn.Parameter(exact, requires_grad=False)
+            found |= delta.merged(module, name)
+    finally:
+        module._parameters.update(before)
     return found
 
 

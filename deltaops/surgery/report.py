@@ -13,6 +13,7 @@ from deltaops.backends.calls import weight_layout
 from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
+from deltaops.methods import parts_of
 from deltaops.methods.base import ATTENTION, EMBEDDING, NORM, ROUTER
 from deltaops.modules import (
     Block,
@@ -151,22 +152,21 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
         yield Row(*row)
     record = read(model)
     if record is not None:
+        parts = parts_of(record.delta)
         for site in record.sites:
-            module = model.get_submodule(site.path)
+            module, kind = model.get_submodule(site.path), parts[site.part].kind
             if site.place == NORM and not isinstance(module, Block):
-                yield Row(
-                    site.path, record.delta.kind, "torch", "a norm of torch's, trained as it is"
-                )
+                yield Row(site.path, kind, "torch", "a norm of torch's, trained as it is")
             elif site.place == EMBEDDING:
                 reason = "it is looked up in torch; its branch is read where the ids point"
-                yield Row(site.path, record.delta.kind, "torch", reason + _off(module))
+                yield Row(site.path, kind, "torch", reason + _off(module))
             elif site.place == ROUTER:
                 reason = "its small weight and the branch are summed in torch once a pass"
-                yield Row(site.path, record.delta.kind, "torch", reason + _off(module))
+                yield Row(site.path, kind, "torch", reason + _off(module))
             elif isinstance(module, PromptedStack):
-                yield Row(site.path, record.delta.kind, "torch", module.told())
+                yield Row(site.path, kind, "torch", module.told())
             elif site.place == ATTENTION and not isinstance(module, Block):
-                yield Row(site.path, record.delta.kind, *told_of_prefix(module, tokens))
+                yield Row(site.path, kind, *told_of_prefix(module, tokens))
         for path, reason in record.skipped:
             yield Row(path, "left alone", "torch", reason)
 
@@ -204,7 +204,9 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
 def _off(module: nn.Module) -> str:
     """What is added to the reason of a place."""
     bound = isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts | DeltaRouter)
-    return "; the delta is disabled or merged" if bound and not module.delta_active else ""
+    gated = "; a branch with a gate is added in torch" if getattr(module, "gated", None) else ""
+    off = "; the delta is disabled or merged" if bound and not module.delta_active else ""
+    return gated + off
 
 
 def _megabytes(size: int) -> str:

@@ -1,9 +1,12 @@
 """``--delta lora:r=16,alpha=32`` → a delta's configuration, by the fields of its class.
 
-spec    = method [":" option "=" value {"," option "=" value}]
+spec    = part ["+" part …] | the name of a preset, such as MAM   (several on one model)
+part    = method [":" option "=" value {"," option "=" value}]
 value   = number | true | false | text
         | item "+" item …               (a list)
         | name ":" number "+" …         (a mapping, such as rank_pattern)
+
+A "+" begins a part where the name of a method follows it, and else is inside of a list.
 """
 
 from __future__ import annotations
@@ -26,11 +29,35 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
     """The configuration that ``spec`` describes.
 
     Args:
-        spec: such as ``lora:r=16,alpha=32,target_modules=q_proj+v_proj``. A list without a value,
-            ``target_modules=``, is empty.
+        spec: such as ``lora:r=16,alpha=32,target_modules=q_proj+v_proj``, or ``lora:r=8+bitfit``.
+            A list without a value, ``target_modules=``, is empty.
         defaults: fields to set where ``spec`` does not name them.
     Raises: ConfigError for an unknown method, option or value, with the nearest names.
     """
+    from deltaops.methods.combined import PRESETS, Combined, combined, preset
+
+    if spec.strip().lower() in {name.lower() for name in PRESETS if "+" not in name}:
+        parts: dict[str, Any] = dict(preset(spec).by_name)
+        return Combined({n: dataclasses.replace(part, **defaults) for n, part in parts.items()})
+    parts_of_spec = _parts(spec)
+    if len(parts_of_spec) > 1:
+        return combined(*(_parse_one(part, defaults) for part in parts_of_spec))
+    return _parse_one(spec, defaults)
+
+
+def _parts(spec: str) -> list[str]:
+    """``spec`` split where a method's name follows a "+"."""
+    found: list[str] = []
+    known = methods()
+    for piece in spec.split("+"):
+        if not found or piece.partition(":")[0].strip().lower() in known:
+            found.append(piece)
+        else:
+            found[-1] += f"+{piece}"
+    return found
+
+
+def _parse_one(spec: str, defaults: dict[str, Any]) -> Any:
     name, _, rest = spec.partition(":")
     known = methods()
     if name.strip().lower() not in known:

@@ -46,6 +46,7 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "inspect",
         "doctor",
         "bench",
+        "combine",
     ],
 )
 def test_help_has_an_example(command: str) -> None:

@@ -259,7 +259,7 @@ def _attend(
         for shared, own in zip(module.plain_prefix, (k, v), strict=True)
     )  # fmt: skip
     scores = scaling * q @ k.mT
-    tokens = scores[..., k.shape[2] - (own := k.shape[2] - module.plain_prefix[0].shape[1]) :]
+    tokens = scores[..., k.shape[2] - (own := k.shape[2] - module.plain_prefix[0].shape[-2]) :]
     if position_bias is not None:
         tokens += position_bias
     if mask is None and (module.is_causal if is_causal is None else is_causal):

@@ -1,0 +1,76 @@
+"""Gates on the parts of a combination: where they can be, and their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import unwrap
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaops.errors import AttachError
+from deltaops.methods.base import ATTENTION, MODEL, Delta, Site, adapter_dtype
+from deltaops.modules import DeltaPlace, Gate, gate_of, gate_prefix
+
+NO_MERGE = "its gate depends on the input"
+_SUFFIX = "gate."
+
+
+def refuse_gates(model: nn.Module, parts: Mapping[str, Delta], sites: tuple[Site, ...]) -> None:
+    """Raises: AttachError where a site can have no gate, or a token would see later ones."""
+    if any(_causal(module) for module in model.modules()):
+        raise AttachError(
+            f"attach: {type(model).__name__} is causal, and a gate is the mean over all tokens of "
+            "a sample: it would tell a token of those that follow. Attach without gates."
+        )
+    for site in sites:
+        if site.place != MODEL and parts[site.part].gate_width(site) is None:
+            raise AttachError(
+                f"attach: the part {site.part!r} can have no gate at {site.path!r}. Gates are for "
+                "Prefix, adapters after or beside a sub-layer, and plain LoRA on linear layers."
+            )
+
+
+def bind_gate(site: Site, delta: Delta, module: nn.Module, name: str) -> None:
+    """Put a gate on the adapter ``name`` of ``module``, which is bound already."""
+    width = delta.gate_width(site)
+    if site.place == MODEL or width is None:
+        return
+    weights = (p for p in module.parameters() if p.is_floating_point())
+    like = next(weights, torch.empty(0))
+    gate = Gate(width, torch.empty(0, device=like.device, dtype=adapter_dtype(like, True)))
+    if site.place == ATTENTION:
+        gate_prefix(module, name, gate)
+    else:
+        assert isinstance(module, DeltaPlace)
+        module.add_gate(name, gate)
+
+
+def _causal(module: nn.Module) -> bool:
+    """Whether a token in ``module`` may not see those that follow, as far as transformers says."""
+    if getattr(module, "is_causal", False):
+        return True
+    config = getattr(module, "config", None)
+    if not hasattr(config, "model_type") or getattr(config, "is_decoder", None) is False:
+        return False  # an encoder that can be a decoder, and is none
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    forward: Any = unwrap(type(module).forward)
+    masks = "create_causal_mask" in forward.__code__.co_names
+    return masks or (
+        hasattr(module, "get_input_embeddings")
+        and getattr(config, "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+
+
+def gate_tensors(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Suffix in a checkpoint → parameter."""
+    gate = gate_of(module, name)
+    return {} if gate is None else {f"{_SUFFIX}{k}": p for k, p in gate.named_parameters()}
+
+
+def gate_shapes(site: Site, delta: Delta) -> dict[str, tuple[int, ...]]:
+    """Suffix in a checkpoint → shape, before anything is bound."""
+    width = None if site.place == MODEL else delta.gate_width(site)
+    return {} if width is None else {f"{_SUFFIX}weight": (width,), f"{_SUFFIX}bias": (1,)}
