@@ -167,6 +167,29 @@ def grad_down(rank: int, wide: bool) -> Skinny:
     return _for_amd(Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3))
 
 
+def group_lanes(wide: bool) -> int:
+    """Lanes of all branches that one program of a group has: an accumulator for each."""
+    return 64 if precision.AMD or wide else 128
+
+
+def project_group(m: int, wide: bool, masked: bool) -> Skinny:
+    """S of several branches: the tiles of x that each has alone."""
+    return _for_amd(replace(project(m, 1, wide, True), warps=8 if wide and masked else 4))
+
+
+def grad_input_group(
+    m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool, masked: bool
+) -> Gemm:
+    """dx of several layers; a mask of its own for a branch needs an accumulator of its own."""
+    config = grad_input(m, dtype, capability, wide, plain and not masked)
+    return replace(config, cols=min(config.cols, 32)) if masked and wide else config
+
+
+def grad_down_group(lanes: int, wide: bool) -> Skinny:
+    """dA of several branches, of which each makes the mask of x again."""
+    return _for_amd(replace(grad_down(lanes, wide), warps=8 if lanes > 32 else 4))
+
+
 @dataclass(frozen=True)
 class Attend:
     """Tiles of attention: ``rows`` queries × ``cols`` keys at a time, all of a head's elements."""

@@ -16,7 +16,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from deltaops.backends.base import GroupMember
 from deltaops.backends.triton import TritonBackend, core, planner, record, targets
+from deltaops.backends.triton.group import TritonDeltaLinear
 from deltaops.backends.triton.tables import Setting
 from deltaops.backends.triton.traffic import Traffic, traffic
 from deltaops.errors import ConfigError
@@ -89,6 +91,51 @@ class Linear:
         if direction == FORWARD:
             return Floor(moved, operations)
         return Floor(moved + narrow * m * k + wide * r * (n + k), operations + 2 * m * r * (n + k))
+
+
+@dataclass(frozen=True)
+class Group:
+    """``delta_linear_group`` of layers with one branch each; every gradient is wanted."""
+
+    m: int
+    rows: tuple[int, ...]
+    k: int
+    rank: int
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        rows, dtype = "+".join(map(str, self.rows)), str(self.dtype).removeprefix("torch.")
+        dropout = " dropout" if self.dropout else ""
+        return f"delta_linear_group {self.m}×({rows})×{self.k} r={self.rank} {dtype}{dropout}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run, x, members = TritonBackend(), _meta(self.dtype, self.m, self.k), []
+        for n in self.rows:
+            weight, a = _meta(self.dtype, n, self.k), _meta(self.dtype, self.rank, self.k)
+            b, seed = _meta(self.dtype, n, self.rank), _meta(torch.int64, 1)
+            plan = run.prepare(weight, [a], [b], [None], [2.0], [self.dropout], ["identity"])
+            members.append(GroupMember(plan, weight, None, [a, b, None], seed))
+        first = members[0].plan
+        assert isinstance(first, TritonDeltaLinear)
+        if direction == FORWARD:
+            first.forward_group(x, members, True)
+        else:
+            dy = [_meta(self.dtype, self.m, n) for n in self.rows]
+            s = [_meta(torch.float32, self.m, self.rank) for _ in self.rows]
+            needs = [[True, False, True, True, False] for _ in self.rows]
+            first.backward_group(dy, x, members, s, needs)
+
+    def floor(self, direction: str) -> Floor:
+        """As that of :class:`Linear`, with x and dx once for all layers."""
+        m, n, k, size = self.m, sum(self.rows), self.k, self.dtype.itemsize
+        factors = self.rank * (n + len(self.rows) * k)
+        moved = size * (m * k + n * k + m * n + factors)
+        operations = 2 * m * (n * k + factors)
+        if direction == FORWARD:
+            return Floor(moved, operations)
+        return Floor(moved + size * (m * k + factors), operations + 2 * m * factors)
 
 
 @dataclass(frozen=True)
@@ -220,6 +267,9 @@ CALLS: tuple[Counted, ...] = (
     Linear(8192, 4096, 14336, 16),
     Linear(512, 4096, 4096, 16),
     Linear(1, 4096, 4096, 16),
+    Group(8192, (4096, 1024, 1024), 4096, 16),
+    Group(8192, (4096, 1024, 1024), 4096, 16, dropout=0.1),
+    Group(8192, (14336, 14336), 4096, 16),
     Prefix(4, 32, 8, 2048, 128, 20),
     Adapter(8192, 4096, 64),
     Adapter(8192, 4096, 64, "layer"),
@@ -294,7 +344,7 @@ def totals(
     found = {}
     for gpu in gpus:
         for call in calls:
-            for plan in plans if isinstance(call, Linear) else (None,):
+            for plan in plans if isinstance(call, Linear | Group) else (None,):
                 for one in count(call, gpu, plan):
                     total = one.total
                     name = [gpu, one.call, *([plan] if plan else []), one.direction]

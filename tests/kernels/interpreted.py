@@ -1,6 +1,6 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
-Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER tuning rows:I/N …
+Usage: TRITON_INTERPRET=1 python interpreted.py NUMBER prefix:NUMBER tuning rows:I/N linears:I/N …
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from deltaops.reference.philox import draws
 from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES, assert_accurate
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
+import linears
 import rows
 
 
@@ -218,5 +219,7 @@ if __name__ == "__main__":
             check_tuning()
         elif kind == "rows":
             rows.check_share(number, as_modelled)
+        elif kind == "linears":
+            linears.check_share(number, as_modelled)
         else:
             (check_prefix_attention if kind else check_case)(int(number))

@@ -21,7 +21,7 @@ from deltaops.backends.triton.targets import TARGETS
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("ahead.py")
 
-GEMMS = ("_forward_kernel", "_grad_input_kernel")
+GEMMS = ("_forward_kernel", "_grad_input_kernel", "_grad_input_group_kernel")
 SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
 # wgmma on Hopper, MFMA on AMD; Ampere and Blackwell are not looked at
@@ -32,7 +32,8 @@ ROWS = (
     "_bottleneck_finish_kernel", "_norm_kernel", "_norm_grad_kernel", "_norm_grad_wide_kernel",
     "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
 )  # fmt: skip
-KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS}
+GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
+KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {

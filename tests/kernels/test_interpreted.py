@@ -34,7 +34,7 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
         if max(case.m, case.n, case.k) < 500 and not (case.activation or case.branch_bias)
     ][share::SHARES]
     numbers += [f"prefix:{i}" for i in range(len(PREFIX_ATTENTION_CASES))][share::SHARES]
-    numbers.append(f"rows:{share}/{SHARES}")
+    numbers += [f"{kind}:{share}/{SHARES}" for kind in ("rows", "linears")]
     numbers += ["tuning"] if share == 0 else []
     return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],

@@ -14,7 +14,7 @@ from deltaops.backends.calls import (
     RotaryCall,
 )
 
-from . import adapters, core, delta_linear, gated, prefix_attention, rotary
+from . import adapters, core, delta_linear, gated, group, prefix_attention, rotary
 
 
 class TritonBackend:
@@ -25,6 +25,7 @@ class TritonBackend:
     name = "triton"
     forward = staticmethod(delta_linear.forward)
     backward = staticmethod(delta_linear.backward)
+    prepare = staticmethod(group.prepare)
     prefix_attention_forward = staticmethod(prefix_attention.forward)
     prefix_attention_backward = staticmethod(prefix_attention.backward)
     bottleneck_forward = staticmethod(adapters.bottleneck_forward)

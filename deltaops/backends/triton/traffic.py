@@ -199,6 +199,53 @@ def _grad_down(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.dots(across * lanes * _cdiv(a.M, a.BLOCK_M), a.BLOCK_R, a.BLOCK_K, a.BLOCK_M)
 
 
+@entry("_project_group_kernel")
+def _project_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, parts = grid
+    steps = down * _cdiv(a.K, a.BLOCK_K)
+    t.load(a.x, a.M * a.K, a.M * a.K)
+    for rank, lanes, factor in zip(a.RANKS, a.LANES, a.a, strict=True):
+        t.load(factor, rank * a.K, rank * a.K * down)
+        t.dots(steps, a.BLOCK_M, lanes, a.BLOCK_K)
+    _masks(a, math.prod(grid), t)
+    t.store(a.s, a.M * sum(a.RANKS) * parts)
+
+
+@entry("_grad_down_group_kernel")
+def _grad_down_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    across, parts = grid
+    steps = across * _cdiv(a.M, a.BLOCK_M)
+    t.load(a.x, a.M * a.K, a.M * a.K)
+    for rank, lanes, factor in zip(a.RANKS, a.LANES, a.grad_a, strict=True):
+        t.load(a.grad_s, a.M * rank, a.M * rank * across)
+        t.store(factor, rank * a.K * parts)
+        t.dots(steps, lanes, a.BLOCK_K, a.BLOCK_M)
+    _masks(a, math.prod(grid), t)
+
+
+@entry("_grad_input_group_kernel")
+def _grad_input_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, across = _cdiv(a.M, a.BLOCK_M), _cdiv(a.K, a.BLOCK_K)
+    for rank, factor in zip(a.RANKS, a.a, strict=True):
+        t.load(a.grad_s, a.M * rank, a.M * rank * across)
+        t.load(factor, a.K * rank, a.K * rank * down)
+        t.dots(down * across * _cdiv(rank, a.BLOCK_R), a.BLOCK_M, a.BLOCK_K, a.BLOCK_R)
+    _masks(a, down * across, t)
+    if a.HAS_BASE:
+        for dy, weight, n in zip(a.grad_y, a.weight, a.N, strict=True):
+            t.load(dy, a.M * n, a.M * n * across)
+            t.load(weight, n * a.K, n * a.K * down)
+            t.dots(down * across * _cdiv(n, a.BLOCK_N), a.BLOCK_M, a.BLOCK_K, a.BLOCK_N)
+    t.store(a.grad_x, a.M * a.K)
+
+
+def _masks(a: SimpleNamespace, programs: int, t: Traffic) -> None:
+    """The seed of each branch with dropout, read so often."""
+    for seed, masked in zip(a.seed, a.DROPOUT, strict=True):
+        if masked:
+            t.load(seed, 1, programs)
+
+
 @entry("_sum_partials_kernel")
 def _sum_partials(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.load(a.partials, a.parts * a.count, a.parts * a.count)

@@ -1,0 +1,156 @@
+"""Checks of interpreted.py: several layers of one x together, against float64 and each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from rows import BRAIN, FULL, HALF, Modelled, bordered, hold, mend_bfloat16
+from torch import Tensor
+
+from deltaops.backends.base import GroupMember
+from deltaops.backends.triton import TritonBackend, planner
+from deltaops.backends.triton.group import TritonDeltaLinear
+from deltaops.ops import Branch, Layer, delta_linear, delta_linear_group
+from deltaops.reference import delta_linear as reference
+from deltaops.testing import DeltaLinearCase
+from deltaops.testing.cases import DeltaLinearTensors
+
+RUN = TritonBackend()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one x ``[m, k]``: the rows, ranks and dropout of each."""
+
+    m: int
+    k: int
+    rows: tuple[int, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    dropout: tuple[tuple[float, ...], ...] = ()
+    dtype: torch.dtype = FULL
+    adapter: torch.dtype = FULL
+    plan: str = "fused"
+
+    def layers(self) -> list[DeltaLinearTensors]:
+        """Of one x, between borders; the weight of every second one is that of a Conv1D."""
+        made = []
+        for i, (n, ranks) in enumerate(zip(self.rows, self.ranks, strict=True)):
+            layout = "col" if i % 2 else "row"
+            dropout = self.dropout[i] if self.dropout else ()
+            case = DeltaLinearCase(self.m, n, self.k, ranks, dropout, bias=i != 1, layout=layout)
+            t = case.tensors(self.dtype, adapter_dtype=self.adapter, seed=i)
+            x = made[0].x if made else bordered(t.x)
+            a, b = [bordered(u) for u in t.a], [bordered(u) for u in t.b]
+            made.append(replace(t, x=x, weight=bordered(t.weight), a=a, b=b))
+        return made
+
+
+GROUPS = (
+    # pieces of K and of M, two branches of one layer, none of another
+    Group(70, 150, (33, 40, 17), ((3,), (16, 5), ()), ((0.3,), (0.0, 0.2), ())),
+    Group(35, 144, (48, 33), ((40,), (24,)), ((0.25,), (0.5,)), BRAIN, BRAIN),
+    # more lanes than one program has, and ranks that are several programs
+    Group(20, 64, (16, 32, 16), ((100,), (64,), (70,)), (), HALF, HALF),
+    Group(20, 40, (16, 32), ((20,), (3,)), (), BRAIN, FULL),
+    Group(18, 48, (20, 36), ((4,), (8,)), ((0.1,), (0.1,)), plan="split"),
+    Group(9, 40, (0, 12), ((4,), (3,))),
+    Group(0, 40, (8, 12), ((4,), (3,))),
+)
+
+
+def check_group(number: int, as_modelled: Modelled) -> None:
+    """Outputs, S and every gradient; all but dx have the bits that their layer alone gives."""
+    group = GROUPS[number]
+    layers = group.layers()
+    grads = []
+    for i, n in enumerate(group.rows):
+        case = DeltaLinearCase(group.m, n, group.k, ())
+        grads.append(case.grad_y(group.dtype, seed=50 + i))
+    members = []
+    for t in layers:
+        plan = RUN.prepare(t.weight, t.a, t.b, t.branch_bias, t.scaling, t.dropout, t.activation)
+        seed = t.seed if any(t.dropout) else None
+        members.append(GroupMember(plan, t.weight, t.bias, [*t.a, *t.b, *t.branch_bias], seed))
+    needs = [t.all_needed() for t in layers]
+
+    def results() -> list[Tensor]:
+        found = members[0].plan.forward_group(layers[0].x, members, True)
+        ys, ss = [y for y, _ in found], [s for _, s in found]
+        (grad_x, *first), *rest = members[0].plan.backward_group(
+            [bordered(g) for g in grads], layers[0].x, members, ss, needs
+        )
+        return [grad_x, *ys, *ss, *(g for mine in (first, *rest) for g in mine)]
+
+    plain = reference.forward, reference.backward
+    wide, wide_grads = [t.to(torch.float64) for t in layers], [g.double() for g in grads]
+    with planner.forced(group.plan, group.plan):
+        what = f"{group}"
+        oracle = _alone(*plain, wide, wide_grads)
+        hold(what, results, oracle, _alone(*plain, layers, grads), as_modelled)
+        together, alone = results(), _alone(RUN.forward, RUN.backward, layers, grads)
+    count = len(layers)
+    for i, (got, want) in enumerate(zip(together[1:], alone[1:], strict=True)):
+        if count <= i < 2 * count and not group.rows[i - count]:
+            continue  # S without outputs: alone, nobody writes it
+        assert torch.equal(got, want), f"{what}: result {1 + i} has other bits alone"
+
+
+def check_op(_number: int, _as_modelled: Modelled) -> None:
+    """The public function takes the group's way, forward and backward."""
+    layers = GROUPS[0].layers()
+    x = layers[0].x.clone().requires_grad_()
+    given = []
+    for t in layers:
+        a, b = ([u.clone().requires_grad_() for u in some] for some in (t.a, t.b))
+        branches = [Branch(*each) for each in zip(a, b, t.scaling, t.dropout, strict=True)]
+        given.append(Layer(t.weight, t.bias, branches))
+    leaves = [x, *(u for layer in given for r in layer.branches for u in (r.a, r.b))]
+    results = []
+    for run in (delta_linear_group, _layer_after_layer):
+        torch.manual_seed(3)
+        with pytest.MonkeyPatch.context() as patch:
+            if run is delta_linear_group:
+                patch.delattr(TritonDeltaLinear, "forward")
+                patch.delattr(TritonDeltaLinear, "backward")
+            ys = run(x, given, backend="triton")
+            results.append(
+                [*ys, *torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])]
+            )
+    together, alone = results
+    place = len(layers)
+    torch.testing.assert_close(together.pop(place), alone.pop(place))
+    assert all(torch.equal(got, want) for got, want in zip(together, alone, strict=True))
+
+
+def _layer_after_layer(x: Tensor, layers: Sequence[Layer], *, backend: str) -> list[Tensor]:
+    return [delta_linear(x, *layer, backend=backend) for layer in layers]
+
+
+def _alone(
+    forward: Any, backward: Any, layers: Sequence[DeltaLinearTensors], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """As check_group orders them; the gradients of x are added up."""
+    ys, ss, rest, total = [], [], [], []
+    for t, grad in zip(layers, grads, strict=True):
+        y, s = forward(*t.forward_arguments())
+        grad_x, *others = backward(*t.backward_arguments(grad, s), t.all_needed())
+        ys.append(y)
+        ss.append(s)
+        rest += others
+        total.append(grad_x)
+    return [torch.stack(total).sum(0), *ys, *ss, *rest]
+
+
+CHECKS = [*((check_group, i) for i in range(len(GROUPS))), (check_op, 0)]
+
+
+def check_share(which: str, as_modelled: Modelled) -> None:
+    """``"i/n"``: every n-th check from the i-th on."""
+    first, step = map(int, which.split("/"))
+    mend_bfloat16()
+    for check, number in CHECKS[first::step]:
+        check(number, as_modelled)
