@@ -190,6 +190,17 @@ def grad_down_group(lanes: int, wide: bool) -> Skinny:
     return _for_amd(replace(grad_down(lanes, wide), warps=8 if lanes > 32 else 4))
 
 
+def row_norms(rank: int, wide: bool, aligned: bool) -> Skinny:
+    """DoRA's pass over W: W Aᵀ, and the squares beside it."""
+    tiles = project(32, rank, wide, aligned)
+    return replace(tiles, rank=min(tiles.rank, 64)) if precision.AMD else tiles
+
+
+def row_norms_finish() -> Skinny:
+    """What is added to that pass's sums; float32 products."""
+    return Skinny(16, 0, 16, 4, 2)
+
+
 @dataclass(frozen=True)
 class Attend:
     """Tiles of attention: ``rows`` queries × ``cols`` keys at a time, all of a head's elements."""

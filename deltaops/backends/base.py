@@ -322,3 +322,13 @@ class PrefixAttentionBackend(Backend, Protocol):
         bias: Tensor | None = None,
     ) -> list[Tensor]:
         """The wanted gradients: q, k, v, prefix_k, prefix_v."""
+
+
+class DoraNormBackend(Protocol):
+    """One that also has ``dora_norm``: weight ``[N, K]``, a ``[R, K]``, b ``[N, R]``, any strides.
+
+    No gradient goes through it.
+    """
+
+    def dora_norm(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """``norms [N]``; see :mod:`deltaops.reference.dora_norm`."""

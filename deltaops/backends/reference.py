@@ -9,6 +9,7 @@ from deltaops.reference import (
     bottleneck,
     cross_entropy,
     delta_linear,
+    dora_norm,
     gated,
     norm_bias,
     prefix_attention,
@@ -37,6 +38,7 @@ class ReferenceBackend:
     attention_backward = staticmethod(attention.backward)
     prefix_attention_forward = staticmethod(prefix_attention.forward)
     prefix_attention_backward = staticmethod(prefix_attention.backward)
+    dora_norm = staticmethod(dora_norm.forward)
 
     def unavailable(self) -> str | None:
         """Always there."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -259,6 +259,32 @@ class Norm:
         return Floor(self.dtype.itemsize * (matrices * self.m + vectors) * self.k, 0)
 
 
+@dataclass(frozen=True)
+class DoraNorm:
+    """``dora_norm``, which has no gradient."""
+
+    n: int
+    k: int
+    rank: int
+    dtype: torch.dtype = torch.bfloat16
+
+    directions: ClassVar = (FORWARD,)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"dora_norm {self.n}×{self.k} r={self.rank} {dtype}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        weight, a = _meta(self.dtype, self.n, self.k), _meta(self.dtype, self.rank, self.k)
+        TritonBackend().dora_norm(weight, a, _meta(self.dtype, self.n, self.rank), 2.0)
+
+    def floor(self, direction: str) -> Floor:
+        """W, A, B and the norms."""
+        n, k, r = self.n, self.k, self.rank
+        return Floor(self.dtype.itemsize * (n * k + r * (n + k)) + 4 * n, 2 * n * k * r)
+
+
 CALLS: tuple[Counted, ...] = (
     *(Linear(8192, 4096, 4096, r) for r in (16, 64, 128)),
     Linear(8192, 4096, 4096, 16, dropout=0.1),
@@ -270,6 +296,7 @@ CALLS: tuple[Counted, ...] = (
     Group(8192, (4096, 1024, 1024), 4096, 16),
     Group(8192, (4096, 1024, 1024), 4096, 16, dropout=0.1),
     Group(8192, (14336, 14336), 4096, 16),
+    DoraNorm(4096, 4096, 16),
     Prefix(4, 32, 8, 2048, 128, 20),
     Adapter(8192, 4096, 64),
     Adapter(8192, 4096, 64, "layer"),
@@ -316,7 +343,7 @@ def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
         raise ConfigError("traffic is counted from compiled kernels: unset TRITON_INTERPRET.")
     counts = []
     left_out = impossible(call, plan)
-    for direction in (FORWARD, BACKWARD):
+    for direction in getattr(call, "directions", (FORWARD, BACKWARD)):
         if direction in left_out:
             continue
         forced = nullcontext() if plan is None else planner.forced(plan, plan)

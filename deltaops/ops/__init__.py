@@ -5,6 +5,7 @@ from .bottleneck import bottleneck
 from .cross_entropy import cross_entropy
 from .delta_linear import Branch, delta_linear, explain
 from .delta_linear_group import Layer, delta_linear_group
+from .dora_norm import dora_norm
 from .gated import gated
 from .norm_bias import norm_bias
 from .prefix_attention import prefix_attention
@@ -18,6 +19,7 @@ __all__ = [
     "cross_entropy",
     "delta_linear",
     "delta_linear_group",
+    "dora_norm",
     "explain",
     "gated",
     "norm_bias",

@@ -1,4 +1,5 @@
-"""Checks of interpreted.py: several layers of one x together, against float64 and each alone."""
+"""Checks of interpreted.py: several layers of one x together, against float64 and each alone, and
+the lengths that DoRA gives to rows."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from deltaops.backends.triton import TritonBackend, planner
 from deltaops.backends.triton.group import TritonDeltaLinear
 from deltaops.ops import Branch, Layer, delta_linear, delta_linear_group
 from deltaops.reference import delta_linear as reference
+from deltaops.reference import dora_norm
 from deltaops.testing import DeltaLinearCase
 from deltaops.testing.cases import DeltaLinearTensors
 
@@ -145,7 +147,42 @@ def _alone(
     return [torch.stack(total).sum(0), *ys, *ss, *rest]
 
 
-CHECKS = [*((check_group, i) for i in range(len(GROUPS))), (check_op, 0)]
+NORMS = (
+    # N, K, R; W as Conv1D has it; dtypes of W and of A and B
+    (40, 300, 3, False, FULL, FULL),
+    (33, 71, 20, True, FULL, FULL),
+    (50, 144, 40, False, BRAIN, FULL),
+    (35, 136, 136, True, HALF, HALF),
+)
+
+
+def check_dora_norm(number: int, as_modelled: Modelled) -> None:
+    """Pieces of K and of the ranks; a row of W that B A takes away, and a NaN, which stays one."""
+    n, k, r, columns, dtype, adapter = NORMS[number]
+    t = DeltaLinearCase(1, n, k, (r,), layout="col" if columns else "row").tensors(
+        dtype, adapter_dtype=adapter
+    )
+    given = t.weight, t.a[0], t.b[0]
+    weight, a, b = (bordered(u) for u in given)
+    plain, wide = (dora_norm.forward(*some, 0.7) for some in (given, [u.double() for u in given]))
+    hold(f"dora_norm {NORMS[number]}", lambda: [RUN.dora_norm(weight, a, b, 0.7)], [wide], [plain],
+         as_modelled)  # fmt: skip
+    weight[2] = float("nan")
+    assert RUN.dora_norm(weight, a, b, 0.7).isnan().nonzero().flatten().tolist() == [2]
+    if k < 100:
+        return
+    b[3], a[1:] = 0.0, 0.0
+    b[3, 0], weight[3] = -1.0, 0.5 * a[0].to(dtype)
+    a[0] = weight[3]
+    # the squares cancel, up to rounding: never the root of a negative number
+    assert 0.0 <= float(RUN.dora_norm(weight, a, b, 1.0)[3]) < 1e-2
+
+
+CHECKS = [
+    *((check_group, i) for i in range(len(GROUPS))),
+    (check_op, 0),
+    *((check_dora_norm, i) for i in range(len(NORMS))),
+]
 
 
 def check_share(which: str, as_modelled: Modelled) -> None:

@@ -1,4 +1,4 @@
-"""Calls for ahead.py: several layers of one x together, forward and backward."""
+"""Calls for ahead.py: several layers of one x together, forward and backward, and DoRA's norms."""
 
 from __future__ import annotations
 
@@ -45,20 +45,41 @@ class Group:
         plan.backward_group(ys, x, members, ss, [[True, False, True, True, False]] * len(members))
 
 
+@dataclass(frozen=True)
+class DoraNorm:
+    """A call of dora_norm."""
+
+    r: int
+    dtype: torch.dtype = HALF
+    adapter: torch.dtype = FULL
+    n: int = 4096
+    k: int = 4096
+
+    def __call__(self) -> None:
+        """There is no gradient."""
+        weight = _empty(self.n, self.k, dtype=self.dtype)
+        a, b = (_empty(*s, dtype=self.adapter) for s in ((self.r, self.k), (self.n, self.r)))
+        TritonBackend().dora_norm(weight, a, b, 2.0)
+
+
 CALLS: tuple[Callable[[], None], ...] = (
     # the most masks, and the most lanes
     Group(8192, (32, 32, 32)),
     Group(8192, (64, 32, 16), dropout=0.0),
-    Group(8, (16, 16, 16)),
+    DoraNorm(128),
 )
 # The other rows of the tables, for one architecture: CI has no time for them on all.
 VARIATIONS: tuple[Callable[[], None], ...] = (
+    Group(8, (16, 16, 16)),
     Group(512, (16, 16, 16)),
     # float32 adapters on a half model
     Group(8192, (16, 16, 16), HALF, FULL),
     Group(8192, (16, 16, 16), FULL, FULL),
     # nothing divides by 16
     Group(8191, (3, 13, 16), rows=(1003, 400, 33), k=4001),
+    DoraNorm(16),
+    DoraNorm(64, FULL),
+    DoraNorm(13, n=1003, k=4001),
 )
 
 

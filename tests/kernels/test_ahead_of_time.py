@@ -33,7 +33,8 @@ ROWS = (
     "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
 )  # fmt: skip
 GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
-KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP}
+DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
+KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {

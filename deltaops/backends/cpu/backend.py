@@ -7,6 +7,7 @@ from deltaops.backends.calls import (
     Call,
     CrossEntropyCall,
     DeltaLinearCall,
+    DoraNormCall,
     GatedCall,
     PrefixAttentionCall,
     RotaryCall,
@@ -55,6 +56,8 @@ class CpuBackend:
         """None, or what the native core does not take."""
         if call.device != "cpu":
             return f"runs on the CPU, the tensors are on {call.device}"
+        if isinstance(call, DoraNormCall):
+            return f"has no kernel for {call.op} yet"
         if call.dtype not in DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
         if isinstance(call, AttentionCall | CrossEntropyCall | GatedCall | RotaryCall):

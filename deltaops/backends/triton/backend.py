@@ -8,13 +8,14 @@ from deltaops.backends.calls import (
     BottleneckCall,
     Call,
     DeltaLinearCall,
+    DoraNormCall,
     GatedCall,
     NormBiasCall,
     PrefixAttentionCall,
     RotaryCall,
 )
 
-from . import adapters, core, delta_linear, gated, group, prefix_attention, rotary
+from . import adapters, core, delta_linear, dora_norm, gated, group, prefix_attention, rotary
 
 
 class TritonBackend:
@@ -36,6 +37,7 @@ class TritonBackend:
     gated_backward = staticmethod(gated.backward)
     rotary_forward = staticmethod(rotary.forward)
     rotary_backward = staticmethod(rotary.backward)
+    dora_norm = staticmethod(dora_norm.forward)
 
     def unavailable(self) -> str | None:
         """None, or what is missing here."""
@@ -59,6 +61,8 @@ class TritonBackend:
             return gated.unsupported(call)
         if isinstance(call, RotaryCall):
             return rotary.unsupported(call)
+        if isinstance(call, DoraNormCall):
+            return dora_norm.unsupported(call)
         return f"has no kernel for {call.op} yet"
 
     def planned(self, call: Call) -> str | None:

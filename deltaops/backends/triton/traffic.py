@@ -239,6 +239,26 @@ def _grad_input_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> 
     t.store(a.grad_x, a.M * a.K)
 
 
+@entry("_row_norms_kernel")
+def _row_norms(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, lanes, parts = grid
+    t.load(a.weight, a.N * a.K, a.N * a.K * lanes)
+    t.load(a.a, a.R * a.K, a.R * a.K * down)
+    t.load(a.b, a.N * a.R, a.N * a.R * parts)
+    t.store(a.sums, a.N * lanes * parts)
+    t.dots(down * lanes * _cdiv(a.K, a.BLOCK_K), a.BLOCK_N, a.BLOCK_R, a.BLOCK_K)
+
+
+@entry("_row_norms_finish_kernel")
+def _row_norms_finish(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    steps = _cdiv(a.R, a.BLOCK_R)
+    t.load(a.sums, a.N * a.parts, a.N * a.parts)
+    t.load(a.b, a.N * a.R, a.N * a.R * (steps + 1))
+    t.load(a.gram, a.R * a.R, a.R * a.R * grid[0])
+    t.store(a.norms, a.N)
+    t.dots(grid[0] * steps * steps, a.BLOCK_N, a.BLOCK_R, a.BLOCK_R)
+
+
 def _masks(a: SimpleNamespace, programs: int, t: Traffic) -> None:
     """The seed of each branch with dropout, read so often."""
     for seed, masked in zip(a.seed, a.DROPOUT, strict=True):
