@@ -363,6 +363,17 @@ def gated(k: int) -> Rows:
     return Rows(max(1, 2048 // lanes), lanes, 4)
 
 
+def prompt(d: int) -> Rows:
+    """Rows gathered behind a prompt."""
+    lanes = min(1024, max(16, triton.next_power_of_2(d)))
+    return Rows(max(1, 2048 // lanes), lanes, 4)
+
+
+def prompt_grad(d: int) -> Rows:
+    """The sum over the batch: one row of the prompt and few columns, since there are few rows."""
+    return Rows(1, min(256, max(64, triton.next_power_of_2(d))), 2)
+
+
 @dataclass(frozen=True)
 class Turn:
     """Tiles of a rotation: ``rows`` tokens × ``lanes`` of each half of a head, of ``heads`` heads

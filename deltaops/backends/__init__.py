@@ -16,6 +16,7 @@ from .base import (
     GroupMember,
     PrefixAttentionBackend,
     PreparingBackend,
+    PromptEmbeddingBackend,
     RotaryBackend,
 )
 from .calls import (
@@ -28,6 +29,7 @@ from .calls import (
     GatedCall,
     NormBiasCall,
     PrefixAttentionCall,
+    PromptEmbeddingCall,
     RotaryCall,
 )
 from .cpu import CpuBackend
@@ -55,6 +57,8 @@ __all__ = [
     "PrefixAttentionBackend",
     "PrefixAttentionCall",
     "PreparingBackend",
+    "PromptEmbeddingBackend",
+    "PromptEmbeddingCall",
     "RotaryBackend",
     "RotaryCall",
     "registered",

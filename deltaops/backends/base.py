@@ -332,3 +332,14 @@ class DoraNormBackend(Protocol):
 
     def dora_norm(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """``norms [N]``; see :mod:`deltaops.reference.dora_norm`."""
+
+
+class PromptEmbeddingBackend(Protocol):
+    """One that also has ``prompt_embedding``: prompt ``[P, D]``, ids ``[B, T]`` int64 or int32,
+    table ``[V, D]``, any strides."""
+
+    def prompt_embedding_forward(self, prompt: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+        """``y [B, P + T, D]``, contiguous; see :mod:`deltaops.reference.prompt_embedding`."""
+
+    def prompt_embedding_backward(self, grad_y: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+        """``grad_prompt [P, D]`` in ``dtype``, contiguous; ``length`` is P."""

@@ -13,6 +13,7 @@ from deltaops.reference import (
     gated,
     norm_bias,
     prefix_attention,
+    prompt_embedding,
     rotary,
 )
 
@@ -39,6 +40,8 @@ class ReferenceBackend:
     prefix_attention_forward = staticmethod(prefix_attention.forward)
     prefix_attention_backward = staticmethod(prefix_attention.backward)
     dora_norm = staticmethod(dora_norm.forward)
+    prompt_embedding_forward = staticmethod(prompt_embedding.forward)
+    prompt_embedding_backward = staticmethod(prompt_embedding.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""

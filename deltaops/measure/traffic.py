@@ -285,6 +285,39 @@ class DoraNorm:
         return Floor(self.dtype.itemsize * (n * k + r * (n + k)) + 4 * n, 2 * n * k * r)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """``prompt_embedding`` of tokens that are all different."""
+
+    b: int
+    tokens: int
+    d: int
+    prompt: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"prompt_embedding B={self.b} P={self.prompt} T={self.tokens} D={self.d} {dtype}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run, rows = TritonBackend(), self.b * self.tokens
+        if direction == FORWARD:
+            ids, table = _meta(torch.int64, self.b, self.tokens), _meta(self.dtype, rows, self.d)
+            run.prompt_embedding_forward(_meta(self.dtype, self.prompt, self.d), ids, table)
+        else:
+            dy = _meta(self.dtype, self.b, self.prompt + self.tokens, self.d)
+            run.prompt_embedding_backward(dy, self.prompt, self.dtype)
+
+    def floor(self, direction: str) -> Floor:
+        """Forward: the prompt, ids, their rows and y. Backward: dy of the prompt, and its
+        gradient."""
+        b, p, rows, size = self.b, self.prompt, self.b * self.tokens, self.dtype.itemsize
+        if direction == FORWARD:
+            return Floor(size * self.d * (p + rows + b * p + rows) + 8 * rows, 0)
+        return Floor(size * self.d * (b + 1) * p, 0)
+
+
 CALLS: tuple[Counted, ...] = (
     *(Linear(8192, 4096, 4096, r) for r in (16, 64, 128)),
     Linear(8192, 4096, 4096, 16, dropout=0.1),
@@ -298,6 +331,7 @@ CALLS: tuple[Counted, ...] = (
     Group(8192, (14336, 14336), 4096, 16),
     DoraNorm(4096, 4096, 16),
     Prefix(4, 32, 8, 2048, 128, 20),
+    Prompt(8, 1024, 4096, 20),
     Adapter(8192, 4096, 64),
     Adapter(8192, 4096, 64, "layer"),
     Adapter(512, 4096, 64),

@@ -9,6 +9,7 @@ from .dora_norm import dora_norm
 from .gated import gated
 from .norm_bias import norm_bias
 from .prefix_attention import prefix_attention
+from .prompt_embedding import prompt_embedding
 from .rotary import rotary
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "gated",
     "norm_bias",
     "prefix_attention",
+    "prompt_embedding",
     "rotary",
 ]

@@ -31,6 +31,7 @@ ROWS = (
     "_bottleneck_grad_kernel", "_bottleneck_grad_outer_kernel", "_bottleneck_down_kernel",
     "_bottleneck_finish_kernel", "_norm_kernel", "_norm_grad_kernel", "_norm_grad_wide_kernel",
     "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
+    "_prompt_kernel", "_prompt_grad_kernel",
 )  # fmt: skip
 GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
 DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")

@@ -10,6 +10,7 @@ from deltaops.backends.calls import (
     DoraNormCall,
     GatedCall,
     PrefixAttentionCall,
+    PromptEmbeddingCall,
     RotaryCall,
 )
 
@@ -56,7 +57,7 @@ class CpuBackend:
         """None, or what the native core does not take."""
         if call.device != "cpu":
             return f"runs on the CPU, the tensors are on {call.device}"
-        if isinstance(call, DoraNormCall):
+        if isinstance(call, DoraNormCall | PromptEmbeddingCall):
             return f"has no kernel for {call.op} yet"
         if call.dtype not in DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"

@@ -12,10 +12,21 @@ from deltaops.backends.calls import (
     GatedCall,
     NormBiasCall,
     PrefixAttentionCall,
+    PromptEmbeddingCall,
     RotaryCall,
 )
 
-from . import adapters, core, delta_linear, dora_norm, gated, group, prefix_attention, rotary
+from . import (
+    adapters,
+    core,
+    delta_linear,
+    dora_norm,
+    gated,
+    group,
+    prefix_attention,
+    prompt_embedding,
+    rotary,
+)
 
 
 class TritonBackend:
@@ -38,6 +49,8 @@ class TritonBackend:
     rotary_forward = staticmethod(rotary.forward)
     rotary_backward = staticmethod(rotary.backward)
     dora_norm = staticmethod(dora_norm.forward)
+    prompt_embedding_forward = staticmethod(prompt_embedding.forward)
+    prompt_embedding_backward = staticmethod(prompt_embedding.backward)
 
     def unavailable(self) -> str | None:
         """None, or what is missing here."""
@@ -63,6 +76,8 @@ class TritonBackend:
             return rotary.unsupported(call)
         if isinstance(call, DoraNormCall):
             return dora_norm.unsupported(call)
+        if isinstance(call, PromptEmbeddingCall):
+            return prompt_embedding.unsupported(call)
         return f"has no kernel for {call.op} yet"
 
     def planned(self, call: Call) -> str | None:

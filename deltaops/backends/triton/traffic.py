@@ -584,3 +584,22 @@ def _rotary(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     for table in (a.cos, a.sin):
         t.load(table, distinct(table), tokens * groups * 2 * a.half)
     t.store(a.y, heads)
+
+
+# ------------------------------------------------------------------------------ prompt_embedding
+
+
+@entry("_prompt_kernel")
+def _prompt(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    batch = grid[0] // _cdiv(a.P + a.T, a.BLOCK_L)
+    tokens = batch * a.T
+    t.load(a.prompt, a.P * a.D, batch * a.P * a.D)
+    t.load(a.ids, tokens, tokens * grid[1])
+    t.load(a.table, min(a.V, tokens) * a.D, tokens * a.D)
+    t.store(a.y, batch * (a.P + a.T) * a.D)
+
+
+@entry("_prompt_grad_kernel")
+def _prompt_grad(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    t.load(a.grad_y, a.B * a.P * a.D, a.B * a.P * a.D)
+    t.store(a.grad_prompt, a.P * a.D)
