@@ -201,6 +201,25 @@ def row_norms_finish() -> Skinny:
     return Skinny(16, 0, 16, 4, 2)
 
 
+FEW_ROWS = 1024
+"""Rows up to which a product makes numbers of a quantised weight's codes itself: 16 tiles of them,
+each of which makes all. The design page's bound, not a measurement."""
+
+DEQUANTIZE = 1024
+"""Elements of a quantised weight that a program writes."""
+
+
+CODES = 64
+"""Columns of W that a product reads at a time, at most: the usual block of NF4."""
+
+
+def quantized(m: int, dtype: torch.dtype) -> Gemm:
+    """The GEMM that reads codes."""
+    if dtype == torch.float32:
+        return Gemm(16 if m <= 16 else 64, 32, 32, 16, 8, 4, 2)
+    return Gemm(16 if m <= 16 else 64, 64, CODES, 16, 8, 4, 2)
+
+
 @dataclass(frozen=True)
 class Attend:
     """Tiles of attention: ``rows`` queries × ``cols`` keys at a time, all of a head's elements."""

@@ -17,6 +17,7 @@ from .base import (
     PrefixAttentionBackend,
     PreparingBackend,
     PromptEmbeddingBackend,
+    QuantizedPlan,
     RotaryBackend,
 )
 from .calls import (
@@ -59,6 +60,7 @@ __all__ = [
     "PreparingBackend",
     "PromptEmbeddingBackend",
     "PromptEmbeddingCall",
+    "QuantizedPlan",
     "RotaryBackend",
     "RotaryCall",
     "registered",

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from deltaops.reference.quantized import QuantizedWeight
+
 from .calls import Call
 
 
@@ -343,3 +345,25 @@ class PromptEmbeddingBackend(Protocol):
 
     def prompt_embedding_backward(self, grad_y: Tensor, length: int, dtype: torch.dtype) -> Tensor:
         """``grad_prompt [P, D]`` in ``dtype``, contiguous; ``length`` is P."""
+
+
+@runtime_checkable
+class QuantizedPlan(DeltaLinearPlan, Protocol):
+    """One whose backend reads quantised weights itself."""
+
+    def fuses(self, m: int, weight: QuantizedWeight) -> bool:
+        """Whether a forward pass of M rows goes by :meth:`forward_quantized`, which does not need
+        the weight made."""
+
+    def forward_quantized(
+        self,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        operands: Sequence[Tensor | None],
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`DeltaLinearPlan.forward` of the weight that is meant."""
+
+    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        """W ``[N, K]``; the bits of :func:`deltaops.reference.quantized.dequantize`."""

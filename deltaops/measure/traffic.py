@@ -22,6 +22,7 @@ from deltaops.backends.triton.group import TritonDeltaLinear
 from deltaops.backends.triton.tables import Setting
 from deltaops.backends.triton.traffic import Traffic, traffic
 from deltaops.errors import ConfigError
+from deltaops.reference.quantized import QuantizedWeight
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -318,6 +319,51 @@ class Prompt:
         return Floor(size * self.d * (b + 1) * p, 0)
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """``quantized_linear`` with one branch, forward; backward is that of a dense weight after W was
+    made, which is counted here where the forward pass makes it."""
+
+    m: int
+    n: int
+    k: int
+    rank: int
+    kind: str
+    dtype: torch.dtype = torch.bfloat16
+
+    directions: ClassVar = (FORWARD,)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"quantized_linear {self.kind} {self.m}×{self.n}×{self.k} r={self.rank} {dtype}"
+
+    def _weight(self) -> QuantizedWeight:
+        n, k = shape = self.n, self.k
+        if self.kind == "int8":
+            codes, scales = _meta(torch.int8, n, k), _meta(torch.float32, n)
+            return QuantizedWeight(codes, scales, shape, self.kind, k)
+        codes, scales = _meta(torch.uint8, n * k // 2), _meta(torch.float32, n * k // 64)
+        return QuantizedWeight(codes, scales, shape, self.kind, 64)
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        x, weight = _meta(self.dtype, self.m, self.k), self._weight()
+        a, b = _meta(self.dtype, self.rank, self.k), _meta(self.dtype, self.n, self.rank)
+        plan = TritonBackend().prepare(a, [a], [b], [None], [2.0], [0.0], ["identity"])
+        if plan.fuses(self.m, weight):
+            plan.forward_quantized(x, weight, None, [a, b, None], None)
+        else:
+            dense = plan.dequantize(weight, self.dtype)
+            plan.forward(x, dense, None, [a, b, None], None, True)
+
+    def floor(self, direction: str) -> Floor:
+        """x, the codes and scales, A, B and y."""
+        m, n, k, r = self.m, self.n, self.k, self.rank
+        codes, scales = self._weight()[:2]
+        rows = self.dtype.itemsize * (m * k + m * n + r * (n + k))
+        return Floor(rows + codes.nbytes + scales.nbytes, 2 * m * (n * k + r * (n + k)))
+
+
 CALLS: tuple[Counted, ...] = (
     *(Linear(8192, 4096, 4096, r) for r in (16, 64, 128)),
     Linear(8192, 4096, 4096, 16, dropout=0.1),
@@ -330,6 +376,9 @@ CALLS: tuple[Counted, ...] = (
     Group(8192, (4096, 1024, 1024), 4096, 16, dropout=0.1),
     Group(8192, (14336, 14336), 4096, 16),
     DoraNorm(4096, 4096, 16),
+    Quantized(16, 4096, 4096, 16, "nf4"),
+    Quantized(512, 4096, 4096, 16, "int8"),
+    Quantized(8192, 4096, 4096, 16, "nf4"),
     Prefix(4, 32, 8, 2048, 128, 20),
     Prompt(8, 1024, 4096, 20),
     Adapter(8192, 4096, 64),

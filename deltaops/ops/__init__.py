@@ -1,5 +1,7 @@
 """One op per place of a model that a delta binds to."""
 
+from deltaops.reference.quantized import QuantizedWeight
+
 from .attention import attention
 from .bottleneck import bottleneck
 from .cross_entropy import cross_entropy
@@ -10,11 +12,13 @@ from .gated import gated
 from .norm_bias import norm_bias
 from .prefix_attention import prefix_attention
 from .prompt_embedding import prompt_embedding
+from .quantized_linear import quantized_linear
 from .rotary import rotary
 
 __all__ = [
     "Branch",
     "Layer",
+    "QuantizedWeight",
     "attention",
     "bottleneck",
     "cross_entropy",
@@ -26,5 +30,6 @@ __all__ = [
     "norm_bias",
     "prefix_attention",
     "prompt_embedding",
+    "quantized_linear",
     "rotary",
 ]

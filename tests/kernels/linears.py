@@ -1,5 +1,5 @@
-"""Checks of interpreted.py: several layers of one x together, against float64 and each alone, and
-the lengths that DoRA gives to rows."""
+"""Checks of interpreted.py: several layers of one x together, against float64 and each alone, the
+lengths that DoRA gives to rows, and quantised weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from torch import Tensor
 from deltaops.backends.base import GroupMember
 from deltaops.backends.triton import TritonBackend, planner
 from deltaops.backends.triton.group import TritonDeltaLinear
-from deltaops.ops import Branch, Layer, delta_linear, delta_linear_group
+from deltaops.ops import (
+    Branch,
+    Layer,
+    QuantizedWeight,
+    delta_linear,
+    delta_linear_group,
+    quantized_linear,
+)
 from deltaops.reference import delta_linear as reference
 from deltaops.reference import dora_norm
+from deltaops.reference.quantized import dequantize, quantize_int8, quantize_nf4
 from deltaops.testing import DeltaLinearCase
 from deltaops.testing.cases import DeltaLinearTensors
 
@@ -178,7 +186,74 @@ def check_dora_norm(number: int, as_modelled: Modelled) -> None:
     assert 0.0 <= float(RUN.dora_norm(weight, a, b, 1.0)[3]) < 1e-2
 
 
+QUANTIZED = (
+    # M, N, K, ranks; what quantises; dtypes of x and of A and B
+    (5, 70, 128, (3,), quantize_int8, FULL, FULL),
+    (70, 40, 71, (), quantize_int8, BRAIN, BRAIN),
+    (20, 70, 192, (5, 20), quantize_nf4, BRAIN, FULL),
+    (3, 40, 128, (4,), quantize_nf4, HALF, HALF),
+    # blocks that end within a row, and a byte that ends the weight half full: W is made
+    (9, 33, 47, (4,), quantize_nf4, FULL, FULL),
+)
+
+
+def check_quantized(number: int, as_modelled: Modelled) -> None:
+    """W has the reference's bits; forward and every gradient, by the public function too."""
+    m, n, k, ranks, quantize, dtype, adapter = QUANTIZED[number]
+    case = DeltaLinearCase(m, n, k, ranks, (0.25,) * len(ranks))
+    t, grad_y = case.tensors(dtype, adapter_dtype=adapter), case.grad_y(dtype)
+    weight = quantize(t.weight)
+    weight = weight._replace(codes=apart(weight.codes), scales=apart(weight.scales))
+    plan = RUN.prepare(t.weight, t.a, t.b, t.branch_bias, t.scaling, t.dropout, t.activation)
+    dense = dequantize(weight, dtype)
+    assert plan.fuses(m, weight) == (number != 4)
+    x, operands = bordered(t.x), [*map(bordered, t.a), *map(bordered, t.b), *t.branch_bias]
+    needs = t.all_needed()
+
+    def run() -> list[Tensor]:
+        made = plan.dequantize(weight, dtype)
+        if plan.fuses(m, weight):
+            y, s = plan.forward_quantized(x, weight, t.bias, operands, t.seed)
+        else:
+            y, s = plan.forward(x, made, t.bias, operands, t.seed, True)
+        return [made, y, s, *plan.backward(grad_y, x, made, operands, s, t.seed, needs)]
+
+    def in_torch(t: DeltaLinearTensors, grad_y: Tensor) -> list[Tensor]:
+        y, s = reference.forward(*t.forward_arguments())
+        return [t.weight, y, s, *reference.backward(*t.backward_arguments(grad_y, s), needs)]
+
+    low = replace(t, weight=dense)
+    what = f"quantised {QUANTIZED[number]}"
+    hold(what, run, in_torch(low.to(torch.float64), grad_y.double()), in_torch(low, grad_y),
+         as_modelled)  # fmt: skip
+    assert torch.equal(plan.dequantize(weight, dtype), dense), what
+    branches = [Branch(*each) for each in zip(t.a, t.b, t.scaling, strict=True)]
+    with torch.no_grad():
+        y, _ = run_without_mask(plan, weight, t)
+        assert torch.equal(quantized_linear(t.x, weight, t.bias, branches, backend="triton"), y)
+
+
+def run_without_mask(
+    plan: TritonDeltaLinear, weight: QuantizedWeight, t: DeltaLinearTensors
+) -> tuple[Tensor, Tensor | None]:
+    """The way that :func:`quantized_linear` must go in evaluation."""
+    still = [0.0] * len(t.a)
+    made = RUN.prepare(t.weight, t.a, t.b, t.branch_bias, t.scaling, still, t.activation)
+    operands = [*t.a, *t.b, *t.branch_bias]
+    if plan.fuses(len(t.x), weight):
+        return made.forward_quantized(t.x, weight, t.bias, operands, None)
+    dense = made.dequantize(weight, t.x.dtype)
+    return made.forward(t.x, dense, t.bias, operands, None, True)
+
+
+def apart(t: Tensor) -> Tensor:
+    """The same numbers in the middle of a larger tensor, of 0x7F in each byte."""
+    room = torch.full((t.numel() * t.element_size() + 128,), 0x7F, dtype=torch.uint8)
+    return room[64:-64].view(t.dtype).view(t.shape).copy_(t)
+
+
 CHECKS = [
+    *((check_quantized, i) for i in range(len(QUANTIZED))),
     *((check_group, i) for i in range(len(GROUPS))),
     (check_op, 0),
     *((check_dora_norm, i) for i in range(len(NORMS))),

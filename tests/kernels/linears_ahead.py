@@ -11,6 +11,7 @@ from torch import Tensor
 from deltaops.backends.base import GroupMember
 from deltaops.backends.triton import TritonBackend
 from deltaops.backends.triton.targets import Target
+from deltaops.reference.quantized import QuantizedWeight
 
 HALF, FULL = torch.bfloat16, torch.float32
 
@@ -62,11 +63,46 @@ class DoraNorm:
         TritonBackend().dora_norm(weight, a, b, 2.0)
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """A product with a quantised weight, by its codes, and the weight made."""
+
+    m: int
+    nf4: bool
+    r: int = 16
+    dtype: torch.dtype = HALF
+    adapter: torch.dtype = FULL
+    n: int = 4096
+    k: int = 4096
+
+    def __call__(self) -> None:
+        """Forward; backward is that of a dense weight."""
+        x, shape = _empty(self.m, self.k, dtype=self.dtype), (self.n, self.k)
+        a, b = (
+            _empty(self.r, self.k, dtype=self.adapter),
+            _empty(self.n, self.r, dtype=self.adapter),
+        )
+        if self.nf4:
+            count = self.n * self.k
+            codes, scales = _empty(count // 2, dtype=torch.uint8), _empty(count // 64, dtype=FULL)
+            weight = QuantizedWeight(codes, scales, shape, "nf4", 64)
+        else:
+            codes, scales = _empty(*shape, dtype=torch.int8), _empty(self.n, dtype=FULL)
+            weight = QuantizedWeight(codes, scales, shape, "int8", self.k)
+        bias = _empty(self.n, dtype=self.dtype)
+        plan = TritonBackend().prepare(a, [a], [b], [None], [2.0], [0.0], ["identity"])
+        assert plan.fuses(self.m, weight)
+        plan.forward_quantized(x, weight, bias, [a, b, None], None)
+        plan.dequantize(weight, self.dtype)
+
+
 CALLS: tuple[Callable[[], None], ...] = (
     # the most masks, and the most lanes
     Group(8192, (32, 32, 32)),
     Group(8192, (64, 32, 16), dropout=0.0),
     DoraNorm(128),
+    Quantized(1024, True),
+    Quantized(8, False),
 )
 # The other rows of the tables, for one architecture: CI has no time for them on all.
 VARIATIONS: tuple[Callable[[], None], ...] = (
@@ -80,6 +116,10 @@ VARIATIONS: tuple[Callable[[], None], ...] = (
     DoraNorm(16),
     DoraNorm(64, FULL),
     DoraNorm(13, n=1003, k=4001),
+    Quantized(1024, False, 64),
+    Quantized(1024, False, 64, FULL),
+    Quantized(8, True, 3, HALF, HALF, n=1003),
+    Quantized(8, True, 16, FULL, n=1003),
 )
 
 

@@ -35,7 +35,8 @@ ROWS = (
 )  # fmt: skip
 GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
 DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
-KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA}
+QUANTIZED = ("_dequantize_kernel", "_forward_quantized_kernel")
+KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from deltaops.backends.base import GroupMember
+from deltaops.reference.quantized import QuantizedWeight
 
-from . import core, delta_linear, planner
+from . import core, delta_linear, planner, quantized
 
 
 class TritonDeltaLinear:
@@ -68,6 +69,26 @@ class TritonDeltaLinear:
         return delta_linear.backward(
             grad_y, x, weight, a, b, s, self.scaling, self.dropout, self._activation, seed, needs
         )
+
+    def fuses(self, m: int, weight: QuantizedWeight) -> bool:
+        """See :class:`deltaops.backends.base.QuantizedPlan`."""
+        return quantized.fuses(m, weight)
+
+    def forward_quantized(
+        self,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        operands: Sequence[Any],
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.QuantizedPlan`."""
+        a, b, _ = _thirds(operands)
+        return quantized.forward(x, weight, bias, a, b, self.scaling, self.dropout, seed)
+
+    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        """See :class:`deltaops.backends.base.QuantizedPlan`."""
+        return quantized.dequantize(weight, dtype)
 
     def forward_group(
         self, x: Tensor, members: Sequence[GroupMember], keep: bool

@@ -259,6 +259,33 @@ def _row_norms_finish(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> 
     t.dots(grid[0] * steps * steps, a.BLOCK_N, a.BLOCK_R, a.BLOCK_R)
 
 
+@entry("_dequantize_kernel")
+def _dequantize(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    t.load(a.codes, a.codes.numel(), a.count)
+    t.load(a.scales, a.scales.numel(), a.count)
+    if a.NF4:
+        t.load(a.table, 16, grid[0] * a.BLOCK_SIZE)
+    t.store(a.weight, a.count)
+
+
+@entry("_forward_quantized_kernel")
+def _forward_quantized(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, across, steps = _cdiv(a.M, a.BLOCK_M), _cdiv(a.N, a.BLOCK_N), _cdiv(a.K, a.BLOCK_K)
+    t.load(a.x, a.M * a.K, a.M * a.K * across)
+    t.load(a.codes, a.codes.numel(), a.codes.numel() * down)
+    t.load(a.scales, a.scales.numel(), a.N * steps * down)
+    if a.NF4:
+        t.load(a.table, 16, down * across * steps * a.BLOCK_N * a.BLOCK_K)
+    t.dots(down * across * steps, a.BLOCK_M, a.BLOCK_N, a.BLOCK_K)
+    for rank, up in zip(a.RANKS, a.b, strict=True):
+        t.load(a.s, a.M * rank, a.M * rank * across)
+        t.load(up, a.N * rank, a.N * rank * down)
+        t.dots(down * across * _cdiv(rank, a.BLOCK_R), a.BLOCK_M, a.BLOCK_N, a.BLOCK_R)
+    if a.HAS_BIAS:
+        t.load(a.bias, a.N, a.N * down)
+    t.store(a.y, a.M * a.N)
+
+
 def _masks(a: SimpleNamespace, programs: int, t: Traffic) -> None:
     """The seed of each branch with dropout, read so often."""
     for seed, masked in zip(a.seed, a.DROPOUT, strict=True):
