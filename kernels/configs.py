@@ -197,6 +197,59 @@ def grad_down(rank: int, wide: bool) -> Skinny:
     return _for_amd(Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3))
 
 
+def group_lanes(wide: bool) -> int:
+    """Lanes of all branches that one program of a group has: an accumulator for each."""
+    return 64 if precision.AMD or wide else 128
+
+
+def project_group(m: int, wide: bool, masked: bool) -> Skinny:
+    """S of several branches: the tiles of x that each has alone."""
+    return _for_amd(replace(project(m, 1, wide, True), warps=8 if wide and masked else 4))
+
+
+def grad_input_group(
+    m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool, masked: bool
+) -> Gemm:
+    """dx of several layers; a mask of its own for a branch needs an accumulator of its own."""
+    config = grad_input(m, dtype, capability, wide, plain and not masked)
+    return replace(config, cols=min(config.cols, 32)) if masked and wide else config
+
+
+def grad_down_group(lanes: int, wide: bool) -> Skinny:
+    """dA of several branches, of which each makes the mask of x again."""
+    return _for_amd(replace(grad_down(lanes, wide), warps=8 if lanes > 32 else 4))
+
+
+def row_norms(rank: int, wide: bool, aligned: bool) -> Skinny:
+    """DoRA's pass over W: W Aᵀ, and the squares beside it."""
+    tiles = project(32, rank, wide, aligned)
+    return replace(tiles, rank=min(tiles.rank, 64)) if precision.AMD else tiles
+
+
+def row_norms_finish() -> Skinny:
+    """What is added to that pass's sums; float32 products."""
+    return Skinny(16, 0, 16, 4, 2)
+
+
+FEW_ROWS = 1024
+"""Rows up to which a product makes numbers of a quantised weight's codes itself: 16 tiles of them,
+each of which makes all. The design page's bound, not a measurement."""
+
+DEQUANTIZE = 1024
+"""Elements of a quantised weight that a program writes."""
+
+
+CODES = 64
+"""Columns of W that a product reads at a time, at most: the usual block of NF4."""
+
+
+def quantized(m: int, dtype: torch.dtype) -> Gemm:
+    """The GEMM that reads codes."""
+    if dtype == torch.float32:
+        return Gemm(16 if m <= 16 else 64, 32, 32, 16, 8, 4, 2)
+    return Gemm(16 if m <= 16 else 64, 64, CODES, 16, 8, 4, 2)
+
+
 @dataclass(frozen=True)
 class Attend:
     """Tiles of attention: ``rows`` queries × ``cols`` keys at a time, all of a head's elements."""
@@ -357,6 +410,17 @@ def gated(k: int) -> Rows:
     """Activation and product, element by element."""
     lanes = min(1024, max(16, triton.next_power_of_2(k)))
     return Rows(max(1, 2048 // lanes), lanes, 4)
+
+
+def prompt(d: int) -> Rows:
+    """Rows gathered behind a prompt."""
+    lanes = min(1024, max(16, triton.next_power_of_2(d)))
+    return Rows(max(1, 2048 // lanes), lanes, 4)
+
+
+def prompt_grad(d: int) -> Rows:
+    """The sum over the batch: one row of the prompt and few columns, since there are few rows."""
+    return Rows(1, min(256, max(64, triton.next_power_of_2(d))), 2)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from deltaops.reference.quantized import QuantizedWeight
+
 from .calls import Call
 
 
@@ -322,3 +324,46 @@ class PrefixAttentionBackend(Backend, Protocol):
         bias: Tensor | None = None,
     ) -> list[Tensor]:
         """The wanted gradients: q, k, v, prefix_k, prefix_v."""
+
+
+class DoraNormBackend(Protocol):
+    """One that also has ``dora_norm``: weight ``[N, K]``, a ``[R, K]``, b ``[N, R]``, any strides.
+
+    No gradient goes through it.
+    """
+
+    def dora_norm(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """``norms [N]``; see :mod:`deltaops.reference.dora_norm`."""
+
+
+class PromptEmbeddingBackend(Protocol):
+    """One that also has ``prompt_embedding``: prompt ``[P, D]``, ids ``[B, T]`` int64 or int32,
+    table ``[V, D]``, any strides."""
+
+    def prompt_embedding_forward(self, prompt: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+        """``y [B, P + T, D]``, contiguous; see :mod:`deltaops.reference.prompt_embedding`."""
+
+    def prompt_embedding_backward(self, grad_y: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+        """``grad_prompt [P, D]`` in ``dtype``, contiguous; ``length`` is P."""
+
+
+@runtime_checkable
+class QuantizedPlan(DeltaLinearPlan, Protocol):
+    """One whose backend reads quantised weights itself."""
+
+    def fuses(self, m: int, weight: QuantizedWeight) -> bool:
+        """Whether a forward pass of M rows goes by :meth:`forward_quantized`, which does not need
+        the weight made."""
+
+    def forward_quantized(
+        self,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        operands: Sequence[Tensor | None],
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`DeltaLinearPlan.forward` of the weight that is meant."""
+
+    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        """W ``[N, K]``; the bits of :func:`deltaops.reference.quantized.dequantize`."""

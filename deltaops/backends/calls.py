@@ -309,6 +309,54 @@ class PrefixAttentionCall(NamedTuple):
         )
 
 
+class DoraNormCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``dora_norm``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    """Of the weight."""
+    adapter_dtype: torch.dtype
+    n: int
+    k: int
+    rank: int
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "dora_norm"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return f"dora_norm N={self.n} K={self.k} R={self.rank} {self.dtype} on {self.device}"
+
+
+class PromptEmbeddingCall(NamedTuple):
+    """All that a backend may look at to accept or refuse a ``prompt_embedding``. Hashable."""
+
+    device: str
+    dtype: torch.dtype
+    """Of the table."""
+    prompt_dtype: torch.dtype
+    b: int
+    prompt: int
+    tokens: int
+    d: int
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return "prompt_embedding"
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return (
+            f"prompt_embedding B={self.b} P={self.prompt} T={self.tokens} D={self.d} "
+            f"{self.dtype} on {self.device}"
+        )
+
+
 Call: TypeAlias = (
     DeltaLinearCall
     | BottleneckCall
@@ -318,5 +366,7 @@ Call: TypeAlias = (
     | RotaryCall
     | AttentionCall
     | PrefixAttentionCall
+    | DoraNormCall
+    | PromptEmbeddingCall
 )
 """A call of any op: ``call.op`` names it."""

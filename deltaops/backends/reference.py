@@ -9,9 +9,11 @@ from deltaops.reference import (
     bottleneck,
     cross_entropy,
     delta_linear,
+    dora_norm,
     gated,
     norm_bias,
     prefix_attention,
+    prompt_embedding,
     rotary,
 )
 
@@ -37,6 +39,9 @@ class ReferenceBackend:
     attention_backward = staticmethod(attention.backward)
     prefix_attention_forward = staticmethod(prefix_attention.forward)
     prefix_attention_backward = staticmethod(prefix_attention.backward)
+    dora_norm = staticmethod(dora_norm.forward)
+    prompt_embedding_forward = staticmethod(prompt_embedding.forward)
+    prompt_embedding_backward = staticmethod(prompt_embedding.backward)
 
     def unavailable(self) -> str | None:
         """Always there."""

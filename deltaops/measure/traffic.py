@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from deltaops.backends.base import GroupMember
 from deltaops.backends.triton import (
     TritonBackend,
     core,
@@ -24,9 +25,11 @@ from deltaops.backends.triton import (
     record,
     targets,
 )
+from deltaops.backends.triton.group import TritonDeltaLinear
 from deltaops.backends.triton.tables import Setting
 from deltaops.backends.triton.traffic import Traffic, traffic
 from deltaops.errors import ConfigError
+from deltaops.reference.quantized import QuantizedWeight
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -111,6 +114,51 @@ class Linear:
         if direction == FORWARD:
             return Floor(moved, operations)
         return Floor(moved + narrow * m * k + wide * r * (n + k), operations + 2 * m * r * (n + k))
+
+
+@dataclass(frozen=True)
+class Group:
+    """``delta_linear_group`` of layers with one branch each; every gradient is wanted."""
+
+    m: int
+    rows: tuple[int, ...]
+    k: int
+    rank: int
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        rows, dtype = "+".join(map(str, self.rows)), str(self.dtype).removeprefix("torch.")
+        dropout = " dropout" if self.dropout else ""
+        return f"delta_linear_group {self.m}×({rows})×{self.k} r={self.rank} {dtype}{dropout}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run, x, members = TritonBackend(), _meta(self.dtype, self.m, self.k), []
+        for n in self.rows:
+            weight, a = _meta(self.dtype, n, self.k), _meta(self.dtype, self.rank, self.k)
+            b, seed = _meta(self.dtype, n, self.rank), _meta(torch.int64, 1)
+            plan = run.prepare(weight, [a], [b], [None], [2.0], [self.dropout], ["identity"])
+            members.append(GroupMember(plan, weight, None, [a, b, None], seed))
+        first = members[0].plan
+        assert isinstance(first, TritonDeltaLinear)
+        if direction == FORWARD:
+            first.forward_group(x, members, True)
+        else:
+            dy = [_meta(self.dtype, self.m, n) for n in self.rows]
+            s = [_meta(torch.float32, self.m, self.rank) for _ in self.rows]
+            needs = [[True, False, True, True, False] for _ in self.rows]
+            first.backward_group(dy, x, members, s, needs)
+
+    def floor(self, direction: str) -> Floor:
+        """As that of :class:`Linear`, with x and dx once for all layers."""
+        m, n, k, size = self.m, sum(self.rows), self.k, self.dtype.itemsize
+        factors = self.rank * (n + len(self.rows) * k)
+        moved = size * (m * k + n * k + m * n + factors)
+        operations = 2 * m * (n * k + factors)
+        if direction == FORWARD:
+            return Floor(moved, operations)
+        return Floor(moved + size * (m * k + factors), operations + 2 * m * factors)
 
 
 @dataclass(frozen=True)
@@ -234,6 +282,110 @@ class Norm:
         return Floor(self.dtype.itemsize * (matrices * self.m + vectors) * self.k, 0)
 
 
+@dataclass(frozen=True)
+class DoraNorm:
+    """``dora_norm``, which has no gradient."""
+
+    n: int
+    k: int
+    rank: int
+    dtype: torch.dtype = torch.bfloat16
+
+    directions: ClassVar = (FORWARD,)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"dora_norm {self.n}×{self.k} r={self.rank} {dtype}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        weight, a = _meta(self.dtype, self.n, self.k), _meta(self.dtype, self.rank, self.k)
+        TritonBackend().dora_norm(weight, a, _meta(self.dtype, self.n, self.rank), 2.0)
+
+    def floor(self, direction: str) -> Floor:
+        """W, A, B and the norms."""
+        n, k, r = self.n, self.k, self.rank
+        return Floor(self.dtype.itemsize * (n * k + r * (n + k)) + 4 * n, 2 * n * k * r)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``prompt_embedding`` of tokens that are all different."""
+
+    b: int
+    tokens: int
+    d: int
+    prompt: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"prompt_embedding B={self.b} P={self.prompt} T={self.tokens} D={self.d} {dtype}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run, rows = TritonBackend(), self.b * self.tokens
+        if direction == FORWARD:
+            ids, table = _meta(torch.int64, self.b, self.tokens), _meta(self.dtype, rows, self.d)
+            run.prompt_embedding_forward(_meta(self.dtype, self.prompt, self.d), ids, table)
+        else:
+            dy = _meta(self.dtype, self.b, self.prompt + self.tokens, self.d)
+            run.prompt_embedding_backward(dy, self.prompt, self.dtype)
+
+    def floor(self, direction: str) -> Floor:
+        """Forward: the prompt, ids, their rows and y. Backward: dy of the prompt, and its
+        gradient."""
+        b, p, rows, size = self.b, self.prompt, self.b * self.tokens, self.dtype.itemsize
+        if direction == FORWARD:
+            return Floor(size * self.d * (p + rows + b * p + rows) + 8 * rows, 0)
+        return Floor(size * self.d * (b + 1) * p, 0)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """``quantized_linear`` with one branch, forward; backward is that of a dense weight after W was
+    made, which is counted here where the forward pass makes it."""
+
+    m: int
+    n: int
+    k: int
+    rank: int
+    kind: str
+    dtype: torch.dtype = torch.bfloat16
+
+    directions: ClassVar = (FORWARD,)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"quantized_linear {self.kind} {self.m}×{self.n}×{self.k} r={self.rank} {dtype}"
+
+    def _weight(self) -> QuantizedWeight:
+        n, k = shape = self.n, self.k
+        if self.kind == "int8":
+            codes, scales = _meta(torch.int8, n, k), _meta(torch.float32, n)
+            return QuantizedWeight(codes, scales, shape, self.kind, k)
+        codes, scales = _meta(torch.uint8, n * k // 2), _meta(torch.float32, n * k // 64)
+        return QuantizedWeight(codes, scales, shape, self.kind, 64)
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        x, weight = _meta(self.dtype, self.m, self.k), self._weight()
+        a, b = _meta(self.dtype, self.rank, self.k), _meta(self.dtype, self.n, self.rank)
+        plan = TritonBackend().prepare(a, [a], [b], [None], [2.0], [0.0], ["identity"])
+        if plan.fuses(self.m, weight):
+            plan.forward_quantized(x, weight, None, [a, b, None], None)
+        else:
+            dense = plan.dequantize(weight, self.dtype)
+            plan.forward(x, dense, None, [a, b, None], None, True)
+
+    def floor(self, direction: str) -> Floor:
+        """x, the codes and scales, A, B and y."""
+        m, n, k, r = self.m, self.n, self.k, self.rank
+        codes, scales = self._weight()[:2]
+        rows = self.dtype.itemsize * (m * k + m * n + r * (n + k))
+        return Floor(rows + codes.nbytes + scales.nbytes, 2 * m * (n * k + r * (n + k)))
+
+
 CALLS: tuple[Counted, ...] = (
     *(Linear(8192, 4096, 4096, r) for r in (16, 64, 128)),
     Linear(8192, 4096, 4096, 16, dropout=0.1),
@@ -242,7 +394,15 @@ CALLS: tuple[Counted, ...] = (
     Linear(8192, 4096, 14336, 16),
     Linear(512, 4096, 4096, 16),
     Linear(1, 4096, 4096, 16),
+    Group(8192, (4096, 1024, 1024), 4096, 16),
+    Group(8192, (4096, 1024, 1024), 4096, 16, dropout=0.1),
+    Group(8192, (14336, 14336), 4096, 16),
+    DoraNorm(4096, 4096, 16),
+    Quantized(16, 4096, 4096, 16, "nf4"),
+    Quantized(512, 4096, 4096, 16, "int8"),
+    Quantized(8192, 4096, 4096, 16, "nf4"),
     Prefix(4, 32, 8, 2048, 128, 20),
+    Prompt(8, 1024, 4096, 20),
     Adapter(8192, 4096, 64),
     Adapter(8192, 4096, 64, "layer"),
     Adapter(512, 4096, 64),
@@ -288,7 +448,7 @@ def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
         raise ConfigError("traffic is counted from compiled kernels: unset TRITON_INTERPRET.")
     counts = []
     left_out = impossible(call, gpu, plan)
-    for direction in (FORWARD, BACKWARD):
+    for direction in getattr(call, "directions", (FORWARD, BACKWARD)):
         if direction in left_out:
             continue
         forced = nullcontext() if plan is None else planner.forced(plan, plan)
@@ -319,7 +479,7 @@ def totals(
     found = {}
     for gpu in gpus:
         for call in calls:
-            for plan in plans if isinstance(call, Linear) else (None,):
+            for plan in plans if isinstance(call, Linear | Group) else (None,):
                 for one in count(call, gpu, plan):
                     total = one.total
                     name = [gpu, one.call, *([plan] if plan else []), one.direction]

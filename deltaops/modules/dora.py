@@ -2,21 +2,17 @@
 
     g = m / ‖W + s B A‖,    y = g ⊙ (x Wᵀ + s · drop(x) Aᵀ Bᵀ) + b
 
-W + s B A [N, K] is never formed: with its rows w + s b A,
-
-    ‖w + s b A‖² = ‖w‖² + 2 s ⟨w Aᵀ, b⟩ + s² b (A Aᵀ) bᵀ
-
-which costs one product of W by r columns. No gradient goes through the norm, as in the paper.
+W + s B A [N, K] is never formed: see :mod:`deltaops.ops.dora_norm`. No gradient goes through the
+norm, as in the paper.
 A row of zeros has no length to scale, and stays what it is.
 Source: Liu et al. 2024 (arXiv 2402.09353), eq. 5 and §4.3.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from .draws import no_autocast
+from deltaops.ops import dora_norm
 
 
 class Magnitude(nn.Module):
@@ -34,25 +30,10 @@ class Magnitude(nn.Module):
         return f"{len(self.weight)}, {str(self.weight.dtype).removeprefix('torch.')}"
 
 
-@torch.no_grad()
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``‖W + s B A‖`` of each row ``[N]``, in float32 at least.
-
-    Args:
-        weight: W ``[N, K]``; the product with A is taken in its dtype.
-        a: ``[R, K]``.
-        b: ``[N, R]``.
-        scaling: s.
-    """
-    exact = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    with no_autocast(weight.device):
-        own = torch.linalg.vector_norm(weight, dim=1, dtype=exact).square()
-        up = b.to(exact) * scaling
-        mixed = ((weight @ a.to(weight.dtype).T).to(exact) * up).sum(1)
-        inner = a.to(exact)
-        added = ((up @ (inner @ inner.T)) * up).sum(1)
-        norms: Tensor = (own + 2.0 * mixed + added).clamp_min(0.0).sqrt()
-    return norms
+    """:func:`deltaops.ops.dora_norm`, by whichever backend is first: it stands beside a place's op,
+    and a place that insists on its backend insists on that op."""
+    return dora_norm(weight, a, b, scaling)
 
 
 def nonzero(norms: Tensor) -> Tensor:

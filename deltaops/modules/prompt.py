@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.errors import ShapeError
+from deltaops.ops import prompt_embedding
 
 from .replicas import refuse_replicas
 
@@ -93,10 +94,10 @@ class PromptedStack(_Swapped):
         past = _uncovered(given.get("past_key_values"))
         begins = bool(past == 0)
         if begins:
-            embeds = _embeddings(self, given)
-            self._check_room(length, embeds.shape[1], past)
-            before = vectors.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
-            given["inputs_embeds"] = torch.cat([before, embeds], 1)
+            self._check_room(length, _tokens(given), past)
+            given["inputs_embeds"] = _embeddings(self, vectors, given)
+            if "input_ids" in given:
+                given["input_ids"] = None
         elif self.prompt_room is not None:
             self._check_room(length, _tokens(given), past - length)
         _lengthen(given, length, begins)
@@ -219,14 +220,30 @@ def room_of(stack: nn.Module) -> int | None:
 # -------------------------------------------------------------------------------- what goes in
 
 
-def _embeddings(stack: Any, given: dict[str, Any]) -> Tensor:
-    """``[B, T, d]``, of the tokens where no embeddings are given."""
+def _embeddings(stack: Any, vectors: Tensor, given: dict[str, Any]) -> Tensor:
+    """``[B, P + T, d]``: the prompt ``[P, d]``, and the tokens where no embeddings are given."""
     embeds: Tensor | None = given.get("inputs_embeds")
     if embeds is None:
-        embeds = stack.get_input_embeddings()(given["input_ids"])
-    if "input_ids" in given:
-        given["input_ids"] = None
-    return embeds
+        table, ids = stack.get_input_embeddings(), given["input_ids"]
+        if _only_looks_up(table, ids):
+            return prompt_embedding(vectors, ids, table.weight)
+        embeds = table(ids)
+        assert embeds is not None
+    return torch.cat([vectors.to(embeds.dtype).expand(embeds.shape[0], -1, -1), embeds], 1)
+
+
+def _only_looks_up(table: Any, ids: Tensor) -> bool:
+    """Whether a call of ``table`` reads rows of a frozen weight and nobody looks on."""
+    if type(table) is not nn.Embedding or table.max_norm is not None or ids.dim() != 2:
+        return False
+    if table._forward_pre_hooks or table._forward_hooks or "forward" in table.__dict__:
+        return False
+    if table._backward_pre_hooks or table._backward_hooks:
+        return False
+    weight = table._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.device != ids.device:
+        return False
+    return not (weight.requires_grad and torch.is_grad_enabled())
 
 
 def _tokens(given: dict[str, Any]) -> int:

@@ -58,3 +58,24 @@ def register(
         f"deltaops::{name}", autograd, setup_context=setup_context, lib=_library
     )
     torch.library.register_autograd(f"deltaops::{name}_backward", no_second_order, lib=_library)
+
+
+def register_constant(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register ``deltaops::<name>``, whose results have no gradient.
+
+    Args:
+        schema: ``name(…) -> …``; no defaults.
+        run: on real tensors.
+        fake: shapes, strides and dtypes of what ``run`` gives.
+    """
+    op = schema.partition("(")[0]
+
+    def constant(*arguments: Any) -> Any:
+        with torch.no_grad():
+            return run(*arguments)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]  # torch's own has no types
+    _library.impl(op, constant, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch's own has no types
+    torch.library.register_fake(f"deltaops::{op}", fake, lib=_library)
+    # nothing is recorded, whatever requires a gradient
+    _library.impl(op, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]  # torch's own has no types

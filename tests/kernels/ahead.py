@@ -34,6 +34,7 @@ from deltaops.backends.triton import TritonBackend, core, planner
 from deltaops.backends.triton.targets import TARGETS, Target
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
+import linears_ahead
 import rows_ahead
 
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -260,6 +261,7 @@ def calls(target: Target) -> Iterator[Callable[[], None]]:
     for attention in ATTENTIONS + (() if target.amd else MORE_ATTENTIONS):
         yield partial(launch_attention, attention)
     yield from rows_ahead.calls(target)
+    yield from linears_ahead.calls(target)
 
 
 @contextlib.contextmanager

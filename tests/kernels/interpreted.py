@@ -1,7 +1,7 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
 Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER tuning rows:I/N …
-       persistent:CASE_NUMBER
+       persistent:CASE_NUMBER linears:I/N
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from deltaops.testing import (
 )
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
+import linears
 import rows
 
 
@@ -289,5 +290,7 @@ if __name__ == "__main__":
         elif kind == "persistent":
             rows.mend_bfloat16()
             check_persistent(int(number))
+        elif kind == "linears":
+            linears.check_share(number, as_modelled)
         else:
             (check_prefix_attention if kind else check_case)(int(number))

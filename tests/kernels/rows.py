@@ -1,4 +1,4 @@
-"""Checks of interpreted.py: adapters, norms, gated products and rotations, against float64.
+"""Checks of interpreted.py: adapters, norms, gated products, rotations, prompts, against float64.
 
 Each call runs twice, on tensors that lie strided in borders of NaN, and what it allocates is NaN
 between borders too, which must stay as they are.
@@ -20,7 +20,7 @@ from deltaops.kernels import configs
 from torch import Tensor
 
 from deltaops.backends.triton import TritonBackend
-from deltaops.reference import bottleneck, gated, norm_bias, rotary
+from deltaops.reference import bottleneck, gated, norm_bias, prompt_embedding, rotary
 from deltaops.testing import (
     BOTTLENECK_CASES,
     GATED_CASES,
@@ -252,6 +252,45 @@ def check_rotary(number: int, as_modelled: Modelled) -> None:
              as_modelled)  # fmt: skip
 
 
+PROMPTS = (
+    # B, P, T, D; dtypes of the table and of the prompt
+    (3, 5, 7, 40, FULL, FULL),
+    (2, 3, 0, 17, BRAIN, FULL),
+    (4, 1, 9, 1050, HALF, HALF),
+)
+
+
+def check_prompt(number: int, as_modelled: Modelled) -> None:
+    """The bits of the reference both ways, since both copy, and sum in one order."""
+    *sizes, dtype, narrow = PROMPTS[number]
+    b, length, tokens, d = sizes
+    torch.manual_seed(number)
+    prompt, table = torch.randn(length, d).to(narrow), torch.randn(11, d).to(dtype)
+    ids = torch.randint(11, (tokens, b)).t()
+    grad_y = torch.randn(b, length + tokens, d).to(dtype)
+    given = bordered(prompt), ids, bordered(table)
+    apart = bordered(grad_y.reshape(-1, d)).view(grad_y.shape)
+
+    def run() -> list[Tensor]:
+        return [
+            RUN.prompt_embedding_forward(*given),
+            RUN.prompt_embedding_backward(apart, length, narrow),
+        ]
+
+    want = [
+        prompt_embedding.forward(prompt, ids, table),
+        prompt_embedding.backward(grad_y, length, narrow),
+    ]
+    hold(f"prompt_embedding {PROMPTS[number]}", run, want, want, as_modelled)
+    assert all(torch.equal(got, same) for got, same in zip(run(), want, strict=True))
+    if tokens:
+        wrong = ids.clone()
+        wrong[1, 2], wrong[0, 0] = 11, -1
+        found = RUN.prompt_embedding_forward(given[0], wrong, given[2]).isnan()
+        assert found.all(2).nonzero().tolist() == [[0, length], [1, length + 2]]
+        assert int(found.sum()) == 2 * d
+
+
 def check_far(number: int, as_modelled: Modelled) -> None:
     """Rows, and halves of a head, so far apart that their offsets need 64 bits: the same bits as
     beside each other."""
@@ -290,6 +329,7 @@ CHECKS = [
     *((check_norm, i) for i in range(len(NORMS))),
     *((check_gated, i) for i in range(len(GATEDS))),
     *((check_rotary, i) for i in range(len(ROTARIES))),
+    *((check_prompt, i) for i in range(len(PROMPTS))),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Calls for ahead.py: adapters, norms, gated products and rotations, forward and backward."""
+"""Calls for ahead.py: adapters, norms, gated products, rotations and prompts, both ways."""
 
 from __future__ import annotations
 
@@ -109,6 +109,25 @@ class Rotary:
         run.rotary_backward(run.rotary_forward(x, cos, sin, True), cos, sin, True)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A call of prompt_embedding."""
+
+    d: int
+    dtype: torch.dtype = HALF
+    prompt: torch.dtype = FULL
+
+    def __call__(self) -> None:
+        """Both ways."""
+        run, ids = TritonBackend(), _empty(8, 1000, dtype=torch.int64)
+        prompt, table = (
+            _empty(20, self.d, dtype=self.prompt),
+            _empty(32000, self.d, dtype=self.dtype),
+        )
+        y = run.prompt_embedding_forward(prompt, ids, table)
+        run.prompt_embedding_backward(y, 20, self.prompt)
+
+
 CALLS: tuple[Callable[[], None], ...] = (
     # in one program for its rows, with the most lanes of a half model, and in two
     Adapter(8192, 4096, 128),
@@ -121,6 +140,7 @@ CALLS: tuple[Callable[[], None], ...] = (
     Norm(8192, 14336),
     Gated(8192, 14336, activation="gelu_tanh"),
     Rotary(128),
+    Prompt(4096),
 )
 # The other rows of the tables, for one architecture: CI has no time for them on all.
 VARIATIONS: tuple[Callable[[], None], ...] = (
@@ -133,6 +153,7 @@ VARIATIONS: tuple[Callable[[], None], ...] = (
     Adapter(8192, 4096, 64, norm="rms", bare=True),
     Adapter(8192, 4096, 16, FULL, FULL, norm="none"),
     Adapter(501, 4001, 13, FULL, FULL),
+    Prompt(4001),
 )
 
 

@@ -22,7 +22,7 @@ from deltaops.backends.triton.targets import TARGETS
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("ahead.py")
 
-GEMMS = ("_forward_kernel", "_grad_input_kernel")
+GEMMS = ("_forward_kernel", "_grad_input_kernel", "_grad_input_group_kernel")
 SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
 PERSISTENT = ("_persistent_forward_kernel", "_persistent_grad_input_kernel")
@@ -33,8 +33,12 @@ ROWS = (
     "_bottleneck_grad_kernel", "_bottleneck_grad_outer_kernel", "_bottleneck_down_kernel",
     "_bottleneck_finish_kernel", "_norm_kernel", "_norm_grad_kernel", "_norm_grad_wide_kernel",
     "_gated_kernel", "_gated_grad_kernel", "_rotary_kernel",
+    "_prompt_kernel", "_prompt_grad_kernel",
 )  # fmt: skip
-KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS}
+GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
+DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
+QUANTIZED = ("_dequantize_kernel", "_forward_quantized_kernel")
+KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
 ALSO = {"sm_90": {*PERSISTENT}, "sm_100": {*PERSISTENT}}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers

@@ -35,7 +35,7 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
     ][share::SHARES]
     numbers += [f"prefix:{i}" for i in range(len(PREFIX_ATTENTION_CASES))][share::SHARES]
     numbers += [f"persistent:{i}" for i in range(3)][share::SHARES]
-    numbers.append(f"rows:{share}/{SHARES}")
+    numbers += [f"{kind}:{share}/{SHARES}" for kind in ("rows", "linears")]
     numbers += ["tuning"] if share == 0 else []
     return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],

@@ -463,3 +463,32 @@ def test_the_trainer_trains_evaluates_and_resumes_a_prompt(tmp_path: Path) -> No
     assert trainer.evaluate()["eval_loss"] < start
     assert not torch.equal(next(handle.parameters()), before)
     assert trainer.predict(rows).predictions.shape == (8, 7, 60)
+
+
+def test_a_table_that_somebody_watches_is_called_and_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = build("gpt2")
+    handle = prompted(model)
+    gathers = []
+    gather = deltaops.modules.prompt.prompt_embedding
+
+    def counted(*given: Tensor) -> Tensor:
+        gathers.append(given)
+        return gather(*given)
+
+    monkeypatch.setattr("deltaops.modules.prompt.prompt_embedding", counted)
+    outputs = []
+    for watched in (False, True):
+        model.zero_grad()
+        seen: list[Any] = []
+        if watched:
+            model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))  # noqa: B023  # called at once
+        y = result(model, input_ids=IDS)
+        y.square().sum().backward()
+        (prompt,) = handle.parameters()
+        outputs.append((y.detach(), prompt.grad))
+        assert (len(gathers), len(seen)) == (1, int(watched))
+    (y, grad), (same, alike) = outputs
+    assert torch.equal(y, same)
+    torch.testing.assert_close(grad, alike)

@@ -7,8 +7,10 @@ from deltaops.backends.calls import (
     Call,
     CrossEntropyCall,
     DeltaLinearCall,
+    DoraNormCall,
     GatedCall,
     PrefixAttentionCall,
+    PromptEmbeddingCall,
     RotaryCall,
 )
 
@@ -55,6 +57,8 @@ class CpuBackend:
         """None, or what the native core does not take."""
         if call.device != "cpu":
             return f"runs on the CPU, the tensors are on {call.device}"
+        if isinstance(call, DoraNormCall | PromptEmbeddingCall):
+            return f"has no kernel for {call.op} yet"
         if call.dtype not in DTYPES:
             return f"takes float32 and bfloat16, not {call.dtype}"
         if isinstance(call, AttentionCall | CrossEntropyCall | GatedCall | RotaryCall):

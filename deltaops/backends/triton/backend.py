@@ -8,13 +8,25 @@ from deltaops.backends.calls import (
     BottleneckCall,
     Call,
     DeltaLinearCall,
+    DoraNormCall,
     GatedCall,
     NormBiasCall,
     PrefixAttentionCall,
+    PromptEmbeddingCall,
     RotaryCall,
 )
 
-from . import adapters, core, delta_linear, gated, prefix_attention, rotary
+from . import (
+    adapters,
+    core,
+    delta_linear,
+    dora_norm,
+    gated,
+    group,
+    prefix_attention,
+    prompt_embedding,
+    rotary,
+)
 
 
 class TritonBackend:
@@ -25,6 +37,7 @@ class TritonBackend:
     name = "triton"
     forward = staticmethod(delta_linear.forward)
     backward = staticmethod(delta_linear.backward)
+    prepare = staticmethod(group.prepare)
     prefix_attention_forward = staticmethod(prefix_attention.forward)
     prefix_attention_backward = staticmethod(prefix_attention.backward)
     bottleneck_forward = staticmethod(adapters.bottleneck_forward)
@@ -35,6 +48,9 @@ class TritonBackend:
     gated_backward = staticmethod(gated.backward)
     rotary_forward = staticmethod(rotary.forward)
     rotary_backward = staticmethod(rotary.backward)
+    dora_norm = staticmethod(dora_norm.forward)
+    prompt_embedding_forward = staticmethod(prompt_embedding.forward)
+    prompt_embedding_backward = staticmethod(prompt_embedding.backward)
 
     def unavailable(self) -> str | None:
         """None, or what is missing here."""
@@ -58,6 +74,10 @@ class TritonBackend:
             return gated.unsupported(call)
         if isinstance(call, RotaryCall):
             return rotary.unsupported(call)
+        if isinstance(call, DoraNormCall):
+            return dora_norm.unsupported(call)
+        if isinstance(call, PromptEmbeddingCall):
+            return prompt_embedding.unsupported(call)
         return f"has no kernel for {call.op} yet"
 
     def planned(self, call: Call) -> str | None:

@@ -6,6 +6,7 @@ The GEMMs of y and dx go one of the ways of :mod:`planner`; the passes are kerne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,23 +80,53 @@ def forward(
         s: Tensor = core.kernels("project").project_branches(
             x, list(a), list(scaling), list(dropout), seed, precision
         )
-        plan = _plan("forward", x, weight, a, b, dropout)
-        if plan == "torch":
-            _add_products(y, bias, s, [t.t() for t in b], x, weight.t())
-            return y, s
-        if plan == "persistent":
-            core.kernels("persistent_forward").persistent_forward(
-                x, weight, bias, s, b[0], y,
-                capability=core.capability(x), multiprocessors=core.multiprocessors(x),
-            )  # fmt: skip
-            return y, s
-        core.kernels("forward").forward_gemm(
-            x, weight, bias, s, list(b), y,
-            precision=precision, capability=core.capability(x), has_base=plan == "fused",
-        )  # fmt: skip
-        if plan == "split":
-            y.addmm_(x, weight.t())
+        _write_outputs(y, x, weight, bias, a, b, s, dropout)
     return y, s
+
+
+def outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    dropout: Sequence[float],
+) -> Tensor:
+    """``y [M, N]`` where S is known; on the current GPU."""
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if y.numel():
+        _write_outputs(y, x, weight, bias, a, b, s, dropout)
+    return y
+
+
+def _write_outputs(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    dropout: Sequence[float],
+) -> None:
+    plan = _plan("forward", x, weight, a, b, dropout)
+    if plan == "torch":
+        _add_products(y, bias, s, [t.t() for t in b], x, weight.t())
+        return
+    if plan == "persistent":
+        core.kernels("persistent_forward").persistent_forward(
+            x, weight, bias, s, b[0], y,
+            capability=core.capability(x), multiprocessors=core.multiprocessors(x),
+        )  # fmt: skip
+        return
+    core.kernels("forward").forward_gemm(
+        x, weight, bias, s, list(b), y,
+        precision=core.kernels("precision").rank_precision(x.dtype, a),
+        capability=core.capability(x), has_base=plan == "fused",
+    )  # fmt: skip
+    if plan == "split":
+        y.addmm_(x, weight.t())
 
 
 def backward(
@@ -132,26 +163,16 @@ def backward(
         for i in range(count):
             piece = slice(column, column + a[i].shape[0])
             column += a[i].shape[0]
-            need_s = grad_x is not None or wanted[i] is not None
-            need_bias = grad_bias is not None and i == 0
-            beside = need_bias or wanted[count + i] is not None
-            twice = core.kernels("configs").reads_dy_twice
-            if need_s and (not beside or twice(grad_y, b[i], precision.wide)):
-                core.kernels("project").project(
-                    grad_y, b[i].t(), grad_s[:, piece], scaling=scaling[i], precision=precision
-                )
-                need_s = False
-            if need_s or beside:
-                core.kernels("grad_up").grad_up(
-                    grad_y,
-                    b[i],
-                    s[:, piece],
-                    scaling=scaling[i],
-                    precision=precision,
-                    grad_s=grad_s[:, piece] if need_s else None,
-                    grad_b=wanted[count + i],
-                    grad_bias=grad_bias if need_bias else None,
-                )
+            pass_over_dy(
+                grad_y,
+                b[i],
+                s[:, piece],
+                scaling=scaling[i],
+                precision=precision,
+                grad_s=grad_s[:, piece] if needs[0] or wanted[i] is not None else None,
+                grad_b=wanted[count + i],
+                grad_bias=grad_bias if i == 0 else None,
+            )
             if wanted[i] is not None:
                 core.kernels("grad_down").grad_down(
                     grad_s[:, piece],
@@ -205,6 +226,36 @@ def described(
         return False
     taken: bool = core.kernels("persistent").is_describable(rows, weight, *factors)
     return taken
+
+
+def pass_over_dy(
+    grad_y: Tensor,
+    b: Tensor,
+    s: Tensor,
+    *,
+    scaling: float,
+    precision: Any,  # deltaops.kernels.precision.Precision
+    grad_s: Tensor | None,
+    grad_b: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Write those of dS, dB and db of a branch that are given: in one pass, or dS in its own."""
+    beside = grad_b is not None or grad_bias is not None
+    twice = core.kernels("configs").reads_dy_twice
+    if grad_s is not None and (not beside or twice(grad_y, b, precision.wide)):
+        core.kernels("project").project(grad_y, b.t(), grad_s, scaling=scaling, precision=precision)
+        grad_s = None
+    if grad_s is not None or beside:
+        core.kernels("grad_up").grad_up(
+            grad_y,
+            b,
+            s,
+            scaling=scaling,
+            precision=precision,
+            grad_s=grad_s,
+            grad_b=grad_b,
+            grad_bias=grad_bias,
+        )
 
 
 def _plan(

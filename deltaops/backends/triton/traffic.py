@@ -255,6 +255,100 @@ def _grad_down(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.dots(across * lanes * _cdiv(a.M, a.BLOCK_M), a.BLOCK_R, a.BLOCK_K, a.BLOCK_M)
 
 
+@entry("_project_group_kernel")
+def _project_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, parts = grid
+    steps = down * _cdiv(a.K, a.BLOCK_K)
+    t.load(a.x, a.M * a.K, a.M * a.K)
+    for rank, lanes, factor in zip(a.RANKS, a.LANES, a.a, strict=True):
+        t.load(factor, rank * a.K, rank * a.K * down)
+        t.dots(steps, a.BLOCK_M, lanes, a.BLOCK_K)
+    _masks(a, math.prod(grid), t)
+    t.store(a.s, a.M * sum(a.RANKS) * parts)
+
+
+@entry("_grad_down_group_kernel")
+def _grad_down_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    across, parts = grid
+    steps = across * _cdiv(a.M, a.BLOCK_M)
+    t.load(a.x, a.M * a.K, a.M * a.K)
+    for rank, lanes, factor in zip(a.RANKS, a.LANES, a.grad_a, strict=True):
+        t.load(a.grad_s, a.M * rank, a.M * rank * across)
+        t.store(factor, rank * a.K * parts)
+        t.dots(steps, lanes, a.BLOCK_K, a.BLOCK_M)
+    _masks(a, math.prod(grid), t)
+
+
+@entry("_grad_input_group_kernel")
+def _grad_input_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, across = _cdiv(a.M, a.BLOCK_M), _cdiv(a.K, a.BLOCK_K)
+    for rank, factor in zip(a.RANKS, a.a, strict=True):
+        t.load(a.grad_s, a.M * rank, a.M * rank * across)
+        t.load(factor, a.K * rank, a.K * rank * down)
+        t.dots(down * across * _cdiv(rank, a.BLOCK_R), a.BLOCK_M, a.BLOCK_K, a.BLOCK_R)
+    _masks(a, down * across, t)
+    if a.HAS_BASE:
+        for dy, weight, n in zip(a.grad_y, a.weight, a.N, strict=True):
+            t.load(dy, a.M * n, a.M * n * across)
+            t.load(weight, n * a.K, n * a.K * down)
+            t.dots(down * across * _cdiv(n, a.BLOCK_N), a.BLOCK_M, a.BLOCK_K, a.BLOCK_N)
+    t.store(a.grad_x, a.M * a.K)
+
+
+@entry("_row_norms_kernel")
+def _row_norms(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, lanes, parts = grid
+    t.load(a.weight, a.N * a.K, a.N * a.K * lanes)
+    t.load(a.a, a.R * a.K, a.R * a.K * down)
+    t.load(a.b, a.N * a.R, a.N * a.R * parts)
+    t.store(a.sums, a.N * lanes * parts)
+    t.dots(down * lanes * _cdiv(a.K, a.BLOCK_K), a.BLOCK_N, a.BLOCK_R, a.BLOCK_K)
+
+
+@entry("_row_norms_finish_kernel")
+def _row_norms_finish(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    steps = _cdiv(a.R, a.BLOCK_R)
+    t.load(a.sums, a.N * a.parts, a.N * a.parts)
+    t.load(a.b, a.N * a.R, a.N * a.R * (steps + 1))
+    t.load(a.gram, a.R * a.R, a.R * a.R * grid[0])
+    t.store(a.norms, a.N)
+    t.dots(grid[0] * steps * steps, a.BLOCK_N, a.BLOCK_R, a.BLOCK_R)
+
+
+@entry("_dequantize_kernel")
+def _dequantize(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    t.load(a.codes, a.codes.numel(), a.count)
+    t.load(a.scales, a.scales.numel(), a.count)
+    if a.NF4:
+        t.load(a.table, 16, grid[0] * a.BLOCK_SIZE)
+    t.store(a.weight, a.count)
+
+
+@entry("_forward_quantized_kernel")
+def _forward_quantized(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, across, steps = _cdiv(a.M, a.BLOCK_M), _cdiv(a.N, a.BLOCK_N), _cdiv(a.K, a.BLOCK_K)
+    t.load(a.x, a.M * a.K, a.M * a.K * across)
+    t.load(a.codes, a.codes.numel(), a.codes.numel() * down)
+    t.load(a.scales, a.scales.numel(), a.N * steps * down)
+    if a.NF4:
+        t.load(a.table, 16, down * across * steps * a.BLOCK_N * a.BLOCK_K)
+    t.dots(down * across * steps, a.BLOCK_M, a.BLOCK_N, a.BLOCK_K)
+    for rank, up in zip(a.RANKS, a.b, strict=True):
+        t.load(a.s, a.M * rank, a.M * rank * across)
+        t.load(up, a.N * rank, a.N * rank * down)
+        t.dots(down * across * _cdiv(rank, a.BLOCK_R), a.BLOCK_M, a.BLOCK_N, a.BLOCK_R)
+    if a.HAS_BIAS:
+        t.load(a.bias, a.N, a.N * down)
+    t.store(a.y, a.M * a.N)
+
+
+def _masks(a: SimpleNamespace, programs: int, t: Traffic) -> None:
+    """The seed of each branch with dropout, read so often."""
+    for seed, masked in zip(a.seed, a.DROPOUT, strict=True):
+        if masked:
+            t.load(seed, 1, programs)
+
+
 @entry("_sum_partials_kernel")
 def _sum_partials(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.load(a.partials, a.parts * a.count, a.parts * a.count)
@@ -573,3 +667,22 @@ def _rotary(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     for table in (a.cos, a.sin):
         t.load(table, distinct(table), tokens * groups * 2 * a.half)
     t.store(a.y, heads)
+
+
+# ------------------------------------------------------------------------------ prompt_embedding
+
+
+@entry("_prompt_kernel")
+def _prompt(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    batch = grid[0] // _cdiv(a.P + a.T, a.BLOCK_L)
+    tokens = batch * a.T
+    t.load(a.prompt, a.P * a.D, batch * a.P * a.D)
+    t.load(a.ids, tokens, tokens * grid[1])
+    t.load(a.table, min(a.V, tokens) * a.D, tokens * a.D)
+    t.store(a.y, batch * (a.P + a.T) * a.D)
+
+
+@entry("_prompt_grad_kernel")
+def _prompt_grad(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    t.load(a.grad_y, a.B * a.P * a.D, a.B * a.P * a.D)
+    t.store(a.grad_prompt, a.P * a.D)

@@ -1,0 +1,274 @@
+"""Several ``delta_linear`` of the same x: q, k and v; gate and up.
+
+x is read once for S of all and once for dA of all, and dx is written once; the GEMMs of y and the
+passes over dy go layer by layer. See :mod:`deltaops.kernels.group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaops.backends.base import GroupMember
+from deltaops.reference.quantized import QuantizedWeight
+
+from . import core, delta_linear, planner, quantized
+
+
+class TritonDeltaLinear:
+    """A ``delta_linear`` of known settings; see :class:`deltaops.backends.base.GroupingPlan`."""
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self.scaling = tuple(scaling)
+        self.dropout = tuple(dropout)
+        self._activation = tuple(activation)
+
+    @property
+    def rank(self) -> int:
+        """Columns of S."""
+        return sum(self.ranks)
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Sequence[Any],
+        seed: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
+        a, b, inner = _thirds(operands)
+        return delta_linear.forward(
+            x, weight, bias, a, b, inner, self.scaling, self.dropout, self._activation, seed
+        )
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        operands: Sequence[Any],
+        s: Tensor,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
+        a, b, _ = _thirds(operands)
+        return delta_linear.backward(
+            grad_y, x, weight, a, b, s, self.scaling, self.dropout, self._activation, seed, needs
+        )
+
+    def fuses(self, m: int, weight: QuantizedWeight) -> bool:
+        """See :class:`deltaops.backends.base.QuantizedPlan`."""
+        return quantized.fuses(m, weight)
+
+    def forward_quantized(
+        self,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        operands: Sequence[Any],
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.QuantizedPlan`."""
+        a, b, _ = _thirds(operands)
+        return quantized.forward(x, weight, bias, a, b, self.scaling, self.dropout, seed)
+
+    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        """See :class:`deltaops.backends.base.QuantizedPlan`."""
+        return quantized.dequantize(weight, dtype)
+
+    def forward_group(
+        self, x: Tensor, members: Sequence[GroupMember], keep: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """See :class:`deltaops.backends.base.GroupingPlan`."""
+        plans = _plans(members)
+        s = torch.empty(
+            (x.shape[0], sum(p.rank for p in plans)), dtype=torch.float32, device=x.device
+        )
+        with core.device_of(x):
+            if x.shape[0]:
+                core.kernels("group").project_group(x, _parts(x, members), s)
+            results: list[tuple[Tensor, Tensor | None]] = []
+            for plan, member, piece in zip(plans, members, _split(s, plans), strict=True):
+                a, b, _ = _thirds(member.operands)
+                y = delta_linear.outputs(x, member.weight, member.bias, a, b, piece, plan.dropout)
+                results.append((y, piece))
+        return results
+
+    def backward_group(
+        self,
+        grad_y: Sequence[Tensor],
+        x: Tensor | None,
+        members: Sequence[GroupMember],
+        s: Sequence[Tensor],
+        needs: Sequence[Sequence[bool]],
+    ) -> list[list[Tensor]]:
+        """See :class:`deltaops.backends.base.GroupingPlan`. A product that the plan leaves to the
+        library adds onto dx, rounded in between."""
+        plans, first = _plans(members), grad_y[0]
+        (m, k), device = (first.shape[0], members[0].weight.shape[1]), first.device
+        grad_x = torch.empty((m, k), dtype=first.dtype, device=device) if needs[0][0] else None
+        width = sum(p.rank for p in plans)
+        grad_s = torch.empty((m, width), dtype=torch.float32, device=device)
+        with core.device_of(first):
+            found = [
+                _pass_over_dy(*one)
+                for one in zip(grad_y, members, s, _split(grad_s, plans), needs, strict=True)
+            ]
+            parts, grad_a = _parts(first, members), [t for mine in found for t in mine.a]
+            if m and any(t is not None for t in grad_a):
+                core.kernels("group").grad_down_group(grad_s, x, parts, grad_a)
+            if m and grad_x is not None:
+                _write_grad_input(grad_x, grad_y, members, grad_s, parts)
+        lists = [[t for t in (mine.bias, *mine.a, *mine.b) if t is not None] for mine in found]
+        if not m:
+            lists = [[t.zero_() for t in mine] for mine in lists]
+        if grad_x is not None:
+            lists[0].insert(0, grad_x)
+        return lists
+
+
+class _Found(NamedTuple):
+    """Gradients of one layer, where they are wanted."""
+
+    bias: Tensor | None
+    a: list[Tensor | None]
+    b: list[Tensor | None]
+
+
+def _pass_over_dy(
+    grad_y: Tensor, member: GroupMember, s: Tensor, grad_s: Tensor, needs: Sequence[bool]
+) -> _Found:
+    """dS, dB and db of a layer; dA has memory, and is not written yet."""
+    plan, (a, b, _) = _plan(member), _thirds(member.operands)
+    count, n, device = len(a), member.weight.shape[0], grad_y.device
+    precision = core.kernels("precision").rank_precision(grad_y.dtype, a)
+    bias = torch.empty(n, dtype=grad_y.dtype, device=device) if needs[1] else None
+    wanted = [
+        torch.empty(t.shape, dtype=t.dtype, device=device) if needs[2 + i] else None
+        for i, t in enumerate((*a, *b))
+    ]
+    found = _Found(bias, wanted[:count], wanted[count:])
+    if not grad_y.numel():
+        for t in (grad_s, *found.b):
+            if t is not None:
+                t.zero_()
+        return found
+    for i, columns in enumerate(_columns(plan.ranks)):
+        delta_linear.pass_over_dy(
+            grad_y,
+            b[i],
+            s[:, columns],
+            scaling=plan.scaling[i],
+            precision=precision,
+            grad_s=grad_s[:, columns] if needs[0] or found.a[i] is not None else None,
+            grad_b=found.b[i],
+            grad_bias=bias if i == 0 else None,
+        )
+    if bias is not None and count == 0:
+        torch.sum(grad_y, 0, out=bias)
+    return found
+
+
+def _write_grad_input(
+    grad_x: Tensor,
+    grad_y: Sequence[Tensor],
+    members: Sequence[GroupMember],
+    grad_s: Tensor,
+    parts: Sequence[Any],
+) -> None:
+    """dx as a layer of all rows of all weights would have it, by that layer's plan."""
+    weights, factors = [member.weight for member in members], [part.a for part in parts]
+    plan = _planned(grad_x, weights, parts)
+    precision = core.kernels("precision").rank_precision(grad_x.dtype, factors)
+    fused = plan == "fused"
+    core.kernels("group").grad_input_group(
+        grad_y, weights, grad_s, parts, grad_x,
+        precision=precision, capability=core.capability(grad_x), has_base=fused,
+    )  # fmt: skip
+    if not fused:
+        for dy, weight in zip(grad_y, weights, strict=True):
+            grad_x.addmm_(dy, weight)
+
+
+def _planned(grad_x: Tensor, weights: Sequence[Tensor], parts: Sequence[Any]) -> str:
+    m, k = grad_x.shape
+    setting = planner.setting_of(
+        grad_x.dtype,
+        tuple([part.a.dtype for part in parts]),
+        m,
+        sum(weight.shape[0] for weight in weights),
+        k,
+        tuple([part.rank for part in parts]),
+        any(part.dropout for part in parts),
+    )
+    # branches with masks have small tiles: see configs.grad_input_group
+    plain = not setting.dropout and all(map(core.kernels("configs").is_aligned, weights))
+    return planner.choose(setting, "backward", grad_x.device, plain).plan
+
+
+def _parts(x: Tensor, members: Sequence[GroupMember]) -> list[Any]:
+    """All branches, as the kernels want them; ``x`` for its dtype."""
+    made = core.kernels("group").Part
+    parts = []
+    for member in members:
+        plan, (a, _, _) = _plan(member), _thirds(member.operands)
+        precision = core.kernels("precision").rank_precision(x.dtype, a)
+        for i, down in enumerate(a):
+            parts.append(made(down, plan.scaling[i], plan.dropout[i], member.seed, i, precision))
+    return parts
+
+
+def _plan(member: GroupMember) -> TritonDeltaLinear:
+    assert isinstance(member.plan, TritonDeltaLinear)
+    return member.plan
+
+
+def _plans(members: Sequence[GroupMember]) -> list[TritonDeltaLinear]:
+    return [_plan(member) for member in members]
+
+
+def _split(s: Tensor, plans: Sequence[TritonDeltaLinear]) -> list[Tensor]:
+    """S of each layer, of those side by side."""
+    return [s[:, columns] for columns in _columns([plan.rank for plan in plans])]
+
+
+def _columns(widths: Sequence[int]) -> list[slice]:
+    ends = list(accumulate(widths))
+    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+
+
+def _thirds(operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """a, b and the branches' biases."""
+    count = len(operands) // 3
+    return (
+        list(operands[:count]),
+        list(operands[count : 2 * count]),
+        list(operands[2 * count :]),
+    )
+
+
+def prepare(
+    weight: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    activation: Sequence[str],
+) -> TritonDeltaLinear:
+    """See :class:`deltaops.backends.base.PreparingBackend`."""
+    return TritonDeltaLinear([t.shape[0] for t in a], scaling, dropout, activation)

@@ -1,0 +1,68 @@
+"""``delta_linear`` on a quantised weight: codes read in the K loop, or W made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deltaops.reference.quantized import QuantizedWeight, nf4_table
+
+from . import core
+
+
+def fuses(m: int, weight: QuantizedWeight) -> bool:
+    """Whether a product of M rows reads the codes itself."""
+    return bool(
+        core.kernels("quantized").takes(m, weight.shape[1], weight.kind == "nf4", weight.block)
+    )
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """See :class:`deltaops.backends.base.QuantizedPlan`."""
+    codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+    dense = torch.empty(weight.shape, dtype=dtype, device=codes.device)
+    if dense.numel():
+        with core.device_of(codes):
+            core.kernels("quantized").dequantize(
+                codes, scales, _table(codes), dense, nf4=weight.kind == "nf4", block=weight.block
+            )
+    return dense
+
+
+def forward(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``(y, S)`` of :func:`deltaops.backends.triton.delta_linear.forward`, where it ``fuses``."""
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    with core.device_of(x):
+        precision = core.kernels("precision").rank_precision(x.dtype, a)
+        s: Tensor = core.kernels("project").project_branches(
+            x, list(a), list(scaling), list(dropout), seed, precision
+        )
+        if y.numel():
+            codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+            core.kernels("quantized").forward_quantized(
+                x, codes, scales, _table(codes), bias, s, list(b), y,
+                nf4=weight.kind == "nf4", block=weight.block, precision=precision,
+            )  # fmt: skip
+    return y, s
+
+
+_tables: dict[torch.device, Tensor] = {}
+
+
+def _table(like: Tensor) -> Tensor:
+    """NF4's values on the device of ``like``; made once, so that no graph is captured with it."""
+    found = _tables.get(like.device)
+    if found is None:
+        found = _tables[like.device] = nf4_table(like.device)
+    return found
