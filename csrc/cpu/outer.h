@@ -34,6 +34,7 @@ struct Outer {
   int64_t columns;      // of the whole gradient
   const uint8_t *bits;  // keep-bits of the other operand, or NULL
   int64_t bits_row;
+  const Rows *own;  // the rows to sum over; NULL: all
 };
 
 /* to[c] = sum over rows of g[row][c] / scale, for `count` columns. In double: a bias is few
@@ -132,6 +133,37 @@ DELTAOPS_INLINE void outer_tile(const float *g, ptrdiff_t g_row, float *panel, i
   outer_tile_ahead<MR, false>(g, g_row, panel, 0, panel, rows, sum, &nothing);
 }
 
+/* sum[q][:] += sum over some rows of g[row][q] * panel[row - m][:]. */
+template <int MR>
+__attribute__((noinline)) void outer_tile_of(const float *g, ptrdiff_t g_row, const Rows &rows,
+                                             int64_t m, const float *panel, float *sum,
+                                             RowsAhead *state) {
+  RowsAhead ahead = *state;
+  VecF acc[MR][kTileVectors];
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
+  for (int64_t r = 0; r < rows.count; ++r) {
+    if (r % RowsAhead::kSteps == 0) ahead.some();
+    const float *values = g + rows.list[r] * g_row;
+    const float *from = panel + (rows.list[r] - m) * kTileColumns;
+    VecF column[kTileVectors];
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) column[j] = load(from + j * kLanes);
+    DELTAOPS_UNROLL
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j)
+      acc[i][j] = multiply_add(acc[i][j], values[i], column[j]);
+  }
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) {
+    float *to = sum + i * kTileColumns + j * kLanes;
+    store(to, load(to) + acc[i][j]);
+  }
+  *state = ahead;
+}
+
 /* panel = rows of x, columns n ... n + columns - 1, masked; column sums added to `total`. */
 template <bool Whole, bool Masked, class T>
 DELTAOPS_INLINE void outer_rows(float *panel, const T *x, int64_t x_row, int64_t rows, int64_t n,
@@ -192,12 +224,17 @@ void outer_columns(const T *x, int64_t x_row, int64_t M, int64_t C, int64_t n0, 
   float *panel = scratch, *sums = scratch + kOuterRows * kTileColumns;
   float total[kOuterColumns] = {};
   const int64_t width = least(group * kTileColumns, C - n0), right = n0 + width;
-  int64_t ranks = 0, tiles = 0, plain = 0;
+  int64_t ranks = 0, tiles = 0, plain = 0, own_tiles = 0;
   for (int64_t j = 0; j < count; ++j) {
+    const int64_t heights = ceil_div(outers[j].rank, kTileRows);
     ranks += outers[j].rank;
-    tiles += ceil_div(outers[j].rank, kTileRows);
+    if (outers[j].own)
+      own_tiles = most(own_tiles, heights);  // of which a row is read by one branch's
+    else
+      tiles += heights;
     plain += outers[j].bits == nullptr;
   }
+  tiles += own_tiles;
   memset(sums, 0, static_cast<size_t>(group * ranks * kTileColumns) * sizeof(float));
   for (int64_t m = 0; m < M; m += kOuterRows) {
     const int64_t rows = least(kOuterRows, M - m), below = m + rows;
@@ -215,14 +252,23 @@ void outer_columns(const T *x, int64_t x_row, int64_t M, int64_t C, int64_t n0, 
       if (bias_grad || (copied && plain > 0))
         outer_panel(panel, x, x_row, m, rows, n, columns, nullptr, 0,
                     bias_grad ? total + p * kTileColumns : nullptr, &ahead);
+      const uint8_t *bits = nullptr;                // of the panel
       for (int masked = 0; masked < 2; ++masked) {  // the shared panel is there for the first lap
         int64_t rank = 0;
         for (int64_t j = 0; j < count; rank += outers[j].rank, ++j) {
           const Outer &outer = outers[j];
           if ((outer.bits != nullptr) != (masked == 1)) continue;
-          if (masked)
+          Rows own = {nullptr, 0};
+          if (outer.own) {
+            own = rows_between(*outer.own, m, m + rows);
+            if (own.count == 0) continue;
+          }
+          if (outer.bits != bits || (outer.own && !masked && !copied)) {
             outer_panel(panel, x, x_row, m, rows, n, columns, outer.bits, outer.bits_row, nullptr,
                         &ahead);
+            bits = outer.bits;
+            copied = true;
+          }
           // Tiles of about the same height: one of few rows waits for its own sums.
           const int64_t heights = ceil_div(outer.rank, kTileRows);
           for (int64_t t = 0; t < heights; ++t) {
@@ -231,7 +277,9 @@ void outer_columns(const T *x, int64_t x_row, int64_t M, int64_t C, int64_t n0, 
             float *to = sum + (rank + q.begin) * kTileColumns;
             with_rows<kTileRows>(q.end - q.begin, [&](auto size) {
               constexpr int MR = decltype(size)::value;
-              if (copied || masked)
+              if (outer.own)
+                outer_tile_of<MR>(outer.g + q.begin, outer.g_row, own, m, panel, to, &ahead);
+              else if (copied || masked)
                 outer_tile_ahead<MR, false>(g, outer.g_row, from, x_row, panel, rows, to, &ahead);
               else
                 outer_tile_ahead<MR, true>(g, outer.g_row, from, x_row, panel, rows, to, &ahead);

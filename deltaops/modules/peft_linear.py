@@ -69,7 +69,7 @@ class PeftLoraLinear(PeftLinear):
         if layer is None:
             theirs: Tensor = super().forward(x, *args, **kwargs)
             return theirs
-        weight, bias, branches = layer
+        weight, bias, branches, _ = layer
         return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
 
     def layer(self) -> Layer | None:

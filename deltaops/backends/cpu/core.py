@@ -19,7 +19,7 @@ from deltaops.memory import LEAST, large, start
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NORMS = {"none": 0, "layer": 1, "rms": 2}
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 
 @cache
