@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Prompt,
     )
     from .ops import explain
-    from .surgery import accelerate, attach, load, report
+    from .surgery import accelerate, adapters_by_sample, attach, load, report
 
 __all__ = [
     "IA3",
@@ -48,6 +48,7 @@ __all__ = [
     "Prompt",
     "__version__",
     "accelerate",
+    "adapters_by_sample",
     "attach",
     "backends",
     "errors",
@@ -73,6 +74,7 @@ _HOMES = {
     "Prefix": "methods",
     "Prompt": "methods",
     "accelerate": "surgery",
+    "adapters_by_sample": "surgery",
     "attach": "surgery",
     "errors": "",
     "explain": "ops",

@@ -374,21 +374,22 @@ struct TileTerms {
 };
 
 /* Those of rows m ... m + rows - 1, each once. */
-inline TileTerms terms_of_rows(const Product &p, int64_t m, int64_t rows) {
-  TileTerms terms;
-  terms.num_direct = terms.num_masked = 0;
+inline void terms_of_rows(const Product &p, int64_t m, int64_t rows, TileTerms *terms) {
+  terms->num_direct = terms->num_masked = 0;
+  int32_t before = -1;
   for (int64_t i = 0; i < rows; ++i) {
     const int32_t own = p.adapter[m + i];
+    if (own == before) continue;  // as a rule: neighbours are of one sample
+    before = own;
     bool fresh = own >= 0;
     for (int64_t j = 0; fresh && j < i; ++j) fresh = p.adapter[m + j] != own;
     if (!fresh) continue;
     const Term &term = p.terms[own];
     if (!p.mask_x && term.threshold > 0)
-      terms.masked[terms.num_masked++] = &term;
+      terms->masked[terms->num_masked++] = &term;
     else
-      terms.direct[terms.num_direct++] = term.segment;
+      terms->direct[terms->num_direct++] = term.segment;
   }
-  return terms;
 }
 
 /* So few tiles would each ask for so many lines of the next panel at once that they wait for them
@@ -491,7 +492,7 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
         };
         TileTerms own;
         if (last && p.adapter) {
-          own = terms_of_rows(p, m + i, MR);
+          terms_of_rows(p, m + i, MR, &own);
           t.segments = own.direct;
           t.num_segments = own.num_direct;
           for (int64_t j = 0; j < own.num_masked; ++j) add_masked(*own.masked[j]);

@@ -64,8 +64,8 @@ def delta_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     branches: Sequence[Branch] = (),
-    *,
     adapter: Tensor | None = None,
+    *,
     backend: str = "auto",
     strict: bool = False,
 ) -> Tensor:
@@ -138,8 +138,8 @@ def explain(
     weight: Tensor,
     bias: Tensor | None = None,
     branches: Sequence[Branch] = (),
-    *,
     adapter: Tensor | None = None,
+    *,
     backend: str = "auto",
 ) -> Explanation:
     """Which backend ``delta_linear`` would take for these arguments, and why not the others.

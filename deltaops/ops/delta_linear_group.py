@@ -66,10 +66,7 @@ def delta_linear_group(
 def _run(x: Tensor, layers: Sequence[Layer], backend: str, strict: bool) -> list[Tensor]:
     members = None if watched() else _members(x, layers, backend, strict)
     if members is None:
-        return [
-            delta_linear(x, *layer, adapter=adapter, backend=backend, strict=strict)
-            for *layer, adapter in layers
-        ]
+        return [delta_linear(x, *layer, backend=backend, strict=strict) for layer in layers]
     tensors = [t for m in members for t in (m.weight, m.bias, m.seed, m.adapter, *m.operands)]
     if needs_grad(x, *tensors):
         plans = [(m.plan, len(m.operands)) for m in members]

@@ -2,6 +2,7 @@
 
 from .accelerate import accelerate
 from .attach import attach
+from .by_sample import adapters_by_sample
 from .checkpoint import load, save
 from .handle import Handle, handle_of
 from .plan import Plan, plan
@@ -13,6 +14,7 @@ __all__ = [
     "Report",
     "Row",
     "accelerate",
+    "adapters_by_sample",
     "attach",
     "handle_of",
     "load",

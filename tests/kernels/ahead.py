@@ -55,6 +55,7 @@ class Setting:
     k: int = 4096
     conv1d: bool = False
     bias: bool = False
+    routed: bool = False
 
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -75,6 +76,9 @@ SETTINGS = (
     Setting(512, (64,), dropout=0.1, n=96),
     # nothing divides by 16, and two branches
     Setting(1001, (3, 100), n=1003, k=4001, dropout=0.1, bias=True),
+    # a batch that mixes adapters: its mask beside the most lanes, in both makers of dS
+    Setting(512, (64,), dropout=0.1, routed=True),
+    Setting(512, (64,), dropout=0.1, n=96, routed=True),
 )
 # Variations that change no configuration: one architecture shows them.
 VARIATIONS = (
@@ -217,11 +221,12 @@ def launch(setting: Setting) -> None:
     b = [empty(setting.n, r, dtype=setting.adapter) for r in setting.ranks]
     scaling, dropout = [2.0] * len(a), [setting.dropout] * len(a)
     seed = empty(1, dtype=torch.int64)
+    by_row = (empty(setting.m, dtype=torch.int32),) if setting.routed else ()
     run = TritonBackend()
     no_bias, linear = [None] * len(a), ["identity"] * len(a)
-    y, s = run.forward(x, weight, bias, a, b, no_bias, scaling, dropout, linear, seed)
+    y, s = run.forward(x, weight, bias, a, b, no_bias, scaling, dropout, linear, seed, *by_row)
     needs = [True, setting.bias] + [True] * (2 * len(a)) + [False] * len(a)
-    run.backward(y, x, weight, a, b, s, scaling, dropout, linear, seed, needs)
+    run.backward(y, x, weight, a, b, s, scaling, dropout, linear, seed, needs, *by_row)
 
 
 def launch_attention(setting: Attention) -> None:

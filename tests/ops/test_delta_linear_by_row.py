@@ -37,13 +37,17 @@ def run(weight: Tensor, inputs: list[Tensor], backend: str = "auto", **kwargs: o
 
 
 def test_gradcheck() -> None:
-    weight, inputs = leaves(torch.float64)
+    t = DeltaLinearCase(4, 2, 9, (1, 2, 1), activation=("identity", "identity", "silu")).tensors(
+        torch.float64
+    )
+    inputs = [u.clone().requires_grad_() for u in (t.x, *t.a, *t.b)]
+    ids = torch.tensor([2, -1, 0, 2])
 
-    def seeded(*given: Tensor) -> Tensor:
+    def seeded(x: Tensor, *given: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return delta_linear(
-            given[0], weight, given[1], branches(list(given), 0.3), adapter=IDS, backend="reference"
-        )
+        a, b = given[:3], given[3:]
+        rows = [Branch(a[i], b[i], 0.5, 0.3 * (i == 0), t.activation[i]) for i in range(3)]
+        return delta_linear(x, t.weight, t.bias, rows, ids, backend="reference")
 
     assert torch.autograd.gradcheck(seeded, inputs)
 
@@ -154,7 +158,7 @@ def test_a_group_gives_what_its_layers_give() -> None:
         Layer(weight, None, every[:1]),
     ]
     together = delta_linear_group(inputs[0], layers)
-    alone = [delta_linear(inputs[0], *rest, adapter=ids) for *rest, ids in layers]
+    alone = [delta_linear(inputs[0], *layer) for layer in layers]
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one, other)
     grads = [

@@ -163,13 +163,13 @@ def test_several_adapters_switched_and_together(
 
 
 @pytest.mark.parametrize("names", [["default", "__base__"], ["__base__", "__base__"]])
-def test_mixed_batches_take_pefts_forward(case: Any, calls: list[Any], names: list[str]) -> None:
+def test_mixed_batches_stay_in_the_op(case: Any, calls: list[Any], names: list[str]) -> None:
     ids = case.batch["input_ids"]
     with torch.no_grad():
         fast = case.fast(ids, adapter_names=names).logits
         slow = case.model(ids, adapter_names=names).logits
     torch.testing.assert_close(fast, slow)
-    assert not calls
+    assert len(calls) == 4
 
 
 def test_save_and_from_pretrained(case: Any, tiny: Callable[..., Any], tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ from . import core, planner
 from .planner import Choice
 
 
+MOST_MIXED = 128
+"""Ranks of all adapters that a batch may mix: beyond, products with zeros outweigh the others."""
+
+
 def unsupported(call: DeltaLinearCall) -> str | None:
     """None, or what the kernels do not take."""
     for dtype in (call.dtype, *call.adapter_dtypes):
@@ -28,6 +32,11 @@ def unsupported(call: DeltaLinearCall) -> str | None:
         return f"has no kernel for a branch with an activation yet ({call.activations[0]})"
     if call.branch_bias:
         return "has no kernel for a branch with a bias yet"
+    if call.routed and call.rank > MOST_MIXED:
+        return (
+            f"mixes adapters of at most {MOST_MIXED} ranks together in a batch (each row multiplies "
+            f"by all of them, most by zero), not of {call.rank}"
+        )
     return None
 
 
@@ -63,6 +72,7 @@ def forward(
     dropout: Sequence[float],
     activation: Sequence[str],
     seed: Tensor | None,
+    adapter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -72,7 +82,7 @@ def forward(
             return y, torch.empty((x.shape[0], width), dtype=torch.float32, device=x.device)
         precision = core.kernels("precision").rank_precision(x.dtype, a)
         s: Tensor = core.kernels("project").project_branches(
-            x, list(a), list(scaling), list(dropout), seed, precision
+            x, list(a), list(scaling), list(dropout), seed, precision, adapter
         )
         plan = _plan("forward", x, weight, a, dropout)
         if plan == "torch":
@@ -99,6 +109,7 @@ def backward(
     activation: Sequence[str],
     seed: Tensor | None,
     needs: Sequence[bool],
+    adapter: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
     count = len(a)
@@ -127,8 +138,9 @@ def backward(
             twice = core.kernels("configs").reads_dy_twice
             if need_s and (not beside or twice(grad_y, b[i], precision.wide)):
                 core.kernels("project").project(
-                    grad_y, b[i].t(), grad_s[:, piece], scaling=scaling[i], precision=precision
-                )
+                    grad_y, b[i].t(), grad_s[:, piece],
+                    scaling=scaling[i], precision=precision, adapter=adapter, number=i,
+                )  # fmt: skip
                 need_s = False
             if need_s or beside:
                 core.kernels("grad_up").grad_up(
@@ -140,6 +152,8 @@ def backward(
                     grad_s=grad_s[:, piece] if need_s else None,
                     grad_b=wanted[count + i],
                     grad_bias=grad_bias if need_bias else None,
+                    adapter=adapter,
+                    number=i,
                 )
             if wanted[i] is not None:
                 core.kernels("grad_down").grad_down(
