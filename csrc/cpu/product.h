@@ -316,12 +316,11 @@ void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t
   }
 }
 
-/* The same where each row has one branch: its rows are gathered a few at a time. The columns of the
- * others are 0. */
+/* The same where each row has one branch, whose rows are gathered a few at a time. The columns of
+ * the others are not written. */
 template <class T>
 void lowrank_own_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
                       int64_t k0, int64_t ks, float *s) {
-  if (k0 == 0) memset(s, 0, static_cast<size_t>(rows * p.s_columns) * sizeof(float));
   float *few = cut.rows + self * cut.rows_each, *sums = few + kNarrowRows * cut.x_row;
   uint8_t *bits = cut.bits + self * cut.bits_each;
   const T *x = static_cast<const T *>(p.x) + k0;
@@ -343,8 +342,10 @@ void lowrank_own_rows(const Product &p, const Cut &cut, int self, int64_t m, int
                      cut.k_padded, k0, ks, 0, width, sums, width, true);
       for (int64_t r = 0; r < count; ++r) {
         float *to = s + (own.list[i + r] - m) * p.s_columns + term.segment.column;
-        for (int64_t c = 0; c < width; c += kLanes)
-          store(to + c, load(to + c) + load(sums + r * width + c));
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const VecF sum = load(sums + r * width + c);
+          store(to + c, k0 == 0 ? sum : load(to + c) + sum);
+        }
       }
     }
   }
@@ -366,29 +367,24 @@ inline void finish_rows(const Product &p, float *s, int64_t m, int64_t rows) {
   }
 }
 
-/* The terms of one tile: those with a mask on their product come last. */
-struct TileTerms {
-  Segment direct[kTileRows];
-  const Term *masked[kTileRows];
-  int64_t num_direct, num_masked;
-};
-
-/* Those of rows m ... m + rows - 1, each once. */
-inline void terms_of_rows(const Product &p, int64_t m, int64_t rows, TileTerms *terms) {
-  terms->num_direct = terms->num_masked = 0;
-  int32_t before = -1;
-  for (int64_t i = 0; i < rows; ++i) {
+/* sum = S_i Q_i for a tile of rows, each with its own branch, masked where that has dropout; 0 for
+ * rows without one. n: the first of the tile's columns. Branches are read row by row: neighbours
+ * may have any, and one's NaN is not another's. */
+inline void own_tile(const Product &p, int64_t m, int64_t rows, const float *s, const float *q,
+                     int64_t n, float *sum) {
+  for (int64_t i = 0; i < rows; ++i, sum += kTileColumns) {
+    VecF acc[1][kTileVectors] = {};
     const int32_t own = p.adapter[m + i];
-    if (own == before) continue;  // as a rule: neighbours are of one sample
-    before = own;
-    bool fresh = own >= 0;
-    for (int64_t j = 0; fresh && j < i; ++j) fresh = p.adapter[m + j] != own;
-    if (!fresh) continue;
-    const Term &term = p.terms[own];
-    if (!p.mask_x && term.threshold > 0)
-      terms->masked[terms->num_masked++] = &term;
-    else
-      terms->direct[terms->num_direct++] = term.segment;
+    const uint8_t *bits = nullptr;
+    if (own >= 0) {
+      const Term &term = p.terms[own];
+      accumulate(acc, s + i * p.s_columns + term.segment.column, 0, 1,
+                 q + term.segment.step * kTileColumns, term.segment.rank);
+      if (!p.mask_x && term.threshold > 0) bits = term.bits + (m + i) * p.bits_row;
+    }
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j)
+      store(sum + j * kLanes, bits ? keep(acc[0][j], bits, n + j * kLanes) : acc[0][j]);
   }
 }
 
@@ -406,7 +402,7 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
   Unit *panel = reinterpret_cast<Unit *>(cut.panel + self * cut.panel_each);
   float *q = cut.q + self * cut.q_each;
   const int64_t c_columns = cut.panels_each * kTileColumns;
-  const int64_t num_direct = !last ? 0 : p.mask_x ? p.num_terms : p.num_plain;
+  const int64_t num_direct = !last || p.adapter ? 0 : p.mask_x ? p.num_terms : p.num_plain;
   float bias[kTileColumns], start[kTileRows * kTileColumns], dots[kTileRows * kTileColumns];
   Tile<Unit, T> t = {};
   t.a_row = x_row;
@@ -483,21 +479,18 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
       with_rows<kTileRows>(count, [&](auto size) {
         constexpr int MR = decltype(size)::value;
         t.start = nullptr;
-        const auto add_masked = [&](const Term &term) {
-          masked_tile<MR>(t.s + term.segment.column, p.s_columns,
-                          q + term.segment.step * kTileColumns, term.segment.rank,
-                          term.bits + (m + i) * p.bits_row, p.bits_row, n, start,
-                          t.start == nullptr);
-          t.start = start;
-        };
-        TileTerms own;
         if (last && p.adapter) {
-          terms_of_rows(p, m + i, MR, &own);
-          t.segments = own.direct;
-          t.num_segments = own.num_direct;
-          for (int64_t j = 0; j < own.num_masked; ++j) add_masked(*own.masked[j]);
-        } else if (last) {
-          for (int64_t j = num_direct; j < p.num_terms; ++j) add_masked(p.terms[j]);
+          own_tile(p, m + i, MR, t.s, q, n, start);
+          t.start = start;
+        } else if (last && num_direct < p.num_terms) {
+          for (int64_t j = num_direct; j < p.num_terms; ++j) {
+            const Term &term = p.terms[j];
+            masked_tile<MR>(t.s + term.segment.column, p.s_columns,
+                            q + term.segment.step * kTileColumns, term.segment.rank,
+                            term.bits + (m + i) * p.bits_row, p.bits_row, n, start,
+                            j == num_direct);
+          }
+          t.start = start;
         }
         tile<MR>(t);
       });

@@ -4,9 +4,8 @@
  *
  * M tokens, K inputs, N outputs, R_i the rank of branch i, R their sum. With the identity as act_i
  * a branch is LoRA (Hu et al. 2021, eq. 3), with another a parallel adapter (He et al. 2021).
- * A batch may mix adapters: the sum over i is then one branch, another for each row. A NaN or an
- * infinity in a branch stays in its rows, but for those of B (in y) and of A (in the gradient of
- * x), which may come out in neighbouring rows too.
+ * A batch may mix adapters: each row then has one branch or none instead of the sum, and nothing of
+ * another comes into it.
  *
  * Ownership   The caller owns every buffer; the library keeps no pointer after it returns.
  * Alignment   That of the element type suffices, and is required.

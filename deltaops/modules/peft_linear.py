@@ -24,6 +24,9 @@ from .linear import FrozenLinear
 from .place import UNFROZEN
 from .sharing import shared
 
+TELLER = "_adapter_names_pre_forward_hook"
+"""The function of a hook that tells a layer ``adapter_names``, as PEFT calls it."""
+
 
 class PeftLoraLinear(PeftLinear):
     """An exact ``peft.tuners.lora.layer.Linear`` after ``deltaops.accelerate``."""
@@ -68,7 +71,11 @@ class PeftLoraLinear(PeftLinear):
                 return y
             layer = self.layer()
         elif not args and kwargs.keys() == {"adapter_names"}:  # others are aLoRA offsets and such
-            layer = self.layer_by_row(x, kwargs["adapter_names"])
+            names = kwargs["adapter_names"]
+            y = None if names is None else shared(self, x, names)
+            if y is not None:
+                return y
+            layer = self.layer_by_row(x, names)
         if layer is None:
             theirs: Tensor = super().forward(x, *args, **kwargs)
             return theirs
@@ -77,6 +84,11 @@ class PeftLoraLinear(PeftLinear):
     def layer(self) -> Layer | None:
         """What the op takes for the next call; None where PEFT's own forward runs it."""
         return self._layer(self._resolve())
+
+    @staticmethod
+    def is_told(hook: Any) -> bool:
+        """Whether a forward pre-hook only brings ``adapter_names``, PEFT's or ours."""
+        return getattr(getattr(hook, "func", None), "__name__", "") == TELLER
 
     def layer_by_row(self, x: Tensor, names: Sequence[str] | None) -> Layer | None:
         """The same where sample i of x ``[samples, ..., K]`` has the adapter ``names[i]``.

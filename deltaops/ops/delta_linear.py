@@ -79,8 +79,8 @@ def delta_linear(
         adapter: int32 or int64 ``[...]``, one number for each row of ``x``, in any order: the row
             gets this one of ``branches`` and no other, none for -1. None: every row gets all.
             Ranks and settings may differ. What the backward pass keeps grows with the sum of the
-            ranks, the work does not. A NaN in a branch's ``b`` may come out in the rows beside its
-            own, and so may one in ``a`` in their gradients.
+            ranks; on the CPU the work does not, and a NaN in a branch stays in its rows, while
+            Triton's products by zero carry it into the others.
         backend: "auto", or the name of one in ``deltaops.backends()``, which then runs or raises.
         strict: with "auto", raise instead of ending in eager torch.
     Returns: ``[..., N]`` in the dtype of ``x`` (under autocast, in autocast's dtype).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -35,12 +36,8 @@ def adapters_by_sample(model: nn.Module, names: Sequence[str]) -> Iterator[None]
         forward pass would come when this has closed; and, in a layer, PEFT's ValueError for
         another number of samples, merged adapters or DoRA.
     """
-    names = _checked(model, names)
+    tell = partial(_adapter_names_pre_forward_hook, adapter_names=_checked(model, names))
     handles: list[Any] = []
-
-    def tell(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": names}
-
     try:
         for module in model.modules():
             if _is_peft(module):
@@ -49,6 +46,13 @@ def adapters_by_sample(model: nn.Module, names: Sequence[str]) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _adapter_names_pre_forward_hook(
+    _module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    # as PEFT calls its own: layers that share an input know by the name that x stays as it is
+    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -56,10 +56,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     seen: list[Any] = []
     theirs: list[Any] = []
-    real, layer_of = peft_linear.delta_linear, peft_linear.PeftLoraLinear.layer
+    real, layer_of = peft_linear.delta_linear, peft_linear.PeftLoraLinear._layer
 
-    def layer(place: Any) -> Any:
-        theirs.append(layer_of(place))
+    def layer(place: Any, *args: Any) -> Any:
+        theirs.append(layer_of(place, *args))
         return theirs[-1]
 
     def alone(*args: Any, **kwargs: Any) -> Tensor:
@@ -67,10 +67,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return real(*args, **kwargs)
 
     def together(x: Tensor, layers: list[Any], **kwargs: Any) -> list[Tensor]:
-        seen.extend((x, *one) for one in layers if any(one is other for other in theirs))
+        seen.extend(
+            (x, *one) for one in layers if any(o and one.weight is o.weight for o in theirs)
+        )
         return delta_linear_group(x, layers, **kwargs)
 
-    monkeypatch.setattr(peft_linear.PeftLoraLinear, "layer", layer)
+    monkeypatch.setattr(peft_linear.PeftLoraLinear, "_layer", layer)
     monkeypatch.setattr(peft_linear, "delta_linear", alone)
     monkeypatch.setattr(sys.modules["deltaops.modules.sharing"], "delta_linear_group", together)
     return seen

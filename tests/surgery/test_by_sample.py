@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,10 @@ def case(tiny: Callable[..., Any], shake: Callable[[nn.Module], None]) -> Any:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], Tensor | None]]:
-    """The ranks and the adapter of each call of PEFT's layers that reached the op."""
+    """The ranks and the adapter of each of PEFT's layers that reached the op, and the number of
+    those that did so together, as ranks [0]."""
     from deltaops.modules import peft_linear
+    from deltaops.ops import delta_linear_group
 
     real, found = peft_linear.delta_linear, []
 
@@ -52,7 +55,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], Tensor | None
         found.append(([branch.a.shape[0] for branch in args[3]], args[4]))
         return real(*args, **kwargs)
 
+    def together(x: Tensor, layers: list[Any], **kwargs: Any) -> list[Tensor]:
+        found.append(([0], None))
+        found.extend(([b.a.shape[0] for b in one.branches], one.adapter) for one in layers)
+        return delta_linear_group(x, layers, **kwargs)
+
     monkeypatch.setattr(peft_linear, "delta_linear", counted)
+    monkeypatch.setattr(sys.modules["deltaops.modules.sharing"], "delta_linear_group", together)
     return found
 
 
@@ -71,9 +80,9 @@ def one_by_one(model: Any, ids: Tensor, names: list[str]) -> Tensor:
 @torch.no_grad()
 def test_the_same_numbers_as_peft_and_as_one_by_one(case: Any, seen: list[Any]) -> None:
     fast = case.fast(case.ids, adapter_names=NAMES).logits
-    assert len(seen) == 8, "q, v, o and down of two layers, each in one call"
-    ranks, adapter = seen[0]
-    assert ranks == [2, 4, 7]
+    a_layer = [[0], [2, 4, 7], [], [4, 7], [2], [0], [], [], [7]]
+    assert [ranks for ranks, _ in seen] == 2 * a_layer, "q, k and v; o; gate and up; down"
+    adapter = seen[1][1]
     assert adapter.tolist() == [[0] * 7, [-1] * 7, [1] * 7, [2] * 7, [0] * 7]
     torch.testing.assert_close(fast, case.model(case.ids, adapter_names=NAMES).logits)
     torch.testing.assert_close(fast, one_by_one(case.model, case.ids, NAMES))

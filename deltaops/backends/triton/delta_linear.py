@@ -16,7 +16,6 @@ from deltaops.errors import DataError
 from . import core, planner
 from .planner import Choice
 
-
 MOST_MIXED = 128
 """Ranks of all adapters that a batch may mix: beyond, products with zeros outweigh the others."""
 
@@ -34,8 +33,8 @@ def unsupported(call: DeltaLinearCall) -> str | None:
         return "has no kernel for a branch with a bias yet"
     if call.routed and call.rank > MOST_MIXED:
         return (
-            f"mixes adapters of at most {MOST_MIXED} ranks together in a batch (each row multiplies "
-            f"by all of them, most by zero), not of {call.rank}"
+            f"mixes adapters of at most {MOST_MIXED} ranks together (each row multiplies by all of "
+            f"them, most by zero), not of {call.rank}"
         )
     return None
 
