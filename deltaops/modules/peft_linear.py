@@ -98,7 +98,7 @@ class PeftLoraLinear(PeftLinear):
         """
         if names is None or x.dim() < 2:
             return None
-        self._check_forward_args(x, adapter_names=names)
+        self._check_forward_args(x, adapter_names=names)  # type: ignore[no-untyped-call]  # PEFT's
         here = self._modules["lora_A"]._modules
         present = list(dict.fromkeys([name for name in names if name in here]))
         layer = self._layer(self._resolve(present))

@@ -116,3 +116,18 @@ def test_what_is_not_a_number_in_a_row_stays_there(backend: str) -> None:
     assert y[[3, 17]].isnan().all()
     assert y[clean].isfinite().all()
     assert grad_x.isfinite().all()
+
+
+def test_what_is_not_a_number_in_an_adapter_stays_in_its_rows() -> None:
+    """Of the native core alone: products by zero would carry it on."""
+    t = DeltaLinearCase(131, 33, 24, (4, 4), dropout=(0.0, 0.2), routed="mixed").tensors(F32)
+    t.a[0][1, 2] = t.b[0][5, 1] = float("nan")
+    run, grad_y = registered()["cpu"], torch.ones(131, 33)
+    y, s = run.forward(*t.forward_arguments())
+    needs = [True, True, True, True, True, True, False, False]
+    grads = run.backward(*t.backward_arguments(grad_y, s), needs, *t.by_row())
+    grad_x, grad_bias, _, grad_a, _, grad_b = grads
+    own = t.adapter == 0
+    assert y[own].isnan().any(1).all()
+    assert grad_x[own].isnan().any(1).all()
+    assert all(u.isfinite().all() for u in (y[~own], grad_x[~own], grad_bias, grad_a, grad_b))
