@@ -445,7 +445,8 @@ void wild(Rng *rng) {
                     0,
                     rng->next(),
                     nullptr,
-                    0};
+                    0,
+                    nullptr};
     wild_packed(weight, &args, &memory, rng);
     wild_call(args, &depths.forward);
   } else {
@@ -465,7 +466,8 @@ void wild(Rng *rng) {
                      list(grad_b),
                      list(grad_branch_bias),
                      nullptr,
-                     0};
+                     0,
+                     nullptr};
     wild_packed(transposed(weight), &args, &memory, rng);
     wild_call(args, &depths.backward);
   }
