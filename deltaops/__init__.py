@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         Prompt,
     )
     from .ops import explain
-    from .surgery import accelerate, attach, load, report
+    from .surgery import accelerate, adapters_by_sample, attach, load, report
 
 __all__ = [
     "IA3",
@@ -50,6 +50,7 @@ __all__ = [
     "Prompt",
     "__version__",
     "accelerate",
+    "adapters_by_sample",
     "attach",
     "backends",
     "errors",
@@ -76,6 +77,7 @@ _HOMES = {
     "Prefix": "methods",
     "Prompt": "methods",
     "accelerate": "surgery",
+    "adapters_by_sample": "surgery",
     "attach": "surgery",
     "errors": "",
     "explain": "ops",

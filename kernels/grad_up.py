@@ -8,6 +8,7 @@ db in registers until the end. Partial sums are then added in a fixed order (red
 Traffic: dy once for each 64 ranks; partials of dS, 8·M·R·⌈N/128⌉ bytes written and read, and of dB
 and db, 8·N·R·pieces. Where the former outgrow a second reading of dy (configs.reads_dy_twice),
 project.py makes dS, and this kernel only dB and db.
+Where a batch mixes adapters dS is 0 in the rows of the others, as S is.
 """
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 from . import configs
 from .precision import Precision
 from .reduce import partials_or, sum_partials
-from .tiles import load_tile, store_tile
+from .tiles import is_own, load_tile, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _grad_up_kernel(
     grad_y,
     b,
@@ -45,6 +46,9 @@ def _grad_up_kernel(
     gb_col,
     bias_part,
     scale,
+    adapter,
+    number,
+    ROUTED: tl.constexpr,
     WANT_S: tl.constexpr,
     WANT_B: tl.constexpr,
     WANT_BIAS: tl.constexpr,
@@ -70,6 +74,8 @@ def _grad_up_kernel(
         if WANT_S:
             term = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
             term = tl.dot(tile.to(WORK), up, term, input_precision=PRECISION) * scale
+            if ROUTED:
+                term = tl.where(is_own(adapter, row, M, number)[:, None], term, 0.0)
             store_tile(grad_s + tile_n.to(tl.int64) * gs_part, row, lane, gs_row, 1, M, R, term)
         if WANT_B:
             side = load_tile(s, row, lane, s_row, 1, M, R).to(WORK)
@@ -94,8 +100,11 @@ def grad_up(
     grad_s: Tensor | None = None,
     grad_b: Tensor | None = None,
     grad_bias: Tensor | None = None,
+    adapter: Tensor | None = None,
+    number: int = 0,
 ) -> None:
-    """Write those of grad_s ``[M, R]``, grad_b ``[N, R]``, grad_bias ``[N]`` that are given."""
+    """Write those of grad_s ``[M, R]``, grad_b ``[N, R]``, grad_bias ``[N]`` that are given; with
+    ``adapter`` (int32 ``[M]``) grad_s is zero in the rows where it is not ``number``."""
     (m, n), rank = grad_y.shape, b.shape[1]
     aligned, of_s = configs.is_aligned(grad_y, b), grad_s is not None
     config = configs.grad_up(rank, precision.wide, aligned, of_s)
@@ -129,6 +138,9 @@ def grad_up(
         to_b.stride(2),
         to_bias.stride(0),
         scaling,
+        adapter,
+        number,
+        ROUTED=adapter is not None,
         WANT_S=grad_s is not None,
         WANT_B=grad_b is not None,
         WANT_BIAS=grad_bias is not None,

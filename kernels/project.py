@@ -6,6 +6,7 @@ One program reads a tile row of x and all of A's rows that it has lanes for, acc
 and, where M alone gives too few programs, takes only a piece of K and leaves a partial sum.
 Traffic: x once for each 128 ranks, 4·M·R bytes written (twice and a read when K is cut); A from L2.
 The same kernel makes dS = s · dy B, with Bᵀ given by strides, where that goes apart from dB.
+Where a batch mixes adapters S is 0 in the rows of the others, so all that is made of it follows.
 """
 
 import torch
@@ -17,10 +18,10 @@ from . import configs
 from .dropout import drop_threshold, keep_mask, keep_scale
 from .precision import Precision
 from .reduce import partials_or, sum_partials
-from .tiles import load_tile, store_tile
+from .tiles import is_own, load_tile, store_tile
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit(do_not_specialize=["stream", "threshold", "number"])
 def _project_kernel(
     x,
     a,
@@ -39,7 +40,10 @@ def _project_kernel(
     scale,
     stream,
     threshold,
+    adapter,
+    number,
     DROPOUT: tl.constexpr,
+    ROUTED: tl.constexpr,
     WORK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,7 +65,10 @@ def _project_kernel(
             tile = tl.where(keep, tile, 0.0)
         down = load_tile(a, lane, col, a_row, a_col, R, K)
         acc = tl.dot(tile.to(WORK), tl.trans(down.to(WORK)), acc, input_precision=PRECISION)
-    store_tile(s + part.to(tl.int64) * s_part, row, lane, s_row, 1, M, R, acc * scale)
+    acc = acc * scale
+    if ROUTED:
+        acc = tl.where(is_own(adapter, row, M, number)[:, None], acc, 0.0)
+    store_tile(s + part.to(tl.int64) * s_part, row, lane, s_row, 1, M, R, acc)
 
 
 def project(
@@ -74,8 +81,11 @@ def project(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    adapter: Tensor | None = None,
+    number: int = 0,
 ) -> None:
-    """Write ``s [M, R]`` (fp32, rows may be strided) for x ``[M, K]`` and a ``[R, K]``."""
+    """Write ``s [M, R]`` (fp32, rows may be strided) for x ``[M, K]`` and a ``[R, K]``; with
+    ``adapter`` (int32 ``[M]``) zeros in the rows where it is not ``number``."""
     (m, k), rank = x.shape, a.shape[0]
     config = configs.project(m, rank, precision.wide, configs.is_aligned(x, a))
     threshold = drop_threshold(dropout)
@@ -100,7 +110,10 @@ def project(
         scaling * keep_scale(threshold),
         stream,
         threshold,
+        adapter,
+        number,
         DROPOUT=threshold > 0,
+        ROUTED=adapter is not None,
         WORK=precision.work,
         PRECISION=precision.dot,
         BLOCK_M=config.rows,
@@ -120,8 +133,10 @@ def project_branches(
     dropout: list[float],
     seed: Tensor | None,
     precision: Precision,
+    adapter: Tensor | None = None,
 ) -> Tensor:
-    """``S [M, ΣR]`` of all branches side by side; one launch a branch, branch i on stream i."""
+    """``S [M, ΣR]`` of all branches side by side; one launch a branch, branch i on stream i. With
+    ``adapter``, each row's own branch and zeros beside it."""
     s = torch.empty((x.shape[0], sum(t.shape[0] for t in a)), dtype=torch.float32, device=x.device)
     column = 0
     for i, down in enumerate(a):
@@ -134,6 +149,8 @@ def project_branches(
             dropout=dropout[i],
             seed=seed,
             stream=i,
+            adapter=adapter,
+            number=i,
         )
         column += down.shape[0]
     return s

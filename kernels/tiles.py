@@ -24,6 +24,12 @@ def load_tile(base, row, col, row_stride, col_stride, rows, cols):
 
 
 @triton.jit
+def is_own(adapter, row, rows, number):
+    """Whether each row of a tile has the adapter ``number``; none has it outside the matrix."""
+    return tl.load(adapter + row, mask=row < rows, other=-1) == number
+
+
+@triton.jit
 def store_tile(base, row, col, row_stride, col_stride, rows, cols, value):
     """Round ``value`` once to the element type of ``base`` and store what is inside the matrix."""
     offset = row.to(tl.int64)[:, None] * row_stride + col.to(tl.int64)[None, :] * col_stride

@@ -47,7 +47,7 @@ class DeltaLinear {
 
   // operands: the tensors a..., b..., branch_bias...
   Forward forward_of(Rows x, Memory w, Memory bias, Memory y, Memory s, const py::handle &operands,
-                     uint64_t seed, int num_threads, Memory packed) const {
+                     uint64_t seed, int num_threads, Memory packed, Memory adapter) const {
     Forward call = {with(operands), {}};
     auto &args = call.args;
     args.struct_size = sizeof args;
@@ -62,13 +62,14 @@ class DeltaLinear {
     args.seed = seed;
     args.packed_weight = reinterpret_cast<const void *>(packed.data);
     args.packed_bytes = packed.elements;  // of one byte each
+    args.adapter = ids(adapter, x.rows);
     return call;
   }
 
   // operands as in forward; grads: their gradients, contiguous and of their dtype.
   Backward backward_of(Rows grad_y, Rows x, Memory w, Memory s, const py::handle &operands,
                        uint64_t seed, int num_threads, Memory grad_x, Memory grad_bias,
-                       const py::handle &grads, Memory packed) const {
+                       const py::handle &grads, Memory packed, Memory adapter) const {
     Backward call = {with(operands), {}, {}};
     const Branches &branches = call.branches;
     const size_t count = branches.size();
@@ -100,6 +101,7 @@ class DeltaLinear {
     args.grad_branch_bias = wanted.data() + 2 * count;
     args.packed_weight = reinterpret_cast<const void *>(packed.data);
     args.packed_bytes = packed.elements;  // of one byte each
+    args.adapter = ids(adapter, M);
     return call;
   }
 
@@ -123,6 +125,15 @@ class DeltaLinear {
 
   deltaops_matrix weight(Address w) const {
     return matrix(w, N_, K_, w_row_stride_, w_col_stride_, dtype_);
+  }
+
+  // int32, one for each row, or none.
+  static const int32_t *ids(Memory adapter, int64_t rows) {
+    if (adapter.data != 0 && adapter.elements != rows)
+      throw py::value_error("deltaops._cpu: adapter must have one number for each of " +
+                            std::to_string(rows) + " rows, got " +
+                            std::to_string(adapter.elements) + ".");
+    return reinterpret_cast<const int32_t *>(adapter.data);
   }
 
   Items items(const char *name, const py::handle &given) const {

@@ -78,6 +78,16 @@ class DeltaLinearChecker : public Checker {
     std::memcpy(end, part, std::strlen(part) + 1);
   }
 
+  // Each row's branch, where rows have one each.
+  void adapters(const int32_t *adapter, int64_t M, int32_t count) {
+    if (adapter == nullptr || M == 0) return;
+    array("adapter", adapter, M, false);
+    for (int64_t m = 0; m < M && status() == DELTAOPS_OK; ++m)
+      expect(adapter[m] >= -1 && adapter[m] < count,
+             "adapter[%" PRId64 "] must be the number of one of %d branches, or -1, got %d.", m,
+             count, adapter[m]);
+  }
+
   // Returns the sum of the ranks.
   int64_t branches(const deltaops_branch *branches, int32_t count, int64_t N, int64_t K) {
     int64_t ranks = 0;
@@ -127,6 +137,7 @@ void examine(DeltaLinearChecker *checker, const ForwardArgs *args, const Kernels
   if (args->s.data)
     c.output("s", args->s, "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
   c.work(M, N, K, R);  // before the packed weight, whose size is a product of the others
+  c.adapters(args->adapter, M, args->num_branches);
   c.packed("packed_weight", args->packed_weight, args->packed_bytes, N, K, dtype, kernels);
 }
 
@@ -183,6 +194,7 @@ void examine(DeltaLinearChecker *checker, const BackwardArgs *args, const deltao
     c.rows_of("s (needed for grad_b, and past an activation)", args->s,
               "[M, R] with R the sum of the ranks", M, R, DELTAOPS_F32);
   c.work(M, N, K, R);
+  c.adapters(args->adapter, M, args->num_branches);
   if (grad_x.data)
     c.packed("packed_weight", args->packed_weight, args->packed_bytes, K, N, dtype, kernels);
 }

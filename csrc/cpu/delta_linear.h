@@ -9,6 +9,9 @@
  * the bits. Those are made once per backward pass, for both: M * K / 8 bytes of scratch for each
  * branch with dropout. Past an activation H_i is what the forward pass kept, and S_i = s_i act(H_i)
  * is made again, in scratch. Everything is allocated before the first store.
+ *
+ * Where each row has its own branch (rows.h), the same with sums over a branch's rows alone: work
+ * follows the rows, not the branches, and the bits are one matrix for all of them.
  */
 #ifndef DELTAOPS_CPU_DELTA_LINEAR_H
 #define DELTAOPS_CPU_DELTA_LINEAR_H
@@ -51,19 +54,20 @@ inline double scale_of(const deltaops_branch &branch) {
 inline int64_t rank_of(const deltaops_branch &branch) { return branch.a.rows; }
 
 /* Fills terms and segments (arrays of num_branches) and the sizes of p; with NULL arrays, only the
- * sizes. Branches without dropout come first, so that they lie side by side. */
+ * sizes. Branches without dropout come first, so that they lie side by side; where each row has its
+ * own, all stay in their order. */
 inline void set_terms(const deltaops_branch *branches, int64_t count, bool forward, Term *terms,
                       Segment *segments, Product *p) {
   p->terms = terms;
   p->segments = segments;
   p->num_terms = count;
-  p->num_plain = p->s_columns = p->plain_columns = p->ranks = 0;
+  p->num_plain = p->s_columns = p->plain_columns = p->ranks = p->widest = 0;
   int64_t at = 0;
-  for (int dropout = 0; dropout < 2; ++dropout) {
+  for (int dropout = 0; dropout < (p->adapter ? 1 : 2); ++dropout) {
     int64_t plain_column = 0;
     for (int64_t i = 0; i < count; plain_column += rank_of(branches[i]), ++i) {
       const deltaops_branch &branch = branches[i];
-      if ((branch.drop_threshold > 0) != (dropout == 1)) continue;
+      if (!p->adapter && (branch.drop_threshold > 0) != (dropout == 1)) continue;
       const Segment segment = {p->s_columns, p->ranks, rank_of(branch)};
       if (terms) {
         const View<void> a = view(branch.a), b = view(branch.b);
@@ -85,14 +89,27 @@ inline void set_terms(const deltaops_branch *branches, int64_t count, bool forwa
         term.segment = segment;
         term.plain_column = plain_column;
         term.bits = nullptr;
+        term.rows = {nullptr, 0};
         segments[at] = segment;
       }
       ++at;
       p->ranks += segment.rank;
       p->s_columns += round_up(segment.rank, kLanes);
-      if (dropout == 0) p->num_plain = at, p->plain_columns = p->s_columns;
+      p->widest = most(p->widest, round_up(segment.rank, kLanes));
+      if (dropout == 0 && !p->adapter) p->num_plain = at, p->plain_columns = p->s_columns;
+      if (p->adapter) p->num_plain += branch.drop_threshold == 0;
     }
   }
+}
+
+/* Gives each term its rows, where each row has its own branch. */
+inline void set_rows(const Product &p, Term *terms, Arena *arena) {
+  if (p.adapter == nullptr) return;
+  int64_t *order = arena->take<int64_t>(p.M), *ends = arena->take<int64_t>(p.num_terms);
+  if (terms == nullptr) return;
+  sort_rows(p.adapter, p.M, p.num_terms, order, ends);
+  for (int64_t t = 0, begin = 0; t < p.num_terms; begin = ends[t++])
+    terms[t].rows = {order + begin, ends[t] - begin};
 }
 
 inline deltaops_status no_memory(const char *op, size_t bytes) {
@@ -119,6 +136,7 @@ inline Product forward_product(const ForwardArgs &args) {
   p.s = static_cast<float *>(args.s.data);
   p.s_row = args.s.row_stride;
   p.seed = args.seed;
+  p.adapter = args.adapter;
   set_terms(args.branches, args.num_branches, true, nullptr, nullptr, &p);
   if (p.N == 0)
     p.w.data = nullptr;  // S alone
@@ -134,6 +152,7 @@ void lay_out_forward(const ForwardArgs *const *of, const Group &group, Arena *ar
     Term *terms = arena->take<Term>(args.num_branches);
     Segment *segments = arena->take<Segment>(args.num_branches);
     set_terms(args.branches, args.num_branches, true, terms, segments, &part.p);
+    set_rows(part.p, terms, arena);
   }
   lay_out<T>(group, arena);
 }
@@ -175,9 +194,9 @@ deltaops_status forward_as(const ForwardArgs *layers, int64_t count) {
 /* What one layer's backward pass has beside its part: see Backward. */
 struct Layer {
   bool need_ds;
-  float *ds;  // [M, ranks], branches side by side
-  uint8_t *bits;
-  int64_t bits_each;
+  float *ds;      // [M, ranks], branches side by side
+  uint8_t *bits;  // a matrix for each branch with dropout, or one for all: each row's own
+  int64_t bits_each, num_bits;
   Outer *b_outers;
   OuterInput dy;  // without columns where no dB and no db is wanted
   bool any_bias;
@@ -227,8 +246,7 @@ void lay_out_backward(int threads, Backward *b, Arena *arena) {
     Segment *segments = arena->take<Segment>(count);
     layer.b_outers = arena->take<Outer>(count);
     layer.bits_each = p.M * p.bits_row;
-    layer.bits =
-        arena->take<uint8_t>(layer.need_ds ? (p.num_terms - p.num_plain) * layer.bits_each : 0);
+    layer.bits = arena->take<uint8_t>(layer.need_ds ? layer.num_bits * layer.bits_each : 0);
     layer.ds = arena->take<float>(layer.need_ds ? p.M * p.ranks : 0);
     layer.up = arena->take<float>(layer.again ? p.M * p.ranks : 0);
     if (layer.need_ds) {
@@ -237,9 +255,14 @@ void lay_out_backward(int threads, Backward *b, Arena *arena) {
     }
     branches += count;
     set_terms(b->of[i]->branches, count, false, terms, segments, &p);
+    set_rows(p, terms, arena);
     if (terms == nullptr) continue;
-    for (int64_t t = p.num_plain; t < p.num_terms; ++t)
-      terms[t].bits = layer.bits + (t - p.num_plain) * layer.bits_each;
+    if (p.adapter)
+      for (int64_t t = 0; t < p.num_terms; ++t)
+        terms[t].bits = layer.num_bits > 0 ? layer.bits : nullptr;
+    else
+      for (int64_t t = p.num_plain; t < p.num_terms; ++t)
+        terms[t].bits = layer.bits + (t - p.num_plain) * layer.bits_each;
     const deltaops_matrix &s = b->of[i]->s;
     for (int64_t t = 0; t < p.num_terms; ++t)
       if (terms[t].activation != DELTAOPS_IDENTITY && s.data) {
@@ -270,6 +293,7 @@ inline void set_outers(Backward *b) {
     int64_t column = 0;
     for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
       const int64_t rank = rank_of(args.branches[i]);
+      const Rows *own = p.adapter ? &p.terms[i].rows : nullptr;
       if (wanted(args.grad_a, i)) {
         const uint8_t *bits = nullptr;
         for (int64_t t = 0; t < p.num_terms; ++t)
@@ -282,7 +306,8 @@ inline void set_outers(Backward *b) {
                                      false,
                                      p.N,
                                      bits,
-                                     p.bits_row};
+                                     p.bits_row,
+                                     own};
       }
       const bool kept = args.branches[i].activation == DELTAOPS_IDENTITY;
       if (wanted(args.grad_b, i))
@@ -295,7 +320,8 @@ inline void set_outers(Backward *b) {
             true,
             p.K,
             nullptr,
-            0};
+            0,
+            own};
     }
   }
 }
@@ -316,6 +342,19 @@ inline void branch_bias_grads(const BackwardArgs &args, const Product &p, const 
   }
 }
 
+/* The keep-bits of each row's own branch: all are kept where it has no dropout, or there is none.
+ */
+inline void keep_bits_of_rows(const Product &p, uint8_t *bits, Range rows) {
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    uint8_t *to = bits + m * p.bits_row;
+    const int32_t own = p.adapter[m];
+    if (own >= 0 && p.terms[own].threshold > 0)
+      keep_bits(to, m, 0, ceil_div(p.N, 8), p.seed, p.terms[own].stream, p.terms[own].threshold);
+    else
+      memset(to, 0xFF, static_cast<size_t>(ceil_div(p.N, 8)));
+  }
+}
+
 /* Thread `self`'s part of what the products need: S past an activation, and the keep-bits. */
 inline void prepare(const Product &p, const Layer &layer, int self, int threads) {
   const Range rows = share(p.M, self, threads);
@@ -324,6 +363,10 @@ inline void prepare(const Product &p, const Layer &layer, int self, int threads)
       if (p.terms[t].h)
         activate_rows(p.terms[t], rows, layer.up + p.terms[t].plain_column, p.ranks);
   if (!layer.need_ds) return;
+  if (p.adapter) {
+    if (layer.num_bits > 0) keep_bits_of_rows(p, layer.bits, rows);
+    return;
+  }
   for (int64_t t = p.num_plain; t < p.num_terms; ++t)
     for (int64_t m = rows.begin; m < rows.end; ++m)
       keep_bits(layer.bits + (t - p.num_plain) * layer.bits_each + m * p.bits_row, m, 0,
@@ -399,6 +442,7 @@ inline Product backward_product(const BackwardArgs &args, const deltaops_matrix 
   p.out_row = grad_x.row_stride;
   p.mask_x = false;
   p.seed = args.seed;
+  p.adapter = args.adapter;
   p.bits_row = round_up(ceil_div(p.N, 8), 8) + 8;
   set_terms(args.branches, args.num_branches, false, nullptr, nullptr, &p);
   return p;
@@ -414,6 +458,8 @@ inline bool add_layer(const BackwardArgs &args, const Product &p, Backward *b) {
     layer.again = layer.again || (wanted(args.grad_b, i) && p.M > 0 &&
                                   args.branches[i].activation != DELTAOPS_IDENTITY);
   layer.need_ds = p.M > 0 && (p.w.data || any_a || layer.any_bias);
+  layer.num_bits = p.num_terms - p.num_plain;
+  if (p.adapter) layer.num_bits = least(layer.num_bits, 1);
   if (any_b || args.grad_bias.data)
     layer.dy = {args.grad_y.data,
                 args.grad_y.row_stride,
@@ -449,7 +495,8 @@ deltaops_status backward_as(const BackwardArgs *layers, int64_t count) {
   Backward b;
   b.count = b.num_products = 0;
   b.x = {};
-  b.segments = segments_of(layers[0].grad_y.rows);
+  b.segments =
+      segments_of(layers[0].grad_y.rows, layers[0].adapter ? layers[0].num_branches : 1);
   int64_t work = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Product p = backward_product(layers[i], layers[0].grad_x);

@@ -17,6 +17,7 @@
 
 #include "activation.h"
 #include "mask.h"
+#include "rows.h"
 #include "team.h"
 #include "tile.h"
 
@@ -39,6 +40,7 @@ struct Term {
   Segment segment;       // its columns in the padded S, its steps in Q
   int64_t plain_column;  // its columns in [M, R] without padding, in the order of the branches
   const uint8_t *bits;   // keep-bits of all rows, in the backward pass; or NULL
+  Rows rows;             // its own, where each row has one branch (Product::adapter)
 };
 
 template <class T>

@@ -40,6 +40,7 @@ struct Outer {
   int64_t columns;      // of the whole gradient
   const uint8_t *bits;  // keep-bits of the other operand, or NULL
   int64_t bits_row;
+  const Rows *own;  // the rows to sum over; NULL: all
 };
 
 /* to[c] = sum over rows of g[row][c] / scale, for `count` columns. In double: a bias is few
@@ -138,6 +139,37 @@ DELTAOPS_INLINE void outer_tile(const float *g, ptrdiff_t g_row, float *panel, i
   outer_tile_ahead<MR, false>(g, g_row, panel, 0, panel, rows, sum, &nothing);
 }
 
+/* sum[q][:] += sum over some rows of g[row][q] * panel[row - m][:]. */
+template <int MR>
+__attribute__((noinline)) void outer_tile_of(const float *g, ptrdiff_t g_row, const Rows &rows,
+                                             int64_t m, const float *panel, float *sum,
+                                             RowsAhead *state) {
+  RowsAhead ahead = *state;
+  VecF acc[MR][kTileVectors];
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
+  for (int64_t r = 0; r < rows.count; ++r) {
+    if (r % RowsAhead::kSteps == 0) ahead.some();
+    const float *values = g + rows.list[r] * g_row;
+    const float *from = panel + (rows.list[r] - m) * kTileColumns;
+    VecF column[kTileVectors];
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) column[j] = load(from + j * kLanes);
+    DELTAOPS_UNROLL
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j)
+      acc[i][j] = multiply_add(acc[i][j], values[i], column[j]);
+  }
+  DELTAOPS_UNROLL
+  for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+  for (int j = 0; j < kTileVectors; ++j) {
+    float *to = sum + i * kTileColumns + j * kLanes;
+    store(to, load(to) + acc[i][j]);
+  }
+  *state = ahead;
+}
+
 /* panel = rows of x, columns n ... n + columns - 1, masked; column sums added to `total`. */
 template <bool Whole, bool Masked, class T>
 DELTAOPS_INLINE void outer_rows(float *panel, const T *x, int64_t x_row, int64_t rows, int64_t n,
@@ -188,13 +220,16 @@ void outer_store(const Outer &outer, const float *sum, int64_t n, int64_t column
     }
 }
 
-/* How the rows are cut: by their number alone, so that no team changes a sum. */
+/* How the rows are cut: by their number alone, so that no team changes a sum. Where each row has
+ * one of some branches, a segment has as many rows for each as it would have for one: its sums are
+ * as many as all branches have, and would cost more than the products. */
 struct Segments {
   int64_t rows, count;
 };
-inline Segments segments_of(int64_t M) {
+inline Segments segments_of(int64_t M, int64_t branches = 1) {
   constexpr int64_t kMost = 8;
-  const int64_t rows = round_up(most(ceil_div(M, kMost), 1), kOuterRows);
+  const int64_t least_rows = kOuterRows * most(branches, 1);
+  const int64_t rows = round_up(most(ceil_div(M, kMost), least_rows), kOuterRows);
   return {rows, most(ceil_div(M, rows), 1)};
 }
 
@@ -224,11 +259,16 @@ void outer_columns(const OuterInput &in, Range segment, int64_t n0, int64_t grou
   const T *x = static_cast<const T *>(in.x);
   const int64_t x_row = in.x_row, C = in.C, sum_rows = in.sum_rows();
   const int64_t width = least(group * kTileColumns, C - n0), right = n0 + width;
-  int64_t tiles = 0, plain = 0;
+  int64_t tiles = 0, plain = 0, own_tiles = 0;
   for (int64_t j = 0; j < in.count; ++j) {
-    tiles += ceil_div(in.outers[j].rank, kTileRows);
+    const int64_t heights = ceil_div(in.outers[j].rank, kTileRows);
+    if (in.outers[j].own)
+      own_tiles = most(own_tiles, heights);  // of which a row is read by one branch's
+    else
+      tiles += heights;
     plain += in.outers[j].bits == nullptr;
   }
+  tiles += own_tiles;
   memset(sums, 0, static_cast<size_t>(group * sum_rows * kTileColumns) * sizeof(float));
   for (int64_t m = segment.begin; m < segment.end; m += kOuterRows) {
     const int64_t rows = least(kOuterRows, segment.end - m), below = m + rows;
@@ -248,14 +288,23 @@ void outer_columns(const OuterInput &in, Range segment, int64_t n0, int64_t grou
       if (in.bias_grad || (copied && plain > 0))
         outer_panel(panel, x, x_row, m, rows, n, columns, nullptr, 0,
                     in.bias_grad ? sum + in.ranks * kTileColumns : nullptr, &ahead);
+      const uint8_t *bits = nullptr;                // of the panel
       for (int masked = 0; masked < 2; ++masked) {  // the shared panel is there for the first lap
         int64_t rank = 0;
         for (int64_t j = 0; j < in.count; rank += in.outers[j].rank, ++j) {
           const Outer &outer = in.outers[j];
           if ((outer.bits != nullptr) != (masked == 1)) continue;
-          if (masked)
+          Rows own = {nullptr, 0};
+          if (outer.own) {
+            own = rows_between(*outer.own, m, m + rows);
+            if (own.count == 0) continue;
+          }
+          if (outer.bits != bits || (outer.own && !masked && !copied)) {
             outer_panel(panel, x, x_row, m, rows, n, columns, outer.bits, outer.bits_row, nullptr,
                         &ahead);
+            bits = outer.bits;
+            copied = true;
+          }
           // Tiles of about the same height: one of few rows waits for its own sums.
           const int64_t heights = ceil_div(outer.rank, kTileRows);
           for (int64_t t = 0; t < heights; ++t) {
@@ -264,7 +313,9 @@ void outer_columns(const OuterInput &in, Range segment, int64_t n0, int64_t grou
             float *to = sum + (rank + q.begin) * kTileColumns;
             with_rows<kTileRows>(q.end - q.begin, [&](auto size) {
               constexpr int MR = decltype(size)::value;
-              if (copied || masked)
+              if (outer.own)
+                outer_tile_of<MR>(outer.g + q.begin, outer.g_row, own, m, panel, to, &ahead);
+              else if (copied || masked)
                 outer_tile_ahead<MR, false>(g, outer.g_row, from, x_row, panel, rows, to, &ahead);
               else
                 outer_tile_ahead<MR, true>(g, outer.g_row, from, x_row, panel, rows, to, &ahead);

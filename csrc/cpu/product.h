@@ -65,7 +65,9 @@ struct Product {
   int64_t s_row;
   int64_t bits_row;  // bytes of one row of the keep-bits (backward)
   uint64_t seed;
-  bool adds, more;  // in a sum: not the first of it, not the last
+  bool adds, more;         // in a sum: not the first of it, not the last
+  const int32_t *adapter;  // each row's one term or -1, in the order of the branches; or NULL
+  int64_t widest;          // the most padded columns of a term
 };
 
 /* How a Product is cut for a team, and the team's buffers. */
@@ -219,7 +221,10 @@ void lay_out(const Group &group, Arena *arena) {
   }
   const Cut &one = group.parts[0].cut;
   const int64_t buffers = one.shares > 1 ? 2 : 1;
-  all.rows_each = kNarrowRows * one.x_row + 64;
+  int64_t widest = 0;
+  for (const Part &part : group)
+    if (part.p.adapter) widest = most(widest, part.p.widest);
+  all.rows_each = kNarrowRows * (one.x_row + widest) + 64;
   all.bits_each = one.block_k / 8 + 64;
   all.x = arena->take<char>(one.row_groups * buffers * all.x_buffer);
   all.panel = arena->take<float>(one.threads * all.panel_each);
@@ -251,11 +256,11 @@ inline void pack_p(const Product &p, const Cut &cut, int self) {
   const int64_t begin = vectors.begin * kLanes, end = least(vectors.end * kLanes, p.K);
   for (int64_t t = 0; t < p.num_terms; ++t) {
     const Term &term = p.terms[t];
-    const bool shared = !p.mask_x || t < p.num_plain;
+    const bool shared = !p.adapter && (!p.mask_x || t < p.num_plain);
     const int64_t group_begin = shared ? 0 : term.segment.column;
-    const int64_t group_end = !p.mask_x ? p.s_columns
-                              : shared  ? p.plain_columns
-                                        : group_begin + round_up(term.segment.rank, kLanes);
+    const int64_t group_end = !shared    ? group_begin + round_up(term.segment.rank, kLanes)
+                              : p.mask_x ? p.plain_columns
+                                         : p.s_columns;
     if (term.bf16)
       pack_term<Bf16>(cut.packed_p, cut.k_padded, term, group_begin, group_end, begin, end, p.K);
     else
@@ -311,6 +316,78 @@ void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t
   }
 }
 
+/* The same where each row has one branch, whose rows are gathered a few at a time. The columns of
+ * the others are not written. */
+template <class T>
+void lowrank_own_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
+                      int64_t k0, int64_t ks, float *s) {
+  float *few = cut.rows + self * cut.rows_each, *sums = few + kNarrowRows * cut.x_row;
+  uint8_t *bits = cut.bits + self * cut.bits_each;
+  const T *x = static_cast<const T *>(p.x) + k0;
+  for (int64_t t = 0; t < p.num_terms; ++t) {
+    const Term &term = p.terms[t];
+    const Rows own = rows_between(term.rows, m, m + rows);
+    const int64_t width = round_up(term.segment.rank, kLanes);
+    for (int64_t i = 0; i < own.count; i += kNarrowRows) {
+      const int64_t count = least(kNarrowRows, own.count - i);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t row = own.list[i + r];
+        float *copy = few + r * cut.x_row;
+        pack_row<float>(copy, x + row * p.x_row, ks, ks);
+        if (!p.mask_x || term.threshold == 0) continue;
+        keep_bits(bits, row, k0 / 8, ceil_div(ks, 8), p.seed, term.stream, term.threshold);
+        apply_mask(copy, bits, ks);
+      }
+      narrow_columns(few, cut.x_row, count, cut.packed_p + term.segment.column * cut.k_padded,
+                     cut.k_padded, k0, ks, 0, width, sums, width, true);
+      for (int64_t r = 0; r < count; ++r) {
+        float *to = s + (own.list[i + r] - m) * p.s_columns + term.segment.column;
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const VecF sum = load(sums + r * width + c);
+          store(to + c, k0 == 0 ? sum : load(to + c) + sum);
+        }
+      }
+    }
+  }
+}
+
+/* finish_s for all terms, or for each row's own. */
+inline void finish_rows(const Product &p, float *s, int64_t m, int64_t rows) {
+  float *out = p.s ? p.s + m * p.s_row : nullptr;
+  if (p.adapter == nullptr) {
+    finish_s(p.terms, p.num_terms, s, p.s_columns, m, rows, out, p.s_row);
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    if (out) memset(out + i * p.s_row, 0, static_cast<size_t>(p.ranks) * sizeof(float));
+    const int32_t own = p.adapter[m + i];
+    if (own >= 0)
+      finish_s(p.terms + own, 1, s + i * p.s_columns, p.s_columns, m + i, 1,
+               out ? out + i * p.s_row : nullptr, p.s_row);
+  }
+}
+
+/* sum = S_i Q_i for a tile of rows, each with its own branch, masked where that has dropout; 0 for
+ * rows without one. n: the first of the tile's columns. Branches are read row by row: neighbours
+ * may have any, and one's NaN is not another's. */
+inline void own_tile(const Product &p, int64_t m, int64_t rows, const float *s, const float *q,
+                     int64_t n, float *sum) {
+  for (int64_t i = 0; i < rows; ++i, sum += kTileColumns) {
+    VecF acc[1][kTileVectors] = {};
+    const int32_t own = p.adapter[m + i];
+    const uint8_t *bits = nullptr;
+    if (own >= 0) {
+      const Term &term = p.terms[own];
+      accumulate(acc, s + i * p.s_columns + term.segment.column, 0, 1,
+                 q + term.segment.step * kTileColumns, term.segment.rank);
+      if (!p.mask_x && term.threshold > 0) bits = term.bits + (m + i) * p.bits_row;
+    }
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j)
+      store(sum + j * kLanes, bits ? keep(acc[0][j], bits, n + j * kLanes) : acc[0][j]);
+  }
+}
+
 /* So few tiles would each ask for so many lines of the next panel at once that they wait for them
  * themselves: there the lines are asked for while a tile runs, a few at a time. */
 constexpr int64_t kFewTiles = 6;
@@ -325,7 +402,7 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
   Unit *panel = reinterpret_cast<Unit *>(cut.panel + self * cut.panel_each);
   float *q = cut.q + self * cut.q_each;
   const int64_t c_columns = cut.panels_each * kTileColumns;
-  const int64_t num_direct = !last ? 0 : p.mask_x ? p.num_terms : p.num_plain;
+  const int64_t num_direct = !last || p.adapter ? 0 : p.mask_x ? p.num_terms : p.num_plain;
   float bias[kTileColumns], start[kTileRows * kTileColumns], dots[kTileRows * kTileColumns];
   Tile<Unit, T> t = {};
   t.a_row = x_row;
@@ -349,6 +426,7 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
     if (last)
       for (int64_t j = 0; j < p.num_terms; ++j) {
         const Term &term = p.terms[j];
+        if (p.adapter && rows_between(term.rows, m, m + rows).count == 0) continue;
         float *to = q + term.segment.step * kTileColumns;
         if (term.bf16)
           pack_panel(to, kTileColumns, typed<Bf16>(term.q).at(n, 0), t.columns, term.segment.rank,
@@ -401,7 +479,10 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
       with_rows<kTileRows>(count, [&](auto size) {
         constexpr int MR = decltype(size)::value;
         t.start = nullptr;
-        if (last && num_direct < p.num_terms) {
+        if (last && p.adapter) {
+          own_tile(p, m + i, MR, t.s, q, n, start);
+          t.start = start;
+        } else if (last && num_direct < p.num_terms) {
           for (int64_t j = num_direct; j < p.num_terms; ++j) {
             const Term &term = p.terms[j];
             masked_tile<MR>(t.s + term.segment.column, p.s_columns,
@@ -463,11 +544,12 @@ void row_block(const Part *parts, int64_t count, int self, int64_t block, int64_
         const float *floats = nullptr;
         if constexpr (UnitOf<Unit>::k == 1) floats = x + mine.begin * x_row;
         float *s_mine = s_of(*part) + mine.begin * p.s_columns;
-        lowrank_rows<T>(p, part->cut, self, m + mine.begin, mine.end - mine.begin, k0, ks, floats,
-                        x_row, s_mine);
-        if (k0 + ks == p.K)
-          finish_s(p.terms, p.num_terms, s_mine, p.s_columns, m + mine.begin, mine.end - mine.begin,
-                   p.s ? p.s + (m + mine.begin) * p.s_row : nullptr, p.s_row);
+        const int64_t first = m + mine.begin, count = mine.end - mine.begin;
+        if (p.adapter)
+          lowrank_own_rows<T>(p, part->cut, self, first, count, k0, ks, s_mine);
+        else
+          lowrank_rows<T>(p, part->cut, self, first, count, k0, ks, floats, x_row, s_mine);
+        if (k0 + ks == p.K) finish_rows(p, s_mine, first, count);
       }
     if (cut.shares > 1 && (cut.copy_x || terms)) barrier();
     if (rows > 0)

@@ -4,6 +4,8 @@
  *
  * M tokens, K inputs, N outputs, R_i the rank of branch i, R their sum. With the identity as act_i
  * a branch is LoRA (Hu et al. 2021, eq. 3), with another a parallel adapter (He et al. 2021).
+ * A batch may mix adapters: each row then has one branch or none instead of the sum, and nothing of
+ * another comes into it.
  *
  * Ownership   The caller owns every buffer; the library keeps no pointer after it returns.
  * Alignment   That of the element type suffices, and is required.
@@ -22,7 +24,7 @@
 
 #include <stdint.h>
 
-#define DELTAOPS_ABI_VERSION 7
+#define DELTAOPS_ABI_VERSION 8
 
 #if defined(__GNUC__)
 #define DELTAOPS_API __attribute__((visibility("default")))
@@ -90,6 +92,9 @@ typedef struct {
   uint64_t seed;
   const void *packed_weight; /* from deltaops_cpu_pack_weight(weight), or NULL */
   int64_t packed_bytes;      /* its size, 0 with NULL */
+  /* M of them: row m gets branch adapter[m] and no other, none for -1, and s is 0 in the columns of
+   * the others. Or NULL: every row gets all branches */
+  const int32_t *adapter;
 } deltaops_delta_linear_forward_args;
 
 typedef struct {
@@ -115,6 +120,7 @@ typedef struct {
       *grad_branch_bias;     /* num_branches of [1, R_i] f32 or bf16, each may be absent; or NULL */
   const void *packed_weight; /* from deltaops_cpu_pack_weight(weight^T, a [K, N] view), or NULL */
   int64_t packed_bytes;      /* its size, 0 with NULL */
+  const int32_t *adapter;    /* as in the forward pass */
 } deltaops_delta_linear_backward_args;
 
 DELTAOPS_API uint32_t deltaops_abi_version(void);

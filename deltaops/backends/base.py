@@ -39,10 +39,13 @@ class Backend(Protocol):
         dropout: Sequence[float],
         activation: Sequence[str],
         seed: Tensor | None,
+        adapter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(y [M, N], S [M, ΣR] float32)``; see :mod:`deltaops.reference.delta_linear`.
 
         The lists have one entry for each branch; ``branch_bias`` has None where there is none.
+        ``adapter``: int32 ``[M]``, the one branch of each row, −1 for none; only a backend that
+        takes ``call.routed`` gets it. S is 0 where a branch is not the row's.
         """
 
     def backward(
@@ -58,6 +61,7 @@ class Backend(Protocol):
         activation: Sequence[str],
         seed: Tensor | None,
         needs: Sequence[bool],
+        adapter: Tensor | None = None,
     ) -> list[Tensor]:
         """The wanted gradients, in the order x, bias, a…, b…, branch_bias…."""
 
@@ -77,6 +81,7 @@ class DeltaLinearPlan(Protocol):
         operands: Sequence[Tensor | None],
         seed: Tensor | None,
         keep: bool,
+        adapter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Backend.forward`; S only where ``keep`` asks for it."""
 
@@ -89,6 +94,7 @@ class DeltaLinearPlan(Protocol):
         s: Tensor,
         seed: Tensor | None,
         needs: Sequence[bool],
+        adapter: Tensor | None = None,
     ) -> list[Tensor]:
         """As :meth:`Backend.backward`."""
 
@@ -102,6 +108,8 @@ class GroupMember(NamedTuple):
     operands: Sequence[Tensor | None]
     """As :class:`DeltaLinearPlan` has them."""
     seed: Tensor | None
+    adapter: Tensor | None
+    """As :class:`Backend` has it."""
 
 
 class GroupingPlan(DeltaLinearPlan, Protocol):
@@ -109,6 +117,9 @@ class GroupingPlan(DeltaLinearPlan, Protocol):
 
     The plans of all members are of the same class.
     """
+
+    groups_routed: bool
+    """Whether members may have rows with an adapter each; else such layers run one by one."""
 
     def forward_group(
         self, x: Tensor, members: Sequence[GroupMember], keep: bool

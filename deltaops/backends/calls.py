@@ -29,6 +29,8 @@ class DeltaLinearCall(NamedTuple):
     """Those of the branches that have one other than "identity"."""
     branch_bias: bool = False
     """Whether some branch has a bias."""
+    routed: bool = False
+    """Whether each row has one of the branches or none, instead of all."""
 
     @property
     def op(self) -> str:
@@ -47,6 +49,7 @@ class DeltaLinearCall(NamedTuple):
             f"delta_linear M={self.m} N={self.n} K={self.k} ranks={list(self.ranks)} "
             f"{self.dtype} on {self.device}{' with dropout' if self.dropout else ''}"
             f"{''.join(' ' + name for name in self.activations)}"
+            f"{' with an adapter for each row' if self.routed else ''}"
         )
 
     @classmethod
@@ -58,6 +61,7 @@ class DeltaLinearCall(NamedTuple):
         branch_bias: Sequence[Tensor | None],
         dropout: Sequence[float],
         activation: Sequence[str],
+        routed: bool = False,
     ) -> DeltaLinearCall:
         """The call of these tensors; x ``[..., K]``."""
         # Once a call: lists inside tuple() are faster than generators, is_cpu than device.type.
@@ -74,6 +78,7 @@ class DeltaLinearCall(NamedTuple):
             weight_layout(weight),
             tuple([name for name in activation if name != "identity"]),
             any([t is not None for t in branch_bias]),
+            routed,
         )
 
 

@@ -130,7 +130,8 @@ def _settings(
     if dtype is not None:
         changes["dtypes"] = (dtype,)
     if shapes is not None:
-        changes |= {"shapes": tuple(_shape(s) for s in shapes.split(",")), "small": ()}
+        given = tuple(_shape(s) for s in shapes.split(","))
+        changes |= {"shapes": given, "small": (), "mixed": given}
     if models is not None:
         unknown = [m for m in models.split(",") if m not in WORKLOADS]
         if unknown:

@@ -11,6 +11,7 @@ FROZEN, OWN_FROZEN = "frozen eager", "frozen, ours"
 OURS, OURS_COMPILED, ACCELERATED = "deltaops", "deltaops, compiled", "PEFT accelerated"
 PEFT, PEFT_NARROW, PEFT_COMPILED = "PEFT", "PEFT, bf16 adapters", "PEFT, compiled"
 PREPACKED, EAGER = "oneDNN prepacked", "eager torch"
+MIXED, MIXED_ROWS = "8 adapters by sample", "8 adapters, rows shuffled"
 
 PEERS_OF_OTHERS = (PEFT, PEFT_NARROW, PEFT_COMPILED, PREPACKED, EAGER)
 
@@ -20,8 +21,8 @@ class Cell:
     """One setting and the peers that were timed in turns on it."""
 
     group: str
-    """What was run: "gemm", "lora", "parallel", "sequential", "bitfit", "call", "step" or
-    "method"."""
+    """What was run: "gemm", "lora", "parallel", "sequential", "bitfit", "mixed", "call",
+    "step" or "method"."""
     what: str
     """The shape ``M×N×K``, the model and its batch, or the method."""
     dtype: str

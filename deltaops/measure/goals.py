@@ -244,6 +244,8 @@ GOALS = (
          _layer(names.PEFT_NARROW, names.OURS)),
     Goal("lora-frozen", "LoRA layer's time over the frozen eager layer's", "≤", _both(0.50, 1.00),
          _layer(names.OURS, names.FROZEN)),
+    Goal("mixed", "batch of 8 adapters over the same with one, M = 1024", "≤", _both(1.15),
+         lambda r, d: _ratios(r.of("mixed", d), names.MIXED, names.OURS), source="text"),
     Goal("lora-dropout", "LoRA layer, dropout 0.1 over none", "≤", _both(5), _dropout_cost, " %"),
     Goal("step-peft-bert", "BERT step against PEFT eager", "≥", _both(2.1, 1.6),
          _step("BERT", 0.0)),

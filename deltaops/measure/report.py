@@ -15,6 +15,7 @@ GROUPS = {
     "parallel": "Parallel adapter (relu), forward + backward",
     "sequential": "Sequential adapter (gelu, width 64), forward + backward",
     "bitfit": "BitFit linear, forward + backward",
+    "mixed": "LoRA layer, r = 16, a batch of 8 adapters beside one, forward + backward",
     "call": "Smallest layer, one call",
     "step": "Whole training step, LoRA r = 16 on all linears",
     "method": "Training step of each method, fused and in eager torch",

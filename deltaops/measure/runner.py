@@ -14,6 +14,8 @@ from .cell import EAGER, OURS_COMPILED, PEFT_COMPILED, Cell, Results
 from .contenders import Contender, contenders
 from .layers import Pace, measure_call, measure_layer, measure_product
 from .methods import NAMES, measure_method
+from .mixed import SHAPES as MIXED_SHAPES
+from .mixed import measure_mixed
 from .peak import peak
 from .sound import checked_peak, sift
 from .steps import measure_steps
@@ -40,6 +42,8 @@ class Settings:
     ops: tuple[str, ...] = tuple(OPS)
     shapes: tuple[Shape, ...] = SHAPES
     small: tuple[Shape, ...] = SMALL_M
+    mixed: tuple[Shape, ...] = MIXED_SHAPES
+    """Of a layer whose batch mixes adapters."""
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     methods: tuple[str, ...] = NAMES
     readers: tuple[str, ...] = tuple(READERS)
@@ -53,8 +57,8 @@ class Settings:
     def quick(cls) -> Settings:
         """Two shapes, one model, no compiler: well under 90 seconds."""
         return cls(
-            shapes=QUICK_SHAPES, small=(), workloads=("bert",), dropouts=(0.0,), compiled=False,
-            step_dtypes=("f32",), ops=("lora",), methods=(), rounds=5, minutes=1.0,
+            shapes=QUICK_SHAPES, small=(), mixed=(), workloads=("bert",), dropouts=(0.0,),
+            compiled=False, step_dtypes=("f32",), ops=("lora",), methods=(), rounds=5, minutes=1.0,
         )  # fmt: skip
 
 
@@ -142,10 +146,16 @@ def _layers(settings: Settings, dtype: str, pace: Pace) -> Iterator[Part]:
             yield Part(
                 f"{op} {_text(shape)} {dtype}", weight, _layer(settings, op, shape, dtype, pace)
             )
+    for shape in settings.mixed:
+        yield Part(f"mixed {_text(shape)} {dtype}", 0.5, _mixed(settings, shape, dtype))
 
 
 def _product(settings: Settings, shape: Shape, dtype: str) -> Callable[[float], list[Cell]]:
     return lambda s: [measure_product(shape, dtype, rounds=settings.rounds, seconds=s / 2)]
+
+
+def _mixed(settings: Settings, shape: Shape, dtype: str) -> Callable[[float], list[Cell]]:
+    return lambda s: [measure_mixed(shape, dtype, rounds=settings.rounds, seconds=s / 2)]
 
 
 def _layer(

@@ -139,7 +139,7 @@ class Group:
             weight, a = _meta(self.dtype, n, self.k), _meta(self.dtype, self.rank, self.k)
             b, seed = _meta(self.dtype, n, self.rank), _meta(torch.int64, 1)
             plan = run.prepare(weight, [a], [b], [None], [2.0], [self.dropout], ["identity"])
-            members.append(GroupMember(plan, weight, None, [a, b, None], seed))
+            members.append(GroupMember(plan, weight, None, [a, b, None], seed, None))
         first = members[0].plan
         assert isinstance(first, TritonDeltaLinear)
         if direction == FORWARD:

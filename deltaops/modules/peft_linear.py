@@ -9,6 +9,7 @@ says why; the same function decides in ``forward``, so the report cannot disagre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from .kinds import is_conv1d
 from .linear import FrozenLinear
 from .place import UNFROZEN
 from .sharing import shared
+
+TELLER = "_adapter_names_pre_forward_hook"
+"""The function of a hook that tells a layer ``adapter_names``, as PEFT calls it."""
 
 
 class PeftLoraLinear(PeftLinear):
@@ -61,20 +65,53 @@ class PeftLoraLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: ``[..., K]`` → ``[..., N]``, in the dtype that the base layer returns."""
         layer = None
-        if not args and not kwargs:  # they are adapter_names, aLoRA offsets and the like
+        if not args and not kwargs:
             y = shared(self, x)
             if y is not None:
                 return y
             layer = self.layer()
+        elif not args and kwargs.keys() == {"adapter_names"}:  # others are aLoRA offsets and such
+            names = kwargs["adapter_names"]
+            y = None if names is None else shared(self, x, names)
+            if y is not None:
+                return y
+            layer = self.layer_by_row(x, names)
         if layer is None:
             theirs: Tensor = super().forward(x, *args, **kwargs)
             return theirs
-        weight, bias, branches = layer
-        return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
+        return delta_linear(x, *layer, backend=self.backend, strict=self.strict)
 
     def layer(self) -> Layer | None:
         """What the op takes for the next call; None where PEFT's own forward runs it."""
-        branches = self._resolve()
+        return self._layer(self._resolve())
+
+    @staticmethod
+    def is_told(hook: Any) -> bool:
+        """Whether a forward pre-hook only brings ``adapter_names``, PEFT's or ours."""
+        return getattr(getattr(hook, "func", None), "__name__", "") == TELLER
+
+    def layer_by_row(self, x: Tensor, names: Sequence[str] | None) -> Layer | None:
+        """The same where sample i of x ``[samples, ..., K]`` has the adapter ``names[i]``.
+
+        "__base__" and adapters that this layer lacks add nothing, as in PEFT. Raises: what PEFT
+        raises for names that do not fit the layer's state.
+        """
+        if names is None or x.dim() < 2:
+            return None
+        self._check_forward_args(x, adapter_names=names)  # type: ignore[no-untyped-call]  # PEFT's
+        here = self._modules["lora_A"]._modules
+        present = list(dict.fromkeys([name for name in names if name in here]))
+        layer = self._layer(self._resolve(present))
+        if layer is None or not present:
+            return layer
+        numbers = [present.index(name) if name in present else -1 for name in names]
+        if numbers == [0] * len(numbers):
+            return layer  # one adapter for all: nothing to tell apart
+        ids = torch.tensor(numbers, dtype=torch.int32, device=x.device)
+        by_sample = ids.reshape(-1, *[1] * (x.dim() - 2))
+        return layer._replace(adapter=by_sample.expand(x.shape[:-1]))
+
+    def _layer(self, branches: list[Branch] | str) -> Layer | None:
         if isinstance(branches, str):
             return None
         weight, bias = self.base()
@@ -82,8 +119,11 @@ class PeftLoraLinear(PeftLinear):
             PACKING.keep_policy(weight, self.pack)
         return Layer(weight, bias, branches)
 
-    def _resolve(self) -> list[Branch] | str:
-        """The branches of the next call, or the reason why PEFT's own forward must run it."""
+    def _resolve(self, names: Sequence[str] | None = None) -> list[Branch] | str:
+        """The branches of the next call, or the reason why PEFT's own forward must run it.
+
+        names: of the adapters; None: the active ones.
+        """
         if self._disable_adapters:
             return "adapters are disabled: PEFT's forward"
         if self.merged_adapters:
@@ -103,7 +143,7 @@ class PeftLoraLinear(PeftLinear):
         down, up = modules["lora_A"]._modules, modules["lora_B"]._modules
         drops = modules["lora_dropout"]._modules
         branches = []
-        active = self._active_adapter
+        active = self._active_adapter if names is None else names
         for name in (active,) if isinstance(active, str) else active:
             if name not in down:
                 continue

@@ -110,7 +110,7 @@ class LinearPlace(nn.Module):
         layer = self.layer()
         if layer is None:
             return plain_linear(x, *self.base(), self.branches())
-        weight, bias, branches = layer
+        weight, bias, branches, _ = layer
         return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
 
 

@@ -26,9 +26,14 @@ ALTERS_INPUT = "_deltaops_alters_input"
 """In the ``__dict__`` of a place whose op reads something else than the x it is called with."""
 
 
+Names = Sequence[str]
+"""The adapter of each sample, which PEFT's layers are told in a call."""
+
+
 class _Waiting(NamedTuple):
     x: Tensor
     state: tuple[Any, ...]
+    names: Names | None
     outputs: dict[int, Tensor]
     """By the id of the place."""
 
@@ -40,22 +45,30 @@ class _Group:
         self.places = places
         self.waiting: _Waiting | None = None
 
-    def claim(self, place: Any, x: Tensor) -> Tensor | None:
+    def claim(self, place: Any, x: Tensor, names: Names | None) -> Tensor | None:
         """The output of ``place`` for ``x``; None where it is to compute it alone."""
         if not any([place is member for member in self.places]):
             return None
         state = _state(x)
         waiting = self.waiting
         if waiting is None:
-            layers = [member.layer() for member in self.places]
+            layers = [
+                member.layer()
+                if names is None or not _is_told(member)
+                # another list of names for another place is seen when it is called
+                else member.layer_by_row(x, names)
+                for member in self.places
+            ]
             if None in layers:
                 self.places = ()  # not in this run: each looks for itself
                 return None
             ready: list[Any] = layers
             found = delta_linear_group(x, ready, backend=place.backend, strict=place.strict)
             outputs = {id(m): y for m, y in zip(self.places, found, strict=True)}
-            waiting = self.waiting = _Waiting(x, state, outputs)
+            waiting = self.waiting = _Waiting(x, state, names, outputs)
         elif waiting.x is not x or waiting.state != state:
+            return None
+        elif _is_told(place) and waiting.names != names:
             return None
         return waiting.outputs.pop(id(place), None)
 
@@ -67,12 +80,15 @@ class _Current(threading.local):
 _CURRENT = _Current()
 
 
-def shared(place: Any, x: Tensor) -> Tensor | None:
-    """What the group that is running now has for ``place`` and ``x``; None: compute it alone."""
+def shared(place: Any, x: Tensor, names: Names | None = None) -> Tensor | None:
+    """What the group that is running now has for ``place`` and ``x``; None: compute it alone.
+
+    names: the adapter of each sample, where the call has them.
+    """
     if torch.compiler.is_compiling():
         return None
     group = _CURRENT.group
-    return None if group is None else group.claim(place, x)
+    return None if group is None else group.claim(place, x, names)
 
 
 @contextmanager
@@ -107,12 +123,18 @@ def _together(places: Sequence[Any]) -> bool:
         [
             place.backend == first.backend
             and place.strict == first.strict
-            and not place._forward_pre_hooks
+            and (not place._forward_pre_hooks or _is_told(place))
             and "forward" not in place.__dict__
             and ALTERS_INPUT not in place.__dict__
             for place in places
         ]
     )
+
+
+def _is_told(place: Any) -> bool:
+    """Whether it has hooks that tell it the adapter of each sample, and no others: x stays x."""
+    hooks = place._forward_pre_hooks
+    return bool(hooks) and hasattr(place, "is_told") and all(map(place.is_told, hooks.values()))
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
     y = x Wᵀ + bias + Σᵢ sᵢ · φᵢ(dropᵢ(x) Aᵢᵀ + aᵢ) Bᵢᵀ
 
+With ``adapter``, a batch mixes adapters: each row has one branch or none instead of the sum.
+
 Two ways in, one answer. Eager calls on plain tensors go straight to an ``autograd.Function``
 (a registered op costs about 0.2 ms more a layer); everything else (torch.compile, tensor
 subclasses) takes the registered op ``deltaops::delta_linear``; torch.func transforms take the
@@ -31,8 +33,8 @@ from deltaops.packing import PACKING, Layout
 from deltaops.reference import delta_linear as reference
 from deltaops.reference.activation import ACTIVATIONS
 
-from .delta_linear_autograd import DeltaLinearFunction, run_forward
-from .paths import takes_bypass
+from .delta_linear_autograd import DeltaLinearFunction, row_ids, run_forward
+from .paths import PLAIN, takes_bypass
 from .plans import PLANS, Known, look, make_plan
 
 
@@ -62,6 +64,7 @@ def delta_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     branches: Sequence[Branch] = (),
+    adapter: Tensor | None = None,
     *,
     backend: str = "auto",
     strict: bool = False,
@@ -73,6 +76,11 @@ def delta_linear(
         weight: frozen ``[N, K]``, dtype of ``x``; ``conv1d.weight.T`` is taken as it lies.
         bias: ``[N]`` or None, dtype of ``x``; may be trainable.
         branches: any number of :class:`Branch`; their dtype may be wider than that of ``x``.
+        adapter: int32 or int64 ``[...]``, one number for each row of ``x``, in any order: the row
+            gets this one of ``branches`` and no other, none for -1. None: every row gets all.
+            Ranks and settings may differ. What the backward pass keeps grows with the sum of the
+            ranks; on the CPU the work does not, and a NaN in a branch stays in its rows, while
+            Triton's products by zero carry it into the others.
         backend: "auto", or the name of one in ``deltaops.backends()``, which then runs or raises.
         strict: with "auto", raise instead of ending in eager torch.
     Returns: ``[..., N]`` in the dtype of ``x`` (under autocast, in autocast's dtype).
@@ -88,8 +96,8 @@ def delta_linear(
             x = x.to(target)
             weight, bias, branches = cast_layer(weight, bias, branches, target)
         with torch.autocast(device, enabled=False):
-            return _run(x, weight, bias, branches, backend, strict)
-    return _run(x, weight, bias, branches, backend, strict)
+            return _run(x, weight, bias, branches, adapter, backend, strict)
+    return _run(x, weight, bias, branches, adapter, backend, strict)
 
 
 def cast_layer(
@@ -130,6 +138,7 @@ def explain(
     weight: Tensor,
     bias: Tensor | None = None,
     branches: Sequence[Branch] = (),
+    adapter: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Explanation:
@@ -139,6 +148,7 @@ def explain(
         that is no backend's.
     """
     _check(x, weight, bias, branches)
+    check_adapter(adapter, x)
     call = DeltaLinearCall.of(
         x,
         weight,
@@ -146,6 +156,7 @@ def explain(
         [r.bias for r in branches],
         [r.dropout for r in branches],
         [r.activation for r in branches],
+        adapter is not None,
     )
     return explain_call(call, backend)
 
@@ -155,24 +166,25 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     branches: Sequence[Branch],
+    adapter: Tensor | None,
     backend: str,
     strict: bool,
 ) -> Tensor:
     if watched():
-        return _run_watched(x, weight, bias, branches, backend, strict)
-    prepared = prepare(x, weight, bias, branches, backend, strict)
+        return _run_watched(x, weight, bias, branches, adapter, backend, strict)
+    prepared = prepare(x, weight, bias, branches, adapter, backend, strict)
     if prepared is None:
-        return _run_watched(x, weight, bias, branches, backend, strict)
-    (plan, random), operands = prepared
+        return _run_watched(x, weight, bias, branches, adapter, backend, strict)
+    (plan, random), operands, ids = prepared
     seed = draw_seed(x.device) if random else None
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
         or any([t is not None and t.requires_grad for t in operands])
     ):
-        y = DeltaLinearFunction.apply(x, weight, bias, seed, plan, *operands)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+        y = DeltaLinearFunction.apply(x, weight, bias, seed, ids, plan, *operands)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
         return y  # type: ignore[no-any-return]  # Function.apply again
-    return run_forward(x, weight, bias, operands, seed, plan, False)[0]
+    return run_forward(x, weight, bias, operands, seed, plan, False, ids)[0]
 
 
 def watched() -> bool:
@@ -189,25 +201,37 @@ def prepare(
     weight: Tensor,
     bias: Tensor | None,
     branches: Sequence[Branch],
+    adapter: Tensor | None,
     backend: str,
     strict: bool,
-) -> tuple[Known, list[Tensor | None]] | None:
-    """What is known of an eager call, checked, and the branches' tensors, a… b… bias…; None where
-    a tensor is of another class."""
+) -> tuple[Known, list[Tensor | None], Tensor | None] | None:
+    """What is known of an eager call, checked, the branches' tensors, a… b… bias…, and the rows'
+    numbers as backends take them; None where a tensor is of another class."""
     seen = look(x, weight, bias, branches, backend, strict)
     if seen is None or x.is_meta:
         return None
     key, operands = seen
+    routed = adapter is not None
+    if routed:
+        if type(adapter) not in PLAIN:
+            return None
+        key = key, routed
     known = PLANS.get(key)
     if known is None or (weight.requires_grad and torch.is_grad_enabled()):
         _check(x, weight, bias, branches)
-        known = _learn(x, weight, branches, backend, strict)
+        known = _learn(x, weight, branches, routed, backend, strict)
         PLANS.keep(key, known)
-    return known, operands
+    check_adapter(adapter, x)
+    return known, operands, row_ids(adapter, len(branches))
 
 
 def _learn(
-    x: Tensor, weight: Tensor, branches: Sequence[Branch], backend: str, strict: bool
+    x: Tensor,
+    weight: Tensor,
+    branches: Sequence[Branch],
+    routed: bool,
+    backend: str,
+    strict: bool,
 ) -> Known:
     a = [r.a for r in branches]
     b = [r.b for r in branches]
@@ -215,7 +239,7 @@ def _learn(
     scaling = [float(r.scaling) for r in branches]
     dropout = [float(r.dropout) for r in branches]
     activation = [r.activation for r in branches]
-    call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
+    call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation, routed)
     runner = select(call, backend, strict)
     plan = make_plan(runner, weight, a, b, branch_bias, scaling, dropout, activation)
     return Known(plan, any(dropout))
@@ -226,11 +250,13 @@ def _run_watched(
     weight: Tensor,
     bias: Tensor | None,
     branches: Sequence[Branch],
+    adapter: Tensor | None,
     backend: str,
     strict: bool,
 ) -> Tensor:
     """Where somebody looks on: a compiler, a transform, a mode, or a tensor of another class."""
     _check(x, weight, bias, branches)
+    check_adapter(adapter, x)
     a = [r.a for r in branches]
     b = [r.b for r in branches]
     branch_bias = [r.bias for r in branches]
@@ -241,18 +267,20 @@ def _run_watched(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         _check_transformed(backend, strict)
         flat = x.reshape(-1, x.shape[-1])
+        ids = None if adapter is None else adapter.reshape(-1)  # a transform hides the numbers
         y, _ = reference.forward(
-            flat, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed
+            flat, weight, bias, a, b, branch_bias, scaling, dropout, activation, seed, ids
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
     if strict or not isinstance(backend, str):  # which select refuses in words
-        call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation)
+        routed = adapter is not None
+        call = DeltaLinearCall.of(x, weight, a, branch_bias, dropout, activation, routed)
         backend = select(call, backend, strict).name
     # torch's autograd of registered ops sees into a list only where all of it is tensors
     present = [t for t in branch_bias if t is not None]
     biased = [t is not None for t in branch_bias]
     out, _ = torch.ops.deltaops.delta_linear(
-        x, weight, bias, a, b, present, biased, scaling, dropout, activation, seed, backend
+        x, weight, bias, a, b, present, biased, scaling, dropout, activation, seed, adapter, backend
     )
     return out  # type: ignore[no-any-return]  # torch.ops has no types
 
@@ -314,6 +342,24 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Br
             raise DeviceError(_device_message("bias", bias, x))
     for i, branch in enumerate(branches):
         _check_branch(i, branch, x, n, k)
+
+
+def check_adapter(adapter: Tensor | None, x: Tensor) -> None:
+    """Raise unless ``adapter`` has an integer for each row of x; the numbers are checked later."""
+    if adapter is None:
+        return
+    if adapter.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(
+            f"delta_linear: adapter must be int32 or int64, got {adapter.dtype}. It holds the "
+            "number of a branch for each row of x, or -1."
+        )
+    if adapter.shape != x.shape[:-1]:
+        raise ShapeError(
+            f"delta_linear: adapter must be {list(x.shape[:-1])}, one number for each row of x, "
+            f"got {list(adapter.shape)}. Repeat a sample's number for all of its tokens."
+        )
+    if adapter.device != x.device:
+        raise DeviceError(_device_message("adapter", adapter, x))
 
 
 def _check_branch(i: int, branch: Branch, x: Tensor, n: int, k: int) -> None:

@@ -31,6 +31,7 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     branches: Sequence[Branch] = ()
+    adapter: Tensor | None = None
 
 
 def delta_linear_group(
@@ -54,7 +55,10 @@ def delta_linear_group(
         target = torch.get_autocast_dtype(device)
         if x.dtype != torch.float64 and x.is_floating_point():
             x = x.to(target)
-            layers = [Layer(*cast_layer(*layer, target)) for layer in layers]
+            layers = [
+                Layer(*cast_layer(weight, bias, branches, target), adapter)
+                for weight, bias, branches, adapter in layers
+            ]
         with torch.autocast(device, enabled=False):
             return _run(x, layers, backend, strict)
     return _run(x, layers, backend, strict)
@@ -64,7 +68,7 @@ def _run(x: Tensor, layers: Sequence[Layer], backend: str, strict: bool) -> list
     members = None if watched() else _members(x, layers, backend, strict)
     if members is None:
         return [delta_linear(x, *layer, backend=backend, strict=strict) for layer in layers]
-    tensors = [t for m in members for t in (m.weight, m.bias, m.seed, *m.operands)]
+    tensors = [t for m in members for t in (m.weight, m.bias, m.seed, m.adapter, *m.operands)]
     if needs_grad(x, *tensors):
         plans = [(m.plan, len(m.operands)) for m in members]
         return list(GroupFunction.apply(x, plans, *tensors))  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
@@ -83,13 +87,19 @@ def _members(
         if call is None:
             return None
         prepared.append(call)
-    kinds = {type(known.plan) for known, _ in prepared}
-    if len(kinds) != 1 or not hasattr(prepared[0][0].plan, "forward_group"):
+    kinds = {type(known.plan) for known, *_ in prepared}
+    plan = prepared[0][0].plan
+    if len(kinds) != 1 or not hasattr(plan, "forward_group"):
+        return None
+    routed = any(ids is not None for *_, ids in prepared)
+    if routed and not cast(GroupingPlan, plan).groups_routed:
         return None
     # seeds are drawn last: one layer after the other, none is drawn in vain
     return [
-        GroupMember(plan, weight, bias, operands, draw_seed(x.device) if random else None)
-        for (weight, bias, _), ((plan, random), operands) in zip(layers, prepared, strict=True)
+        GroupMember(
+            plan, layer.weight, layer.bias, operands, draw_seed(x.device) if random else None, ids
+        )
+        for layer, ((plan, random), operands, ids) in zip(layers, prepared, strict=True)
     ]
 
 
@@ -123,25 +133,25 @@ def _backward(
 
 
 class GroupFunction(torch.autograd.Function):
-    """The eager path. Tensors come by layer: weight, bias, seed, a…, b…, branch_bias…."""
+    """The eager path. Tensors come by layer: weight, bias, seed, adapter, a…, b…, branch_bias…."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plans: list[Any], *tensors: Tensor | None) -> Any:
         members, at = [], 0
         for plan, count in plans:
-            weight, bias, seed, *operands = tensors[at : at + 3 + count]
+            weight, bias, seed, adapter, *operands = tensors[at : at + 4 + count]
             assert weight is not None
-            members.append(GroupMember(plan, weight, bias, operands, seed))
-            at += 3 + count
+            members.append(GroupMember(plan, weight, bias, operands, seed, adapter))
+            at += 4 + count
         results = _forward(x, members, True)
         wants = ctx.needs_input_grad[2:]
         saved: list[Tensor | None] = []
         any_a, at = False, 0
         for member, (_y, s) in zip(members, results, strict=True):
             count = len(member.operands) // 3
-            any_a = any_a or True in wants[at + 3 : at + 3 + count]
-            saved += member.weight, s, member.seed, *member.operands[: 2 * count]
-            at += 3 + 3 * count
+            any_a = any_a or True in wants[at + 4 : at + 4 + count]
+            saved += member.weight, s, member.seed, member.adapter, *member.operands[: 2 * count]
+            at += 4 + 3 * count
         ctx.save_for_backward(x if any_a else None, *saved)
         ctx.plans = plans
         ctx.set_materialize_grads(False)
@@ -158,23 +168,24 @@ class GroupFunction(torch.autograd.Function):
         at = saved_at = 0
         for (plan, length), grad in zip(ctx.plans, grad_y, strict=True):
             count = length // 3
-            weight, s_i, seed, *operands = saved[saved_at : saved_at + 3 + 2 * count]
+            weight, s_i, seed, adapter, *operands = saved[saved_at : saved_at + 4 + 2 * count]
             if grad is not None:
                 # the branches' biases are not read again
-                members.append(GroupMember(plan, weight, None, operands + [None] * count, seed))
+                operands += [None] * count
+                members.append(GroupMember(plan, weight, None, operands, seed, adapter))
                 places.append(at)
                 s.append(s_i)
                 dy.append(grad.resolve_neg())
-                needs.append([wants_x, wants[at + 1], *wants[at + 3 : at + 3 + length]])
-            at += 3 + length
-            saved_at += 3 + 2 * count
+                needs.append([wants_x, wants[at + 1], *wants[at + 4 : at + 4 + length]])
+            at += 4 + length
+            saved_at += 4 + 2 * count
         if not members:
             return (None, None, *grads)
         found = _backward(dy, x, members, s, needs)
         grad_x = found[0].pop(0) if wants_x else None
         for place, want, mine in zip(places, needs, found, strict=True):
             each = iter(mine)
-            slots = [place + 1, *range(place + 3, place + 1 + len(want))]
+            slots = [place + 1, *range(place + 4, place + 2 + len(want))]
             for slot, need in zip(slots, want[1:], strict=True):
                 grads[slot] = next(each) if need else None
         return (grad_x, None, *grads)

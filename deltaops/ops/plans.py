@@ -44,11 +44,14 @@ class PlainPlan:
         operands: Sequence[Any],
         seed: Tensor | None,
         keep: bool,
+        adapter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`deltaops.backends.DeltaLinearPlan`."""
         count = len(operands) // 3
         a, b, inner = operands[:count], operands[count : 2 * count], operands[2 * count :]
-        return self._runner.forward(x, weight, bias, a, b, inner, *self._settings, seed)
+        # a backend that has never heard of adapters by row is not told of them
+        rest = () if adapter is None else (adapter,)
+        return self._runner.forward(x, weight, bias, a, b, inner, *self._settings, seed, *rest)
 
     def backward(
         self,
@@ -59,11 +62,15 @@ class PlainPlan:
         s: Tensor,
         seed: Tensor | None,
         needs: Sequence[bool],
+        adapter: Tensor | None = None,
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.DeltaLinearPlan`."""
         count = len(operands) // 3
         a, b = operands[:count], operands[count : 2 * count]
-        return self._runner.backward(grad_y, x, weight, a, b, s, *self._settings, seed, needs)
+        rest = () if adapter is None else (adapter,)
+        return self._runner.backward(
+            grad_y, x, weight, a, b, s, *self._settings, seed, needs, *rest
+        )
 
 
 def make_plan(

@@ -77,12 +77,12 @@ def _run(
     if not watched():
         # what is known of a call hangs on the weight's layout, not on what is in it
         blank = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-        prepared = prepare(x, blank, bias, branches, backend, strict)
+        prepared = prepare(x, blank, bias, branches, None, backend, strict)
         del blank
     if prepared is None:
         dense = reference.dequantize(weight, x.dtype)
         return delta_linear(x, dense, bias, branches, backend=backend, strict=strict)
-    (plan, random), operands = prepared
+    (plan, random), operands, _ = prepared
     seed = draw_seed(x.device) if random else None
     if needs_grad(x, bias, *operands):
         y: Tensor = QuantizedLinearFunction.apply(  # type: ignore[no-untyped-call]  # torch's Function.apply has no types

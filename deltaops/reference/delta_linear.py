@@ -8,6 +8,8 @@ S [M, ΣR] is what backward needs, branches side by side: sᵢ·Hᵢ where φ is
 from which φ(H) and φ'(H) are computed again.
 A branch is computed in the wider of its own dtype and that of x, as PEFT does with float32
 adapters on a bfloat16 model.
+Where a batch mixes adapters, row m has the branch adapter[m] instead of the sum, or none for −1:
+Hᵢ, S and the gradients through them are 0 in the rows that are not branch i's.
 """
 
 from __future__ import annotations
@@ -32,6 +34,16 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
     return x if scale is None else torch.where(scale > 0, x * scale, torch.zeros_like(x))
 
 
+def _rows_of(adapter: Tensor | None, i: int) -> Tensor | None:
+    """``[M, 1]``: whether a row has branch i; None where all rows have all."""
+    return None if adapter is None else (adapter == i).unsqueeze(1)
+
+
+def _only(rows: Tensor | None, t: Tensor) -> Tensor:
+    # where, not a product: what others leave in these rows may be NaN
+    return t if rows is None else torch.where(rows, t, torch.zeros_like(t))
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -43,18 +55,20 @@ def forward(
     dropout: Sequence[float],
     activation: Sequence[str],
     seed: Tensor | None,
+    adapter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(y [M, N] in x's dtype, S [M, ΣR])``."""
+    """``(y [M, N] in x's dtype, S [M, ΣR])``; ``adapter`` ``[M]`` or None, for all branches."""
     y = torch.nn.functional.linear(x, weight, bias)
     projected = []
     for i in range(len(a)):
         work = torch.promote_types(x.dtype, a[i].dtype)
         h = _dropped(x, dropout[i], seed, i).to(work) @ a[i].to(work).T
-        bias_i = branch_bias[i]
+        bias_i, rows = branch_bias[i], _rows_of(adapter, i)
         if bias_i is not None:
             h = h + bias_i.to(work)
+        h = _only(rows, h)
         s = scaling[i] * activate(activation[i], h)
-        y = y + s @ b[i].to(work).T
+        y = y + _only(rows, s @ b[i].to(work).T)
         projected.append((s if activation[i] == "identity" else h).to(state_dtype(x.dtype)))
     empty = x.new_empty(x.shape[0], 0, dtype=state_dtype(x.dtype))
     return y.to(x.dtype), torch.cat(projected, dim=1) if projected else empty
@@ -72,6 +86,7 @@ def backward(
     activation: Sequence[str],
     seed: Tensor | None,
     needs: Sequence[bool],
+    adapter: Tensor | None = None,
 ) -> list[Tensor]:
     """The wanted ones of ``[grad_x, grad_bias, grad_a…, grad_b…, grad_branch_bias…]``.
 
@@ -89,7 +104,8 @@ def backward(
     column = 0
     for i in range(branches):
         work = torch.promote_types(grad_y.dtype, a[i].dtype)
-        dy, rank = grad_y.to(work), a[i].shape[0]
+        rows = _rows_of(adapter, i)
+        dy, rank = _only(rows, grad_y.to(work)), a[i].shape[0]
         s_i = s[:, column : column + rank]
         column += rank
         linear = activation[i] == "identity"
@@ -104,11 +120,12 @@ def backward(
         if need_a[i]:
             if x is None:
                 raise ValueError("grad_a needs x")
-            grads_a.append((dh.T @ _dropped(x, dropout[i], seed, i).to(work)).to(a[i].dtype))
+            dropped = _only(rows, _dropped(x, dropout[i], seed, i).to(work))
+            grads_a.append((dh.T @ dropped).to(a[i].dtype))
         if need_branch_bias[i]:
             grads_branch_bias.append(dh.sum(0).to(a[i].dtype))
         if grad_x is not None:
-            grad_x = grad_x + _dropped(dh @ a[i].to(work), dropout[i], seed, i)
+            grad_x = grad_x + _only(rows, _dropped(dh @ a[i].to(work), dropout[i], seed, i))
     grads = [] if grad_x is None else [grad_x.to(grad_y.dtype)]
     if need_bias:
         grads.append(grad_y.sum(0))

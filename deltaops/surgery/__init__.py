@@ -3,6 +3,7 @@
 from .accelerate import accelerate
 from .arithmetic import Sum, sum_adapters
 from .attach import attach
+from .by_sample import adapters_by_sample
 from .checkpoint import load, save
 from .handle import Handle, handle_of
 from .plan import Plan, plan
@@ -15,6 +16,7 @@ __all__ = [
     "Row",
     "Sum",
     "accelerate",
+    "adapters_by_sample",
     "attach",
     "handle_of",
     "load",

@@ -36,8 +36,9 @@ def accelerate(
 
     A layer that the op can never run (DoRA and other variants, quantized bases, …) is left alone. A
     state that may pass is looked at on every call, and PEFT's own forward runs meanwhile: adapters
-    disabled or merged, ``adapter_names``, hooks or offloading on an inner layer, a base weight that
-    was unfrozen. The report says so for each layer.
+    disabled or merged, hooks or offloading on an inner layer, a base weight that was unfrozen. The
+    report says so for each layer. A batch that mixes adapters (``adapter_names``) stays in the op;
+    see :func:`deltaops.adapters_by_sample` for one in training.
 
     Args:
         model: a ``PeftModel``, or a model with injected LoRA layers; changed in place.

@@ -8,7 +8,7 @@ from .adapter_cases import (
     NormBiasCase,
 )
 from .attention_cases import ATTENTION_CASES, AttentionCase, AttentionTensors
-from .cases import DELTA_LINEAR_CASES, DeltaLinearCase, DeltaLinearTensors
+from .cases import DELTA_LINEAR_CASES, ROUTED_CASES, DeltaLinearCase, DeltaLinearTensors
 from .compare import assert_accurate, relative_error
 from .gated_cases import GATED_CASES, GatedCase
 from .prefix_attention_cases import (
@@ -29,6 +29,7 @@ __all__ = [
     "NORM_BIAS_CASES",
     "PREFIX_ATTENTION_CASES",
     "ROTARY_CASES",
+    "ROUTED_CASES",
     "AttentionCase",
     "AttentionTensors",
     "BottleneckCase",

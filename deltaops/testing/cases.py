@@ -24,6 +24,7 @@ class DeltaLinearTensors:
     dropout: list[float]
     activation: list[str]
     seed: Tensor | None
+    adapter: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> DeltaLinearTensors:
         """The same values in another dtype; strides are kept."""
@@ -38,17 +39,22 @@ class DeltaLinearTensors:
             self.dropout,
             self.activation,
             self.seed,
+            self.adapter,
         )
 
     def forward_arguments(self) -> tuple[object, ...]:
         """For ``backend.forward(*…)``."""
         return (
             self.x, self.weight, self.bias, self.a, self.b, self.branch_bias, self.scaling,
-            self.dropout, self.activation, self.seed,
+            self.dropout, self.activation, self.seed, *self.by_row(),
         )  # fmt: skip
 
+    def by_row(self) -> tuple[Tensor, ...]:
+        """The last argument of both, where there is one."""
+        return () if self.adapter is None else (self.adapter,)
+
     def backward_arguments(self, grad_y: Tensor, s: Tensor) -> tuple[object, ...]:
-        """For ``backend.backward(*…, needs)``."""
+        """For ``backend.backward(*…, needs, *by_row())``."""
         return (
             grad_y, self.x, self.weight, self.a, self.b, s, self.scaling, self.dropout,
             self.activation, self.seed,
@@ -62,8 +68,9 @@ class DeltaLinearTensors:
     def call(self) -> DeltaLinearCall:
         """For ``backend.unsupported(…)``."""
         return DeltaLinearCall.of(
-            self.x, self.weight, self.a, self.branch_bias, self.dropout, self.activation
-        )
+            self.x, self.weight, self.a, self.branch_bias, self.dropout, self.activation,
+            self.adapter is not None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,9 @@ class DeltaLinearCase:
     """Extra elements behind each row of x, so that its rows are strided."""
     activation: tuple[str, ...] = ()
     branch_bias: tuple[bool, ...] = ()
+    routed: str = ""
+    """How rows have one branch each: "mixed" in any order, some with none; "one" all have the first
+    branch; "none" all have none. Else every row has all branches."""
 
     def __str__(self) -> str:
         parts = [f"{self.m}x{self.n}x{self.k}", "r" + "+".join(map(str, self.ranks or (0,)))]
@@ -91,6 +101,7 @@ class DeltaLinearCase:
         parts += ["strided"] if self.padding else []
         parts += ["+".join(self.activation)] if self.activation else []
         parts += ["branchbias"] if any(self.branch_bias) else []
+        parts += [f"by-row-{self.routed}"] if self.routed else []
         return "-".join(parts)
 
     def tensors(
@@ -129,7 +140,18 @@ class DeltaLinearCase:
             list(self.dropout or (0.0,) * count),
             list(self.activation or ("identity",) * count),
             torch.tensor([0x1234_5678_9ABC_DEF0 + seed], device=device),
+            self._adapter(generator, device),
         )
+
+    def _adapter(self, generator: torch.Generator, device: str) -> Tensor | None:
+        if not self.routed:
+            return None
+        ids = torch.full((self.m,), -1 if self.routed == "none" else 0, dtype=torch.int32)
+        if self.routed == "mixed":  # branch 1 has no rows where there are more than two
+            ids = torch.randint(-1, len(self.ranks), (self.m,), generator=generator).int()
+            if len(self.ranks) > 2:
+                ids[ids == 1] = -1
+        return ids.to(device)
 
     def grad_y(self, dtype: torch.dtype, *, device: str = "cpu", seed: int = 1) -> Tensor:
         """A random output gradient ``[M, N]``."""
@@ -182,3 +204,23 @@ DELTA_LINEAR_CASES = (
         activation=("silu", "identity"), branch_bias=(True, True),
     ),
 )  # fmt: skip
+
+ROUTED_CASES = (
+    DeltaLinearCase(129, 71, 67, (1, 8, 24, 5), routed="mixed"),
+    DeltaLinearCase(64, 48, 32, (8, 4), routed="one"),
+    DeltaLinearCase(33, 19, 23, (3, 5), dropout=(0.3, 0.0), routed="none"),
+    DeltaLinearCase(0, 16, 16, (4, 4), routed="mixed"),
+    DeltaLinearCase(1, 33, 71, (3, 2), routed="one", layout="col"),
+    DeltaLinearCase(5, 130, 67, (1, 2), bias=False, routed="mixed"),
+    DeltaLinearCase(
+        131, 50, 72, (4, 9, 16, 1), dropout=(0.3, 0.2, 0.0, 1.0), padding=3, routed="mixed"
+    ),
+    DeltaLinearCase(150, 80, 300, (16, 20, 40), dropout=(0.1, 0.1, 0.2), routed="mixed"),
+    DeltaLinearCase(20, 24, 4100, (3, 1), dropout=(0.1, 0.0), layout="col", routed="mixed"),
+    DeltaLinearCase(4100, 12, 20, (2, 3), routed="mixed"),
+    DeltaLinearCase(
+        150, 37, 53, (4, 9, 8), dropout=(0.3, 0.0, 0.25), routed="mixed",
+        activation=("identity", "gelu", "silu"), branch_bias=(False, True, True),
+    ),
+)  # fmt: skip
+"""A batch that mixes adapters; a backend is held to them where it takes ``call.routed``."""

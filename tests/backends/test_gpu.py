@@ -13,6 +13,7 @@ from deltaops.reference import prefix_attention as prefix_reference
 from deltaops.testing import (
     DELTA_LINEAR_CASES,
     PREFIX_ATTENTION_CASES,
+    ROUTED_CASES,
     DeltaLinearCase,
     DeltaLinearTensors,
     PrefixAttentionCase,
@@ -25,7 +26,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", DELTA_LINEAR_CASES, ids=str)
+@pytest.mark.parametrize("case", DELTA_LINEAR_CASES + ROUTED_CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plan", PLANS[:3])
 def test_forward_and_gradients_match_fp64_and_repeat(
@@ -64,13 +65,14 @@ def check_plans(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str, back: st
     needs, wide = t.all_needed(), t.to(torch.float64)
     y64, s64 = reference.forward(*wide.forward_arguments())
     low, s_low = reference.forward(*t.forward_arguments())
-    oracle = reference.backward(*wide.backward_arguments(grad_y.double(), s64), needs)
-    baseline = reference.backward(*t.backward_arguments(grad_y, s_low), needs)
+    rest = needs, *t.by_row()
+    oracle = reference.backward(*wide.backward_arguments(grad_y.double(), s64), *rest)
+    baseline = reference.backward(*t.backward_arguments(grad_y, s_low), *rest)
     run, results = TritonBackend(), []
     with planner.forced(plan, back):
         for _ in range(2):
             y, s = run.forward(*t.forward_arguments())
-            results.append([y, *run.backward(*t.backward_arguments(grad_y, s), needs)])
+            results.append([y, *run.backward(*t.backward_arguments(grad_y, s), *rest)])
     for i, (got, again, want, eager) in enumerate(
         zip(*results, [y64, *oracle], [low, *baseline], strict=True)
     ):

@@ -111,6 +111,7 @@ class Forward(ctypes.Structure):
         ("seed", c_uint64),
         ("packed_weight", c_void_p),
         ("packed_bytes", c_int64),
+        ("adapter", c_void_p),
     ]
 
 
@@ -130,6 +131,7 @@ class Backward(ctypes.Structure):
         ("grad_branch_bias", POINTER(Matrix)),
         ("packed_weight", c_void_p),
         ("packed_bytes", c_int64),
+        ("adapter", c_void_p),
     ]
 
 

@@ -58,6 +58,7 @@ class Setting:
     bias: bool = False
     wanted: str = "xab"
     """Gradients: of x, of each A, of each B."""
+    routed: bool = False
 
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -78,6 +79,9 @@ SETTINGS = (
     Setting(512, (64,), dropout=0.1, n=96),
     # nothing divides by 16, and two branches
     Setting(1001, (3, 100), n=1003, k=4001, dropout=0.1, bias=True),
+    # a batch that mixes adapters: its mask beside the most lanes, in both makers of dS
+    Setting(512, (64,), dropout=0.1, routed=True),
+    Setting(512, (64,), dropout=0.1, n=96, routed=True),
 )
 # Variations that change no configuration: one architecture shows them.
 VARIATIONS = (
@@ -228,12 +232,13 @@ def launch(setting: Setting) -> None:
     b = [empty(setting.n, r, dtype=setting.adapter) for r in setting.ranks]
     scaling, dropout = [2.0] * len(a), [setting.dropout] * len(a)
     seed = empty(1, dtype=torch.int64)
+    by_row = (empty(setting.m, dtype=torch.int32),) if setting.routed else ()
     run = TritonBackend()
     no_bias, linear = [None] * len(a), ["identity"] * len(a)
-    y, s = run.forward(x, weight, bias, a, b, no_bias, scaling, dropout, linear, seed)
+    y, s = run.forward(x, weight, bias, a, b, no_bias, scaling, dropout, linear, seed, *by_row)
     of_x, of_a, of_b = (name in setting.wanted for name in "xab")
     needs = [of_x, setting.bias, *[of_a] * len(a), *[of_b] * len(b), *[False] * len(a)]
-    run.backward(y, x, weight, a, b, s, scaling, dropout, linear, seed, needs)
+    run.backward(y, x, weight, a, b, s, scaling, dropout, linear, seed, needs, *by_row)
 
 
 def launch_attention(setting: Attention) -> None:

@@ -1,7 +1,7 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
-Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER prefix:CASE_NUMBER tuning rows:I/N …
-       persistent:CASE_NUMBER linears:I/N
+Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER routed:CASE_NUMBER prefix:CASE_NUMBER
+       tuning rows:I/N persistent:CASE_NUMBER linears:I/N …
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from deltaops.reference.philox import draws
 from deltaops.testing import (
     DELTA_LINEAR_CASES,
     PREFIX_ATTENTION_CASES,
+    ROUTED_CASES,
     DeltaLinearCase,
     assert_accurate,
 )
@@ -121,10 +122,10 @@ def other_plan(number: int, mask: bool) -> tuple[str, str] | None:
     return forward, "split" if mask else backward
 
 
-def check_case(number: int) -> None:
+def check_case(number: int, cases: tuple[DeltaLinearCase, ...] = DELTA_LINEAR_CASES) -> None:
     """Forward and every gradient against float64, twice, into poisoned memory; then once more by
     another plan."""
-    case, run = DELTA_LINEAR_CASES[number], TritonBackend()
+    case, run = cases[number], TritonBackend()
     t = case.tensors(torch.float32)
     wide, grad_y = t.to(torch.float64), case.grad_y(torch.float32)
     needs = t.all_needed()
@@ -133,13 +134,17 @@ def check_case(number: int) -> None:
     oracle = [
         y64,
         s64,
-        *reference.backward(*wide.backward_arguments(grad_y.double(), s64), needs),
+        *reference.backward(*wide.backward_arguments(grad_y.double(), s64), needs, *t.by_row()),
     ]
-    baseline = [y32, s32, *reference.backward(*t.backward_arguments(grad_y, s32), needs)]
+    baseline = [
+        y32,
+        s32,
+        *reference.backward(*t.backward_arguments(grad_y, s32), needs, *t.by_row()),
+    ]
 
     def results() -> list[torch.Tensor]:
         y, s = run.forward(*t.forward_arguments())
-        return [y, s, *run.backward(*t.backward_arguments(grad_y, s), needs)]
+        return [y, s, *run.backward(*t.backward_arguments(grad_y, s), needs, *t.by_row())]
 
     def check(found: list[torch.Tensor], what: str) -> None:
         for i, (got, want, low) in enumerate(zip(found, oracle, baseline, strict=True)):
@@ -292,5 +297,7 @@ if __name__ == "__main__":
             check_persistent(int(number))
         elif kind == "linears":
             linears.check_share(number, as_modelled)
+        elif kind == "routed":
+            check_case(int(number), ROUTED_CASES)
         else:
             (check_prefix_attention if kind else check_case)(int(number))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES
+from deltaops.testing import DELTA_LINEAR_CASES, PREFIX_ATTENTION_CASES, ROUTED_CASES
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("interpreted.py")
@@ -36,6 +36,11 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
     numbers += [f"prefix:{i}" for i in range(len(PREFIX_ATTENTION_CASES))][share::SHARES]
     numbers += [f"persistent:{i}" for i in range(3)][share::SHARES]
     numbers += [f"{kind}:{share}/{SHARES}" for kind in ("rows", "linears")]
+    numbers += [  # with all that a row's own adapter changes: the mask of S and that of dS
+        f"routed:{i}"
+        for i, case in enumerate(ROUTED_CASES)
+        if case.m < 140 and case.k < 100 and not case.activation
+    ][share::SHARES]
     numbers += ["tuning"] if share == 0 else []
     return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],

@@ -106,7 +106,7 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(
             inputs[i - 1].requires_grad_(False)
         if registered:
             y, _ = torch.ops.deltaops.delta_linear(
-                x, t.weight, bias, [a], [b], [c], [True], [2.0], [0.0], ["gelu"], None, "cpu"
+                x, t.weight, bias, [a], [b], [c], [True], [2.0], [0.0], ["gelu"], None, None, "cpu"
             )
         else:
             y = delta_linear(x, t.weight, bias, [Branch(a, b, 2.0, 0.0, "gelu", c)], backend="cpu")
@@ -119,24 +119,28 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(
             assert torch.equal(whole, part)
 
 
+@pytest.mark.parametrize("adapter", [None, [1, 0, -1, 0, 0, 1]], ids=["all", "by-row"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)]
 )
-def test_registered_op_passes_opcheck(backend: str, dtype: torch.dtype, dropout: float) -> None:
+def test_registered_op_passes_opcheck(
+    backend: str, dtype: torch.dtype, dropout: float, adapter: list[int] | None
+) -> None:
     weight = CASE.tensors(dtype).weight
     x, bias, a0, a1, b0, b1 = leaves(dtype)
     c1 = torch.randn(2, dtype=dtype, requires_grad=True)
     seed = torch.tensor([5]) if dropout else None
     settings = [2.0, 1.0], [dropout, 0.0], ["identity", "gelu"], seed
-    arguments = (x, weight, bias, [a0, a1], [b0, b1], [c1], [False, True], *settings, backend)
+    ids = None if adapter is None else torch.tensor(adapter)
+    arguments = (x, weight, bias, [a0, a1], [b0, b1], [c1], [False, True], *settings, ids, backend)
     opcheck(torch.ops.deltaops.delta_linear, arguments)
     y, s = torch.ops.deltaops.delta_linear(*arguments)
     detached = [[t.detach() for t in pair] for pair in ([a0, a1], [b0, b1])]
     opcheck(
         torch.ops.deltaops.delta_linear_backward,
         (torch.ones_like(y), x.detach(), weight, *detached, s, *settings,
-         [True, False, True, True, False, True, False, True], backend),
+         [True, False, True, True, False, True, False, True], ids, backend),
     )  # fmt: skip
 
 

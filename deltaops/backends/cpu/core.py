@@ -21,7 +21,7 @@ from deltaops.memory import LEAST, large, start
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NORMS = {"none": 0, "layer": 1, "rms": 2}
-ABI_VERSION = 7
+ABI_VERSION = 8
 _REBUILD = (
     "Rebuild it: `python setup.py build_ext --inplace` in a checkout, elsewhere `pip install "
     "--force-reinstall --no-cache-dir deltaops`."

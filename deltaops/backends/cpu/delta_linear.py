@@ -25,6 +25,8 @@ class CpuDeltaLinear:
     conversion of its sizes, so that is done here, once.
     """
 
+    groups_routed = True
+
     def __init__(
         self,
         weight: Tensor,
@@ -79,6 +81,7 @@ class CpuDeltaLinear:
         operands: Sequence[Tensor | None],
         seed: Tensor | None,
         keep: bool,
+        adapter: Tensor | None = None,
         group: list[_Prepared] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`deltaops.backends.base.DeltaLinearPlan`.
@@ -106,6 +109,7 @@ class CpuDeltaLinear:
             0 if seed is None else _seed(seed),
             threads,
             packed,
+            adapter,
         )
         if group is not None:
             group.append((call, (bias, operands, packed)))
@@ -118,9 +122,9 @@ class CpuDeltaLinear:
         x = as_rows(x)
         group: list[_Prepared] = []
         results = []
-        for plan, weight, bias, operands, seed in members:
+        for plan, weight, bias, operands, seed, adapter in members:
             assert isinstance(plan, CpuDeltaLinear)
-            results.append(plan.forward(x, weight, bias, operands, seed, keep, group))
+            results.append(plan.forward(x, weight, bias, operands, seed, keep, adapter, group))
         self._core.delta_linear_group_forward([call for call, _ in group])
         return results
 
@@ -133,6 +137,7 @@ class CpuDeltaLinear:
         s: Tensor,
         seed: Tensor | None,
         needs: Sequence[bool],
+        adapter: Tensor | None = None,
         group: list[_Prepared] | None = None,
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.base.DeltaLinearPlan`.
@@ -167,6 +172,7 @@ class CpuDeltaLinear:
             grad_bias,
             wanted,
             packed,
+            adapter,
         )
         if group is not None:
             group.append((call, (grad_y, s, operands, packed)))
@@ -186,9 +192,11 @@ class CpuDeltaLinear:
         group: list[_Prepared] = []
         results = []
         for grad, member, s_i, wanted in zip(grad_y, members, s, needs, strict=True):
-            plan, weight, _bias, operands, seed = member
+            plan, weight, _bias, operands, seed, adapter = member
             assert isinstance(plan, CpuDeltaLinear)
-            results.append(plan.backward(grad, x, weight, operands, s_i, seed, wanted, group))
+            results.append(
+                plan.backward(grad, x, weight, operands, s_i, seed, wanted, adapter, group)
+            )
         self._core.delta_linear_group_backward([call for call, _ in group])
         return results
 
@@ -214,10 +222,11 @@ def forward(
     dropout: Sequence[float],
     activation: Sequence[str],
     seed: Tensor | None,
+    adapter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
     plan = CpuDeltaLinear(weight, a, b, branch_bias, scaling, dropout, activation)
-    y, s = plan.forward(x, weight, bias, [*a, *b, *branch_bias], seed, True)
+    y, s = plan.forward(x, weight, bias, [*a, *b, *branch_bias], seed, True, adapter)
     assert s is not None  # kept, as asked
     return y, s
 
@@ -234,11 +243,12 @@ def backward(
     activation: Sequence[str],
     seed: Tensor | None,
     needs: Sequence[bool],
+    adapter: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
     absent = [None] * len(a)
     plan = CpuDeltaLinear(weight, a, b, absent, scaling, dropout, activation)
-    return plan.backward(grad_y, x, weight, [*a, *b, *absent], s, seed, needs)
+    return plan.backward(grad_y, x, weight, [*a, *b, *absent], s, seed, needs, adapter)
 
 
 def _seed(seed: Tensor) -> int:

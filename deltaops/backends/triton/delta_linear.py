@@ -17,6 +17,9 @@ from deltaops.errors import DataError
 from . import core, planner
 from .planner import Choice
 
+MOST_MIXED = 128
+"""Ranks of all adapters that a batch may mix: beyond, products with zeros outweigh the others."""
+
 
 def unsupported(call: DeltaLinearCall) -> str | None:
     """None, or what the kernels do not take."""
@@ -29,6 +32,11 @@ def unsupported(call: DeltaLinearCall) -> str | None:
         return f"has no kernel for a branch with an activation yet ({call.activations[0]})"
     if call.branch_bias:
         return "has no kernel for a branch with a bias yet"
+    if call.routed and call.rank > MOST_MIXED:
+        return (
+            f"mixes adapters of at most {MOST_MIXED} ranks together (each row multiplies by all of "
+            f"them, most by zero), not of {call.rank}"
+        )
     return None
 
 
@@ -69,6 +77,7 @@ def forward(
     dropout: Sequence[float],
     activation: Sequence[str],
     seed: Tensor | None,
+    adapter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -78,7 +87,7 @@ def forward(
             return y, torch.empty((x.shape[0], width), dtype=torch.float32, device=x.device)
         precision = core.kernels("precision").rank_precision(x.dtype, a)
         s: Tensor = core.kernels("project").project_branches(
-            x, list(a), list(scaling), list(dropout), seed, precision
+            x, list(a), list(scaling), list(dropout), seed, precision, adapter
         )
         _write_outputs(y, x, weight, bias, a, b, s, dropout)
     return y, s
@@ -141,6 +150,7 @@ def backward(
     activation: Sequence[str],
     seed: Tensor | None,
     needs: Sequence[bool],
+    adapter: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
     count = len(a)
@@ -172,6 +182,8 @@ def backward(
                 grad_s=grad_s[:, piece] if needs[0] or wanted[i] is not None else None,
                 grad_b=wanted[count + i],
                 grad_bias=grad_bias if i == 0 else None,
+                adapter=adapter,
+                number=i,
             )
             if wanted[i] is not None:
                 core.kernels("grad_down").grad_down(
@@ -238,12 +250,17 @@ def pass_over_dy(
     grad_s: Tensor | None,
     grad_b: Tensor | None,
     grad_bias: Tensor | None,
+    adapter: Tensor | None = None,
+    number: int = 0,
 ) -> None:
     """Write those of dS, dB and db of a branch that are given: in one pass, or dS in its own."""
     beside = grad_b is not None or grad_bias is not None
     twice = core.kernels("configs").reads_dy_twice
     if grad_s is not None and (not beside or twice(grad_y, b, precision.wide)):
-        core.kernels("project").project(grad_y, b.t(), grad_s, scaling=scaling, precision=precision)
+        core.kernels("project").project(
+            grad_y, b.t(), grad_s,
+            scaling=scaling, precision=precision, adapter=adapter, number=number,
+        )  # fmt: skip
         grad_s = None
     if grad_s is not None or beside:
         core.kernels("grad_up").grad_up(
@@ -255,6 +272,8 @@ def pass_over_dy(
             grad_s=grad_s,
             grad_b=grad_b,
             grad_bias=grad_bias,
+            adapter=adapter,
+            number=number,
         )
 
 

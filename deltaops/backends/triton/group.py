@@ -22,6 +22,8 @@ from . import core, delta_linear, planner, quantized
 class TritonDeltaLinear:
     """A ``delta_linear`` of known settings; see :class:`deltaops.backends.base.GroupingPlan`."""
 
+    groups_routed = False
+
     def __init__(
         self,
         ranks: Sequence[int],
@@ -47,12 +49,12 @@ class TritonDeltaLinear:
         operands: Sequence[Any],
         seed: Tensor | None,
         keep: bool,
+        adapter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
         a, b, inner = _thirds(operands)
-        return delta_linear.forward(
-            x, weight, bias, a, b, inner, self.scaling, self.dropout, self._activation, seed
-        )
+        settings = self.scaling, self.dropout, self._activation
+        return delta_linear.forward(x, weight, bias, a, b, inner, *settings, seed, adapter)
 
     def backward(
         self,
@@ -63,12 +65,12 @@ class TritonDeltaLinear:
         s: Tensor,
         seed: Tensor | None,
         needs: Sequence[bool],
+        adapter: Tensor | None = None,
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
         a, b, _ = _thirds(operands)
-        return delta_linear.backward(
-            grad_y, x, weight, a, b, s, self.scaling, self.dropout, self._activation, seed, needs
-        )
+        settings = self.scaling, self.dropout, self._activation
+        return delta_linear.backward(grad_y, x, weight, a, b, s, *settings, seed, needs, adapter)
 
     def fuses(self, m: int, weight: QuantizedWeight) -> bool:
         """See :class:`deltaops.backends.base.QuantizedPlan`."""

@@ -198,6 +198,8 @@ def _project(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.load(a.a, a.R * a.K, a.R * a.K * down)
     if a.DROPOUT:
         t.load(a.seed, 1, math.prod(grid))
+    if a.ROUTED:
+        t.load(a.adapter, a.M, a.M * across * parts)
     t.store(a.s, a.M * a.R * parts)
     t.dots(down * across * _cdiv(a.K, a.BLOCK_K), a.BLOCK_M, a.BLOCK_R, a.BLOCK_K)
 
@@ -235,6 +237,8 @@ def _grad_up(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     if a.WANT_S:
         t.load(a.b, a.N * a.R, a.N * a.R * parts)
         t.store(a.grad_s, a.M * a.R * across)
+        if a.ROUTED:
+            t.load(a.adapter, a.M, a.M * across * lanes)
         t.dots(steps, a.BLOCK_M, a.BLOCK_R, a.BLOCK_N)
     if a.WANT_B:
         t.load(a.s, a.M * a.R, a.M * a.R * across)

@@ -234,13 +234,21 @@ bool spoil(int way, Args *args, Layer *layer, Rng *rng) {
       if (args->packed_weight == nullptr) return false;
       args->packed_weight = odd(args->packed_weight);
       return true;
+    case 25: {
+      if (layer->c.M == 0) return false;
+      layer->wrong_adapter.assign(static_cast<size_t>(layer->c.M), -1);
+      const auto row = static_cast<size_t>(rng->below(layer->c.M));
+      layer->wrong_adapter[row] = rng->one_in(2) ? -2 : static_cast<int32_t>(args->num_branches);
+      args->adapter = layer->wrong_adapter.data();
+      return true;
+    }
     default:
       if (args->packed_weight == nullptr || layer->c.N == layer->c.K) return false;
       swap_packed(args, layer);
       return true;
   }
 }
-constexpr int kWays = 26;
+constexpr int kWays = 27;
 
 template <class Args>
 void spoiled(Args args, Layer *layer, Rng *rng) {
@@ -437,7 +445,8 @@ void wild(Rng *rng) {
                     0,
                     rng->next(),
                     nullptr,
-                    0};
+                    0,
+                    nullptr};
     wild_packed(weight, &args, &memory, rng);
     wild_call(args, &depths.forward);
   } else {
@@ -457,7 +466,8 @@ void wild(Rng *rng) {
                      list(grad_b),
                      list(grad_branch_bias),
                      nullptr,
-                     0};
+                     0,
+                     nullptr};
     wild_packed(transposed(weight), &args, &memory, rng);
     wild_call(args, &depths.backward);
   }

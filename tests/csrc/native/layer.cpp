@@ -124,12 +124,12 @@ deltaops_matrix transposed(const deltaops_matrix &m) {
 }
 
 std::string Case::name() const {
-  std::string text = "M=" + std::to_string(M) + " N=" + std::to_string(N) +
-                     " K=" + std::to_string(K) + (dtype == DELTAOPS_BF16 ? " bf16" : " f32") +
-                     (adapters == DELTAOPS_BF16 ? "/bf16" : "/f32") +
-                     " layout=" + std::to_string(static_cast<int>(weight)) +
-                     " threads=" + std::to_string(threads) + (bias ? " bias" : "") +
-                     (s ? " s" : "") + (packed ? " packed" : "") + " seed=" + std::to_string(seed);
+  std::string text =
+      "M=" + std::to_string(M) + " N=" + std::to_string(N) + " K=" + std::to_string(K) +
+      (dtype == DELTAOPS_BF16 ? " bf16" : " f32") + (adapters == DELTAOPS_BF16 ? "/bf16" : "/f32") +
+      " layout=" + std::to_string(static_cast<int>(weight)) +
+      " threads=" + std::to_string(threads) + (bias ? " bias" : "") + (s ? " s" : "") +
+      (packed ? " packed" : "") + (routed ? " routed" : "") + " seed=" + std::to_string(seed);
   for (const BranchSpec &branch : branches)
     text += " r" + std::to_string(branch.rank) + "/" + std::to_string(branch.threshold) + "/act" +
             std::to_string(branch.activation) + (branch.bias ? "/bias" : "");
@@ -171,6 +171,9 @@ Layer::Layer(const Case &given)
     grad_b_list.push_back(grad_b_[i].matrix());
     grad_branch_bias_list.push_back(biased ? grad_branch_bias_[i].matrix() : deltaops_matrix{});
   }
+  if (c.routed)
+    for (int64_t m = 0; m < c.M; ++m)
+      adapter_.push_back(static_cast<int32_t>(rng_.below(static_cast<int64_t>(a_.size()) + 1)) - 1);
 }
 
 void Layer::pack() {
@@ -191,6 +194,7 @@ deltaops_delta_linear_forward_args Layer::forward() {
   args.num_branches = static_cast<int32_t>(branches.size());
   args.seed = c.seed;
   if (packed_) args.packed_weight = packed_->data(), args.packed_bytes = packed_->bytes();
+  if (c.routed) args.adapter = adapter_.data();
   return args;
 }
 
@@ -213,11 +217,17 @@ deltaops_delta_linear_backward_args Layer::backward() {
   if (packed_transposed_)
     args.packed_weight = packed_transposed_->data(),
     args.packed_bytes = packed_transposed_->bytes();
+  if (c.routed) args.adapter = adapter_.data();
   return args;
 }
 
+bool Layer::has(int64_t m, size_t i) const {
+  return !c.routed || adapter_[static_cast<size_t>(m)] == static_cast<int32_t>(i);
+}
+
 bool Layer::kept(int64_t m, int64_t k, size_t i) const {
-  return deltaops_draw(k, m, static_cast<uint32_t>(i), c.seed) >= c.branches[i].threshold;
+  return has(m, i) &&
+         deltaops_draw(k, m, static_cast<uint32_t>(i), c.seed) >= c.branches[i].threshold;
 }
 
 // What dropout multiplies the kept elements by; nothing is kept where it is 0.
@@ -234,7 +244,7 @@ void Layer::check_forward() const {
     for (size_t i = 0; i < a_.size(); ++i)
       for (int64_t q = 0; q < a_[i].rows(); ++q, ++at) {
         Sum h, scaled;
-        if (c.branches[i].bias) h.add(branch_bias_[i].at(0, q), 1);
+        if (c.branches[i].bias && has(m, i)) h.add(branch_bias_[i].at(0, q), 1);
         for (int64_t k = 0; k < c.K; ++k)
           if (kept(m, k, i)) h.add(scale(i) * x_.at(m, k), a_[i].at(q, k));
         scaled.add(activated(c.branches[i].activation, h), branches[i].scaling);
@@ -278,7 +288,8 @@ void Layer::check_backward() const {
         up[i].push_back(scaled);
         const Sum step = slope(kind, kind == DELTAOPS_IDENTITY ? 0 : s);
         Sum sum;
-        for (int64_t n = 0; n < c.N; ++n) sum.add(scaling * grad_y_.at(m, n), b_[i].at(n, q));
+        if (has(m, i))
+          for (int64_t n = 0; n < c.N; ++n) sum.add(scaling * grad_y_.at(m, n), b_[i].at(n, q));
         dh[i].push_back({sum.value * step.value, sum.size * step.size});
       }
   for (int64_t m = 0; m < c.M; ++m)
@@ -391,6 +402,7 @@ Case random_case(Rng *rng) {
   c.s = !rng->one_in(4);
   c.packed = rng->one_in(2);
   c.seed = rng->next();
+  c.routed = rng->one_in(3);
   return c;
 }
 

@@ -27,6 +27,7 @@ struct Case {
   bool bias, s;
   bool packed;  // once more with the weight packed
   uint64_t seed;
+  bool routed = false;  // each row has one branch, or none
 
   std::string name() const;
 };
@@ -74,8 +75,10 @@ class Layer {
   Case c;
   std::vector<deltaops_branch> branches;
   std::vector<deltaops_matrix> grad_a_list, grad_b_list, grad_branch_bias_list;
+  std::vector<int32_t> wrong_adapter;  // for who spoils a call
 
  private:
+  bool has(int64_t m, size_t i) const;
   bool kept(int64_t m, int64_t k, size_t i) const;
   double scale(size_t i) const;
   template <class F>
@@ -86,6 +89,7 @@ class Layer {
   std::vector<Array> a_, b_, branch_bias_, grad_a_, grad_b_, grad_branch_bias_;
   std::unique_ptr<Buffer> packed_, packed_transposed_;
   int64_t ranks_;
+  std::vector<int32_t> adapter_;
 };
 
 // Forward and, with the s that it has made, backward: right, and the same bits from packed weights.

@@ -50,7 +50,8 @@ void sweep(bool quick) {
                   seed % 5 != 0,
                   true,
                   true,
-                  seed};
+                  seed,
+                  seed % 4 == 1};
         Layer layer(c);
         check_passes(&layer);
       }
