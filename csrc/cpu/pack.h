@@ -56,8 +56,8 @@ DELTAOPS_INLINE VecF load_units_partial(const T *p, int64_t count) {
   constexpr int64_t kFull = kLanes * UnitOf<Unit>::k;
   if (count >= kFull) return load_units(p, Unit{});
   T part[kFull] = {};
-  // The bound is for GCC, which otherwise warns of what cannot be once this is inlined.
-  if (count > 0) memcpy(part, p, static_cast<size_t>(least(count, kFull)) * sizeof(T));
+  for (int64_t i = 0; i < kFull; ++i)
+    if (i < count) part[i] = p[i];
   return load_units(part, Unit{});
 }
 
