@@ -185,10 +185,13 @@ def project(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
 
 def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
     """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB and of B in registers, so
-    that 128 lanes would spill. Without dS (``of_s``) eight warps spill on sm_100; their number
-    changes no bits."""
+    that 128 lanes would spill. The warps are those that do not spill on sm_100, found by compiling
+    (tests/kernels/every_variant.py); without dS (``of_s``) others than with it. They change no
+    bits."""
     lanes = rank_lanes(rank, wide, 64 if aligned else 16)
-    return _for_amd(Skinny(32, 64 if wide else 128, lanes, 8 if of_s and lanes > 32 else 4, 3))
+    eight = lanes > 32 if of_s else lanes == 32
+    warps = 8 if eight or (wide and not aligned) else 4
+    return _for_amd(Skinny(32, 64 if wide else 128, lanes, warps, 3))
 
 
 def grad_down(rank: int, wide: bool) -> Skinny:

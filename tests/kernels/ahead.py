@@ -134,7 +134,7 @@ class Recorder:
     """Stands in for ``JITFunction.run``: compiles what would be launched, each thing once."""
 
     def __init__(self, target: Target) -> None:
-        self.only = ""  # how the kernels begin that are compiled
+        self.only: str | tuple[str, ...] = ""  # how the names of those begin that are compiled
         if target.amd:
             self.target = GPUTarget("hip", target.name, 64)
         else:

@@ -1,0 +1,169 @@
+"""Run by hand: all variants of all kernels compiled for one GPU, and what the gate says of them.
+
+Usage: python tests/kernels/every_variant.py TARGET [AREA …]
+
+    TARGET   sm_80, sm_90, sm_100 or gfx942
+    AREA     gemms, passes, persistent, published, attention, rows; all without one
+
+test_ahead_of_time.py compiles in CI what ahead.py and rows_ahead.py list; this goes on to every row
+of the tables with every count of rank lanes, every set of gradients, mask, bias, norm and type:
+minutes for NVIDIA, more for AMD. Prints each problem, and the count of what was compiled; the exit
+code is 1 where there is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from deltaops.kernels import configs
+from triton import knobs
+
+from deltaops.backends.triton import core
+from deltaops.backends.triton.targets import TARGETS, Target
+
+sys.path.append(str(Path(__file__).parent))
+import ahead
+import rows_ahead
+import test_ahead_of_time as limits
+
+HALF, FULL = torch.bfloat16, torch.float32
+TYPES = ((HALF, HALF), (HALF, FULL), (FULL, FULL))
+ROWS = (8, 64, 512, 8192)
+"""One for each row of the GEMM tables."""
+RANKS = (8, 16, 24, 32, 64, 128, 256)
+Call = Callable[[], None]
+
+
+def gemms() -> Iterator[Call]:
+    """y and dx of ``delta_linear``, their rank lanes filled and not, by every row of the tables."""
+    for m, ranks, (dtype, adapter), dropout in itertools.product(
+        ROWS, ((8,), (24,), (128,), (3, 100)), TYPES, (0.0, 0.1)
+    ):
+        yield partial(ahead.launch, ahead.Setting(m, ranks, dtype, adapter, dropout))
+    for (dtype, adapter), conv1d, bias in itertools.product(TYPES, (False, True), (False, True)):
+        for n, k in ((1003, 4001), (4096, 4096)):
+            one = ahead.Setting(8192, (16,), dtype, adapter, 0.1, n, k, conv1d, bias)
+            yield partial(ahead.launch, one)
+
+
+def passes() -> Iterator[Call]:
+    """S, dS, dB, db and dA, of every count of rank lanes, in every set that can be wanted."""
+    for rank, (dtype, adapter), n in itertools.product(RANKS, TYPES, (96, 4096, 1003)):
+        for wanted, bias in itertools.product(("x", "a", "b", "xb", "xab"), (False, True)):
+            one = ahead.Setting(8192, (rank,), dtype, adapter, n=n, bias=bias, wanted=wanted)
+            yield partial(ahead.launch, one)
+        for m in ROWS:
+            yield partial(ahead.launch, ahead.Setting(m, (rank,), dtype, adapter, 0.1, n))
+
+
+def persistent() -> Iterator[Call]:
+    """Where tensor descriptors take the call."""
+    for m, rank, dtype, dropout, bias in itertools.product(
+        (256, 512, 8192), (8, 64, 128), (HALF, torch.float16), (0.0, 0.1), (False, True)
+    ):
+        yield partial(ahead.launch, ahead.Setting(m, (rank,), dtype, dtype, dropout, bias=bias))
+
+
+def published() -> Iterator[Call]:
+    """The kernels of the baselines."""
+    kernels, precision = core.kernels("stored_dropout"), core.kernels("precision")
+    for m, rank, dtype in itertools.product(ROWS, RANKS, (HALF, FULL)):
+
+        def call(m: int = m, rank: int = rank, dtype: torch.dtype = dtype) -> None:
+            def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+                return torch.empty(*shape, dtype=dtype, device="meta")
+
+            x, a, s = empty(m, 4096), empty(rank, 4096), empty(m, rank, dtype=FULL)
+            seed = empty(1, dtype=torch.int64)
+            _, keep = kernels.drop_and_project(x, a, s, scaling=2.0, dropout=0.1, seed=seed)
+            kernels.stored_grad_input(
+                x, empty(4096, 4096), s, a, keep, dropout=0.1,
+                precision=precision.rank_precision(dtype, [a]), capability=core.capability(x),
+            )  # fmt: skip
+
+        yield call
+
+
+def attention() -> Iterator[Call]:
+    """Every count of a head's lanes."""
+    for d, (dtype, prefix), causal, masked in itertools.product(
+        (16, 32, 64, 80, 128, 256), TYPES, (False, True), (False, True)
+    ):
+        one = ahead.Attention(d, dtype, prefix, causal=causal, masked=masked)
+        yield partial(ahead.launch_attention, one)
+
+
+def rows() -> Iterator[Call]:
+    """Adapters, norms, gated products and rotations."""
+    for m, rank, types, norm in itertools.product(
+        (8, 512, 2048, 8192), (8, 16, 32, 64, 128, 256), TYPES, ("none", "layer", "rms")
+    ):
+        yield rows_ahead.Adapter(m, 4096, rank, *types, norm=norm)
+    for m, rank, types, activation in itertools.product(
+        (8, 8191), (13, 100), TYPES, ("relu", "gelu", "gelu_tanh", "silu")
+    ):
+        yield rows_ahead.Adapter(m, 4001, rank, *types, activation=activation, padding=3)
+        yield rows_ahead.Adapter(m, 4096, rank, *types, activation=activation, bare=True)
+    for k, types, norm in itertools.product(
+        (16, 100, 768, 1024, 2048, 4096, 8192, 14336), TYPES, ("layer", "rms")
+    ):
+        yield rows_ahead.Norm(8192, k, *types, norm=norm)
+    for dtype, activation in itertools.product((HALF, FULL), ("relu", "gelu", "gelu_tanh", "silu")):
+        yield rows_ahead.Gated(8192, 14336, dtype, activation)
+    for d, (dtype, tables) in itertools.product((32, 64, 80, 128, 256), TYPES):
+        yield rows_ahead.Rotary(d, dtype, tables)
+
+
+AREAS = {f.__name__: f for f in (gemms, passes, persistent, published, attention, rows)}
+
+
+ONLY = {
+    "gemms": ("_forward_kernel", "_grad_input_kernel"),
+    "passes": ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel", "_sum_partials_kernel"),
+    "persistent": "_persistent",
+}
+"""Of an area: how the names of its kernels begin."""
+
+
+def plans(area: str, target: Target) -> tuple[str, ...]:
+    """Which plans the GEMMs go by."""
+    if area == "persistent":
+        there = not target.amd and target.capability in configs.PERSISTENT
+        return ("persistent",) if there else ()
+    return ("fused", "split") if area == "gemms" else ("fused",)
+
+
+def main(name: str, *areas: str) -> int:
+    knobs.nvidia.dump_ptxas_log = True
+    target, bad = TARGETS[name], 0
+    recorder = ahead.Recorder(target)
+    for area in areas or AREAS:
+        before = len(recorder.found)
+        recorder.only = ONLY.get(area, "")
+        for plan in plans(area, target):
+            with ahead.compiling(recorder, target, plan):
+                for call in AREAS[area]():
+                    call()
+        found = list(recorder.found.items())[before:]
+        for key, kernel in found:
+            lines = limits.problems([kernel], name)
+            bad += bool(lines)
+            for line in lines:
+                print(f"{line}\n    {key}", flush=True)
+        print(f"{name} {area}: {len(found)} variants compiled", flush=True)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    # an empty cache, so that everything is compiled and reported on
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        code = main(*sys.argv[1:])
+    raise SystemExit(code)
