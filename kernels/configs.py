@@ -154,11 +154,12 @@ def project(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     return _for_amd(Skinny(16 if m <= 16 else 32, 64 if wide else 128, lanes, 4, 3))
 
 
-def grad_up(rank: int, wide: bool, aligned: bool) -> Skinny:
+def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
     """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB and of B in registers, so
-    that 128 lanes would spill."""
+    that 128 lanes would spill. Without dS (``of_s``) eight warps spill on sm_100; their number
+    changes no bits."""
     lanes = rank_lanes(rank, wide, 64 if aligned else 16)
-    return _for_amd(Skinny(32, 64 if wide else 128, lanes, 8 if lanes > 32 else 4, 3))
+    return _for_amd(Skinny(32, 64 if wide else 128, lanes, 8 if of_s and lanes > 32 else 4, 3))
 
 
 def grad_down(rank: int, wide: bool) -> Skinny:

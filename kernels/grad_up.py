@@ -97,7 +97,8 @@ def grad_up(
 ) -> None:
     """Write those of grad_s ``[M, R]``, grad_b ``[N, R]``, grad_bias ``[N]`` that are given."""
     (m, n), rank = grad_y.shape, b.shape[1]
-    config = configs.grad_up(rank, precision.wide, configs.is_aligned(grad_y, b))
+    aligned, of_s = configs.is_aligned(grad_y, b), grad_s is not None
+    config = configs.grad_up(rank, precision.wide, aligned, of_s)
     grid_n, grid_r = triton.cdiv(n, config.cols), triton.cdiv(rank, config.rank)
     parts, chunk = configs.split(m, config.rows, grid_n * grid_r)
     unused = torch.empty((0, 0, 0), dtype=torch.float32, device=grad_y.device)
