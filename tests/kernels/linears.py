@@ -61,7 +61,7 @@ class Group:
 
 GROUPS = (
     # pieces of K and of M, two branches of one layer, none of another
-    Group(70, 150, (33, 40, 17), ((3,), (16, 5), ()), ((0.3,), (0.0, 0.2), ())),
+    Group(40, 80, (17, 20, 9), ((3,), (16, 5), ()), ((0.3,), (0.0, 0.2), ())),
     Group(35, 144, (48, 33), ((40,), (24,)), ((0.25,), (0.5,)), BRAIN, BRAIN),
     # more lanes than one program has, and ranks that are several programs
     Group(20, 64, (16, 32, 16), ((100,), (64,), (70,)), (), HALF, HALF),
@@ -160,7 +160,7 @@ NORMS = (
     (40, 300, 3, False, FULL, FULL),
     (33, 71, 20, True, FULL, FULL),
     (50, 144, 40, False, BRAIN, FULL),
-    (35, 136, 136, True, HALF, HALF),
+    (35, 136, 24, True, HALF, HALF),
 )
 
 
@@ -188,9 +188,9 @@ def check_dora_norm(number: int, as_modelled: Modelled) -> None:
 
 QUANTIZED = (
     # M, N, K, ranks; what quantises; dtypes of x and of A and B
-    (5, 70, 128, (3,), quantize_int8, FULL, FULL),
+    (5, 40, 70, (3,), quantize_int8, FULL, FULL),
     (70, 40, 71, (), quantize_int8, BRAIN, BRAIN),
-    (20, 70, 192, (5, 20), quantize_nf4, BRAIN, FULL),
+    (20, 70, 128, (5, 20), quantize_nf4, BRAIN, FULL),
     (3, 40, 128, (4,), quantize_nf4, HALF, HALF),
     # blocks that end within a row, and a byte that ends the weight half full: W is made
     (9, 33, 47, (4,), quantize_nf4, FULL, FULL),

@@ -22,7 +22,10 @@ from deltaops.backends.triton.targets import TARGETS
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("ahead.py")
 
-GEMMS = ("_forward_kernel", "_grad_input_kernel", "_grad_input_group_kernel")
+GEMMS = (
+    "_forward_kernel", "_grad_input_kernel", "_grad_input_group_kernel",
+    "_forward_quantized_kernel",
+)  # fmt: skip
 SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
 PERSISTENT = ("_persistent_forward_kernel", "_persistent_grad_input_kernel")
@@ -37,7 +40,7 @@ ROWS = (
 )  # fmt: skip
 GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
 DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
-QUANTIZED = ("_dequantize_kernel", "_forward_quantized_kernel")
+QUANTIZED = ("_dequantize_kernel",)
 KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
 ALSO = {"sm_90": {*PERSISTENT}, "sm_100": {*PERSISTENT}}
 
