@@ -61,14 +61,15 @@ inline void set_terms(const deltaops_branch *branches, int64_t count, bool forwa
   p->terms = terms;
   p->segments = segments;
   p->num_terms = count;
-  p->num_plain = p->s_columns = p->plain_columns = p->ranks = p->widest = 0;
+  p->num_plain = p->s_columns = p->p_columns = p->plain_columns = p->ranks = 0;
   int64_t at = 0;
   for (int dropout = 0; dropout < (p->adapter ? 1 : 2); ++dropout) {
     int64_t plain_column = 0;
     for (int64_t i = 0; i < count; plain_column += rank_of(branches[i]), ++i) {
       const deltaops_branch &branch = branches[i];
       if (!p->adapter && (branch.drop_threshold > 0) != (dropout == 1)) continue;
-      const Segment segment = {p->s_columns, p->ranks, rank_of(branch)};
+      const int64_t padded = round_up(rank_of(branch), kLanes);
+      const Segment segment = {p->adapter ? 0 : p->s_columns, p->ranks, rank_of(branch)};
       if (terms) {
         const View<void> a = view(branch.a), b = view(branch.b);
         Term &term = terms[at];
@@ -87,6 +88,7 @@ inline void set_terms(const deltaops_branch *branches, int64_t count, bool forwa
         term.threshold = branch.drop_threshold;
         term.stream = branch.stream;
         term.segment = segment;
+        term.p_column = p->p_columns;
         term.plain_column = plain_column;
         term.bits = nullptr;
         term.rows = {nullptr, 0};
@@ -94,8 +96,8 @@ inline void set_terms(const deltaops_branch *branches, int64_t count, bool forwa
       }
       ++at;
       p->ranks += segment.rank;
-      p->s_columns += round_up(segment.rank, kLanes);
-      p->widest = most(p->widest, round_up(segment.rank, kLanes));
+      p->p_columns += padded;
+      p->s_columns = p->adapter ? most(p->s_columns, padded) : p->p_columns;
       if (dropout == 0 && !p->adapter) p->num_plain = at, p->plain_columns = p->s_columns;
       if (p->adapter) p->num_plain += branch.drop_threshold == 0;
     }
@@ -194,14 +196,15 @@ deltaops_status forward_as(const ForwardArgs *layers, int64_t count) {
 /* What one layer's backward pass has beside its part: see Backward. */
 struct Layer {
   bool need_ds;
-  float *ds;      // [M, ranks], branches side by side
+  float *ds;      // [M, columns], branches side by side; or each row's own
   uint8_t *bits;  // a matrix for each branch with dropout, or one for all: each row's own
   int64_t bits_each, num_bits;
   Outer *b_outers;
   OuterInput dy;  // without columns where no dB and no db is wanted
   bool any_bias;
-  bool again;  // some dB is wanted past an activation
-  float *up;   // [M, ranks]: S made again, in the columns of branches with an activation
+  bool again;       // some dB is wanted past an activation, or by rows
+  float *up;        // [M, columns]: S made again, in the columns of branches with an activation
+  int64_t columns;  // of ds and up: the sum of the ranks, or room for the widest
 };
 
 /* What the backward pass shares between its phases. Layers with a product (need_ds) come first. */
@@ -247,11 +250,12 @@ void lay_out_backward(int threads, Backward *b, Arena *arena) {
     layer.b_outers = arena->take<Outer>(count);
     layer.bits_each = p.M * p.bits_row;
     layer.bits = arena->take<uint8_t>(layer.need_ds ? layer.num_bits * layer.bits_each : 0);
-    layer.ds = arena->take<float>(layer.need_ds ? p.M * p.ranks : 0);
-    layer.up = arena->take<float>(layer.again ? p.M * p.ranks : 0);
+    layer.columns = p.adapter ? p.s_columns : p.ranks;
+    layer.ds = arena->take<float>(layer.need_ds ? p.M * layer.columns : 0);
+    layer.up = arena->take<float>(layer.again ? p.M * layer.columns : 0);
     if (layer.need_ds) {
       p.s = layer.ds;
-      p.s_row = p.ranks;
+      p.s_row = layer.columns;
     }
     branches += count;
     set_terms(b->of[i]->branches, count, false, terms, segments, &p);
@@ -269,6 +273,7 @@ void lay_out_backward(int threads, Backward *b, Arena *arena) {
         terms[t].h = static_cast<const float *>(s.data) + terms[t].plain_column;
         terms[t].h_row = s.row_stride;
       }
+    for (int64_t t = 0; p.adapter && t < p.num_terms; ++t) terms[t].plain_column = 0;
   }
   b->a_outers = arena->take<Outer>(branches);
   b->panel = arena->take<float>(threads * kOuterPanel);
@@ -294,12 +299,13 @@ inline void set_outers(Backward *b) {
     for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
       const int64_t rank = rank_of(args.branches[i]);
       const Rows *own = p.adapter ? &p.terms[i].rows : nullptr;
+      const int64_t at = own ? 0 : column;
       if (wanted(args.grad_a, i)) {
-        const uint8_t *bits = nullptr;
-        for (int64_t t = 0; t < p.num_terms; ++t)
+        const uint8_t *bits = own ? p.terms[i].bits : nullptr;
+        for (int64_t t = 0; !own && t < p.num_terms; ++t)
           if (p.terms[t].plain_column == column) bits = p.terms[t].bits;
-        b->a_outers[b->x.count++] = {layer.ds + column,
-                                     p.ranks,
+        b->a_outers[b->x.count++] = {layer.ds + at,
+                                     layer.columns,
                                      rank,
                                      args.grad_a[i].data,
                                      args.grad_a[i].dtype == DELTAOPS_BF16,
@@ -309,11 +315,11 @@ inline void set_outers(Backward *b) {
                                      p.bits_row,
                                      own};
       }
-      const bool kept = args.branches[i].activation == DELTAOPS_IDENTITY;
+      const bool kept = !own && args.branches[i].activation == DELTAOPS_IDENTITY;
       if (wanted(args.grad_b, i))
         layer.b_outers[layer.dy.count++] = {
-            (kept ? static_cast<const float *>(args.s.data) : layer.up) + column,
-            kept ? args.s.row_stride : p.ranks,
+            (kept ? static_cast<const float *>(args.s.data) : layer.up) + at,
+            kept ? args.s.row_stride : layer.columns,
             rank,
             args.grad_b[i].data,
             args.grad_b[i].dtype == DELTAOPS_BF16,
@@ -335,10 +341,30 @@ inline void branch_bias_grads(const BackwardArgs &args, const Product &p, const 
     const deltaops_matrix &grad = args.grad_branch_bias[i];
     const int64_t rank = rank_of(args.branches[i]);
     const double scale = scale_of(args.branches[i]);
+    const Rows *own = p.adapter ? &p.terms[i].rows : nullptr;
+    const float *ds = layer.ds + (own ? 0 : column);
     if (grad.dtype == DELTAOPS_BF16)
-      column_sums(layer.ds + column, p.ranks, p.M, rank, scale, static_cast<Bf16 *>(grad.data));
+      column_sums(ds, layer.columns, p.M, own, rank, scale, static_cast<Bf16 *>(grad.data));
     else
-      column_sums(layer.ds + column, p.ranks, p.M, rank, scale, static_cast<float *>(grad.data));
+      column_sums(ds, layer.columns, p.M, own, rank, scale, static_cast<float *>(grad.data));
+  }
+}
+
+/* What dB contracts with dy, of each row's own branch, from the first column on: the caller's S has
+ * columns for all, and those of neighbouring rows far apart. */
+inline void own_rows(const BackwardArgs &args, const Product &p, Range rows, float *up,
+                     int64_t up_row) {
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    const int32_t own = p.adapter[m];
+    if (own < 0) continue;
+    const Term &term = p.terms[own];
+    // a branch's step in Q is its first rank in S
+    const float *s = static_cast<const float *>(args.s.data) + m * args.s.row_stride;
+    if (term.h)
+      activate_rows(term, {m, m + 1}, up, up_row);
+    else
+      memcpy(up + m * up_row, s + term.segment.step,
+             static_cast<size_t>(term.segment.rank) * sizeof(float));
   }
 }
 
@@ -356,12 +382,15 @@ inline void keep_bits_of_rows(const Product &p, uint8_t *bits, Range rows) {
 }
 
 /* Thread `self`'s part of what the products need: S past an activation, and the keep-bits. */
-inline void prepare(const Product &p, const Layer &layer, int self, int threads) {
+inline void prepare(const BackwardArgs &args, const Product &p, const Layer &layer, int self,
+                    int threads) {
   const Range rows = share(p.M, self, threads);
-  if (layer.again)
+  if (layer.again && p.adapter)
+    own_rows(args, p, rows, layer.up, layer.columns);
+  else if (layer.again)
     for (int64_t t = 0; t < p.num_terms; ++t)
       if (p.terms[t].h)
-        activate_rows(p.terms[t], rows, layer.up + p.terms[t].plain_column, p.ranks);
+        activate_rows(p.terms[t], rows, layer.up + p.terms[t].plain_column, layer.columns);
   if (!layer.need_ds) return;
   if (p.adapter) {
     if (layer.num_bits > 0) keep_bits_of_rows(p, layer.bits, rows);
@@ -409,7 +438,7 @@ void backward_thread(Backward &b, int self, int threads) {
   int64_t panels = b.x.panels();
   bool again = false;
   for (int64_t i = 0; i < b.count; ++i) {
-    prepare(b.parts[i].p, b.layers[i], self, threads);
+    prepare(*b.of[i], b.parts[i].p, b.layers[i], self, threads);
     panels += b.layers[i].dy.panels();
     again = again || b.layers[i].again;
   }
@@ -456,7 +485,7 @@ inline bool add_layer(const BackwardArgs &args, const Product &p, Backward *b) {
   layer.any_bias = any_wanted(args.grad_branch_bias, branches);
   for (int64_t i = 0; i < branches; ++i)
     layer.again = layer.again || (wanted(args.grad_b, i) && p.M > 0 &&
-                                  args.branches[i].activation != DELTAOPS_IDENTITY);
+                                  (p.adapter || args.branches[i].activation != DELTAOPS_IDENTITY));
   layer.need_ds = p.M > 0 && (p.w.data || any_a || layer.any_bias);
   layer.num_bits = p.num_terms - p.num_plain;
   if (p.adapter) layer.num_bits = least(layer.num_bits, 1);
@@ -495,8 +524,7 @@ deltaops_status backward_as(const BackwardArgs *layers, int64_t count) {
   Backward b;
   b.count = b.num_products = 0;
   b.x = {};
-  b.segments =
-      segments_of(layers[0].grad_y.rows, layers[0].adapter ? layers[0].num_branches : 1);
+  b.segments = segments_of(layers[0].grad_y.rows, layers[0].adapter ? layers[0].num_branches : 1);
   int64_t work = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Product p = backward_product(layers[i], layers[0].grad_x);

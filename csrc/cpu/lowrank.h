@@ -38,6 +38,7 @@ struct Term {
   int64_t h_row;
   uint32_t threshold, stream;
   Segment segment;       // its columns in the padded S, its steps in Q
+  int64_t p_column;      // its columns in the packed P
   int64_t plain_column;  // its columns in [M, R] without padding, in the order of the branches
   const uint8_t *bits;   // keep-bits of all rows, in the backward pass; or NULL
   Rows rows;             // its own, where each row has one branch (Product::adapter)
@@ -56,7 +57,7 @@ DELTAOPS_INLINE int panel_vectors(int64_t columns_left) {
 }
 
 /* Packs k_begin ... k_end - 1 (multiples of kLanes, or the end) of the columns
- * [term.column, + rank), into P: panel of columns c, width w at P + c * k_padded, [k][w].
+ * [term.p_column, + rank), into P: panel of columns c, width w at P + c * k_padded, [k][w].
  * group_end is where the group of terms that share panels ends. */
 template <class T>
 void pack_term(float *packed, int64_t k_padded, const Term &term, int64_t group_begin,
@@ -67,7 +68,7 @@ void pack_term(float *packed, int64_t k_padded, const Term &term, int64_t group_
     const int64_t width = panel_vectors(group_end - column) * kLanes;
     // This panel's vectors that belong to the term.
     for (int64_t v = column; v < column + width; v += kLanes) {
-      const int64_t row = v - term.segment.column;
+      const int64_t row = v - term.p_column;
       if (row < 0 || row >= term.segment.rank) continue;
       float vector_panel[kLanes * kLanes];
       for (int64_t k = k_begin; k < k_end; k += kLanes) {

@@ -43,16 +43,20 @@ struct Outer {
   const Rows *own;  // the rows to sum over; NULL: all
 };
 
-/* to[c] = sum over rows of g[row][c] / scale, for `count` columns. In double: a bias is few
- * numbers, each a long sum that may cancel. */
+/* to[c] = sum over rows (`own` or all M) of g[row][c] / scale, for `count` columns. In double: a
+ * bias is few numbers, each a long sum that may cancel. */
 template <class G>
-void column_sums(const float *g, int64_t g_row, int64_t M, int64_t count, double scale, G *to) {
+void column_sums(const float *g, int64_t g_row, int64_t M, const Rows *own, int64_t count,
+                 double scale, G *to) {
+  const int64_t rows = own ? own->count : M;
   typedef double VecD __attribute__((vector_size(2 * DELTAOPS_VECTOR_BYTES)));
   for (int64_t c = 0; c < count; c += kLanes) {
     const int64_t lanes = least(kLanes, count - c);
     VecD total = {};
-    for (int64_t m = 0; m < M; ++m)
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t m = own ? own->list[i] : i;
       total += __builtin_convertvector(load_units_partial<float>(g + m * g_row + c, lanes), VecD);
+    }
     for (int64_t i = 0; i < lanes; ++i) narrow(static_cast<float>(total[i] / scale), to + c + i);
   }
 }

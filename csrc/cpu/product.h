@@ -59,6 +59,7 @@ struct Product {
   const Segment *segments;
   int64_t num_terms, num_plain;      // plain: no dropout
   int64_t s_columns, plain_columns;  // of the padded S
+  int64_t p_columns;                 // of the packed P: those of S, unless rows have one term each
   int64_t ranks;                     // sum of the ranks
   bool mask_x;                       // dropout on x (forward) or on the product (backward)
   float *s;                          // [M, ranks] for the caller, or NULL
@@ -67,7 +68,6 @@ struct Product {
   uint64_t seed;
   bool adds, more;         // in a sum: not the first of it, not the last
   const int32_t *adapter;  // each row's one term or -1, in the order of the branches; or NULL
-  int64_t widest;          // the most padded columns of a term
 };
 
 /* How a Product is cut for a team, and the team's buffers. */
@@ -223,7 +223,7 @@ void lay_out(const Group &group, Arena *arena) {
   const int64_t buffers = one.shares > 1 ? 2 : 1;
   int64_t widest = 0;
   for (const Part &part : group)
-    if (part.p.adapter) widest = most(widest, part.p.widest);
+    if (part.p.adapter) widest = most(widest, part.p.s_columns);
   all.rows_each = kNarrowRows * (one.x_row + widest) + 64;
   all.bits_each = one.block_k / 8 + 64;
   all.x = arena->take<char>(one.row_groups * buffers * all.x_buffer);
@@ -238,7 +238,7 @@ void lay_out(const Group &group, Arena *arena) {
     cut->q_each = all.q_each, cut->q = all.q;
     cut->rows_each = all.rows_each, cut->rows = all.rows;
     cut->bits_each = all.bits_each, cut->bits = all.bits;
-    cut->packed_p = arena->take<float>(part.p.s_columns * cut->k_padded);
+    cut->packed_p = arena->take<float>(part.p.p_columns * cut->k_padded);
     cut->s_buffer = cut->block_rows * part.p.s_columns;
     cut->s = arena->take<float>(cut->row_groups * buffers * cut->s_buffer);
     if (group.sum && &part != group.parts) {
@@ -257,7 +257,7 @@ inline void pack_p(const Product &p, const Cut &cut, int self) {
   for (int64_t t = 0; t < p.num_terms; ++t) {
     const Term &term = p.terms[t];
     const bool shared = !p.adapter && (!p.mask_x || t < p.num_plain);
-    const int64_t group_begin = shared ? 0 : term.segment.column;
+    const int64_t group_begin = shared ? 0 : term.p_column;
     const int64_t group_end = !shared    ? group_begin + round_up(term.segment.rank, kLanes)
                               : p.mask_x ? p.plain_columns
                                          : p.s_columns;
@@ -316,8 +316,8 @@ void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t
   }
 }
 
-/* The same where each row has one branch, whose rows are gathered a few at a time. The columns of
- * the others are not written. */
+/* The same where each row has one branch, whose rows are gathered a few at a time. All branches
+ * have the same columns. */
 template <class T>
 void lowrank_own_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
                       int64_t k0, int64_t ks, float *s) {
@@ -338,10 +338,10 @@ void lowrank_own_rows(const Product &p, const Cut &cut, int self, int64_t m, int
         keep_bits(bits, row, k0 / 8, ceil_div(ks, 8), p.seed, term.stream, term.threshold);
         apply_mask(copy, bits, ks);
       }
-      narrow_columns(few, cut.x_row, count, cut.packed_p + term.segment.column * cut.k_padded,
+      narrow_columns(few, cut.x_row, count, cut.packed_p + term.p_column * cut.k_padded,
                      cut.k_padded, k0, ks, 0, width, sums, width, true);
       for (int64_t r = 0; r < count; ++r) {
-        float *to = s + (own.list[i + r] - m) * p.s_columns + term.segment.column;
+        float *to = s + (own.list[i + r] - m) * p.s_columns;
         for (int64_t c = 0; c < width; c += kLanes) {
           const VecF sum = load(sums + r * width + c);
           store(to + c, k0 == 0 ? sum : load(to + c) + sum);
@@ -359,7 +359,8 @@ inline void finish_rows(const Product &p, float *s, int64_t m, int64_t rows) {
     return;
   }
   for (int64_t i = 0; i < rows; ++i) {
-    if (out) memset(out + i * p.s_row, 0, static_cast<size_t>(p.ranks) * sizeof(float));
+    if (out && p.mask_x)  // the caller's S, with columns for all
+      memset(out + i * p.s_row, 0, static_cast<size_t>(p.ranks) * sizeof(float));
     const int32_t own = p.adapter[m + i];
     if (own >= 0)
       finish_s(p.terms + own, 1, s + i * p.s_columns, p.s_columns, m + i, 1,
@@ -378,8 +379,8 @@ inline void own_tile(const Product &p, int64_t m, int64_t rows, const float *s, 
     const uint8_t *bits = nullptr;
     if (own >= 0) {
       const Term &term = p.terms[own];
-      accumulate(acc, s + i * p.s_columns + term.segment.column, 0, 1,
-                 q + term.segment.step * kTileColumns, term.segment.rank);
+      accumulate(acc, s + i * p.s_columns, 0, 1, q + term.segment.step * kTileColumns,
+                 term.segment.rank);
       if (!p.mask_x && term.threshold > 0) bits = term.bits + (m + i) * p.bits_row;
     }
     DELTAOPS_UNROLL
