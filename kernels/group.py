@@ -43,6 +43,7 @@ class Part:
         seed: int64 ``[1]`` of its layer; None where nothing of that has dropout.
         stream: which branch of its layer it is.
         precision: that its layer's rank terms have alone.
+        adapter: int32 ``[M]``, which branch each row has; None where it has all.
     """
 
     a: Tensor
@@ -51,6 +52,7 @@ class Part:
     seed: Tensor | None
     stream: int
     precision: Precision
+    adapter: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -128,7 +130,8 @@ def project_group(x: Tensor, parts: Sequence[Part], s: Tensor) -> None:
             (one,) = some
             project(
                 x, one.a, target, scaling=one.scaling, precision=precision,
-                dropout=one.dropout, seed=one.seed, stream=one.stream,
+                dropout=one.dropout, seed=one.seed, stream=one.stream, adapter=one.adapter,
+                number=one.stream,
             )  # fmt: skip
             continue
         lanes = tuple(configs.rank_lanes(one.rank, precision.wide) for one in some)
@@ -412,9 +415,9 @@ def grad_input_group(
 
 
 def together(x: Tensor, parts: Sequence[Part], *, backward: bool) -> Iterator[list[Part]]:
-    """Runs of ``parts`` that one launch takes. What would be several programs for its rank, or
-    needs an address for each element of x, goes alone; what has too many lanes beside the others
-    begins anew. So each sum is cut into the pieces that it has alone."""
+    """Runs of ``parts`` that one launch takes. What would be several programs for its rank,
+    needs an address for each element of x, or is of some rows only, goes alone; what has too many
+    lanes beside the others begins anew. So each sum is cut into the pieces that it has alone."""
     some: list[Part] = []
     held = 0
     for part in parts:
@@ -426,7 +429,8 @@ def together(x: Tensor, parts: Sequence[Part], *, backward: bool) -> Iterator[li
             if backward
             else configs.project(x.shape[0], part.rank, wide, aligned)
         )
-        crowded = part.rank > config.rank or not (backward or aligned)
+        alone = part.adapter is not None or not aligned
+        crowded = part.rank > config.rank or (alone and not backward)
         lanes = most if crowded else config.rank
         if some and (held + lanes > most or part.precision != some[0].precision):
             yield some

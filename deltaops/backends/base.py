@@ -118,9 +118,6 @@ class GroupingPlan(DeltaLinearPlan, Protocol):
     The plans of all members are of the same class.
     """
 
-    groups_routed: bool
-    """Whether members may have rows with an adapter each; else such layers run one by one."""
-
     def forward_group(
         self, x: Tensor, members: Sequence[GroupMember], keep: bool
     ) -> list[tuple[Tensor, Tensor | None]]:

@@ -479,7 +479,7 @@ def totals(
     found = {}
     for gpu in gpus:
         for call in calls:
-            for plan in plans if isinstance(call, Linear | Group) else (None,):
+            for plan in _plans(call, plans):
                 for one in count(call, gpu, plan):
                     total = one.total
                     name = [gpu, one.call, *([plan] if plan else []), one.direction]
@@ -492,6 +492,13 @@ def totals(
                         "floor_operations": one.floor.operations,
                     }
     return found
+
+
+def _plans(call: Counted, plans: Sequence[str]) -> Sequence[str | None]:
+    """Those of ``plans`` that are counted of ``call``; None where it has one way."""
+    if isinstance(call, Linear):
+        return plans
+    return [p for p in plans if p in ("fused", "split")] if isinstance(call, Group) else [None]
 
 
 def regressions(

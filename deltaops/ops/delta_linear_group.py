@@ -88,11 +88,7 @@ def _members(
             return None
         prepared.append(call)
     kinds = {type(known.plan) for known, *_ in prepared}
-    plan = prepared[0][0].plan
-    if len(kinds) != 1 or not hasattr(plan, "forward_group"):
-        return None
-    routed = any(ids is not None for *_, ids in prepared)
-    if routed and not cast(GroupingPlan, plan).groups_routed:
+    if len(kinds) != 1 or not hasattr(prepared[0][0].plan, "forward_group"):
         return None
     # seeds are drawn last: one layer after the other, none is drawn in vain
     return [

@@ -56,9 +56,9 @@ class Setting:
     k: int = 4096
     conv1d: bool = False
     bias: bool = False
+    routed: bool = False
     wanted: str = "xab"
     """Gradients: of x, of each A, of each B."""
-    routed: bool = False
 
 
 HALF, FULL = torch.bfloat16, torch.float32

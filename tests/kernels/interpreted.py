@@ -1,7 +1,7 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
-Usage: TRITON_INTERPRET=1 python interpreted.py CASE_NUMBER routed:CASE_NUMBER prefix:CASE_NUMBER
-       tuning rows:I/N persistent:CASE_NUMBER linears:I/N …
+Usage: TRITON_INTERPRET=1 python interpreted.py NUMBER routed:NUMBER prefix:NUMBER tuning rows:I/N
+linears:I/N persistent:NUMBER …
 """
 
 from __future__ import annotations
@@ -292,12 +292,12 @@ if __name__ == "__main__":
             check_published(0.3)
         elif kind == "rows":
             rows.check_share(number, as_modelled)
-        elif kind == "persistent":
-            rows.mend_bfloat16()
-            check_persistent(int(number))
         elif kind == "linears":
             linears.check_share(number, as_modelled)
         elif kind == "routed":
             check_case(int(number), ROUTED_CASES)
+        elif kind == "persistent":
+            rows.mend_bfloat16()
+            check_persistent(int(number))
         else:
             (check_prefix_attention if kind else check_case)(int(number))

@@ -44,6 +44,7 @@ class Group:
     dtype: torch.dtype = FULL
     adapter: torch.dtype = FULL
     plan: str = "fused"
+    routed: str = ""
 
     def layers(self) -> list[DeltaLinearTensors]:
         """Of one x, between borders; the weight of every second one is that of a Conv1D."""
@@ -51,7 +52,9 @@ class Group:
         for i, (n, ranks) in enumerate(zip(self.rows, self.ranks, strict=True)):
             layout = "col" if i % 2 else "row"
             dropout = self.dropout[i] if self.dropout else ()
-            case = DeltaLinearCase(self.m, n, self.k, ranks, dropout, bias=i != 1, layout=layout)
+            case = DeltaLinearCase(
+                self.m, n, self.k, ranks, dropout, i != 1, layout, routed=self.routed
+            )
             t = case.tensors(self.dtype, adapter_dtype=self.adapter, seed=i)
             x = made[0].x if made else bordered(t.x)
             a, b = [bordered(u) for u in t.a], [bordered(u) for u in t.b]
@@ -68,6 +71,8 @@ GROUPS = (
     Group(20, 40, (16, 32), ((20,), (3,)), (), BRAIN, FULL),
     Group(18, 48, (20, 36), ((4,), (8,)), ((0.1,), (0.1,)), plan="split"),
     Group(9, 40, (0, 12), ((4,), (3,))),
+    # each row has one of a layer's branches
+    Group(30, 40, (8, 12), ((4, 3), (3, 5, 2)), routed="mixed"),
     Group(0, 40, (8, 12), ((4,), (3,))),
 )
 
@@ -84,7 +89,8 @@ def check_group(number: int, as_modelled: Modelled) -> None:
     for t in layers:
         plan = RUN.prepare(t.weight, t.a, t.b, t.branch_bias, t.scaling, t.dropout, t.activation)
         seed = t.seed if any(t.dropout) else None
-        members.append(GroupMember(plan, t.weight, t.bias, [*t.a, *t.b, *t.branch_bias], seed))
+        operands = [*t.a, *t.b, *t.branch_bias]
+        members.append(GroupMember(plan, t.weight, t.bias, operands, seed, t.adapter))
     needs = [t.all_needed() for t in layers]
 
     def results() -> list[Tensor]:
@@ -147,7 +153,7 @@ def _alone(
     ys, ss, rest, total = [], [], [], []
     for t, grad in zip(layers, grads, strict=True):
         y, s = forward(*t.forward_arguments())
-        grad_x, *others = backward(*t.backward_arguments(grad, s), t.all_needed())
+        grad_x, *others = backward(*t.backward_arguments(grad, s), t.all_needed(), *t.by_row())
         ys.append(y)
         ss.append(s)
         rest += others

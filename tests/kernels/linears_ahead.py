@@ -40,7 +40,7 @@ class Group:
             a, b = _empty(r, self.k, dtype=self.adapter), _empty(n, r, dtype=self.adapter)
             plan = run.prepare(weight, [a], [b], [None], [2.0], [self.dropout], linear)
             seed = _empty(1, dtype=torch.int64)
-            members.append(GroupMember(plan, weight, None, [a, b, None], seed))
+            members.append(GroupMember(plan, weight, None, [a, b, None], seed, None))
         x, plan = _empty(self.m, self.k, dtype=self.dtype), members[0].plan
         ys, ss = zip(*plan.forward_group(x, members, True), strict=True)
         plan.backward_group(ys, x, members, ss, [[True, False, True, True, False]] * len(members))

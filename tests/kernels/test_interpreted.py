@@ -34,13 +34,13 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
         if max(case.m, case.n, case.k) < 500 and not (case.activation or case.branch_bias)
     ][share::SHARES]
     numbers += [f"prefix:{i}" for i in range(len(PREFIX_ATTENTION_CASES))][share::SHARES]
-    numbers += [f"persistent:{i}" for i in range(3)][share::SHARES]
-    numbers += [f"{kind}:{share}/{SHARES}" for kind in ("rows", "linears")]
     numbers += [  # with all that a row's own adapter changes: the mask of S and that of dS
         f"routed:{i}"
         for i, case in enumerate(ROUTED_CASES)
         if case.m < 140 and case.k < 100 and not case.activation
     ][share::SHARES]
+    numbers += [f"{kind}:{share}/{SHARES}" for kind in ("rows", "linears")]
+    numbers += [f"persistent:{i}" for i in range(3)][share::SHARES]
     numbers += ["tuning"] if share == 0 else []
     return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],

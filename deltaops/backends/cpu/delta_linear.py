@@ -25,8 +25,6 @@ class CpuDeltaLinear:
     conversion of its sizes, so that is done here, once.
     """
 
-    groups_routed = True
-
     def __init__(
         self,
         weight: Tensor,

@@ -219,27 +219,6 @@ def backward(
     return grads
 
 
-def described(
-    direction: str,
-    rows: Tensor,
-    weight: Tensor,
-    factors: Sequence[Tensor],
-    ranks: Sequence[int],
-    device: torch.device | str,
-) -> bool:
-    """Whether the persistent kernels take the GEMM of a direction on ``device``: of one branch in
-    the model's dtype, and of matrices that tensor descriptors take, S and the output among them."""
-    if len(ranks) != 1 or rows.shape[0] < core.kernels("configs").PERSISTENT_ROWS:
-        return False
-    columns = weight.shape[0 if direction == "forward" else 1]
-    if ranks[0] == 0 or ranks[0] % 8 or columns % 8 or factors[0].dtype != rows.dtype:
-        return False
-    if not core.persists(device):
-        return False
-    taken: bool = core.kernels("persistent").is_describable(rows, weight, *factors)
-    return taken
-
-
 def pass_over_dy(
     grad_y: Tensor,
     b: Tensor,
@@ -253,7 +232,8 @@ def pass_over_dy(
     adapter: Tensor | None = None,
     number: int = 0,
 ) -> None:
-    """Write those of dS, dB and db of a branch that are given: in one pass, or dS in its own."""
+    """Write those of dS, dB and db of a branch that are given: in one pass, or dS in its own. With
+    ``adapter`` dS is zero in the rows where it is not ``number``."""
     beside = grad_b is not None or grad_bias is not None
     twice = core.kernels("configs").reads_dy_twice
     if grad_s is not None and (not beside or twice(grad_y, b, precision.wide)):
@@ -275,6 +255,27 @@ def pass_over_dy(
             adapter=adapter,
             number=number,
         )
+
+
+def described(
+    direction: str,
+    rows: Tensor,
+    weight: Tensor,
+    factors: Sequence[Tensor],
+    ranks: Sequence[int],
+    device: torch.device | str,
+) -> bool:
+    """Whether the persistent kernels take the GEMM of a direction on ``device``: of one branch in
+    the model's dtype, and of matrices that tensor descriptors take, S and the output among them."""
+    if len(ranks) != 1 or rows.shape[0] < core.kernels("configs").PERSISTENT_ROWS:
+        return False
+    columns = weight.shape[0 if direction == "forward" else 1]
+    if ranks[0] == 0 or ranks[0] % 8 or columns % 8 or factors[0].dtype != rows.dtype:
+        return False
+    if not core.persists(device):
+        return False
+    taken: bool = core.kernels("persistent").is_describable(rows, weight, *factors)
+    return taken
 
 
 def _plan(

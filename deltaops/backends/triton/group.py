@@ -22,8 +22,6 @@ from . import core, delta_linear, planner, quantized
 class TritonDeltaLinear:
     """A ``delta_linear`` of known settings; see :class:`deltaops.backends.base.GroupingPlan`."""
 
-    groups_routed = False
-
     def __init__(
         self,
         ranks: Sequence[int],
@@ -52,9 +50,10 @@ class TritonDeltaLinear:
         adapter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
-        a, b, inner = _thirds(operands)
-        settings = self.scaling, self.dropout, self._activation
-        return delta_linear.forward(x, weight, bias, a, b, inner, *settings, seed, adapter)
+        (a, b, inner), settings = _thirds(operands), (self.scaling, self.dropout)
+        return delta_linear.forward(
+            x, weight, bias, a, b, inner, *settings, self._activation, seed, adapter
+        )
 
     def backward(
         self,
@@ -68,9 +67,10 @@ class TritonDeltaLinear:
         adapter: Tensor | None = None,
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
-        a, b, _ = _thirds(operands)
-        settings = self.scaling, self.dropout, self._activation
-        return delta_linear.backward(grad_y, x, weight, a, b, s, *settings, seed, needs, adapter)
+        (a, b, _), settings = _thirds(operands), (self.scaling, self.dropout)
+        return delta_linear.backward(
+            grad_y, x, weight, a, b, s, *settings, self._activation, seed, needs, adapter
+        )
 
     def fuses(self, m: int, weight: QuantizedWeight) -> bool:
         """See :class:`deltaops.backends.base.QuantizedPlan`."""
@@ -179,6 +179,8 @@ def _pass_over_dy(
             grad_s=grad_s[:, columns] if needs[0] or found.a[i] is not None else None,
             grad_b=found.b[i],
             grad_bias=bias if i == 0 else None,
+            adapter=member.adapter,
+            number=i,
         )
     if bias is not None and count == 0:
         torch.sum(grad_y, 0, out=bias)
@@ -230,7 +232,17 @@ def _parts(x: Tensor, members: Sequence[GroupMember]) -> list[Any]:
         plan, (a, _, _) = _plan(member), _thirds(member.operands)
         precision = core.kernels("precision").rank_precision(x.dtype, a)
         for i, down in enumerate(a):
-            parts.append(made(down, plan.scaling[i], plan.dropout[i], member.seed, i, precision))
+            parts.append(
+                made(
+                    down,
+                    plan.scaling[i],
+                    plan.dropout[i],
+                    member.seed,
+                    i,
+                    precision,
+                    member.adapter,
+                )
+            )
     return parts
 
 
