@@ -64,7 +64,7 @@ def drop_and_project(
 ) -> tuple[Tensor, Tensor]:
     """(x̂, keep), and ``s [M, R]`` is written. Rows of x and a lie side by side; one dtype."""
     (m, k), rank = x.shape, a.shape[0]
-    config = configs.project(m, rank, False, configs.is_aligned(x, a))
+    config = configs.project(m, rank, x.dtype == torch.float32, configs.is_aligned(x, a))
     threshold = drop_threshold(dropout)
     dropped = torch.empty((m, k), dtype=x.dtype, device=x.device)
     keep = torch.empty((m, k), dtype=torch.uint8, device=x.device)
