@@ -22,10 +22,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NORMS = {"none": 0, "layer": 1, "rms": 2}
 ABI_VERSION = 8
-_REBUILD = (
-    "Rebuild it: `python setup.py build_ext --inplace` in a checkout, elsewhere `pip install "
-    "--force-reinstall --no-cache-dir deltaops`."
-)
 
 
 @cache
@@ -51,6 +47,12 @@ def native() -> ModuleType | str:
     module.set_tensor_types(Tensor, Parameter)
     found: ModuleType = module
     return found
+
+
+_REBUILD = (
+    "Rebuild it: `python setup.py build_ext --inplace` in a checkout, elsewhere `pip install "
+    "--force-reinstall --no-cache-dir deltaops`."
+)
 
 
 def _lacking(name: str) -> Never:
