@@ -207,3 +207,16 @@ def test_a_file_for_a_model_without_routers_is_refused(tmp_path: Path) -> None:
     shaken(build(), router()).save(tmp_path)
     with pytest.raises(CheckpointError, match=r"does not fit this model: .*leaves no module"):
         deltaops.load(build("Llama"), tmp_path)
+
+
+def test_a_router_beside_another_delta_is_switched_by_itself() -> None:
+    model = build(num_hidden_layers=1)
+    before = answer(model)
+    handle = shaken(model, router() + deltaops.BitFit(target_modules=["q_proj"]))  # type: ignore[arg-type]  # two
+    y = answer(model)
+    with handle.disabled("lora"):
+        assert relative_error(answer(model), y) > 1e-3
+        assert relative_error(answer(model), before) > 1e-3
+    assert torch.equal(answer(model), y)
+    handle.revert()
+    assert relative_error(answer(model), before) < 16 * bound(0.0, torch.float32)
