@@ -93,8 +93,11 @@ def backward(core: Any, c: ModuleType, group: Group, threads: int = 2, **changes
     return core.lib.deltaops_cpu_delta_linear_group_backward(calls, ctypes.c_int32(len(calls)))
 
 
-@pytest.mark.parametrize("layout", ["row", "col"])  # nn.Linear and Conv1D
-@pytest.mark.parametrize("threshold", [0, 20000])
+@pytest.mark.parametrize(
+    ("threshold", "layout"),
+    [(0, "row"), (20000, "row"), (0, "col")],
+    ids=["Linear", "dropout", "Conv1D"],
+)
 @pytest.mark.parametrize("m", [3, M])
 @pytest.mark.parametrize("bf16", [False, True], ids=["f32", "bf16"])
 def test_a_group_is_its_layers(
