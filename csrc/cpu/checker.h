@@ -131,10 +131,12 @@ class Checker {
 
   /* Bounds the whole op: every count that a body makes of its sizes stays inside int64. */
   void work(int64_t M, int64_t N, int64_t K, int64_t R) {
-    int64_t all = 0;
+    int64_t wide = 0, narrow = 0;
     if (status_ != DELTAOPS_OK) return;
-    expect(!__builtin_mul_overflow(M + 1, N + R + 1, &all) &&
-               !__builtin_mul_overflow(all, K + 1, &all) && all <= kMaxWork,
+    expect(!__builtin_mul_overflow(M + 1, N + R + 1, &wide) &&
+               !__builtin_mul_overflow(wide, K + 1, &wide) && wide <= kMaxWork &&
+               !__builtin_mul_overflow(M + 1, N + 1, &narrow) &&
+               !__builtin_mul_overflow(narrow, R + 1, &narrow) && narrow <= kMaxWork,
            "the sizes must stay below 2^56 multiply-adds, got M=%" PRId64 ", N=%" PRId64
            ", K=%" PRId64 " and ranks of %" PRId64 ". Cut the batch.",
            M, N, K, R);

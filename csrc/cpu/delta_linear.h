@@ -201,6 +201,7 @@ struct Layer {
   int64_t bits_each, num_bits;
   Outer *b_outers;
   OuterInput dy;  // without columns where no dB and no db is wanted
+  int64_t cut;    // of its rows, for the outer products: which of Backward's
   bool any_bias;
   bool again;       // some dB is wanted past an activation, or by rows
   float *up;        // [M, columns]: S made again, in the columns of branches with an activation
@@ -213,9 +214,11 @@ struct Backward {
   Part parts[DELTAOPS_MAX_GROUP];
   Layer layers[DELTAOPS_MAX_GROUP];
   int64_t count, num_products;
-  Outer *a_outers;  // of all layers: x is read once for them
-  OuterInput x;     // without columns where no dA is wanted
-  Segments segments;
+  Outer *a_outers;  // of all layers
+  // Rows are cut as they are for a layer alone; x is read once for all layers of a cut.
+  Segments cuts[DELTAOPS_MAX_GROUP];
+  OuterInput x[DELTAOPS_MAX_GROUP];  // a cut's: without columns where no dA is wanted
+  int64_t num_cuts;
   float *panel;  // per thread
 
   Group products() { return {parts, num_products, true}; }
@@ -277,58 +280,66 @@ void lay_out_backward(int threads, Backward *b, Arena *arena) {
   }
   b->a_outers = arena->take<Outer>(branches);
   b->panel = arena->take<float>(threads * kOuterPanel);
-  b->x.sums = arena->take<float>(b->segments.count * b->x.sums_each());
+  for (int64_t i = 0; i < b->num_cuts; ++i)
+    b->x[i].sums = arena->take<float>(b->cuts[i].count * b->x[i].sums_each());
   for (int64_t i = 0; i < b->count; ++i) {
     OuterInput &dy = b->layers[i].dy;
-    dy.sums = arena->take<float>(b->segments.count * dy.sums_each());
+    dy.sums = arena->take<float>(b->cuts[b->layers[i].cut].count * dy.sums_each());
   }
   if (b->num_products > 0) lay_out<T>(b->products(), arena);
 }
 
-/* The outer products that are wanted, once the buffers have their places. */
-inline void set_outers(Backward *b) {
-  b->x.outers = b->a_outers;
-  b->x.count = 0;
-  for (int64_t l = 0; l < b->count; ++l) {
-    const BackwardArgs &args = *b->of[l];
-    const Product &p = b->parts[l].p;
-    Layer &layer = b->layers[l];
-    layer.dy.outers = layer.b_outers;
-    layer.dy.count = 0;
-    int64_t column = 0;
-    for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
-      const int64_t rank = rank_of(args.branches[i]);
-      const Rows *own = p.adapter ? &p.terms[i].rows : nullptr;
-      const int64_t at = own ? 0 : column;
-      if (wanted(args.grad_a, i)) {
-        const uint8_t *bits = own ? p.terms[i].bits : nullptr;
-        for (int64_t t = 0; !own && t < p.num_terms; ++t)
-          if (p.terms[t].plain_column == column) bits = p.terms[t].bits;
-        b->a_outers[b->x.count++] = {layer.ds + at,
-                                     layer.columns,
-                                     rank,
-                                     args.grad_a[i].data,
-                                     args.grad_a[i].dtype == DELTAOPS_BF16,
-                                     false,
-                                     p.N,
-                                     bits,
-                                     p.bits_row,
-                                     own};
-      }
-      const bool kept = !own && args.branches[i].activation == DELTAOPS_IDENTITY;
-      if (wanted(args.grad_b, i))
-        layer.b_outers[layer.dy.count++] = {
-            (kept ? static_cast<const float *>(args.s.data) : layer.up) + at,
-            kept ? args.s.row_stride : layer.columns,
-            rank,
-            args.grad_b[i].data,
-            args.grad_b[i].dtype == DELTAOPS_BF16,
-            true,
-            p.K,
-            nullptr,
-            0,
-            own};
+/* One layer's outer products that are wanted; those of x go to `a_outers`, after the others. */
+inline void set_outers(const BackwardArgs &args, const Product &p, Layer *layer, OuterInput *x,
+                       Outer *a_outers) {
+  layer->dy.outers = layer->b_outers;
+  layer->dy.count = 0;
+  int64_t column = 0;
+  for (int64_t i = 0; i < args.num_branches; column += rank_of(args.branches[i]), ++i) {
+    const int64_t rank = rank_of(args.branches[i]);
+    const Rows *own = p.adapter ? &p.terms[i].rows : nullptr;
+    const int64_t at = own ? 0 : column;
+    if (wanted(args.grad_a, i)) {
+      const uint8_t *bits = own ? p.terms[i].bits : nullptr;
+      for (int64_t t = 0; !own && t < p.num_terms; ++t)
+        if (p.terms[t].plain_column == column) bits = p.terms[t].bits;
+      a_outers[x->count++] = {layer->ds + at,
+                              layer->columns,
+                              rank,
+                              args.grad_a[i].data,
+                              args.grad_a[i].dtype == DELTAOPS_BF16,
+                              false,
+                              p.N,
+                              bits,
+                              p.bits_row,
+                              own};
     }
+    const bool kept = !own && args.branches[i].activation == DELTAOPS_IDENTITY;
+    if (wanted(args.grad_b, i))
+      layer->b_outers[layer->dy.count++] = {
+          (kept ? static_cast<const float *>(args.s.data) : layer->up) + at,
+          kept ? args.s.row_stride : layer->columns,
+          rank,
+          args.grad_b[i].data,
+          args.grad_b[i].dtype == DELTAOPS_BF16,
+          true,
+          p.K,
+          nullptr,
+          0,
+          own};
+  }
+}
+
+/* Those of all layers, once the buffers have their places. */
+inline void set_outers(Backward *b) {
+  Outer *a_outers = b->a_outers;
+  for (int64_t c = 0; c < b->num_cuts; ++c) {
+    b->x[c].outers = a_outers;
+    b->x[c].count = 0;
+    for (int64_t i = 0; i < b->count; ++i)
+      if (b->layers[i].cut == c)
+        set_outers(*b->of[i], b->parts[i].p, &b->layers[i], &b->x[c], a_outers);
+    a_outers += b->x[c].count;
   }
 }
 
@@ -402,44 +413,57 @@ inline void prepare(const BackwardArgs &args, const Product &p, const Layer &lay
                 ceil_div(p.N, 8), p.seed, p.terms[t].stream, p.terms[t].threshold);
 }
 
-/* f(matrix, its panels) for those among `panels`: first those of x, then each dy's. */
+/* f(matrix, its panels) for those of a cut that are among `panels`: first those of x, then each
+ * dy's. Returns how many panels the cut has. */
 template <class F>
-void each_input(const Backward &b, Range panels, const F &f) {
+int64_t each_input(const Backward &b, int64_t cut, Range panels, const F &f) {
   int64_t before = 0;
   for (int64_t i = -1; i < b.count; ++i) {
-    const OuterInput &in = i < 0 ? b.x : b.layers[i].dy;
+    if (i >= 0 && b.layers[i].cut != cut) continue;
+    const OuterInput &in = i < 0 ? b.x[cut] : b.layers[i].dy;
     const Range mine = {most(panels.begin - before, 0), least(panels.end - before, in.panels())};
     if (mine.begin < mine.end) f(in, mine);
     before += in.panels();
   }
+  return before;
+}
+
+inline int64_t panels_of(const Backward &b, int64_t cut) {
+  return each_input(b, cut, {0, 0}, [](const OuterInput &, Range) {});
 }
 
 /* Thread `self`'s part of the outer products, segment by segment. */
 template <class T>
-void outer_products(const Backward &b, int64_t panels, int self, int threads) {
-  const auto finish = [&](const OuterInput &in, Range mine) { outer_finish(in, b.segments, mine); };
-  const Range all = share(b.segments.count * panels, self, threads);
-  for (int64_t at = all.begin; at < all.end;) {
-    const int64_t segment = at / panels, first = at % panels;
-    const Range mine = {first, least(panels, first + all.end - at)};
-    each_input(b, mine, [&](const OuterInput &in, Range some) {
-      outer_sums<T>(in, b.segments, segment, some, b.panel + self * kOuterPanel);
-    });
-    if (b.segments.count == 1) each_input(b, mine, finish);
-    at += mine.end - mine.begin;
+void outer_products(const Backward &b, int self, int threads) {
+  bool more = false;  // segments than one, of some cut
+  for (int64_t c = 0; c < b.num_cuts; ++c) {
+    const Segments &cut = b.cuts[c];
+    const int64_t panels = panels_of(b, c);
+    const Range all = share(cut.count * panels, self, threads);
+    for (int64_t at = all.begin; at < all.end;) {
+      const int64_t segment = at / panels, first = at % panels;
+      const Range mine = {first, least(panels, first + all.end - at)};
+      each_input(b, c, mine, [&](const OuterInput &in, Range some) {
+        outer_sums<T>(in, cut, segment, some, b.panel + self * kOuterPanel);
+        if (cut.count == 1) outer_finish(in, cut, some);
+      });
+      at += mine.end - mine.begin;
+    }
+    more = more || (cut.count > 1 && panels > 0);
   }
-  if (b.segments.count == 1) return;
+  if (!more) return;
   barrier();
-  each_input(b, share(panels, self, threads), finish);
+  for (int64_t c = 0; c < b.num_cuts; ++c)
+    if (b.cuts[c].count > 1)
+      each_input(b, c, share(panels_of(b, c), self, threads),
+                 [&](const OuterInput &in, Range some) { outer_finish(in, b.cuts[c], some); });
 }
 
 template <class T>
 void backward_thread(Backward &b, int self, int threads) {
-  int64_t panels = b.x.panels();
   bool again = false;
   for (int64_t i = 0; i < b.count; ++i) {
     prepare(*b.of[i], b.parts[i].p, b.layers[i], self, threads);
-    panels += b.layers[i].dy.panels();
     again = again || b.layers[i].again;
   }
   if (b.num_products > 0) {
@@ -448,7 +472,7 @@ void backward_thread(Backward &b, int self, int threads) {
     run_product<T>(b.products(), self);
   }
   if (b.num_products > 0 || again) barrier();
-  if (panels > 0) outer_products<T>(b, panels, self, threads);
+  outer_products<T>(b, self, threads);
   for (int64_t i = 0; i < b.count; ++i)
     if (b.layers[i].any_bias) branch_bias_grads(*b.of[i], b.parts[i].p, b.layers[i], self, threads);
 }
@@ -477,11 +501,23 @@ inline Product backward_product(const BackwardArgs &args, const deltaops_matrix 
   return p;
 }
 
+/* Which cut a layer's rows have: that which they have alone. */
+inline int64_t cut_of(const BackwardArgs &args, Backward *b) {
+  const Segments cut = segments_of(args.grad_y.rows, args.adapter ? args.num_branches : 1);
+  int64_t c = 0;
+  while (c < b->num_cuts && b->cuts[c].rows != cut.rows) ++c;
+  if (c < b->num_cuts) return c;
+  b->cuts[c] = cut;
+  b->x[c] = {};
+  return b->num_cuts++;
+}
+
 /* Adds a layer; true where it has anything to do. */
 inline bool add_layer(const BackwardArgs &args, const Product &p, Backward *b) {
   const int64_t branches = args.num_branches;
   const bool any_a = any_wanted(args.grad_a, branches), any_b = any_wanted(args.grad_b, branches);
   Layer layer = {};
+  layer.cut = cut_of(args, b);
   layer.any_bias = any_wanted(args.grad_branch_bias, branches);
   for (int64_t i = 0; i < branches; ++i)
     layer.again = layer.again || (wanted(args.grad_b, i) && p.M > 0 &&
@@ -501,9 +537,9 @@ inline bool add_layer(const BackwardArgs &args, const Product &p, Backward *b) {
                 args.grad_bias.dtype == DELTAOPS_BF16,
                 nullptr};
   if (any_a) {
-    const int64_t before = b->x.ranks;
-    b->x = {args.x.data, args.x.row_stride, p.M, p.N, nullptr, 0, before, nullptr, false, nullptr};
-    b->x.ranks += ranks_wanted(args, args.grad_a);
+    OuterInput &x = b->x[layer.cut];
+    const int64_t ranks = x.ranks + ranks_wanted(args, args.grad_a);
+    x = {args.x.data, args.x.row_stride, p.M, p.N, nullptr, 0, ranks, nullptr, false, nullptr};
   }
   if (!layer.need_ds && !layer.any_bias && !any_a && layer.dy.C == 0) return false;
   int64_t at = b->count++;
@@ -522,9 +558,7 @@ inline bool add_layer(const BackwardArgs &args, const Product &p, Backward *b) {
 template <class T>
 deltaops_status backward_as(const BackwardArgs *layers, int64_t count) {
   Backward b;
-  b.count = b.num_products = 0;
-  b.x = {};
-  b.segments = segments_of(layers[0].grad_y.rows, layers[0].adapter ? layers[0].num_branches : 1);
+  b.count = b.num_products = b.num_cuts = 0;
   int64_t work = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Product p = backward_product(layers[i], layers[0].grad_x);

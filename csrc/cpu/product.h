@@ -76,6 +76,7 @@ struct Cut {
   int64_t group_rows, block_rows, blocks;
   int64_t panels, panels_each;
   int64_t block_k, k_blocks, x_row;
+  int64_t s_k;  // what S grows by at a time: block_k, or what it would be without dots
   bool dot, scratch_c;
   bool copy_x;  // false: the tiles read x where it lies
   float *packed_p;
@@ -107,7 +108,8 @@ struct MainUnit<Bf16> {
 };
 #endif
 
-/* One product of a group, and how it is cut. Rows, k and threads are cut alike for all of them. */
+/* One product of a group, and how it is cut. Rows and threads are cut alike for all of them, k by
+ * each one's own K: S sums up in the order that it has alone. */
 struct Part {
   Product p;
   Cut cut;
@@ -165,14 +167,12 @@ bool lies_ready(const Product &p) {
 template <class T>
 void plan(const Group &group, int threads) {
   const int64_t M = group.parts[0].p.M;
-  int64_t K = 0;
   Cut cut = {};
   cut.threads = threads;
   cut.dot = !group.sums();
   bool products = false;
   for (Part &part : group) {
     const Product &p = part.p;
-    K = most(K, p.K);
     cut.dot = cut.dot && (p.w.data == nullptr || by_dots(p));
     products = products || p.w.data;
     part.cut.panels = p.w.data ? ceil_div(p.N, kTileColumns) : 0;
@@ -190,14 +190,14 @@ void plan(const Group &group, int threads) {
       cut.blocks ? round_up(ceil_div(cut.group_rows, cut.blocks), kTileRows) : kTileRows;
   cut.blocks = ceil_div(cut.group_rows, cut.block_rows);
   const int64_t k_limit = sizeof(T) == 4 ? DELTAOPS_BLOCK_K_F32 : DELTAOPS_BLOCK_K_BF16;
-  const int64_t k_blocks = cut.dot || K == 0 ? 1 : ceil_div(K, k_limit);
-  // Whole bytes of keep-bits and whole vectors in every block but the last.
-  cut.block_k = round_up(ceil_div(K, k_blocks), 16);
-  cut.x_row = cut.block_k + 16;
   for (Part &part : group) {
     const Product &p = part.p;
     cut.panels = part.cut.panels;
     cut.panels_each = ceil_div(cut.panels, cut.shares);
+    // Whole bytes of keep-bits and whole vectors in every block but the last.
+    cut.s_k = round_up(ceil_div(p.K, most(ceil_div(p.K, k_limit), 1)), 16);
+    cut.block_k = cut.dot ? round_up(p.K, 16) : cut.s_k;
+    cut.x_row = cut.block_k + 16;
     cut.k_blocks = p.K ? ceil_div(p.K, cut.block_k) : 1;
     // Floats sum up in y itself; bf16 needs a place for the sums between blocks of k.
     cut.scratch_c = sizeof(T) != 4 && (cut.k_blocks > 1 || group.sums()) && !cut.dot;
@@ -213,19 +213,21 @@ void plan(const Group &group, int threads) {
 template <class T>
 void lay_out(const Group &group, Arena *arena) {
   Cut all = {};
+  int64_t widest = 0;
   for (const Part &part : group) {
     const Cut &cut = part.cut;
-    if (cut.copy_x) all.x_buffer = cut.block_rows * cut.x_row * 4;
-    if (!cut.dot && !part.p.packed) all.panel_each = cut.block_k * kTileColumns + 64;
+    if (cut.copy_x) all.x_buffer = most(all.x_buffer, cut.block_rows * cut.x_row * 4);
+    if (!cut.dot && !part.p.packed)
+      all.panel_each = most(all.panel_each, cut.block_k * kTileColumns + 64);
     all.q_each = most(all.q_each, part.p.ranks * kTileColumns + 64);
+    all.x_row = most(all.x_row, cut.x_row);
+    all.block_k = most(all.block_k, cut.block_k);
+    if (part.p.adapter) widest = most(widest, part.p.s_columns);
   }
   const Cut &one = group.parts[0].cut;
   const int64_t buffers = one.shares > 1 ? 2 : 1;
-  int64_t widest = 0;
-  for (const Part &part : group)
-    if (part.p.adapter) widest = most(widest, part.p.s_columns);
-  all.rows_each = kNarrowRows * (one.x_row + widest) + 64;
-  all.bits_each = one.block_k / 8 + 64;
+  all.rows_each = kNarrowRows * (all.x_row + widest) + 64;
+  all.bits_each = all.block_k / 8 + 64;
   all.x = arena->take<char>(one.row_groups * buffers * all.x_buffer);
   all.panel = arena->take<float>(one.threads * all.panel_each);
   all.q = arena->take<float>(one.threads * all.q_each);
@@ -256,6 +258,7 @@ inline void pack_p(const Product &p, const Cut &cut, int self) {
   const int64_t begin = vectors.begin * kLanes, end = least(vectors.end * kLanes, p.K);
   for (int64_t t = 0; t < p.num_terms; ++t) {
     const Term &term = p.terms[t];
+    if (p.adapter && term.rows.count == 0) continue;
     const bool shared = !p.adapter && (!p.mask_x || t < p.num_plain);
     const int64_t group_begin = shared ? 0 : term.p_column;
     const int64_t group_end = !shared    ? group_begin + round_up(term.segment.rank, kLanes)
@@ -546,10 +549,16 @@ void row_block(const Part *parts, int64_t count, int self, int64_t block, int64_
         if constexpr (UnitOf<Unit>::k == 1) floats = x + mine.begin * x_row;
         float *s_mine = s_of(*part) + mine.begin * p.s_columns;
         const int64_t first = m + mine.begin, count = mine.end - mine.begin;
-        if (p.adapter)
-          lowrank_own_rows<T>(p, part->cut, self, first, count, k0, ks, s_mine);
-        else
-          lowrank_rows<T>(p, part->cut, self, first, count, k0, ks, floats, x_row, s_mine);
+        int64_t at = k0;
+        do {
+          const int64_t some = least(part->cut.s_k, k0 + ks - at);
+          if (p.adapter)
+            lowrank_own_rows<T>(p, part->cut, self, first, count, at, some, s_mine);
+          else
+            lowrank_rows<T>(p, part->cut, self, first, count, at, some,
+                            floats ? floats + (at - k0) : nullptr, x_row, s_mine);
+          at += some;
+        } while (at < k0 + ks);
         if (k0 + ks == p.K) finish_rows(p, s_mine, first, count);
       }
     if (cut.shares > 1 && (cut.copy_x || terms)) barrier();

@@ -120,7 +120,8 @@ typedef struct {
       *grad_branch_bias;     /* num_branches of [1, R_i] f32 or bf16, each may be absent; or NULL */
   const void *packed_weight; /* from deltaops_cpu_pack_weight(weight^T, a [K, N] view), or NULL */
   int64_t packed_bytes;      /* its size, 0 with NULL */
-  const int32_t *adapter;    /* as in the forward pass */
+  /* as in the forward pass: branch i's gradients are sums over its own rows, 0 where it has none */
+  const int32_t *adapter;
 } deltaops_delta_linear_backward_args;
 
 DELTAOPS_API uint32_t deltaops_abi_version(void);
@@ -140,9 +141,10 @@ deltaops_cpu_delta_linear_forward(const deltaops_delta_linear_forward_args *args
 DELTAOPS_API deltaops_status
 deltaops_cpu_delta_linear_backward(const deltaops_delta_linear_backward_args *args);
 /* 1 to DELTAOPS_MAX_GROUP layers that share x (q, k and v; gate and up), in one pass over it. All
- * have the same x, dtype and num_threads. Forward, each gives the bits that it gives alone.
- * Backward, the gradient of x is the sum of the layers': the first one's grad_x, or absent there;
- * the others must be absent. Weights are needed, and packed ones used, where it is wanted. */
+ * have the same x, dtype and num_threads; each its own branches and adapter. Each gives the bits
+ * that it gives alone, but for the gradient of x. That is the sum of the layers': the first one's
+ * grad_x, or absent there; the others must be absent. Weights are needed, and packed ones used,
+ * where it is wanted. */
 #define DELTAOPS_MAX_GROUP 16
 DELTAOPS_API deltaops_status deltaops_cpu_delta_linear_group_forward(
     const deltaops_delta_linear_forward_args *layers, int32_t count);

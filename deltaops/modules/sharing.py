@@ -49,15 +49,19 @@ class _Group:
         """The output of ``place`` for ``x``; None where it is to compute it alone."""
         if not any([place is member for member in self.places]):
             return None
+        if names is not None and not _is_told(place):
+            return None  # named by the call itself, which tells nothing of the others
         state = _state(x)
         waiting = self.waiting
         if waiting is None:
+            told = [_is_told(member) for member in self.places]
+            if names is None and True in told:
+                self.places = ()  # whose names nobody knows yet
+                return None
             layers = [
-                member.layer()
-                if names is None or not _is_told(member)
                 # another list of names for another place is seen when it is called
-                else member.layer_by_row(x, names)
-                for member in self.places
+                member.layer_by_row(x, names) if heard else member.layer()
+                for member, heard in zip(self.places, told, strict=True)
             ]
             if None in layers:
                 self.places = ()  # not in this run: each looks for itself

@@ -1,6 +1,7 @@
 """Autograd for ``delta_linear``, twice: a Function for eager calls, and the registered op.
 
-Saved for the backward pass, by both: x (only where some ``a`` trains), W, A, B, S and the seed;
+Saved for the backward pass, by both: x (only where some ``a`` trains), W, A, B, S, the seed and the
+rows' numbers;
 no mask, no dropped-out x and no activation beside S.
 """
 

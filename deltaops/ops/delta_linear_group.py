@@ -46,9 +46,9 @@ def delta_linear_group(
         strict: passed to each.
     Returns: ``[..., Nᵢ]`` of each layer, the bits that it gives alone.
     Raises: what :func:`delta_linear` raises.
-    Gradients: those of :func:`delta_linear`; that of ``x`` is summed up in float32 and rounded
-        once, so its last bits may differ from a sum of rounded ones. Where a plan on a GPU leaves
-        the products to the library, it is rounded after each.
+    Gradients: those of :func:`delta_linear`, on the CPU with their bits; that of ``x`` is summed up
+        in float32 and rounded once, so its last bits may differ from a sum of rounded ones. Where
+        a plan on a GPU leaves the products to the library, it is rounded after each.
     """
     device = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):

@@ -1,7 +1,7 @@
 """A batch whose samples have adapters of their own, on a PEFT model, in training too.
 
 PEFT's ``model(..., adapter_names=[...])`` refuses training mode. Its layers do not: they compute
-each sample with its own adapter, and gradients reach the adapters that the batch names.
+each sample with its own adapter, and gradients reach those adapters of the batch that require them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def adapters_by_sample(model: nn.Module, names: Sequence[str]) -> Iterator[None]
 
     In evaluation it does what PEFT's argument ``adapter_names`` does; in training, too, and the
     forward pass alone needs it. Layers that ``deltaops.accelerate`` swapped run a batch in one op.
+    PEFT has the active adapter alone require gradients, and others after its
+    ``model.set_requires_grad(names)``.
 
     Args:
         model: a PEFT model, or one with injected LoRA layers.

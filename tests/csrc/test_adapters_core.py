@@ -37,11 +37,13 @@ def core(request: pytest.FixtureRequest, builds: Builds, core_module: ModuleType
     return core
 
 
-def run(core: Any, helper: ModuleType, op: str, tensors: dict[str, Any], *last: Any) -> None:
+def run(
+    core: Any, helper: ModuleType, op: str, tensors: dict[str, Any], *last: Any, threads: int = 3
+) -> None:
     kinds = {float: c_float, int: c_int32}
     settings = tuple((f"setting{i}", kinds[type(v)]) for i, v in enumerate(last))
     kind = struct(helper, tuple(tensors), *settings)
-    args = kind(ctypes.sizeof(kind), 3, *(helper.matrix(t) for t in tensors.values()), *last)
+    args = kind(ctypes.sizeof(kind), threads, *(helper.matrix(t) for t in tensors.values()), *last)
     assert getattr(core.lib, f"deltaops_cpu_{op}")(ctypes.byref(args)) == 0, core.error()
 
 
@@ -126,6 +128,39 @@ def test_bottleneck_matches_float64(
         }  # fmt: skip
         for name, got in grads.items():
             assert_close(got, want[name.removeprefix("grad_")])
+
+
+@pytest.mark.parametrize("m", [127, 128, 129, 1023, 1025, 1500])
+def test_bottleneck_sums_over_rows_at_every_edge_of_their_segments(
+    core: Any, core_module: ModuleType, m: int
+) -> None:
+    rng, k, r = np.random.default_rng(0), 129, 5  # columns: one more than two threads' share
+    names = ("grad_y", "x", "h", "gamma", "beta", "down", "up")
+    shapes = ((m, k), (m, k), (m, r), (1, k), (1, k), (r, k), (k, r))
+    w = {name: rng.standard_normal(shape) for name, shape in zip(names, shapes, strict=True)}
+    t = {name: value.astype(np.float32) for name, value in w.items()}
+    w = {name: value.astype(np.float64) for name, value in t.items()}
+    n, rstd = norm(w["x"])
+    stats = np.concatenate([w["x"].mean(1, keepdims=True), rstd], 1).astype(np.float32)
+    t = {"grad_y": t.pop("grad_y"), "x": t.pop("x"), "h": t.pop("h"), "stats": stats, **t}
+    value, slope = value_and_slope("silu", w["h"])
+    dh = 0.5 * w["grad_y"] @ w["up"] * slope
+    dz = dh @ w["down"]
+    want = {
+        "x": norm_gradient(dz * w["gamma"], n, rstd),
+        "gamma": (dz * n).sum(0, keepdims=True), "beta": dz.sum(0, keepdims=True),
+        "down": dh.T @ (n * w["gamma"] + w["beta"]), "down_bias": dh.sum(0, keepdims=True),
+        "up": w["grad_y"].T @ (0.5 * value), "up_bias": w["grad_y"].sum(0, keepdims=True),
+    }  # fmt: skip
+    found = []
+    for threads in (1, 2, 3):
+        grads = {f"grad_{name}": poisoned(want[name]) for name in GRADS}
+        last = 0.5, ACTIVATIONS.index("silu"), 1, 0
+        run(core, core_module, "bottleneck_backward", {**t, **grads}, *last, threads=threads)
+        found.append(b"".join(grad.tobytes() for grad in grads.values()))
+    assert found[0] == found[1] == found[2]
+    for name in GRADS:
+        assert_close(grads[f"grad_{name}"], want[name])
 
 
 def test_norm_bias_matches_float64(core: Any, core_module: ModuleType) -> None:

@@ -296,6 +296,45 @@ def test_outer_products_at_every_edge_of_their_blocks(
             assert_close(core_module, grad_b[i], f64(grad_y).T @ part.up, "f32")
 
 
+@pytest.mark.parametrize("by_row", [False, True], ids=["all", "by-row"])
+@pytest.mark.parametrize("m", [127, 128, 129, 1023, 1025, 1500])
+def test_sums_over_rows_at_every_edge_of_their_segments(
+    core: Any, core_module: ModuleType, m: int, by_row: bool
+) -> None:
+    # Columns around a panel's; enough work for three threads.
+    n, k, spec = 131, 65, [Spec(3), Spec(5, 6554), Spec(2, 0, 4, True)]
+    layer, _, parts = known(core_module, (m, n, k), tuple(spec), "f32", "f32", "row")
+    rng = np.random.default_rng(1)
+    grad_y = rng.standard_normal((m, n)).astype(np.float32)
+    adapter = rng.integers(-1, len(spec), m, np.int32)
+    has = [(adapter == i)[:, None] if by_row else np.ones((m, 1), bool) for i in range(len(spec))]
+    s = saved([p._replace(saved=p.saved * own) for p, own in zip(parts, has, strict=True)], m)
+    s = s.astype(np.float32)
+    found, changes = [], {"adapter": adapter.ctypes.data if by_row else None}
+    for threads in (1, 2, 3):
+        grad_bias = poisoned(1, n, "f32")
+        grads = [
+            [poisoned(r, k, "f32") for r, *_ in spec],
+            [poisoned(n, r, "f32") for r, *_ in spec],
+            [poisoned(1, r, "f32") if biased else None for r, *_, biased in spec],
+        ]
+        status = core.backward(
+            layer, grad_y, s, None, grad_bias, *grads, threads=threads, changes=changes
+        )
+        assert status == 0, core.error()
+        every = [grad_bias, *(g for kind in grads for g in kind if g is not None)]
+        found.append(b"".join(g.tobytes() for g in every))
+    assert found[0] == found[1] == found[2]
+    g, x = grad_y.astype(np.float64), core_module.to_f64(layer.x)
+    assert_close(core_module, grad_bias, g.sum(0, keepdims=True), "f32")
+    for i, (part, own) in enumerate(zip(parts, has, strict=True)):
+        dh = own * part.adapter.scaling * (g @ part.adapter.b) * part.slope
+        assert_close(core_module, grads[0][i], dh.T @ (x * part.kept), "f32")
+        assert_close(core_module, grads[1][i], g.T @ (own * part.up), "f32")
+        if part.adapter.bias is not None:
+            assert_close(core_module, grads[2][i], dh.sum(0, keepdims=True), "f32")
+
+
 @pytest.mark.parametrize("shape", [(300, 200, 520), (40, 300, 64), (5, 300, 70)], ids=str)
 def test_same_bits_again_for_any_team_and_from_many_threads(
     core: Any, core_module: ModuleType, shape: tuple[int, int, int]
@@ -409,6 +448,22 @@ def test_errors_name_the_argument_and_leave_outputs_alone(
         assert core.forward(changed, y, s) == 1
         assert f"branches[0].{name}" in core.error()
         assert np.isnan(y).all()
+
+
+def test_sizes_whose_work_has_no_number_are_refused(core: Any, core_module: ModuleType) -> None:
+    c, many, one = core_module, 2**20, np.zeros((1, 1), np.float32)
+
+    def sized(rows: int, cols: int) -> Any:
+        return c.Matrix(one.ctypes.data, rows, cols, cols, 1, c.F32, 0)
+
+    branch = c.Branch(sized(many, 1), sized(many, many), c.matrix(None), 1.0, 0, 0, 0)
+    changes = {
+        "x": sized(many, 1), "weight": sized(many, 1), "bias": c.matrix(None),
+        "y": sized(many, many), "branches": (c.Branch * 1)(branch),
+    }  # fmt: skip
+    layer = make(c, (1, 1, 1), [Spec(1)], dtype="f32", adapters="f32", layout="row")
+    assert core.forward(layer, one, None, changes=changes) == 1
+    assert "2^56 multiply-adds" in core.error()
 
 
 def test_an_isa_that_is_missing_or_unknown_is_refused(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 Builds = dict[str, tuple[Path, list[Path]]]
-M, K, WIDTHS, R = 21, 700, (40, 9, 33), 5
+M, K, WIDTHS, R = 21, 700, (60, 9, 130), 5  # of one block of k, and of three, on baseline
 
 
 @pytest.fixture(params=["native", "emulated"])
@@ -22,17 +22,27 @@ def core(request: pytest.FixtureRequest, builds: Builds, core_module: ModuleType
 class Group:
     """Arrays of one group and of its gradients, as float32 or bfloat16 bits."""
 
-    def __init__(self, core_module: ModuleType, bf16: bool, m: int = M, threshold: int = 0) -> None:
+    def __init__(
+        self,
+        core_module: ModuleType,
+        bf16: bool,
+        m: int = M,
+        threshold: int = 0,
+        layout: str = "row",
+    ) -> None:
         rng = np.random.default_rng(0)
         store = core_module.to_bf16 if bf16 else (lambda a: a)
 
         def draw(rows: int, cols: int) -> np.ndarray:
             return (rng.standard_normal((rows, cols)) / 8).astype(np.float32)
 
+        def weight(n: int) -> np.ndarray:
+            return store(draw(n, K)) if layout == "row" else store(draw(K, n)).T
+
         x = store(draw(m, K))
         self.layers = [
             core_module.Layer(
-                x, store(draw(n, K)), None,
+                x, weight(n), None,
                 [core_module.Adapter(draw(R, K), draw(n, R), 1.5, threshold)], seed=7 + n,
             )
             for n in WIDTHS
@@ -83,17 +93,21 @@ def backward(core: Any, c: ModuleType, group: Group, threads: int = 2, **changes
     return core.lib.deltaops_cpu_delta_linear_group_backward(calls, ctypes.c_int32(len(calls)))
 
 
-@pytest.mark.parametrize("threshold", [0, 20000])
+@pytest.mark.parametrize(
+    ("threshold", "layout"),
+    [(0, "row"), (20000, "row"), (0, "col")],
+    ids=["Linear", "dropout", "Conv1D"],
+)
 @pytest.mark.parametrize("m", [3, M])
 @pytest.mark.parametrize("bf16", [False, True], ids=["f32", "bf16"])
 def test_a_group_is_its_layers(
-    core: Any, core_module: ModuleType, bf16: bool, m: int, threshold: int
+    core: Any, core_module: ModuleType, bf16: bool, m: int, threshold: int, layout: str
 ) -> None:
     for isa, runs in core.isas():
         if not runs:
             continue
         assert core.set_isa(isa) == 0
-        group, alone = (Group(core_module, bf16, m, threshold) for _ in range(2))
+        group, alone = (Group(core_module, bf16, m, threshold, layout) for _ in range(2))
         assert forward(core, core_module, group) == 0, core.error()
         assert backward(core, core_module, group) == 0, core.error()
         total = np.zeros((m, K))

@@ -167,6 +167,33 @@ def test_a_group_gives_what_its_layers_give() -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("first", range(3))
+def test_a_group_sums_over_rows_in_the_order_of_each_layer_alone(first: int) -> None:
+    """Rows are cut by the number of branches, which is each layer's own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    x, layers, trained = normal(700, 12).requires_grad_(), [], []
+    for count in (3, 1, 2):
+        rows = [
+            Branch(normal(r, 12).requires_grad_(), normal(9, r).requires_grad_())
+            for r in range(1, count + 1)
+        ]
+        ids = torch.randint(-1, count, (700,), generator=generator) if count > 1 else None
+        layers.append(Layer(normal(9, 12), normal(9).requires_grad_(), rows, ids))
+        trained.append([layers[-1].bias, *[t for row in rows for t in (row.a, row.b)]])
+    order = [*range(first, 3), *range(first)]
+    layers, inputs = [layers[i] for i in order], [t for i in order for t in trained[i]]
+    grads = [
+        torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *inputs])
+        for ys in (delta_linear_group(x, layers), [delta_linear(x, *one) for one in layers])
+    ]
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+    assert all(torch.equal(one, other) for one, other in zip(*(g[1:] for g in grads), strict=True))
+
+
 X, W = torch.randn(4, 12), torch.randn(7, 12)
 A, B = torch.randn(3, 12), torch.randn(7, 3)
 REFUSED = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import deltaops
 from deltaops.errors import AttachError, ConfigError, TargetError
+from deltaops.modules import APART, sharing
 
 # transformers renames gradient checkpointing between the versions that we support
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -95,6 +96,35 @@ def test_one_adapter_for_all_is_the_plain_call(case: Any, seen: list[Any]) -> No
     assert {adapter is None for _, adapter in seen} == {True}
     case.fast.set_adapter("third")
     torch.testing.assert_close(fast, case.fast(case.ids).logits)
+
+
+@torch.no_grad()
+def test_names_in_the_call_itself_are_of_that_layer_alone(case: Any) -> None:
+    attention = case.fast.base_model.model.model.layers[0].self_attn
+    places = attention.q_proj, attention.k_proj, attention.v_proj
+    x = torch.randn(5, 7, attention.q_proj.in_features)
+    want = attention.q_proj(x, adapter_names=NAMES), *(place(x) for place in places[1:])
+    with sharing(attention, places):
+        got = attention.q_proj(x, adapter_names=NAMES), *(place(x) for place in places[1:])
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+@torch.no_grad()
+def test_layers_share_again_after_a_batch_whose_first_layer_has_no_adapter(
+    tiny: Callable[..., Any], seen: list[Any]
+) -> None:
+    import peft
+
+    model = peft.get_peft_model(tiny("llama").model, peft.LoraConfig(target_modules=["v_proj"]))
+    deltaops.accelerate(model.eval())
+    ids = torch.tensor([[3, 4], [5, 6]])
+    with deltaops.adapters_by_sample(model, ["default", "__base__"]):
+        model(ids)
+    assert [ranks for ranks, _ in seen[:1]] == [[8]], "v by itself"
+    assert not any(APART in vars(module) for module in model.modules())
+    seen.clear()
+    model(ids)
+    assert [ranks for ranks, _ in seen[:4]] == [[0], [], [], [8]]
 
 
 @pytest.mark.parametrize("beams", [1, 2])
