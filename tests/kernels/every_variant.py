@@ -7,8 +7,8 @@ Usage: python tests/kernels/every_variant.py TARGET [AREA …]
 
 test_ahead_of_time.py compiles in CI what ahead.py, linears_ahead.py and rows_ahead.py list; this
 goes on to every row of the tables with every count of rank lanes, every set of gradients, mask,
-bias, norm and type: minutes for NVIDIA, more for AMD. Prints each problem, and the count of what was compiled; the exit
-code is 1 where there is one.
+bias, norm and type: minutes for NVIDIA, more for AMD. Prints each problem, and the count of what
+was compiled; the exit code is 1 where there is one.
 """
 
 from __future__ import annotations
