@@ -1,11 +1,11 @@
 """Launch parameters: a small fixed table per kernel, chosen from shapes, strides and dtypes alone.
 
-Nothing is tuned while a program runs, so a call under graph capture behaves like any other and
-the same shapes, strides and dtypes give the same bits. The tests compile the calls that
-tests/kernels/ahead.py and rows_ahead.py list ahead of time, most rows of the tables but not each
-with every rank, norm and bias, and hold them to no spills and to the shared memory of their
-architecture. The numbers are starting points from register and shared-memory counts; none has been
-measured on a GPU yet.
+Nothing is tuned while a program runs, so a call under graph capture behaves like any other and the
+same shapes, strides and dtypes give the same bits. The tests compile the calls that
+tests/kernels/ahead.py, rows_ahead.py and linears_ahead.py list ahead of time, most rows of the
+tables but not each with every rank, norm and bias, and hold them to no spills and to the shared
+memory of their architecture. The numbers are starting points from register and shared-memory
+counts; none has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def split(length: int, block: int, programs: int) -> tuple[int, int]:
 
     ``programs`` run without cutting; pieces are whole blocks, so none overlap.
     """
-    blocks = triton.cdiv(length, block)
+    blocks = max(1, triton.cdiv(length, block))  # of nothing, one piece, which is zero
     wanted = max(1, min(blocks, PROGRAMS // max(1, programs)))
     chunk = triton.cdiv(blocks, wanted) * block
     return max(1, triton.cdiv(length, chunk)), chunk

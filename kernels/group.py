@@ -415,9 +415,10 @@ def grad_input_group(
 
 
 def together(x: Tensor, parts: Sequence[Part], *, backward: bool) -> Iterator[list[Part]]:
-    """Runs of ``parts`` that one launch takes. What would be several programs for its rank,
-    needs an address for each element of x, or is of some rows only, goes alone; what has too many
-    lanes beside the others begins anew. So each sum is cut into the pieces that it has alone."""
+    """Runs of ``parts`` that one launch takes. What would be several programs for its rank goes
+    alone, and so does forward what needs an address for each element of x, or is of some rows only;
+    what has too many lanes beside the others begins anew. So each sum is cut into the pieces that
+    it has alone."""
     some: list[Part] = []
     held = 0
     for part in parts:

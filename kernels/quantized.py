@@ -113,9 +113,10 @@ def _forward_quantized_kernel(
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, table: Tensor, weight: Tensor, *, nf4: bool, block: int
+    codes: Tensor, scales: Tensor, table: Tensor | None, weight: Tensor, *, nf4: bool, block: int
 ) -> None:
-    """Write ``weight [N, K]`` (contiguous); codes and scales lie side by side."""
+    """Write ``weight [N, K]`` (contiguous); codes and scales lie side by side. ``table``: the
+    values of NF4 (fp32 ``[16]``), which int8 has none of."""
     count, size = weight.numel(), configs.DEQUANTIZE
     _dequantize_kernel[(triton.cdiv(count, size),)](
         codes, scales, table, weight, count, block, NF4=nf4, BLOCK_SIZE=size
@@ -132,7 +133,7 @@ def forward_quantized(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     bias: Tensor | None,
     s: Tensor,
     b: list[Tensor],

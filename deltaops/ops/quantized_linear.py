@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaops.backends import DeltaLinearPlan, QuantizedPlan
-from deltaops.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from deltaops.errors import ConfigError, DeviceError, DtypeError, GradientError, ShapeError
 from deltaops.reference import quantized as reference
 from deltaops.reference.quantized import QuantizedWeight
 
@@ -159,7 +159,7 @@ def _check(x: Tensor, weight: QuantizedWeight) -> None:
             f"quantized_linear: weight.kind must be one of {', '.join(_CODES)}, got {kind!r}. "
             "Check the spelling."
         )
-    if block < 1 or (kind == "int8" and block != k):
+    if block != k if kind == "int8" else block < 1:
         least = f"{k}, a row," if kind == "int8" else "at least 1"
         raise ConfigError(
             f"quantized_linear: weight.block must be {least} for {kind}, got {block}."
@@ -172,6 +172,11 @@ def _check(x: Tensor, weight: QuantizedWeight) -> None:
         raise DtypeError(
             f"quantized_linear: scales must be torch.float32, got {scales.dtype}. Convert them; "
             "where they are codes themselves (nested), dequantise them first."
+        )
+    if needs_grad(scales):
+        raise GradientError(
+            "quantized_linear: scales are frozen, but they require a gradient. Call "
+            "weight.scales.requires_grad_(False)."
         )
     count = n * k
     due = ((n, k), (n,)) if kind == "int8" else ((-(-count // 2),), (-(-count // block),))

@@ -34,20 +34,15 @@ class QuantizedWeight(NamedTuple):
     block: int
 
 
-def _nf4_values() -> tuple[float, ...]:
-    last = 1.0 - 0.5 * (1.0 / 32.0 + 1.0 / 30.0)  # the outermost quantile
-    quantiles = [
-        torch.special.ndtri(torch.linspace(last, 0.5, count, dtype=torch.float64)[:-1])
-        for count in (9, 8)
-    ]
-    values = torch.cat([quantiles[0], torch.zeros(1, dtype=torch.float64), -quantiles[1]])
-    values = values.sort().values / values.max()
-    return tuple(values.to(torch.float32).tolist())
-
-
-NF4 = _nf4_values()
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
 """The 16 values of NF4, ascending, in float32: quantiles of the normal distribution, one of them
-zero, scaled to 1. Source: Dettmers et al. 2023 (arXiv 2305.14314), §3 and appendix E."""
+zero, scaled to 1. The bits that files of codes are meant for, which differ from quantiles computed
+anew in the last ones. Source: Dettmers et al. 2023 (arXiv 2305.14314), §3 and appendix E."""
 
 
 def nf4_table(device: torch.device) -> Tensor:
@@ -56,10 +51,10 @@ def nf4_table(device: torch.device) -> Tensor:
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """W ``[N, K]`` in ``dtype``."""
+    """W ``[N, K]`` in ``dtype``, contiguous, however the codes lie."""
     (n, k), work = weight.shape, torch.promote_types(dtype, torch.float32)
     if weight.kind == "int8":
-        return (weight.codes.to(work) * weight.scales.to(work).unsqueeze(1)).to(dtype)
+        return (weight.codes.contiguous().to(work) * weight.scales.to(work).unsqueeze(1)).to(dtype)
     bytes_ = weight.codes.flatten()
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten()[: n * k]
     values = nf4_table(weight.codes.device).to(work)[codes.long()]

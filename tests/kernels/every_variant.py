@@ -3,12 +3,12 @@
 Usage: python tests/kernels/every_variant.py TARGET [AREA …]
 
     TARGET   sm_80, sm_90, sm_100 or gfx942
-    AREA     gemms, passes, persistent, published, attention, rows; all without one
+    AREA     gemms, passes, persistent, published, linears, attention, rows; all without one
 
-test_ahead_of_time.py compiles in CI what ahead.py and rows_ahead.py list; this goes on to every row
-of the tables with every count of rank lanes, every set of gradients, mask, bias, norm and type:
-minutes for NVIDIA, more for AMD. Prints each problem, and the count of what was compiled; the exit
-code is 1 where there is one.
+test_ahead_of_time.py compiles in CI what ahead.py, linears_ahead.py and rows_ahead.py list; this
+goes on to every row of the tables with every count of rank lanes, every set of gradients, mask,
+bias, norm and type: minutes for NVIDIA, more for AMD. Prints each problem, and the count of what
+was compiled; the exit code is 1 where there is one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from deltaops.backends.triton.targets import TARGETS, Target
 
 sys.path.append(str(Path(__file__).parent))
 import ahead
+import linears_ahead
 import rows_ahead
 import test_ahead_of_time as limits
 
@@ -91,6 +92,22 @@ def published() -> Iterator[Call]:
         yield call
 
 
+def linears() -> Iterator[Call]:
+    """Groups, the norms of DoRA, quantised weights."""
+    for m, ranks, types, dropout in itertools.product(
+        ROWS, ((16, 16, 16), (32, 32, 32), (64, 32, 16), (3, 13, 16)), TYPES, (0.0, 0.1)
+    ):
+        yield linears_ahead.Group(m, ranks, *types, dropout)
+        if ranks[0] == 3:
+            yield linears_ahead.Group(m, ranks, *types, dropout, rows=(1003, 400, 33), k=4001)
+    for rank, types in itertools.product(RANKS, TYPES):
+        yield linears_ahead.DoraNorm(rank, *types)
+        yield linears_ahead.DoraNorm(rank, *types, n=1003, k=4001)
+    for m, nf4, rank, types in itertools.product((8, 512), (False, True), (3, 64), TYPES):
+        yield linears_ahead.Quantized(m, nf4, rank, *types)
+        yield linears_ahead.Quantized(m, nf4, rank, *types, n=1003)
+
+
 def attention() -> Iterator[Call]:
     """Every count of a head's lanes."""
     for d, (dtype, prefix), causal, masked in itertools.product(
@@ -101,7 +118,7 @@ def attention() -> Iterator[Call]:
 
 
 def rows() -> Iterator[Call]:
-    """Adapters, norms, gated products and rotations."""
+    """Adapters, norms, gated products, rotations and prompts."""
     for m, rank, types, norm in itertools.product(
         (8, 512, 2048, 8192), (8, 16, 32, 64, 128, 256), TYPES, ("none", "layer", "rms")
     ):
@@ -119,15 +136,25 @@ def rows() -> Iterator[Call]:
         yield rows_ahead.Gated(8192, 14336, dtype, activation)
     for d, (dtype, tables) in itertools.product((32, 64, 80, 128, 256), TYPES):
         yield rows_ahead.Rotary(d, dtype, tables)
+    for d, (dtype, prompt) in itertools.product((64, 768, 4001, 4096), TYPES):
+        yield rows_ahead.Prompt(d, dtype, prompt)
 
 
-AREAS = {f.__name__: f for f in (gemms, passes, persistent, published, attention, rows)}
+AREAS = {f.__name__: f for f in (gemms, passes, persistent, published, linears, attention, rows)}
 
 
 ONLY = {
     "gemms": ("_forward_kernel", "_grad_input_kernel"),
     "passes": ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel", "_sum_partials_kernel"),
     "persistent": "_persistent",
+    "linears": (
+        "_project_group_kernel",
+        "_grad_down_group_kernel",
+        "_grad_input_group_kernel",
+        "_row_norms",
+        "_dequantize_kernel",
+        "_forward_quantized_kernel",
+    ),
 }
 """Of an area: how the names of its kernels begin."""
 
@@ -137,7 +164,7 @@ def plans(area: str, target: Target) -> tuple[str, ...]:
     if area == "persistent":
         there = not target.amd and target.capability in configs.PERSISTENT
         return ("persistent",) if there else ()
-    return ("fused", "split") if area == "gemms" else ("fused",)
+    return ("fused", "split") if area in ("gemms", "linears") else ("fused",)
 
 
 def main(name: str, *areas: str) -> int:

@@ -71,6 +71,7 @@ GROUPS = (
     Group(20, 40, (16, 32), ((20,), (3,)), (), BRAIN, FULL),
     Group(18, 48, (20, 36), ((4,), (8,)), ((0.1,), (0.1,)), plan="split"),
     Group(9, 40, (0, 12), ((4,), (3,))),
+    Group(9, 40, (8, 12), ((), ())),
     # each row has one of a layer's branches
     Group(30, 40, (8, 12), ((4, 3), (3, 5, 2)), routed="mixed"),
     Group(0, 40, (8, 12), ((4,), (3,))),
@@ -159,6 +160,16 @@ def _alone(
         rest += others
         total.append(grad_x)
     return [torch.stack(total).sum(0), *ys, *ss, *rest]
+
+
+def check_no_columns(_number: int, _as_modelled: Modelled) -> None:
+    """K = 0: sums of nothing."""
+    x, weight, a = torch.ones(5, 0), torch.ones(8, 0), torch.ones(3, 0)
+    layer = Layer(weight, torch.ones(8), [Branch(a, torch.ones(8, 3))])
+    ys = delta_linear_group(x, [layer, layer], backend="triton")
+    ys.append(delta_linear(x, *layer, backend="triton"))
+    assert all(torch.equal(y, torch.ones(5, 8)) for y in ys)
+    assert RUN.dora_norm(weight, a, torch.ones(8, 3), 1.0).tolist() == [0.0] * 8
 
 
 NORMS = (
@@ -262,6 +273,7 @@ CHECKS = [
     *((check_quantized, i) for i in range(len(QUANTIZED))),
     *((check_group, i) for i in range(len(GROUPS))),
     (check_op, 0),
+    (check_no_columns, 0),
     *((check_dora_norm, i) for i in range(len(NORMS))),
 ]
 

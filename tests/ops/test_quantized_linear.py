@@ -6,18 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaops.errors import ConfigError, DeviceError, DtypeError, ShapeError
+from deltaops.errors import ConfigError, DeviceError, DtypeError, GradientError, ShapeError
 from deltaops.ops import Branch, QuantizedWeight, delta_linear, quantized_linear
 from deltaops.reference.quantized import NF4, dequantize, quantize_int8, quantize_nf4
 from deltaops.testing import assert_accurate
 
-# Dettmers et al. 2023, appendix E
-PUBLISHED = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
 WEIGHTS = {
     "int8": quantize_int8,
     "nf4": quantize_nf4,
@@ -25,8 +18,15 @@ WEIGHTS = {
 }
 
 
-def test_values_of_nf4_are_the_published_ones() -> None:
-    torch.testing.assert_close(torch.tensor(NF4), torch.tensor(PUBLISHED), rtol=0, atol=1e-6)
+def test_values_of_nf4_are_quantiles() -> None:
+    outermost = 1.0 - 0.5 * (1.0 / 32.0 + 1.0 / 30.0)
+    above, below = (
+        torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64)[:-1])
+        for count in (9, 8)
+    )
+    wanted = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)]) / above[0]
+    torch.testing.assert_close(torch.tensor(NF4).double(), wanted, rtol=0, atol=1e-6)
+    assert torch.tensor(NF4).tolist() == list(NF4)  # as float32 has them
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (7, 33), (3, 1), (0, 8)], ids=str)
@@ -40,7 +40,7 @@ def test_codes_stand_for_the_nearest_values(kind: str, shape: tuple[int, int]) -
     if not w.numel():
         return
     scales = quantized.scales.repeat_interleave(quantized.block)[: w.numel()].view(shape)
-    gap = 0.5 if kind == "int8" else (1.0 - PUBLISHED[-2]) / 2 + 0.02
+    gap = 0.5 if kind == "int8" else (1.0 - NF4[-2]) / 2 + 0.02
     assert bool(((made - w).abs() <= gap * scales + 1e-6).all())
     assert torch.equal(made, dequantize(quantized, torch.float64).float())
     # what can be said exactly is said exactly
@@ -117,6 +117,23 @@ def test_the_weight_is_not_kept_for_the_backward_pass() -> None:
     assert any(t.data_ptr() == made[1].codes.data_ptr() for t in kept)
 
 
+def test_strides_of_codes_do_not_matter() -> None:
+    made = make("int8", torch.float32, torch.float32)
+    x, weight, *rest = made
+    columns = weight._replace(
+        codes=weight.codes.t().contiguous().t(), scales=weight.scales.repeat_interleave(2)[::2]
+    )
+    results = [quantized_linear(x, w, *rest) for w in (weight, columns)]
+    assert torch.equal(*results)
+    grads = [gradients(y, leaves_of(made)) for y in results]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_no_columns() -> None:
+    y = quantized_linear(torch.ones(2, 0), quantize_int8(torch.ones(3, 0)), torch.ones(3))
+    assert y.tolist() == [[1.0] * 3] * 2
+
+
 def test_dropout_draws_what_a_dense_layer_draws() -> None:
     x, weight, bias, (first, _) = make("int8", torch.float32, torch.float32)
     results = []
@@ -151,6 +168,7 @@ def test_autocast_compilers_and_transforms_compute_the_same() -> None:
         ({"codes": torch.zeros(9, dtype=torch.uint8)}, ShapeError, r"must be \[1280\], got \[9\]"),
         ({"scales": torch.zeros(9)}, ShapeError, r"must be \[40\], got \[9\]"),
         ({"scales": torch.zeros(40, device="meta")}, DeviceError, "scales must be on the device"),
+        ({"scales": torch.zeros(40).requires_grad_()}, GradientError, "scales are frozen"),
     ],
 )
 def test_errors_say_what_is_wrong(

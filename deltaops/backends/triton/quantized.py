@@ -26,7 +26,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     if dense.numel():
         with core.device_of(codes):
             core.kernels("quantized").dequantize(
-                codes, scales, _table(codes), dense, nf4=weight.kind == "nf4", block=weight.block
+                codes, scales, _table(weight), dense, nf4=weight.kind == "nf4", block=weight.block
             )
     return dense
 
@@ -51,7 +51,7 @@ def forward(
         if y.numel():
             codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
             core.kernels("quantized").forward_quantized(
-                x, codes, scales, _table(codes), bias, s, list(b), y,
+                x, codes, scales, _table(weight), bias, s, list(b), y,
                 nf4=weight.kind == "nf4", block=weight.block, precision=precision,
             )  # fmt: skip
     return y, s
@@ -60,9 +60,13 @@ def forward(
 _tables: dict[torch.device, Tensor] = {}
 
 
-def _table(like: Tensor) -> Tensor:
-    """NF4's values on the device of ``like``; made once, so that no graph is captured with it."""
-    found = _tables.get(like.device)
+def _table(weight: QuantizedWeight) -> Tensor | None:
+    """NF4's values on the device of its codes, None for int8. Copied there once, in a device's
+    first call, which therefore cannot be captured in a graph: torch raises there."""
+    if weight.kind != "nf4":
+        return None
+    device = weight.codes.device
+    found = _tables.get(device)
     if found is None:
-        found = _tables[like.device] = nf4_table(like.device)
+        found = _tables[device] = nf4_table(device)
     return found

@@ -1,0 +1,140 @@
+"""Groups, DoRA's norms, quantised weights and prompts of the Triton backend on a real GPU, by the
+public ops. `make gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaops.ops import (
+    Branch,
+    Layer,
+    QuantizedWeight,
+    delta_linear,
+    delta_linear_group,
+    dora_norm,
+    prompt_embedding,
+    quantized_linear,
+)
+from deltaops.reference import dora_norm as dora_reference
+from deltaops.reference import prompt_embedding as prompt_reference
+from deltaops.reference.quantized import dequantize, quantize_int8, quantize_nf4
+from deltaops.testing import assert_accurate, bound, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+]
+DEVICE = "cuda"
+FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+DTYPES = {"f32": (FULL, FULL), "f16": (HALF, HALF), "bf16": (BRAIN, BRAIN), "mixed": (BRAIN, FULL)}
+dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+Types = tuple[torch.dtype, torch.dtype]
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, device=DEVICE)).to(dtype)
+
+
+def branch(n: int, k: int, rank: int, dtype: torch.dtype, dropout: float = 0.0) -> Branch:
+    a, b = normal(rank, k, dtype=dtype, scale=k**-0.5), normal(n, rank, dtype=dtype)
+    return Branch(a.requires_grad_(), b.requires_grad_(), 0.7, dropout)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("k", [256, 71])
+@dtypes
+def test_a_group_has_the_bits_of_its_layers(dtypes: Types, k: int, dropout: float) -> None:
+    torch.manual_seed(0)
+    x = normal(300, k, dtype=dtypes[0]).requires_grad_()
+    layers = [
+        Layer(
+            normal(n, k, dtype=dtypes[0], scale=k**-0.5),
+            None,
+            [branch(n, k, rank, dtypes[1], dropout)],
+        )
+        for n, rank in ((256, 16), (64, 5), (96, 64))
+    ]
+    grads = [normal(300, len(layer.weight), dtype=dtypes[0]) for layer in layers]
+    leaves = [t for layer in layers for r in layer.branches for t in (r.a, r.b)]
+    torch.manual_seed(1)
+    ys = delta_linear_group(x, layers, backend="triton")
+    grad_x, *found = torch.autograd.grad(ys, [x, *leaves], grads)
+    torch.manual_seed(1)
+    alone = [delta_linear(x, *layer, backend="triton") for layer in layers]
+    total = torch.zeros(x.shape, dtype=torch.float64, device=DEVICE)
+    wanted: list[Tensor] = []
+    for i, (y, grad) in enumerate(zip(alone, grads, strict=True)):
+        part, *others = torch.autograd.grad(y, [x, *leaves[2 * i : 2 * i + 2]], grad)
+        total += part
+        wanted += others
+    for got, want in zip([*ys, *found], [*alone, *wanted], strict=True):
+        assert torch.equal(got, want)
+    assert relative_error(grad_x, total) < 8 * bound(0.0, dtypes[0])
+
+
+@pytest.mark.parametrize(("n", "k", "rank"), [(300, 2048, 16), (257, 71, 20), (64, 4096, 128)])
+@dtypes
+def test_dora_norm(dtypes: Types, n: int, k: int, rank: int) -> None:
+    torch.manual_seed(0)
+    weight, (a, b, *_) = normal(n, k, dtype=dtypes[0]), branch(n, k, rank, dtypes[1])
+    found, again = (dora_norm(weight, a, b, 0.7, backend="triton") for _ in range(2))
+    with torch.no_grad():
+        oracle = dora_reference.forward(weight.double(), a.double(), b.double(), 0.7)
+        low = dora_reference.forward(weight, a, b, 0.7)
+    assert_accurate(found, oracle, low, "norms")
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("kind", [quantize_int8, quantize_nf4])
+# codes read in the product by either height of its tiles, W made for many rows, and for blocks
+# that end within a row
+@pytest.mark.parametrize(("m", "k"), [(5, 256), (300, 256), (1100, 256), (40, 70)])
+@dtypes
+def test_quantised_weights(
+    dtypes: Types, m: int, k: int, kind: Callable[[Tensor], QuantizedWeight]
+) -> None:
+    torch.manual_seed(0)
+    dtype, n = dtypes[0], 136
+    weight = kind(normal(n, k, dtype=FULL, scale=k**-0.5))
+    x, bias = normal(m, k, dtype=dtype).requires_grad_(), normal(n, dtype=dtype)
+    r = branch(n, k, 20, dtypes[1])
+    dense, grad_y = dequantize(weight, dtype), normal(m, n, dtype=dtype)
+    y, again = (quantized_linear(x, weight, bias, [r], backend="triton") for _ in range(2))
+    made = delta_linear(x, dense, bias, [r], backend="triton")
+    with torch.no_grad():
+        wide = [t.double() for t in (x, dense, bias, r.a, r.b)]
+        inner = [r._replace(a=wide[3], b=wide[4])]
+        oracle = delta_linear(*wide[:3], inner, backend="reference")
+        low = delta_linear(x, dense, bias, [r], backend="reference")
+    assert_accurate(y, oracle, low, "y")
+    assert torch.equal(y, again)
+    # the backward pass is that of the weight
+    leaves = [x, r.a, r.b]
+    for got, want in zip(
+        torch.autograd.grad(y, leaves, grad_y), torch.autograd.grad(made, leaves, grad_y),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("b", "length", "tokens", "d"), [(3, 20, 50, 1050), (2, 3, 0, 17)])
+@dtypes
+def test_prompt_embedding(dtypes: Types, b: int, length: int, tokens: int, d: int) -> None:
+    torch.manual_seed(0)
+    table, prompt = normal(30, d, dtype=dtypes[0]), normal(length, d, dtype=dtypes[1])
+    ids = torch.randint(30, (tokens, b), device=DEVICE).t()
+    y = prompt_embedding(prompt.requires_grad_(), ids, table, backend="triton")
+    with torch.no_grad():
+        assert torch.equal(y, prompt_reference.forward(prompt, ids, table))
+    grad_y = normal(*y.shape, dtype=dtypes[0])
+    (grad,) = torch.autograd.grad(y, [prompt], grad_y)
+    assert torch.equal(grad, prompt_reference.backward(grad_y, length, dtypes[1]))
+    if tokens:
+        wrong = ids.clone()
+        wrong[1, 2] = 30
+        lost = prompt_embedding(prompt, wrong, table, backend="triton").isnan()
+        assert lost.all(2).nonzero().tolist() == [[1, length + 2]]
