@@ -110,8 +110,14 @@ def sum_adapters(
         a, b, lost, whole = _lowered(a, b, min(rank or len(a), *a.shape, len(b)), rank is None)
         begin, side = key.rsplit("|", 1)
         end_a, end_b = _SIDES[int(side)]
-        tensors[f"{begin}{end_a}"], tensors[f"{begin}{end_b}"] = a.to(dtype), b.to(dtype)
         path = begin.removeprefix(PEFT_PREFIX)
+        a, b = a.to(dtype), b.to(dtype)
+        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise CheckpointError(
+                f"sum_adapters: the sum at {path!r} must fit into the adapters' {dtype}, and does "
+                "not. Pass smaller weights."
+            )
+        tensors[f"{begin}{end_a}"], tensors[f"{begin}{end_b}"] = a, b
         rows.append(Row(path, ranks, len(a), math.sqrt(lost / whole) if lost else 0.0))
         dropped, total = dropped + lost, total + whole
     write_adapter(Path(out), _config(adapters[0].config, rows), tensors, PEFT)
