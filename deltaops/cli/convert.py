@@ -44,6 +44,11 @@ def convert(
     folder, out = source.expanduser(), out.expanduser()
     if (folder / CONFIG).is_file():
         count = _from_peft(folder, out)
+    elif (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} holds {MANIFEST}: it is in deltaops' format already. Load it with "
+            'deltaops.load; handle.save(path, part=NAME, format="peft") writes what PEFT has.'
+        )
     elif not is_opendelta(folder):
         raise CheckpointError(
             f"{folder} holds neither {CONFIG} (PEFT) nor config.json with pytorch_model.bin "

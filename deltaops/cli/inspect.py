@@ -54,9 +54,7 @@ def _show_adapter(console: Console, folder: Path) -> None:
         ) from error
     shown = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout")
     facts = {key: config[key] for key in (*shown, "method", "base_model") if key in config}
-    facts |= config.get("settings", {})
-    for part in config.get("parts", []):
-        facts[f"part {part['name']}"] = f"{part['method']} {part['settings']}"
+    facts |= _settings(config, f"{folder}: {files.config}")
     for key, value in facts.items():
         console.print(f"{key:<26}{value}", highlight=False, markup=False)
     table = Table("tensor", "shape", box=None, pad_edge=False, header_style="bold")
@@ -69,6 +67,21 @@ def _show_adapter(console: Console, folder: Path) -> None:
         total += count
     console.print(table)
     console.print(f"{len(shapes)} tensors, {total:,} parameters")
+
+
+def _settings(config: dict[str, Any], subject: str) -> dict[str, Any]:
+    """What our manifest says of a delta, or of each part of several."""
+    try:
+        found = dict(config.get("settings", {}))
+        for part in config.get("parts", ()):
+            found[f"part {part['name']}"] = f"{part['method']} {part['settings']}"
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{subject} must have an object of settings, or a list of parts, each with name, "
+            f"method and settings ({type(error).__name__}: {error}). Save the adapter again."
+        ) from error
+    gated = {"gated": True} if config.get("gated") else {}
+    return found | gated
 
 
 def _show_model(console: Console, name: str, spec: str) -> None:

@@ -14,7 +14,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import activate_copies, check_untied, copies, give_back, train_copies
+from deltaops.modules import (
+    activate_copies,
+    check_untied,
+    copies,
+    give_back,
+    owners,
+    train_copies,
+)
 
 from .base import EXACT, NORM, Binding, Delta, Promise, Site, wide
 from .peft_config import listed, refuse_unknown, required, target_fields
@@ -65,9 +72,12 @@ class LNTuning(Delta):
 
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
-        parameters = _parameters(modules[site.path])
+        module = modules[site.path]
+        # BitFit may have given a norm without a bias one, which is BitFit's alone
+        others = {name for owner in owners(module) for name in copies(module, owner)}
+        parameters = {k: p for k, p in _parameters(module).items() if k not in others}
         check_untied(modules, site.path, parameters)
-        train_copies(modules[site.path], parameters, binding.name)
+        train_copies(module, parameters, binding.name)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""

@@ -44,6 +44,7 @@ from .kept import (
     give_back,
     has_copies,
     originals,
+    owners,
     train_copies,
     zeros_for,
 )
@@ -180,6 +181,7 @@ __all__ = [
     "no_autocast",
     "nonzero",
     "originals",
+    "owners",
     "plain_linear",
     "program_of",
     "read_prompt",

@@ -105,13 +105,16 @@ def sum_adapters(
     dropped = total = 0.0
     for key in keys:
         a, b, ranks = _stacked(key, adapters, chosen)
-        held = [t.dtype for adapter in adapters for t in adapter.factors.get(key, ())]
+        held = [_dtype(t) for adapter in adapters for t in adapter.factors.get(key, ())]
         dtype = reduce(torch.promote_types, held)
-        a, b, lost, whole = _lowered(a, b, min(rank or len(a), *a.shape, len(b)), rank is None)
         begin, side = key.rsplit("|", 1)
         end_a, end_b = _SIDES[int(side)]
-        tensors[f"{begin}{end_a}"], tensors[f"{begin}{end_b}"] = a.to(dtype), b.to(dtype)
         path = begin.removeprefix(PEFT_PREFIX)
+        _check_fit(path, dtype, b.to(dtype))
+        a, b, lost, whole = _lowered(a, b, min(rank or len(a), *a.shape, len(b)), rank is None)
+        a, b = a.to(dtype), b.to(dtype)
+        _check_fit(path, dtype, a, b)
+        tensors[f"{begin}{end_a}"], tensors[f"{begin}{end_b}"] = a, b
         rows.append(Row(path, ranks, len(a), math.sqrt(lost / whole) if lost else 0.0))
         dropped, total = dropped + lost, total + whole
     write_adapter(Path(out), _config(adapters[0].config, rows), tensors, PEFT)
@@ -175,7 +178,7 @@ def _factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
                 f"sum_adapters: A and B at {key.rsplit('|', 1)[0]!r} in {str(folder)!r} must be "
                 f"[r, K] and [N, r], got {list(a.shape)} and {list(b.shape)}."
             )
-        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        if not all(bool(torch.isfinite(t.double()).all()) for t in (a, b)):
             raise CheckpointError(
                 f"sum_adapters: {key.rsplit('|', 1)[0]!r} in {str(folder)!r} holds NaN or "
                 "infinity; the training that wrote it had diverged."
@@ -192,6 +195,19 @@ def _check_bases(adapters: list[_Adapter]) -> None:
                 f"sum_adapters: {adapter.folder!r} is of the base model {bases[1]!r}, and "
                 f"{first.folder!r} of {bases[0]!r}. Their sum would fit neither."
             )
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    """In which a sum with it is held: torch promotes no float8."""
+    return torch.float32 if tensor.element_size() == 1 else tensor.dtype
+
+
+def _check_fit(path: str, dtype: torch.dtype, *tensors: Tensor) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise CheckpointError(
+            f"sum_adapters: the sum at {path!r} must fit into {dtype}, and does not. Pass smaller "
+            "weights."
+        )
 
 
 def _first(key: str, adapters: list[_Adapter]) -> tuple[Tensor, Tensor]:

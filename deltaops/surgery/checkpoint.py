@@ -333,7 +333,7 @@ def _delta(config: Mapping[str, Any], files: Files) -> Delta | Combined:
             f"{config.get('format')!r} and {config.get('version')!r}. A newer deltaops may read it."
         )
     if config.get("method") == Combined.kind:
-        return _parts(config.get("parts"), config.get("gated"), files)
+        return _parts(config.get("parts"), config.get("gated", False), files)
     return _method(config, files)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaops.errors import AttachError
+from deltaops.errors import AttachError, NoBackendError
+from deltaops.methods import LoRA, Prefix
 from deltaops.methods.base import ATTENTION, MODEL, Delta, Site, adapter_dtype
 from deltaops.modules import DeltaPlace, Gate, gate_of, gate_prefix
 
@@ -17,8 +18,11 @@ NO_MERGE = "its gate depends on the input"
 _SUFFIX = "gate."
 
 
-def refuse_gates(model: nn.Module, parts: Mapping[str, Delta], sites: tuple[Site, ...]) -> None:
-    """Raises: AttachError where a site can have no gate, or a token would see later ones."""
+def refuse_gates(
+    model: nn.Module, parts: Mapping[str, Delta], sites: tuple[Site, ...], strict: bool
+) -> None:
+    """Raises: AttachError where a site can have no gate, or a token would see later ones;
+    NoBackendError under ``strict`` where a gated part runs in torch."""
     if any(_causal(module) for module in model.modules()):
         raise AttachError(
             f"attach: {type(model).__name__} is causal, and a gate is the mean over all tokens of "
@@ -29,6 +33,11 @@ def refuse_gates(model: nn.Module, parts: Mapping[str, Delta], sites: tuple[Site
             raise AttachError(
                 f"attach: the part {site.part!r} can have no gate at {site.path!r}. Gates are for "
                 "Prefix, adapters after or beside a sub-layer, and plain LoRA on linear layers."
+            )
+        if strict and isinstance(parts[site.part], (LoRA, Prefix)):
+            raise NoBackendError(
+                f"attach: strict=True wants parts on a backend, and {site.part!r} behind a gate "
+                "runs in torch. Attach with strict=False, or without gates."
             )
 
 

@@ -342,7 +342,9 @@ class Handle:
         """Of a site in the tree."""
         delta, name = self._part(site)
         own = f" {name!r}" if site.part not in ("", delta.kind) else ""
-        return f"{delta.kind}{own}{' (off)' if site.part in self._record.off else ''}"
+        factor = self._record.weights.get(site.part, 1.0)
+        times = "" if factor == 1 else f" × {factor:g}"
+        return f"{delta.kind}{own}{times}{' (off)' if site.part in self._record.off else ''}"
 
     def _chosen(self, parts: Iterable[str]) -> list[str]:
         """The parts of these names as sites have them, all without any. Raises: ConfigError."""

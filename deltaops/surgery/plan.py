@@ -237,7 +237,7 @@ def make_plan(
         sites += bound
     refuse_conflicts(model, parts, sites)
     if isinstance(delta, Combined) and delta.gated:
-        refuse_gates(model, parts, tuple(sites))
+        refuse_gates(model, parts, tuple(sites), strict)
     others = []
     if frozen:
         taken = {site.path for site in sites} | {site.entry for site in sites}
@@ -297,9 +297,8 @@ def check_name(name: str) -> None:
     Raises: ConfigError.
     """
     plain = isinstance(name, str) and name.replace("-", "_").isidentifier() and name.isascii()
-    taken = (
-        any(hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)) if plain else False
-    )
+    # of instances: "training" is no attribute of the classes
+    taken = plain and any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict))
     if not plain or taken or name.startswith("lora_"):
         raise ConfigError(
             f"attach: {name!r} cannot name an adapter: letters, digits, - and _ only, starting "

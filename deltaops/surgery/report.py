@@ -205,8 +205,12 @@ def _off(module: nn.Module) -> str:
     """What is added to the reason of a place."""
     bound = isinstance(module, DeltaPlace | DeltaEmbedding | DeltaExperts | DeltaRouter)
     gated = "; a branch with a gate is added in torch" if getattr(module, "gated", None) else ""
-    off = "; the delta is disabled or merged" if bound and not module.delta_active else ""
-    return gated + off
+    if not bound or not module.off:
+        return gated
+    if not module.delta_active:
+        return f"{gated}; the delta is disabled or merged"
+    off: frozenset[str] = module.off  # type: ignore[assignment]  # every place has it
+    return f"{gated}; {', '.join(sorted(off))} is off"
 
 
 def _megabytes(size: int) -> str:

@@ -1,6 +1,7 @@
 """One tuning run: read, attach, train, and keep ``out`` loadable and resumable throughout.
 
 out/adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's format
+out/deltaops.json, deltaops.safetensors              instead, where PEFT has none for it
 out/training_state.safetensors                       what --resume needs
 out/metrics.json, loss.png                           the result, when all steps are done
 """

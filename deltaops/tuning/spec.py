@@ -37,8 +37,10 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
     from deltaops.methods.combined import PRESETS, Combined, combined, preset
 
     if spec.strip().lower() in {name.lower() for name in PRESETS if "+" not in name}:
-        parts: dict[str, Any] = dict(preset(spec).by_name)
-        return Combined({n: dataclasses.replace(part, **defaults) for n, part in parts.items()})
+        found = preset(spec)
+        parts: dict[str, Any] = dict(found.by_name)
+        parts = {name: dataclasses.replace(part, **defaults) for name, part in parts.items()}
+        return Combined(parts, found.gated)
     parts_of_spec = _parts(spec)
     if len(parts_of_spec) > 1:
         return combined(*(_parse_one(part, defaults) for part in parts_of_spec))
@@ -58,12 +60,14 @@ def _parts(spec: str) -> list[str]:
 
 
 def _parse_one(spec: str, defaults: dict[str, Any]) -> Any:
+    from deltaops.methods.combined import PRESETS
+
     name, _, rest = spec.partition(":")
     known = methods()
     if name.strip().lower() not in known:
         raise ConfigError(
             f"--delta {spec!r}: no method {name!r}{_nearest(name, known)}. "
-            f"Known: {', '.join(known)}."
+            f"Known: {', '.join(known)}; and, alone, {', '.join(PRESETS)}."
         )
     config = known[name.strip().lower()]
     fields = {f.name: f for f in dataclasses.fields(config) if f.init}

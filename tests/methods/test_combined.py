@@ -119,12 +119,14 @@ def test_presets_fit_a_model_of_usual_widths(name: str) -> None:
             LoRA(r=4, target_modules=["query", "value"]) + Adapter(size=5),
         ),
         ("mam", PRESETS["MAM"]()),
+        ("unipelt", PRESETS["UniPELT"]()),
         ("LoRA+BitFit", PRESETS["LoRA+BitFit"]()),
     ],
 )
 def test_the_command_line_says_them(spec: str, delta: Combined) -> None:
     assert parse_delta(spec) == delta
     head = parse_delta(spec, modules_to_save=["classifier"])
+    assert head.gated == delta.gated
     assert all(part.modules_to_save == ("classifier",) for part in head.by_name.values())
 
 
@@ -301,6 +303,7 @@ def test_a_weight_multiplies_what_a_part_adds_and_files_hold_it(tmp_path: Path) 
     start = answer("llama", model)
     handle.weigh("lora", 0.3)
     assert handle.weights == {"lora": 0.3, "other": 1.0, "adapter": 1.0}
+    assert "lora × 0.3 + lora 'other'" in str(handle)
     weighed = answer("llama", model)
     with handle.disabled("lora"):
         off = answer("llama", model)
@@ -489,3 +492,51 @@ def test_a_name_is_the_folder_of_all_parts(tmp_path: Path) -> None:
     handle = deltaops.attach(build("bert"), LoRA(r=2) + BitFit(), name="mine")
     handle.save(tmp_path)
     assert (tmp_path / "mine" / MANIFEST).is_file()
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["bias first", "norms first"])
+def test_a_bias_that_one_gives_to_norms_is_not_trained_by_the_other(
+    order: int, tmp_path: Path
+) -> None:
+    model, twin = build("llama"), build("llama")
+    before = answer("llama", model)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    deltas = [BitFit(target_modules="all-norm"), LNTuning()][::order]
+    handle = moved(deltaops.attach(model, deltas))
+    assert {key.rpartition(".")[2] for key in handle.state() if "lntuning/" in key} == {"weight"}
+    assert len({id(p) for p in handle.parameters()}) == len(handle.state())
+    handle.save(tmp_path)
+    deltaops.load(twin, tmp_path)
+    assert torch.equal(answer("llama", twin), answer("llama", model))
+    handle.revert()
+    assert torch.equal(answer("llama", model), before)
+    assert all(torch.equal(state.pop(k), tensor) for k, tensor in model.state_dict().items())
+    assert not state
+
+
+def test_a_manifest_of_before_gates_has_none(tmp_path: Path) -> None:
+    _, handle = saved(tmp_path, STACK)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    del manifest["gated"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    loaded = deltaops.load(build("bert", head="ForSequenceClassification"), tmp_path)
+    assert loaded.delta == handle.delta
+
+
+def test_inspect_and_convert_say_what_a_manifest_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deltaops.cli.convert import convert
+    from deltaops.cli.inspect import inspect
+
+    deltaops.attach(build("bert"), (LoRA(r=2) + Adapter(size=3)).with_gates()).save(tmp_path)
+    inspect(str(tmp_path), "lora")
+    shown = capsys.readouterr().out
+    assert "part adapter" in shown
+    assert "gated" in shown
+    with pytest.raises(CheckpointError, match="is in deltaops' format already"):
+        convert(tmp_path, tmp_path / "out", None, None)
+    for parts in ([{"name": "lora"}], ["lora"], 3):
+        (tmp_path / MANIFEST).write_text(json.dumps({"parts": parts}))
+        with pytest.raises(CheckpointError, match="a list of parts, each with name, method"):
+            inspect(str(tmp_path), "lora")

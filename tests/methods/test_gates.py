@@ -274,6 +274,9 @@ def test_what_gates_cannot_do_is_refused_with_the_reason(tmp_path: Path) -> None
     assert "a gate, by which each sample has" in whys["encoder.layer.0.attention.self"]
     assert "a branch with a gate" in whys["encoder.layer.0.attention.self.key"]
     handle.revert()
-    deltaops.attach(model, STACKS["unipelt"]().with_gates(), strict=True)
-    with pytest.raises(NoBackendError, match="does not take a gate"):
-        answer("bert", model)
+    for delta, part in ((STACKS["unipelt"](), "prefix"), (Adapter(size=2) + LoRA(r=2), "lora")):
+        with pytest.raises(NoBackendError, match=f"strict=True .* '{part}' behind a gate"):
+            deltaops.attach(model, delta.with_gates(), strict=True)
+    assert deltaops.surgery.handle_of(model) is None
+    deltaops.attach(model, (Adapter(size=2) + ParallelAdapter(size=3)).with_gates(), strict=True)
+    assert answer("bert", model).isfinite().all()

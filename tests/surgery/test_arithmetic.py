@@ -172,3 +172,12 @@ def test_foreign_and_truncated_files_and_wrong_weights_are_refused(tmp_path: Pat
     with pytest.raises(CheckpointError, match="truncated or no safetensors"):
         sum_adapters([tmp_path / "a"], tmp_path / "sum")
     assert not (tmp_path / "sum").exists()
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_sum_that_does_not_fit_is_refused(rank: int | None, tmp_path: Path) -> None:
+    write(tmp_path / "a", FIRST)
+    for weight in (1e60, 1e308):
+        with pytest.raises(CheckpointError, match=r"must fit into torch.float32"):
+            sum_adapters([tmp_path / "a"], tmp_path / "sum", weights=[weight], rank=rank)
+    assert not (tmp_path / "sum").exists()

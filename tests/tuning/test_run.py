@@ -53,7 +53,9 @@ def test_resuming_gives_the_same_bits(base: Path, text: Path, tmp_path: Path) ->
     assert [p.loss for p in outcome.history][:3] == [p.loss for p in stopped.history]
 
 
-@pytest.mark.parametrize("delta", ["bitfit:create_missing=true", "compacter:size=4"])
+@pytest.mark.parametrize(
+    "delta", ["lora:r=2,dropout=0.1+bitfit:create_missing=true", "compacter:size=4"]
+)
 def test_a_method_with_a_manifest_resumes_alike(
     base: Path, text: Path, tmp_path: Path, delta: str
 ) -> None:
