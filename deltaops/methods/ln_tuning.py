@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import activate_copies, check_untied, copies, give_back, train_copies
+from deltaops.modules import activate_copies, copies, give_back, train_copies
 
 from .base import EXACT, NORM, Binding, Delta, Promise, Site, wide
 from .peft_config import listed, refuse_unknown, required, target_fields
@@ -49,6 +49,7 @@ class LNTuning(Delta):
     kind: ClassVar[str] = "lntuning"
     peft_type: ClassVar[str | None] = "LN_TUNING"
     places: ClassVar[frozenset[str]] = frozenset({NORM})
+    trains_copies: ClassVar[bool] = True
     promises: ClassVar[frozenset[Promise]] = EXACT
 
     def __post_init__(self) -> None:
@@ -65,9 +66,8 @@ class LNTuning(Delta):
 
     def bind(self, site: Site, modules: Mapping[str, nn.Module], binding: Binding) -> None:
         """See :meth:`Delta.bind`."""
-        parameters = _parameters(modules[site.path])
-        check_untied(modules, site.path, parameters)
-        train_copies(modules[site.path], parameters, binding.name)
+        module = modules[site.path]
+        train_copies(module, _parameters(module), binding.name)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import deltaops
 from deltaops.backends.cpu import core
+from deltaops.cli import app
 from deltaops.errors import BuildError
 
 
@@ -28,8 +33,14 @@ def stale(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def test_another_abi_says_how_to_rebuild(stale: ModuleType) -> None:
     stale.abi_version = lambda: 3  # type: ignore[attr-defined]  # as above
-    with pytest.raises(BuildError, match=rf"C ABI {core.ABI_VERSION} .* has 3: .*setup.py build_e"):
-        deltaops.backends()
+    told = rf"C ABI {core.ABI_VERSION} .* has 3: .*setup.py build_e"
+    x = torch.ones(2, 2)
+    with pytest.raises(BuildError, match=told):
+        deltaops.explain(x, x)
+    assert re.search(told, deltaops.backends()["cpu"])
+    found = CliRunner().invoke(app, ["doctor", "--json"])
+    assert found.exit_code == 1
+    assert re.search(told, json.loads(found.stdout)["core"]["reason"])
 
 
 def test_what_it_lacks_says_how_to_rebuild(stale: ModuleType) -> None:
