@@ -34,15 +34,22 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
         defaults: fields to set where ``spec`` does not name them.
     Raises: ConfigError for an unknown method, option or value, with the nearest names.
     """
-    from deltaops.methods.combined import PRESETS, Combined, combined, preset
+    from deltaops.methods.combined import Combined, combined, preset
 
-    if spec.strip().lower() in {name.lower() for name in PRESETS if "+" not in name}:
+    if spec.strip().lower() in {name.lower() for name in _alone()}:
         parts: dict[str, Any] = dict(preset(spec).by_name)
         return Combined({n: dataclasses.replace(part, **defaults) for n, part in parts.items()})
     parts_of_spec = _parts(spec)
     if len(parts_of_spec) > 1:
         return combined(*(_parse_one(part, defaults) for part in parts_of_spec))
     return _parse_one(spec, defaults)
+
+
+def _alone() -> list[str]:
+    """Names of presets; of those with a "+" the parts are methods, which say the same."""
+    from deltaops.methods.combined import PRESETS
+
+    return [name for name in PRESETS if "+" not in name]
 
 
 def _parts(spec: str) -> list[str]:
@@ -63,7 +70,7 @@ def _parse_one(spec: str, defaults: dict[str, Any]) -> Any:
     if name.strip().lower() not in known:
         raise ConfigError(
             f"--delta {spec!r}: no method {name!r}{_nearest(name, known)}. "
-            f"Known: {', '.join(known)}."
+            f"Known: {', '.join(known)}; and by themselves {', '.join(_alone())}."
         )
     config = known[name.strip().lower()]
     fields = {f.name: f for f in dataclasses.fields(config) if f.init}

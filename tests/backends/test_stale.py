@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -51,3 +52,11 @@ def test_what_it_lacks_says_how_to_rebuild(stale: ModuleType) -> None:
     with pytest.raises(BuildError, match="must have 'rotary'"):
         core.core().rotary()
     assert not hasattr(core.core(), "__wrapped__")  # Python may still ask what it asks of modules
+
+
+def test_pickle_may_look_for_a_name_in_every_module() -> None:
+    def nowhere() -> None: ...
+
+    nowhere.__module__ = None  # type: ignore[assignment]  # as builtins of C have it
+    assert core.core() is sys.modules["deltaops._cpu"]
+    assert pickle.whichmodule(nowhere, "nowhere") == "__main__"  # type: ignore[attr-defined]  # not in typeshed
