@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from .backends import Backend, Call, registered
 from .backends.base import PlanningBackend
-from .errors import NoBackendError
+from .errors import BuildError, NoBackendError
 
 LAST_RESORT = "reference"
 
@@ -115,4 +115,11 @@ def select(call: Call, backend: str = "auto", strict: bool = False) -> Backend:
 
 def backends() -> dict[str, str]:
     """Name → "ready", or why it cannot run here and how to mend that."""
-    return {name: b.unavailable() or "ready" for name, b in registered().items()}
+    return {name: _state(backend) for name, backend in registered().items()}
+
+
+def _state(backend: Backend) -> str:
+    try:
+        return backend.unavailable() or "ready"
+    except BuildError as error:  # of another build: a call of it raises this
+        return str(error)

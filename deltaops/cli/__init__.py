@@ -24,7 +24,8 @@ from .tune_kernels import tune_kernels
 app = typer.Typer(
     name="deltaops",
     help="Delta tuning at the speed of the frozen layers it sits on: LoRA (DoRA, PiSSA, OLoRA), "
-    "adapters, Compacter, prefixes, prompts, intrinsic prompts, BitFit, (IA)³ and LN tuning.",
+    "adapters, Compacter, prefixes, prompts, few intrinsic numbers, BitFit, (IA)³, LN tuning, and "
+    "several of them at once.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -35,12 +36,12 @@ for command in (
     tune,
     compare,
     convert,
+    combine,
     inspect,
     doctor,
     bench,
     tune_kernels,
     traffic,
-    combine,
 ):
     app.command()(command)
 app.add_typer(intrinsic, name="intrinsic")

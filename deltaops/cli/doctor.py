@@ -11,6 +11,7 @@ from rich.table import Table
 
 from deltaops.backends import cpu, cuda
 from deltaops.dispatch import backends
+from deltaops.errors import BuildError
 from deltaops.measure.machine import processor, versions
 
 
@@ -33,22 +34,25 @@ def doctor(
 
 def examine() -> dict[str, Any]:
     """All findings, as JSON."""
-    core, module = cpu.native(), cuda.native()
+    module = cuda.native()
     return {
         "processor": processor(),
         "versions": versions(),
-        "core": (
-            {"ready": False, "reason": core}
-            if isinstance(core, str)
-            else {
-                "ready": True,
-                "isa": core.isa(),
-                "isas": [{"name": name, "runs_here": bool(runs)} for name, runs in core.isas()],
-            }
-        ),
+        "core": _core(),
         "backends": backends(),
         "cuda_module": module if isinstance(module, str) else "built",
     }
+
+
+def _core() -> dict[str, Any]:
+    try:
+        core = cpu.native()
+        if isinstance(core, str):
+            return {"ready": False, "reason": core}
+        isas = [{"name": name, "runs_here": bool(runs)} for name, runs in core.isas()]
+        return {"ready": True, "isa": core.isa(), "isas": isas}
+    except BuildError as error:  # of another build
+        return {"ready": False, "reason": str(error)}
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -63,7 +67,7 @@ def _show(found: dict[str, Any]) -> None:
             state = "runs here" if isa["runs_here"] else "[dim]this processor lacks it[/]"
             table.add_row(f"  {isa['name']}", state)
     else:
-        table.add_row("native core", f"[red]missing[/]: {core['reason']}")
+        table.add_row("native core", f"[red]not ready[/]: {core['reason']}")
     for name, state in found["backends"].items():
         colour = "green" if state == "ready" else "yellow"
         table.add_row(f"backend {name}", f"[{colour}]{state}[/]")

@@ -16,7 +16,8 @@ from deltaops.errors import CheckpointError
 def inspect(
     model: str = typer.Argument(help="A model's folder or hub id, or an adapter's folder."),
     delta: str = typer.Option(
-        "lora", help="Which delta to try, e.g. lora:r=8,target_modules=q_proj."
+        "lora",
+        help="Which delta to try, as for tune: lora:r=8,target_modules=q_proj, lora+bitfit, MAM.",
     ),
 ) -> None:
     """Draw a model's tree with parameter counts and where a delta would bind; or show an adapter.

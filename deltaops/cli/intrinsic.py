@@ -13,7 +13,7 @@ from .split import split
 from .workshop import bar_each, workshop
 
 intrinsic = typer.Typer(
-    help="Learn tasks by a few numbers each, in the subspace that other tasks' prompts span.",
+    help="Learn tasks by a few numbers each, in the subspace that those of other tasks span.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )

@@ -21,7 +21,8 @@ def tune(
     out: Path = typer.Option(..., help="Folder for the adapter, metrics.json and loss.png."),
     task: str = typer.Option("causal-lm", help="causal-lm or classification."),
     delta: str = typer.Option(
-        "lora:r=16,alpha=32", help="The delta and its options; several by +."
+        "lora:r=16,alpha=32",
+        help="The delta and its options; several by +; or MAM, UniPELT or all, which are several.",
     ),
     steps: int = typer.Option(200, help="Training steps."),
     batch_size: int = typer.Option(8, help="Examples a step."),

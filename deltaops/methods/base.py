@@ -134,6 +134,8 @@ class Delta(ABC):
     """Fields of PEFT's config that follow from the model; a file with others is another's."""
     once: ClassVar[str | None] = None
     """What of the whole model it has for itself, so that a combination has it once; or None."""
+    trains_copies: ClassVar[bool] = False
+    """Whether it trains copies of what it :meth:`claims` for itself, in the originals' places."""
     merges_last: ClassVar[bool] = False
     """Whether what it multiplies a layer by applies to what others have added to it."""
 

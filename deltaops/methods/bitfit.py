@@ -18,7 +18,6 @@ from deltaops.modules import (
     DeltaPlace,
     activate_copies,
     allow_bias,
-    check_untied,
     copies,
     disallow_bias,
     give_back,
@@ -62,6 +61,7 @@ class BitFit(Delta):
 
     kind: ClassVar[str] = "bitfit"
     places: ClassVar[frozenset[str]] = frozenset({LINEAR, NORM})
+    trains_copies: ClassVar[bool] = True
     promises: ClassVar[frozenset[Promise]] = EXACT
 
     def __post_init__(self) -> None:
@@ -90,7 +90,6 @@ class BitFit(Delta):
         else:
             become_place(module, self.kind, binding)
         bias = module._parameters.get("bias")
-        check_untied(modules, site.path, ("bias",))
         start = zeros_for(module, site.out_features) if bias is None else bias
         train_copies(module, {"bias": start}, binding.name)
 

@@ -14,14 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.modules import (
-    activate_copies,
-    check_untied,
-    copies,
-    give_back,
-    owners,
-    train_copies,
-)
+from deltaops.modules import activate_copies, copies, give_back, owners, train_copies
 
 from .base import EXACT, NORM, Binding, Delta, Promise, Site, wide
 from .peft_config import listed, refuse_unknown, required, target_fields
@@ -56,6 +49,7 @@ class LNTuning(Delta):
     kind: ClassVar[str] = "lntuning"
     peft_type: ClassVar[str | None] = "LN_TUNING"
     places: ClassVar[frozenset[str]] = frozenset({NORM})
+    trains_copies: ClassVar[bool] = True
     promises: ClassVar[frozenset[Promise]] = EXACT
 
     def __post_init__(self) -> None:
@@ -76,7 +70,6 @@ class LNTuning(Delta):
         # BitFit may have given a norm without a bias one, which is BitFit's alone
         others = {name for owner in owners(module) for name in copies(module, owner)}
         parameters = {k: p for k, p in _parameters(module).items() if k not in others}
-        check_untied(modules, site.path, parameters)
         train_copies(module, parameters, binding.name)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:

@@ -73,6 +73,7 @@ class ParallelAdapter(Delta):
     task_type: str | None = None
 
     kind: ClassVar[str] = "parallel"
+    trains_copies: ClassVar[bool] = True
     promises: ClassVar[frozenset[Promise]] = frozenset(
         {Promise.IDENTITY_AT_START, Promise.REVERT_RESTORES_BITS}
     )

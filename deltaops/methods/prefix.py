@@ -39,7 +39,7 @@ from deltaops.modules import (
     has_prefix,
     head_width,
     join_encoder,
-    know_table,
+    know_tables,
     remove_prefix,
     restore,
     shift_positions,
@@ -197,7 +197,7 @@ class Prefix(Delta):
         else:
             k, v = (self._drawn(self._shape(site), one, module, binding) for one in spread)
             add_prefix(module, k, v, backend=backend, strict=strict)
-        know_table(modules, site.path)
+        know_tables(modules, site.path)
 
     def _bind_encoder(self, site: Site, model: nn.Module, binding: Binding) -> None:
         if hasattr(model, _ENCODER):

@@ -38,7 +38,6 @@ from .holders import holds_delta
 from .intrinsic import FITTED, DecodedPrompt, FittedDecoder, RandomDecoder
 from .kept import (
     activate_copies,
-    check_untied,
     copies,
     follow,
     give_back,
@@ -72,7 +71,7 @@ from .prefix import (
     has_prefix,
     head_width,
     join_encoder,
-    know_table,
+    know_tables,
     reads_prefix,
     remove_prefix,
     told_of_prefix,
@@ -152,7 +151,6 @@ __all__ = [
     "become_experts",
     "become_router",
     "check_attention",
-    "check_untied",
     "copies",
     "delta_class",
     "disallow_bias",
@@ -175,7 +173,7 @@ __all__ = [
     "is_norm",
     "is_router",
     "join_encoder",
-    "know_table",
+    "know_tables",
     "lacks_bias",
     "near_zero",
     "no_autocast",

@@ -7,14 +7,11 @@ it; the original, untouched, comes back when the delta is disabled or reverted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from deltaops.errors import AttachError
 
 _ATTRIBUTE = "_deltaops_kept"
 """In the ``__dict__`` of a module: :class:`_Kept` by the name of the adapter."""
@@ -37,7 +34,8 @@ def train_copies(
 
     Args:
         module: whose parameters they replace; it may lack them, or have None in their place.
-        starts: by name; copied. No other owner has copies of these names.
+        starts: by name; copied. No other owner has copies of these names, and no other module of
+            these parameters: surgery refuses such before.
         owner: name of the adapter that they belong to.
         trained: False where they are frozen as the originals are.
     """
@@ -49,29 +47,6 @@ def train_copies(
     )
     module.__dict__.setdefault(_ATTRIBUTE, {})[owner] = kept
     parameters.update(copies)
-
-
-def check_untied(modules: Mapping[str, nn.Module], path: str, names: Iterable[str]) -> None:
-    """Whether the module at ``path`` may get copies of its own, asked before it has them.
-
-    Args:
-        modules: of the model, by path, each once.
-        path: of the module.
-        names: of the parameters to copy.
-    Raises: AttachError where another module has a copy of the same parameter already.
-    """
-    own = {id(p): name for name in names if (p := modules[path]._parameters.get(name)) is not None}
-    for other, module in modules.items():
-        if other == path:
-            continue
-        for owner in owners(module):
-            for waiting in _kept(module, owner).outside.values():
-                if waiting is not None and id(waiting) in own:
-                    raise AttachError(
-                        f"the {own[id(waiting)]} of {path!r} is also that of {other!r}, and each "
-                        "would train a copy of its own. Name one of the two in exclude_modules, "
-                        "or untie them first."
-                    )
 
 
 def owners(module: nn.Module) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from deltaops.reference.prefix_attention import join, mask_of_both
 from .around import Relay
 from .attention_functions import BIAS, SDPA, attend, attends, known_sdpa, visible, words
 from .gate import GATES, Gate, add_gate
-from .prefix_bias import TABLE, makes_zeros, table_of, trains, without_unread_gradient
+from .prefix_bias import TABLE, makes_zeros, tables_of, trains, without_unread_gradient
 from .prefix_encoder import PrefixEncoder
 from .rows import Rows, rows_of
 
@@ -82,8 +82,8 @@ class Held:
         self.gate: Relay | None = None
         """Carries what the prefix's gate says of this call, where it has one."""
         self.active = True
-        self.table: nn.Module | None = None
-        """See :func:`know_table`."""
+        self.tables: tuple[nn.Module, ...] = ()
+        """See :func:`know_tables`."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model may be unpickled in a process that has not heard of :data:`NAME`."""
@@ -144,9 +144,9 @@ def join_encoder(
     return slice(middle - size, middle), slice(middle, rows.stop)
 
 
-def know_table(modules: Mapping[str, nn.Module], path: str) -> None:
+def know_tables(modules: Mapping[str, nn.Module], path: str) -> None:
     """Let the attention at ``path``, which has a prefix, know what makes T5's bias, if anything."""
-    modules[path].__dict__[_HELD].table = table_of(modules, path)
+    modules[path].__dict__[_HELD].tables = tables_of(modules, path)
 
 
 def remove_prefix(module: nn.Module) -> None:
@@ -268,7 +268,7 @@ def attend_with_prefix(
     k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
     hidden = key.shape[2] - k.shape[2]
     if bias is not None:
-        bias = named[BIAS] = without_unread_gradient(bias, module, held.table)
+        bias = named[BIAS] = without_unread_gradient(bias, module, held.tables)
     if bias is not None and hidden and bias.shape[-1] >= key.shape[2]:  # as the keys are cut
         bias = named[BIAS] = bias[..., : bias.shape[-1] - hidden]
     groups = max(getattr(module, "num_key_value_groups", 1), 1)

@@ -117,17 +117,21 @@ class Rows:
         return torch.is_inference_mode_enabled() or not kept.any.is_inference()
 
 
-def rows_of(source: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Rows:
-    """Those of the stack around the module at ``path`` that the last place joined, or new ones.
-
-    The stack is what has the outermost list of modules on the path: a whole encoder or decoder.
-    Raises: AttachError in a torch that does not tell a block that is run again.
-    """
-    check_backward_runs()
+def stack_around(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """What has the outermost list of modules on the ``path``: a whole encoder or decoder."""
     parts = path.split(".")
     above = [".".join(parts[:depth]) for depth in range(len(parts))]
     lists = [place for place in above if isinstance(modules[place], nn.ModuleList)]
-    stack = modules[lists[0].rpartition(".")[0] if lists else ""]
+    return modules[lists[0].rpartition(".")[0] if lists else ""]
+
+
+def rows_of(source: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Rows:
+    """Those of the stack around the module at ``path`` that the last place joined, or new ones.
+
+    Raises: AttachError in a torch that does not tell a block that is run again.
+    """
+    check_backward_runs()
+    stack = stack_around(modules, path)
     known = {
         hook.stop: (hook, module)
         for module in modules.values()

@@ -1,4 +1,4 @@
-"""What two parts of a combination cannot both have; found before anything is changed."""
+"""What two places, or two parts of a combination, cannot both have; found before any change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from deltaops.methods.base import MODEL, Delta, Site
 
 def refuse_conflicts(model: nn.Module, parts: Mapping[str, Delta], sites: Iterable[Site]) -> None:
     """Raises: AttachError where two of ``parts`` would train the same of ``model``, or need a
-    parameter for themselves that the other changes."""
+    parameter for themselves that the other changes; and where two modules have one parameter, of
+    which each would train a copy."""
     by_once: dict[str, str] = {}
     for name, delta in parts.items():
         if delta.once is None:
@@ -24,12 +25,22 @@ def refuse_conflicts(model: nn.Module, parts: Mapping[str, Delta], sites: Iterab
                 "model has once. Take one of them out."
             )
     claims: dict[tuple[str, str], list[tuple[str, bool]]] = {}
+    copied: dict[int, str] = {}
     for site in sites:
         if site.place == MODEL:
             continue
-        delta = parts[site.part]
-        for key, alone in delta.claims(site, model.get_submodule(site.path)).items():
+        delta, module = parts[site.part], model.get_submodule(site.path)
+        for key, alone in delta.claims(site, module).items():
             claims.setdefault((site.path, key), []).append((site.part, alone))
+            original = module._parameters.get(key)
+            if alone and delta.trains_copies and original is not None:
+                other = copied.setdefault(id(original), site.path)
+                if other != site.path:
+                    raise AttachError(
+                        f"attach: the {key} of {site.path!r} is also that of {other!r}, and each "
+                        "would train a copy of its own. Name one of the two in exclude_modules, "
+                        "or untie them first."
+                    )
     found = [
         f"  {path}: its {key}, by {' and '.join(repr(name) for name, _ in claimed)}"
         for (path, key), claimed in claims.items()

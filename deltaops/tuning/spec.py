@@ -34,9 +34,9 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
         defaults: fields to set where ``spec`` does not name them.
     Raises: ConfigError for an unknown method, option or value, with the nearest names.
     """
-    from deltaops.methods.combined import PRESETS, Combined, combined, preset
+    from deltaops.methods.combined import Combined, combined, preset
 
-    if spec.strip().lower() in {name.lower() for name in PRESETS if "+" not in name}:
+    if spec.strip().lower() in {name.lower() for name in _alone()}:
         found = preset(spec)
         parts: dict[str, Any] = dict(found.by_name)
         parts = {name: dataclasses.replace(part, **defaults) for name, part in parts.items()}
@@ -45,6 +45,13 @@ def parse_delta(spec: str, **defaults: Any) -> Any:
     if len(parts_of_spec) > 1:
         return combined(*(_parse_one(part, defaults) for part in parts_of_spec))
     return _parse_one(spec, defaults)
+
+
+def _alone() -> list[str]:
+    """Names of presets; of those with a "+" the parts are methods, which say the same."""
+    from deltaops.methods.combined import PRESETS
+
+    return [name for name in PRESETS if "+" not in name]
 
 
 def _parts(spec: str) -> list[str]:
@@ -67,7 +74,7 @@ def _parse_one(spec: str, defaults: dict[str, Any]) -> Any:
     if name.strip().lower() not in known:
         raise ConfigError(
             f"--delta {spec!r}: no method {name!r}{_nearest(name, known)}. "
-            f"Known: {', '.join(known)}; and, alone, {', '.join(PRESETS)}."
+            f"Known: {', '.join(known)}; and by themselves {', '.join(_alone())}."
         )
     config = known[name.strip().lower()]
     fields = {f.name: f for f in dataclasses.fields(config) if f.init}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deltaops
+from deltaops import Prefix
 from deltaops.modules import prefix_encoder
 from deltaops.surgery.files import CONFIG
 from deltaops.testing.architectures import answer, build
@@ -109,3 +110,32 @@ def test_training_goes_on_from_a_checkpoint_and_a_flat_one_computes_the_same(
     for one in (handle, loaded):
         step(one)
     assert all(torch.equal(t, loaded.state()[k]) for k, t in handle.state().items())
+
+
+def test_a_trained_bias_that_stands_beside_the_blocks_has_its_gradient() -> None:
+    """UDOP's, whose first attention has a table as well, which its encoder does not read."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 24, "d_kv": 12, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = transformers.UdopConfig(
+        **sizes, vocab_size=60, image_size=32, patch_size=16, max_2d_position_embeddings=64
+    )
+    model = transformers.UdopEncoderModel(config).eval()
+    deltaops.attach(model, Prefix(num_virtual_tokens=3, modules_to_save=["relative_bias"]))
+    tables = list(model.encoder.relative_bias.parameters())
+    boxes = torch.rand(2, 7, 4).sort(-1)[0]
+
+    def run() -> torch.Tensor:
+        y = model(input_ids=torch.arange(1, 15).view(2, 7), bbox=boxes).last_hidden_state
+        return 1e3 * y[..., 0].sum()
+
+    run().backward()
+    grads = [table.grad.clone() for table in tables]
+    assert len(grads) == 3
+    slope = float(sum(grad.square().sum() for grad in grads))
+    step, values = 0.1 / slope**0.5, []
+    with torch.no_grad():
+        for move in (step, -2 * step):  # there, and as far to the other side
+            for table, grad in zip(tables, grads, strict=True):
+                table.add_(grad, alpha=move)
+            values.append(float(run()))
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=0.05)

@@ -15,6 +15,7 @@ import deltaops
 from deltaops import BitFit, LNTuning
 from deltaops.errors import AttachError
 from deltaops.methods import Delta
+from deltaops.surgery import plan
 from deltaops.surgery.files import CONFIG, MANIFEST
 
 WIDTH = 6
@@ -103,7 +104,11 @@ def test_two_norms_with_one_parameter_are_refused_before_anything_changes(delta:
     model.second.weight, model.second.bias = model.first.weight, model.first.bias  # type: ignore[assignment]  # norms'
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(AttachError, match=r"of 'second' is also that of 'first'.*exclude_modules"):
-        deltaops.attach(model, delta)
+        plan(model, delta)
+    with pytest.raises(AttachError, match="also that of 'first'"):
+        deltaops.attach(
+            model, LNTuning(target_modules=["first"]) + BitFit(target_modules=["second"])
+        )
     assert [type(module) for module in model.modules()] == kinds
     assert model.second.weight is model.first.weight
     assert all(p.requires_grad for p in model.parameters())

@@ -67,7 +67,7 @@ def test_a_spec_says_a_delta(spec: str, delta: Any) -> None:
     ("spec", "message"),
     [
         ("lorra:r=4", "no method 'lorra' .did you mean lora"),
-        ("mam+bitfit", "no method 'mam.*alone, MAM, UniPELT"),
+        ("mam+bitfit", "by themselves MAM, UniPELT, all"),
         ("lora:rnk=4", "lora has no option 'rnk'"),
         ("lora:r", "expected option=value, got 'r'"),
         ("lora:r=", "expected option=value, got 'r='"),

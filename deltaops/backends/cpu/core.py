@@ -55,10 +55,12 @@ _REBUILD = (
 )
 
 
+class _LackingError(BuildError, AttributeError):
+    """An AttributeError too: pickle asks every module for names that it may lack."""
+
+
 def _lacking(name: str) -> Never:
-    if name.startswith("_"):  # Python's own questions
-        raise AttributeError(f"module 'deltaops._cpu' has no attribute {name!r}")
-    raise BuildError(
+    raise _LackingError(
         f"deltaops._cpu must have {name!r} for this package, and has not: it is of another build. "
         f"{_REBUILD}"
     )
@@ -67,7 +69,7 @@ def _lacking(name: str) -> Never:
 def core() -> ModuleType:
     """The compiled module.
 
-    Raises: ImportError where it is not there.
+    Raises: ImportError where it is not there; BuildError as :func:`native`.
     """
     module = native()
     if isinstance(module, str):
