@@ -185,7 +185,7 @@ class GatedBranch(Part):
     """LoRA with a gate: ``y + g · s · drop(x) Aᵀ Bᵀ``, beside the op, which knows no gates."""
 
     def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
-        """In torch, in the dtype of A, under autocast in its; rounded once."""
+        """In torch, in the dtype of A or autocast's; rounded once."""
         a, b = place.lora_A[self.name].weight, place.lora_B[self.name].weight
         settings, gate = place.lora[self.name], gate_of(place, self.name)
         assert gate is not None

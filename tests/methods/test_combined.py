@@ -375,6 +375,9 @@ def test_the_report_has_a_line_for_each_layer_with_all_its_kinds() -> None:
     assert kinds["encoder.layer.0.output.dense"] == "lora + bitfit"
     assert kinds["encoder.layer.0.output.LayerNorm"] == "bitfit"
     assert "Linear 24→24 lora + bitfit" in str(handle)
+    handle.disable("bitfit")
+    whys = {row.path: row.reason for row in deltaops.report(model).rows}
+    assert whys["encoder.layer.0.output.dense"].endswith("; bitfit is off")
 
 
 # ---------------------------------------------------------------------------------------- files
