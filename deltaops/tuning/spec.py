@@ -67,7 +67,6 @@ def _parts(spec: str) -> list[str]:
 
 
 def _parse_one(spec: str, defaults: dict[str, Any]) -> Any:
-    from deltaops.methods.combined import PRESETS
 
     name, _, rest = spec.partition(":")
     known = methods()
