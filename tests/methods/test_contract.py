@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import deltaops
 from deltaops import (
@@ -36,6 +36,7 @@ from deltaops.surgery import Handle
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import ARCHITECTURES, answer, build
 
+from .oracle import assert_like_plain, grad_of, loss_of
 from .plain import apply_plainly
 
 # transformers renames gradient checkpointing between the versions that we support
@@ -94,12 +95,6 @@ def attached(method: str, model: nn.Module, **settings: Any) -> Handle:
     return handle
 
 
-def loss_of(y: Tensor) -> Tensor:
-    """Some number that every output has a part in; without it, a norm's output sums to nothing."""
-    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
-    return (y * weights).mean()
-
-
 def test_every_method_is_here() -> None:
     assert {type(make()) for make in METHODS.values()} == set(KNOWN.values())
 
@@ -141,26 +136,13 @@ def test_logits_and_gradients_against_float64(method: str, name: str) -> None:
     state = handle.state()
     assert all(p.grad is None for p in model.parameters() if id(p) not in trained)
 
-    def plainly(dtype: torch.dtype) -> list[Tensor]:
-        oracle = copy.deepcopy(base).requires_grad_(False).to(dtype)
-        leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in state.items()}
-        apply_plainly(oracle, handle.delta, handle.places, leaves)
-        out = answer(name, oracle)
-        loss_of(out).backward()
-        return [out, torch.cat([_grad(t).flatten() for t in leaves.values()])]
-
-    grads = torch.cat([_grad(t).flatten() for t in state.values()])
-    for found, baseline, oracle in zip(
-        [y, grads], plainly(torch.float32), plainly(torch.float64), strict=True
-    ):
-        assert relative_error(found, oracle) < 4 * bound(
-            relative_error(baseline, oracle), torch.float32
-        )
-
-
-def _grad(tensor: Tensor) -> Tensor:
-    """T5's last feed-forward of the encoder, for one, may have parameters that nothing reads."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    assert_like_plain(
+        name,
+        base,
+        y,
+        state,
+        lambda plain, leaves: apply_plainly(plain, handle.delta, handle.places, leaves),
+    )
 
 
 @everywhere
@@ -277,7 +259,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, name: str)
             model.gradient_checkpointing_enable()  # type: ignore[operator]  # transformers'
         handle = attached(method, model)
         loss_of(answer(name, model)).backward()
-        grads.append(torch.cat([_grad(p).flatten() for p in handle.parameters()]))
+        grads.append(torch.cat([grad_of(p).flatten() for p in handle.parameters()]))
     # T5's decoder layers add to the gradient of what they all read in another order
     assert relative_error(grads[1], grads[0]) <= (16 * bound(0.0, torch.float32)) * (name == "t5")
 
@@ -292,7 +274,7 @@ def test_bfloat16(method: str, name: str) -> None:
     wide = copy.deepcopy(model).double()
     assert relative_error(y, answer(name, wide)) < 16 * bound(0.0, torch.bfloat16)
     loss_of(y).backward()
-    assert all(bool(torch.isfinite(_grad(p)).all()) for p in handle.parameters())
+    assert all(bool(torch.isfinite(grad_of(p)).all()) for p in handle.parameters())
 
 
 @for_each_method
@@ -321,13 +303,13 @@ def test_torch_compile(method: str) -> None:
     model = build("llama")
     handle = attached(method, model)
     loss_of(answer("llama", model)).backward()
-    expected = [answer("llama", model), *(_grad(p).clone() for p in handle.parameters())]
+    expected = [answer("llama", model), *(grad_of(p).clone() for p in handle.parameters())]
     model.zero_grad()
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     y = answer("llama", compiled)
     loss_of(y).backward()
-    found = [y, *(_grad(p) for p in handle.parameters())]
+    found = [y, *(grad_of(p) for p in handle.parameters())]
     for ours, eager in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 

@@ -20,6 +20,7 @@ from deltaops.surgery import Handle
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import answer, build
 
+from .oracle import assert_like_plain, grad_of, loss_of
 from .plain import apply_plainly
 
 # transformers renames gradient checkpointing between the versions that we support
@@ -113,14 +114,6 @@ def plainly(model: nn.Module, handle: Handle, leaves: dict[str, Tensor]) -> None
                 gated_hooks(model, delta, site, own)
 
 
-def loss_of(y: Tensor) -> Tensor:
-    return (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)).mean()
-
-
-def grad_of(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
 @everywhere
 def test_logits_and_gradients_against_float64(stack: str, name: str) -> None:
     base = build(name)
@@ -134,21 +127,7 @@ def test_logits_and_gradients_against_float64(stack: str, name: str) -> None:
     assert len(gates) == 2 * len(places)
     assert all(bool(grad_of(state[key]).any()) for key in gates)
 
-    def oracle(dtype: torch.dtype) -> list[Tensor]:
-        plain = copy.deepcopy(base).requires_grad_(False).to(dtype)
-        leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in state.items()}
-        plainly(plain, handle, leaves)
-        out = answer(name, plain)
-        loss_of(out).backward()
-        return [out, torch.cat([grad_of(t).flatten() for t in leaves.values()])]
-
-    found = [y, torch.cat([grad_of(t).flatten() for t in state.values()])]
-    for ours, baseline, exact in zip(
-        found, oracle(torch.float32), oracle(torch.float64), strict=True
-    ):
-        assert relative_error(ours, exact) < 4 * bound(
-            relative_error(baseline, exact), torch.float32
-        )
+    assert_like_plain(name, base, y, state, lambda plain, leaves: plainly(plain, handle, leaves))
 
 
 @everywhere

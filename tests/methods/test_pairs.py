@@ -36,6 +36,7 @@ from deltaops.surgery import Handle
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import answer, build
 
+from .oracle import assert_like_plain, grad_of, loss_of
 from .plain import apply_plainly
 
 # transformers renames gradient checkpointing between the versions that we support
@@ -98,15 +99,6 @@ def attached(pair: str, model: nn.Module) -> Handle:
     return handle
 
 
-def loss_of(y: Tensor) -> Tensor:
-    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
-    return (y * weights).mean()
-
-
-def grad_of(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
 def plainly(model: nn.Module, handle: Handle, state: dict[str, Tensor]) -> None:
     """Let ``model`` compute by hooks what both parts do."""
 
@@ -148,21 +140,7 @@ def test_logits_and_gradients_against_float64(pair: str, name: str) -> None:
     state = handle.state()
     assert len(state) == len(trained)
 
-    def oracle(dtype: torch.dtype) -> list[Tensor]:
-        plain = copy.deepcopy(base).requires_grad_(False).to(dtype)
-        leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in state.items()}
-        plainly(plain, handle, leaves)
-        out = answer(name, plain)
-        loss_of(out).backward()
-        return [out, torch.cat([grad_of(t).flatten() for t in leaves.values()])]
-
-    found = [y, torch.cat([grad_of(t).flatten() for t in state.values()])]
-    for ours, baseline, exact in zip(
-        found, oracle(torch.float32), oracle(torch.float64), strict=True
-    ):
-        assert relative_error(ours, exact) < 4 * bound(
-            relative_error(baseline, exact), torch.float32
-        )
+    assert_like_plain(name, base, y, state, lambda plain, leaves: plainly(plain, handle, leaves))
 
 
 @for_each_pair
