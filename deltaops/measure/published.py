@@ -47,7 +47,7 @@ class Unsloth(torch.autograd.Function):
 
 def unsloth(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``x Wᵀ + scaling · x aᵀ bᵀ``, differentiable in x, a and b."""
-    y: Tensor = Unsloth.apply(x, weight, a, b, scaling)  # type: ignore[no-untyped-call]  # torch's
+    y: Tensor = Unsloth.apply(x, weight, a, b, scaling)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
     return y
 
 
@@ -116,7 +116,7 @@ def lora_fusion(
     """``x Wᵀ + scaling · drop(x) aᵀ bᵀ``, differentiable in x, a and b. The mask comes from torch's
     generator, as that of :func:`deltaops.delta_linear` does."""
     seed = draw_seed(x.device) if dropout else None
-    y: Tensor = LoraFusion.apply(  # type: ignore[no-untyped-call]  # torch's
+    y: Tensor = LoraFusion.apply(  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
         x, weight, a, b, scaling, dropout, seed
     )
     return y

@@ -48,7 +48,7 @@ def apply_plainly(
     """
     everywhere = {k[k.rindex("adapter.") :]: v for k, v in state.items() if k.endswith("phm_rule")}
     if isinstance(delta, Prefix):
-        state = _encoded(state, places) if delta.reparameterised else state
+        state = encoded(state, places) if delta.reparameterised else state
     if isinstance(delta, IntrinsicAdapter):
         places = tuple(site for site in places if site.path)
         state = _decoded(delta, state, places)
@@ -223,7 +223,7 @@ def _without(length: int) -> Callable[[Any, Any, Any], Any]:
     return hook
 
 
-def _encoded(state: dict[str, Tensor], places: tuple[Site, ...]) -> dict[str, Tensor]:
+def encoded(state: dict[str, Tensor], places: tuple[Site, ...]) -> dict[str, Tensor]:
     """The keys and values that the MLP computes, in the order of the attentions."""
     t = {k.removeprefix("prefix_encoder."): v for k, v in state.items()}
     inner = torch.tanh(t["embedding"] @ t["down"].T + t["down_bias"])

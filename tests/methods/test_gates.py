@@ -21,7 +21,7 @@ from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import answer, build
 
 from .oracle import assert_like_plain, grad_of, loss_of
-from .plain import apply_plainly
+from .plain import apply_plainly, encoded
 
 # transformers renames gradient checkpointing between the versions that we support
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -104,10 +104,8 @@ def plainly(model: nn.Module, handle: Handle, leaves: dict[str, Tensor]) -> None
         start = f"{part}/"
         own = {k.removeprefix(start): t for k, t in leaves.items() if k.startswith(start)}
         if part == "prefix" and delta.reparameterised:
-            from .plain import _encoded
-
             encoder = {k: v for k, v in own.items() if k.startswith("prefix_encoder.")}
-            own |= _encoded(encoder, tuple(sites))
+            own |= encoded(encoder, tuple(sites))
             delta = Prefix(num_virtual_tokens=delta.num_virtual_tokens)
         for site in sites:
             if site.path:
