@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"cli"},
     {"tuning", "measure"},
+    {"strategy"},
     {"surgery"},
     {"methods"},
     {"modules"},

@@ -1,0 +1,1 @@
+"""Deltas chosen as training runs: what watches a run, and what changes its deltas."""
