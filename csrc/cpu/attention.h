@@ -30,21 +30,21 @@ namespace deltaops {
 namespace DELTAOPS_ISA {
 namespace {
 
-constexpr int64_t kQueries = 96;           // of a block, at most: their rows stay in L2
+constexpr int64_t kQueries = 132;          // of a block, at most: their rows stay in L2
 constexpr int64_t kKeys = 128;             // of a block
 constexpr int64_t kScoreRow = kKeys + 16;  // odd in lines; a strip of keys may hang over the edge
 static_assert(kQueries % kTileRows == 0 && kKeys % kTileColumns == 0 && kKeys <= kChain, "");
 static_assert(kTileRows <= kScoreRow - kKeys, "");
 
-/* c = factor a b for kTileRows rows of neighbours a and a panel b. */
+/* c = factor a b for kTileRows rows of neighbours a and the first NV vectors of a panel b. */
+template <int NV>
 __attribute__((noinline)) void score_tile(const float *a, ptrdiff_t a_row, const float *b,
                                           int64_t steps, float factor, float *c) {
-  VecF acc[kTileRows][kTileVectors] = {};
-  accumulate_chains(acc, a, a_row, b, steps);
+  VecF acc[kTileRows][NV] = {};
+  accumulate_chains(acc, a, a_row, b, steps, nullptr, kTileColumns);
   DELTAOPS_UNROLL
   for (int i = 0; i < kTileRows; ++i) DELTAOPS_UNROLL
-  for (int j = 0; j < kTileVectors; ++j)
-    store(c + i * kScoreRow + j * kLanes, acc[i][j] * splat(factor));
+  for (int j = 0; j < NV; ++j) store(c + i * kScoreRow + j * kLanes, acc[i][j] * splat(factor));
 }
 
 /* c = a b, or c += a b, over at most kChain steps. */
@@ -79,14 +79,19 @@ struct Block {
   }
 };
 
-/* c [rows][kScoreRow] = factor a b^T in the tiles that some query sees. */
+/* c [rows][kScoreRow] = factor a b^T in the vectors that some query of a strip sees. */
 template <class T>
 void score_block(const Shape &s, const Block &block, const float *a, const float *panels,
                  float factor, float *c, TokensAhead<T> *ahead) {
   for (int64_t n = 0; n < block.keys; n += kTileColumns, panels += s.panel)
     for (int64_t i = block.first(n) / kTileRows * kTileRows; i < block.rows; i += kTileRows) {
+      const int64_t seen = block.visible(i + kTileRows - 1) - n;
+      if (seen <= 0) continue;
       ahead->some();
-      score_tile(a + i * s.row, s.row, panels, s.D, factor, c + i * kScoreRow + n);
+      with_rows<kTileVectors>(least(ceil_div(seen, kLanes), kTileVectors), [&](auto vectors) {
+        score_tile<decltype(vectors)::value>(a + i * s.row, s.row, panels, s.D, factor,
+                                             c + i * kScoreRow + n);
+      });
     }
 }
 

@@ -75,8 +75,9 @@ DELTAOPS_INLINE void accumulate(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_
 /* The same for rows of a, in chains of kChain. */
 template <int MR, int NV, bool Asking = false, class Unit>
 DELTAOPS_INLINE void accumulate_chains(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_row,
-                                       const Unit *b, int64_t steps, PanelAhead *ahead = nullptr) {
-  accumulate<MR, NV, Asking>(acc, a, a_row, 1, b, least(steps, kChain), NV * kLanes, ahead);
+                                       const Unit *b, int64_t steps, PanelAhead *ahead = nullptr,
+                                       ptrdiff_t b_step = NV * kLanes) {
+  accumulate<MR, NV, Asking>(acc, a, a_row, 1, b, least(steps, kChain), b_step, ahead);
   for (int64_t step = kChain; step < steps; step += kChain) {
     float held[MR][NV * kLanes];
     DELTAOPS_UNROLL
@@ -85,8 +86,8 @@ DELTAOPS_INLINE void accumulate_chains(VecF (&acc)[MR][NV], const Unit *a, ptrdi
       store(held[i] + j * kLanes, acc[i][j]);
       acc[i][j] = VecF{};
     }
-    accumulate<MR, NV, Asking>(acc, a + step, a_row, 1, b + step * NV * kLanes,
-                               least(steps - step, kChain), NV * kLanes, ahead);
+    accumulate<MR, NV, Asking>(acc, a + step, a_row, 1, b + step * b_step,
+                               least(steps - step, kChain), b_step, ahead);
     DELTAOPS_UNROLL
     for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
     for (int j = 0; j < NV; ++j) acc[i][j] += load(held[i] + j * kLanes);

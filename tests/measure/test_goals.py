@@ -18,6 +18,7 @@ from deltaops.measure.cell import (
     Results,
 )
 from deltaops.measure.goals import GOALS, Outcome, evaluate
+from deltaops.measure.interleave import Timing
 from deltaops.measure.report import verdict
 
 from .results import cell, results
@@ -81,13 +82,33 @@ def test_dropout_is_compared_with_the_same_shape_without() -> None:
     assert one.met is True
 
 
+@pytest.mark.parametrize(("high", "overlap"), [(1.05, False), (1.3, True)])
+def test_what_dropout_adds_is_told_and_whether_it_is_above_the_spread(
+    high: float, overlap: bool
+) -> None:
+    base = cell("lora", {OURS: 1.0})
+    base.timings[OURS] = Timing(1.0, 0.9, high, 9)
+    one = outcome(results(base, cell("lora", {OURS: 1.2}, dropout=0.1)), "lora-dropout")
+    assert one.met is False
+    assert "dropout adds 200000 µs, for a seed and 512·768 elements" in one.causes[0]
+    assert any("overlap" in cause for cause in one.causes) is overlap
+
+
+def test_beside_prepacked_products_both_are_held_to_the_peak() -> None:
+    half = 2e-9 * 512 * 768 * 768 / (0.5 * 200)
+    one = outcome(results(cell("gemm", {OURS: half, PREPACKED: 0.8 * half})), "gemm-prepacked")
+    assert one.causes[:2] == [
+        "deltaops reaches 50 % of the FMA peak", "oneDNN prepacked reaches 62 % of the FMA peak",
+    ]  # fmt: skip
+
+
 def test_the_product_is_held_to_the_peak_of_the_run() -> None:
     at_90_percent = 2e-9 * 512 * 768 * 768 / (0.9 * 200)
     found = results(cell("gemm", {OURS: at_90_percent, FROZEN: 2 * at_90_percent}))
     one = outcome(found, "gemm-peak")
     assert one.worst == pytest.approx(90)
     assert one.met is False
-    assert "frozen eager reaches 45 %" in one.causes
+    assert "frozen eager reaches 45 % of the FMA peak" in one.causes
 
 
 def test_small_products_are_not_held_to_the_peak() -> None:
