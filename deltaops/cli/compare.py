@@ -58,7 +58,8 @@ def compare(
     from deltaops.errors import ConfigError, DeltaopsError
     from deltaops.files import check_folder
     from deltaops.measure import machine
-    from deltaops.measure.compare import (
+    from deltaops.measure.compare.contenders import chosen
+    from deltaops.measure.compare.learn import (
         ACCURACY,
         HEADS,
         TIME,
@@ -69,9 +70,8 @@ def compare(
         trains,
         work,
     )
-    from deltaops.measure.contenders import chosen
-    from deltaops.measure.reader import read_material
-    from deltaops.measure.table_store import (
+    from deltaops.measure.compare.reader import read_material
+    from deltaops.measure.compare.store import (
         Comparison,
         begin,
         file_of,
@@ -156,9 +156,9 @@ def compare(
 def shown(comparison: Any) -> Table:
     """The table on a terminal."""
     from deltaops.measure.cell import EAGER, OURS
-    from deltaops.measure.compare import FULL_TUNING
-    from deltaops.measure.contenders import HEAD
-    from deltaops.measure.table_report import start_of
+    from deltaops.measure.compare.contenders import HEAD
+    from deltaops.measure.compare.learn import FULL_TUNING
+    from deltaops.measure.compare.report import start_of
 
     s, start = comparison.settings, start_of(comparison.records)
     title = f"{s.model} on {s.train}, {s.head} head, {s.steps} steps of {s.batch_size}"

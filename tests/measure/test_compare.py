@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from deltaops.errors import ConfigError
-from deltaops.measure import compare, contenders, pair, papers, reader
+from deltaops.measure import pair
 from deltaops.measure.cell import EAGER, OURS, Cell
-from deltaops.measure.compare import FULL_TUNING, Learned, Record, Settings
-from deltaops.measure.contenders import FULL, HEAD
-from deltaops.measure.point_labels import label_points
-from deltaops.measure.reader import Material
-from deltaops.measure.table_report import table_markdown
-from deltaops.measure.table_store import Comparison, begin, file_of, read_table, write_table
+from deltaops.measure.compare import contenders, papers, reader
+from deltaops.measure.compare import learn as compare
+from deltaops.measure.compare.contenders import FULL, HEAD
+from deltaops.measure.compare.learn import FULL_TUNING, Learned, Record, Settings
+from deltaops.measure.compare.point_labels import label_points
+from deltaops.measure.compare.reader import Material
+from deltaops.measure.compare.report import table_markdown
+from deltaops.measure.compare.store import Comparison, begin, file_of, read_table, write_table
 from deltaops.methods import METHODS
 from deltaops.testing.architectures import build
 from deltaops.tuning.tokens import TokenSet

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from deltaops.cli import app
 from deltaops.errors import ConfigError
-from deltaops.measure.compare import FULL_TUNING
-from deltaops.measure.reader import TRAINED, Reader, read_material
+from deltaops.measure.compare.learn import FULL_TUNING
+from deltaops.measure.compare.reader import TRAINED, Reader, read_material
 from deltaops.testing.architectures import HIDDEN, build
 from deltaops.tuning.encoder import MINILM
 from deltaops.tuning.read import Columns
@@ -156,8 +156,8 @@ def test_a_half_that_fails_leaves_the_other(
         raise ConfigError("not finite")
 
     timed = cell("method", {FULL_TUNING: 1.0}), {FULL_TUNING: 8}
-    monkeypatch.setattr("deltaops.measure.compare.learn", off)
-    monkeypatch.setattr("deltaops.measure.compare.take_time", lambda *arguments: timed)
+    monkeypatch.setattr("deltaops.measure.compare.learn.learn", off)
+    monkeypatch.setattr("deltaops.measure.compare.learn.take_time", lambda *arguments: timed)
     arguments = [
         "compare", "--train", folder / "train.csv", "--model", folder, "--out", tmp_path,
         "--methods", "bitfit",

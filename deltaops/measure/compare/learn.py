@@ -15,16 +15,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaops.errors import ConfigError
+from deltaops.measure.cell import EAGER, OURS, Cell
+from deltaops.measure.pair import Peer, held_pair, time_steps
 from deltaops.surgery import Handle, attach
 from deltaops.tuning.loop import Point, Schedule, evaluate, make_optimizer, train
 from deltaops.tuning.sentence import SCALE, NamedClasses
 from deltaops.tuning.spec import parse_delta
 from deltaops.tuning.tokens import Order, TokenSet
 
-from .cell import EAGER, OURS, Cell
 from .contenders import FULL, HEAD_RATE, Contender
 from .contenders import HEAD as HEAD_ALONE
-from .pair import Peer, held_pair, time_steps
 from .reader import HEAD, NAMED, TRAINED, Material, Reader, by_length
 
 FULL_TUNING = "full tuning"

@@ -10,13 +10,13 @@ from typing import Any
 
 from deltaops.errors import ConfigError
 from deltaops.files import write_atomically, write_json
+from deltaops.measure.store import slug
 
-from .compare import Record, Settings
 from .contenders import contenders
+from .learn import Record, Settings
+from .picture import draw_table
 from .reader import NAMED, TRAINED
-from .store import slug
-from .table_picture import draw_table
-from .table_report import table_markdown
+from .report import table_markdown
 
 FILES = {NAMED: "methods", TRAINED: "methods-trained-head"}
 """Head → the end of the name of its table's files."""

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from .cell import EAGER, OURS, Cell
-from .compare import ACCURACY as LEARNING
-from .compare import FULL_TUNING, Learned, Record, Settings, best_rate, trains
-from .compare import TIME as TIMING
+from deltaops.measure.cell import EAGER, OURS, Cell
+from deltaops.measure.interleave import Timing
+from deltaops.measure.report import markdown_table
+
 from .contenders import FULL, HEAD, contenders
-from .interleave import Timing
+from .learn import ACCURACY as LEARNING
+from .learn import FULL_TUNING, Learned, Record, Settings, best_rate, trains
+from .learn import TIME as TIMING
 from .papers import (
     beside,
     figures_of,
@@ -23,7 +25,6 @@ from .papers import (
     without_figures,
 )
 from .reader import NAMED
-from .report import markdown_table
 
 NONE = "–"
 ACCURACY = (

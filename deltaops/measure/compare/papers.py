@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import sqrt
 
-from .cell import OURS
-from .compare import FULL_TUNING, Learned, Record
+from deltaops.measure.cell import OURS
+
 from .contenders import FULL, HEAD
+from .learn import FULL_TUNING, Learned, Record
 from .reader import NAMED
 
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cell import EAGER, OURS
-from .compare import FULL_TUNING, Learned, Record
+from deltaops.measure.cell import EAGER, OURS
+from deltaops.measure.picture import COLOURS, OTHER
+
 from .contenders import FULL, HEAD
+from .learn import FULL_TUNING, Learned, Record
 from .papers import standard_error
-from .picture import COLOURS, OTHER
 from .point_labels import Box, label_points
 
 PEERS = {OURS: COLOURS[OURS], EAGER: OTHER, FULL_TUNING: "#b9c4d6"}
