@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,14 +66,25 @@ def train(
     start: int = 0,
     on_step: Callable[[Point], None],
     should_stop: Callable[[], bool] = lambda: False,
+    before_step: Sequence[Callable[[int, float], object]] = (),
 ) -> bool:
     """Train from step ``start`` on; the model stays in training mode.
 
+    Args:
+        model: has a loss for a batch of ``data``.
+        data: examples.
+        order: of the examples.
+        optimizer: of what trains; the calls below may change what it has.
+        schedule: learning rates by step.
+        start: steps that are done.
+        on_step: called after each step.
+        should_stop: asked before each.
+        before_step: called in turn with the number of the step (from 1) and its loss, when
+            gradients are whole, neither clipped nor used.
     Returns: whether all steps are done; False where ``should_stop`` ended it after a whole step.
     Raises: ConfigError where the loss is no longer finite.
     """
     device = next(model.parameters()).device
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
     for step in range(start, schedule.steps):
         if should_stop():
@@ -91,6 +102,9 @@ def train(
                 f"the loss of step {step + 1} is {value}; the run was stopped. Try a smaller --lr, "
                 "or --dtype float32."
             )
+        for call in before_step:
+            call(step + 1, value)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
