@@ -15,7 +15,7 @@ from deltaops.measure.compare import run as table_run
 from deltaops.measure.compare.build import describe, groups, set_up
 from deltaops.measure.compare.contenders import Contender, chosen
 from deltaops.measure.compare.lines import HEADS, Learned, Record, Settings
-from deltaops.measure.compare.reader import NAMED, Material, few
+from deltaops.measure.compare.reader import NAMED, TRAINED, Material, few
 from deltaops.measure.compare.report import table_markdown
 from deltaops.measure.compare.run import Wish, fill, work
 from deltaops.measure.compare.steer import Moments, Training
@@ -67,15 +67,18 @@ def test_methods_are_lines_of_the_table_and_deltas_as_they_are_written() -> None
         chosen("bitfit,lora:rank=4")
 
 
-def test_the_parts_of_a_combination_have_their_own_rates(material: Material) -> None:
-    (both,) = chosen("lora:r=4+bitfit")
-    model, handle = set_up(both, material, 0)
+@pytest.mark.parametrize("head", [NAMED, TRAINED])
+def test_the_parts_of_a_combination_have_their_own_rates(head: str, material: Material) -> None:
+    (both,) = chosen("lora:r=4+bitfit", head)
+    names = material.names if head == NAMED else None
+    model, handle = set_up(both, replace(material, names=names), 0)
     assert handle is not None
-    pace = {id(p): g["pace"] for g in groups(model, handle, both, None) for p in g["params"]}
+    pace = {id(p): g["pace"] for g in groups(model, handle, both, 0.25) for p in g["params"]}
     for key, tensor in handle.state().items():
-        expected = both.rate * dict(both.paces)[key.partition("/")[0]]
-        assert pace[id(tensor)] == pytest.approx(expected)
-    assert len(pace) == len(handle.state())
+        part = key.partition("/")[0]
+        if part in dict(both.paces):
+            assert pace.pop(id(tensor)) == pytest.approx(both.rate * dict(both.paces)[part])
+    assert list(pace.values()) == [0.25] * (0 if head == NAMED else 2)
 
 
 # ------------------------------------------------------------------------------------- budgets

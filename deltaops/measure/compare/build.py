@@ -88,6 +88,7 @@ def _by_part(handle: Handle, contender: Contender) -> list[dict[str, Any]]:
     found: dict[float, list[nn.Parameter]] = {}
     for group in given:
         for p in group["params"]:
-            pace = group["pace"] * paces.get(part_of[id(p)], 1.0)
+            part = part_of.get(id(p), "")  # of a head that is trained along there is none
+            pace = group["pace"] * paces.get(part, 1.0)
             found.setdefault(pace, []).append(p)
     return [{"params": p, "pace": pace} for pace, p in found.items()]

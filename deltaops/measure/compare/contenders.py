@@ -80,8 +80,8 @@ _LINES = (
     ),
     Contender("prompt", "Prompt, P = 16", "prompt:num_virtual_tokens=16", 3e-2, "few vectors"),
     Contender(
-        "intrinsic", "IntrinsicPrompt, q = 5", "intrinsic-prompt:num_virtual_tokens=16", 3e-2,
-        "few numbers",
+        "intrinsic", "IntrinsicPrompt, q = 5",
+        "intrinsic-prompt:num_virtual_tokens=16,intrinsic_dim=5", 3e-2, "few numbers",
     ),
     Contender(
         "intrinsic-adapter", "IntrinsicAdapter, q = 5", "intrinsic-adapter", 5e-2, "few numbers"

@@ -24,6 +24,8 @@ FAMILIES = {
                            "intrinsic-250"),
 }  # fmt: skip
 """Delta tuning's three families (Ding et al. 2023) → colour and contenders."""
+OTHERS = ("combined or chosen", "#7a4a9c")
+"""What a legend calls the rest, and its colour."""
 LINE = "#777777"
 ROOM = 3
 """Half the width of what a line takes, in pixels."""
@@ -74,8 +76,13 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
     used = [f for f, (_, *names) in FAMILIES.items() if any(r.name in names for r, _ in points)]
     for family in used:
         ax.plot([], [], "o", color=FAMILIES[family][0], label=family)
+    if any(_colour(r.name) == OTHERS[1] for r, _ in points):
+        ax.plot([], [], "o", color=OTHERS[1], label=OTHERS[0])
+        used.append(OTHERS[0])
     if used:
-        ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+        ax.legend(
+            fontsize=8, frameon=False, ncols=len(used), loc="lower right", bbox_to_anchor=(1, 1)
+        )
     ax.figure.draw_without_rendering()  # settles the layout, which labels are placed in
     taken = [box for r, found in lines for box in _line(ax, r, found)]
     taken += [_bar(ax, r, found) for r, found in points]
@@ -116,7 +123,7 @@ def _line(ax: Any, record: Record, found: Means) -> tuple[Box, Box]:
 
 
 def _colour(name: str) -> str:
-    return next((colour for colour, *names in FAMILIES.values() if name in names), LINE)
+    return next((colour for colour, *names in FAMILIES.values() if name in names), OTHERS[1])
 
 
 def _times(ax: Any, records: Sequence[Record]) -> None:
