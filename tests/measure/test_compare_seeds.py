@@ -216,7 +216,7 @@ def test_means_and_deviations_are_told() -> None:
     lines = [start, lora, bitfit]
     text = table_markdown(replace(SETTINGS, few_shot=5, parameters=9), MACHINE, lines, "p.png")
     assert "| LORA | S() | 5 | 5.00 % | 82.0 ± 2.0 | +22.0 |" in text
-    assert "texts of 5 a label, drawn by the seed" in text
+    assert "texts (5 a label, drawn by the seed) of at most" in text
     assert "sized to train 9 parameters" in text
     assert "Seeds 0, 1, 2 (a line that has not all of them says so)" in text
     assert "BITFIT: seed 0 alone." in text

@@ -52,7 +52,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("kind", METHODS)
 def test_an_unknown_architecture_is_told_what_was_found(kind: str) -> None:
     model = Odd()
-    with pytest.raises(TargetError, match="Found: (1 Conv2d|Odd, with 0 linear layers)"):
+    with pytest.raises(TargetError, match=r"Found: (1 Conv2d|Odd, with 0 linear layers)"):
         deltaops.attach(model, METHODS[kind]())
     assert type(model.filters) is nn.Conv2d
     assert all(p.requires_grad for p in model.parameters())

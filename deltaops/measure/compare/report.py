@@ -113,7 +113,7 @@ def _how(s: Settings, records: Sequence[Record]) -> str:
     several = any(len(one) > 1 for one in found)
     named = ", ".join(map(str, seeds))
     some = "" if len(found) < 2 else " (a line that has not all of them says so)"
-    texts = "" if s.few_shot is None else f" of {s.few_shot} a label, drawn by the seed"
+    texts = "" if s.few_shot is None else f" ({s.few_shot} a label, drawn by the seed)"
     budget = "" if s.parameters is None else (
         f" Each method is sized to train {s.parameters:,} parameters, as near as its sizes allow; "
         "what has no size stays as it is."
@@ -127,7 +127,7 @@ def _how(s: Settings, records: Sequence[Record]) -> str:
     )
     order = "" if several else f" (seed {named})" if seeds else ""
     return (
-        f"Every line: {s.steps} steps of {s.batch_size} texts{texts}, of at most {s.seq_len} "
+        f"Every line: {s.steps} steps of {s.batch_size} texts{texts} of at most {s.seq_len} "
         f"tokens, in the same order{order}, float32, no dropout.{budget} {head}. Tested on {test}. "
         f"{told}"
     )
