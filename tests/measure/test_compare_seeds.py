@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from deltaops.measure.compare.lines import HEADS, Learned, Record, Settings
 from deltaops.measure.compare.reader import NAMED, TRAINED, Material, few
 from deltaops.measure.compare.report import table_markdown
 from deltaops.measure.compare.run import Wish, fill, work
-from deltaops.measure.compare.steer import Moments, Training
+from deltaops.measure.compare.steer import Moments, Training, steered_by
 from deltaops.measure.compare.store import Comparison, begin, read_table
 from deltaops.methods import Combined
+from deltaops.surgery import Handle
 from deltaops.testing.architectures import build
 from deltaops.tuning.tokens import TokenSet
 
@@ -262,3 +264,53 @@ def test_what_steers_is_called_and_may_take_parameters_away(material: Material) 
     whole = describe(line, material, 0).trained
     assert found.trained is not None
     assert 0 < found.trained < whole
+
+
+class Counting:
+    """A controller that freezes all but one parameter after its first evaluation."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.calls: list[str] = []
+
+    def begin(self, handle: Handle, optimizer: object, *, steps: int | None = None) -> None:
+        self.handle = handle
+        self.calls.append(f"begin of {steps}")
+
+    def after_backward(self, loss: float) -> None:
+        self.calls.append("backward")
+
+    def after_step(self) -> None:
+        self.calls.append("step")
+
+    def after_evaluation(self, metrics: Mapping[str, float]) -> None:
+        assert metrics.keys() == {"loss", "accuracy"}
+        self.calls.append("evaluation")
+        for p in list(self.handle.parameters())[1:]:
+            p.requires_grad_(False)
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_a_controller_is_one_more_line(material: Material) -> None:
+    made: list[Counting] = []
+
+    def make(seed: int) -> Counting:
+        made.append(Counting(seed))
+        return made[-1]
+
+    line = replace(
+        chosen("bitfit")[0], name="controller", title="Controller", steer=steered_by(make)
+    )
+    asked = replace(wish("bitfit", 0, 1), contenders=(line,))
+    settings = replace(SETTINGS, steps=2, few_shot=2)
+    table, stopped = fill(Comparison(settings, MACHINE, ()), asked, material, None)
+    assert not stopped
+    assert [one.seed for one in made] == [0, 1]
+    each = ["backward", "step", "evaluation"]
+    assert made[0].calls == ["begin of 2", *each, *each, "close"]
+    (record,) = table.records
+    assert record.learned is not None
+    text = table_markdown(settings, MACHINE, table.records, "p.png")
+    assert f"Controller: {record.learned.trained:,} parameters train at the end." in text

@@ -126,6 +126,8 @@ def trained(
         model, fit, Order(len(fit), settings.batch_size, seed), optimizer,
         Schedule(settings.steps, 1.0), on_step=after, before_step=moments.before_step,
     )  # fmt: skip
+    for end in moments.at_end:
+        end()
     return model, losses[-1], time.perf_counter() - began
 
 
