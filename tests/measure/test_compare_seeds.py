@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from deltaops.tuning.tokens import TokenSet
 from .results import MACHINE
 
 SETTINGS = replace(
-    Settings("tiny", "train.csv", None, steps=4, batch_size=4, seq_len=8), **HEADS[NAMED]
+    Settings("tiny", "train.csv", None, steps=2, batch_size=4, seq_len=8), **HEADS[NAMED]
 )
 
 
@@ -39,6 +39,14 @@ def texts(count: int) -> TokenSet:
     classes = torch.arange(count) % 3
     ids = [torch.randint(9, 60, (3 + i % 5,), generator=random) for i in range(count)]
     return TokenSet(ids, classes, 0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
