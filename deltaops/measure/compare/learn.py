@@ -33,7 +33,7 @@ def work(contender: Contender, settings: Settings, test: int, rates: int) -> int
     batches = -(-test // settings.batch_size)
     if not trains(contender, settings.head):
         return batches
-    return settings.steps + rates * (settings.steps // TRIAL) + batches
+    return settings.steps + rates * max(1, settings.steps // TRIAL) + batches
 
 
 def learn(
