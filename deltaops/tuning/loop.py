@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,16 @@ class Point:
     tokens_per_second: float
 
 
+class Steering(Protocol):
+    """Such as a :class:`deltaops.strategy.Controller`."""
+
+    def after_backward(self, loss: float) -> object:
+        """Gradients are whole."""
+
+    def after_step(self) -> object:
+        """The optimizer has stepped."""
+
+
 def make_optimizer(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
     """AdamW without weight decay: a delta starts at zero, and is pulled there by nothing else.
 
@@ -66,21 +76,12 @@ def train(
     start: int = 0,
     on_step: Callable[[Point], None],
     should_stop: Callable[[], bool] = lambda: False,
-    before_step: Sequence[Callable[[int, float], object]] = (),
+    steer: Steering | None = None,
 ) -> bool:
     """Train from step ``start`` on; the model stays in training mode.
 
     Args:
-        model: has a loss for a batch of ``data``.
-        data: examples.
-        order: of the examples.
-        optimizer: of what trains; the calls below may change what it has.
-        schedule: learning rates by step.
-        start: steps that are done.
-        on_step: called after each step.
-        should_stop: asked before each.
-        before_step: called in turn with the number of the step (from 1) and its loss, when
-            gradients are whole, neither clipped nor used.
+        steer: told of each step's gradients, before they are clipped, and of its end.
     Returns: whether all steps are done; False where ``should_stop`` ended it after a whole step.
     Raises: ConfigError where the loss is no longer finite.
     """
@@ -102,12 +103,15 @@ def train(
                 f"the loss of step {step + 1} is {value}; the run was stopped. Try a smaller --lr, "
                 "or --dtype float32."
             )
-        for call in before_step:
-            call(step + 1, value)
+        if steer is not None:
+            steer.after_backward(value)
+        # asked anew in each step: what steers may have put others there
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if steer is not None:
+            steer.after_step()
         seconds = time.perf_counter() - began
         tokens = int(batch["attention_mask"].sum())
         on_step(Point(step + 1, value, rate, tokens / seconds))

@@ -113,8 +113,6 @@ def trained(
 
     def after(point: Point) -> None:
         losses.append(point.loss)
-        for call in moments.after_step:
-            call(point.step, point.loss)
         if moments.after_evaluation and held is not None and point.step % pause == 0:
             scores = _test(model, held, settings.batch_size)
             for tell in moments.after_evaluation:
@@ -124,7 +122,7 @@ def trained(
     began = time.perf_counter()
     train(
         model, fit, Order(len(fit), settings.batch_size, seed), optimizer,
-        Schedule(settings.steps, 1.0), on_step=after, before_step=moments.before_step,
+        Schedule(settings.steps, 1.0), on_step=after, steer=_Asked(moments),
     )  # fmt: skip
     for end in moments.at_end:
         end()
@@ -132,6 +130,22 @@ def trained(
 
 
 # --------------------------------------------------------------------------------------- details
+
+
+class _Asked:
+    """What the loop tells, to the lists of :class:`Moments`."""
+
+    def __init__(self, moments: Moments) -> None:
+        self._moments, self._step, self._loss = moments, 0, 0.0
+
+    def after_backward(self, loss: float) -> None:
+        self._step, self._loss = self._step + 1, loss
+        for call in self._moments.before_step:
+            call(self._step, loss)
+
+    def after_step(self) -> None:
+        for call in self._moments.after_step:
+            call(self._step, self._loss)
 
 
 def _texts(
