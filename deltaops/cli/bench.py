@@ -103,7 +103,7 @@ def _settings(
 
     from deltaops.errors import ConfigError
     from deltaops.measure.cases import DTYPES
-    from deltaops.measure.contenders import chosen
+    from deltaops.measure.compare.contenders import chosen
     from deltaops.measure.runner import Settings
     from deltaops.measure.workloads import READERS, WORKLOADS
 

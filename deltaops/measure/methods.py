@@ -13,10 +13,10 @@ from deltaops.tuning.spec import parse_delta
 
 from .cases import DTYPES
 from .cell import EAGER, OURS, Cell
-from .contenders import Contender, contenders
+from .compare.contenders import Contender, contenders
+from .compare.reader import HEAD
 from .difference import difference
 from .pair import held_pair, stepper, time_steps, timed_optimizer
-from .reader import HEAD
 from .workloads import Workload
 
 NAMES = tuple(name for name, line in contenders().items() if line.spec)

@@ -11,7 +11,7 @@ from deltaops.errors import DeltaopsError
 from . import machine
 from .cases import DTYPES, OPS, QUICK_SHAPES, SHAPES, SMALL_M
 from .cell import EAGER, OURS_COMPILED, PEFT_COMPILED, Cell, Results
-from .contenders import Contender, contenders
+from .compare.contenders import Contender, contenders
 from .layers import Pace, measure_call, measure_layer, measure_product
 from .methods import NAMES, measure_method
 from .mixed import SHAPES as MIXED_SHAPES

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .reader import Reader
+from .compare.reader import Reader
 
 Batch = dict[str, Tensor]
 LABELS = 100

@@ -44,7 +44,8 @@ from .decoder import ADAPTER, FACTS, START, check_numbers, open_decoder, read_fa
 from .linear import become_place
 
 DIMENSION = 5
-"""q where neither the settings nor a decoder say it."""
+"""q where neither the settings nor a decoder say it: hundreds would be better, and the projection
+takes q times the numbers of all adapters."""
 SPREAD = 1e-2
 """Standard deviation of Down and Up at the start: Houlsby et al.'s."""
 SCALE = 0.1

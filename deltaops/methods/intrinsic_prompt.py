@@ -3,7 +3,10 @@
 The decoder is frozen. Fitted to the trained prompts of several tasks (``deltaops intrinsic fit``)
 it spans what they have in common, and a new task is learnt by its few numbers. Without one it is a
 fixed random projection around the embeddings of tokens drawn at random, both made from the seed
-alone: that measures how few numbers a task needs at all (Aghajanyan et al. 2021, arXiv 2012.13255).
+alone: that measures how few numbers a task needs at all (Aghajanyan et al. 2021, arXiv 2012.13255),
+and those are hundreds. The prompt costs the model something before it is trained, the more of it
+the longer it is, and whatever its vectors are: a handful of numbers does not make up for that. Nor
+do they learn at a prompt's rate, of which a direction drawn at random sees a part: take 0.1 to 1.
 
 The prompt is decoded once in each pass, and shared by the batch.
 Source: Qin et al. 2021 (arXiv 2110.07867), §3.
@@ -40,8 +43,8 @@ from .prompt import Prompt
 from .targets import STACKS, check_flags, normalise
 
 KEY = "intrinsic"
-LENGTH, DIMENSION = 20, 5
-"""P and q where neither the settings nor a decoder say them."""
+LENGTH, DIMENSION = 20, 250
+"""P and q where neither the settings nor a decoder say them; q is the larger one of Qin et al."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,7 +52,8 @@ class IntrinsicPrompt(stack.PromptDelta):
     """Settings of intrinsic prompt tuning.
 
     Args:
-        intrinsic_dim: q, the numbers that are trained; the decoder's, or 5 without one.
+        intrinsic_dim: q, the numbers that are trained; the decoder's, or 250 without one, whose
+            projection takes q·P·d numbers of memory.
         num_virtual_tokens: P, the length of the prompt; the decoder's, or 20 without one.
         decoder: folder of ``deltaops intrinsic fit``; None for a fixed random projection. An
             adapter's file holds this path, not the decoder; a flat one the prompt alone.

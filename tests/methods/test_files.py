@@ -43,7 +43,9 @@ PATTERNS = LoRA(
     alpha_pattern={"1.output.dense": 1.5},
 )
 CASES = [(delta, name) for delta in (IA3(), LNTuning()) for name in ARCHITECTURES]
-CASES += [(LoRA(r=3, alpha=5, use_dora=True), "gpt2"), (PATTERNS, "bert")]
+CASES += [(LoRA(r=3, alpha=5, use_dora=True), name) for name in ("gpt2", "bert", "llama")]
+CASES += [(LoRA(r=3, alpha=5), name) for name in ("gpt2", "llama", "t5", "vit")]
+CASES += [(PATTERNS, "bert")]
 CASES += [(delta(layers_to_transform=[1]), "bert") for delta in (LoRA, LNTuning)]
 
 

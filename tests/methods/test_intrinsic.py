@@ -177,7 +177,7 @@ def test_a_torn_decoder_is_refused(tmp_path: Path) -> None:
 
 def test_a_random_projection_is_of_its_seed_alone(tmp_path: Path) -> None:
     model = build("gpt2")
-    handle = deltaops.attach(model, IntrinsicPrompt(seed=3))
+    handle = deltaops.attach(model, IntrinsicPrompt(intrinsic_dim=5, seed=3))
     with torch.no_grad():
         next(handle.parameters()).copy_(torch.linspace(-1, 1, 5))
     handle.save(tmp_path)
@@ -195,7 +195,7 @@ def test_a_random_projection_is_of_its_seed_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.load(out), made().detach())
     other = build("gpt2")
     with torch.no_grad():
-        (z,) = deltaops.attach(other, IntrinsicPrompt(seed=4)).parameters()
+        (z,) = deltaops.attach(other, IntrinsicPrompt(intrinsic_dim=5, seed=4)).parameters()
         z.copy_(torch.linspace(-1, 1, 5))
     assert not torch.equal(answer("gpt2", other), expected)
 

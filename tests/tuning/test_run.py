@@ -70,6 +70,24 @@ def test_a_method_with_a_manifest_resumes_alike(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_every_method_is_tuned_by_its_name(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    import deltaops
+    from deltaops.methods import METHODS
+
+    monkeypatch.setattr("deltaops.tuning.run.draw_curve", lambda *given: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    for kind, method in METHODS.items():
+        wanted = settings(base, text, delta=kind, lr=0.01, steps=1, eval_fraction=0)
+        assert run(wanted, tmp_path / kind).finished, kind
+        handle = deltaops.load(model, tmp_path / kind)
+        assert type(handle.delta) is method
+        handle.revert()
+
+
 def test_a_stopped_run_is_loadable(base: Path, text: Path, tmp_path: Path) -> None:
     import transformers
 

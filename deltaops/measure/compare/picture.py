@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cell import EAGER, OURS
-from .compare import FULL_TUNING, Learned, Record
+from deltaops.measure.cell import EAGER, OURS
+from deltaops.measure.picture import COLOURS, OTHER
+
+from .clock import FULL_TUNING
 from .contenders import FULL, HEAD
+from .lines import Means, Record
 from .papers import standard_error
-from .picture import COLOURS, OTHER
 from .point_labels import Box, label_points
 
 PEERS = {OURS: COLOURS[OURS], EAGER: OTHER, FULL_TUNING: "#b9c4d6"}
@@ -22,6 +24,8 @@ FAMILIES = {
                            "intrinsic-250"),
 }  # fmt: skip
 """Delta tuning's three families (Ding et al. 2023) → colour and contenders."""
+OTHERS = ("combined or chosen", "#7a4a9c")
+"""What a legend calls the rest, and its colour."""
 LINE = "#777777"
 ROOM = 3
 """Half the width of what a line takes, in pixels."""
@@ -49,13 +53,14 @@ def draw_table(path: Path, records: Sequence[Record], subtitle: str) -> None:
 
 
 def _accuracies(ax: Any, records: Sequence[Record]) -> None:
-    """Points with their standard errors; the start and full tuning are lines."""
+    """Points with their deviation over seeds, or of one their standard errors; the start and full
+    tuning are lines."""
     learned = {r.name: (r, r.learned) for r in records if r.learned is not None}
     lines = [learned.pop(name) for name in (FULL, HEAD) if name in learned]
     points = list(learned.values())
     for r, found in points:
         ax.errorbar(
-            r.trained, 100 * found.accuracy, yerr=100 * standard_error(found), fmt="o", capsize=2,
+            r.trained, 100 * found.accuracy, yerr=100 * _bar_of(found), fmt="o", capsize=2,
             markersize=6, color=_colour(r.name), ecolor="#aaaaaa", elinewidth=1,
         )  # fmt: skip
     sizes = [r.trained for r, _ in points] or [1]
@@ -65,12 +70,19 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
     room = 0.07 * (max(values) - min(values)) + 0.5
     ax.set_ylim(min(values) - room, max(values) + room)
     ax.set_xlabel("trained parameters of the method", fontsize=8)
-    ax.set_ylabel("test accuracy, % (± its standard error)", fontsize=8)
+    several = any(found.spread is not None for _, found in points)
+    bar = "standard deviation over the seeds" if several else "its standard error"
+    ax.set_ylabel(f"test accuracy, % (± {bar})", fontsize=8)
     used = [f for f, (_, *names) in FAMILIES.items() if any(r.name in names for r, _ in points)]
     for family in used:
         ax.plot([], [], "o", color=FAMILIES[family][0], label=family)
+    if any(_colour(r.name) == OTHERS[1] for r, _ in points):
+        ax.plot([], [], "o", color=OTHERS[1], label=OTHERS[0])
+        used.append(OTHERS[0])
     if used:
-        ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+        ax.legend(
+            fontsize=8, frameon=False, ncols=len(used), loc="lower right", bbox_to_anchor=(1, 1)
+        )
     ax.figure.draw_without_rendering()  # settles the layout, which labels are placed in
     taken = [box for r, found in lines for box in _line(ax, r, found)]
     taken += [_bar(ax, r, found) for r, found in points]
@@ -80,16 +92,18 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
     )  # fmt: skip
 
 
-def _bar(ax: Any, record: Record, found: Learned) -> Box:
+def _bar(ax: Any, record: Record, found: Means) -> Box:
     """The room of a point's error bar, in pixels."""
     x, middle = ax.transData.transform((record.trained, 100 * found.accuracy))
-    _, top = ax.transData.transform(
-        (record.trained, 100 * (found.accuracy + standard_error(found)))
-    )
+    _, top = ax.transData.transform((record.trained, 100 * (found.accuracy + _bar_of(found))))
     return x - ROOM, 2 * middle - top - ROOM, x + ROOM, top + ROOM
 
 
-def _line(ax: Any, record: Record, found: Learned) -> tuple[Box, Box]:
+def _bar_of(found: Means) -> float:
+    return standard_error(found) if found.spread is None else found.spread
+
+
+def _line(ax: Any, record: Record, found: Means) -> tuple[Box, Box]:
     """A level across the picture. Returns: the room of its label and its own, in pixels."""
     value = 100 * found.accuracy
     ax.axhline(value, color=LINE, linewidth=1, linestyle="--", zorder=0)
@@ -109,7 +123,7 @@ def _line(ax: Any, record: Record, found: Learned) -> tuple[Box, Box]:
 
 
 def _colour(name: str) -> str:
-    return next((colour for colour, *names in FAMILIES.values() if name in names), LINE)
+    return next((colour for colour, *names in FAMILIES.values() if name in names), OTHERS[1])
 
 
 def _times(ax: Any, records: Sequence[Record]) -> None:

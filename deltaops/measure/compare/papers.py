@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import sqrt
 
-from .cell import OURS
-from .compare import FULL_TUNING, Learned, Record
+from deltaops.measure.cell import OURS
+
+from .clock import FULL_TUNING
 from .contenders import FULL, HEAD
+from .lines import Means, Record
 from .reader import NAMED
 
 
@@ -60,13 +62,15 @@ SECONDS = {"lora": 942, "dora": 1191, "bitfit": 881, "prefix": 878, "prompt": 14
 """Of PEFT's runs, whole, on one GPU."""
 
 
-def standard_error(learned: Learned) -> float:
-    """Of the accuracy, as a share: what another draw of as many test texts would change."""
+def standard_error(learned: Means) -> float:
+    """Of the accuracy, as a share: what another draw of as many test texts would change, and of
+    as many seeds where there are several."""
     a = learned.accuracy
-    return sqrt(a * (1 - a) / learned.examples)
+    of_seeds = 0.0 if learned.spread is None else learned.spread**2 / len(learned.seeds)
+    return sqrt(a * (1 - a) / learned.examples + of_seeds)
 
 
-def told_apart(a: Learned, b: Learned) -> bool:
+def told_apart(a: Means, b: Means) -> bool:
     """Whether two accuracies differ by twice the standard error of their difference or more.
 
     It is taken as that of two draws of texts; all are tested on the same, so it is rather less.

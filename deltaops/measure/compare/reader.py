@@ -84,10 +84,9 @@ def read_material(
     test: str | None,
     columns: Columns,
     seq_len: int,
-    seed: int,
     head: str = NAMED,
 ) -> Material:
-    """Load everything. Without ``test`` a tenth of ``train`` is held out.
+    """Load everything. Without ``test`` a tenth of ``train`` is held out, the same for all seeds.
 
     Args:
         head: :data:`NAMED` or :data:`TRAINED`.
@@ -105,7 +104,7 @@ def read_material(
     read = tuple(labels) if head == NAMED else ()
     cut = len(examples)
     if test is None:
-        fit, kept = data.split(0.1, seed)
+        fit, kept = data.split(0.1, 0)
         assert kept is not None  # a tenth was asked for
     else:
         fit = TokenSet(data.ids[:cut], data.classes[:cut], data.pad)
@@ -134,8 +133,34 @@ def _is_number(label: str) -> bool:
     return True
 
 
+def few(data: TokenSet, classes: int, count: int, seed: int) -> tuple[TokenSet, TokenSet]:
+    """``count`` texts of each label, drawn by ``seed``; and as many others of each.
+
+    Raises: ConfigError where a label has not more than ``count``.
+    """
+    assert data.classes is not None  # only labelled texts are compared on
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data), generator=random)
+    chosen: list[int] = []
+    others: list[int] = []
+    for label in range(classes):
+        rows = order[data.classes[order] == label].tolist()
+        if len(rows) <= count:
+            raise ConfigError(
+                f"--few-shot {count}: label {label} of the sorted ones has {len(rows)} training "
+                "texts, and one more is needed, to judge rates by. Ask for fewer."
+            )
+        chosen += rows[:count]
+        others += rows[count : 2 * count]
+    return _rows(data, sorted(chosen)), _rows(data, sorted(others))
+
+
 def by_length(data: TokenSet) -> TokenSet:
     """The same texts, the short ones first: batches with little padding."""
     assert data.classes is not None  # only labelled texts are compared on
-    order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
+    return _rows(data, sorted(range(len(data)), key=lambda i: len(data.ids[i])))
+
+
+def _rows(data: TokenSet, order: list[int]) -> TokenSet:
+    assert data.classes is not None  # as above
     return TokenSet([data.ids[i] for i in order], data.classes[order], data.pad)

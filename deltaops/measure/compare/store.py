@@ -10,13 +10,13 @@ from typing import Any
 
 from deltaops.errors import ConfigError
 from deltaops.files import write_atomically, write_json
+from deltaops.measure.store import slug
 
-from .compare import Record, Settings
 from .contenders import contenders
+from .lines import Record, Settings
+from .picture import draw_table
 from .reader import NAMED, TRAINED
-from .store import slug
-from .table_picture import draw_table
-from .table_report import table_markdown
+from .report import table_markdown
 
 FILES = {NAMED: "methods", TRAINED: "methods-trained-head"}
 """Head → the end of the name of its table's files."""
@@ -32,7 +32,7 @@ class Comparison:
     records: tuple[Record, ...]
 
     def with_record(self, record: Record, machine: dict[str, Any]) -> Comparison:
-        """The same table with this line, which keeps the half of an older one that it lacks."""
+        """The same table with this line, which keeps of an older one what it lacks."""
         found = {r.name: r for r in self.records}
         found[record.name] = record.updated(found.get(record.name))
         order = [*contenders(self.settings.head), *found]
@@ -58,17 +58,21 @@ def origin_of(machine: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def file_of(folder: Path, machine: dict[str, Any], head: str) -> Path:
+def file_of(folder: Path, machine: dict[str, Any], settings: Settings) -> Path:
     """Where this machine's table of this head lies in ``folder``."""
-    return folder / f"{slug(machine)}-{FILES[head]}.json"
+    few = "" if settings.few_shot is None else f"-{settings.few_shot}-shot"
+    budget = "" if settings.parameters is None else f"-{settings.parameters}-parameters"
+    return folder / f"{slug(machine)}-{FILES[settings.head]}{few}{budget}.json"
 
 
 def read_table(path: Path) -> Comparison:
     """A table from its JSON. Raises: ConfigError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        settings = Settings(**value["settings"])
-        records = tuple(_named_now(Record.of_json(r), settings.head) for r in value["methods"])
+        given = dict(value["settings"])
+        seed = given.pop("seed", 0)  # of every run, before lines had several
+        settings = Settings(**given)
+        records = tuple(_named_now(Record.of_json(r, seed), settings) for r in value["methods"])
         return Comparison(settings, value["machine"], records)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -77,10 +81,12 @@ def read_table(path: Path) -> Comparison:
         ) from error
 
 
-def _named_now(record: Record, head: str) -> Record:
-    """An old line under its present title."""
-    known = contenders(head).get(record.name)
-    return record if known is None else replace(record, title=known.title)
+def _named_now(record: Record, settings: Settings) -> Record:
+    """An old line under its present title; one that was sized has its size in it."""
+    known = contenders(settings.head).get(record.name)
+    if known is None or settings.parameters is not None:
+        return record
+    return replace(record, title=known.title)
 
 
 def begin(path: Path, settings: Settings, machine: dict[str, Any]) -> Comparison:
