@@ -3,7 +3,8 @@
 Usage: python tests/kernels/every_variant.py TARGET [AREA …]
 
     TARGET   sm_80, sm_90, sm_100 or gfx942
-    AREA     gemms, passes, persistent, published, linears, attention, rows; all without one
+    AREA     gemms, passes, persistent, published, linears, attention, rows; all without one.
+             AREA:I/N is every N-th call of it, from the I-th on: a piece of a long run.
 
 test_ahead_of_time.py compiles in CI what ahead.py, linears_ahead.py and rows_ahead.py list; this
 goes on to every row of the tables with every count of rank lanes, every set of gradients, mask,
@@ -171,12 +172,14 @@ def main(name: str, *areas: str) -> int:
     knobs.nvidia.dump_ptxas_log = True
     target, bad = TARGETS[name], 0
     recorder = ahead.Recorder(target)
-    for area in areas or AREAS:
+    for wanted in areas or AREAS:
+        area, _, share = wanted.partition(":")
+        first, step = map(int, (share or "0/1").split("/"))
         before = len(recorder.found)
         recorder.only = ONLY.get(area, "")
         for plan in plans(area, target):
             with ahead.compiling(recorder, target, plan):
-                for call in AREAS[area]():
+                for call in itertools.islice(AREAS[area](), first, None, step):
                     call()
         found = list(recorder.found.items())[before:]
         for key, kernel in found:
@@ -184,7 +187,7 @@ def main(name: str, *areas: str) -> int:
             bad += bool(lines)
             for line in lines:
                 print(f"{line}\n    {key}", flush=True)
-        print(f"{name} {area}: {len(found)} variants compiled", flush=True)
+        print(f"{name} {wanted}: {len(found)} variants compiled", flush=True)
     return 1 if bad else 0
 
 

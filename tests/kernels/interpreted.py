@@ -131,20 +131,17 @@ def check_case(number: int, cases: tuple[DeltaLinearCase, ...] = DELTA_LINEAR_CA
     needs = t.all_needed()
     y64, s64 = reference.forward(*wide.forward_arguments())
     y32, s32 = reference.forward(*t.forward_arguments())
+    rest = needs, *t.by_row()
     oracle = [
         y64,
         s64,
-        *reference.backward(*wide.backward_arguments(grad_y.double(), s64), needs, *t.by_row()),
+        *t.joined(reference.backward(*wide.backward_arguments(grad_y.double(), s64), *rest)),
     ]
-    baseline = [
-        y32,
-        s32,
-        *reference.backward(*t.backward_arguments(grad_y, s32), needs, *t.by_row()),
-    ]
+    baseline = [y32, s32, *t.joined(reference.backward(*t.backward_arguments(grad_y, s32), *rest))]
 
     def results() -> list[torch.Tensor]:
         y, s = run.forward(*t.forward_arguments())
-        return [y, s, *run.backward(*t.backward_arguments(grad_y, s), needs, *t.by_row())]
+        return [y, s, *t.joined(run.backward(*t.backward_arguments(grad_y, s), *rest))]
 
     def check(found: list[torch.Tensor], what: str) -> None:
         for i, (got, want, low) in enumerate(zip(found, oracle, baseline, strict=True)):

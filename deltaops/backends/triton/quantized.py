@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltaops.reference.quantized import QuantizedWeight, nf4_table
 
-from . import core
+from . import branches, core
 
 
 def fuses(m: int, weight: QuantizedWeight) -> bool:
@@ -37,21 +37,21 @@ def forward(
     bias: Tensor | None,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
     scaling: Sequence[float],
     dropout: Sequence[float],
+    activation: Sequence[str],
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``(y, S)`` of :func:`deltaops.backends.triton.delta_linear.forward`, where it ``fuses``."""
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     with core.device_of(x):
         precision = core.kernels("precision").rank_precision(x.dtype, a)
-        s: Tensor = core.kernels("project").project_branches(
-            x, list(a), list(scaling), list(dropout), seed, precision
-        )
+        s, u = branches.project(x, a, branch_bias, scaling, dropout, activation, seed)
         if y.numel():
             codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
             core.kernels("quantized").forward_quantized(
-                x, codes, scales, _table(weight), bias, s, list(b), y,
+                x, codes, scales, _table(weight), bias, u, list(b), y,
                 nf4=weight.kind == "nf4", block=weight.block, precision=precision,
             )  # fmt: skip
     return y, s

@@ -299,6 +299,27 @@ def _grad_input_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> 
     t.store(a.grad_x, a.M * a.K)
 
 
+@entry("_hidden_kernel")
+def _hidden(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    count = a.M * a.R
+    t.load(a.h, count, count)
+    if a.HAS_BIAS:
+        t.load(a.bias, a.R, a.R * grid[0])
+        if a.ROUTED:
+            t.load(a.adapter, a.M, a.M * grid[1])
+        t.store(a.h, count)
+    t.store(a.u, count)
+
+
+@entry("_hidden_grad_kernel")
+def _hidden_grad(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    count = a.M * a.R
+    for tensor in (a.h, a.grad_u):
+        t.load(tensor, count, count)
+    for tensor in (a.grad_u, *([a.u] if a.WANT_U else [])):
+        t.store(tensor, count)
+
+
 @entry("_row_norms_kernel")
 def _row_norms(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     down, lanes, parts = grid
