@@ -53,7 +53,7 @@ class Counted(Protocol):
 
 @dataclass(frozen=True)
 class Linear:
-    """``delta_linear`` with one branch; every gradient is wanted."""
+    """``delta_linear`` with one branch, LoRA or a parallel adapter; every gradient is wanted."""
 
     m: int
     n: int
@@ -62,6 +62,8 @@ class Linear:
     dropout: float = 0.0
     dtype: torch.dtype = torch.bfloat16
     adapter: torch.dtype = torch.bfloat16
+    activation: str = "identity"
+    """Of a parallel adapter, which has a bias before it too."""
 
     @property
     def setting(self) -> Setting:
@@ -71,7 +73,8 @@ class Linear:
         )
 
     def __str__(self) -> str:
-        return f"delta_linear {self.setting}"
+        branch = "" if self.activation == "identity" else f" {self.activation}"
+        return f"delta_linear {self.setting}{branch}"
 
     def plans(self, direction: str) -> tuple[str, ...]:
         """Those that can run it on the GPU that stands in."""
@@ -96,17 +99,19 @@ class Linear:
             for shape in ((self.m, self.k), (self.n, self.k), (self.m, self.n))
         )
         a, b = _meta(self.adapter, self.rank, self.k), _meta(self.adapter, self.n, self.rank)
-        seed, linear = _meta(torch.int64, 1), ["identity"]
+        parallel = self.activation != "identity"
+        inner = _meta(self.adapter, self.rank) if parallel else None
+        settings = [2.0], [self.dropout], [self.activation], _meta(torch.int64, 1)
         if direction == FORWARD:
-            run.forward(x, weight, None, [a], [b], [None], [2.0], [self.dropout], linear, seed)
+            run.forward(x, weight, None, [a], [b], [inner], *settings)
         else:
             s = _meta(torch.float32, self.m, self.rank)
-            needs = [True, False, True, True, False]
-            run.backward(y, x, weight, [a], [b], s, [2.0], [self.dropout], linear, seed, needs)
+            needs = [True, False, True, True, parallel]
+            run.backward(y, x, weight, [a], [b], s, *settings, needs)
 
     def floor(self, direction: str) -> Floor:
         """Forward: x, W, A, B and y. Backward: dy, x, W, A, B and dx, dA, dB. S is neither: it can
-        be made again from x, which is read anyway."""
+        be made again from x, which is read anyway. An inner bias is too little to count."""
         m, n, k, r = self.m, self.n, self.k, self.rank
         narrow, wide = self.dtype.itemsize, self.adapter.itemsize
         moved = narrow * (m * k + n * k + m * n) + wide * r * (n + k)
@@ -343,8 +348,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Quantized:
-    """``quantized_linear`` with one branch, forward; backward is that of a dense weight after W was
-    made, which is counted here where the forward pass makes it."""
+    """``quantized_linear`` with one branch, with W made where the passes do; every gradient is
+    wanted."""
 
     m: int
     n: int
@@ -352,8 +357,6 @@ class Quantized:
     rank: int
     kind: str
     dtype: torch.dtype = torch.bfloat16
-
-    directions: ClassVar = (FORWARD,)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -372,24 +375,35 @@ class Quantized:
         x, weight = _meta(self.dtype, self.m, self.k), self._weight()
         a, b = _meta(self.dtype, self.rank, self.k), _meta(self.dtype, self.n, self.rank)
         plan = TritonBackend().prepare(a, [a], [b], [None], [2.0], [0.0], ["identity"])
-        if plan.fuses(self.m, weight):
-            plan.forward_quantized(x, weight, None, [a, b, None], None)
+        fused, operands = plan.fuses(self.m, weight), [a, b, None]
+        dense = None if fused else plan.dequantize(weight, self.dtype)
+        if direction == FORWARD:
+            if dense is None:
+                plan.forward_quantized(x, weight, None, operands, None)
+            else:
+                plan.forward(x, dense, None, operands, None, True)
+            return
+        dy, s = _meta(self.dtype, self.m, self.n), _meta(torch.float32, self.m, self.rank)
+        needs = [True, False, True, True, False]
+        if dense is None:
+            plan.backward_quantized(dy, x, weight, operands, s, None, needs)
         else:
-            dense = plan.dequantize(weight, self.dtype)
-            plan.forward(x, dense, None, [a, b, None], None, True)
+            plan.backward(dy, x, dense, operands, s, None, needs)
 
     def floor(self, direction: str) -> Floor:
-        """x, the codes and scales, A, B and y."""
+        """As that of :class:`Linear`, with the codes and scales for W."""
         m, n, k, r = self.m, self.n, self.k, self.rank
         codes, scales = self._weight()[:2]
-        rows = self.dtype.itemsize * (m * k + m * n + r * (n + k))
-        return Floor(rows + codes.nbytes + scales.nbytes, 2 * m * (n * k + r * (n + k)))
+        dense = Linear(m, n, k, r, dtype=self.dtype, adapter=self.dtype).floor(direction)
+        moved = dense.bytes - self.dtype.itemsize * n * k + codes.nbytes + scales.nbytes
+        return Floor(moved, dense.operations)
 
 
 CALLS: tuple[Counted, ...] = (
     *(Linear(8192, 4096, 4096, r) for r in (16, 64, 128)),
     Linear(8192, 4096, 4096, 16, dropout=0.1),
     Linear(8192, 4096, 4096, 16, dropout=0.1, adapter=torch.float32),
+    Linear(8192, 4096, 4096, 64, activation="gelu"),
     Linear(8192, 14336, 4096, 16),
     Linear(8192, 4096, 14336, 16),
     Linear(512, 4096, 4096, 16),

@@ -63,6 +63,11 @@ def passes() -> Iterator[Call]:
             yield partial(ahead.launch, one)
         for m in ROWS:
             yield partial(ahead.launch, ahead.Setting(m, (rank,), dtype, adapter, 0.1, n))
+    for rank, (dtype, adapter), kind, routed in itertools.product(
+        RANKS, TYPES, ("relu", "gelu", "gelu_tanh", "silu"), (False, True)
+    ):
+        one = ahead.Setting(512, (rank,), dtype, adapter, routed=routed, activation=kind)
+        yield partial(ahead.launch, one)
 
 
 def persistent() -> Iterator[Call]:
@@ -146,15 +151,22 @@ AREAS = {f.__name__: f for f in (gemms, passes, persistent, published, linears, 
 
 ONLY = {
     "gemms": ("_forward_kernel", "_grad_input_kernel"),
-    "passes": ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel", "_sum_partials_kernel"),
+    "passes": (
+        "_project_kernel",
+        "_grad_up_kernel",
+        "_grad_down_kernel",
+        "_hidden",
+        "_sum_partials_kernel",
+    ),
     "persistent": "_persistent",
     "linears": (
         "_project_group_kernel",
         "_grad_down_group_kernel",
-        "_grad_input_group_kernel",
+        "_grad_input_kernel",
         "_row_norms",
         "_dequantize_kernel",
         "_forward_quantized_kernel",
+        "_grad_input_quantized_kernel",
     ),
 }
 """Of an area: how the names of its kernels begin."""

@@ -239,9 +239,11 @@ def check_quantized(number: int, as_modelled: Modelled) -> None:
         made = plan.dequantize(weight, dtype)
         if plan.fuses(m, weight):
             y, s = plan.forward_quantized(x, weight, t.bias, operands, t.seed)
+            grads = plan.backward_quantized(grad_y, x, weight, operands, s, t.seed, needs)
         else:
             y, s = plan.forward(x, made, t.bias, operands, t.seed, True)
-        return [made, y, s, *plan.backward(grad_y, x, made, operands, s, t.seed, needs)]
+            grads = plan.backward(grad_y, x, made, operands, s, t.seed, needs)
+        return [made, y, s, *grads]
 
     def in_torch(t: DeltaLinearTensors, grad_y: Tensor) -> list[Tensor]:
         y, s = reference.forward(*t.forward_arguments())

@@ -6,7 +6,7 @@ always.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -146,18 +146,44 @@ def backward(
     adapter: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
-    count, device = len(a), grad_y.device
-    m, k = grad_y.shape[0], weight.shape[1]
-    grad_x = torch.empty((m, k), dtype=grad_y.dtype, device=device) if needs[0] else None
-    grad_bias = (
-        torch.empty(weight.shape[0], dtype=grad_y.dtype, device=device) if needs[1] else None
+
+    def write(grad_x: Tensor, grad_s: Tensor) -> None:
+        _write_grad_input(grad_x, grad_y, weight, a, grad_s, dropout, seed)
+
+    settings = scaling, dropout, activation
+    return gradients(
+        grad_y, x, weight.shape[1], a, b, s, *settings, seed, needs, adapter, write=write
     )
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor | None,
+    k: int,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    activation: Sequence[str],
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    adapter: Tensor | None,
+    *,
+    write: Callable[[Tensor, Tensor], None],
+) -> list[Tensor]:
+    """The wanted gradients. What holds the weight, ``write``, writes that of x ``[M, K]`` for
+    dS ``[M, ΣR]``."""
+    count, device, dtype = len(a), grad_y.device, grad_y.dtype
+    m, n = grad_y.shape
+    grad_x = torch.empty((m, k), dtype=dtype, device=device) if needs[0] else None
+    grad_bias = torch.empty(n, dtype=dtype, device=device) if needs[1] else None
     wanted = branches.wanted(a, b, needs[2:], device)
     grads = [g for g in (grad_x, grad_bias, *wanted) if g is not None]
     if not grad_y.numel():
         return [g.zero_() for g in grads]
     with core.device_of(grad_y):
-        precision = core.kernels("precision").rank_precision(grad_y.dtype, a)
+        precision = core.kernels("precision").rank_precision(dtype, a)
         grad_s = torch.empty(s.shape, dtype=torch.float32, device=device)
         for i, piece in enumerate(branches.columns([t.shape[0] for t in a])):
             of_a, of_b, of_inner = wanted[i::count]
@@ -189,26 +215,38 @@ def backward(
                 )
         if grad_bias is not None and count == 0:
             torch.sum(grad_y, 0, out=grad_bias)
-        if grad_x is not None:
-            plan = _plan("backward", grad_y, weight, a, a, dropout)
-            if plan == "torch":
-                _add_products(grad_x, None, grad_s, a, grad_y, weight)
-                return grads
-            if plan == "persistent":
-                core.kernels("persistent_grad_input").persistent_grad_input(
-                    grad_y, weight, grad_s, a[0], grad_x, dropout=dropout[0], seed=seed,
-                    capability=core.capability(grad_y),
-                    multiprocessors=core.multiprocessors(grad_y),
-                )  # fmt: skip
-                return grads
-            core.kernels("grad_input").grad_input_gemm(
-                grad_y, weight, grad_s, list(a), grad_x,
-                dropout=list(dropout), seed=seed, precision=precision,
-                capability=core.capability(grad_y), has_base=plan == "fused",
-            )  # fmt: skip
-            if plan == "split":
-                grad_x.addmm_(grad_y, weight)
+        if grad_x is not None and grad_x.numel():
+            write(grad_x, grad_s)
     return grads
+
+
+def _write_grad_input(
+    grad_x: Tensor,
+    grad_y: Tensor,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    grad_s: Tensor,
+    dropout: Sequence[float],
+    seed: Tensor | None,
+) -> None:
+    plan = _plan("backward", grad_y, weight, a, a, dropout)
+    if plan == "torch":
+        _add_products(grad_x, None, grad_s, a, grad_y, weight)
+        return
+    if plan == "persistent":
+        core.kernels("persistent_grad_input").persistent_grad_input(
+            grad_y, weight, grad_s, a[0], grad_x, dropout=dropout[0], seed=seed,
+            capability=core.capability(grad_y), multiprocessors=core.multiprocessors(grad_y),
+        )  # fmt: skip
+        return
+    kernels = core.kernels("grad_input")
+    kernels.grad_input_gemm(
+        grad_y, weight, kernels.Downs.of_layer(grad_s, a, dropout, seed), grad_x,
+        precision=core.kernels("precision").rank_precision(grad_y.dtype, a),
+        capability=core.capability(grad_y), has_base=plan == "fused",
+    )  # fmt: skip
+    if plan == "split":
+        grad_x.addmm_(grad_y, weight)
 
 
 def described(

@@ -53,6 +53,20 @@ class TritonDeltaLinear(PlainPlan):
         settings = self.scaling, self.dropout, self.activation
         return quantized.forward(x, weight, bias, *thirds(operands), *settings, seed)
 
+    def backward_quantized(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: QuantizedWeight,
+        operands: Sequence[Any],
+        s: Tensor,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.QuantizedPlan`."""
+        (a, b, _), settings = thirds(operands), (self.scaling, self.dropout, self.activation)
+        return quantized.backward(grad_y, x, weight, a, b, s, *settings, seed, needs)
+
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         """See :class:`deltaops.backends.base.QuantizedPlan`."""
         return quantized.dequantize(weight, dtype)

@@ -173,24 +173,6 @@ def _persistent(
     t.store(out.base, rows * cols)
 
 
-@entry("_grad_input_kernel")
-def _grad_input(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
-    down, across = _cdiv(a.M, a.BLOCK_M), _cdiv(a.K, a.BLOCK_K)
-    steps = 0
-    for rank, factor in zip(a.RANKS, a.a, strict=True):
-        t.load(a.grad_s, a.M * rank, a.M * rank * across)
-        t.load(factor, a.K * rank, a.K * rank * down)
-        steps += _cdiv(rank, a.BLOCK_R)
-    t.dots(down * across * steps, a.BLOCK_M, a.BLOCK_K, a.BLOCK_R)
-    if any(a.DROPOUT):
-        t.load(a.seed, 1, down * across * sum(a.DROPOUT))
-    if a.HAS_BASE:
-        t.load(a.grad_y, a.M * a.N, a.M * a.N * across)
-        t.load(a.weight, a.N * a.K, a.N * a.K * down)
-        t.dots(down * across * _cdiv(a.N, a.BLOCK_N), a.BLOCK_M, a.BLOCK_K, a.BLOCK_N)
-    t.store(a.grad_x, a.M * a.K)
-
-
 @entry("_project_kernel")
 def _project(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     down, across, parts = grid
@@ -283,20 +265,25 @@ def _grad_down_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> N
     _masks(a, math.prod(grid), t)
 
 
-@entry("_grad_input_group_kernel")
-def _grad_input_group(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+@entry("_grad_input_kernel")
+def _grad_input(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     down, across = _cdiv(a.M, a.BLOCK_M), _cdiv(a.K, a.BLOCK_K)
-    for rank, factor in zip(a.RANKS, a.a, strict=True):
-        t.load(a.grad_s, a.M * rank, a.M * rank * across)
-        t.load(factor, a.K * rank, a.K * rank * down)
-        t.dots(down * across * _cdiv(rank, a.BLOCK_R), a.BLOCK_M, a.BLOCK_K, a.BLOCK_R)
-    _masks(a, down * across, t)
+    _downs(a, down, across, t)
     if a.HAS_BASE:
         for dy, weight, n in zip(a.grad_y, a.weight, a.N, strict=True):
             t.load(dy, a.M * n, a.M * n * across)
             t.load(weight, n * a.K, n * a.K * down)
             t.dots(down * across * _cdiv(n, a.BLOCK_N), a.BLOCK_M, a.BLOCK_K, a.BLOCK_N)
     t.store(a.grad_x, a.M * a.K)
+
+
+def _downs(a: SimpleNamespace, down: int, across: int, t: Traffic) -> None:
+    """The rank part of dx, of so many tiles."""
+    for rank, factor in zip(a.RANKS, a.a, strict=True):
+        t.load(a.grad_s, a.M * rank, a.M * rank * across)
+        t.load(factor, a.K * rank, a.K * rank * down)
+        t.dots(down * across * _cdiv(rank, a.BLOCK_R), a.BLOCK_M, a.BLOCK_K, a.BLOCK_R)
+    _masks(a, down * across, t)
 
 
 @entry("_hidden_kernel")
@@ -365,6 +352,19 @@ def _forward_quantized(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) ->
     if a.HAS_BIAS:
         t.load(a.bias, a.N, a.N * down)
     t.store(a.y, a.M * a.N)
+
+
+@entry("_grad_input_quantized_kernel")
+def _grad_input_quantized(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    down, across, steps = _cdiv(a.M, a.BLOCK_M), _cdiv(a.K, a.BLOCK_K), _cdiv(a.N, a.BLOCK_N)
+    _downs(a, down, across, t)
+    t.load(a.grad_y, a.M * a.N, a.M * a.N * across)
+    t.load(a.codes, a.codes.numel(), a.codes.numel() * down)
+    t.load(a.scales, a.scales.numel(), a.N * across * down)
+    if a.NF4:
+        t.load(a.table, 16, down * across * steps * a.BLOCK_N * a.BLOCK_K)
+    t.dots(down * across * steps, a.BLOCK_M, a.BLOCK_K, a.BLOCK_N)
+    t.store(a.grad_x, a.M * a.K)
 
 
 def _masks(a: SimpleNamespace, programs: int, t: Traffic) -> None:
