@@ -271,14 +271,15 @@ def head_lanes(d: int) -> int:
 def attention(d: int, wide: bool) -> Attend:
     """The forward pass; ``wide`` where products with the prefix work in fp32."""
     lanes = head_lanes(d)
-    # two stages of keys and values of 256 elements are more than AMD's shared memory
-    stages = 1 if precision.AMD and lanes > 128 else 2
     if wide:
         # Triton 3.6 fails on AMD where 32 rows are shared by several warps
         # (github.com/triton-lang/triton/pull/10666)
-        return Attend(64, 32, 4, stages) if precision.AMD else Attend(32, 32, 4, 2)
+        if precision.AMD:
+            # two stages of 256 elements are more than its shared memory
+            return Attend(64, 32, 4, 1 if lanes > 128 else 2)
+        return Attend(32, 32, 4, 2)
     if lanes > 128:
-        return Attend(64, 32, 4, stages)
+        return _for_amd(Attend(64, 32, 4, 2))
     return _for_amd(Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3))
 
 

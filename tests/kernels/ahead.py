@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from deltaops.backends.triton import TritonBackend, core, planner
+from deltaops.backends.calls import PrefixAttentionCall
+from deltaops.backends.triton import TritonBackend, core, planner, prefix_attention
 from deltaops.backends.triton.targets import TARGETS, Target
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
@@ -117,6 +118,14 @@ class Attention:
     causal: bool = True
     masked: bool = False
 
+    def supported(self) -> bool:
+        """Whether the backend takes it."""
+        dtypes, lengths = (self.dtype, self.prefix), (self.length, self.length, 20)
+        call = PrefixAttentionCall(
+            "cuda", *dtypes, 2, *self.heads, *lengths, self.d, self.masked, self.causal
+        )
+        return prefix_attention.unsupported(call) is None
+
 
 ATTENTIONS = (
     # every row of the tables, the widest head of each; PEFT trains a prefix in float32
@@ -124,7 +133,7 @@ ATTENTIONS = (
     Attention(128),
     Attention(256, masked=True),
     Attention(64, HALF, FULL, masked=True),
-    Attention(256, HALF, FULL, causal=False),
+    Attention(128, HALF, FULL, masked=True),
 )
 # The same rows with other types and strides; not for AMD, whose compiler is the slowest.
 MORE_ATTENTIONS = (
@@ -251,6 +260,7 @@ def launch(setting: Setting) -> None:
 
 def launch_attention(setting: Attention) -> None:
     """As :func:`launch`."""
+    assert setting.supported(), setting
     (heads, h_kv), length = setting.heads, setting.length
 
     def empty(*shape: int, dtype: torch.dtype = setting.dtype) -> Tensor:
