@@ -82,9 +82,9 @@ SETTINGS = (
     Setting(512, (64,), dropout=0.1, n=96),
     # nothing divides by 16, and two branches
     Setting(1001, (3, 100), n=1003, k=4001, dropout=0.1, bias=True),
-    # parallel adapters, and what differs of them with a batch that mixes them
-    Setting(8192, (64,), activation="gelu_tanh"),
-    Setting(512, (16, 16), HALF, FULL, routed=True, activation="gelu"),
+    # parallel adapters, alone and where a batch mixes them; their GEMMs are those of above
+    Setting(8192, (16,), dropout=0.1, activation="gelu_tanh"),
+    Setting(8, (16,), HALF, FULL, dropout=0.1, routed=True, activation="gelu"),
     # a batch that mixes adapters: its mask beside the most lanes, in both makers of dS
     Setting(512, (64,), dropout=0.1, routed=True),
     Setting(512, (64,), dropout=0.1, n=96, routed=True),
