@@ -87,25 +87,19 @@ def pass_over_dy(
     """Write those of dS (of a parallel adapter dH), dB and db of a branch that are given: in one
     pass, or dS in its own. With ``adapter`` dS is zero in the rows where it is not ``number``."""
     beside, linear = grad_b is not None or grad_bias is not None, activation == LINEAR
-    twice = core.kernels("configs").reads_dy_twice
+    made: Tensor | None = None
     if grad_s is not None and (
-        not (beside and linear) or twice(grad_y, b, precision.wide)  # φ' is of the whole sum
+        not beside
+        or not linear  # φ' is of the whole sum
+        or core.kernels("configs").reads_dy_twice(grad_y, b, precision.wide)
     ):
         core.kernels("project").project(
             grad_y, b.t(), grad_s,
             scaling=scaling, precision=precision, adapter=adapter, number=number,
         )  # fmt: skip
-        if not linear:
-            u = s if grad_b is None else torch.empty(s.shape, dtype=s.dtype, device=s.device)
-            core.kernels("hidden").hidden_grads(
-                s, grad_s, None if grad_b is None else u, activation=activation, scaling=scaling
-            )
-            s = u
-        grad_s = None
-    elif not linear and grad_b is not None:
-        u = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-        core.kernels("hidden").hidden(s, None, u, activation=activation, scaling=scaling)
-        s = u
+        made, grad_s = grad_s, None
+    if not linear:
+        s = _through_activation(s, made, grad_b is not None, activation, scaling)
     if grad_s is not None or beside:
         core.kernels("grad_up").grad_up(
             grad_y,
@@ -119,6 +113,19 @@ def pass_over_dy(
             adapter=adapter,
             number=number,
         )
+
+
+def _through_activation(
+    h: Tensor, grad_u: Tensor | None, want_u: bool, activation: str, scaling: float
+) -> Tensor:
+    """Make dH of dU in its place, where that is given. Returns U where it is wanted, else ``h``."""
+    u = torch.empty(h.shape, dtype=h.dtype, device=h.device) if want_u else None
+    settings = {"activation": activation, "scaling": scaling}
+    if grad_u is not None:
+        core.kernels("hidden").hidden_grads(h, grad_u, u, **settings)
+    elif u is not None:
+        core.kernels("hidden").hidden(h, None, u, **settings)
+    return h if u is None else u
 
 
 def wanted(
