@@ -274,10 +274,7 @@ def attention(d: int, wide: bool) -> Attend:
     if wide:
         # Triton 3.6 fails on AMD where 32 rows are shared by several warps
         # (github.com/triton-lang/triton/pull/10666)
-        if precision.AMD:
-            # two stages of 256 elements are more than its shared memory
-            return Attend(64, 32, 4, 1 if lanes > 128 else 2)
-        return Attend(32, 32, 4, 2)
+        return _for_amd(Attend(64 if precision.AMD else 32, 32, 4, 2))
     if lanes > 128:
         return _for_amd(Attend(64, 32, 4, 2))
     return _for_amd(Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3))
@@ -294,8 +291,6 @@ def grad_query(d: int, wide: bool) -> Attend:
 def grad_keys(d: int, wide: bool) -> Attend:
     """dK and dV; a program keeps both for ``cols`` keys in registers."""
     lanes = head_lanes(d)
-    if wide and precision.AMD and lanes > 128:
-        return Attend(32, 16, 4, 1)
     if wide:
         return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 8, 1))
     if lanes > 128:

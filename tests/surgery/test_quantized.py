@@ -23,10 +23,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*CPU.*:UserWarning"),
 ]
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+    ]),
+]  # fmt: skip
 KINDS = {"nf4": False, "nf4-nested": True, "int8": None}
 
 
-def quantised(model: nn.Module, kind: str, **settings: Any) -> nn.Module:
+def quantised(model: nn.Module, kind: str, device: str, **settings: Any) -> nn.Module:
     """The model's layers of attention and feed-forward, as transformers loads them quantised."""
     for path, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear or path == "lm_head":
@@ -44,10 +51,10 @@ def quantised(model: nn.Module, kind: str, **settings: Any) -> nn.Module:
             )  # fmt: skip
         if bias:
             made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
-        model.set_submodule(path, made.to("cpu"))
+        model.set_submodule(path, made.to(device))
     model.is_loaded_in_8bit = kind == "int8"
     model.is_loaded_in_4bit = kind != "int8"
-    return model
+    return model.to(device)
 
 
 def dense(layer: Any) -> Tensor:
@@ -61,11 +68,11 @@ def dense(layer: Any) -> Tensor:
     return back
 
 
-def build(case: Any, kind: str, **settings: Any) -> Any:
+def build(case: Any, kind: str, device: str = "cpu", **settings: Any) -> Any:
     """A LoRA of PEFT on the quantised model, every factor at random."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    model = peft.get_peft_model(quantised(case.model, kind, **settings), config)
-    generator = torch.Generator().manual_seed(3)
+    model = peft.get_peft_model(quantised(case.model, kind, device, **settings), config)
+    generator = torch.Generator(device).manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0.0, 0.1, generator=generator)
@@ -110,14 +117,18 @@ def test_loss_and_gradients_are_those_of_the_weight_that_the_codes_stand_for(cas
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
-@pytest.mark.parametrize("case", KINDS, indirect=True)
-def test_a_layer_multiplies_by_bitsandbytes_own_numbers(case: Any) -> None:
-    layer = case.model.base_model.model.model.layers[0].mlp.down_proj
-    weight, x = dense(layer.base_layer).float(), torch.randn(3, 5, 40)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_layer_multiplies_by_bitsandbytes_own_numbers(
+    tiny: Callable[..., Any], kind: str, device: str
+) -> None:
+    model = build(tiny("llama"), kind, device)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    weight, x = dense(layer.base_layer).float(), torch.randn(3, 5, 40, device=device)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    deltaops.accelerate(case.model)
+    deltaops.accelerate(model)
     torch.testing.assert_close(layer(x), x @ weight.T + 2.0 * (x @ a.T) @ b.T)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, layer(x), rtol=0.05, atol=0.05)
