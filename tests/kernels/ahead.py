@@ -131,7 +131,7 @@ ATTENTIONS = (
     # every row of the tables, the widest head of each; PEFT trains a prefix in float32
     Attention(64),
     Attention(128),
-    Attention(256, masked=True),
+    Attention(256, causal=False),
     Attention(64, HALF, FULL, masked=True),
     Attention(128, HALF, FULL, masked=True),
 )

@@ -216,7 +216,7 @@ def check_published(dropout: float) -> None:
 def check_prefix_attention(number: int) -> None:
     """As :func:`check_case`, of the other table; of many keys, some tiles say all."""
     case, run = PREFIX_ATTENTION_CASES[number], TritonBackend()
-    if (case.rest.l_kv or 0) > 170:
+    if case.rest.l_kv > 170:
         case = replace(case, rest=replace(case.rest, l_kv=170))
     t, grad_y = case.tensors(torch.float32), case.grad_y(torch.float32)
 
