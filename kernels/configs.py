@@ -409,6 +409,11 @@ def bottleneck_finish() -> Skinny:
     return Skinny(0, 64, 16, 4, 1)
 
 
+def hidden(rank: int) -> Rows:
+    """What lies between the products of a parallel adapter, element by element."""
+    return gated(rank)
+
+
 def gated(k: int) -> Rows:
     """Activation and product, element by element."""
     lanes = min(1024, max(16, triton.next_power_of_2(k)))

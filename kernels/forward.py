@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import configs
 from .precision import Precision
+from .segments import add_ups
 from .tiles import grouped_tile, load_tile, store_tile
 
 
@@ -58,15 +59,7 @@ def _forward_kernel(
             left = load_tile(x, row, inner, x_row, x_col, M, K)
             right = load_tile(weight, col, inner, w_row, w_col, N, K)
             acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
-    offset = 0
-    for i in tl.static_range(len(RANKS)):
-        for r in range(0, RANKS[i], BLOCK_R):  # a loop: unrolled, its operands would spill
-            lane = r + tl.arange(0, BLOCK_R)
-            # not left and right: this loop would carry them, with other types
-            side = load_tile(s + offset, row, lane, s_row, 1, M, RANKS[i])
-            up = load_tile(b[i], col, lane, b_row[i], b_col[i], N, RANKS[i])
-            acc = tl.dot(side.to(WORK), tl.trans(up.to(WORK)), acc, input_precision=PRECISION)
-        offset += RANKS[i]
+    acc = add_ups(acc, s, b, row, col, M, N, s_row, b_row, b_col, RANKS, WORK, PRECISION, BLOCK_R)
     if HAS_BIAS:
         acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
     store_tile(y, row, col, y_row, 1, M, N, acc)

@@ -1,26 +1,34 @@
-"""Input gradient     dx = Σᵢ mask_i ⊙ (dS_i A_i) + dy W
+"""Input gradient     dx = Σⱼ mask_j ⊙ (dS_j A_j) + Σᵢ dy_i W_i
 
-    dS [M,ΣR] fp32 (with s_i)  A_i [R_i,K]  dy [M,N]  W [N,K]  dx [M,K]
-    mask_i is 0 or 1/(1-p_i), made again from the seed; see dropout.py.
+    dS [M,ΣR] fp32 (with s_j)  A_j [R_j,K]  dy_i [M,N_i]  W_i [N_i,K]  dx [M,K]
+    mask_j is 0 or 1/(1-p_j), made again from the seed of its layer; see dropout.py. i counts the
+    layers of one x, mostly one; j the branches of all of them.
 
-The rank segment comes first: the masked product is the accumulator that dy W then starts from, so
-no second accumulator is alive in the long loop. dx is rounded once. Traffic beyond the frozen
-layer's dx: dS and A, 4·M·R + R·K elements. Without the base segment the kernel writes the rank
-part alone for cuBLAS to add dy W on: the backend's plan "split". The same with tensor descriptors,
-for sm_90 and later: persistent_grad_input.py.
+The rank segment comes first (segments.py): its accumulator is what dy W then starts from, so no
+second one is alive in the long loop, which runs over the rows of all W as if they were one matrix.
+dx is rounded once. Traffic beyond the frozen layers' dx: dS and A, 4·M·R + R·K elements. Without
+the base segment the kernel writes the rank part alone for cuBLAS to add dy W on: the backend's plan
+"split". The same with tensor descriptors, for sm_90 and later: persistent_grad_input.py.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .dropout import drop_threshold, keep_mask, keep_scale
+from .dropout import drop_threshold, keep_scale
 from .precision import Precision
+from .segments import masked_downs
 from .tiles import grouped_tile, load_tile, store_tile
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["stream", "threshold"])
 def _grad_input_kernel(
     grad_y,
     weight,
@@ -39,6 +47,7 @@ def _grad_input_kernel(
     a_row,
     a_col,
     gx_row,
+    stream,
     threshold,
     scale,
     RANKS: tl.constexpr,
@@ -55,77 +64,113 @@ def _grad_input_kernel(
     tile_m, tile_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    offset = 0
-    for i in tl.static_range(len(RANKS)):
-        term = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-        for r in range(0, RANKS[i], BLOCK_R):  # a loop: unrolled, its operands would spill
-            lane = r + tl.arange(0, BLOCK_R)
-            # not left and right: the loop over dy W would carry them, with other types
-            side = load_tile(grad_s + offset, row, lane, gs_row, 1, M, RANKS[i])
-            down = load_tile(a[i], lane, col, a_row[i], a_col[i], RANKS[i], K)
-            term = tl.dot(side.to(WORK), down.to(WORK), term, input_precision=PRECISION)
-        if DROPOUT[i]:
-            keep = keep_mask(
-                tl.load(seed), row, tile_k * BLOCK_K, i, threshold[i], BLOCK_M, BLOCK_K
-            )
-            term = tl.where(keep, term * scale[i], 0.0)
-        if i == 0:
-            acc = term
-        else:
-            acc += term
-        offset += RANKS[i]
+    acc = masked_downs(
+        grad_s, a, seed, row, tile_k * BLOCK_K, M, K, gs_row, a_row, a_col, stream, threshold,
+        scale, RANKS, DROPOUT, WORK, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
     if HAS_BASE:
-        for n in range(0, N, BLOCK_N):
-            inner = n + tl.arange(0, BLOCK_N)
-            # names of their own: Triton would carry left and right from above into this loop
-            dy = load_tile(grad_y, row, inner, gy_row, gy_col, M, N)
-            frozen = load_tile(weight, inner, col, w_row, w_col, N, K)
-            acc = tl.dot(dy, frozen, acc, input_precision="ieee")
+        for i in tl.static_range(len(N)):
+            for n in range(0, N[i], BLOCK_N):
+                inner = n + tl.arange(0, BLOCK_N)
+                dy = load_tile(grad_y[i], row, inner, gy_row[i], gy_col[i], M, N[i])
+                frozen = load_tile(weight[i], inner, col, w_row[i], w_col[i], N[i], K)
+                acc = tl.dot(dy, frozen, acc, input_precision="ieee")
     store_tile(grad_x, row, col, gx_row, 1, M, K, acc)
+
+
+@dataclass(frozen=True)
+class Downs:
+    """The rank part of dx, as the kernels take it; an entry a branch, or as said."""
+
+    grad_s: Tensor
+    """``[M, ΣR]``."""
+    a: tuple[Tensor, ...]
+    seed: tuple[Tensor | None, ...]
+    stream: tuple[int, ...]
+    threshold: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        grad_s: Tensor,
+        a: Sequence[Tensor],
+        dropout: Sequence[float],
+        seed: Sequence[Tensor | None],
+        stream: Sequence[int],
+    ) -> Downs:
+        """From probabilities."""
+        thresholds = tuple(drop_threshold(p) for p in dropout)
+        return cls(grad_s, tuple(a), tuple(seed), tuple(stream), thresholds)
+
+    @classmethod
+    def of_layer(
+        cls, grad_s: Tensor, a: Sequence[Tensor], dropout: Sequence[float], seed: Tensor | None
+    ) -> Downs:
+        """Of the branches of one layer."""
+        return cls.of(grad_s, a, dropout, [seed] * len(a), range(len(a)))
+
+    def strides(self) -> tuple[Any, ...]:
+        """Of grad_s and of a."""
+        rows, cols = tuple(t.stride(0) for t in self.a), tuple(t.stride(1) for t in self.a)
+        return self.grad_s.stride(0), rows, cols
+
+    def masks(self) -> tuple[Any, ...]:
+        """Streams, thresholds and factors of what is kept."""
+        return self.stream, self.threshold, tuple(keep_scale(t) for t in self.threshold)
+
+    def constants(self) -> dict[str, Any]:
+        """What is known when a kernel is compiled."""
+        ranks, masked = tuple(t.shape[0] for t in self.a), tuple(t > 0 for t in self.threshold)
+        return {"RANKS": ranks, "DROPOUT": masked}
 
 
 def grad_input_gemm(
     grad_y: Tensor,
     weight: Tensor,
-    grad_s: Tensor,
-    a: list[Tensor],
+    downs: Downs,
     grad_x: Tensor,
     *,
-    dropout: list[float],
-    seed: Tensor | None,
     precision: Precision,
     capability: int,
     has_base: bool = True,
 ) -> None:
-    """Write ``grad_x [M, K]``; without ``dy W`` where not ``has_base``."""
-    (m, n), k = grad_y.shape, weight.shape[1]
-    plain = configs.is_plain(grad_y, weight, [t.shape[0] for t in a])
-    config = configs.grad_input(m, grad_y.dtype, capability, precision.wide, plain)
-    thresholds = [drop_threshold(p) for p in dropout]
+    """Write ``grad_x [M, K]`` of one layer; without ``dy W`` where not ``has_base``."""
+    plain = configs.is_plain(grad_y, weight, [t.shape[0] for t in downs.a])
+    wide = precision.wide
+    config = configs.grad_input(grad_y.shape[0], grad_y.dtype, capability, wide, plain)
+    launch_grad_input([grad_y], [weight], downs, grad_x, precision, config, has_base)
+
+
+def launch_grad_input(
+    grad_y: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    downs: Downs,
+    grad_x: Tensor,
+    precision: Precision,
+    config: configs.Gemm,
+    has_base: bool,
+) -> None:
+    """Write ``grad_x [M, K]`` of all layers."""
+    m, k = grad_x.shape
     grid = (triton.cdiv(m, config.rows) * triton.cdiv(k, config.cols),)
     _grad_input_kernel[grid](
-        grad_y,
-        weight,
-        grad_s,
-        tuple(a),
+        tuple(grad_y),
+        tuple(weight),
+        downs.grad_s,
+        downs.a,
         grad_x,
-        seed,
+        downs.seed,
         m,
-        n,
+        tuple(w.shape[0] for w in weight),
         k,
-        grad_y.stride(0),
-        grad_y.stride(1),
-        weight.stride(0),
-        weight.stride(1),
-        grad_s.stride(0),
-        tuple(t.stride(0) for t in a),
-        tuple(t.stride(1) for t in a),
+        tuple(dy.stride(0) for dy in grad_y),
+        tuple(dy.stride(1) for dy in grad_y),
+        tuple(w.stride(0) for w in weight),
+        tuple(w.stride(1) for w in weight),
+        *downs.strides(),
         grad_x.stride(0),
-        tuple(thresholds),
-        tuple(keep_scale(t) for t in thresholds),
-        RANKS=tuple(t.shape[0] for t in a),
-        DROPOUT=tuple(t > 0 for t in thresholds),
+        *downs.masks(),
+        **downs.constants(),
         HAS_BASE=has_base,
         WORK=precision.work,
         PRECISION=precision.dot,

@@ -26,10 +26,11 @@ from torch import Tensor
 from . import configs
 from .dropout import drop_threshold, keep_mask, keep_scale
 from .grad_down import grad_down
+from .grad_input import Downs, launch_grad_input
 from .precision import Precision
 from .project import project
 from .reduce import partials_or, sum_partials
-from .tiles import grouped_tile, load_tile, store_tile
+from .tiles import load_tile, store_tile
 
 
 @dataclass(frozen=True)
@@ -288,73 +289,6 @@ def grad_down_group(
                 sum_partials(t, target)
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
-def _grad_input_group_kernel(
-    grad_y,
-    weight,
-    grad_s,
-    a,
-    grad_x,
-    seed,
-    M,
-    N,
-    K,
-    gy_row,
-    gy_col,
-    w_row,
-    w_col,
-    gs_row,
-    a_row,
-    a_col,
-    gx_row,
-    stream,
-    threshold,
-    scale,
-    RANKS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HAS_BASE: tl.constexpr,
-    WORK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    tile_m, tile_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
-    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    offset = 0
-    for i in tl.static_range(len(RANKS)):
-        if DROPOUT[i]:
-            term = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-            for r in range(0, RANKS[i], BLOCK_R):  # a loop: unrolled, its operands would spill
-                lane = r + tl.arange(0, BLOCK_R)
-                side = load_tile(grad_s + offset, row, lane, gs_row, 1, M, RANKS[i])
-                down = load_tile(a[i], lane, col, a_row[i], a_col[i], RANKS[i], K)
-                term = tl.dot(side.to(WORK), down.to(WORK), term, input_precision=PRECISION)
-            keep = keep_mask(
-                tl.load(seed[i]), row, tile_k * BLOCK_K, stream[i], threshold[i], BLOCK_M, BLOCK_K
-            )
-            acc += tl.where(keep, term * scale[i], 0.0)
-        else:
-            for r in range(0, RANKS[i], BLOCK_R):
-                lane = r + tl.arange(0, BLOCK_R)
-                side = load_tile(grad_s + offset, row, lane, gs_row, 1, M, RANKS[i])
-                down = load_tile(a[i], lane, col, a_row[i], a_col[i], RANKS[i], K)
-                acc = tl.dot(side.to(WORK), down.to(WORK), acc, input_precision=PRECISION)
-        offset += RANKS[i]
-    if HAS_BASE:
-        for i in tl.static_range(len(N)):
-            for n in range(0, N[i], BLOCK_N):
-                inner = n + tl.arange(0, BLOCK_N)
-                dy = load_tile(grad_y[i], row, inner, gy_row[i], gy_col[i], M, N[i])
-                frozen = load_tile(weight[i], inner, col, w_row[i], w_col[i], N[i], K)
-                acc = tl.dot(dy, frozen, acc, input_precision="ieee")
-    store_tile(grad_x, row, col, gx_row, 1, M, K, acc)
-
-
 def grad_input_group(
     grad_y: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -368,50 +302,23 @@ def grad_input_group(
 ) -> None:
     """Write ``grad_x [M, K]`` of all layers together, for grad_s ``[M, ΣR]`` of all ``parts``;
     without ``Σ dy W`` where not ``has_base``."""
-    (m, k), dtype = grad_x.shape, grad_x.dtype
     plain = all(
         configs.is_plain(dy, w, [part.rank])
         for dy, w in zip(grad_y, weight, strict=True)
         for part in parts
     )
-    thresholds = _thresholds(parts)
-    masked = any(thresholds)
-    config = configs.grad_input_group(m, dtype, capability, precision.wide, plain, masked)
-    grid = (triton.cdiv(m, config.rows) * triton.cdiv(k, config.cols),)
-    _grad_input_group_kernel[grid](
-        tuple(grad_y),
-        tuple(weight),
-        grad_s,
-        tuple(part.a for part in parts),
-        grad_x,
-        tuple(part.seed for part in parts),
-        m,
-        tuple(w.shape[0] for w in weight),
-        k,
-        tuple(dy.stride(0) for dy in grad_y),
-        tuple(dy.stride(1) for dy in grad_y),
-        tuple(w.stride(0) for w in weight),
-        tuple(w.stride(1) for w in weight),
-        grad_s.stride(0),
-        tuple(part.a.stride(0) for part in parts),
-        tuple(part.a.stride(1) for part in parts),
-        grad_x.stride(0),
-        tuple(part.stream for part in parts),
-        thresholds,
-        tuple(keep_scale(t) for t in thresholds),
-        RANKS=tuple(part.rank for part in parts),
-        DROPOUT=tuple(t > 0 for t in thresholds),
-        HAS_BASE=has_base,
-        WORK=precision.work,
-        PRECISION=precision.dot,
-        BLOCK_M=config.rows,
-        BLOCK_K=config.cols,
-        BLOCK_N=config.inner,
-        BLOCK_R=config.rank,
-        GROUP=config.group,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    masked, wide = any(_thresholds(parts)), precision.wide
+    config = configs.grad_input_group(
+        grad_x.shape[0], grad_x.dtype, capability, wide, plain, masked
     )
+    downs = Downs.of(
+        grad_s,
+        [part.a for part in parts],
+        [part.dropout for part in parts],
+        [part.seed for part in parts],
+        [part.stream for part in parts],
+    )
+    launch_grad_input(grad_y, weight, downs, grad_x, precision, config, has_base)
 
 
 def together(x: Tensor, parts: Sequence[Part], *, backward: bool) -> Iterator[list[Part]]:

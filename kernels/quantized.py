@@ -1,9 +1,11 @@
-"""Quantised frozen weights     y = x Wᵀ + S Bᵀ + bias,   W = codes · scales
+"""Quantised frozen weights     (QLoRA: Dettmers et al. 2023, eq. 5)
 
-    x [M,K]  W [N,K] int8 (a scale a row) or NF4 (two codes a byte, a scale a block)  y [M,N]
-    S [M,ΣR] fp32 (already scaled)  B_i [N,R_i]  bias [N]       (QLoRA: Dettmers et al. 2023, eq. 5)
+    y = x Wᵀ + S Bᵀ + bias,   dx = Σᵢ mask_i ⊙ (dS_i A_i) + dy W,   W = codes · scales
 
-For few rows the codes are read in the K loop and made to numbers in registers: 1 or ½ byte an
+    x, dx [M,K]  y, dy [M,N]  W [N,K] int8, a scale a row, or NF4, two a byte and a scale a block
+    S, dS [M,ΣR] fp32 (with s)  A_i [R_i,K]  B_i [N,R_i]  bias [N]; the rank parts: segments.py
+
+For few rows the codes are read in the long loop and made to numbers in registers: 1 or ½ byte an
 element instead of 2. For many, each tile of rows would make them again, so W is written once to
 memory that is given back after the product (dequantize). Either way an element is codes · scales in
 fp32, rounded to the dtype of x: the number of rows does not decide what W is.
@@ -14,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .grad_input import Downs
 from .precision import Precision
+from .segments import add_ups, masked_downs
 from .tiles import grouped_tile, load_tile, store_tile
 
 
@@ -99,14 +103,7 @@ def _forward_quantized_kernel(
         left = load_tile(x, row, k + tl.arange(0, BLOCK_K), x_row, x_col, M, K)
         frozen = _weight_tile(codes, scales, table, col, k, N, K, block, NF4, BLOCK_N, BLOCK_K)
         acc = tl.dot(left, tl.trans(frozen.to(left.dtype)), acc, input_precision="ieee")
-    offset = 0
-    for i in tl.static_range(len(RANKS)):
-        for r in range(0, RANKS[i], BLOCK_R):  # a loop: unrolled, its operands would spill
-            lane = r + tl.arange(0, BLOCK_R)
-            side = load_tile(s + offset, row, lane, s_row, 1, M, RANKS[i])
-            up = load_tile(b[i], col, lane, b_row[i], b_col[i], N, RANKS[i])
-            acc = tl.dot(side.to(WORK), tl.trans(up.to(WORK)), acc, input_precision=PRECISION)
-        offset += RANKS[i]
+    acc = add_ups(acc, s, b, row, col, M, N, s_row, b_row, b_col, RANKS, WORK, PRECISION, BLOCK_R)
     if HAS_BIAS:
         acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
     store_tile(y, row, col, N, 1, M, N, acc)
@@ -124,7 +121,7 @@ def dequantize(
 
 
 def takes(m: int, k: int, nf4: bool, block: int) -> bool:
-    """Whether :func:`forward_quantized` is for these: few rows, and one scale a tile and row."""
+    """Whether the products here are for these: few rows, and one scale a tile and row."""
     whole = not nf4 or (k % block == 0 and block % configs.CODES == 0)
     return m <= configs.FEW_ROWS and whole
 
@@ -172,6 +169,102 @@ def forward_quantized(
         BLOCK_M=config.rows,
         BLOCK_N=config.cols,
         BLOCK_K=config.inner,
+        BLOCK_R=config.rank,
+        GROUP=config.group,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def _grad_input_quantized_kernel(
+    grad_y,
+    codes,
+    scales,
+    table,
+    grad_s,
+    a,
+    grad_x,
+    seed,
+    M,
+    N,
+    K,
+    block,
+    gy_row,
+    gy_col,
+    gs_row,
+    a_row,
+    a_col,
+    stream,
+    threshold,
+    scale,
+    RANKS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NF4: tl.constexpr,
+    WORK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
+    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile_k * BLOCK_K
+    acc = masked_downs(
+        grad_s, a, seed, row, first, M, K, gs_row, a_row, a_col, stream, threshold, scale,
+        RANKS, DROPOUT, WORK, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    for n in range(0, N, BLOCK_N):
+        inner = n + tl.arange(0, BLOCK_N)
+        dy = load_tile(grad_y, row, inner, gy_row, gy_col, M, N)
+        frozen = _weight_tile(
+            codes, scales, table, inner, first, N, K, block, NF4, BLOCK_N, BLOCK_K
+        )
+        acc = tl.dot(dy, frozen.to(dy.dtype), acc, input_precision="ieee")
+    store_tile(grad_x, row, first + tl.arange(0, BLOCK_K), K, 1, M, K, acc)
+
+
+def grad_input_quantized(
+    grad_y: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor | None,
+    downs: Downs,
+    grad_x: Tensor,
+    *,
+    nf4: bool,
+    block: int,
+    precision: Precision,
+) -> None:
+    """Write ``grad_x [M, K]`` (contiguous) where :func:`takes` says so."""
+    (m, n), k = grad_y.shape, grad_x.shape[1]
+    config = configs.quantized(m, grad_y.dtype)
+    grid = (triton.cdiv(m, config.rows) * triton.cdiv(k, config.cols),)
+    _grad_input_quantized_kernel[grid](
+        grad_y,
+        codes,
+        scales,
+        table,
+        downs.grad_s,
+        downs.a,
+        grad_x,
+        downs.seed,
+        m,
+        n,
+        k,
+        block,
+        *grad_y.stride(),
+        *downs.strides(),
+        *downs.masks(),
+        **downs.constants(),
+        NF4=nf4,
+        WORK=precision.work,
+        PRECISION=precision.dot,
+        BLOCK_M=config.rows,
+        BLOCK_K=config.cols,
+        BLOCK_N=config.inner,
         BLOCK_R=config.rank,
         GROUP=config.group,
         num_warps=config.warps,

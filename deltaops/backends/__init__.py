@@ -34,6 +34,7 @@ from .calls import (
     RotaryCall,
 )
 from .cpu import CpuBackend
+from .plain import PlainPlan
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -55,6 +56,7 @@ __all__ = [
     "GroupMember",
     "GroupingPlan",
     "NormBiasCall",
+    "PlainPlan",
     "PrefixAttentionBackend",
     "PrefixAttentionCall",
     "PreparingBackend",

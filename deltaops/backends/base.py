@@ -360,8 +360,8 @@ class QuantizedPlan(DeltaLinearPlan, Protocol):
     """One whose backend reads quantised weights itself."""
 
     def fuses(self, m: int, weight: QuantizedWeight) -> bool:
-        """Whether a forward pass of M rows goes by :meth:`forward_quantized`, which does not need
-        the weight made."""
+        """Whether passes of M rows go by :meth:`forward_quantized` and :meth:`backward_quantized`,
+        which do not need the weight made."""
 
     def forward_quantized(
         self,
@@ -372,6 +372,18 @@ class QuantizedPlan(DeltaLinearPlan, Protocol):
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`DeltaLinearPlan.forward` of the weight that is meant."""
+
+    def backward_quantized(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: QuantizedWeight,
+        operands: Sequence[Tensor | None],
+        s: Tensor,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """As :meth:`DeltaLinearPlan.backward` of the weight that is meant."""
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         """W ``[N, K]``; the bits of :func:`deltaops.reference.quantized.dequantize`."""

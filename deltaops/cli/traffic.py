@@ -48,6 +48,7 @@ def traffic(
     from deltaops.errors import ConfigError
     from deltaops.files import write_json
     from deltaops.measure import traffic as model
+    from deltaops.measure.traffic_calls import CALLS, Linear
 
     from .bench import _shape
 
@@ -61,7 +62,7 @@ def traffic(
                 f"{'--out' if out is not None else '--json'} gives the totals that are committed, "
                 f"whatever {' and '.join(others)} says. Leave out the one or the other."
             )
-        found = model.totals(model.CALLS, model.COMMITTED)
+        found = model.totals(CALLS, model.COMMITTED)
         if out is None:
             typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         else:
@@ -70,15 +71,15 @@ def traffic(
         return
     if plan is not None and plan not in PLANS:
         raise ConfigError(f"--plan must be {', '.join(PLANS)}, got {plan!r}.")
-    calls: tuple[Any, ...] = model.CALLS
+    calls: tuple[Any, ...] = CALLS
     if shape is not None:
-        calls = (model.Linear(*_shape(shape, "--shape"), rank or 16, dropout or 0.0),)
+        calls = (Linear(*_shape(shape, "--shape"), rank or 16, dropout or 0.0),)
     elif rank is not None or dropout is not None:
         name = "--dropout" if rank is None else "--rank"
         raise ConfigError(f"{name} is of the layer that --shape names. Add --shape MxNxK.")
     console = Console()
     for call in calls:
-        wanted = plan if isinstance(call, model.Linear) else None
+        wanted = plan if isinstance(call, Linear) else None
         counts = model.count(call, gpu or "sm_90", wanted)
         console.print(_table(str(call), counts) if counts else str(call), highlight=False)
         for direction in model.impossible(call, gpu or "sm_90", wanted):

@@ -8,7 +8,8 @@ in the cache, timed with CUDA events. A run in which the frozen layer drifts is 
 repeated. bf16, adapters too.
 
 What has no number has a reason, in the JSON and in the table: a peer that is no CUDA graph, or for
-which there is too little memory; a case that drifts in every attempt, does not fit, or is wrong.
+which there is too little memory; a case that drifts in every attempt, does not fit, fails or is
+wrong. After each case the JSON is written.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ ATTEMPTS = 3
 SCALING = 2.0
 CASE = "case"
 """In what was left out: all of it."""
+CONTEXT_LOST = 3
+"""An exit code: a kernel left the GPU's context unusable, in a new process the rest may go on."""
 NO_MEMORY = "too little memory on the GPU"
 
 Call = Callable[[], object]
@@ -105,7 +108,7 @@ class Result:
     plan: str | None = None
     """How the backend goes, in its words."""
     wrong: bool = False
-    """Whether the gate ended it."""
+    """Whether the gate or another failure ended it."""
 
     def ratio(self, above: str, below: str) -> float | None:
         """Median over median; None where a peer is missing."""
@@ -467,6 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -P -m deltaops.measure.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
     parser.add_argument("--seconds", type=float, default=300.0, help="no case starts after these")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     wanted = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -476,7 +480,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     name = torch.cuda.get_device_name()
-    return run(wanted.out, wanted.seconds, name, CASES, measure, best=ceilings())
+    if wanted.first:  # beside what the cases before it left
+        name = f"{name} from {wanted.first}"
+    return run(wanted.out, wanted.seconds, name, CASES[wanted.first :], measure, best=ceilings())
 
 
 def run(
@@ -489,11 +495,12 @@ def run(
     best: Mapping[str, float] | None = None,
 ) -> int:
     """Measure ``cases`` until ``budget`` seconds are over, write the JSON, print the table; returns
-    the exit code, 1 where numbers were wrong."""
+    the exit code, 1 where numbers were wrong or a case failed, :data:`CONTEXT_LOST` where this
+    process can do no more."""
     from deltaops.files import write_json
     from deltaops.measure import machine
 
-    began, results = now(), list[Result]()
+    began, results, lost = now(), list[Result](), False
     path = out / f"gpu-{'-'.join(device.lower().split())}.json"
     facts = {**machine.describe(), "gpu": device, "ceilings": dict(best or {})}
     for case in cases:
@@ -505,6 +512,10 @@ def run(
             found = Result(case, left_out={CASE: f"{NO_MEMORY}: {first_line(error)}"})
         except AssertionError as error:  # the other cases may be right
             found = Result(case, left_out={CASE: f"wrong numbers: {error}"}, wrong=True)
+        except Exception as error:  # a compiler's, or the GPU's: the other cases may run
+            lost = isinstance(error, torch.AcceleratorError)
+            why = f"{type(error).__name__}: {first_line(error)}"
+            found = Result(case, left_out={CASE: f"failed: {why}"}, wrong=True)
         results.append(found)
         print(f"{case}: done", file=sys.stderr, flush=True)
         # after each case: a run that is stopped has not been in vain
@@ -513,12 +524,17 @@ def run(
             "machine": facts, "delta_linear": [r.as_json() for r in results], "not_reached": over,
         }  # fmt: skip
         write_json(path, content)
+        if lost:
+            break
     print(table(results))
     for what, rate in (best or {}).items():
         print(f"{what.replace('_', ' ')} of this GPU at best, in this run: {rate:.3g}")
     if len(results) < len(cases):
-        print(f"{len(cases) - len(results)} of {len(cases)} cases left out: the time was over")
+        why = "the GPU's context was lost" if lost else "the time was over"
+        print(f"{len(cases) - len(results)} of {len(cases)} cases left out: {why}")
     print(f"wrote {path}" if results else "nothing was measured, nothing written")
+    if lost and len(results) < len(cases):
+        return CONTEXT_LOST
     return 1 if any(r.wrong for r in results) else 0
 
 

@@ -103,9 +103,10 @@ class LoraFusion(torch.autograd.Function):
                 )  # fmt: skip
             else:
                 grad_x = torch.empty_like(dropped)
-                core.kernels("grad_input").grad_input_gemm(
-                    grad_y, weight, grad_s, [a], grad_x,
-                    dropout=[0.0], seed=None, precision=precision, capability=capability,
+                kernels = core.kernels("grad_input")
+                kernels.grad_input_gemm(
+                    grad_y, weight, kernels.Downs.of_layer(grad_s, [a], [0.0], None), grad_x,
+                    precision=precision, capability=capability,
                 )  # fmt: skip
         return grad_x, None, grad_a, grad_b, None, None, None
 

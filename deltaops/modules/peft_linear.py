@@ -124,14 +124,10 @@ class PeftLoraLinear(PeftLinear):
 
         names: of the adapters; None: the active ones.
         """
-        if self._disable_adapters:
-            return "adapters are disabled: PEFT's forward"
-        if self.merged_adapters:
-            return "adapters are merged: PEFT's forward"
-        if self.lora_variant:
-            return f"a LoRA variant is set ({_variants(self)}): PEFT's forward"
-        modules = self._modules
-        layer = modules["base_layer"]
+        reason = busy(self)
+        if reason is not None:
+            return reason
+        layer = self._modules["base_layer"]
         reason = unreadable(layer, "base_layer")
         if reason is not None:
             return reason
@@ -140,37 +136,60 @@ class PeftLoraLinear(PeftLinear):
         weight = layer._parameters["weight"]
         if weight.requires_grad:
             return UNFROZEN
-        down, up = modules["lora_A"]._modules, modules["lora_B"]._modules
-        drops = modules["lora_dropout"]._modules
-        branches = []
-        active = self._active_adapter if names is None else names
-        for name in (active,) if isinstance(active, str) else active:
-            if name not in down:
-                continue
-            a: Any = down[name]
-            b: Any = up[name]
-            drop: Any = drops[name]
-            reason = (
-                unreadable(a, "lora_A") or unreadable(b, "lora_B") or unreadable(drop, "dropout")
-            )
-            if reason is not None:
-                return reason
-            if type(a) is not nn.Linear or type(b) is not nn.Linear:
-                return f"lora_A and lora_B are {_pair(a, b)}: PEFT's forward"
-            if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
-                return "lora_bias is on: PEFT's forward"
-            if type(drop) is nn.Dropout:
-                p = drop.p if drop.training else 0.0
-            elif type(drop) is nn.Identity:
-                p = 0.0
-            else:
-                return f"its dropout is a {type(drop).__name__}: PEFT's forward"
-            lower: Any = a._parameters["weight"]
-            upper: Any = b._parameters["weight"]
-            if lower.dtype is not weight.dtype and lower.dtype is not torch.float32:
-                return f"adapter {lower.dtype} on {weight.dtype}: PEFT's forward"
-            branches.append(Branch(lower, upper, self.scaling[name], p))
-        return branches
+        return adapters(self, weight.dtype, names)
+
+
+def busy(layer: Any) -> str | None:
+    """Why a LoRA layer of PEFT is in no state for the op, whatever its base."""
+    if layer._disable_adapters:
+        return "adapters are disabled: PEFT's forward"
+    if layer.merged_adapters:
+        return "adapters are merged: PEFT's forward"
+    if layer.lora_variant:
+        return f"a LoRA variant is set ({_variants(layer)}): PEFT's forward"
+    return None
+
+
+def adapters(
+    layer: Any, dtype: torch.dtype, names: Sequence[str] | None = None
+) -> list[Branch] | str:
+    """The branches of a LoRA layer of PEFT, or the reason why PEFT's own forward must run.
+
+    Args:
+        layer: of PEFT.
+        dtype: of the base layer's products.
+        names: of the adapters; None: the active ones.
+    """
+    modules = layer._modules
+    down, up = modules["lora_A"]._modules, modules["lora_B"]._modules
+    drops = modules["lora_dropout"]._modules
+    branches = []
+    active = layer._active_adapter if names is None else names
+    for name in (active,) if isinstance(active, str) else active:
+        if name not in down:
+            continue
+        a: Any = down[name]
+        b: Any = up[name]
+        drop: Any = drops[name]
+        reason = unreadable(a, "lora_A") or unreadable(b, "lora_B") or unreadable(drop, "dropout")
+        if reason is not None:
+            return reason
+        if type(a) is not nn.Linear or type(b) is not nn.Linear:
+            return f"lora_A and lora_B are {_pair(a, b)}: PEFT's forward"
+        if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
+            return "lora_bias is on: PEFT's forward"
+        if type(drop) is nn.Dropout:
+            p = drop.p if drop.training else 0.0
+        elif type(drop) is nn.Identity:
+            p = 0.0
+        else:
+            return f"its dropout is a {type(drop).__name__}: PEFT's forward"
+        lower: Any = a._parameters["weight"]
+        upper: Any = b._parameters["weight"]
+        if lower.dtype is not dtype and lower.dtype is not torch.float32:
+            return f"adapter {lower.dtype} on {dtype}: PEFT's forward"
+        branches.append(Branch(lower, upper, layer.scaling[name], p))
+    return branches
 
 
 def is_base(kind: type) -> bool:
@@ -183,8 +202,11 @@ def is_base(kind: type) -> bool:
     )
 
 
-def unreadable(module: Any, name: str) -> str | None:
-    """Hooks, offloading and tensor parallelism act when a module is *called*; the op only reads."""
+def unreadable(module: Any, name: str, kind: type = nn.Parameter) -> str | None:
+    """Hooks, offloading and tensor parallelism act when a module is *called*; the op only reads.
+
+    kind: of the module's weight.
+    """
     if module._forward_pre_hooks or module._forward_hooks:
         return f"hooks sit on {name}: PEFT's forward"
     if module._backward_pre_hooks or module._backward_hooks:
@@ -199,12 +221,12 @@ def unreadable(module: Any, name: str) -> str | None:
             return None
         return f"the weight of {name} is computed or sharded: PEFT's forward"
     weight = module._parameters["weight"]
-    if type(weight) is not nn.Parameter:
+    if type(weight) is not kind:
         return f"the weight of {name} is a {type(weight).__name__}: PEFT's forward"
     return None
 
 
-def _variants(module: PeftLoraLinear) -> str:
+def _variants(module: Any) -> str:
     return ", ".join(sorted({type(v).__name__ for v in module.lora_variant.values()}))
 
 

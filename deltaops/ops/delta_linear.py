@@ -12,7 +12,7 @@ reference, which they can see through.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -204,9 +204,13 @@ def prepare(
     adapter: Tensor | None,
     backend: str,
     strict: bool,
+    like: Callable[[], Tensor] | None = None,
 ) -> tuple[Known, list[Tensor | None], Tensor | None] | None:
     """What is known of an eager call, checked, the branches' tensors, a… b… bias…, and the rows'
-    numbers as backends take them; None where a tensor is of another class."""
+    numbers as backends take them; None where a tensor is of another class.
+
+    like: makes the weight of a call that is not known yet, where ``weight`` only has its shape.
+    """
     seen = look(x, weight, bias, branches, backend, strict)
     if seen is None or x.is_meta:
         return None
@@ -216,8 +220,11 @@ def prepare(
         if type(adapter) not in PLAIN:
             return None
         key = key, routed
+    if like is not None:
+        key = key, "weight apart"
     known = PLANS.get(key)
     if known is None or (weight.requires_grad and torch.is_grad_enabled()):
+        weight = weight if like is None else like()
         _check(x, weight, bias, branches)
         known = _learn(x, weight, branches, routed, backend, strict)
         PLANS.keep(key, known)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from deltaops.backends import Backend, DeltaLinearPlan
+from deltaops.backends import Backend, DeltaLinearPlan, PlainPlan
 from deltaops.backends.cpu import native
 
 from .paths import PLAIN
@@ -21,56 +21,6 @@ from .paths import PLAIN
 Signature = Hashable
 
 _MOST = 4096
-
-
-class PlainPlan:
-    """The plan of a backend that prepares nothing: it is told the settings in every call."""
-
-    def __init__(
-        self,
-        runner: Backend,
-        scaling: Sequence[float],
-        dropout: Sequence[float],
-        activation: Sequence[str],
-    ) -> None:
-        self._runner = runner
-        self._settings = scaling, dropout, activation
-
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        operands: Sequence[Any],
-        seed: Tensor | None,
-        keep: bool,
-        adapter: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :class:`deltaops.backends.DeltaLinearPlan`."""
-        count = len(operands) // 3
-        a, b, inner = operands[:count], operands[count : 2 * count], operands[2 * count :]
-        # a backend that has never heard of adapters by row is not told of them
-        rest = () if adapter is None else (adapter,)
-        return self._runner.forward(x, weight, bias, a, b, inner, *self._settings, seed, *rest)
-
-    def backward(
-        self,
-        grad_y: Tensor,
-        x: Tensor | None,
-        weight: Tensor,
-        operands: Sequence[Any],
-        s: Tensor,
-        seed: Tensor | None,
-        needs: Sequence[bool],
-        adapter: Tensor | None = None,
-    ) -> list[Tensor]:
-        """See :class:`deltaops.backends.DeltaLinearPlan`."""
-        count = len(operands) // 3
-        a, b = operands[:count], operands[count : 2 * count]
-        rest = () if adapter is None else (adapter,)
-        return self._runner.backward(
-            grad_y, x, weight, a, b, s, *self._settings, seed, needs, *rest
-        )
 
 
 def make_plan(

@@ -49,7 +49,8 @@ def quantized_linear(
         strict: as :func:`delta_linear` takes it.
     Returns: ``[..., N]`` in the dtype of ``x`` (under autocast, in autocast's dtype).
     Raises: what :func:`delta_linear` raises, of ``weight`` too.
-    Gradients: those of :func:`delta_linear`; the backward pass makes W again.
+    Gradients: those of :func:`delta_linear`; the backward pass reads the codes again, or makes W
+        again where the gradient of ``x`` is wanted.
     Randomness: that of :func:`delta_linear`.
     Source: Dettmers et al. 2023 (arXiv 2305.14314), eq. 5.
     """
@@ -76,9 +77,10 @@ def _run(
     prepared = None
     if not watched():
         # what is known of a call hangs on the weight's layout, not on what is in it
-        blank = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-        prepared = prepare(x, blank, bias, branches, None, backend, strict)
-        del blank
+        prepared = prepare(
+            x, _stand_in(weight, x), bias, branches, None, backend, strict,
+            like=lambda: torch.empty(weight.shape, dtype=x.dtype, device=x.device),
+        )  # fmt: skip
     if prepared is None:
         dense = reference.dequantize(weight, x.dtype)
         return delta_linear(x, dense, bias, branches, backend=backend, strict=strict)
@@ -109,10 +111,39 @@ def _forward(
     return run_forward(x, _dense(weight, x.dtype, plan), bias, operands, seed, plan, keep)
 
 
+def _stand_in(weight: QuantizedWeight, x: Tensor) -> Tensor:
+    """One number in the weight's shape, where W itself is not read."""
+    return torch.empty((1, 1), dtype=x.dtype, device=x.device).expand(weight.shape)
+
+
 def _dense(weight: QuantizedWeight, dtype: torch.dtype, plan: DeltaLinearPlan) -> Tensor:
     if isinstance(plan, QuantizedPlan):
         return plan.dequantize(weight, dtype)
     return reference.dequantize(weight, dtype)
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: QuantizedWeight,
+    operands: Sequence[Tensor | None],
+    s: Tensor,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    plan: DeltaLinearPlan,
+) -> list[Tensor]:
+    n, k = weight.shape
+    rows = grad_y.numel() // n if n else 0
+    if isinstance(plan, QuantizedPlan) and rows and plan.fuses(rows, weight):
+        flat = None if x is None else x.reshape(-1, k)
+        rest = operands, s, seed, needs
+        grads = plan.backward_quantized(grad_y.reshape(-1, n), flat, weight, *rest)
+        if needs[0] and grad_y.dim() != 2:
+            grads[0] = shaped(grads[0], (*grad_y.shape[:-1], k))
+        return grads
+    # W is for the gradient of x alone
+    dense = _dense(weight, grad_y.dtype, plan) if needs[0] else _stand_in(weight, grad_y)
+    return run_backward(grad_y, x, dense, operands, s, seed, needs, plan)
 
 
 class QuantizedLinearFunction(torch.autograd.Function):
@@ -134,20 +165,19 @@ class QuantizedLinearFunction(torch.autograd.Function):
         count = len(operands) // 3
         x_saved = x if True in ctx.needs_input_grad[7 : 7 + count] else None
         ctx.save_for_backward(x_saved, codes, scales, s, seed, *operands[: 2 * count])
-        ctx.settings = plan, weight[2:], x.dtype
+        ctx.settings = plan, weight[2:]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, codes, scales, s, seed, *operands = ctx.saved_tensors
-        plan, layout, dtype = ctx.settings
+        plan, layout = ctx.settings
         operands += [None] * (len(operands) // 2)  # the branches' biases are not read again
         wants = ctx.needs_input_grad
         needs = [wants[0], wants[1], *wants[7:]]
-        dense = _dense(QuantizedWeight(codes, scales, *layout), dtype, plan)
-        grad_y = grad_y.resolve_neg()
-        found = iter(run_backward(grad_y, x, dense, operands, s, seed, needs, plan))
+        weight = QuantizedWeight(codes, scales, *layout)
+        found = iter(_backward(grad_y.resolve_neg(), x, weight, operands, s, seed, needs, plan))
         grads = [next(found) if need else None for need in needs]
         return (*grads[:2], None, None, None, None, None, *grads[2:])
 

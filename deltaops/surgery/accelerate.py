@@ -18,7 +18,7 @@ from .blocks import restore_blocks, swap_blocks
 from .losses import restore_losses, swap_losses
 from .places import frozen_linears
 from .plan import check_backend
-from .report import Report, is_accelerated, report, why_not_parameter
+from .report import Report, is_accelerated, is_quantized, report, why_not_parameter
 
 
 def accelerate(
@@ -34,11 +34,12 @@ def accelerate(
 ) -> Report:
     """Swap the LoRA layers of a PEFT model for fused ones; calling it again changes nothing more.
 
-    A layer that the op can never run (DoRA and other variants, quantized bases, …) is left alone. A
-    state that may pass is looked at on every call, and PEFT's own forward runs meanwhile: adapters
-    disabled or merged, hooks or offloading on an inner layer, a base weight that was unfrozen. The
-    report says so for each layer. A batch that mixes adapters (``adapter_names``) stays in the op;
-    see :func:`deltaops.adapters_by_sample` for one in training.
+    A layer that the op can never run (DoRA and other variants, bases quantised to fp4, …) is left
+    alone; what bitsandbytes quantised to NF4 or int8 is read by its codes. A state that may pass is
+    looked at on every call, and PEFT's own forward runs meanwhile: adapters disabled or merged,
+    hooks or offloading on an inner layer, a base weight that was unfrozen. The report says so for
+    each layer. A batch that mixes adapters (``adapter_names``) stays in the op, but for quantised
+    bases; see :func:`deltaops.adapters_by_sample` for one in training.
 
     Args:
         model: a ``PeftModel``, or a model with injected LoRA layers; changed in place.
@@ -87,6 +88,7 @@ def accelerate(
             module.__dict__["strict"] = strict
             module.__dict__["pack"] = pack
             module.__class__ = PeftLoraLinear
+    _swap_quantized(tuned.values(), backend, strict)
     _swap_experts(tuned.values(), backend, strict, pack)
     if frozen:
         inside = {id(m) for wrapper in tuned.values() for m in wrapper.modules()}
@@ -103,6 +105,23 @@ def accelerate(
     if blocks:
         swap_blocks(model, backend, strict)
     return report(model)
+
+
+def _swap_quantized(tuned: Iterable[nn.Module], backend: str, strict: bool) -> None:
+    """Let the op read what bitsandbytes quantised."""
+    found = [m for m in tuned if is_quantized(m)]
+    if not found:
+        return
+    # bitsandbytes is loaded: the model holds its layers
+    from deltaops.modules.peft_quantized import CLASSES, never
+
+    for module in found:
+        kind = CLASSES.get(type(module), type(module))
+        # a variant or codes of another kind never fit
+        if is_accelerated(module) or not (module.lora_variant or never(module.base_layer)):
+            module.__dict__["backend"] = backend
+            module.__dict__["strict"] = strict
+            module.__class__ = kind
 
 
 def _swap_experts(tuned: Iterable[nn.Module], backend: str, strict: bool, pack: Policy) -> None:

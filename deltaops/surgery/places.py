@@ -180,7 +180,12 @@ def wanted(places: Iterable[str]) -> str:
 def _why_not_kind(module: nn.Module) -> str:
     kind = type(module)
     home = kind.__module__.split(".")[0]
-    if home in ("bitsandbytes", "auto_gptq", "gptqmodel", "awq", "hqq", "eetq", "aqlm"):
+    if home == "bitsandbytes":
+        return (
+            f"quantized by {home} ({kind.__name__}); PEFT binds LoRA to it, and "
+            "deltaops.accelerate runs that as one op"
+        )
+    if home in ("auto_gptq", "gptqmodel", "awq", "hqq", "eetq", "aqlm"):
         return f"quantized by {home} ({kind.__name__})"
     if isinstance(module, nn.Linear):
         return f"{kind.__name__} is a subclass of nn.Linear; only the exact type is swapped"

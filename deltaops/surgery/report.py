@@ -38,6 +38,9 @@ TOKENS = 1024
 """Rows of the input that a report assumes where the caller names none."""
 
 
+NOT_YET = "not accelerated: call deltaops.accelerate(model)"
+
+
 class Row(NamedTuple):
     """One module."""
 
@@ -186,7 +189,7 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
         weight.shape[1],
         tuple(b.a.shape[0] for b in branches),
         any(b.dropout for b in branches),
-        weight_layout(weight),
+        getattr(module, "layout", None) or weight_layout(weight),
         tuple(b.activation for b in branches if b.activation != "identity"),
         any(b.bias is not None for b in branches),
     )
@@ -196,7 +199,7 @@ def _row(path: str, module: nn.Module, kind: str, otherwise: str, tokens: int) -
         path,
         kind,
         explanation.chosen or "none",
-        explanation.reason + _off(module),
+        explanation.reason + _off(module) + (module.note() if is_quantized(module) else ""),  # type: ignore[operator]  # a method
         PACKING.bytes_of(matrices),
     )
 
@@ -223,14 +226,26 @@ def is_accelerated(module: nn.Module) -> bool:
     return f"{kind.__module__}.{kind.__qualname__}" in (  # __name__ is PEFT's on the second
         "deltaops.modules.peft_linear.PeftLoraLinear",
         "deltaops.modules.peft_experts.PeftExperts",
+        "deltaops.modules.peft_quantized.PeftLinear4bit",
+        "deltaops.modules.peft_quantized.PeftLinear8bit",
     )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA on a layer of bitsandbytes, accelerated or not."""
+    return type(module).__module__ in ("peft.tuners.lora.bnb", "deltaops.modules.peft_quantized")
 
 
 def why_left_alone(module: nn.Module) -> str:
     """Why ``accelerate`` does not take this PEFT layer, as far as its type and settings say."""
     kind = type(module)
     if f"{kind.__module__}.{kind.__name__}" == "peft.tuners.lora.layer.ParamWrapper":
-        return why_not_parameter(module) or "not accelerated: call deltaops.accelerate(model)"
+        return why_not_parameter(module) or NOT_YET
+    if is_quantized(module):
+        from deltaops.modules.peft_linear import busy
+        from deltaops.modules.peft_quantized import never  # bitsandbytes is loaded: it is a layer's
+
+        return never(module.base_layer) or busy(module) or NOT_YET
     if f"{kind.__module__}.{kind.__name__}" != "peft.tuners.lora.layer.Linear":
         return f"{kind.__module__}.{kind.__name__} is not PEFT's LoRA Linear"
     from deltaops.modules.peft_linear import (
@@ -238,7 +253,7 @@ def why_left_alone(module: nn.Module) -> str:
     )
 
     found = PeftLoraLinear._resolve(cast(PeftLoraLinear, module))  # it reads what both classes have
-    return found if isinstance(found, str) else "not accelerated: call deltaops.accelerate(model)"
+    return found if isinstance(found, str) else NOT_YET
 
 
 def why_not_parameter(wrapper: nn.Module) -> str | None:

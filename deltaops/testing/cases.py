@@ -65,6 +65,12 @@ class DeltaLinearTensors:
         biases = [t is not None for t in self.branch_bias]
         return [True, self.bias is not None, *[True] * (2 * len(self.a)), *biases]
 
+    def joined(self, grads: list[Tensor]) -> list[Tensor]:
+        """All gradients, those of the branches' biases as one: the error of a single number, as of
+        a branch of rank 1, is luck."""
+        count = sum(t is not None for t in self.branch_bias)
+        return [*grads[: len(grads) - count], torch.cat(grads[-count:])] if count else grads
+
     def call(self) -> DeltaLinearCall:
         """For ``backend.unsupported(…)``."""
         return DeltaLinearCall.of(

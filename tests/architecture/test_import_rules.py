@@ -132,7 +132,7 @@ def inside(own: str, module: str, name: str) -> str | None:
         return f"{other or name} has no place in LAYERS"
     if own == other == "backends" and module != "deltaops.backends.__init__":
         rival = name.split(".")[2:3]
-        same = rival in ([], ["base"], ["calls"], [module.split(".")[2]])
+        same = rival in ([], ["base"], ["calls"], ["plain"], [module.split(".")[2]])
         return None if same else "one backend must not import another"
     if own == other or (own, other) in SIBLINGS:
         return None
@@ -197,6 +197,7 @@ def test_each_rule_can_fail(module: str, text: str, reason: str) -> None:
         ),
         ("deltaops.backends.cpu", "from .base import Backend"),
         ("deltaops.backends.cpu", "from .calls import Call"),
+        ("deltaops.backends.triton.x", "from deltaops.backends.plain import PlainPlan"),
         ("deltaops.backends.cpu.x", "from .core import native"),
         ("deltaops.backends.triton", "from deltaops.kernels import forward"),
         ("deltaops.kernels.x", "import triton.language as tl\nfrom .tiles import grouped_tile"),

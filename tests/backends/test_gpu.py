@@ -66,13 +66,14 @@ def check_plans(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str, back: st
     y64, s64 = reference.forward(*wide.forward_arguments())
     low, s_low = reference.forward(*t.forward_arguments())
     rest = needs, *t.by_row()
-    oracle = reference.backward(*wide.backward_arguments(grad_y.double(), s64), *rest)
-    baseline = reference.backward(*t.backward_arguments(grad_y, s_low), *rest)
+    oracle = t.joined(reference.backward(*wide.backward_arguments(grad_y.double(), s64), *rest))
+    baseline = t.joined(reference.backward(*t.backward_arguments(grad_y, s_low), *rest))
     run, results = TritonBackend(), []
     with planner.forced(plan, back):
         for _ in range(2):
             y, s = run.forward(*t.forward_arguments())
-            results.append([y, *run.backward(*t.backward_arguments(grad_y, s), *rest)])
+            grads = run.backward(*t.backward_arguments(grad_y, s), *rest)
+            results.append([y, *t.joined(grads)])
     for i, (got, again, want, eager) in enumerate(
         zip(*results, [y64, *oracle], [low, *baseline], strict=True)
     ):

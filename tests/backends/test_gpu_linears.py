@@ -39,9 +39,12 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(shape, device=DEVICE)).to(dtype)
 
 
-def branch(n: int, k: int, rank: int, dtype: torch.dtype, dropout: float = 0.0) -> Branch:
+def branch(
+    n: int, k: int, rank: int, dtype: torch.dtype, dropout: float = 0.0, kind: str = "identity"
+) -> Branch:
     a, b = normal(rank, k, dtype=dtype, scale=k**-0.5), normal(n, rank, dtype=dtype)
-    return Branch(a.requires_grad_(), b.requires_grad_(), 0.7, dropout)
+    inner = None if kind == "identity" else normal(rank, dtype=dtype)
+    return Branch(a.requires_grad_(), b.requires_grad_(), 0.7, dropout, kind, inner)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -54,9 +57,9 @@ def test_a_group_has_the_bits_of_its_layers(dtypes: Types, k: int, dropout: floa
         Layer(
             normal(n, k, dtype=dtypes[0], scale=k**-0.5),
             None,
-            [branch(n, k, rank, dtypes[1], dropout)],
+            [branch(n, k, rank, dtypes[1], dropout, kind)],
         )
-        for n, rank in ((256, 16), (64, 5), (96, 64))
+        for n, rank, kind in ((256, 16, "identity"), (64, 5, "gelu"), (96, 64, "silu"))
     ]
     grads = [normal(300, len(layer.weight), dtype=dtypes[0]) for layer in layers]
     leaves = [t for layer in layers for r in layer.branches for t in (r.a, r.b)]
@@ -103,22 +106,22 @@ def test_quantised_weights(
     x, bias = normal(m, k, dtype=dtype).requires_grad_(), normal(n, dtype=dtype)
     r = branch(n, k, 20, dtypes[1])
     dense, grad_y = dequantize(weight, dtype), normal(m, n, dtype=dtype)
-    y, again = (quantized_linear(x, weight, bias, [r], backend="triton") for _ in range(2))
-    made = delta_linear(x, dense, bias, [r], backend="triton")
-    with torch.no_grad():
-        wide = [t.double() for t in (x, dense, bias, r.a, r.b)]
-        inner = [r._replace(a=wide[3], b=wide[4])]
-        oracle = delta_linear(*wide[:3], inner, backend="reference")
-        low = delta_linear(x, dense, bias, [r], backend="reference")
-    assert_accurate(y, oracle, low, "y")
-    assert torch.equal(y, again)
-    # the backward pass is that of the weight
-    leaves = [x, r.a, r.b]
-    for got, want in zip(
-        torch.autograd.grad(y, leaves, grad_y), torch.autograd.grad(made, leaves, grad_y),
-        strict=True,
-    ):  # fmt: skip
-        assert torch.equal(got, want)
+
+    def results(y: Tensor, x: Tensor, r: Branch, grad_y: Tensor) -> list[Tensor]:
+        return [y, *torch.autograd.grad(y, [x, r.a, r.b], grad_y)]
+
+    found, again = (
+        results(quantized_linear(x, weight, bias, [r], backend="triton"), x, r, grad_y)
+        for _ in range(2)
+    )
+    low = results(delta_linear(x, dense, bias, [r], backend="reference"), x, r, grad_y)
+    x, dense, bias, a, b, grad_y = (t.detach().double() for t in (x, dense, bias, r.a, r.b, grad_y))
+    r = r._replace(a=a.requires_grad_(), b=b.requires_grad_())
+    y = delta_linear(x.requires_grad_(), dense, bias, [r], backend="reference")
+    oracle = results(y, x, r, grad_y)
+    for i, (got, same, want, eager) in enumerate(zip(found, again, oracle, low, strict=True)):
+        assert_accurate(got, want, eager, f"result {i}")
+        assert torch.equal(got, same)
 
 
 @pytest.mark.parametrize(("b", "length", "tokens", "d"), [(3, 20, 50, 1050), (2, 3, 0, 17)])

@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from deltaops.backends.triton import TritonBackend, core, planner
+from deltaops.backends.calls import PrefixAttentionCall
+from deltaops.backends.triton import TritonBackend, core, planner, prefix_attention
 from deltaops.backends.triton.targets import TARGETS, Target
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
@@ -59,6 +60,8 @@ class Setting:
     routed: bool = False
     wanted: str = "xab"
     """Gradients: of x, of each A, of each B."""
+    activation: str = "identity"
+    """Of parallel adapters, which have an inner bias too."""
 
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -79,6 +82,9 @@ SETTINGS = (
     Setting(512, (64,), dropout=0.1, n=96),
     # nothing divides by 16, and two branches
     Setting(1001, (3, 100), n=1003, k=4001, dropout=0.1, bias=True),
+    # parallel adapters, alone and where a batch mixes them; their GEMMs are those of above
+    Setting(8192, (16,), dropout=0.1, activation="gelu_tanh"),
+    Setting(8, (16,), HALF, FULL, dropout=0.1, routed=True, activation="gelu"),
     # a batch that mixes adapters: its mask beside the most lanes, in both makers of dS
     Setting(512, (64,), dropout=0.1, routed=True),
     Setting(512, (64,), dropout=0.1, n=96, routed=True),
@@ -111,6 +117,14 @@ class Attention:
     length: int = 1024
     causal: bool = True
     masked: bool = False
+
+    def supported(self) -> bool:
+        """Whether the backend takes it."""
+        dtypes, lengths = (self.dtype, self.prefix), (self.length, self.length, 20)
+        call = PrefixAttentionCall(
+            "cuda", *dtypes, 2, *self.heads, *lengths, self.d, self.masked, self.causal
+        )
+        return prefix_attention.unsupported(call) is None
 
 
 ATTENTIONS = (
@@ -234,15 +248,19 @@ def launch(setting: Setting) -> None:
     seed = empty(1, dtype=torch.int64)
     by_row = (empty(setting.m, dtype=torch.int32),) if setting.routed else ()
     run = TritonBackend()
-    no_bias, linear = [None] * len(a), ["identity"] * len(a)
-    y, s = run.forward(x, weight, bias, a, b, no_bias, scaling, dropout, linear, seed, *by_row)
+    inner: list[Tensor | None] = [None] * len(a)
+    if setting.activation != "identity":
+        inner = [empty(r, dtype=setting.adapter) for r in setting.ranks]
+    settings = scaling, dropout, [setting.activation] * len(a), seed
+    y, s = run.forward(x, weight, bias, a, b, inner, *settings, *by_row)
     of_x, of_a, of_b = (name in setting.wanted for name in "xab")
     needs = [of_x, setting.bias, *[of_a] * len(a), *[of_b] * len(b), *[False] * len(a)]
-    run.backward(y, x, weight, a, b, s, scaling, dropout, linear, seed, needs, *by_row)
+    run.backward(y, x, weight, a, b, s, *settings, needs, *by_row)
 
 
 def launch_attention(setting: Attention) -> None:
     """As :func:`launch`."""
+    assert setting.supported(), setting
     (heads, h_kv), length = setting.heads, setting.length
 
     def empty(*shape: int, dtype: torch.dtype = setting.dtype) -> Tensor:

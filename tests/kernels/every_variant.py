@@ -3,7 +3,8 @@
 Usage: python tests/kernels/every_variant.py TARGET [AREA …]
 
     TARGET   sm_80, sm_90, sm_100 or gfx942
-    AREA     gemms, passes, persistent, published, linears, attention, rows; all without one
+    AREA     gemms, passes, persistent, published, linears, attention, rows; all without one.
+             AREA:I/N is every N-th call of it, from the I-th on: a piece of a long run.
 
 test_ahead_of_time.py compiles in CI what ahead.py, linears_ahead.py and rows_ahead.py list; this
 goes on to every row of the tables with every count of rank lanes, every set of gradients, mask,
@@ -62,6 +63,11 @@ def passes() -> Iterator[Call]:
             yield partial(ahead.launch, one)
         for m in ROWS:
             yield partial(ahead.launch, ahead.Setting(m, (rank,), dtype, adapter, 0.1, n))
+    for rank, (dtype, adapter), kind, routed in itertools.product(
+        RANKS, TYPES, ("relu", "gelu", "gelu_tanh", "silu"), (False, True)
+    ):
+        one = ahead.Setting(512, (rank,), dtype, adapter, routed=routed, activation=kind)
+        yield partial(ahead.launch, one)
 
 
 def persistent() -> Iterator[Call]:
@@ -114,7 +120,8 @@ def attention() -> Iterator[Call]:
         (16, 32, 64, 80, 128, 256), TYPES, (False, True), (False, True)
     ):
         one = ahead.Attention(d, dtype, prefix, causal=causal, masked=masked)
-        yield partial(ahead.launch_attention, one)
+        if one.supported():
+            yield partial(ahead.launch_attention, one)
 
 
 def rows() -> Iterator[Call]:
@@ -145,15 +152,22 @@ AREAS = {f.__name__: f for f in (gemms, passes, persistent, published, linears, 
 
 ONLY = {
     "gemms": ("_forward_kernel", "_grad_input_kernel"),
-    "passes": ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel", "_sum_partials_kernel"),
+    "passes": (
+        "_project_kernel",
+        "_grad_up_kernel",
+        "_grad_down_kernel",
+        "_hidden",
+        "_sum_partials_kernel",
+    ),
     "persistent": "_persistent",
     "linears": (
         "_project_group_kernel",
         "_grad_down_group_kernel",
-        "_grad_input_group_kernel",
+        "_grad_input_kernel",
         "_row_norms",
         "_dequantize_kernel",
         "_forward_quantized_kernel",
+        "_grad_input_quantized_kernel",
     ),
 }
 """Of an area: how the names of its kernels begin."""
@@ -171,12 +185,14 @@ def main(name: str, *areas: str) -> int:
     knobs.nvidia.dump_ptxas_log = True
     target, bad = TARGETS[name], 0
     recorder = ahead.Recorder(target)
-    for area in areas or AREAS:
+    for wanted in areas or AREAS:
+        area, _, share = wanted.partition(":")
+        first, step = map(int, (share or "0/1").split("/"))
         before = len(recorder.found)
         recorder.only = ONLY.get(area, "")
         for plan in plans(area, target):
             with ahead.compiling(recorder, target, plan):
-                for call in AREAS[area]():
+                for call in itertools.islice(AREAS[area](), first, None, step):
                     call()
         found = list(recorder.found.items())[before:]
         for key, kernel in found:
@@ -184,7 +200,7 @@ def main(name: str, *areas: str) -> int:
             bad += bool(lines)
             for line in lines:
                 print(f"{line}\n    {key}", flush=True)
-        print(f"{name} {area}: {len(found)} variants compiled", flush=True)
+        print(f"{name} {wanted}: {len(found)} variants compiled", flush=True)
     return 1 if bad else 0
 
 

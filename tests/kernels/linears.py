@@ -13,6 +13,7 @@ from rows import BRAIN, FULL, HALF, Modelled, bordered, hold, mend_bfloat16
 from torch import Tensor
 
 from deltaops.backends.base import GroupMember
+from deltaops.backends.plain import PlainPlan
 from deltaops.backends.triton import TritonBackend, planner
 from deltaops.backends.triton.group import TritonDeltaLinear
 from deltaops.ops import (
@@ -45,6 +46,8 @@ class Group:
     adapter: torch.dtype = FULL
     plan: str = "fused"
     routed: str = ""
+    activation: tuple[tuple[str, ...], ...] = ()
+    """Of parallel adapters, which have an inner bias too; of each layer."""
 
     def layers(self) -> list[DeltaLinearTensors]:
         """Of one x, between borders; the weight of every second one is that of a Conv1D."""
@@ -52,9 +55,11 @@ class Group:
         for i, (n, ranks) in enumerate(zip(self.rows, self.ranks, strict=True)):
             layout = "col" if i % 2 else "row"
             dropout = self.dropout[i] if self.dropout else ()
+            kinds = self.activation[i] if self.activation else ()
             case = DeltaLinearCase(
-                self.m, n, self.k, ranks, dropout, i != 1, layout, routed=self.routed
-            )
+                self.m, n, self.k, ranks, dropout, i != 1, layout, routed=self.routed,
+                activation=kinds, branch_bias=tuple(k != "identity" for k in kinds),
+            )  # fmt: skip
             t = case.tensors(self.dtype, adapter_dtype=self.adapter, seed=i)
             x = made[0].x if made else bordered(t.x)
             a, b = [bordered(u) for u in t.a], [bordered(u) for u in t.b]
@@ -75,7 +80,10 @@ GROUPS = (
     # each row has one of a layer's branches
     Group(30, 40, (8, 12), ((4, 3), (3, 5, 2)), routed="mixed"),
     Group(0, 40, (8, 12), ((4,), (3,))),
-)
+    # parallel adapters beside LoRA
+    Group(30, 40, (8, 12, 9), ((4, 3), (5,), (2,)), ((0.2, 0.0), (0.0,), (0.3,)), BRAIN, BRAIN,
+          activation=(("identity", "gelu"), ("relu",), ("identity",))),
+)  # fmt: skip
 
 
 def check_group(number: int, as_modelled: Modelled) -> None:
@@ -131,8 +139,8 @@ def check_op(_number: int, _as_modelled: Modelled) -> None:
         torch.manual_seed(3)
         with pytest.MonkeyPatch.context() as patch:
             if run is delta_linear_group:
-                patch.delattr(TritonDeltaLinear, "forward")
-                patch.delattr(TritonDeltaLinear, "backward")
+                patch.delattr(PlainPlan, "forward")
+                patch.delattr(PlainPlan, "backward")
             ys = run(x, given, backend="triton")
             results.append(
                 [*ys, *torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])]
@@ -231,9 +239,11 @@ def check_quantized(number: int, as_modelled: Modelled) -> None:
         made = plan.dequantize(weight, dtype)
         if plan.fuses(m, weight):
             y, s = plan.forward_quantized(x, weight, t.bias, operands, t.seed)
+            grads = plan.backward_quantized(grad_y, x, weight, operands, s, t.seed, needs)
         else:
             y, s = plan.forward(x, made, t.bias, operands, t.seed, True)
-        return [made, y, s, *plan.backward(grad_y, x, made, operands, s, t.seed, needs)]
+            grads = plan.backward(grad_y, x, made, operands, s, t.seed, needs)
+        return [made, y, s, *grads]
 
     def in_torch(t: DeltaLinearTensors, grad_y: Tensor) -> list[Tensor]:
         y, s = reference.forward(*t.forward_arguments())

@@ -65,7 +65,7 @@ class DoraNorm:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A product with a quantised weight, by its codes, and the weight made."""
+    """Products with a quantised weight, by its codes, and the weight made."""
 
     m: int
     nf4: bool
@@ -76,7 +76,7 @@ class Quantized:
     k: int = 4096
 
     def __call__(self) -> None:
-        """Forward; backward is that of a dense weight."""
+        """Forward, and dx with a mask."""
         x, shape = _empty(self.m, self.k, dtype=self.dtype), (self.n, self.k)
         a, b = (
             _empty(self.r, self.k, dtype=self.adapter),
@@ -90,9 +90,11 @@ class Quantized:
             codes, scales = _empty(*shape, dtype=torch.int8), _empty(self.n, dtype=FULL)
             weight = QuantizedWeight(codes, scales, shape, "int8", self.k)
         bias = _empty(self.n, dtype=self.dtype)
-        plan = TritonBackend().prepare(a, [a], [b], [None], [2.0], [0.0], ["identity"])
+        plan = TritonBackend().prepare(a, [a], [b], [None], [2.0], [0.1], ["identity"])
         assert plan.fuses(self.m, weight)
-        plan.forward_quantized(x, weight, bias, [a, b, None], None)
+        seed, needs = _empty(1, dtype=torch.int64), [True, *[False] * 4]
+        y, s = plan.forward_quantized(x, weight, bias, [a, b, None], seed)
+        plan.backward_quantized(y, None, weight, [a, b, None], s, seed, needs)
         plan.dequantize(weight, self.dtype)
 
 

@@ -23,10 +23,13 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("ahead.py")
 
 GEMMS = (
-    "_forward_kernel", "_grad_input_kernel", "_grad_input_group_kernel",
-    "_forward_quantized_kernel",
+    "_forward_kernel", "_grad_input_kernel", "_forward_quantized_kernel",
+    "_grad_input_quantized_kernel",
 )  # fmt: skip
-SKINNY = ("_project_kernel", "_grad_up_kernel", "_grad_down_kernel")
+SKINNY = (
+    "_project_kernel", "_grad_up_kernel", "_grad_down_kernel", "_hidden_kernel",
+    "_hidden_grad_kernel",
+)  # fmt: skip
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
 PERSISTENT = ("_persistent_forward_kernel", "_persistent_grad_input_kernel")
 # wgmma on Hopper, MFMA on AMD; Ampere and Blackwell are not looked at

@@ -27,17 +27,15 @@ pytestmark = pytest.mark.waits
 
 
 def interpret(share: int) -> subprocess.CompletedProcess[str]:
-    # big ones take long to interpret and run on a GPU's tests; adapters have no kernel yet
+    # big ones take long to interpret and run on a GPU's tests
     numbers = [
-        str(i)
-        for i, case in enumerate(DELTA_LINEAR_CASES)
-        if max(case.m, case.n, case.k) < 500 and not (case.activation or case.branch_bias)
+        str(i) for i, case in enumerate(DELTA_LINEAR_CASES) if max(case.m, case.n, case.k) < 500
     ][share::SHARES]
     numbers += [f"prefix:{i}" for i in range(len(PREFIX_ATTENTION_CASES))][share::SHARES]
     numbers += [  # with all that a row's own adapter changes: the mask of S and that of dS
         f"routed:{i}"
         for i, case in enumerate(ROUTED_CASES)
-        if case.m < 140 and case.k < 100 and not case.activation
+        if case.k < 100 and (case.m < 140 or any(case.activation))
     ][share::SHARES]
     numbers += [f"{kind}:{share}/{SHARES}" for kind in ("rows", "linears")]
     numbers += [f"persistent:{i}" for i in range(3)][share::SHARES]

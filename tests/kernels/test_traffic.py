@@ -18,7 +18,7 @@ from deltaops.backends.triton import core, record
 from deltaops.backends.triton import traffic as entries
 from deltaops.cli import app
 from deltaops.errors import ConfigError
-from deltaops.measure import traffic
+from deltaops.measure import traffic, traffic_calls
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "traffic.json"
@@ -27,7 +27,7 @@ AGAIN = "If it is meant: deltaops traffic --out benchmarks/traffic.json"
 # writes what other kernels only use, for their tests
 UNCOUNTED = {"_dropout_mask_kernel"}
 
-LAYER = traffic.Linear(8192, 4096, 4096, 16)
+LAYER = traffic_calls.Linear(8192, 4096, 4096, 16)
 
 
 def test_no_call_moves_or_computes_more_than_is_committed(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_a_kernel_without_an_entry_is_refused() -> None:
         entries.traffic(record.Launch("_new_kernel", (1,), {}, {}))
 
 
-@pytest.mark.parametrize("call", traffic.CALLS, ids=str)
-def test_nothing_goes_below_the_floor(call: traffic.Counted) -> None:
+@pytest.mark.parametrize("call", traffic_calls.CALLS, ids=str)
+def test_nothing_goes_below_the_floor(call: traffic_calls.Counted) -> None:
     for one in traffic.count(call, "sm_90"):
         assert one.total.once >= one.floor.bytes
         assert one.total.operations >= one.floor.operations
@@ -86,7 +86,7 @@ def test_nothing_goes_below_the_floor(call: traffic.Counted) -> None:
 @pytest.mark.parametrize(("k", "reads"), [(1024, 1), (4096, 2)])
 def test_rows_that_l2_cannot_hold_are_read_twice(k: int, reads: int) -> None:
     m, r = 8192, 64
-    forward, backward = traffic.count(traffic.Adapter(m, k, r), "sm_90")
+    forward, backward = traffic.count(traffic_calls.Adapter(m, k, r), "sm_90")
     found = dict(forward.kernels)["bottleneck"].once
     assert found == 2 * ((reads + 1) * m * k + 2 * r * k + k + r) + 4 * m * r
     # dy, dx; h, dh and S in float32
@@ -119,7 +119,7 @@ def test_a_plan_that_cannot_run_a_direction_is_said_to() -> None:
     assert result.exit_code == 0, result.output
     assert "backward: the plan 'torch' cannot run it" in result.output
     assert [one.direction for one in traffic.count(
-        traffic.Linear(64, 48, 32, 4, 0.1), "sm_90", "torch"
+        traffic_calls.Linear(64, 48, 32, 4, 0.1), "sm_90", "torch"
     )] == ["forward"]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_the_usual_calls_are_shown(options: list[str]) -> None:
     result = CliRunner().invoke(app, ["traffic", *options])
     assert result.exit_code == 0, result.exception
     shown = " ".join(result.output.split())
-    assert all(str(call).split()[0] in shown for call in traffic.CALLS)
+    assert all(str(call).split()[0] in shown for call in traffic_calls.CALLS)
     assert ("the plan 'torch' cannot run it" in shown) == bool(options)
     assert "counted for sm_90, not measured" in shown
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -179,3 +181,25 @@ def test_errors_say_what_is_wrong(
         quantized_linear(x, weight._replace(**change), bias, branches)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ShapeError, match="x must be"):
         quantized_linear(x[..., :3], weight, bias, branches)
+
+
+@pytest.mark.parametrize("wants_x", [False, True])
+def test_backward_makes_the_weight_for_the_gradient_of_x_alone(
+    wants_x: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias, branches = make("nf4", torch.float32, torch.float32)
+    x = x.detach().requires_grad_(wants_x)
+    made = []
+
+    def counted(*arguments: Any) -> Tensor:
+        made.append(dequantize(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("deltaops.reference.quantized.dequantize", counted)
+    y = quantized_linear(x, weight, bias, branches)
+    assert len(made) == 1
+    leaves = [*([x] if wants_x else []), *leaves_of((x, weight, bias, branches))[1:]]
+    found = gradients(y, leaves)
+    assert len(made) == 1 + wants_x
+    wanted = gradients(delta_linear(x, made[0], bias, branches), leaves)
+    assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))

@@ -1,12 +1,12 @@
 """``delta_linear``: two GEMMs with a rank part, one pass over dy, split-M sums in fixed order.
 
-The GEMMs of y and dx go one of the ways of :mod:`planner`; the passes are kernels always.
+The GEMMs of y and dx go one of the ways of :mod:`planner`; the passes (:mod:`branches`) are kernels
+always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaops.backends.calls import DeltaLinearCall
 from deltaops.errors import DataError
 
-from . import core, planner
+from . import branches, core, planner
 from .planner import Choice
 
 MOST_MIXED = 128
@@ -28,10 +28,6 @@ def unsupported(call: DeltaLinearCall) -> str | None:
             return f"takes float32, float16 and bfloat16, not {dtype}"
     if len(set(call.adapter_dtypes)) > 1:
         return "the branches must share one dtype"
-    if call.activations:
-        return f"has no kernel for a branch with an activation yet ({call.activations[0]})"
-    if call.branch_bias:
-        return "has no kernel for a branch with a bias yet"
     if call.routed and call.rank > MOST_MIXED:
         return (
             f"mixes adapters of at most {MOST_MIXED} ranks together (each row multiplies by all of "
@@ -48,17 +44,17 @@ def planned(call: DeltaLinearCall) -> str:
         return torch.empty(rows, columns, dtype=dtype, device="meta")
 
     m, n, k = call.m, call.n, call.k
-    branches = list(zip(call.ranks, call.adapter_dtypes, strict=True))
+    factors = list(zip(call.ranks, call.adapter_dtypes, strict=True))
     weight = matrix(k, n).t() if call.weight_layout == "col" else matrix(n, k)
     try:
         y, dx = (
             _choice(
-                direction, rows, weight, factors, call.ranks, call.adapter_dtypes, call.dropout,
+                direction, rows, weight, given, call.ranks, call.adapter_dtypes, call.dropout,
                 call.device,
             )
-            for direction, rows, factors in (
-                ("forward", matrix(m, k), [matrix(n, r, dtype) for r, dtype in branches]),
-                ("backward", matrix(m, n), [matrix(r, k, dtype) for r, dtype in branches]),
+            for direction, rows, given in (
+                ("forward", matrix(m, k), [matrix(n, r, dtype) for r, dtype in factors]),
+                ("backward", matrix(m, n), [matrix(r, k, dtype) for r, dtype in factors]),
             )
         )  # fmt: skip
     except DataError as error:
@@ -85,11 +81,8 @@ def forward(
         if not y.numel():
             width = sum(t.shape[0] for t in a)
             return y, torch.empty((x.shape[0], width), dtype=torch.float32, device=x.device)
-        precision = core.kernels("precision").rank_precision(x.dtype, a)
-        s: Tensor = core.kernels("project").project_branches(
-            x, list(a), list(scaling), list(dropout), seed, precision, adapter
-        )
-        _write_outputs(y, x, weight, bias, a, b, s, dropout)
+        s, u = branches.project(x, a, branch_bias, scaling, dropout, activation, seed, adapter)
+        _write_outputs(y, x, weight, bias, a, b, u, dropout)
     return y, s
 
 
@@ -102,7 +95,7 @@ def outputs(
     s: Tensor,
     dropout: Sequence[float],
 ) -> Tensor:
-    """``y [M, N]`` where S is known; on the current GPU."""
+    """``y [M, N]`` where S is known, or U of parallel adapters; on the current GPU."""
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     if y.numel():
         _write_outputs(y, x, weight, bias, a, b, s, dropout)
@@ -153,43 +146,68 @@ def backward(
     adapter: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
-    count = len(a)
-    m, k = grad_y.shape[0], weight.shape[1]
-    grad_x = torch.empty((m, k), dtype=grad_y.dtype, device=grad_y.device) if needs[0] else None
-    grad_bias = (
-        torch.empty(weight.shape[0], dtype=grad_y.dtype, device=grad_y.device) if needs[1] else None
+
+    def write(grad_x: Tensor, grad_s: Tensor) -> None:
+        _write_grad_input(grad_x, grad_y, weight, a, grad_s, dropout, seed)
+
+    settings = scaling, dropout, activation
+    return gradients(
+        grad_y, x, weight.shape[1], a, b, s, *settings, seed, needs, adapter, write=write
     )
-    wanted = [
-        torch.empty(t.shape, dtype=t.dtype, device=grad_y.device) if needs[2 + i] else None
-        for i, t in enumerate((*a, *b))
-    ]
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor | None,
+    k: int,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    activation: Sequence[str],
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    adapter: Tensor | None,
+    *,
+    write: Callable[[Tensor, Tensor], None],
+) -> list[Tensor]:
+    """The wanted gradients. What holds the weight, ``write``, writes that of x ``[M, K]`` for
+    dS ``[M, ΣR]``."""
+    count, device, dtype = len(a), grad_y.device, grad_y.dtype
+    m, n = grad_y.shape
+    grad_x = torch.empty((m, k), dtype=dtype, device=device) if needs[0] else None
+    grad_bias = torch.empty(n, dtype=dtype, device=device) if needs[1] else None
+    wanted = branches.wanted(a, b, needs[2:], device)
     grads = [g for g in (grad_x, grad_bias, *wanted) if g is not None]
     if not grad_y.numel():
         return [g.zero_() for g in grads]
     with core.device_of(grad_y):
-        precision = core.kernels("precision").rank_precision(grad_y.dtype, a)
-        grad_s = torch.empty(s.shape, dtype=torch.float32, device=grad_y.device)
-        column = 0
-        for i in range(count):
-            piece = slice(column, column + a[i].shape[0])
-            column += a[i].shape[0]
-            pass_over_dy(
+        precision = core.kernels("precision").rank_precision(dtype, a)
+        grad_s = torch.empty(s.shape, dtype=torch.float32, device=device)
+        for i, piece in enumerate(branches.columns([t.shape[0] for t in a])):
+            of_a, of_b, of_inner = wanted[i::count]
+            of_s = needs[0] or of_a is not None or of_inner is not None
+            branches.pass_over_dy(
                 grad_y,
                 b[i],
                 s[:, piece],
                 scaling=scaling[i],
+                activation=activation[i],
                 precision=precision,
-                grad_s=grad_s[:, piece] if needs[0] or wanted[i] is not None else None,
-                grad_b=wanted[count + i],
+                grad_s=grad_s[:, piece] if of_s else None,
+                grad_b=of_b,
                 grad_bias=grad_bias if i == 0 else None,
                 adapter=adapter,
                 number=i,
             )
-            if wanted[i] is not None:
+            if of_inner is not None:
+                of_inner.copy_(grad_s[:, piece].sum(0))
+            if of_a is not None:
                 core.kernels("grad_down").grad_down(
                     grad_s[:, piece],
                     x,
-                    wanted[i],
+                    of_a,
                     precision=precision,
                     dropout=dropout[i],
                     seed=seed,
@@ -197,64 +215,38 @@ def backward(
                 )
         if grad_bias is not None and count == 0:
             torch.sum(grad_y, 0, out=grad_bias)
-        if grad_x is not None:
-            plan = _plan("backward", grad_y, weight, a, a, dropout)
-            if plan == "torch":
-                _add_products(grad_x, None, grad_s, a, grad_y, weight)
-                return grads
-            if plan == "persistent":
-                core.kernels("persistent_grad_input").persistent_grad_input(
-                    grad_y, weight, grad_s, a[0], grad_x, dropout=dropout[0], seed=seed,
-                    capability=core.capability(grad_y),
-                    multiprocessors=core.multiprocessors(grad_y),
-                )  # fmt: skip
-                return grads
-            core.kernels("grad_input").grad_input_gemm(
-                grad_y, weight, grad_s, list(a), grad_x,
-                dropout=list(dropout), seed=seed, precision=precision,
-                capability=core.capability(grad_y), has_base=plan == "fused",
-            )  # fmt: skip
-            if plan == "split":
-                grad_x.addmm_(grad_y, weight)
+        if grad_x is not None and grad_x.numel():
+            write(grad_x, grad_s)
     return grads
 
 
-def pass_over_dy(
+def _write_grad_input(
+    grad_x: Tensor,
     grad_y: Tensor,
-    b: Tensor,
-    s: Tensor,
-    *,
-    scaling: float,
-    precision: Any,  # deltaops.kernels.precision.Precision
-    grad_s: Tensor | None,
-    grad_b: Tensor | None,
-    grad_bias: Tensor | None,
-    adapter: Tensor | None = None,
-    number: int = 0,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    grad_s: Tensor,
+    dropout: Sequence[float],
+    seed: Tensor | None,
 ) -> None:
-    """Write those of dS, dB and db of a branch that are given: in one pass, or dS in its own. With
-    ``adapter`` dS is zero in the rows where it is not ``number``."""
-    beside = grad_b is not None or grad_bias is not None
-    twice = core.kernels("configs").reads_dy_twice
-    if grad_s is not None and (not beside or twice(grad_y, b, precision.wide)):
-        core.kernels("project").project(
-            grad_y, b.t(), grad_s,
-            scaling=scaling, precision=precision, adapter=adapter, number=number,
+    plan = _plan("backward", grad_y, weight, a, a, dropout)
+    if plan == "torch":
+        _add_products(grad_x, None, grad_s, a, grad_y, weight)
+        return
+    if plan == "persistent":
+        core.kernels("persistent_grad_input").persistent_grad_input(
+            grad_y, weight, grad_s, a[0], grad_x, dropout=dropout[0], seed=seed,
+            capability=core.capability(grad_y), multiprocessors=core.multiprocessors(grad_y),
         )  # fmt: skip
-        grad_s = None
-    if grad_s is not None or beside:
-        core.kernels("grad_up").grad_up(
-            grad_y,
-            b,
-            s,
-            scaling=scaling,
-            precision=precision,
-            grad_s=grad_s,
-            grad_b=grad_b,
-            grad_bias=grad_bias,
-            adapter=adapter,
-            number=number,
-        )
+        return
+    kernels = core.kernels("grad_input")
+    kernels.grad_input_gemm(
+        grad_y, weight, kernels.Downs.of_layer(grad_s, a, dropout, seed), grad_x,
+        precision=core.kernels("precision").rank_precision(grad_y.dtype, a),
+        capability=core.capability(grad_y), has_base=plan == "fused",
+    )  # fmt: skip
+    if plan == "split":
+        grad_x.addmm_(grad_y, weight)
 
 
 def described(

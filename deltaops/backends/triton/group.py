@@ -7,19 +7,19 @@ passes over dy go layer by layer. See :mod:`deltaops.kernels.group`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaops.backends.base import GroupMember
+from deltaops.backends.plain import PlainPlan, thirds
 from deltaops.reference.quantized import QuantizedWeight
 
-from . import core, delta_linear, planner, quantized
+from . import branches, core, delta_linear, planner, quantized
 
 
-class TritonDeltaLinear:
+class TritonDeltaLinear(PlainPlan):
     """A ``delta_linear`` of known settings; see :class:`deltaops.backends.base.GroupingPlan`."""
 
     def __init__(
@@ -29,48 +29,13 @@ class TritonDeltaLinear:
         dropout: Sequence[float],
         activation: Sequence[str],
     ) -> None:
+        super().__init__(delta_linear, scaling, dropout, activation)
         self.ranks = tuple(ranks)
-        self.scaling = tuple(scaling)
-        self.dropout = tuple(dropout)
-        self._activation = tuple(activation)
 
     @property
     def rank(self) -> int:
         """Columns of S."""
         return sum(self.ranks)
-
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        operands: Sequence[Any],
-        seed: Tensor | None,
-        keep: bool,
-        adapter: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
-        (a, b, inner), settings = _thirds(operands), (self.scaling, self.dropout)
-        return delta_linear.forward(
-            x, weight, bias, a, b, inner, *settings, self._activation, seed, adapter
-        )
-
-    def backward(
-        self,
-        grad_y: Tensor,
-        x: Tensor | None,
-        weight: Tensor,
-        operands: Sequence[Any],
-        s: Tensor,
-        seed: Tensor | None,
-        needs: Sequence[bool],
-        adapter: Tensor | None = None,
-    ) -> list[Tensor]:
-        """See :class:`deltaops.backends.base.DeltaLinearPlan`."""
-        (a, b, _), settings = _thirds(operands), (self.scaling, self.dropout)
-        return delta_linear.backward(
-            grad_y, x, weight, a, b, s, *settings, self._activation, seed, needs, adapter
-        )
 
     def fuses(self, m: int, weight: QuantizedWeight) -> bool:
         """See :class:`deltaops.backends.base.QuantizedPlan`."""
@@ -85,8 +50,22 @@ class TritonDeltaLinear:
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`deltaops.backends.base.QuantizedPlan`."""
-        a, b, _ = _thirds(operands)
-        return quantized.forward(x, weight, bias, a, b, self.scaling, self.dropout, seed)
+        settings = self.scaling, self.dropout, self.activation
+        return quantized.forward(x, weight, bias, *thirds(operands), *settings, seed)
+
+    def backward_quantized(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: QuantizedWeight,
+        operands: Sequence[Any],
+        s: Tensor,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.QuantizedPlan`."""
+        (a, b, _), settings = thirds(operands), (self.scaling, self.dropout, self.activation)
+        return quantized.backward(grad_y, x, weight, a, b, s, *settings, seed, needs)
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         """See :class:`deltaops.backends.base.QuantizedPlan`."""
@@ -105,8 +84,12 @@ class TritonDeltaLinear:
                 core.kernels("group").project_group(x, _parts(x, members), s)
             results: list[tuple[Tensor, Tensor | None]] = []
             for plan, member, piece in zip(plans, members, _split(s, plans), strict=True):
-                a, b, _ = _thirds(member.operands)
-                y = delta_linear.outputs(x, member.weight, member.bias, a, b, piece, plan.dropout)
+                a, b, inner = thirds(member.operands)
+                u = piece
+                if x.shape[0]:
+                    settings = inner, plan.scaling, plan.activation
+                    u = branches.activate(piece, a, *settings, member.adapter)
+                y = delta_linear.outputs(x, member.weight, member.bias, a, b, u, plan.dropout)
                 results.append((y, piece))
         return results
 
@@ -135,7 +118,10 @@ class TritonDeltaLinear:
                 core.kernels("group").grad_down_group(grad_s, x, parts, grad_a)
             if m and grad_x is not None:
                 _write_grad_input(grad_x, grad_y, members, grad_s, parts)
-        lists = [[t for t in (mine.bias, *mine.a, *mine.b) if t is not None] for mine in found]
+        lists = [
+            [t for t in (mine.bias, *mine.a, *mine.b, *mine.inner) if t is not None]
+            for mine in found
+        ]
         if not m:
             lists = [[t.zero_() for t in mine] for mine in lists]
         if grad_x is not None:
@@ -149,39 +135,43 @@ class _Found(NamedTuple):
     bias: Tensor | None
     a: list[Tensor | None]
     b: list[Tensor | None]
+    inner: list[Tensor | None]
+    """Of the branches' biases."""
 
 
 def _pass_over_dy(
     grad_y: Tensor, member: GroupMember, s: Tensor, grad_s: Tensor, needs: Sequence[bool]
 ) -> _Found:
-    """dS, dB and db of a layer; dA has memory, and is not written yet."""
-    plan, (a, b, _) = _plan(member), _thirds(member.operands)
+    """dS and what follows from it alone; dA has memory, and is not written yet."""
+    plan, (a, b, _) = _plan(member), thirds(member.operands)
     count, n, device = len(a), member.weight.shape[0], grad_y.device
     precision = core.kernels("precision").rank_precision(grad_y.dtype, a)
     bias = torch.empty(n, dtype=grad_y.dtype, device=device) if needs[1] else None
-    wanted = [
-        torch.empty(t.shape, dtype=t.dtype, device=device) if needs[2 + i] else None
-        for i, t in enumerate((*a, *b))
-    ]
-    found = _Found(bias, wanted[:count], wanted[count:])
+    wanted = branches.wanted(a, b, needs[2:], device)
+    found = _Found(bias, wanted[:count], wanted[count : 2 * count], wanted[2 * count :])
     if not grad_y.numel():
-        for t in (grad_s, *found.b):
+        for t in (grad_s, *found.b, *found.inner):
             if t is not None:
                 t.zero_()
         return found
-    for i, columns in enumerate(_columns(plan.ranks)):
-        delta_linear.pass_over_dy(
+    for i, piece in enumerate(branches.columns(plan.ranks)):
+        inner = found.inner[i]
+        of_s = needs[0] or found.a[i] is not None or inner is not None
+        branches.pass_over_dy(
             grad_y,
             b[i],
-            s[:, columns],
+            s[:, piece],
             scaling=plan.scaling[i],
+            activation=plan.activation[i],
             precision=precision,
-            grad_s=grad_s[:, columns] if needs[0] or found.a[i] is not None else None,
+            grad_s=grad_s[:, piece] if of_s else None,
             grad_b=found.b[i],
             grad_bias=bias if i == 0 else None,
             adapter=member.adapter,
             number=i,
         )
+        if inner is not None:
+            inner.copy_(grad_s[:, piece].sum(0))
     if bias is not None and count == 0:
         torch.sum(grad_y, 0, out=bias)
     return found
@@ -229,13 +219,14 @@ def _parts(x: Tensor, members: Sequence[GroupMember]) -> list[Any]:
     made = core.kernels("group").Part
     parts = []
     for member in members:
-        plan, (a, _, _) = _plan(member), _thirds(member.operands)
+        plan, (a, _, _) = _plan(member), thirds(member.operands)
         precision = core.kernels("precision").rank_precision(x.dtype, a)
+        scaling = branches.project_scaling(plan.scaling, plan.activation)
         for i, down in enumerate(a):
             parts.append(
                 made(
                     down,
-                    plan.scaling[i],
+                    scaling[i],
                     plan.dropout[i],
                     member.seed,
                     i,
@@ -257,22 +248,7 @@ def _plans(members: Sequence[GroupMember]) -> list[TritonDeltaLinear]:
 
 def _split(s: Tensor, plans: Sequence[TritonDeltaLinear]) -> list[Tensor]:
     """S of each layer, of those side by side."""
-    return [s[:, columns] for columns in _columns([plan.rank for plan in plans])]
-
-
-def _columns(widths: Sequence[int]) -> list[slice]:
-    ends = list(accumulate(widths))
-    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
-
-
-def _thirds(operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """a, b and the branches' biases."""
-    count = len(operands) // 3
-    return (
-        list(operands[:count]),
-        list(operands[count : 2 * count]),
-        list(operands[2 * count :]),
-    )
+    return [s[:, piece] for piece in branches.columns([plan.rank for plan in plans])]
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""``delta_linear`` on a quantised weight: codes read in the K loop, or W made once."""
+"""``delta_linear`` on a quantised weight: codes read in the products, or W made once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltaops.reference.quantized import QuantizedWeight, nf4_table
 
-from . import core
+from . import branches, core, delta_linear
 
 
 def fuses(m: int, weight: QuantizedWeight) -> bool:
@@ -37,24 +37,53 @@ def forward(
     bias: Tensor | None,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
     scaling: Sequence[float],
     dropout: Sequence[float],
+    activation: Sequence[str],
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``(y, S)`` of :func:`deltaops.backends.triton.delta_linear.forward`, where it ``fuses``."""
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     with core.device_of(x):
         precision = core.kernels("precision").rank_precision(x.dtype, a)
-        s: Tensor = core.kernels("project").project_branches(
-            x, list(a), list(scaling), list(dropout), seed, precision
-        )
+        s, u = branches.project(x, a, branch_bias, scaling, dropout, activation, seed)
         if y.numel():
             codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
             core.kernels("quantized").forward_quantized(
-                x, codes, scales, _table(weight), bias, s, list(b), y,
+                x, codes, scales, _table(weight), bias, u, list(b), y,
                 nf4=weight.kind == "nf4", block=weight.block, precision=precision,
             )  # fmt: skip
     return y, s
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: QuantizedWeight,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    activation: Sequence[str],
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """As :func:`deltaops.backends.triton.delta_linear.backward`, where it ``fuses``."""
+
+    def write(grad_x: Tensor, grad_s: Tensor) -> None:
+        downs = core.kernels("grad_input").Downs.of_layer(grad_s, a, dropout, seed)
+        core.kernels("quantized").grad_input_quantized(
+            grad_y, weight.codes.contiguous(), weight.scales.contiguous(), _table(weight), downs,
+            grad_x, nf4=weight.kind == "nf4", block=weight.block,
+            precision=core.kernels("precision").rank_precision(grad_y.dtype, a),
+        )  # fmt: skip
+
+    settings = scaling, dropout, activation
+    return delta_linear.gradients(
+        grad_y, x, weight.shape[1], a, b, s, *settings, seed, needs, None, write=write
+    )
 
 
 _tables: dict[torch.device, Tensor] = {}
