@@ -1,0 +1,261 @@
+"""A run as it is at one moment, to be given back to the bit where an action failed or did harm.
+
+values     the trained tensors, and which of them require a gradient
+moments    the optimizer's state of each
+switches   which parts of the handle are on, and their weights
+parts      the state of the controller's parts that act
+objects    modules, the handle's record and the optimizer's groups, as they hold each other; this
+           process has them, a file has not
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaops.errors import CheckpointError
+
+from .parts import Run
+
+NOT_OURS = ("training",)
+"""Attributes of a module that the training loop sets."""
+
+
+@dataclass
+class Snapshot:
+    """Made by :meth:`take`, or out of a file by :meth:`read`."""
+
+    values: dict[str, Tensor]
+    trained: dict[str, bool]
+    moments: dict[str, dict[str, Any]]
+    enabled: tuple[str, ...]
+    weights: dict[str, float]
+    parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+    objects: Objects | None
+
+    @classmethod
+    def take(cls, run: Run, but: Iterable[str] = ()) -> Snapshot:
+        """The run as it is now, without the parts named in ``but`` and those that only watch."""
+        named = dict(run.handle.named_parameters())
+        left_out = set(but)
+        return cls(
+            values={key: p.detach().clone() for key, p in named.items()},
+            trained={key: p.requires_grad for key, p in named.items()},
+            moments={
+                key: {k: _copied(v) for k, v in run.optimizer.state[p].items()}
+                for key, p in named.items()
+                if p in run.optimizer.state
+            },
+            enabled=run.handle.enabled,
+            weights=run.handle.weights,
+            parts={
+                part.name: (copy.deepcopy(part.state()), _cloned(part.tensors()))
+                for part in run.parts
+                if part.name not in left_out and not getattr(part, "watches", False)
+            },
+            objects=Objects(run),
+        )
+
+    def restore(self, run: Run, *, failed: bool = False) -> None:
+        """Give the run back as it was.
+
+        Args:
+            run: of the same model.
+            failed: nothing but the change itself lies between: the modules' own attributes and
+                gradients come back as well.
+        Raises: CheckpointError where a tensor has another shape and no part can change that.
+        """
+        if self.objects is not None and (failed or self.objects.replaced(run)):
+            self.objects.restore(run, gradients=failed)
+        set_switches(run, self.enabled, self.weights)
+        fit_shapes(run, {key: tuple(value.shape) for key, value in self.values.items()})
+        named = dict(run.handle.named_parameters())
+        with torch.no_grad():
+            for key, parameter in named.items():
+                parameter.copy_(self.values[key])
+                parameter.requires_grad_(self.trained[key])
+        _set_moments(run.optimizer, named, self.moments)
+        by_name = {part.name: part for part in run.parts}
+        for name, (state, tensors) in self.parts.items():
+            by_name[name].restore(copy.deepcopy(state), _cloned(tensors))
+
+    # ---------------------------------------------------------------------------------- saving
+
+    def state(self) -> dict[str, Any]:
+        """What of it JSON can hold."""
+        plain = {
+            key: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+            for key, state in self.moments.items()
+        }
+        return {
+            "trained": self.trained,
+            "moments": plain,
+            "enabled": list(self.enabled),
+            "weights": self.weights,
+            "parts": {name: state for name, (state, _) in self.parts.items()},
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rest, by flat names."""
+        found = {f"value/{key}": value for key, value in self.values.items()}
+        for key, state in self.moments.items():
+            found |= {f"moment/{key}/{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+        for name, (_, tensors) in self.parts.items():
+            found |= {f"part/{name}/{key}": value for key, value in tensors.items()}
+        return found
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+        """Undo :meth:`state` and :meth:`tensors`."""
+        moments = {key: dict(found) for key, found in state["moments"].items()}
+        parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
+        parts = {name: (dict(found), {}) for name, found in state["parts"].items()}
+        values: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            kind, _, key = name.partition("/")
+            if kind == "value":
+                values[key] = tensor
+            elif kind == "moment":
+                key, _, field = key.rpartition("/")
+                moments[key][field] = tensor
+            else:
+                owner, _, key = key.partition("/")
+                parts[owner][1][key] = tensor
+        return cls(
+            values, dict(state["trained"]), moments, tuple(state["enabled"]),
+            dict(state["weights"]), parts, None,
+        )  # fmt: skip
+
+
+class Objects:
+    """Who holds whom: each module's class and attributes, the record, the optimizer's groups."""
+
+    def __init__(self, run: Run) -> None:
+        """As it is now; containers are copied one level deep."""
+        self.parameters = [p for _, p in run.handle.named_parameters()]
+        self.gradients = [p.grad for p in self.parameters]
+        self.holders = [
+            (one, type(one), _attributes(one)) for one in (*run.model.modules(), run.handle._record)
+        ]
+        self.groups = [(group["params"], list(group["params"])) for group in _groups(run)]
+
+    def replaced(self, run: Run) -> bool:
+        """Whether the handle has other Parameter objects now."""
+        now = [p for _, p in run.handle.named_parameters()]
+        return len(now) != len(self.parameters) or any(
+            one is not other for one, other in zip(now, self.parameters, strict=True)
+        )
+
+    def restore(self, run: Run, *, gradients: bool) -> None:
+        """Have everything hold again what it held. The history stays, which is a log."""
+        history = list(run.handle.history)
+        for one, kind, attributes in self.holders:
+            kept = {name: one.__dict__[name] for name in NOT_OURS if name in one.__dict__}
+            if type(one) is not kind:
+                one.__class__ = kind
+            one.__dict__.clear()
+            for name, (value, content) in attributes.items():
+                one.__dict__[name] = _refilled(value, content)
+            one.__dict__.update(kept)
+        run.handle.history[:] = history
+        for group, (held, content) in zip(_groups(run), self.groups, strict=True):
+            held[:] = content
+            group["params"] = held
+        if gradients:
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
+
+
+def set_switches(run: Run, enabled: Iterable[str], weights: Mapping[str, float]) -> None:
+    """Have these parts of the handle on, all others off, and the weights as they are here."""
+    on, handle = set(enabled), run.handle
+    for part in handle.parts:
+        if part in on and part not in handle.enabled:
+            handle.enable(part)
+        elif part not in on and part in handle.enabled:
+            handle.disable(part)
+        if handle.weights[part] != weights[part]:
+            handle.weigh(part, weights[part])
+
+
+def fit_shapes(run: Run, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Have the handle's tensors of these shapes. Raises: CheckpointError where no part can."""
+    if _shapes(run) == shapes:
+        return
+    run.reshape(shapes)
+    found = _shapes(run)
+    odd = sorted(k for k in found.keys() | shapes.keys() if found.get(k) != shapes.get(k))
+    if odd:
+        raise CheckpointError(
+            f"the run had {odd[0]} of shape {shapes.get(odd[0])}, and here it has "
+            f"{found.get(odd[0])}; {len(odd)} tensors differ, and no part of the controller can "
+            "change that. Attach the delta and make the controller as for the run that is resumed."
+        )
+
+
+def _shapes(run: Run) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(p.shape) for key, p in run.handle.named_parameters()}
+
+
+def _set_moments(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    moments: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """The state of the handle's parameters, and none of those that are in no group any more."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for parameter in list(optimizer.state):
+        if id(parameter) not in held:
+            del optimizer.state[parameter]
+    for key, parameter in named.items():
+        before = optimizer.state.pop(parameter, {})
+        if key in moments:
+            optimizer.state[parameter] = {
+                name: _placed(value, before.get(name), parameter)
+                for name, value in moments[key].items()
+            }
+
+
+def _placed(value: Any, before: Any, parameter: Tensor) -> Any:
+    """A copy where the optimizer keeps it: a counter mostly on the CPU, moments by the tensor."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    if isinstance(before, Tensor):
+        return value.to(before.device, copy=True)
+    return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+
+
+def _attributes(one: object) -> dict[str, tuple[Any, Any]]:
+    """Name → what it is, and a copy where it is a container."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
+        for name, value in one.__dict__.items()
+    }
+
+
+def _refilled(value: Any, content: Any) -> Any:
+    """The same container with what it held: others, such as hooks' handles, refer to it."""
+    if isinstance(value, list):
+        value[:] = content
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(content)
+    return value
+
+
+def _groups(run: Run) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = run.optimizer.param_groups
+    return groups
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
