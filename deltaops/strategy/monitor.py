@@ -104,7 +104,6 @@ class Monitor:
                     f"Monitor: path={self.path} is the table of another run. Name another file, or "
                     "delete that one."
                 )
-            self._rewrite([])
         return ()
 
     def after_backward(self, run: Run) -> Iterable[Action]:
@@ -212,8 +211,9 @@ class Monitor:
         if self.path is None:
             return
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_lines(rows))
+                file.write(_lines(rows if file.tell() else [COLUMNS, *rows]))
         except OSError as error:
             raise CheckpointError(
                 f"Monitor: path={self.path} cannot be written: {error.strerror or error}."

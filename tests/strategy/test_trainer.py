@@ -93,13 +93,13 @@ def test_losses_and_gradients_are_those_of_the_trainer(
 def parts() -> list[Any]:
     return [
         Monitor(2),
-        Policy(When(at(2), weigh("lora", -200.0), watch=2), When(at(5), disable("bitfit"))),
+        Policy(When(at(3), weigh("lora", -2000.0), watch=1), When(at(5), disable("bitfit"))),
     ]
 
 
 def test_a_run_goes_on_from_each_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
     saving = {
-        "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
     }  # fmt: skip
     log = tmp_path / "log.jsonl"
     straight = trainer(tmp_path / "out", Controller(parts(), log=log), **saving)
