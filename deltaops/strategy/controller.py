@@ -96,6 +96,7 @@ class Controller:
         self._handle: Handle | None = None
         self._snapshot: Snapshot | None = None
         self._odd: set[str] = set()
+        self._header: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------ the run
 
@@ -123,28 +124,27 @@ class Controller:
         run = Run(handle.model, handle, optimizer, generator, steps=steps, parts=self.parts)
         run.on_secure = self._secure
         self._handle, self.failed, self._odd = handle, {}, set()
-        if resume is None:
-            self._start(run)
-        else:
-            state = resume if isinstance(resume, Mapping) else read_state(Path(resume))
-            self._resume(run, state)
-            self._run = run
-
-    def _start(self, run: Run) -> None:
-        """Ask all parts to begin; here nothing is lost yet, and what one raises is raised."""
-        self._journal.check()
-        before = Snapshot.take(run, but=[part.name for part in self.parts])
-        run.handle.history.clear()
-        try:
-            for part in self.parts:
-                for action in _checked_actions(part.begin(run)):
-                    run.handle.history.append(_line(run, part.name, "begin", action))
+        self._header = self._describe(handle)
+        before = Snapshot.take(run, parts=False)
+        try:  # nothing is lost yet: what a part raises here is raised, and undone
+            if resume is None:
+                self._start(run)
+            else:
+                found = resume if isinstance(resume, Mapping) else read_state(Path(resume))
+                self._resume(run, found)
         except Exception:
             before.restore(run, failed=True)
-            run.handle.history.clear()
+            handle.history.clear()
             raise
-        self._journal.start(self._header(run.handle), run.handle.history)
         self._run = run
+
+    def _start(self, run: Run) -> None:
+        self._journal.check()
+        run.handle.history.clear()
+        for part in self.parts:
+            for action in _checked_actions(part.begin(run)):
+                run.handle.history.append(_line(run, part.name, "begin", action))
+        self._journal.start(self._header, run.handle.history)
 
     def after_backward(self, loss: float | Tensor, *, clipped: float = 1.0) -> None:
         """Gradients are whole, and the optimizer has not stepped.
@@ -235,7 +235,7 @@ class Controller:
             tensors |= own
         facts = {
             "version": VERSION,
-            "header": self._header(run.handle),
+            "header": self._header,
             "step": run.step,
             "loss": run.loss,
             "metrics": run.metrics,
@@ -257,6 +257,18 @@ class Controller:
         """
         write_state(Path(path), self.state_dict())
 
+    def recall(self, path: str | os.PathLike[str]) -> None:
+        """Have on, and weighed, what was when ``path`` was saved; for a training loop that ends
+        with the parameters of an earlier step. Raises: CheckpointError.
+        """
+        run = self._running("recall")
+        facts = read_state(Path(path))["facts"]
+        set_switches(run, facts["enabled"], facts["weights"])
+        reason = f"the parameters are those of step {facts['step']} again, and so are the switches"
+        detail = {"to_step": facts["step"], "enabled": facts["enabled"]}
+        event = {"kind": "roll back", "delta": "", "reason": reason, "detail": detail}
+        self._record(_NAME, "recall", event)
+
     def _resume(self, run: Run, state: Mapping[str, Any]) -> None:
         facts, tensors = state["facts"], state["tensors"]
         if facts.get("version") != VERSION:
@@ -264,7 +276,7 @@ class Controller:
                 f"Controller: the state has version {facts.get('version')!r}, this deltaops reads "
                 f"{VERSION}. Resume it with the deltaops that wrote it."
             )
-        header = self._header(run.handle)
+        header = self._header
         odd = [key for key in header if facts["header"].get(key) != header[key]]
         if odd:
             raise CheckpointError(
@@ -280,6 +292,7 @@ class Controller:
         for key, parameter in run.handle.named_parameters():
             parameter.requires_grad_(key not in frozen)
         self.failed = dict(facts["failed"])
+        run.parts = self._live()
         self._odd = set(facts["odd"])
         run.handle.history[:] = facts["history"]
         for part in self.parts:
@@ -291,7 +304,8 @@ class Controller:
                     part.resume(run)
         self._journal.resume(header, facts["history"])
 
-    def _header(self, handle: Handle) -> dict[str, Any]:
+    def _describe(self, handle: Handle) -> dict[str, Any]:
+        """The first line of the log, by which a run is known again."""
         return {
             "step": 0,
             "kind": "start",
@@ -335,16 +349,20 @@ class Controller:
     def _secure(self) -> None:
         """Keep the run as it is now, until the part that is asked has answered."""
         if self._snapshot is None and self._run is not None:
-            self._snapshot = Snapshot.take(self._run)
+            self._snapshot = Snapshot.take(self._run, parts=False)
 
     def _fail(self, part: Part, moment: str, error: Exception) -> None:
         assert self._run is not None
         told = f"{type(error).__name__}: {error}"
         self.failed[part.name] = f"{told} (step {self._run.step}, {moment})"
+        self._run.parts = self._live()
         trace = "".join(traceback.format_exception(error))
         reason = f"{told}; the part is off from here on, and what it had changed is undone"
         event = {"kind": "error", "delta": "", "reason": reason, "detail": {"traceback": trace}}
         self._record(part.name, moment, event)
+
+    def _live(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.name not in self.failed)
 
     def _record(self, part: str, moment: str, event: Action | Mapping[str, Any]) -> None:
         assert self._run is not None

@@ -97,7 +97,8 @@ class Monitor:
 
     def begin(self, run: Run) -> Iterable[Action]:
         """Raises: ConfigError where the file is that of another run."""
-        self._table = run.table
+        self._table, self.clocks, self._began = run.table, Table(), None
+        self._noise = None if self._noise is None else Noise()
         if self.path is not None:
             if self.path.exists() and self.path.stat().st_size:
                 raise ConfigError(

@@ -61,7 +61,7 @@ class Run:
     table: Table = field(default_factory=Table)
     """What a monitor has seen."""
     parts: tuple[Part, ...] = ()
-    """All of the controller's, also those that failed."""
+    """Of the controller, but for those that failed."""
     on_secure: Callable[[], object] = lambda: None
     """The controller's."""
 

@@ -107,6 +107,7 @@ class Policy:
 
     def begin(self, run: Run) -> Iterable[Action]:
         """Raises: ConfigError for a rule of a part that the handle has not."""
+        self._states, self._watch, self._snapshot = [WAITING] * len(self.rules), {}, None
         for rule in self.rules:
             for deed in rule.deeds:
                 check_names(run, deed.names())

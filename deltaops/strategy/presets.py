@@ -19,7 +19,7 @@ from deltaops.errors import ConfigError
 from .actions import check_names, check_weighed, disable, enable, freeze, switch, weigh
 from .conditions import dead, plateau
 from .parts import Action, Run
-from .policy import WAITING, Policy, When
+from .policy import Policy, When
 
 
 class _Made(Policy):
@@ -42,7 +42,6 @@ class _Made(Policy):
     def begin(self, run: Run) -> Iterable[Action]:
         """Make the rules."""
         self.rules = self.make(run)
-        self._states = [WAITING] * len(self.rules)
         return super().begin(run)
 
     def resume(self, run: Run) -> None:

@@ -39,8 +39,14 @@ class Snapshot:
     objects: Objects | None
 
     @classmethod
-    def take(cls, run: Run, but: Iterable[str] = ()) -> Snapshot:
-        """The run as it is now, without the parts named in ``but`` and those that only watch."""
+    def take(cls, run: Run, *, parts: bool = True, but: Iterable[str] = ()) -> Snapshot:
+        """The run as it is now.
+
+        Args:
+            run: to be given back.
+            parts: also the states of the controller's parts, but for those that only watch.
+            but: names of parts whose states are left out as well.
+        """
         named = dict(run.handle.named_parameters())
         left_out = set(but)
         return cls(
@@ -55,7 +61,7 @@ class Snapshot:
             weights=run.handle.weights,
             parts={
                 part.name: (copy.deepcopy(part.state()), _cloned(part.tensors()))
-                for part in run.parts
+                for part in (run.parts if parts else ())
                 if part.name not in left_out and not getattr(part, "watches", False)
             },
             objects=Objects(run),
@@ -82,6 +88,8 @@ class Snapshot:
         _set_moments(run.optimizer, named, self.moments)
         by_name = {part.name: part for part in run.parts}
         for name, (state, tensors) in self.parts.items():
+            if name not in by_name:  # it has failed since then
+                continue
             by_name[name].restore(copy.deepcopy(state), _cloned(tensors))
 
     # ---------------------------------------------------------------------------------- saving

@@ -94,10 +94,13 @@ class ControllerCallback(TrainerCallback):
         self.controller.save(_checkpoint(args, state) / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the hooks away."""
+        """Take the hooks away; where the best checkpoint was loaded, have its switches."""
         self._unhook_gradients()
         if self._forward is not None:
             self._forward.remove()
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and self.controller.run is not None:
+            self.controller.recall(Path(best) / FILE)
         self.controller.close()
 
     # --------------------------------------------------------------------------------- hooks
