@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from deltaops.errors import AttachError, CheckpointError, ConfigError
 from deltaops.surgery import Handle, handle_of
 
+from .form import Form
 from .journal import Journal
 from .parts import Action, Part, Run
 from .saved import read_state, write_state
-from .snapshot import Snapshot, fit_shapes, set_switches
+from .snapshot import Snapshot
 
 _METHODS = (
     "begin", "after_backward", "after_step", "after_evaluation", "state", "tensors", "restore",
@@ -239,10 +240,8 @@ class Controller:
             "step": run.step,
             "loss": run.loss,
             "metrics": run.metrics,
-            "enabled": list(run.handle.enabled),
-            "weights": run.handle.weights,
+            "form": Form.of(run.handle).state(),
             "frozen": [k for k, p in run.handle.named_parameters() if not p.requires_grad],
-            "shapes": {k: list(p.shape) for k, p in run.handle.named_parameters()},
             "history": list(run.handle.history),
             "failed": dict(self.failed),
             "odd": sorted(self._odd),
@@ -263,9 +262,10 @@ class Controller:
         """
         run = self._running("recall")
         facts = read_state(Path(path))["facts"]
-        set_switches(run, facts["enabled"], facts["weights"])
+        form = Form.read(facts["form"], run.handle)
+        form.switch(run.handle)
         reason = f"the parameters are those of step {facts['step']} again, and so are the switches"
-        detail = {"to_step": facts["step"], "enabled": facts["enabled"]}
+        detail = {"to_step": facts["step"], "enabled": list(form.enabled)}
         event = {"kind": "roll back", "delta": "", "reason": reason, "detail": detail}
         self._record(_NAME, "recall", event)
 
@@ -285,9 +285,8 @@ class Controller:
                 "the controller and the delta as they were, or start anew."
             )
         run.step, run.loss, run.metrics = facts["step"], facts["loss"], dict(facts["metrics"])
+        Form.read(facts["form"], run.handle).apply(run)
         run.generator.set_state(tensors["generator"].to(torch.uint8))
-        fit_shapes(run, {key: tuple(shape) for key, shape in facts["shapes"].items()})
-        set_switches(run, facts["enabled"], facts["weights"])
         frozen = set(facts["frozen"])
         for key, parameter in run.handle.named_parameters():
             parameter.requires_grad_(key not in frozen)

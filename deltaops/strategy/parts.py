@@ -73,17 +73,6 @@ class Run:
         """
         self.on_secure()
 
-    def reshape(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Give tensors of the handle these shapes, by the parts that can; values come later.
-
-        Args:
-            shapes: key of a tensor, as in `handle.named_parameters()` → its shape.
-        """
-        for part in self.parts:
-            reshape = getattr(part, "reshape", None)
-            if reshape is not None:
-                reshape(self, shapes)
-
 
 class Part(Protocol):
     """One part of a controller: a monitor, a budget, a policy.
@@ -93,8 +82,6 @@ class Part(Protocol):
     - ``announces = True``: it calls `Run.secure` before it changes anything. What others change is
       copied before they are asked, always.
     - ``watches = True``: it never changes anything, and is not rolled back.
-    - ``reshape(run, shapes)``: makes tensors of the handle that it resizes these shapes, without
-      a thought for their values; asked where a run is resumed or rolled back to other ranks.
     - ``resume(run)``: after `restore`, a run goes on that was begun by another process.
     - ``close(run)``: the run is over.
     """

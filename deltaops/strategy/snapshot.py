@@ -2,7 +2,7 @@
 
 values     the trained tensors, and which of them require a gradient
 moments    the optimizer's state of each
-switches   which parts of the handle are on, and their weights
+form       settings, ranks, switches and weights of the deltas: see :mod:`.form`
 parts      the state of the controller's parts that act
 objects    modules, the handle's record and the optimizer's groups, as they hold each other; this
            process has them, a file has not
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaops.errors import CheckpointError
-
+from .form import Form
 from .parts import Run
 
 NOT_OURS = ("training",)
@@ -33,8 +32,9 @@ class Snapshot:
     values: dict[str, Tensor]
     trained: dict[str, bool]
     moments: dict[str, dict[str, Any]]
-    enabled: tuple[str, ...]
-    weights: dict[str, float]
+    form: Form | None
+    """None until a run is there whose handle knows the methods; :attr:`told` has it then."""
+    told: Mapping[str, Any]
     parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
     objects: Objects | None
 
@@ -57,8 +57,8 @@ class Snapshot:
                 for key, p in named.items()
                 if p in run.optimizer.state
             },
-            enabled=run.handle.enabled,
-            weights=run.handle.weights,
+            form=(form := Form.of(run.handle)),
+            told=form.state(),
             parts={
                 part.name: (copy.deepcopy(part.state()), _cloned(part.tensors()))
                 for part in (run.parts if parts else ())
@@ -78,8 +78,8 @@ class Snapshot:
         """
         if self.objects is not None and (failed or self.objects.replaced(run)):
             self.objects.restore(run, gradients=failed)
-        set_switches(run, self.enabled, self.weights)
-        fit_shapes(run, {key: tuple(value.shape) for key, value in self.values.items()})
+        form = self.form or Form.read(self.told, run.handle)
+        form.apply(run)
         named = dict(run.handle.named_parameters())
         with torch.no_grad():
             for key, parameter in named.items():
@@ -103,8 +103,7 @@ class Snapshot:
         return {
             "trained": self.trained,
             "moments": plain,
-            "enabled": list(self.enabled),
-            "weights": self.weights,
+            "form": self.told,
             "parts": {name: state for name, (state, _) in self.parts.items()},
         }
 
@@ -135,8 +134,7 @@ class Snapshot:
                 owner, _, key = key.partition("/")
                 parts[owner][1][key] = tensor
         return cls(
-            values, dict(state["trained"]), moments, tuple(state["enabled"]),
-            dict(state["weights"]), parts, None,
+            values, dict(state["trained"]), moments, None, state["form"], parts, None,
         )  # fmt: skip
 
 
@@ -177,37 +175,6 @@ class Objects:
         if gradients:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient
-
-
-def set_switches(run: Run, enabled: Iterable[str], weights: Mapping[str, float]) -> None:
-    """Have these parts of the handle on, all others off, and the weights as they are here."""
-    on, handle = set(enabled), run.handle
-    for part in handle.parts:
-        if part in on and part not in handle.enabled:
-            handle.enable(part)
-        elif part not in on and part in handle.enabled:
-            handle.disable(part)
-        if handle.weights[part] != weights[part]:
-            handle.weigh(part, weights[part])
-
-
-def fit_shapes(run: Run, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Have the handle's tensors of these shapes. Raises: CheckpointError where no part can."""
-    if _shapes(run) == shapes:
-        return
-    run.reshape(shapes)
-    found = _shapes(run)
-    odd = sorted(k for k in found.keys() | shapes.keys() if found.get(k) != shapes.get(k))
-    if odd:
-        raise CheckpointError(
-            f"the run had {odd[0]} of shape {shapes.get(odd[0])}, and here it has "
-            f"{found.get(odd[0])}; {len(odd)} tensors differ, and no part of the controller can "
-            "change that. Attach the delta and make the controller as for the run that is resumed."
-        )
-
-
-def _shapes(run: Run) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(p.shape) for key, p in run.handle.named_parameters()}
 
 
 def _set_moments(
