@@ -1,11 +1,12 @@
 """Deltas chosen as training runs: what watches a run, and what changes its deltas.
 
-    table → parts → {monitor, policy → presets} → named → controller → trainer
+    table → parts → {monitor, budget, policy → presets} → named → controller → trainer
 
 ``parts`` is the contract: anything that keeps it is a part of a `Controller`.
 """
 
 from .actions import disable, enable, freeze, switch, thaw, weigh
+from .budget import Allocation, Importance, ShiftedSigmoid, allocate
 from .conditions import above, all_of, at, below, dead, plateau
 from .controller import Controller
 from .journal import read_log
@@ -19,20 +20,24 @@ from .table import Row, Table
 __all__ = [
     "PARTS",
     "Action",
+    "Allocation",
     "Controller",
     "DisableUseless",
     "FreezeDead",
+    "Importance",
     "Monitor",
     "Part",
     "Policy",
     "Row",
     "Run",
+    "ShiftedSigmoid",
     "SwitchOnPlateau",
     "Table",
     "WarmIn",
     "When",
     "above",
     "all_of",
+    "allocate",
     "at",
     "below",
     "dead",

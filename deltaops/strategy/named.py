@@ -16,6 +16,7 @@ from typing import Any
 
 from deltaops.errors import ConfigError
 
+from .budget import Importance, ShiftedSigmoid
 from .monitor import Monitor
 from .parts import Part
 from .presets import DisableUseless, FreezeDead, SwitchOnPlateau, WarmIn
@@ -26,6 +27,8 @@ PARTS: dict[str, Callable[..., Part]] = {
     "disable-useless": DisableUseless,
     "switch-on-plateau": SwitchOnPlateau,
     "warm-in": WarmIn,
+    "importance": Importance,
+    "shifted-sigmoid": ShiftedSigmoid,
 }
 """Name → what makes the part."""
 

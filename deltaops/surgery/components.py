@@ -9,7 +9,7 @@ DoRA's magnitude, a norm, a gate) are the same at every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -163,7 +163,7 @@ def sized_places(handle: Handle, part: str | None, action: str) -> dict[str, Siz
     return found
 
 
-def trained(places: Iterator[Sized] | list[Sized]) -> int:
+def trained(places: Iterable[Sized]) -> int:
     """Parameters of all ``places`` together."""
     return sum(place.parameters(place.rank) for place in places)
 

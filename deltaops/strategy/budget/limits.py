@@ -25,7 +25,7 @@ def check_share(subject: str, name: str, value: Any) -> None:
 def least(places: Mapping[str, Sized], smallest: int) -> int:
     """Parameters that no choice can go below: every place at ``smallest``; at 0, one component."""
     if smallest:
-        return sum(place.parameters(min(smallest, place.rank)) for place in places.values())
+        return sum(place.parameters(min(smallest, place.largest)) for place in places.values())
     return min(place.parameters(1) for place in places.values())
 
 

@@ -1,4 +1,4 @@
-"""Gradients of a model that is only looked at: no flag, gradient or random state is another after."""
+"""Gradients of a model that is only looked at: flags, gradients and random states stay."""
 
 from __future__ import annotations
 
@@ -50,6 +50,4 @@ def gradients(
             "it with gradients on, from the model that has the delta."
         )
     found = torch.autograd.grad(value, list(parameters), allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
-    ]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]

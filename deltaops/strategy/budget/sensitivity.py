@@ -2,13 +2,13 @@
 
     G = ∂L/∂W,  δL ≈ −η · Σ_{i ≤ r} σᵢ(G)²   for the best change of W of rank r and a small step η
 
-So a component at a place is worth σᵢ² and costs K + N parameters, and the budget goes to the largest
-worth per parameter, one component after the other. G itself [N, K] is never made: q more rows Ω,
-orthonormal and random, join A, and as many zero columns join B, which changes no output; their
-gradient is s · G Ωᵀ [N, q], what LoRA's B would learn from. √(K / q) · σ(G Ωᵀ) stands for σ(G): exact
-where q = K, a sketch below, whose sum of squares has the right expectation.
-Source: the sketch is that of Halko et al. 2011 (arXiv 0909.4061), §4.1; the best change of rank r is
-Eckart and Young's.
+So a component at a place is worth σᵢ² and costs K + N parameters, and the budget goes to the
+largest worth per parameter, one component after the other. G itself [N, K] is never made: q more
+rows Ω, orthonormal and random, join A, and as many zero columns join B, which changes no output;
+their gradient is s · G Ωᵀ [N, q], what LoRA's B would learn from. √(K / q) · σ(G Ωᵀ) stands for
+σ(G): exact where q = K; below, a sketch whose sum of squares has the right expectation.
+Source: the sketch is Halko et al.'s (2011, arXiv 0909.4061, §4.1), the best change of rank r Eckart
+and Young's (1936).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deltaops.errors import ConfigError
 from deltaops.methods import LoRA
 from deltaops.methods.base import EMBEDDING
 from deltaops.surgery import Handle, Resized, resize
-from deltaops.surgery.components import Sized, sized_places, trained
+from deltaops.surgery.components import Sized, sized_places
 
 from .limits import check_budget, check_count
 from .looking import Loss, gradients, looking
@@ -55,9 +55,7 @@ class Allocation:
         generator: torch.Generator | None = None,
     ) -> tuple[Resized, ...]:
         """Give the places of ``handle`` these ranks; see :func:`deltaops.surgery.resize`."""
-        return resize(
-            handle, self.ranks, part=self.part, optimizer=optimizer, generator=generator
-        )
+        return resize(handle, self.ranks, part=self.part, optimizer=optimizer, generator=generator)
 
     def __str__(self) -> str:
         wide = max(map(len, self.ranks))
@@ -113,8 +111,7 @@ def allocate(
             "model that has the delta, on batches with something to learn?"
         )
     ranks = _greedy(places, squares, parameters, smallest, top)
-    used = sum(place.parameters(ranks[path]) for path, place in places.items())
-    return Allocation(ranks, worth, used, parameters, part)
+    return Allocation(ranks, worth, _taken(places, ranks), parameters, part)
 
 
 def _linear(handle: Handle, part: str | None) -> dict[str, Sized]:
@@ -207,8 +204,8 @@ def _greedy(
     largest: int,
 ) -> dict[str, int]:
     """Component by component to the largest worth per parameter that still fits."""
-    ranks = {path: min(smallest, place.rank) for path, place in places.items()}
-    left = budget - sum(place.parameters(ranks[path]) for path, place in places.items())
+    ranks = {path: min(smallest, place.largest) for path, place in places.items()}
+    left = budget - _taken(places, ranks)
     queue: list[tuple[float, int, str]] = []
 
     def offer(at: int, path: str) -> None:
@@ -227,10 +224,9 @@ def _greedy(
         if cost <= left:  # one that does not fit will not later, either
             ranks[path], left = rank + 1, left - cost
             offer(at, path)
-    assert trained_at(places, ranks) <= budget
     return ranks
 
 
-def trained_at(places: Mapping[str, Sized], ranks: Mapping[str, int]) -> int:
+def _taken(places: Mapping[str, Sized], ranks: Mapping[str, int]) -> int:
     """Parameters of ``places`` at ``ranks``."""
     return sum(place.parameters(ranks[path]) for path, place in places.items())
