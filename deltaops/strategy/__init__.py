@@ -5,7 +5,7 @@
 ``parts`` is the contract: anything that keeps it is a part of a `Controller`.
 """
 
-from .actions import disable, enable, freeze, switch, thaw, weigh
+from .actions import disable, enable, freeze, grow, prune, switch, thaw, weigh
 from .budget import Allocation, Importance, ShiftedSigmoid, allocate
 from .conditions import above, all_of, at, below, dead, plateau
 from .controller import Controller
@@ -44,8 +44,10 @@ __all__ = [
     "disable",
     "enable",
     "freeze",
+    "grow",
     "parse_parts",
     "plateau",
+    "prune",
     "read_log",
     "read_rows",
     "switch",

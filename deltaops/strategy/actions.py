@@ -1,7 +1,6 @@
 """What a rule does: changes of the deltas of a run, each a small object that is called with it.
 
-Each names parts of the handle, by the names in ``handle.parts``. None of them makes or removes a
-tensor. What is switched off or frozen gets no gradients, so that AdamW leaves it and its moments
+Each names parts of the handle, by the names in ``handle.parts``. What is switched off or frozen gets no gradients, so that AdamW leaves it and its moments
 as they are.
 """
 
@@ -15,6 +14,8 @@ from torch import nn
 
 from deltaops.errors import ConfigError
 from deltaops.methods import parts_of
+from deltaops.surgery import resize
+from deltaops.surgery.components import Sized, sized_places
 
 from .parts import Action, Run
 
@@ -24,7 +25,7 @@ class Refused(ConfigError):
 
 
 class Deed(Protocol):
-    """What `When` takes second."""
+    """What `When` takes second. It may have a ``check(run)``, asked before the first step."""
 
     def names(self) -> tuple[str, ...]:
         """Of the parts that it changes, to be checked before the run."""
@@ -135,6 +136,73 @@ class switch:
         run.handle.disable(self.off)
         _check_trained(run, "switch")
         return [Action("switch", self.on, reason, detail={"from": self.off, "to": self.on})]
+
+
+@dataclass(frozen=True)
+class grow:
+    """Ranks of a part ``by`` more, as far as that adds something; the function stays as it is.
+
+    Args:
+        part: of the handle, one that has ranks.
+        by: components of each place, 1 or more.
+        places: paths of modules; None for all of the part.
+    Raises: ConfigError.
+    """
+
+    part: str
+    by: int = 1
+    places: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check."""
+        if self.places is not None:
+            object.__setattr__(self, "places", tuple(self.places))  # frozen; this is its start
+        if isinstance(self.by, bool) or not isinstance(self.by, int) or self.by < 1:
+            raise ConfigError(f"{self._kind}: by must be 1 or more components, got {self.by!r}.")
+        if self.places == ():
+            raise ConfigError(f"{self._kind}: places must be paths of modules, or None for all.")
+
+    @property
+    def _kind(self) -> str:
+        return type(self).__name__
+
+    def names(self) -> tuple[str, ...]:
+        """See :class:`Deed`."""
+        return (self.part,)
+
+    def check(self, run: Run) -> None:
+        """Raises: ConfigError for a part without ranks, or a place that is not there."""
+        known = sized_places(run.handle, self.part, self._kind)
+        odd = sorted(set(self.places or ()) - set(known))
+        if odd:
+            raise ConfigError(
+                f"{self._kind}: {self.part} is not at {odd[0]!r}; it is at {', '.join(known)}."
+            )
+
+    def __call__(self, run: Run, reason: str) -> list[Action]:
+        """See :class:`Deed`."""
+        places = sized_places(run.handle, self.part, self._kind)
+        chosen = {p: self._rank(places[p]) for p in self.places or places if p in places}
+        done = resize(
+            run.handle, chosen, part=self.part, optimizer=run.optimizer, generator=run.generator
+        )
+        return [
+            Action(
+                self._kind, self.part, reason, place=one.path,
+                detail={"from": one.before, "to": one.after},
+            )
+            for one in done
+        ]  # fmt: skip
+
+    def _rank(self, place: Sized) -> int:
+        return max(place.rank, min(place.rank + self.by, place.largest))
+
+
+class prune(grow):
+    """Ranks of a part ``by`` less, down to 1: the components go that weigh least."""
+
+    def _rank(self, place: Sized) -> int:
+        return max(1, place.rank - self.by)
 
 
 def check_names(run: Run, names: Iterable[str]) -> None:

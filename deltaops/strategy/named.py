@@ -16,7 +16,7 @@ from typing import Any
 
 from deltaops.errors import ConfigError
 
-from .budget import Importance, ShiftedSigmoid
+from .budget import Importance
 from .monitor import Monitor
 from .parts import Part
 from .presets import DisableUseless, FreezeDead, SwitchOnPlateau, WarmIn
@@ -28,7 +28,6 @@ PARTS: dict[str, Callable[..., Part]] = {
     "switch-on-plateau": SwitchOnPlateau,
     "warm-in": WarmIn,
     "importance": Importance,
-    "shifted-sigmoid": ShiftedSigmoid,
 }
 """Name → what makes the part."""
 

@@ -111,6 +111,8 @@ class Policy:
         for rule in self.rules:
             for deed in rule.deeds:
                 check_names(run, deed.names())
+                if hasattr(deed, "check"):
+                    deed.check(run)
         return ()
 
     def after_backward(self, run: Run) -> Iterable[Action]:
