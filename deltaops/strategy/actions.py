@@ -1,7 +1,7 @@
 """What a rule does: changes of the deltas of a run, each a small object that is called with it.
 
-Each names parts of the handle, by the names in ``handle.parts``. What is switched off or frozen gets no gradients, so that AdamW leaves it and its moments
-as they are.
+Each names parts of the handle, by the names in ``handle.parts``. What is switched off or frozen
+gets no gradients, so that AdamW leaves it and its moments as they are.
 """
 
 from __future__ import annotations

@@ -164,9 +164,9 @@ class WarmIn:
         self, part: str, steps: int = 100, *, start: int = 0, levels: int = 10, name: str = ""
     ) -> None:
         """Of the handle, so many steps. Raises: ConfigError."""
-        if steps < 1 or start < 0 or not 1 <= levels <= steps:
+        if steps < 1 or start < 0 or levels < 1:
             raise ConfigError(
-                "WarmIn: expected start ≥ 0, steps ≥ 1 and levels from 1 to steps, got "
+                "WarmIn: expected start ≥ 0, steps ≥ 1 and levels ≥ 1, got "
                 f"start={start}, steps={steps}, levels={levels}."
             )
         self.part, self.steps, self.start, self.levels = part, steps, start, levels

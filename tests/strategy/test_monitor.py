@@ -36,7 +36,7 @@ def test_losses_norms_and_metrics_are_what_they_are(tmp_path: Path) -> None:
     rows = monitor.table()
     assert sorted({row.step for row in rows}) == [1, 3, 4]
     (seen,) = (row.value for row in rows if row.quantity == "loss" and row.step == 3)
-    assert seen == float(loss)
+    assert seen == float(loss.detach())
     found = {
         f"{r.delta} {r.place}": r.value for r in rows if (r.step, r[1]) == (3, "gradient_norm")
     }

@@ -222,7 +222,7 @@ def test_other_parts_are_rolled_back_as_well(steered: Make) -> None:
     assert run is not None
     snapshot = Snapshot.take(run, but=["policy"])
     level = warm.state()
-    loop.train(5)
+    loop.train(7)
     assert warm.state() != level
     snapshot.restore(run)
     assert warm.state() == level
@@ -242,7 +242,8 @@ def test_useless_parts_are_left_off(steered: Make) -> None:
     loop = Loop(steered(DisableUseless(start=4, tolerance=1e-6)), delta).begin().train()
     told = [(e["kind"], e["delta"]) for e in loop.handle.history]
     assert told == [("disable", "lora")]  # and bitfit, the last, is not tried
-    useful = Loop(steered(DisableUseless(start=4), log="two.jsonl")).begin().train()
+    # once learnt, each of them is missed at once
+    useful = Loop(steered(DisableUseless(start=60), log="two.jsonl")).begin().train(66)
     assert useful.handle.enabled == ("lora", "bitfit")
     assert [e["kind"] for e in useful.handle.history] == ["disable", "roll back"] * 2
 
@@ -283,7 +284,7 @@ def test_a_part_is_let_in_by_levels(steered: Make) -> None:
         lambda: below("loss", 1.0, rows=0),
         lambda: FreezeDead(share=2.0),
         lambda: DisableUseless(watch=0),
-        lambda: WarmIn("lora", 5, levels=6),
+        lambda: WarmIn("lora", 5, levels=0),
     ],
 )
 def test_rules_that_mean_nothing_are_refused(make: Callable[[], object]) -> None:
