@@ -41,7 +41,7 @@ from .snapshot import Snapshot
 _METHODS = (
     "begin", "after_backward", "after_step", "after_evaluation", "state", "tensors", "restore",
 )  # fmt: skip
-_TIMES = ("_runtime", "_per_second", "_preparation_time")
+_TIMES = ("runtime", "per_second", "preparation_time")
 """How Trainer's metrics end that are clocks; nothing may be decided by those."""
 VERSION = 1
 _NAME = "controller"
@@ -218,7 +218,7 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """All that the next decisions depend on: {"facts": JSON, "tensors": by flat names}.
 
-        The delta's parameters and the optimizer are the training loop's to save, at the same step.
+        The model's parameters and the optimizer are the training loop's to save, at the same step.
         """
         run = self._running("state_dict")
         tensors: dict[str, Tensor] = {"generator": run.generator.get_state()}
@@ -234,6 +234,10 @@ class Controller:
                 continue
             states[part.name] = state
             tensors |= own
+        inside = {id(parameter) for parameter in run.model.parameters()}
+        for key, parameter in run.handle.named_parameters():
+            if id(parameter) not in inside:  # off, so that what it replaces is in the model
+                tensors[f"outside/{key}"] = _kept(parameter)
         facts = {
             "version": VERSION,
             "header": self._header,
@@ -269,6 +273,18 @@ class Controller:
         event = {"kind": "roll back", "delta": "", "reason": reason, "detail": detail}
         self._record(_NAME, "recall", event)
 
+    @staticmethod
+    def reshape(handle: Handle, path: str | os.PathLike[str]) -> None:
+        """Give a fresh handle the ranks that a run had when ``path`` was saved, so that a Trainer
+        can load that checkpoint into the model; before its ``train(resume_from_checkpoint=…)``.
+
+        Args:
+            handle: of a delta that was attached as the run's was.
+            path: ``controller.safetensors`` of the checkpoint.
+        Raises: CheckpointError.
+        """
+        Form.read(read_state(Path(path))["facts"]["form"], handle).apply(handle, None)
+
     def _resume(self, run: Run, state: Mapping[str, Any]) -> None:
         facts, tensors = state["facts"], state["tensors"]
         if facts.get("version") != VERSION:
@@ -285,11 +301,16 @@ class Controller:
                 "the controller and the delta as they were, or start anew."
             )
         run.step, run.loss, run.metrics = facts["step"], facts["loss"], dict(facts["metrics"])
-        Form.read(facts["form"], run.handle).apply(run)
+        form = Form.read(facts["form"], run.handle)
+        form.apply(run.handle, run.optimizer)
+        form.switch(run.handle)
         run.generator.set_state(tensors["generator"].to(torch.uint8))
         frozen = set(facts["frozen"])
         for key, parameter in run.handle.named_parameters():
             parameter.requires_grad_(key not in frozen)
+            if f"outside/{key}" in tensors:
+                with torch.no_grad():
+                    parameter.copy_(tensors[f"outside/{key}"])
         self.failed = dict(facts["failed"])
         run.parts = self._live()
         self._odd = set(facts["odd"])
@@ -313,7 +334,6 @@ class Controller:
             "parts": [[part.name, _described(part)] for part in self.parts],
             "evaluate_every": self.evaluate_every,
             "model": type(handle.model).__name__,
-            "places": len(handle.places),
             "methods": {name: delta.kind for name, delta in handle.parts.items()},
         }
 

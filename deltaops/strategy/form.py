@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.methods import Delta
 from deltaops.surgery import Handle, resize
 from deltaops.surgery.components import AXES, sized_places
 from deltaops.surgery.resize import put_settings
-
-from .parts import Run
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -35,18 +35,19 @@ class Form:
         """As it is now."""
         return cls(handle.parts, shapes_of(handle), handle.enabled, handle.weights)
 
-    def apply(self, run: Run) -> None:
-        """Have the handle of this form; values of tensors that are resized come later.
+    def apply(self, handle: Handle, optimizer: torch.optim.Optimizer | None) -> None:
+        """Have ``handle`` of these settings and ranks; values come later, and switches do.
 
+        Args:
+            handle: of the same methods.
+            optimizer: whose parameters follow; None where there is none yet.
         Raises: CheckpointError where a tensor cannot have the shape.
         """
-        self._resize(run)
-        handle = run.handle
+        self._resize(handle, optimizer)
         for name, delta in handle.parts.items():
             if delta != self.deltas[name]:
                 places = sized_places(handle, name, "Controller").values()
                 put_settings(handle, next(iter(places)).site.part, self.deltas[name], places)
-        self.switch(handle)
 
     def switch(self, handle: Handle) -> None:
         """Have the same parts on, all others off, and the same weights."""
@@ -58,8 +59,7 @@ class Form:
             if handle.weights[part] != self.weights[part]:
                 handle.weigh(part, self.weights[part])
 
-    def _resize(self, run: Run) -> None:
-        handle = run.handle
+    def _resize(self, handle: Handle, optimizer: torch.optim.Optimizer | None) -> None:
         if shapes_of(handle) == self.shapes:
             return
         for part in handle.parts:
@@ -72,7 +72,8 @@ class Form:
                 suffix = next(iter(place.slots))
                 shape = self.shapes.get(place.site.key(suffix))
                 ranks[path] = 0 if shape is None else shape[AXES[suffix]]
-            resize(handle, ranks, part=part, optimizer=run.optimizer, generator=run.generator)
+            anything = torch.Generator()  # the numbers come later
+            resize(handle, ranks, part=part, optimizer=optimizer, generator=anything)
         found = shapes_of(handle)
         odd = sorted(
             k for k in found.keys() | self.shapes.keys() if found.get(k) != self.shapes.get(k)

@@ -11,6 +11,7 @@ objects    modules, the handle's record and the optimizer's groups, as they hold
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,8 @@ class Snapshot:
         if self.objects is not None and (failed or self.objects.replaced(run)):
             self.objects.restore(run, gradients=failed)
         form = self.form or Form.read(self.told, run.handle)
-        form.apply(run)
+        form.apply(run.handle, run.optimizer)
+        form.switch(run.handle)
         named = dict(run.handle.named_parameters())
         with torch.no_grad():
             for key, parameter in named.items():
@@ -142,13 +144,12 @@ class Objects:
     """Who holds whom: each module's class and attributes, the record, the optimizer's groups."""
 
     def __init__(self, run: Run) -> None:
-        """As it is now; containers are copied one level deep."""
+        """As it is now."""
         self.parameters = [p for _, p in run.handle.named_parameters()]
         self.gradients = [p.grad for p in self.parameters]
-        self.holders = [
-            (one, type(one), _attributes(one)) for one in (*run.model.modules(), run.handle._record)
-        ]
-        self.groups = [(group["params"], list(group["params"])) for group in _groups(run)]
+        holders = (*run.model.modules(), run.handle._record)
+        self.holders = [(one, type(one), Content(one.__dict__)) for one in holders]
+        self.groups = [(group, Content(group["params"])) for group in _groups(run)]
 
     def replaced(self, run: Run) -> bool:
         """Whether the handle has other Parameter objects now."""
@@ -160,21 +161,50 @@ class Objects:
     def restore(self, run: Run, *, gradients: bool) -> None:
         """Have everything hold again what it held. The history stays, which is a log."""
         history = list(run.handle.history)
-        for one, kind, attributes in self.holders:
+        for one, kind, content in self.holders:
             kept = {name: one.__dict__[name] for name in NOT_OURS if name in one.__dict__}
             if type(one) is not kind:
                 one.__class__ = kind
-            one.__dict__.clear()
-            for name, (value, content) in attributes.items():
-                one.__dict__[name] = _refilled(value, content)
+            content.restore()
             one.__dict__.update(kept)
         run.handle.history[:] = history
-        for group, (held, content) in zip(_groups(run), self.groups, strict=True):
-            held[:] = content
-            group["params"] = held
+        for group, content in self.groups:
+            content.restore()
+            group["params"] = content.held
         if gradients:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient
+
+
+class Content:
+    """What a container holds, and what its containers hold; to be put back into the same objects,
+    since others, such as hooks' handles, refer to them. A dataclass that can change is one, too."""
+
+    def __init__(self, held: Any, above: frozenset[int] = frozenset()) -> None:
+        """Of a dict, list, set or such a dataclass; ``above`` are those that hold it."""
+        self.held = held
+        self._inside: Any = held.__dict__ if dataclasses.is_dataclass(held) else held
+        self._copy = copy.copy(self._inside)
+        values = self._copy.values() if isinstance(self._copy, dict) else self._copy
+        above |= {id(held)}
+        self._below = [Content(v, above) for v in values if _holds(v) and id(v) not in above]
+
+    def restore(self) -> None:
+        """Put it back."""
+        if isinstance(self._inside, list):
+            self._inside[:] = self._copy
+        else:
+            self._inside.clear()
+            self._inside.update(self._copy)
+        for one in self._below:
+            one.restore()
+
+
+def _holds(value: Any) -> bool:
+    if isinstance(value, (dict, list, set)):
+        return True
+    kind = type(value)
+    return dataclasses.is_dataclass(kind) and not kind.__dataclass_params__.frozen  # type: ignore[attr-defined]  # every one has them
 
 
 def _set_moments(
@@ -203,24 +233,6 @@ def _placed(value: Any, before: Any, parameter: Tensor) -> Any:
     if isinstance(before, Tensor):
         return value.to(before.device, copy=True)
     return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
-
-
-def _attributes(one: object) -> dict[str, tuple[Any, Any]]:
-    """Name → what it is, and a copy where it is a container."""
-    return {
-        name: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
-        for name, value in one.__dict__.items()
-    }
-
-
-def _refilled(value: Any, content: Any) -> Any:
-    """The same container with what it held: others, such as hooks' handles, refer to it."""
-    if isinstance(value, list):
-        value[:] = content
-    elif isinstance(value, (dict, set)):
-        value.clear()
-        value.update(content)
-    return value
 
 
 def _groups(run: Run) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from .curve import draw_curve
 from .loop import Point, Schedule, evaluate, make_optimizer, train
 from .read import Columns, read_examples
 from .spec import parse_delta
-from .state import FILE, read_facts, restore_state, trained, write_state
+from .state import FILE, names_in_model, read_facts, restore_state, trained, write_state
 from .steered import Steered
 from .tokens import Order, TokenSet, check_known, label_texts, load_tokenizer, pack_text
 
@@ -115,6 +115,7 @@ def run(
     torch.manual_seed(settings.seed)
     model = _load_model(settings, labels, data.pad)
     handle = attach(model, _delta(settings, model))
+    names = names_in_model(handle)
     optimizer = make_optimizer(handle.parameter_groups(settings.lr), settings.lr)
     order = Order(len(fit), settings.batch_size, settings.seed)
     history: list[Point] = []
@@ -132,7 +133,7 @@ def run(
     if steered is not None:
         steered.begin(settings, handle, optimizer, held, start_facts)
     if start_facts is not None:
-        restore_state(out / FILE, trained(handle), optimizer)
+        restore_state(out / FILE, trained(handle, names), optimizer)
     on_ready(handle, start)
 
     def save() -> None:
@@ -149,7 +150,7 @@ def run(
         with publishing(out, FILE) as scratch:
             handle.save(scratch)
             tensors = decided.get("tensors")
-            write_state(scratch / FILE, trained(handle), optimizer, facts, tensors)
+            write_state(scratch / FILE, trained(handle, names), optimizer, facts, tensors)
             if labels is not None:
                 write_json(scratch / "labels.json", labels)
 
@@ -177,7 +178,7 @@ def run(
         out / "metrics.json",
         {
             "settings": dataclasses.asdict(settings),
-            "trainable_parameters": sum(p.numel() for p in trained(handle).values()),
+            "trainable_parameters": sum(p.numel() for p in handle.parameters()),
             "held_out_before": before,
             "held_out_after": after,
             "final_training_loss": history[-1].loss,

@@ -29,10 +29,15 @@ FILE = "training_state.safetensors"
 VERSION = 1
 
 
-def trained(handle: Handle) -> dict[str, Parameter]:
-    """Name in the model → parameter of all that the handle trains, also what is frozen by now."""
-    own = {id(parameter) for parameter in handle.parameters()}
-    return {name: p for name, p in handle.model.named_parameters() if id(p) in own}
+def names_in_model(handle: Handle) -> dict[str, str]:
+    """Key of what the handle trains → its name in the model, which it has while it is on."""
+    names = {id(parameter): name for name, parameter in handle.model.named_parameters()}
+    return {key: names[id(parameter)] for key, parameter in handle.named_parameters()}
+
+
+def trained(handle: Handle, names: Mapping[str, str]) -> dict[str, Parameter]:
+    """Name → parameter of all that the handle trains, also what is off or frozen by now."""
+    return {names[key]: parameter for key, parameter in handle.named_parameters()}
 
 
 def write_state(

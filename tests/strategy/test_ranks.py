@@ -71,8 +71,7 @@ def test_ranks_are_rolled_back_to_the_bit(steered: Make, resumed: bool) -> None:
         return []
 
     def make() -> Controller:
-        # more of a loss is better, so that learning is the harm
-        harm = When(at(5), [prune("lora", 1), grow("lora", 2)], watch=1, greater=True)
+        harm = When(at(5), [prune("lora", 2), grow("lora", 1)], watch=1)
         return steered(Watcher(watch), Policy(harm))
 
     loop = Loop(make()).begin().train(5)

@@ -21,9 +21,11 @@ from deltaops.strategy import (
     When,
     at,
     disable,
+    grow,
     read_log,
     weigh,
 )
+from deltaops.strategy.controller import handle_on
 from deltaops.testing.architectures import build
 
 from .conftest import Watcher
@@ -93,9 +95,12 @@ def test_losses_and_gradients_are_those_of_the_trainer(
 
 
 def parts() -> list[Any]:
+    # more of a loss counts as better, so that a model that learns has been harmed
+    undone = When(at(3), weigh("lora", 0.5), watch=1, greater=True)
     return [
         Monitor(2),
-        Policy(When(at(3), weigh("lora", -2000.0), watch=1), When(at(5), disable("bitfit"))),
+        Policy(When(at(1), grow("lora", places=["transformer.h.0.attn.c_attn"])), name="growth"),
+        Policy(undone, When(at(5), disable("bitfit"))),
     ]
 
 
@@ -107,15 +112,21 @@ def test_a_run_goes_on_from_each_checkpoint_to_the_same_bits(tmp_path: Path) -> 
     straight = trainer(tmp_path / "out", Controller(parts(), log=log), **saving)
     straight.train()
     wanted, text = copy.deepcopy(straight.model.state_dict()), log.read_bytes()
-    assert [line["kind"] for line in read_log(log)] == ["start", "weigh", "roll back", "disable"]
+    assert [line["kind"] for line in read_log(log)] == [
+        "start", "grow", "weigh", "roll back", "disable",
+    ]  # fmt: skip
     for step in (1, 3):
         again = trainer(tmp_path / "out", Controller(parts(), log=log), **saving)
+        at_step = tmp_path / "out" / f"checkpoint-{step}" / "controller.safetensors"
+        Controller.reshape(handle_on(again.model), at_step)
         again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
         found = again.model.state_dict()
         assert all(torch.equal(value, found[key]) for key, value in wanted.items()), step
         assert log.read_bytes() == text
-    (tmp_path / "out" / "checkpoint-5" / "controller.safetensors").unlink()
+    state = tmp_path / "out" / "checkpoint-5" / "controller.safetensors"
     broken = trainer(tmp_path / "out", Controller(parts(), log=log), **saving)
+    Controller.reshape(handle_on(broken.model), state)
+    state.unlink()
     with pytest.raises(CheckpointError, match="decisions before step 5 are not known"):
         broken.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
 
@@ -134,7 +145,7 @@ def test_a_part_that_raises_does_not_lose_the_run(tmp_path: Path) -> None:
 
 def test_a_trainer_without_a_delta_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, Controller([Monitor()]))
-    deltaops.surgery.handle_of(run.model).revert()  # type: ignore[union-attr]
+    handle_on(run.model).revert()
     with pytest.raises(AttachError, match="no delta is attached to the GPT2LMHeadModel"):
         run.train()
 
