@@ -36,7 +36,7 @@ from .form import Form
 from .journal import Journal
 from .parts import Action, Part, Run
 from .saved import read_state, write_state
-from .snapshot import Snapshot
+from .snapshot import Objects, Snapshot
 
 _METHODS = (
     "begin", "after_backward", "after_step", "after_evaluation", "state", "tensors", "restore",
@@ -96,6 +96,7 @@ class Controller:
         self._run: Run | None = None
         self._handle: Handle | None = None
         self._snapshot: Snapshot | None = None
+        self._objects: Objects | None = None
         self._odd: set[str] = set()
         self._header: dict[str, Any] = {}
 
@@ -137,7 +138,7 @@ class Controller:
             before.restore(run, failed=True)
             handle.history.clear()
             raise
-        self._run = run
+        self._run, self._objects = run, None
 
     def _start(self, run: Run) -> None:
         self._journal.check()
@@ -358,17 +359,23 @@ class Controller:
             if self._snapshot is not None:
                 assert self._run is not None
                 self._snapshot.restore(self._run, failed=True)
+                self._objects = None
             self._fail(part, moment, error)
         else:
             for action in actions:
                 self._record(part.name, moment, action)
+            if actions:
+                self._objects = None
         finally:
             self._snapshot = None
 
     def _secure(self) -> None:
         """Keep the run as it is now, until the part that is asked has answered."""
-        if self._snapshot is None and self._run is not None:
-            self._snapshot = Snapshot.take(self._run, parts=False)
+        run = self._run
+        if self._snapshot is None and run is not None:
+            if self._objects is None or not self._objects.holds(run):
+                self._objects = Objects(run)
+            self._snapshot = Snapshot.take(run, parts=False, objects=self._objects)
 
     def _fail(self, part: Part, moment: str, error: Exception) -> None:
         assert self._run is not None

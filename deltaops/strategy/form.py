@@ -31,9 +31,10 @@ class Form:
     weights: dict[str, float]
 
     @classmethod
-    def of(cls, handle: Handle) -> Form:
-        """As it is now."""
-        return cls(handle.parts, shapes_of(handle), handle.enabled, handle.weights)
+    def of(cls, handle: Handle, shapes: Shapes | None = None) -> Form:
+        """As it is now; ``shapes`` where they are known already."""
+        found = shapes_of(handle) if shapes is None else shapes
+        return cls(handle.parts, found, handle.enabled, handle.weights)
 
     def apply(self, handle: Handle, optimizer: torch.optim.Optimizer | None) -> None:
         """Have ``handle`` of these settings and ranks; values come later, and switches do.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,18 +39,28 @@ class Snapshot:
     told: Mapping[str, Any]
     parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]]
     objects: Objects | None
+    gradients: dict[str, Tensor | None]
 
     @classmethod
-    def take(cls, run: Run, *, parts: bool = True, but: Iterable[str] = ()) -> Snapshot:
+    def take(
+        cls,
+        run: Run,
+        *,
+        parts: bool = True,
+        but: Iterable[str] = (),
+        objects: Objects | None = None,
+    ) -> Snapshot:
         """The run as it is now.
 
         Args:
             run: to be given back.
             parts: also the states of the controller's parts, but for those that only watch.
             but: names of parts whose states are left out as well.
+            objects: those of an earlier snapshot, where nothing has changed who holds whom since.
         """
         named = dict(run.handle.named_parameters())
         left_out = set(but)
+        shapes = {key: tuple(p.shape) for key, p in named.items()}
         return cls(
             values={key: p.detach().clone() for key, p in named.items()},
             trained={key: p.requires_grad for key, p in named.items()},
@@ -58,14 +69,15 @@ class Snapshot:
                 for key, p in named.items()
                 if p in run.optimizer.state
             },
-            form=(form := Form.of(run.handle)),
-            told=form.state(),
+            form=(form := Form.of(run.handle, shapes)),
+            told={},
             parts={
                 part.name: (copy.deepcopy(part.state()), _cloned(part.tensors()))
                 for part in (run.parts if parts else ())
                 if part.name not in left_out and not getattr(part, "watches", False)
             },
-            objects=Objects(run),
+            objects=objects or Objects(run),
+            gradients={key: p.grad for key, p in named.items()},
         )
 
     def restore(self, run: Run, *, failed: bool = False) -> None:
@@ -78,7 +90,7 @@ class Snapshot:
         Raises: CheckpointError where a tensor has another shape and no part can change that.
         """
         if self.objects is not None and (failed or self.objects.replaced(run)):
-            self.objects.restore(run, gradients=failed)
+            self.objects.restore(run)
         form = self.form or Form.read(self.told, run.handle)
         form.apply(run.handle, run.optimizer)
         form.switch(run.handle)
@@ -87,6 +99,8 @@ class Snapshot:
             for key, parameter in named.items():
                 parameter.copy_(self.values[key])
                 parameter.requires_grad_(self.trained[key])
+                if failed:
+                    parameter.grad = self.gradients[key]
         _set_moments(run.optimizer, named, self.moments)
         by_name = {part.name: part for part in run.parts}
         for name, (state, tensors) in self.parts.items():
@@ -105,7 +119,7 @@ class Snapshot:
         return {
             "trained": self.trained,
             "moments": plain,
-            "form": self.told,
+            "form": self.told if self.form is None else self.form.state(),
             "parts": {name: state for name, (state, _) in self.parts.items()},
         }
 
@@ -137,6 +151,7 @@ class Snapshot:
                 parts[owner][1][key] = tensor
         return cls(
             values, dict(state["trained"]), moments, None, state["form"], parts, None,
+            {},
         )  # fmt: skip
 
 
@@ -145,65 +160,75 @@ class Objects:
 
     def __init__(self, run: Run) -> None:
         """As it is now."""
-        self.parameters = [p for _, p in run.handle.named_parameters()]
-        self.gradients = [p.grad for p in self.parameters]
         holders = (*run.model.modules(), run.handle._record)
-        self.holders = [(one, type(one), Content(one.__dict__)) for one in holders]
-        self.groups = [(group, Content(group["params"])) for group in _groups(run)]
+        self._kinds = [(one, type(one)) for one in holders]
+        self._lists = [(group, group["params"]) for group in _groups(run)]
+        self._contents: list[tuple[Any, Any]] = []
+        seen: set[int] = set()
+        for one in holders:
+            _walk(one.__dict__, self._contents, seen)
+        for _, parameters in self._lists:
+            _walk(parameters, self._contents, seen)
+        self._parameters = [p for _, p in run.handle.named_parameters()]
+        self._switches = run.handle.enabled, run.handle.weights
 
     def replaced(self, run: Run) -> bool:
         """Whether the handle has other Parameter objects now."""
         now = [p for _, p in run.handle.named_parameters()]
-        return len(now) != len(self.parameters) or any(
-            one is not other for one, other in zip(now, self.parameters, strict=True)
+        return len(now) != len(self._parameters) or any(
+            one is not other for one, other in zip(now, self._parameters, strict=True)
         )
 
-    def restore(self, run: Run, *, gradients: bool) -> None:
+    def holds(self, run: Run) -> bool:
+        """Whether it is still so, as far as the handle tells."""
+        switches = run.handle.enabled, run.handle.weights
+        return switches == self._switches and not self.replaced(run)
+
+    def restore(self, run: Run) -> None:
         """Have everything hold again what it held. The history stays, which is a log."""
         history = list(run.handle.history)
-        for one, kind, content in self.holders:
-            kept = {name: one.__dict__[name] for name in NOT_OURS if name in one.__dict__}
+        kept = [
+            {name: one.__dict__[name] for name in NOT_OURS if name in one.__dict__}
+            for one, _ in self._kinds
+        ]
+        for one, kind in self._kinds:
             if type(one) is not kind:
                 one.__class__ = kind
-            content.restore()
-            one.__dict__.update(kept)
+        for container, copied in self._contents:
+            # into the same object, since others, such as hooks' handles, refer to it
+            if isinstance(container, list):
+                container[:] = copied
+            else:
+                container.clear()
+                container.update(copied)
+        for (one, _), ours in zip(self._kinds, kept, strict=True):
+            one.__dict__.update(ours)
         run.handle.history[:] = history
-        for group, content in self.groups:
-            content.restore()
-            group["params"] = content.held
-        if gradients:
-            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-                parameter.grad = gradient
+        for group, parameters in self._lists:
+            group["params"] = parameters
 
 
-class Content:
-    """What a container holds, and what its containers hold; to be put back into the same objects,
-    since others, such as hooks' handles, refer to them. A dataclass that can change is one, too."""
-
-    def __init__(self, held: Any, above: frozenset[int] = frozenset()) -> None:
-        """Of a dict, list, set or such a dataclass; ``above`` are those that hold it."""
-        self.held = held
-        self._inside: Any = held.__dict__ if dataclasses.is_dataclass(held) else held
-        self._copy = copy.copy(self._inside)
-        values = self._copy.values() if isinstance(self._copy, dict) else self._copy
-        above |= {id(held)}
-        self._below = [Content(v, above) for v in values if _holds(v) and id(v) not in above]
-
-    def restore(self) -> None:
-        """Put it back."""
-        if isinstance(self._inside, list):
-            self._inside[:] = self._copy
-        else:
-            self._inside.clear()
-            self._inside.update(self._copy)
-        for one in self._below:
-            one.restore()
+def _walk(container: Any, found: list[tuple[Any, Any]], seen: set[int]) -> None:
+    """Add ``container``, and what it holds that can change, each with a copy of what it holds."""
+    if id(container) in seen:
+        return
+    seen.add(id(container))
+    if isinstance(container, dict):
+        copied: Any = dict(container)
+        values: Iterable[Any] = copied.values()
+    else:
+        copied = values = list(container)
+    found.append((container, copied))
+    for value in values:
+        if isinstance(value, (dict, list, set)):
+            _walk(value, found, seen)
+        elif _is_record(type(value)):
+            _walk(value.__dict__, found, seen)
 
 
-def _holds(value: Any) -> bool:
-    if isinstance(value, (dict, list, set)):
-        return True
-    kind = type(value)
+@functools.cache
+def _is_record(kind: Any) -> bool:
+    """Whether it is a dataclass whose fields can change."""
     return dataclasses.is_dataclass(kind) and not kind.__dataclass_params__.frozen  # type: ignore[attr-defined]  # every one has them
 
 

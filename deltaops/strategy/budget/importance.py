@@ -28,6 +28,8 @@ from .scores import Scores
 class Importance:
     """A part of a controller that keeps a LoRA within a budget of trainable parameters."""
 
+    announces = True
+
     def __init__(
         self,
         parameters: int,
@@ -197,6 +199,7 @@ class Importance:
         }
         self._fresh = {path: new for path, (_, new) in chosen.kept.items() if new}
         before = {path: places[path].rank for path in moved}
+        run.secure()
         resize(
             run.handle,
             {path: len(kept) + new for path, (kept, new) in moved.items()},
