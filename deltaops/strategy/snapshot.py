@@ -69,7 +69,7 @@ class Snapshot:
                 for key, p in named.items()
                 if p in run.optimizer.state
             },
-            form=(form := Form.of(run.handle, shapes)),
+            form=Form.of(run.handle, shapes),
             told={},
             parts={
                 part.name: (copy.deepcopy(part.state()), _cloned(part.tensors()))
@@ -229,7 +229,10 @@ def _walk(container: Any, found: list[tuple[Any, Any]], seen: set[int]) -> None:
 @functools.cache
 def _is_record(kind: Any) -> bool:
     """Whether it is a dataclass whose fields can change."""
-    return dataclasses.is_dataclass(kind) and not kind.__dataclass_params__.frozen  # type: ignore[attr-defined]  # every one has them
+    if not dataclasses.is_dataclass(kind):
+        return False
+    parameters: Any = kind.__dict__.get("__dataclass_params__")
+    return parameters is not None and not parameters.frozen
 
 
 def _set_moments(
