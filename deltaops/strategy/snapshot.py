@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -222,7 +222,7 @@ def _walk(container: Any, found: list[tuple[Any, Any]], seen: set[int]) -> None:
     for value in values:
         if isinstance(value, (dict, list, set)):
             _walk(value, found, seen)
-        elif _is_record(type(value)):
+        elif _is_record(cast(Hashable, type(value))):
             _walk(value.__dict__, found, seen)
 
 
