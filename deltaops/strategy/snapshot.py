@@ -85,11 +85,13 @@ class Snapshot:
 
         Args:
             run: of the same model.
-            failed: nothing but the change itself lies between: the modules' own attributes and
-                gradients come back as well.
+            failed: nothing but the change itself lies between: gradients come back as well, and
+                modules' own attributes where it got as far as the deltas' form.
         Raises: CheckpointError where a tensor has another shape and no part can change that.
         """
-        if self.objects is not None and (failed or self.objects.replaced(run)):
+        if self.objects is not None and (
+            self.objects.replaced(run) or (failed and Form.of(run.handle) != self.form)
+        ):
             self.objects.restore(run)
         form = self.form or Form.read(self.told, run.handle)
         form.apply(run.handle, run.optimizer)
