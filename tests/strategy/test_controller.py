@@ -140,7 +140,7 @@ def test_a_part_that_raises_is_undone_and_off(
         if run.step == 3:
             before.update(bits(run.handle, run.optimizer))
             run.secure()
-            run.handle.disable("lora")
+            run.handle.disable("lora", "bitfit")
             run.handle.weigh("lora", 5.0)
             with torch.no_grad():
                 for _, parameter in run.handle.named_parameters():
@@ -224,7 +224,7 @@ def test_a_run_that_cannot_be_steered_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AttachError, match="no run"):
         controller.after_step()
     handle = attached()
-    with pytest.raises(ConfigError, match="lacks 6 of the handle's parameters"):
+    with pytest.raises(ConfigError, match="lacks 7 of the handle's parameters"):
         controller.begin(handle, torch.optim.AdamW(Net().parameters()))
     optimizer = torch.optim.AdamW(handle.parameters())
     handle.revert()
