@@ -148,16 +148,18 @@ class Controller:
                 run.handle.history.append(_line(run, part.name, "begin", action))
         self._journal.start(self._header, run.handle.history)
 
-    def after_backward(self, loss: float | Tensor, *, clipped: float = 1.0) -> None:
+    def after_backward(self, loss: float | Tensor | None, *, clipped: float = 1.0) -> None:
         """Gradients are whole, and the optimizer has not stepped.
 
         Args:
-            loss: of the step, the mean over its micro-batches.
+            loss: of the step, the mean over its micro-batches; None where it is not known.
             clipped: see :attr:`Run.clipped`.
         """
         run = self._running("after_backward")
-        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
-        run.loss = value if self._is_finite("loss", value, "after_backward") else None
+        run.loss = None
+        if loss is not None:
+            value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+            run.loss = value if self._is_finite("loss", value, "after_backward") else None
         run.clipped = clipped
         self._ask_all("after_backward")
 

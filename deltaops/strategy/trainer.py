@@ -34,6 +34,7 @@ class ControllerCallback(TrainerCallback):
         """For one Trainer."""
         self.controller = controller
         self._forward: Any = None
+        self._clips = False
         self._hooked: list[Any] = []
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._norms: dict[nn.Parameter, Tensor] = {}
@@ -44,6 +45,8 @@ class ControllerCallback(TrainerCallback):
         """Bind to the run, or go on with the one whose checkpoint was loaded."""
         from .controller import handle_on
 
+        self._release()  # of a run that was broken off
+        self.controller.close()
         model = kwargs["model"]
         resume = None
         if state.global_step:
@@ -70,12 +73,12 @@ class ControllerCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are whole, and clipped."""
         self._unhook_gradients()
-        scale = _scale(kwargs["optimizer"])
-        loss = sum(float(value) * float(weight) for value, weight in self._losses) / scale
-        if not self._losses:
-            if NO_LOSS not in self.controller.notes:
-                self.controller.notes.append(NO_LOSS)
-            loss = math.nan
+        loss = None
+        if self._losses:
+            scaled = sum(float(value) * float(weight) for value, weight in self._losses)
+            loss = scaled / _scale(kwargs["optimizer"])
+        elif NO_LOSS not in self.controller.notes:
+            self.controller.notes.append(NO_LOSS)
         self.controller.after_backward(loss, clipped=self._clipped())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -95,9 +98,7 @@ class ControllerCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks away; where the best checkpoint was loaded, have its switches."""
-        self._unhook_gradients()
-        if self._forward is not None:
-            self._forward.remove()
+        self._release()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and self.controller.run is not None:
             self.controller.recall(Path(best) / FILE)
@@ -105,10 +106,18 @@ class ControllerCallback(TrainerCallback):
 
     # --------------------------------------------------------------------------------- hooks
 
+    def _release(self) -> None:
+        self._unhook_gradients()
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
+
     def _see_loss(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Of a forward pass in training."""
-        loss = output.get("loss") if isinstance(output, Mapping) else None
-        if loss is None or not loss.requires_grad:
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, tuple):  # return_dict=False
+            loss = loss[0]
+        if not isinstance(loss, Tensor) or not loss.requires_grad or loss.dim():
             return
         value, losses = loss.detach(), self._losses
         loss.register_hook(lambda gradient: losses.append((value, gradient.detach())))

@@ -155,3 +155,4 @@ def test_a_loss_that_no_model_returns_is_reported(tmp_path: Path) -> None:
     run = trainer(tmp_path, controller, label_smoothing_factor=0.1, max_steps=1)
     run.train()
     assert "note: the model returns no loss" in controller.report()
+    assert controller.failed == {}
