@@ -120,7 +120,8 @@ class ControllerCallback(TrainerCallback):
         if not isinstance(loss, Tensor) or not loss.requires_grad or loss.dim():
             return
         value, losses = loss.detach(), self._losses
-        loss.register_hook(lambda gradient: losses.append((value, gradient.detach())))
+        hook: Any = loss.register_hook
+        hook(lambda gradient: losses.append((value, gradient.detach())))
 
     def _hook_gradients(self) -> None:
         """Have each trained tensor tell its gradient's norm, until the step's gradients are whole:
@@ -155,7 +156,8 @@ class ControllerCallback(TrainerCallback):
 
 
 def _hook(parameter: nn.Parameter, see: Any) -> Any:
-    return parameter.register_post_accumulate_grad_hook(see)  # type: ignore[no-untyped-call]  # torch's
+    register: Any = parameter.register_post_accumulate_grad_hook  # torch has no types for it
+    return register(see)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
