@@ -51,11 +51,18 @@ class Scores:
             total += by_component.flatten(1).mean(1).cpu()
         return total
 
-    def follow(self, path: str, place: Sized, kept: Sequence[int]) -> None:
-        """Keep what is known of ``kept`` at a place that was resized; new components begin at 0."""
+    def follow(self, path: str, place: Sized, kept: Sequence[int], *, gone: bool) -> None:
+        """Keep what is known of ``kept`` at a place that was resized; new components begin at 0.
+
+        Args:
+            path: of the place.
+            place: as it is now.
+            kept: components of before, which are its first.
+            gone: whether it was taken out.
+        """
         for suffix, slot in place.slots.items():
             known = self._known.pop(f"{path}:{suffix}", None)
-            if known is None or place.rank == 0:
+            if known is None or gone:
                 continue
             found = []
             for old in known:
@@ -64,11 +71,6 @@ class Scores:
                 new.narrow(slot.axis, 0, len(kept)).copy_(old.index_select(slot.axis, index))
                 found.append(new)
             self._known[f"{path}:{suffix}"] = found[0], found[1]
-
-    def forget(self, path: str) -> None:
-        """Of a place that was taken out."""
-        for key in [key for key in self._known if key.startswith(f"{path}:")]:
-            del self._known[key]
 
     def tensors(self) -> dict[str, Tensor]:
         """By flat names, for a file."""
