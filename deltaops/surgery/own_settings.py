@@ -42,7 +42,6 @@ def with_own(delta: LoRA, sites: Iterable[Site], changed: Mapping[str, Own]) -> 
     sites = tuple(sites)
     layers = [site.path for site in sites if site.place not in BY_PARAMETER]
     own = {p: changed.get(p) or Own(delta.rank(p), delta.alpha_at(p)) for p in layers}
-    mixed = len(layers) < len(sites)
     if len(layers) < len(sites):  # patterns and defaults go on saying what experts and routers have
         ranks, alphas = _patterns(own)
         return replace(
