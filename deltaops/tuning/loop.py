@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,16 @@ class Point:
     tokens_per_second: float
 
 
+class Steering(Protocol):
+    """Such as a :class:`deltaops.strategy.Controller`."""
+
+    def after_backward(self, loss: float) -> object:
+        """Gradients are whole."""
+
+    def after_step(self) -> object:
+        """The optimizer has stepped."""
+
+
 def make_optimizer(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
     """AdamW without weight decay: a delta starts at zero, and is pulled there by nothing else.
 
@@ -66,14 +76,16 @@ def train(
     start: int = 0,
     on_step: Callable[[Point], None],
     should_stop: Callable[[], bool] = lambda: False,
+    steer: Steering | None = None,
 ) -> bool:
     """Train from step ``start`` on; the model stays in training mode.
 
+    Args:
+        steer: told of each step's gradients, before they are clipped, and of its end.
     Returns: whether all steps are done; False where ``should_stop`` ended it after a whole step.
     Raises: ConfigError where the loss is no longer finite.
     """
     device = next(model.parameters()).device
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()
     for step in range(start, schedule.steps):
         if should_stop():
@@ -91,9 +103,15 @@ def train(
                 f"the loss of step {step + 1} is {value}; the run was stopped. Try a smaller --lr, "
                 "or --dtype float32."
             )
+        if steer is not None:
+            steer.after_backward(value)
+        # asked anew in each step: what steers may have put others there
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if steer is not None:
+            steer.after_step()
         seconds = time.perf_counter() - began
         tokens = int(batch["attention_mask"].sum())
         on_step(Point(step + 1, value, rate, tokens / seconds))

@@ -28,6 +28,8 @@ from .scores import Scores
 class Importance:
     """A part of a controller that keeps a LoRA within a budget of trainable parameters."""
 
+    announces = True
+
     def __init__(
         self,
         parameters: int,
@@ -124,7 +126,7 @@ class Importance:
     def after_backward(self, run: Run) -> Iterable[Action]:
         """Take the step's gradients into the scores."""
         if not self._done:
-            self._scores.update(self._places(run))
+            self._scores.update(self._places(run), run.clipped)
         return ()
 
     def after_step(self, run: Run) -> Iterable[Action]:
@@ -214,6 +216,8 @@ class Importance:
             if len(chosen.kept[path]) < place.rank or chosen.new[path]
         }
         before = {path: places[path].rank for path in moved}
+        if moved:
+            run.secure()
         resize(
             run.handle,
             moved,
