@@ -1,7 +1,7 @@
 """Ranks and scales of single places, in the settings that files hold: LoRA's patterns.
 
-A pattern names every place in full then, the longest path first, since the first that matches
-counts and a short path may be the end of a longer one. PEFT reads them the same.
+A pattern names places in full then, the longest path first, since the first that matches counts and
+a short path may be the end of a longer one. PEFT reads them the same.
 """
 
 from __future__ import annotations
@@ -42,15 +42,8 @@ def with_own(delta: LoRA, sites: Iterable[Site], changed: Mapping[str, Own]) -> 
     sites = tuple(sites)
     layers = [site.path for site in sites if site.place not in BY_PARAMETER]
     own = {p: changed.get(p) or Own(delta.rank(p), delta.alpha_at(p)) for p in layers}
-    mixed = len(layers) < len(sites)
-    (usual, _), *others = Counter(own.values()).most_common()
-    if not others and not mixed:
-        return replace(delta, r=usual.rank, alpha=usual.alpha, rank_pattern=(), alpha_pattern=())
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for path in sorted(own, key=len, reverse=True):
-        ranks[re.escape(path)], alphas[re.escape(path)] = own[path]
-    if mixed:  # patterns and defaults go on saying what experts and routers have
+    if len(layers) < len(sites):  # patterns and defaults go on saying what experts and routers have
+        ranks, alphas = _patterns(own)
         return replace(
             delta,
             rank_pattern=ranks
@@ -58,7 +51,21 @@ def with_own(delta: LoRA, sites: Iterable[Site], changed: Mapping[str, Own]) -> 
             alpha_pattern=alphas
             | {k: a for k, a in dict(delta.alpha_pattern).items() if k not in alphas},
         )
+    ((usual, _),) = Counter(own.values()).most_common(1)
+    odd = {path for path, one in own.items() if one != usual}
+    # one that ends as an odd one does would be taken for it
+    named = {path for path in own if path in odd or path.endswith(tuple(f".{one}" for one in odd))}
+    ranks, alphas = _patterns({path: one for path, one in own.items() if path in named})
     return replace(delta, r=usual.rank, alpha=usual.alpha, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _patterns(own: Mapping[str, Own]) -> tuple[dict[str, int], dict[str, float]]:
+    """Of ranks and of alphas, whole paths."""
+    paths = sorted(own, key=len, reverse=True)
+    return (
+        {re.escape(path): own[path].rank for path in paths},
+        {re.escape(path): own[path].alpha for path in paths},
+    )
 
 
 def without(delta: LoRA, paths: Iterable[str]) -> LoRA:

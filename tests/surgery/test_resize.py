@@ -312,3 +312,23 @@ def test_a_bad_request_changes_nothing() -> None:
             resize(attached(GPT2, delta), {path: 2})
     with pytest.raises(ConfigError, match="expected the handle"):
         resize(nn.Linear(2, 2), {path: 2})  # type: ignore[arg-type]  # what a PEFT user would pass
+
+
+def test_a_path_that_ends_another_has_a_rank_of_its_own(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        return nn.ModuleDict({"0": nn.Linear(6, 6), "1": inner, "2": nn.Linear(6, 6)})
+
+    handle = deltaops.attach(model(), LoRA(r=2, alpha=3))
+    assert handle.sites == ("0", "1.0", "1.1", "2")
+    resize(handle, {"0": 3})
+    assert [handle.delta.rank(path) for path in handle.sites] == [3, 2, 2, 2]
+    assert {key for key, _ in handle.delta.rank_pattern} == {"0", r"1\.0"}
+    resize(handle, {"1.0": 0})
+    handle.save(tmp_path)
+    loaded = deltaops.load(model(), tmp_path)
+    assert loaded.sites == handle.sites == ("0", "1.1", "2")
+    assert {k: t.shape for k, t in loaded.state().items()} == {
+        k: t.shape for k, t in handle.state().items()
+    }

@@ -44,6 +44,7 @@ class Importance:
         smallest: int = 1,
         largest: int | None = None,
         explore: float = 0.1,
+        trial: int = 2,
         name: str = "importance",
     ) -> None:
         """Settings.
@@ -60,6 +61,7 @@ class Importance:
             smallest: no rank below it; at 0 places can lose the delta, and do not get it back.
             largest: no rank above it; None: twice the largest rank at the beginning.
             explore: share of the budget for new components, in [0, 1); 0 lets ranks only shrink.
+            trial: changes that a new component stays through before it competes.
             name: of this part.
         Raises: ConfigError.
         """
@@ -68,6 +70,7 @@ class Importance:
             ("every", every, 1),
             ("warmup", warmup, 0),
             ("smallest", smallest, 0),
+            ("trial", trial, 1),
         ):
             check_count("Importance", field, value, low)
         for field, optional, low in (("start", start, 1), ("settle", settle, 0)):
@@ -80,12 +83,15 @@ class Importance:
         self.name = name
         self.parameters, self.part, self.start = parameters, part, start
         self.every, self.warmup, self.settle = every, warmup, settle
-        self.smallest, self.largest, self.explore = smallest, largest, explore
+        self.smallest, self.largest = smallest, largest
+        self.explore, self.trial = explore, trial
         self._scores = Scores(beta1, beta2)
         self._schedule: Schedule | None = None
         self._top = 0
-        self._fresh: dict[str, int] = {}
-        """Path → how many of the last components there are new."""
+        self._trial: dict[str, int] = {}
+        """Path → how many of the last components there are on trial."""
+        self._waits = 0
+        """Changes until their trial is over."""
         self._done = False
 
     # --------------------------------------------------------------------------- as a Part
@@ -120,7 +126,7 @@ class Importance:
     def after_backward(self, run: Run) -> Iterable[Action]:
         """Take the step's gradients into the scores."""
         if not self._done:
-            self._scores.update(self._places(run))
+            self._scores.update(self._places(run), run.clipped)
         return ()
 
     def after_step(self, run: Run) -> Iterable[Action]:
@@ -143,7 +149,8 @@ class Importance:
         return {
             "schedule": None if self._schedule is None else list(self._schedule),
             "top": self._top,
-            "fresh": self._fresh,
+            "trial": self._trial,
+            "waits": self._waits,
             "done": self._done,
         }
 
@@ -155,7 +162,8 @@ class Importance:
         """See :class:`Part`."""
         schedule = state["schedule"]
         self._schedule = None if schedule is None else Schedule(*schedule)
-        self._top, self._fresh, self._done = state["top"], dict(state["fresh"]), state["done"]
+        self._top, self._done = state["top"], state["done"]
+        self._trial, self._waits = dict(state["trial"]), state["waits"]
         self._scores.restore(tensors)
 
     # ---------------------------------------------------------------------------- details
@@ -182,40 +190,48 @@ class Importance:
         """Choose, and resize what differs."""
         places = self._places(run)
         scores = {path: self._scores.of(path, place).tolist() for path, place in places.items()}
+        self._waits = max(self._waits - 1, 0)
+        on_trial = self._waits > 0 and not last
         chosen = choose(
             places,
             scores,
-            {} if last else self._fresh,
+            self._trial if on_trial else {},
             budget,
             smallest=self.smallest,
             largest=self._top,
-            explore=0.0 if last else self.explore,
+            share=0.0 if last else self.explore,
+            grow=not on_trial and not last and self.explore > 0,
         )
-        same = {path: (tuple(range(place.rank)), 0) for path, place in places.items()}
+        if on_trial:  # those of them that had no room are gone
+            self._trial = {
+                path: sum(i >= places[path].rank - count for i in chosen.kept[path])
+                for path, count in self._trial.items()
+            }
+        else:
+            self._trial = {path: new for path, new in chosen.new.items() if new}
+            self._waits = self.trial
         moved = {
-            path: (kept, new)
-            for path, (kept, new) in chosen.kept.items()
-            if (kept, new) != same[path]
+            path: len(chosen.kept[path]) + chosen.new[path]
+            for path, place in places.items()
+            if len(chosen.kept[path]) < place.rank or chosen.new[path]
         }
-        self._fresh = {path: new for path, (_, new) in chosen.kept.items() if new}
         before = {path: places[path].rank for path in moved}
-        run.secure()
+        if moved:
+            run.secure()
         resize(
             run.handle,
-            {path: len(kept) + new for path, (kept, new) in moved.items()},
+            moved,
             part=self.part,
             optimizer=run.optimizer,
-            keep={path: kept for path, (kept, _) in moved.items()},
+            keep={path: chosen.kept[path] for path in moved},
             generator=run.generator,
         )
         delta = part_of(run.handle, self.part, "Importance") or run.handle.name
         actions = []
-        for path, (kept, new) in moved.items():
-            if kept or new:
-                self._scores.follow(path, places[path], kept)
-            else:
-                self._scores.forget(path)
-            actions += _told(run.step, budget, chosen, delta, path, before[path], kept, new, scores)
+        for path, rank in moved.items():
+            self._scores.follow(path, places[path], chosen.kept[path], gone=not rank)
+            gone = [scores[path][i] for i in range(before[path]) if i not in chosen.kept[path]]
+            actions += _told(run.step, budget, chosen, delta, path, before[path], gone)
         return actions
 
 
@@ -226,27 +242,22 @@ def _told(
     delta: str,
     path: str,
     before: int,
-    kept: tuple[int, ...],
-    new: int,
-    scores: Mapping[str, list[float]],
+    gone: list[float],
 ) -> list[Action]:
     """What was done at a place, with the numbers that led to it."""
     found = []
-    gone = [i for i in range(before) if i not in kept]
+    stay, new = len(chosen.kept[path]), chosen.new[path]
     if gone:
-        highest = max(scores[path][i] for i in gone)
         reason = (
-            f"step {step}: {len(gone)} of {before} components score {highest:.3g} at most, and "
-            f"those that stay within {budget:,} parameters {chosen.cut:.3g} at least"
+            f"step {step}: {len(gone)} of {before} components score {max(gone):.3g} at most, and "
+            f"those that {budget:,} parameters hold {chosen.cut:.3g} at least"
         )
-        detail = {"from": before, "to": len(kept), "gone": gone}
-        found.append(Action("prune", delta, reason, path, detail))
+        found.append(Action("prune", delta, reason, path, {"from": before, "to": stay}))
     if new:
         place = sorted(chosen.means.values(), reverse=True).index(chosen.means[path]) + 1
         reason = (
             f"step {step}: the components here score {chosen.means[path]:.3g} on average, place "
-            f"{place} of {len(chosen.means)}, and {budget:,} parameters have room for more"
+            f"{place} of {len(chosen.means)}, and {budget:,} parameters have room for {new} more"
         )
-        detail = {"from": len(kept), "to": len(kept) + new}
-        found.append(Action("grow", delta, reason, path, detail))
+        found.append(Action("grow", delta, reason, path, {"from": stay, "to": stay + new}))
     return found

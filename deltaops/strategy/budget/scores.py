@@ -28,8 +28,13 @@ class Scores:
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def update(self, places: Mapping[str, Sized]) -> None:
-        """Take this step's gradients in; a parameter without one counts as still."""
+    def update(self, places: Mapping[str, Sized], clipped: float = 1.0) -> None:
+        """Take this step's gradients in; a parameter without one counts as still.
+
+        Args:
+            places: by path.
+            clipped: how many times as long as the loss made them the gradients are.
+        """
         for path, place in places.items():
             for suffix, slot in place.slots.items():
                 parameter = slot.parameter
@@ -37,7 +42,7 @@ class Scores:
                 if parameter.grad is None:
                     now = torch.zeros_like(mean)
                 else:
-                    now = (parameter * parameter.grad).abs_().to(mean.dtype)
+                    now = (parameter * parameter.grad).abs_().to(mean.dtype).div_(clipped)
                 mean.lerp_(now, 1 - self.beta1)
                 spread.lerp_(now.sub_(mean).abs_(), 1 - self.beta2)
 
@@ -51,11 +56,18 @@ class Scores:
             total += by_component.flatten(1).mean(1).cpu()
         return total
 
-    def follow(self, path: str, place: Sized, kept: Sequence[int]) -> None:
-        """Keep what is known of ``kept`` at a place that was resized; new components begin at 0."""
+    def follow(self, path: str, place: Sized, kept: Sequence[int], *, gone: bool) -> None:
+        """Keep what is known of ``kept`` at a place that was resized; new components begin at 0.
+
+        Args:
+            path: of the place.
+            place: as it is now.
+            kept: components of before, which are its first.
+            gone: whether it was taken out.
+        """
         for suffix, slot in place.slots.items():
             known = self._known.pop(f"{path}:{suffix}", None)
-            if known is None or place.rank == 0:
+            if known is None or gone:
                 continue
             found = []
             for old in known:
@@ -64,11 +76,6 @@ class Scores:
                 new.narrow(slot.axis, 0, len(kept)).copy_(old.index_select(slot.axis, index))
                 found.append(new)
             self._known[f"{path}:{suffix}"] = found[0], found[1]
-
-    def forget(self, path: str) -> None:
-        """Of a place that was taken out."""
-        for key in [key for key in self._known if key.startswith(f"{path}:")]:
-            del self._known[key]
 
     def tensors(self) -> dict[str, Tensor]:
         """By flat names, for a file."""
@@ -94,8 +101,8 @@ class Scores:
         if mean.shape != parameter.shape:
             raise CheckpointError(
                 f"importance: what is known of {key!r} must have the shape of the parameter, "
-                f"{list(parameter.shape)}, and has {list(mean.shape)}. Restore the ranks of the "
-                "model (deltaops.load) together with this part's state."
+                f"{list(parameter.shape)}, and has {list(mean.shape)}. Let no other part change "
+                "ranks of this LoRA, and restore those of a run together with this part's state."
             )
         if mean.device != parameter.device:
             self._known[key] = mean, spread = mean.to(parameter.device), spread.to(parameter.device)

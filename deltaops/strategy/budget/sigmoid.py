@@ -41,6 +41,8 @@ _LEAST = 1e-6
 class ShiftedSigmoid:
     """A part of a controller that chooses the places of a LoRA."""
 
+    announces = True
+
     def __init__(
         self,
         parameters: int,
@@ -143,6 +145,7 @@ class ShiftedSigmoid:
                 "run that began. The controller calls them."
             )
         places = self._places(run)
+        run.secure()
         if run.step % self.every == 0:
             self._learn(run, places)
         p = self._probabilities(places)

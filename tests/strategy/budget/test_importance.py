@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaops import LoRA
+import deltaops
+from deltaops import BitFit, LoRA
 from deltaops.errors import ConfigError
 from deltaops.strategy import Importance
 from deltaops.strategy.budget.schedule import Schedule
-from deltaops.surgery.components import sized_places
+from deltaops.strategy.parts import Run
+from deltaops.surgery.components import sized_places, trained
+from deltaops.testing.architectures import batch, build
 
 from .planted import PLANTED, K, N, attached, count, resumed, start, train
+
+# transformers renames gradient checkpointing between the versions that we support
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 UNIT = K + N
 STEPS = 60
@@ -89,6 +95,47 @@ def test_a_budget_that_stays_moves_between_places() -> None:
     assert count(handle) <= before
     assert max(ranks, key=lambda path: ranks[path]) == PLANTED[0]
     assert ranks[PLANTED[0]] > 2 > min(ranks.values())
+
+
+@pytest.mark.parametrize(("family", "head"), [("gpt2", "LMHeadModel"), ("llama", "ForCausalLM")])
+def test_a_part_of_a_combination_in_a_language_model(
+    family: str, head: str, tmp_path: Path
+) -> None:
+    whole = build(family, head=head)
+    handle = deltaops.attach(whole, LoRA(r=4, lr_ratio=4, dropout=0.1) + BitFit())
+    optimizer = torch.optim.AdamW(handle.parameter_groups(1e-3))
+    run = Run(whole, handle, optimizer, torch.Generator().manual_seed(5), 0, 12)
+    whole_size = trained(sized_places(handle, "lora", "test").values())
+    part = Importance(whole_size // 2, part="lora", every=3, settle=3, trial=1)
+    part.begin(run)
+    ids = batch(family)["input_ids"]
+    sizes = [whole_size]
+    while run.step < 12:
+        optimizer.zero_grad()
+        whole.train()(input_ids=ids, labels=ids).loss.backward()
+        part.after_backward(run)
+        optimizer.step()
+        run.step += 1
+        told = list(part.after_step(run))
+        sizes.append(trained(sized_places(handle, "lora", "test").values()))
+        assert told or run.step not in (3, 6)
+        assert not told or run.step in (3, 6, 9)
+        assert {action.delta for action in told} <= {"lora"}
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[9] <= whole_size // 2
+    by_suffix = {
+        k: g["lr"]
+        for g in optimizer.param_groups
+        for p in g["params"]
+        for k, q in handle.state().items()
+        if p is q
+    }
+    assert len(by_suffix) == len(handle.state())
+    assert {lr for k, lr in by_suffix.items() if "lora_B" in k} == {4e-3}
+    expected = whole.eval()(input_ids=ids).logits
+    handle.save(tmp_path)
+    loaded = deltaops.load(build(family, head=head), tmp_path)
+    assert torch.equal(loaded.model(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("killed", [12, 25, 51])

@@ -15,6 +15,9 @@ from deltaops.testing.architectures import batch, build
 
 from .planted import PLANTED, K, N, attached, batches, count, loss, model
 
+# transformers renames gradient checkpointing between the versions that we support
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
 UNIT = K + N
 
 
