@@ -100,7 +100,7 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(
     kinds = [line["kind"] for line in read_log(tmp_path / "log.jsonl")]
     undone = {"levels": {"roll back"}, "drawn": set()}  # where weights are drawn, none stays
     assert {"left alone", "error", "freeze", "disable", "weigh"} | undone[kind] <= set(kinds)
-    for one in saved:
+    for one in saved if kind == "levels" else saved[::4]:
         again = Loop(steered(*everything(folder))).resume(copy.deepcopy(one))
         again.train()
         assert same(bits(again.handle, again.optimizer), wanted), one["step"]
