@@ -14,12 +14,13 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 NICE = 10  # the tests go first
 
@@ -97,3 +98,13 @@ def ahead(pytestconfig: pytest.Config) -> Ahead:
     plugin = pytestconfig.pluginmanager.get_plugin("ahead")
     assert isinstance(plugin, Ahead)
     return plugin
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, as a team costs small tensors more than it gives; random numbers by a seed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from deltaops.cli import app
@@ -30,16 +28,10 @@ from deltaops.tuning.workshop import Settings, Workshop
 
 from .results import MACHINE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLAN = Plan((2, 3), "prompt:num_virtual_tokens=3", 4, 1e-3, 0.05)
 LABELS = {"one": "good bad", "two": "old new", "three": "late lost"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ from .oracle import assert_like_plain, grad_of, loss_of
 from .plain import apply_plainly
 
 # transformers renames gradient checkpointing between the versions that we support
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 METHODS: dict[str, Callable[[], Delta]] = {
     "lora": lambda: LoRA(r=3, alpha=5, use_rslora=True),
@@ -74,15 +77,6 @@ everywhere = pytest.mark.parametrize(
     [(m, n) for m in METHODS for n in ARCHITECTURES if (m, n) not in REFUSED],
 )
 on_a_few = pytest.mark.parametrize("name", FEW)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def attached(method: str, model: nn.Module, **settings: Any) -> Handle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from .oracle import assert_like_plain, grad_of, loss_of
 from .plain import apply_plainly, encoded
 
 # transformers renames gradient checkpointing between the versions that we support
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 STACKS: dict[str, Callable[[], Combined]] = {
     "unipelt": lambda: (
@@ -42,15 +45,6 @@ everywhere = pytest.mark.parametrize(
     ("stack", "name"), [(s, n) for s in STACKS for n in ("bert", "vit")]
 )
 for_each_stack = pytest.mark.parametrize("stack", STACKS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def attached(stack: str, model: nn.Module, **settings: Any) -> Handle:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,12 @@ from deltaops.surgery.files import MANIFEST
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import HIDDEN, answer, build
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 SIZES = Sizes(intrinsic_dim=3, num_virtual_tokens=4, width=HIDDEN, hidden=6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def decoder(folder: Path, sizes: Sizes = SIZES) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ from .oracle import assert_like_plain, grad_of, loss_of
 from .plain import apply_plainly
 
 # transformers renames gradient checkpointing between the versions that we support
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 PAIRS: dict[str, Callable[[], Combined]] = {
     # one linear: a branch and its bias; norms beside them
@@ -78,15 +81,6 @@ on_bert_and_where_llama_differs = pytest.mark.parametrize(
     [(pair, "bert") for pair in PAIRS]
     + [(pair, "llama") for pair in ("lora+bitfit", "prefix+parallel", "compacter+lntuning")],
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def attached(pair: str, model: nn.Module) -> Handle:

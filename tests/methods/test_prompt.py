@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,10 @@ from deltaops.surgery.files import CONFIG, WEIGHTS
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import HIDDEN, answer, build
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 LENGTH = 4
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -31,15 +33,6 @@ PADDED = torch.ones(2, 7, dtype=torch.int64).index_put(
     (torch.tensor([1, 1]), torch.tensor([5, 6])), torch.tensor(0)
 )
 """The second row ends with two pads."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def prompted(model: nn.Module, **settings: Any) -> Handle:

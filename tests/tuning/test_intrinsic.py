@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,10 @@ from deltaops.tuning.recovered import Recovered, mean_relative, recovered_gain
 from deltaops.tuning.wholes import WholePrompt
 from deltaops.tuning.workshop import Settings, Stopped, Workshop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = Settings(steps=3, batch_size=4, seq_len=12)
 FIT: dict[str, Any] = {"intrinsic_dim": 2, "whole": WholePrompt(Prompt(3)), "fit_steps": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

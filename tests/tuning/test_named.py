@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,10 @@ from deltaops.tuning.intrinsic import fit, tune, whole_of_decoder
 from deltaops.tuning.wholes import WholeAdapter, WholePrompt, whole_of
 from deltaops.tuning.workshop import Settings, Workshop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = Settings(steps=3, batch_size=4, seq_len=12, eval_fraction=0.4)
 FIT: dict[str, Any] = {"intrinsic_dim": 2, "whole": WholePrompt(Prompt(3)), "fit_steps": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
