@@ -11,6 +11,8 @@ from deltaops.strategy import read_log, read_rows
 from deltaops.strategy.monitor import CLOCKS
 from deltaops.tuning.run import Outcome, Settings, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEERED = "monitor:every=2+disable-useless:start=1"
 
 
