@@ -32,6 +32,12 @@ def tune(
     text_column: str = typer.Option("text", help="Field of the text in JSONL and CSV."),
     label_column: str = typer.Option("label", help="Field of the label, for classification."),
     eval_fraction: float = typer.Option(0.1, help="Part of the data that is held out."),
+    controller: str | None = typer.Option(
+        None, help="What watches and steers the run, such as monitor:every=5; several by +."
+    ),
+    evaluate_every: int | None = typer.Option(
+        None, min=1, help="Steps between the controller's evaluations; a tenth of all without."
+    ),
     save_every: int = typer.Option(100, min=1, help="Steps between checkpoints."),
     resume: bool = typer.Option(False, "--resume", help="Go on with the run in --out."),
 ) -> None:
@@ -50,6 +56,9 @@ def tune(
 
     Example:  deltaops tune --model path/to/gpt2 --data notes.txt --lr 0.01 --out notes-adapter
               --delta prefix:num_virtual_tokens=20,reparameterised=true
+
+    Example:  deltaops tune --model path/to/gpt2 --data notes.txt --delta lora:r=8+bitfit
+              --controller monitor:every=5+disable-useless:start=50 --out notes-adapter
     """
     from deltaops.methods.base import MODEL
     from deltaops.surgery import Handle
@@ -60,7 +69,7 @@ def tune(
     console = Console()
     settings = Settings(
         model, data, task, delta, steps, batch_size, lr, seq_len, seed, text_column, label_column,
-        eval_fraction,
+        eval_fraction, controller, evaluate_every,
     )  # fmt: skip
     stopped = False
 
@@ -104,4 +113,11 @@ def tune(
         for name, value in outcome.after.items():
             console.print(f"held-out {name}: {outcome.before[name]:.4f} → {value:.4f}")
     console.print(f"adapter, metrics.json and loss.png are in {out}", highlight=False)
+    if controller is not None:
+        told = f"the controller did {outcome.actions} things: controller.jsonl, monitor.csv, .png"
+        console.print(told, highlight=False)
     console.print(f'load it:  deltaops.load(model, "{out}")', highlight=False, markup=False)
+    if outcome.off:
+        off = ", ".join(f'"{part}"' for part in outcome.off)
+        told = f"the file has {off}, which the controller left off:  handle.disable({off})"
+        console.print(told, highlight=False, markup=False)

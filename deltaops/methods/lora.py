@@ -197,6 +197,10 @@ class LoRA(Delta):
         """The rank at ``path``."""
         return int(_first(self.rank_pattern, path, self.r))
 
+    def alpha_at(self, path: str) -> float:
+        """The alpha at ``path``."""
+        return float(_first(self.alpha_pattern, path, self.alpha))
+
     @staticmethod
     def _named(site: Site) -> str:
         """What patterns of ranks and alphas go by: a router's weight is named as a parameter."""
@@ -210,8 +214,7 @@ class LoRA(Delta):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _settings(self, path: str) -> LoraSettings:
-        rank = self.rank(path)
-        alpha = float(_first(self.alpha_pattern, path, self.alpha))
+        rank, alpha = self.rank(path), self.alpha_at(path)
         return LoraSettings(rank, alpha, self._scaling(rank, alpha), float(self.dropout))
 
     # ------------------------------------------------------------------------------- binding

@@ -48,6 +48,13 @@ class DeltaEmbedding(Switched, nn.Embedding):
             getattr(self, side)[name] = nn.Parameter(factor)
         self.lora[name] = settings
 
+    def remove_lora(self, name: str) -> None:
+        """Undo :meth:`add_lora`."""
+        for side in ("lora_embedding_A", "lora_embedding_B"):
+            del getattr(self, side)[name]
+        del self.lora[name]
+        self.__dict__["off"] = self.off - {name}
+
     def names(self) -> set[str]:
         """See :class:`Switched`."""
         return set(self.lora)

@@ -185,6 +185,18 @@ class DeltaPlace(Switched, LinearPlace):
             getattr(self, side)[name] = Factor(factor)
         self.lora[name] = settings
 
+    def remove_lora(self, name: str) -> None:
+        """Undo :meth:`add_lora`, with its magnitudes and its gate."""
+        for side in ("lora_A", "lora_B", "lora_magnitude_vector", GATES):
+            held: Any = self._modules.get(side)
+            if held is not None and name in held:
+                del held[name]
+                if not len(held):
+                    del self._modules[side]
+        del self.lora[name]
+        self.__dict__["off"], self.__dict__["gated"] = self.off - {name}, self.gated - {name}
+        self.__dict__["around"] = tuple(part for part in self.around if part.name != name)
+
     def take_out(self, name: str, rest: Tensor) -> None:
         """Let the weight be ``rest``, W − s·B A, laid out as W is, while the delta is active.
 

@@ -7,7 +7,7 @@ so that a resumed run decides the same; it reads no clock and no global random s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from deltaops.surgery.handle import Handle
 
+from .table import Table
+
 __all__ = ["Action", "Part", "Run"]
 
 
@@ -23,10 +25,10 @@ __all__ = ["Action", "Part", "Run"]
 class Action:
     """One change of the deltas of a run, as the log keeps it.
 
-    `kind` is what was done ("grow", "prune", "freeze", "disable", "enable", "weigh", "switch",
-    "roll back"), `delta` the name of the part of the handle, `place` the path of its module or None
-    for all of them, `detail` what JSON can hold of the change (`{"from": 8, "to": 4}`), `reason` a
-    sentence with the numbers that led to it.
+    `kind` is what was done ("grow", "prune", "freeze", "thaw", "disable", "enable", "weigh",
+    "switch", "roll back", or "left alone" with the reason why not), `delta` the name of the part of
+    the handle, `place` the path of its module or None for all of them, `detail` what JSON can hold
+    of the change (`{"from": 8, "to": 4}`), `reason` a sentence with the numbers that led to it.
     """
 
     kind: str
@@ -52,11 +54,37 @@ class Run:
     loss: float | None = None
     """Of the last step, the mean over its micro-batches."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation."""
+    """Of the last evaluation, all finite and none of them a time; "loss", not "eval_loss"."""
+    clipped: float = 1.0
+    """How many times as long as the loss made them the gradients are: 1 in a plain loop; a
+    Trainer's callbacks come after its clipping."""
+    table: Table = field(default_factory=Table)
+    """What a monitor has seen."""
+    parts: tuple[Part, ...] = ()
+    """Of the controller, but for those that failed."""
+    on_secure: Callable[[], object] = lambda: None
+    """The controller's."""
+
+    def secure(self) -> None:
+        """Before a change: from here on the controller can undo what the part asked now does.
+
+        For a part that `announces` its changes by this, so that the steps in which it changes
+        nothing cost no copy.
+        """
+        self.on_secure()
 
 
 class Part(Protocol):
-    """One part of a controller: a monitor, a budget, a policy."""
+    """One part of a controller: a monitor, a budget, a policy.
+
+    A part may also have
+
+    - ``announces = True``: it calls `Run.secure` before it changes anything. What others change is
+      copied before they are asked, always.
+    - ``watches = True``: it never changes anything, and is not rolled back.
+    - ``resume(run)``: after `restore`, a run goes on that was begun by another process.
+    - ``close(run)``: the run is over.
+    """
 
     name: str
 
@@ -64,7 +92,8 @@ class Part(Protocol):
         """Before the first step, and not again when a run is resumed."""
 
     def after_backward(self, run: Run) -> Iterable[Action]:
-        """Gradients are whole, not yet clipped or zeroed; the optimizer has not stepped."""
+        """Gradients are whole and not zeroed, a Trainer's clipped: see `Run.clipped`; the
+        optimizer has not stepped."""
 
     def after_step(self, run: Run) -> Iterable[Action]:
         """The optimizer has stepped. Parameters are replaced here or after an evaluation only."""
@@ -79,4 +108,5 @@ class Part(Protocol):
         """The tensors that the next decision depends on, by flat names, saved beside the state."""
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take both back, on a part made with the same arguments."""
+        """Take both back, on a part made with the same arguments; on a live one where another part
+        rolls the run back."""

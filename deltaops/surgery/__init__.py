@@ -8,11 +8,13 @@ from .checkpoint import load, save
 from .handle import Handle, handle_of
 from .plan import Plan, plan
 from .report import Report, Row, report
+from .resize import Resized, rescale, resize
 
 __all__ = [
     "Handle",
     "Plan",
     "Report",
+    "Resized",
     "Row",
     "Sum",
     "accelerate",
@@ -22,6 +24,8 @@ __all__ = [
     "load",
     "plan",
     "report",
+    "rescale",
+    "resize",
     "save",
     "sum_adapters",
 ]

@@ -111,7 +111,7 @@ def sum_adapters(
         end_a, end_b = _SIDES[int(side)]
         path = begin.removeprefix(PEFT_PREFIX)
         _check_fit(path, dtype, b.to(dtype))
-        a, b, lost, whole = _lowered(a, b, min(rank or len(a), *a.shape, len(b)), rank is None)
+        a, b, lost, whole = lowered(a, b, min(rank or len(a), *a.shape, len(b)), rank is None)
         a, b = a.to(dtype), b.to(dtype)
         _check_fit(path, dtype, a, b)
         tensors[f"{begin}{end_a}"], tensors[f"{begin}{end_b}"] = a, b
@@ -241,7 +241,7 @@ def _stacked(
     return torch.cat(a), torch.cat(b, dim=1), tuple(len(part) for part in a)
 
 
-def _lowered(a: Tensor, b: Tensor, rank: int, exact: bool) -> tuple[Tensor, Tensor, float, float]:
+def lowered(a: Tensor, b: Tensor, rank: int, exact: bool) -> tuple[Tensor, Tensor, float, float]:
     """A and B of at most ``rank``, ‖Δ − Δ_r‖² and ‖Δ‖²; ``exact`` leaves them as they are."""
     if exact or len(a) <= rank:
         return a, b, 0.0, float(((b.T @ b) * (a @ a.T)).sum())

@@ -71,6 +71,31 @@ class Handle:
         for path in self._record.saved:
             yield from self._module(path).parameters()
 
+    def by_place(self) -> dict[Site, dict[str, nn.Parameter]]:
+        """Each place → its trained tensors, by their suffix in a checkpoint."""
+        self._check_attached("by_place")
+        return {site: self._tensors(site) for site in self._record.sites}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, by the keys of :meth:`state`; also while switched off or frozen."""
+        self._check_attached("named_parameters")
+        for site in self._record.sites:
+            for suffix, parameter in self._tensors(site).items():
+                yield site.key(suffix), parameter
+        for path in self._record.saved:
+            for name, parameter in self._module(path).named_parameters():
+                yield f"{path}.{name}", parameter
+
+    def saved(self) -> dict[str, nn.Module]:
+        """Path → module of what is trained whole."""
+        self._check_attached("saved")
+        return {path: self._module(path) for path in self._record.saved}
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What a controller did to the delta, in order; see :mod:`deltaops.strategy`."""
+        return self._record.history
+
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """What is trained, as groups for an optimizer: what learns faster than the rest apart.
 

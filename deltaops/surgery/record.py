@@ -61,6 +61,8 @@ class Record:
     """Names of the parts that are switched off by themselves; the empty one of a single delta."""
     weights: dict[str, float] = field(default_factory=dict)
     """Part → how many times what it adds is added, where that is not once."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What a controller did, as its log has it."""
 
 
 def read(model: nn.Module) -> Record | None:

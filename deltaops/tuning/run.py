@@ -4,6 +4,8 @@ out/adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's form
 out/deltaops.json, deltaops.safetensors              instead, where PEFT has none for it
 out/training_state.safetensors                       what --resume needs
 out/metrics.json, loss.png                           the result, when all steps are done
+out/controller.jsonl, monitor.csv                    what a controller did and saw, as it did
+out/monitor.png, places.png                          pictures of that, when the run ends
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from .curve import draw_curve
 from .loop import Point, Schedule, evaluate, make_optimizer, train
 from .read import Columns, read_examples
 from .spec import parse_delta
-from .state import FILE, read_facts, restore_state, trainable, write_state
+from .state import FILE, names_in_model, read_facts, restore_state, trained, write_state
+from .steered import Steered
 from .tokens import Order, TokenSet, check_known, label_texts, load_tokenizer, pack_text
 
 TASKS = ("causal-lm", "classification")
@@ -46,6 +49,8 @@ class Settings:
     text_column: str = "text"
     label_column: str = "label"
     eval_fraction: float = 0.1
+    controller: str | None = None
+    evaluate_every: int | None = None
 
     def check(self) -> None:
         """Raises: ConfigError for a value out of range."""
@@ -58,6 +63,13 @@ class Settings:
             raise ConfigError(f"--eval-fraction must be in [0, 1), got {self.eval_fraction}.")
         if not 0 < self.lr < float("inf"):
             raise ConfigError(f"--lr must be a positive number, got {self.lr}.")
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise ConfigError("--evaluate-every must be 1 or more.")
+        if self.evaluate_every is not None and self.controller is None:
+            raise ConfigError(
+                "--evaluate-every is for a controller, which goes by what it finds. Pass "
+                "--controller as well."
+            )
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,10 @@ class Outcome:
     before: dict[str, float] | None
     after: dict[str, float] | None
     history: list[Point]
+    off: tuple[str, ...] = ()
+    """Parts of the delta that a controller left off; the file has them, and loads them on."""
+    actions: int = 0
+    """Of a controller."""
 
 
 def run(
@@ -92,13 +108,14 @@ def run(
         inputs are at fault.
     """
     settings.check()
+    steered = None if settings.controller is None else Steered(settings.controller, out)
     start_facts = _check_out(settings, out, resume)
     data, labels = _read(settings)
     fit, held = data.split(settings.eval_fraction, settings.seed)
     torch.manual_seed(settings.seed)
     model = _load_model(settings, labels, data.pad)
     handle = attach(model, _delta(settings, model))
-    parameters = trainable(model)
+    names = names_in_model(handle)
     optimizer = make_optimizer(handle.parameter_groups(settings.lr), settings.lr)
     order = Order(len(fit), settings.batch_size, settings.seed)
     history: list[Point] = []
@@ -113,8 +130,10 @@ def run(
     else:
         before = None if held is None else evaluate(model, held, settings.batch_size)
         torch.manual_seed(settings.seed)
+    if steered is not None:
+        steered.begin(settings, handle, optimizer, held, start_facts)
     if start_facts is not None:
-        restore_state(out / FILE, parameters, optimizer)
+        restore_state(out / FILE, trained(handle, names), optimizer)
     on_ready(handle, start)
 
     def save() -> None:
@@ -125,9 +144,13 @@ def run(
             "before": before,
             "data": data.fingerprint(),
         }
+        decided = {} if steered is None else steered.controller.state_dict()
+        if decided:
+            facts["controller"] = decided["facts"]
         with publishing(out, FILE) as scratch:
             handle.save(scratch)
-            write_state(scratch / FILE, parameters, optimizer, facts)
+            tensors = decided.get("tensors")
+            write_state(scratch / FILE, trained(handle, names), optimizer, facts, tensors)
             if labels is not None:
                 write_json(scratch / "labels.json", labels)
 
@@ -137,12 +160,17 @@ def run(
             save()
         on_step(point)
 
+    if steered is not None and start_facts is None:
+        save()  # its log lies in ``out`` already, which a run that is killed now must go on from
     schedule = Schedule(settings.steps, settings.lr)
     finished = train(
         model, fit, order, optimizer, schedule,
         start=start, on_step=after_step, should_stop=should_stop,
+        steer=None if steered is None else steered.controller,
     )  # fmt: skip
     save()
+    if steered is not None:
+        steered.end()
     if not finished:
         return Outcome(False, len(history), before, None, history)
     after = None if held is None else evaluate(model, held, settings.batch_size)
@@ -150,7 +178,7 @@ def run(
         out / "metrics.json",
         {
             "settings": dataclasses.asdict(settings),
-            "trainable_parameters": sum(p.numel() for p in parameters.values()),
+            "trainable_parameters": sum(p.numel() for p in handle.parameters()),
             "held_out_before": before,
             "held_out_after": after,
             "final_training_loss": history[-1].loss,
@@ -161,7 +189,8 @@ def run(
         out / "loss.png",
         lambda part: draw_curve(part, history, Path(settings.model).name, before, after),
     )
-    return Outcome(True, len(history), before, after, history)
+    off = tuple(part for part in handle.parts if part not in handle.enabled)
+    return Outcome(True, len(history), before, after, history, off, len(handle.history))
 
 
 def _check_out(settings: Settings, out: Path, resume: bool) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
     parameter.<name>          the trainable tensors
     optimizer.<name>/<key>    AdamW's exp_avg, exp_avg_sq and step of each
     rng.cpu, rng.cuda         torch's generators
+    controller.<name>         the tensors of a controller, where one steered; its facts are JSON
     metadata["deltaops"]      JSON: step, history, settings, …; the position in the data is the step
 
 Never pickle: opening a foreign file cannot run code.
@@ -22,14 +23,21 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from deltaops.errors import CheckpointError
+from deltaops.surgery import Handle
 
 FILE = "training_state.safetensors"
 VERSION = 1
 
 
-def trainable(model: torch.nn.Module) -> dict[str, Parameter]:
-    """Name → parameter of all that requires a gradient."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def names_in_model(handle: Handle) -> dict[str, str]:
+    """Key of what the handle trains → its name in the model, which it has while it is on."""
+    names = {id(parameter): name for name, parameter in handle.model.named_parameters()}
+    return {key: names[id(parameter)] for key, parameter in handle.named_parameters()}
+
+
+def trained(handle: Handle, names: Mapping[str, str]) -> dict[str, Parameter]:
+    """Name → parameter of all that the handle trains, also what is off or frozen by now."""
+    return {names[key]: parameter for key, parameter in handle.named_parameters()}
 
 
 def write_state(
@@ -37,9 +45,11 @@ def write_state(
     parameters: Mapping[str, Parameter],
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
+    controller: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the state as it is now. ``facts`` is JSON. Not atomic: write beside, then rename."""
-    tensors: dict[str, Tensor] = {}
+    steered = (controller or {}).items()
+    tensors = {f"controller.{name}": tensor.cpu().contiguous() for name, tensor in steered}
     for name, parameter in parameters.items():
         tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous().clone()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -81,6 +91,15 @@ def read_facts(path: Path) -> dict[str, Any]:
             "Resume it with the deltaops that wrote it."
         )
     return facts
+
+
+def read_controller(path: Path) -> dict[str, Tensor]:
+    """The tensors of a controller in a state file. Raises: CheckpointError."""
+    read_facts(path)
+    start = "controller."
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(start)]
+        return {name.removeprefix(start): file.get_tensor(name) for name in names}
 
 
 def restore_state(

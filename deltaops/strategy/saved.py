@@ -1,0 +1,39 @@
+"""The state of a controller in one safetensors file, its JSON in the metadata; never pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from deltaops.errors import CheckpointError
+from deltaops.files import write_atomically
+
+FILE = "controller.safetensors"
+"""Its name beside a Trainer's checkpoint, and in the --out of ``deltaops tune``."""
+_KEY = "deltaops_controller"
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state`` atomically. Raises: CheckpointError."""
+    head = {_KEY: json.dumps(state["facts"], ensure_ascii=False, allow_nan=False)}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state["tensors"].items()}
+    write_atomically(path, lambda part: save_file(tensors, part, metadata=head))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Undo :func:`write_state`. Raises: CheckpointError for a missing, damaged or foreign file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as the state of a controller: {type(error).__name__}: {error}. "
+            "Resume from a checkpoint that was written with a Controller, and whole."
+        ) from error
+    return {"facts": facts, "tensors": tensors}

@@ -1,0 +1,153 @@
+"""The controller in a real Trainer: what it sees, and that a run goes on from its checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deltaops
+from deltaops import BitFit, LoRA
+from deltaops.errors import AttachError, CheckpointError
+from deltaops.strategy import (
+    Action,
+    Controller,
+    Monitor,
+    Policy,
+    Run,
+    When,
+    at,
+    disable,
+    grow,
+    read_log,
+    weigh,
+)
+from deltaops.strategy.controller import handle_on
+from deltaops.testing.architectures import build
+
+from .conftest import Watcher
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+pytest.importorskip("accelerate")
+
+STEPS = 5
+
+
+def examples(count: int) -> list[dict[str, list[int]]]:
+    rows = [[(3 + start + i) % 50 for i in range(7)] for start in range(count)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def trainer(folder: Path, controller: Controller, delta: Any = None, **settings: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    model: Any = build("gpt2", head="LMHeadModel")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # so small a random head hardly moves the loss
+    deltaops.attach(
+        model,
+        LoRA(r=2, alpha=16, dropout=0.1) + BitFit() if delta is None else delta,
+        generator=torch.Generator().manual_seed(1),
+    )
+    defaults: dict[str, Any] = {
+        "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
+        "use_cpu": True, "seed": 3,
+    }  # fmt: skip
+    arguments = TrainingArguments(output_dir=str(folder), **defaults | settings)
+    return Trainer(
+        model=model, args=arguments, train_dataset=examples(16), eval_dataset=examples(4),
+        callbacks=[controller.callback()],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_grad_norm": 0.01},
+        {"gradient_accumulation_steps": 3, "max_grad_norm": 0.0},
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    ],
+    ids=["clipped", "accumulated", "checkpointed"],
+)
+def test_losses_and_gradients_are_those_of_the_trainer(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    monitor = Monitor(every=1)
+    run = trainer(tmp_path, Controller([monitor]), **settings)
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    by_step = {row.step: row.value for row in monitor.table() if row.quantity == "loss"}
+    assert [by_step[entry["step"]] for entry in logs] == pytest.approx(
+        [entry["loss"] for entry in logs], rel=1e-5
+    )
+    norms = {r.step: r.value for r in monitor.table() if r[1:4] == ("gradient_norm", "", "")}
+    assert [norms[entry["step"]] for entry in logs] == pytest.approx(
+        [entry["grad_norm"] for entry in logs], rel=1e-4
+    )
+    assert len(logs) == STEPS
+
+
+def parts() -> list[Any]:
+    # more of a loss counts as better, so that a model that learns has been harmed
+    undone = When(at(3), weigh("lora", 0.5), watch=1, greater=True)
+    return [
+        Monitor(2),
+        Policy(When(at(1), grow("lora", places=["transformer.h.0.attn.c_attn"])), name="growth"),
+        Policy(undone, When(at(5), disable("bitfit"))),
+    ]
+
+
+def test_a_run_goes_on_from_each_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
+    saving = {
+        "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
+    }  # fmt: skip
+    log = tmp_path / "log.jsonl"
+    straight = trainer(tmp_path / "out", Controller(parts(), log=log), **saving)
+    straight.train()
+    wanted, text = copy.deepcopy(straight.model.state_dict()), log.read_bytes()
+    assert [line["kind"] for line in read_log(log)] == [
+        "start", "grow", "weigh", "roll back", "disable",
+    ]  # fmt: skip
+    for step in (1, 3):
+        again = trainer(tmp_path / "out", Controller(parts(), log=log), **saving)
+        at_step = tmp_path / "out" / f"checkpoint-{step}" / "controller.safetensors"
+        Controller.reshape(handle_on(again.model), at_step)
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
+        found = again.model.state_dict()
+        assert all(torch.equal(value, found[key]) for key, value in wanted.items()), step
+        assert log.read_bytes() == text
+    state = tmp_path / "out" / "checkpoint-5" / "controller.safetensors"
+    broken = trainer(tmp_path / "out", Controller(parts(), log=log), **saving)
+    Controller.reshape(handle_on(broken.model), state)
+    state.unlink()
+    with pytest.raises(CheckpointError, match="decisions before step 5 are not known"):
+        broken.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+
+
+def test_a_part_that_raises_does_not_lose_the_run(tmp_path: Path) -> None:
+    """Nor does a loss that no model returns."""
+
+    def fail(run: Run) -> list[Action]:
+        raise ArithmeticError("always")
+
+    controller = Controller([Monitor(1), Watcher(fail)])
+    run = trainer(tmp_path, controller, label_smoothing_factor=0.1, max_steps=2)
+    run.train()
+    assert run.state.global_step == 2
+    assert controller.failed.keys() == {"watcher"}
+    assert "off: ArithmeticError: always (step 1, after_step)" in controller.report()
+    assert "note: the model returns no loss" in controller.report()
+
+
+def test_a_trainer_without_a_delta_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Controller([Monitor()]))
+    handle_on(run.model).revert()
+    with pytest.raises(AttachError, match="no delta is attached to the GPT2LMHeadModel"):
+        run.train()
