@@ -25,10 +25,10 @@ __all__ = ["Action", "Part", "Run"]
 class Action:
     """One change of the deltas of a run, as the log keeps it.
 
-    `kind` is what was done ("grow", "prune", "freeze", "disable", "enable", "weigh", "switch",
-    "roll back"), `delta` the name of the part of the handle, `place` the path of its module or None
-    for all of them, `detail` what JSON can hold of the change (`{"from": 8, "to": 4}`), `reason` a
-    sentence with the numbers that led to it.
+    `kind` is what was done ("grow", "prune", "freeze", "thaw", "disable", "enable", "weigh",
+    "switch", "roll back", or "left alone" with the reason why not), `delta` the name of the part of
+    the handle, `place` the path of its module or None for all of them, `detail` what JSON can hold
+    of the change (`{"from": 8, "to": 4}`), `reason` a sentence with the numbers that led to it.
     """
 
     kind: str

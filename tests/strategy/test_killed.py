@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -72,10 +73,14 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> None:
     assert process.returncode == code, told
 
 
-def test_a_killed_process_leaves_what_another_goes_on_from(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_what_another_goes_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed after step 5, whose roll back the log has, and of which no state was saved."""
-    straight, killed = start(tmp_path / "straight"), start(tmp_path / "killed", kill=4)
-    finish(straight)
+    killed = start(tmp_path / "killed", kill=4)
+    (tmp_path / "straight").mkdir()
+    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path / "straight"), "-1"])
+    exec(PROGRAM, {})  # here, which spares the start of a process
     finish(killed, -9)
     lines = (tmp_path / "straight" / "log.jsonl").read_text().splitlines()
     assert [line.split('"kind": "')[1].split('"')[0] for line in lines] == [

@@ -31,7 +31,7 @@ def test_a_run_whose_ranks_change_resumes_to_the_same_bits(steered: Make) -> Non
         saved.append(straight.saved())
         straight.train(step + 1)
         seen.add(tuple(ranks(straight)))
-    assert len(seen) > 2
+    assert len(seen) > 1
     wanted = bits(straight.handle, straight.optimizer)
     for one in saved:
         again = Loop(make()).resume(copy.deepcopy(one)).train()

@@ -11,12 +11,12 @@ from deltaops.strategy import read_log, read_rows
 from deltaops.strategy.monitor import CLOCKS
 from deltaops.tuning.run import Outcome, Settings, run
 
-STEERED = "monitor:every=2+disable-useless:start=2"
+STEERED = "monitor:every=2+disable-useless:start=1"
 
 
 def settings(base: Path, data: Path, **changes: object) -> Settings:
     values: dict[str, object] = {
-        "steps": 6, "batch_size": 4, "seq_len": 16, "lr": 0.01, "controller": STEERED,
+        "steps": 4, "batch_size": 4, "seq_len": 16, "lr": 0.01, "controller": STEERED,
         "evaluate_every": 1, "delta": "lora:r=4,dropout=0.1+bitfit",
     }  # fmt: skip
     return Settings(str(base), str(data), **{**values, **changes})  # type: ignore[arg-type]  # of each field
@@ -31,7 +31,7 @@ def test_a_steered_run_resumes_with_the_same_bits(base: Path, text: Path, tmp_pa
     wanted = settings(base, text)
     straight = run(wanted, tmp_path / "straight")
     assert straight.actions > 0
-    interrupted(wanted, tmp_path / "resumed", after=3)
+    interrupted(wanted, tmp_path / "resumed", after=2)
     assert run(wanted, tmp_path / "resumed", resume=True).off == straight.off
     for name in ("deltaops.safetensors", "controller.jsonl"):
         one, other = ((tmp_path / out / name).read_bytes() for out in ("straight", "resumed"))
