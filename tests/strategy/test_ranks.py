@@ -23,7 +23,7 @@ def ranks(loop: Loop) -> list[int]:
 
 def test_a_run_whose_ranks_change_resumes_to_the_same_bits(steered: Make) -> None:
     def make() -> Controller:
-        return steered(Monitor(2), Importance(60, part="lora", every=2, settle=2, largest=5))
+        return steered(Monitor(2), Importance(60, part="lora", every=2, settle=2, warmup=3))
 
     straight = Loop(make()).begin()
     saved, seen = [], set()

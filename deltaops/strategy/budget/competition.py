@@ -2,8 +2,8 @@
 
 All components of all places compete for the parameters: the highest scores stay. A share of the
 budget is not theirs but that of new components, which are on trial there and displace nobody; when
-the trial is over they compete as all others do, and the next ones come, in turns to the places
-whose components score above the mean. So ranks also grow under a budget that does not change.
+the trial is over they compete as all others do, and the next ones come, in turns to the places that
+score above the mean of those with room. So ranks also grow under a budget that does not change.
 Parameters are what is counted, since a component costs as many as K + N.
 """
 
@@ -83,25 +83,22 @@ def choose(
     means = {path: _mean([scores[path][i] for i in chosen]) for path, chosen in kept.items()}
     new = dict.fromkeys(places, 0)
     if grow:
-        for path in _turns(places, kept, means):
-            room = min(largest, places[path].largest) - len(kept[path]) - new[path]
-            if room > 0 and places[path].unit <= left:
+        room = {path: min(largest, p.largest) - len(kept[path]) for path, p in places.items()}
+        for path in _turns({p: len(kept[p]) for p in places if kept[p] and room[p] > 0}, means):
+            if places[path].unit > left:
+                break
+            if new[path] < room[path]:
                 new[path] += 1
                 left -= places[path].unit
-            elif places[path].unit > left:
-                break
     return Chosen({path: tuple(sorted(kept[path])) for path in places}, new, cut, means)
 
 
-def _turns(
-    places: Mapping[str, Sized], kept: Mapping[str, set[int]], means: Mapping[str, float]
-) -> Iterator[str]:
-    """Places that may grow, the highest mean first, over and over."""
-    total = sum(means[path] * len(kept[path]) for path in places)
-    mean = total / max(sum(map(len, kept.values())), 1)
-    good = [path for path in places if kept[path] and means[path] >= mean]
+def _turns(ranks: Mapping[str, int], means: Mapping[str, float]) -> Iterator[str]:
+    """Those of ``ranks`` that score above their mean, the highest first, over and over."""
+    mean = sum(means[path] * rank for path, rank in ranks.items()) / max(sum(ranks.values()), 1)
+    good = [path for path in ranks if means[path] >= mean]
     good.sort(key=lambda path: -means[path])
-    for _ in range(max((place.largest for place in places.values()), default=0)):
+    for _ in range(max(ranks.values(), default=0)):  # at most twice the rank, so that all can judge
         yield from good
 
 

@@ -1,8 +1,8 @@
 """Ranks that follow importance while training: components that matter little go, and others come.
 
 Every few steps all components of all places compete for the parameters of that step's budget, and
-new ones come where the old ones matter most: see :mod:`.competition`. At the end the target is kept
-to, and ranks stay for the rest of the run.
+new ones come where the old ones matter most: see :mod:`.competition`. At the end new ones fill what
+is left of the target, and ranks stay for the rest of the run.
 Source: Zhang et al. 2023 (AdaLoRA, arXiv 2303.10512); theirs masks components and never adds any.
 """
 
@@ -200,7 +200,7 @@ class Importance:
             smallest=self.smallest,
             largest=self._top,
             share=0.0 if last else self.explore,
-            grow=not on_trial and not last and self.explore > 0,
+            grow=not on_trial and self.explore > 0,
         )
         if on_trial:  # those of them that had no room are gone
             self._trial = {
