@@ -1,4 +1,4 @@
-"""Optuna's journal in a file whose every line is whole, whoever is killed and however full the disk.
+"""Optuna's journal in a file whose lines are whole, whoever is killed and however full the disk.
 
 Optuna's own backend locks by a file that outlives a killed process, and leaves half a line where
 the disk is full, after which the journal can no longer be read. This one locks by ``flock``, which

@@ -32,7 +32,6 @@ from torch.nn import functional
 
 from deltaops.methods import Combined, LoRA
 from deltaops.methods.base import LINEAR
-from deltaops.modules.place import DeltaPlace
 from deltaops.ops import Branch, delta_linear
 from deltaops.surgery import Handle, attach, plan
 from deltaops.tuning.loop import CLIP, make_optimizer, to_device
@@ -113,7 +112,7 @@ def train_pack(
                 Member(
                     name, candidate, on_rung,
                     Order(len(task.fit), candidate.batch_size, seed),
-                    torch.Generator(handle.model.device).manual_seed(seed),
+                    torch.Generator(next(handle.model.parameters()).device).manual_seed(seed),
                     make_optimizer(trained, candidate.rate),
                     [p for group in trained for p in group["params"]],
                 )
@@ -174,7 +173,7 @@ def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int)
     placed = to_device(batch, device)
     logits: Tensor = task.reader(**placed).logits
     sizes = [len(own) for own in picked]
-    pairs = zip(logits.split(sizes), placed["labels"].split(sizes), strict=True)
+    pairs = zip(torch.split(logits, sizes), torch.split(placed["labels"], sizes), strict=True)
     losses = [functional.cross_entropy(own, right) for own, right in pairs]
     torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]  # torch's has no types
     for member, loss in zip(live, losses, strict=True):
@@ -232,8 +231,11 @@ class Rows:
         return self._ids[key]
 
 
-def _forward(place: DeltaPlace, rows: Rows, x: Tensor) -> Tensor:
-    """``[B, T, K]`` → ``[B, T, N]``: the frozen layer, and to each member's rows its branch."""
+def _forward(place: Any, rows: Rows, x: Tensor) -> Tensor:
+    """``[B, T, K]`` → ``[B, T, N]``: the frozen layer, and to each member's rows its branch.
+
+    Args: a :class:`deltaops.modules.place.DeltaPlace`.
+    """
     a, b = place.lora_A, place.lora_B
     training = place.training
     here = [member.name in place.lora for member in rows.members]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from deltaops.errors import ConfigError
 
-GOALS = {
+GOALS: dict[str, Literal["maximize", "minimize"]] = {
     "accuracy": "maximize",
     "loss": "minimize",
     "parameters": "minimize",

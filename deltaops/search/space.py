@@ -76,7 +76,7 @@ class Entry:
                 changes[part][field] = value
         rates = {part: float(change.pop(RATE)) for part, change in changes.items()}
         made = {
-            part: dataclasses.replace(delta, **changes[part])
+            part: dataclasses.replace(delta, **changes[part])  # type: ignore[type-var]  # every delta is a dataclass
             for part, delta in self.parts().items()
         }
         if isinstance(self.delta, Combined):
@@ -179,7 +179,8 @@ def read_space(text: Any) -> Space:
     deltas = text.get("deltas")
     if not isinstance(deltas, Mapping) or not deltas:
         raise ConfigError(
-            "space: deltas must be a mapping of one delta or more, as {lora: {r: [4, 8], lr: 0.001}}."
+            "space: deltas must be a mapping of one delta or more, such as "
+            "{lora: {r: [4, 8], lr: 0.001}}."
         )
     entries = {str(title): _entry(str(title), value) for title, value in deltas.items()}
     ranges = {
@@ -221,7 +222,8 @@ def _entry(title: str, value: Any) -> Entry:
     if missing:
         hint = f" for {', '.join(missing)}" if missing != [""] else ""
         raise ConfigError(
-            f"{subject}: no learning rate{hint}. Write lr: {{low: 1.0e-4, high: 1.0e-2, log: true}}."
+            f"{subject}: no learning rate{hint}. Write lr: {{low: 1.0e-4, high: 1.0e-2, log: "
+            "true}."
         )
     for option, allowed in ranges.items():
         if _field(option) == RATE:

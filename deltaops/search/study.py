@@ -221,8 +221,7 @@ class Study:
         source = self.adapter(best.number)
         if not (source / TRIAL).is_file():
             raise CheckpointError(
-                f"{source}: the adapter of the best trial is missing. Make it again with "
-                f"`deltaops search export {self.folder} --trial {best.number} --again --out …`."
+                f"{source}: the adapter of the best trial is missing. Put the folder back."
             )
         target = self.folder / BEST
         with publishing(target, TRIAL) as scratch:
@@ -329,7 +328,7 @@ def reopen(folder: Path) -> tuple[Settings, Space]:
 
 
 def shown(folder: Path) -> Study:
-    """The study in ``folder``, to be looked at; the model is not loaded. Raises: CheckpointError."""
+    """The study in ``folder``, to look at: no model is loaded. Raises: CheckpointError."""
     settings, space = reopen(folder)
     layers = read_facts(folder)["layers"]
     entries = {
