@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .dispatch import backends
 
 if TYPE_CHECKING:
-    from . import errors, memory, ops
+    from . import errors, memory, ops, search
     from .methods import (
         IA3,
         Adapter,
@@ -59,6 +59,7 @@ __all__ = [
     "memory",
     "ops",
     "report",
+    "search",
 ]
 
 __version__ = "0.1.0"
@@ -85,6 +86,7 @@ _HOMES = {
     "memory": "",
     "ops": "",
     "report": "surgery",
+    "search": "",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import remove_leftovers
@@ -84,7 +84,8 @@ def search(
 
 
 def resume(out: str | Path, *, trials: int | None = None, watch: Watch | None = None) -> Found:
-    """Finish what was not finished of a study, and go on to ``trials`` where that is more.
+    """Finish what was not finished of a study: the trials it was started for, or ``trials``
+    where that is more.
 
     Raises: as :func:`search`; ConfigError too where the model or the data are others by now.
     """
@@ -92,8 +93,7 @@ def resume(out: str | Path, *, trials: int | None = None, watch: Watch | None = 
     settings, space = reopen(folder)
     shop, task, watch = _loaded(settings, watch)
     study = create(folder, settings, space.resolved(shop.model), shop, task)
-    begun = sum(trial.state != TrialState.WAITING for trial in study.trials())
-    return _run(study, shop, task, max(begun, trials or 0), watch)
+    return _run(study, shop, task, max(study.wanted, trials or 0), watch)
 
 
 def _loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Watch]:
@@ -113,6 +113,7 @@ def _loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Wa
 def _run(study: Study, shop: Workshop, task: Task, trials: int, watch: Watch) -> Found:
     if trials < 1:
         raise ConfigError(f"--trials must be 1 or more, got {trials}.")
+    study.want(trials)
     with working(study.folder) as worker:
         finished = False
         while not watch.should_stop():

@@ -79,6 +79,16 @@ class Study:
                 begun += 1
             return found
 
+    @property
+    def wanted(self) -> int:
+        """How many trials it was last asked for."""
+        return int(self.optuna.user_attrs.get(TRIALS, 0))
+
+    def want(self, trials: int) -> None:
+        """Note how many trials it is asked for, so that a resumption knows."""
+        if trials != self.wanted:
+            self.optuna.set_user_attr(TRIALS, trials)
+
     def others(self, worker: str) -> int:
         """Trials that other processes have under way, which live."""
         running = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

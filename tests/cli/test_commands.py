@@ -47,6 +47,10 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "doctor",
         "bench",
         "combine",
+        "search",
+        "search resume",
+        "search show",
+        "search export",
     ],
 )
 def test_help_has_an_example(command: str) -> None:

@@ -49,7 +49,7 @@ def test_killed_processes_leave_nothing_undone(
     for process in processes:
         process.kill()
         process.communicate()
-    ended = resume(out, trials=TRIALS)
+    ended = resume(out)
     assert ended.finished
     # each number once, none left open, and each with what its parameters give
     assert told(ended) == told(straight), wait
