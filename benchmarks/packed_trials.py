@@ -27,7 +27,7 @@ from deltaops.tuning.read import Example
 from deltaops.tuning.workshop import Settings, Task, Workshop
 
 H100 = {"bytes_a_second": 3.35e12, "float32_operations_a_second": 67e12}
-"""NVIDIA's figures for the SXM card, of which a model of the gain is made; it was not run on one."""
+"""NVIDIA's figures for the SXM card, of which a model of the gain is made; none was used."""
 CLOSE = 1e-3
 """Relative difference of held-out losses, after float32's rounding went through every step."""
 RANKS = (4, 16, 8, 2, 8, 4, 16, 32)

@@ -125,6 +125,23 @@ def show(study: Path = STUDY) -> None:
     console.print(f"report: {write_report(opened)}", highlight=False, markup=False)
 
 
+@search.command("test")
+def score(
+    study: Path = STUDY,
+    data: str = typer.Option(..., help="A file that the search has not seen, of the same labels."),
+) -> None:
+    """Score the best adapter on texts that no trial was judged by.
+
+    Example:  deltaops search test study --data intents-test.csv
+    """
+    from deltaops.search.engine import score_best
+
+    quiet_transformers()
+    scores = score_best(study, data)
+    told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    Console().print(f"best on {data}: {told}", highlight=False, markup=False)
+
+
 @search.command()
 def export(
     study: Path = STUDY,

@@ -13,7 +13,9 @@ import torch
 from optuna.trial import FrozenTrial, Trial
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.files import remove_leftovers
+from deltaops.files import remove_leftovers, write_json
+from deltaops.surgery import load
+from deltaops.tuning.tokens import TokenSet
 from deltaops.tuning.workshop import Settings as ShopSettings
 from deltaops.tuning.workshop import Stopped, Task, Workshop
 
@@ -21,8 +23,8 @@ from .candidate import Candidate
 from .pack import train_pack, unpackable
 from .settings import Settings
 from .space import load_space
-from .study import Study, create, reopen
-from .trainer import NotFinite, train_alone
+from .study import BEST, TESTED, Study, best_number, create, reopen
+from .trainer import EVALUATED, NotFinite, train_alone
 from .workers import working
 
 Drawn = tuple[Trial, Candidate]
@@ -94,6 +96,36 @@ def resume(out: str | Path, *, trials: int | None = None, watch: Watch | None = 
     shop, task, watch = _loaded(settings, watch)
     study = create(folder, settings, space.resolved(shop.model), shop, task)
     return _run(study, shop, task, max(study.wanted, trials or 0), watch)
+
+
+def score_best(out: str | Path, data: str) -> dict[str, float]:
+    """Score the best adapter on texts that the search has not seen; ``best/test.json`` keeps it.
+
+    Args:
+        out: the study's folder.
+        data: a file as the search had one, of the same labels.
+    Raises: ConfigError, DataError, CheckpointError.
+    """
+    folder = Path(out)
+    settings, _ = reopen(folder)
+    shop, task, _ = _loaded(settings, None)
+    texts = shop.answering.texts(shop.examples("test", data), settings.seq_len)
+    if label_names(texts) != label_names(task.held):
+        raise ConfigError(f"{data} has other labels than {settings.data}. Give one of that task.")
+    handle = load(shop.model, folder / BEST)
+    try:
+        scores = shop.answering.score(task.reader, texts, EVALUATED)
+    finally:
+        handle.revert()
+    facts = {"data": data, "texts": len(texts), "trial": best_number(folder), **scores}
+    write_json(folder / BEST / TESTED, facts)
+    return scores
+
+
+def label_names(data: TokenSet) -> Any:
+    """What the classes of labelled texts are called, or how many there are."""
+    assert data.classes is not None
+    return getattr(data, "names", int(data.classes.max()))
 
 
 def _loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Watch]:

@@ -1,4 +1,5 @@
-"""``report.html``: one file with every picture in it, and the trials as a table; and its PNGs."""
+"""``report.html``: one file with every picture in it, and the trials as a table; its PNGs; and
+``trials.json``, the trials for programs."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from deltaops.files import write_atomically
+from deltaops.files import write_atomically, write_json
 
 from .pictures import draw_all
 from .study import BEST, CANDIDATE, REASON, RESULT, Study
 
-REPORT = "report.html"
+REPORT, LOG = "report.html", "trials.json"
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;color:#222}"
     "img{max-width:100%}table{border-collapse:collapse;font-size:13px}"
@@ -22,7 +23,8 @@ _STYLE = (
 
 
 def write_report(study: Study) -> Path:
-    """Draw the pictures and write the report, beside the study. Raises: CheckpointError."""
+    """Draw the pictures and write report and log, beside the study. Raises: CheckpointError."""
+    write_log(study)
     figures = draw_all(study, study.folder)
     parts = [
         f"<h1>Search: {escape(Path(study.settings.model).name)} on "
@@ -52,6 +54,26 @@ def write_report(study: Study) -> Path:
     )
     path = study.folder / REPORT
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    return path
+
+
+def write_log(study: Study) -> Path:
+    """Every trial as JSON, without what only a resumption needs. Raises: CheckpointError."""
+    path = study.folder / LOG
+    trials = [
+        {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            "values": trial.values,
+            "parameters": trial.params,
+            "losses": [round(abs(v), 6) for v in trial.intermediate_values.values()],
+            "seconds": None if trial.duration is None else round(trial.duration.total_seconds(), 1),
+            **{name: trial.user_attrs[name] for name in (CANDIDATE, REASON)
+               if name in trial.user_attrs},
+        }
+        for trial in study.trials()
+    ]  # fmt: skip
+    write_json(path, {"settings": study.settings.as_json(), "trials": trials})
     return path
 
 

@@ -17,7 +17,7 @@ warmup: {low: 0.0, high: 0.2}
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,23 +120,23 @@ class Space:
         }
         found = dataclasses.replace(self, entries=entries)
         for title, entry in entries.items():
-            for option, chosen, delta in _corners(title, entry):
+            for option, chosen, make in _corners(title, entry):
                 try:
-                    plan(model, delta() if callable(delta) else delta)
+                    plan(model, make())
                 except DeltaopsError as error:
                     at = f": {option} = {chosen}" if option else ""
                     raise ConfigError(f"space: {title}{at}: {error}") from error
         return found
 
 
-def _corners(title: str, entry: Entry) -> Iterator[tuple[str, Any, Any]]:
+def _corners(title: str, entry: Entry) -> Iterator[tuple[str, Any, Callable[[], Delta | Combined]]]:
     """Each end of each range, the others at their first: option, value, how the delta is made."""
     named = {f"{title}/{option}": r for option, r in entry.ranges.items()}
 
     def first(name: str, allowed: Range) -> Any:
         return next(iter(allowed.ends()))
 
-    def at(which: str, value: Any) -> Any:
+    def at(which: str, value: Any) -> Callable[[], Delta | Combined]:
         def pick(name: str, allowed: Range) -> Any:
             return value if name == which else first(name, allowed)
 

@@ -37,6 +37,7 @@ from .trainer import Result
 from .workers import alive
 
 FACTS, JOURNAL, TRIALS, BEST, TRIAL = "study.json", "journal.log", "trials", "best", "trial.json"
+TESTED = "test.json"
 NAME = "search"
 VERSION = 1
 WORKER, REASON, RESULT, CANDIDATE = "worker", "reason", "result", "candidate"
@@ -53,7 +54,6 @@ class Study:
         self.settings = settings
         self.space = space
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # the journal's storage is asked for the study's name, which is then an error or is not
         self.optuna = optuna.create_study(
             storage=JournalStorage(Journal(folder / JOURNAL)),
             study_name=NAME,
@@ -219,6 +219,7 @@ class Study:
             best = front[0]
             if best_number(self.folder) != best.number:
                 self._publish(best)
+            self._tidy(best)
             kept = {f"{trial.number:04d}" for trial in front}
             busy = {f"{t.number:04d}" for t in self.trials() if t.state == TrialState.RUNNING}
             for folder in (self.folder / TRIALS).iterdir():
@@ -237,13 +238,19 @@ class Study:
         with publishing(target, TRIAL) as scratch:
             for file in source.iterdir():
                 shutil.copy2(file, scratch / file.name)
+            (target / TESTED).unlink(missing_ok=True)  # it was of the best before
             text = yaml.safe_dump(self.fixed(best), sort_keys=False, allow_unicode=True)
             (scratch / "space.yaml").write_text(text, encoding="utf-8")
             command = self.command(target / "space.yaml")
             (scratch / "reproduce.txt").write_text(command + "\n", encoding="utf-8")
-        # an adapter of the other format may be left of the best before
-        names = {file.name for file in source.iterdir()} | {"space.yaml", "reproduce.txt"}
-        for file in target.iterdir():
+
+    def _tidy(self, best: FrozenTrial) -> None:
+        """Delete what is left in ``best/`` of an adapter of the other format."""
+        source = self.adapter(best.number)
+        if not source.is_dir():
+            return
+        names = {file.name for file in source.iterdir()} | {"space.yaml", "reproduce.txt", TESTED}
+        for file in (self.folder / BEST).iterdir():
             if file.name not in names:
                 file.unlink()
 

@@ -16,7 +16,7 @@ from deltaops.errors import ConfigError
 from deltaops.methods import parts_of
 from deltaops.methods.base import Site
 from deltaops.surgery import Handle, attach
-from deltaops.tuning.loop import Point, make_optimizer, train
+from deltaops.tuning.loop import Point, make_optimizer, to_device, train
 from deltaops.tuning.tokens import Order
 from deltaops.tuning.workshop import Stopped, Task, Workshop
 
@@ -162,13 +162,14 @@ def kept_bytes(task: Task, order: Order, handle: Handle) -> int:
             kept[storage.data_ptr()] = tensor  # held, so that no other takes its place
         return tensor
 
-    before = torch.get_rng_state()
     task.reader.train()
     device = next(task.reader.parameters()).device
-    batch = {name: t.to(device) for name, t in task.fit.batch(order.rows(0)).items()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    batch = to_device(task.fit.batch(order.rows(0)), device)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
         loss = task.reader(**batch).loss
-    torch.set_rng_state(before)
     held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del loss
     return held + MOMENTS * sum(p.numel() * p.element_size() for p in handle.parameters())

@@ -51,6 +51,7 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "search resume",
         "search show",
         "search export",
+        "search test",
     ],
 )
 def test_help_has_an_example(command: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def test_from_a_search_to_an_adapter(tmp_path: Path, encoder: str, data: str) ->
     assert not re.search(r'(src|href)="(?!data:)', html), "the report needs other files"
     assert "7 trials" in call("search", "resume", out, "--trials", 7)
     assert "best: trial" in call("search", "show", out)
+    assert "accuracy" in call("search", "test", out, "--data", data)
+    assert len(json.loads((out / "trials.json").read_text())["trials"]) == 7
     call("search", "export", out, "--out", tmp_path / "adapter")
     assert (
         (tmp_path / "adapter" / "reproduce.txt").read_text().startswith("deltaops search --model")
