@@ -34,13 +34,13 @@ from deltaops.methods import Combined, LoRA
 from deltaops.methods.base import LINEAR
 from deltaops.ops import Branch, delta_linear
 from deltaops.surgery import Handle, attach, plan
-from deltaops.tuning.loop import CLIP, make_optimizer, to_device
+from deltaops.tuning.loop import CLIP, to_device
 from deltaops.tuning.sentence import NamedClasses
 from deltaops.tuning.tokens import Order
 from deltaops.tuning.workshop import Stopped, Task, Workshop
 
 from .candidate import Candidate
-from .trainer import NotFinite, OnRung, Result, by_layer, groups, judged, rungs
+from .trainer import NotFinite, OnRung, Result, adamw, by_layer, groups, judged, rungs
 
 
 def unpackable(shop: Workshop, task: Task, candidate: Candidate) -> str | None:
@@ -113,7 +113,7 @@ def train_pack(
                     name, candidate, on_rung,
                     Order(len(task.fit), candidate.batch_size, seed),
                     torch.Generator(next(handle.model.parameters()).device).manual_seed(seed),
-                    make_optimizer(trained, candidate.rate),
+                    adamw(trained),
                     [p for group in trained for p in group["params"]],
                 )
             )  # fmt: skip

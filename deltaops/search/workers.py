@@ -25,15 +25,19 @@ def working(study: Path) -> Iterator[str]:
     """Inside, this process counts as alive under the name that it gets."""
     name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = study / FOLDER / name
+    hidden = path.with_name(f".{name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        for other in [p.name for p in path.parent.iterdir() if not p.name.startswith(".")]:
+            alive(study, other)
+        handle = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        hidden.rename(path)  # seen once it is locked, or another would take it for a dead one's
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written: {error.strerror}. Free space or choose another folder."
         ) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield name
     finally:
         path.unlink(missing_ok=True)

@@ -134,7 +134,7 @@ def test_one_that_is_pruned_leaves_the_pack(shop: Workshop, task: Task) -> None:
     ("delta", "reason"),
     [
         (LoRA(use_dora=True), "changes more"),
-        (LoRA(target_modules="word_embeddings"), "other places"),
+        (LoRA(target_modules=["word_embeddings"]), "other places"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_packed_says_why(
