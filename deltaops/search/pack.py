@@ -248,7 +248,8 @@ def _forward(place: Any, rows: Rows, x: Tensor) -> Tensor:
         if has
     ]
     ids = rows.ids(fused, x) if branches else None
-    y = delta_linear(x, *place.base(), branches, ids, backend=place.backend, strict=place.strict)
+    weight, bias = place.base()
+    y = delta_linear(x, weight, bias, branches, ids, backend=place.backend, strict=place.strict)
     if not any(wet):
         return y
     first = 0

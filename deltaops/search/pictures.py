@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,14 @@ def _importance(study: Study) -> Any:
         return "no parameter that all trials have was varied"
     if len({trial.values[0] for trial in complete}) == 1:
         return "all complete trials are equally good"
-    found = get_param_importances(
-        study.optuna, evaluator=PedAnovaImportanceEvaluator(evaluate_on_local=False),
-        params=varied, target=lambda trial: trial.values[0], normalize=True,
-    )  # fmt: skip
+    sign = -1 if GOALS[study.settings.objectives[0]] == "maximize" else 1
+    with warnings.catch_warnings():
+        # it warns that low values count as good, which the sign sees to
+        warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")
+        found = get_param_importances(
+            study.optuna, evaluator=PedAnovaImportanceEvaluator(evaluate_on_local=False),
+            params=varied, target=lambda trial: sign * trial.values[0], normalize=True,
+        )  # fmt: skip
     found = {name: value for name, value in found.items() if math.isfinite(value)}
     if not found:
         return "the trials are too few to tell"

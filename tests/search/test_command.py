@@ -24,13 +24,26 @@ def call(*words: object) -> str:
 
 def test_from_a_search_to_an_adapter(tmp_path: Path, encoder: str, data: str) -> None:
     out = tmp_path / "study"
-    settings = ("--steps", 4, "--rungs", 2, "--seq-len", 16, "--pruner", "none", "--pack", 2)
+    settings = (
+        "--steps",
+        3,
+        "--rungs",
+        2,
+        "--seq-len",
+        16,
+        "--pruner",
+        "none",
+        "--pack",
+        2,
+        "--objective",
+        "loss",
+    )
     said = call("search", "--model", encoder, "--data", data, "--trials", 5, "--out", out,
                 "--space", "small", *settings)  # fmt: skip
     assert "5 trials (5 complete)" in said
     assert "best: trial" in said
     pictures = {path.name for path in out.glob("*.png")}
-    assert pictures >= {"history.png", "front.png", "layers.png"}
+    assert pictures >= {"history.png", "front.png", "layers.png", "importance.png"}
     html = (out / "report.html").read_text()
     coded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     assert {base64.b64decode(one) for one in coded} == {p.read_bytes() for p in out.glob("*.png")}
