@@ -93,7 +93,7 @@ def main() -> None:
     every: list[Example] = shop.examples("data", chosen.data)
     task = shop.task("data", random.Random(0).sample(every, min(chosen.texts, len(every))))
     rows = []
-    for case in chosen.case or ["4x4", "8x4"]:
+    for case in chosen.case or ["4x2", "8x1", "4x4"]:
         count, batch = map(int, case.split("x"))
         group = candidates(count, batch)
         gap = max(
@@ -135,7 +135,8 @@ def main() -> None:
             f"{case}: {hours['alone']:.0f} → {hours['packed']:.0f} trials an hour, "
             f"{row['ratio']:.2f} × ({min(ratios):.2f} to {max(ratios):.2f}), losses within "
             f"{gap:.1e}; by a model, not measured, on an H100 "
-            f"{row['ratio_by_a_model_of_an_h100']:.1f} ×"
+            f"{row['ratio_by_a_model_of_an_h100']:.1f} ×",
+            flush=True,
         )
     if chosen.out:
         facts = {
