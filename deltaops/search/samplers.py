@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners, drawing from the study's seed and the trial's number alone.
+"""Optuna's samplers, drawing from the study's seed and the trial's number alone.
 
 A sampler that kept a state would draw otherwise after a resumption than without one. This one is
 made anew for each parameter of each trial, so that a study that was killed and resumed, in one
@@ -13,7 +13,6 @@ from typing import Any
 
 from optuna import Study
 from optuna.distributions import BaseDistribution
-from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -91,12 +90,3 @@ def make_sampler(name: str, seed: int, *, together: bool) -> BaseSampler:
         return TPESampler(seed=drawn, n_startup_trials=GENERATION, constant_liar=together)
 
     return Repeatable(make, seed)
-
-
-def make_pruner(name: str, rungs: int) -> BasePruner:
-    """Hyperband, successive halving or none, over ``rungs`` evaluations of a trial."""
-    if name == "hyperband":
-        return HyperbandPruner(min_resource=1, max_resource=rungs, reduction_factor=2)
-    if name == "halving":
-        return SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
-    return NopPruner()

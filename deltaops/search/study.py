@@ -9,6 +9,7 @@ out/best/            the best one: adapter, trial.json, and space.yaml that make
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -28,8 +29,9 @@ from deltaops.tuning.workshop import Task, Workshop
 
 from .candidate import Candidate
 from .journal import Journal
+from .pruners import make_pruner
 from .ranges import Range, label
-from .samplers import make_pruner, make_sampler
+from .samplers import make_sampler
 from .settings import GOALS, Settings
 from .space import Space, read_space
 from .starts import params_of
@@ -141,16 +143,20 @@ class Study:
     def report(self, trial: Trial, rung: int, scores: Mapping[str, float]) -> bool:
         """Note an evaluation; whether the trial is worth going on by the pruner's judgement.
 
-        It goes by the held-out loss, whatever the objective. Evaluations that a killed process had
-        noted are not noted again: they are the same, and the trial was worth going on after each.
+        It goes by the held-out loss, whatever the objective. What a killed process had noted is not
+        noted again: it is the same, and is judged by what the other trials had.
         """
         if len(self.settings.objectives) > 1:
             return True
-        known = self.optuna._storage.get_trial(trial._trial_id).intermediate_values
-        if rung not in known:
-            best_is_most = GOALS[self.settings.objectives[0]] == "maximize"
-            trial.report(-scores["loss"] if best_is_most else scores["loss"], rung)
-        return rung < max(known, default=0) or not trial.should_prune()
+        frozen = self.optuna._storage.get_trial(trial._trial_id)
+        if rung not in frozen.intermediate_values:
+            most = GOALS[self.settings.objectives[0]] == "maximize"
+            trial.report(-scores["loss"] if most else scores["loss"], rung)
+            frozen = self.optuna._storage.get_trial(trial._trial_id)
+        until = {step: v for step, v in frozen.intermediate_values.items() if step <= rung}
+        seen = copy.copy(frozen)
+        seen.intermediate_values = until
+        return not self.optuna.pruner.prune(self.optuna, seen)
 
     def finish(self, trial: Trial, result: Result, handle: Handle, part: str | None = None) -> None:
         """Keep the adapter where the trial is on the front, then tell what it found."""
