@@ -69,7 +69,7 @@ def test_a_killed_study_is_resumed(search: Callable[..., Any], tmp_path: Path) -
     straight = search(tmp_path / "straight", trials=3, pruner="halving")
     out = tmp_path / "out"
     # a process that dies leaves its trial as it is, half drawn or half trained
-    for left in range(1, 40, 3):
+    for left in range(1, 40, 5):
         lines = (tmp_path / "straight" / "journal.log").read_bytes().splitlines(keepends=True)
         if left >= len(lines):
             break

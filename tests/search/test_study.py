@@ -28,7 +28,7 @@ def weights(out: Path) -> bytes:
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2"])
 def test_the_seed_decides_every_bit(search: Search, tmp_path: Path, sampler: str) -> None:
-    settings = {"sampler": sampler, "trials": 12, "steps": 2, "pruner": "hyperband"}
+    settings = {"sampler": sampler, "trials": 12, "steps": 1, "rungs": 1, "pruner": "hyperband"}
     runs = [search(tmp_path / name, **settings) for name in ("one", "two")]
     assert told(runs[0]) == told(runs[1])
     assert len({json.dumps(t.params) for t in runs[0].study.trials()}) > 6
@@ -36,9 +36,9 @@ def test_the_seed_decides_every_bit(search: Search, tmp_path: Path, sampler: str
 
 
 def test_a_stopped_study_ends_as_one_that_ran_through(search: Search, tmp_path: Path) -> None:
-    straight = search(tmp_path / "straight", trials=5, pruner="halving")
+    straight = search(tmp_path / "straight", trials=4, pruner="halving")
     steps = 0
-    limit = random.randrange(1, 25)
+    limit = random.randrange(1, 20)
 
     def stop() -> bool:
         nonlocal steps
@@ -46,9 +46,9 @@ def test_a_stopped_study_ends_as_one_that_ran_through(search: Search, tmp_path: 
         return steps > limit
 
     out = tmp_path / "stopped"
-    stopped = search(out, trials=5, pruner="halving", watch=Watch(should_stop=stop))
+    stopped = search(out, trials=4, pruner="halving", watch=Watch(should_stop=stop))
     assert not stopped.finished, limit
-    ended = search(out, trials=5, pruner="halving")
+    ended = search(out, trials=4, pruner="halving")
     assert ended.finished
     assert told(ended) == told(straight), limit
     assert weights(out) == weights(tmp_path / "straight")
