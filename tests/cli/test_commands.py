@@ -48,10 +48,6 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "bench",
         "combine",
         "search",
-        "search resume",
-        "search show",
-        "search export",
-        "search test",
     ],
 )
 def test_help_has_an_example(command: str) -> None:

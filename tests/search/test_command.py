@@ -67,3 +67,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         call("search", "--data", "x.csv")
     with pytest.raises(CheckpointError, match="has no study"):
         call("search", "show", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["resume", "show", "export", "test"])
+def test_help_has_an_example(command: str) -> None:
+    assert f"deltaops search {command}" in call("search", command, "--help")
