@@ -23,11 +23,7 @@ from .workshop import INTERRUPTED
 if TYPE_CHECKING:
     from deltaops.search import Found, Study, Watch
 
-search = typer.Typer(
-    help="Search for the delta and the settings that suit a task best.",
-    invoke_without_command=True,
-    rich_markup_mode="rich",
-)
+search = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 SHOWN = 8
 """Trials of the live table."""
 STUDY = typer.Argument(..., help="The --out of `deltaops search`.")
