@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .dispatch import backends
 
 if TYPE_CHECKING:
-    from . import errors, memory, ops, strategy
+    from . import errors, memory, ops, search, strategy
     from .methods import (
         IA3,
         Adapter,
@@ -59,6 +59,7 @@ __all__ = [
     "memory",
     "ops",
     "report",
+    "search",
     "strategy",
 ]
 
@@ -86,6 +87,7 @@ _HOMES = {
     "memory": "",
     "ops": "",
     "report": "surgery",
+    "search": "",
     "strategy": "",
 }
 

@@ -17,6 +17,7 @@ from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
 from .intrinsic import intrinsic
+from .search import search
 from .traffic import traffic
 from .tune import tune
 from .tune_kernels import tune_kernels
@@ -45,6 +46,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(intrinsic, name="intrinsic")
+app.add_typer(search, name="search")
 
 
 @app.callback()

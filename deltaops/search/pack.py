@@ -1,0 +1,300 @@
+"""Train several LoRA candidates in one batch over the same frozen model.
+
+The batch is the members' batches one after the other, and each row is told its member
+(``delta_linear(…, adapter)``): the frozen products run once, over all rows, and a member's branch
+over its own. The loss is the sum of the members' mean losses, so that each has the gradient that it
+would have alone; each has its own optimizer, clipping, schedule and end.
+
+What is the same as alone, to the rounding of products of other sizes:
+
+order     a member's batches are :class:`Order`'s for its own batch size and the study's seed.
+padding   rows are as long as the longest of all members; what is beyond a text is masked.
+start     each member's A and B are drawn as if it were attached by itself.
+dropout   each member has a generator of its own, seeded by the study, and draws one mask a layer
+          and step, in the layers' order, over its own rows as long as they would be alone. So the
+          masks do not depend on who else is in the pack. They are not those of the fused op, which
+          counts rows of a whole batch: of a study with ``pack``, candidates that can be packed are
+          trained here also when they are alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deltaops.methods import Combined, LoRA
+from deltaops.methods.base import LINEAR
+from deltaops.ops import Branch, delta_linear
+from deltaops.surgery import Handle, attach, plan
+from deltaops.tuning.loop import CLIP, to_device
+from deltaops.tuning.sentence import NamedClasses
+from deltaops.tuning.tokens import Order
+from deltaops.tuning.workshop import Stopped, Task, Workshop
+
+from .candidate import Candidate
+from .trainer import NotFinite, OnRung, Result, adamw, by_layer, groups, judged, rungs
+
+
+def unpackable(shop: Workshop, task: Task, candidate: Candidate) -> str | None:
+    """Why a candidate must be trained by itself; None where it can share a batch."""
+    delta = candidate.delta
+    if not isinstance(task.reader, NamedClasses):
+        return "the model writes its answers"
+    if type(delta) is not LoRA:
+        return "it is no LoRA"
+    if delta.use_dora or delta.init_lora_weights not in (True, "gaussian"):
+        return "it changes more of a layer than what it adds"
+    if delta.modules_to_save:
+        return "it trains whole modules"
+    if any(site.place != LINEAR for site in plan(shop.model, delta).sites):
+        return "it is on other places than linear layers"
+    return None
+
+
+@dataclass
+class Member:
+    """One candidate of a pack."""
+
+    name: str
+    candidate: Candidate
+    on_rung: OnRung
+    order: Order
+    masks: torch.Generator
+    optimizer: torch.optim.Optimizer
+    trained: list[Tensor]
+    scores: dict[str, float] = field(default_factory=dict)
+    outcome: Result | NotFinite | None = None
+
+    @property
+    def dropout(self) -> float:
+        """Of its branches."""
+        return float(self.candidate.delta.dropout)  # type: ignore[union-attr]  # a LoRA
+
+
+def train_pack(
+    shop: Workshop,
+    task: Task,
+    candidates: Sequence[tuple[Candidate, OnRung]],
+    steps: int,
+    count: int,
+) -> tuple[list[Result | NotFinite], Handle]:
+    """Train all of ``candidates``; they stay attached, as the parts ``c0``, ``c1``, ….
+
+    Args:
+        shop: has the model.
+        task: of the shop.
+        candidates: that :func:`unpackable` has no word against, with who is told of evaluations.
+        steps: of each.
+        count: evaluations of each.
+    Returns: what each found, or what broke it, in their order; and the handle of all.
+    Raises: Stopped, and what the model raises for the batch of all; the model is then as it was.
+    """
+    seed = shop.settings.seed
+    starts = [_start(shop, candidate) for candidate, _ in candidates]
+    named = {f"c{i}": candidate.delta for i, (candidate, _) in enumerate(candidates)}
+    handle = attach(shop.model, Combined(named))  # type: ignore[arg-type]  # each is a LoRA
+    try:
+        members = []
+        for (name, _), (candidate, on_rung), start in zip(
+            named.items(), candidates, starts, strict=True
+        ):
+            _put(handle, name, start)
+            trained = groups(handle, candidate, name)
+            members.append(
+                Member(
+                    name, candidate, on_rung,
+                    Order(len(task.fit), candidate.batch_size, seed),
+                    torch.Generator(next(handle.model.parameters()).device).manual_seed(seed),
+                    adamw(trained),
+                    [p for group in trained for p in group["params"]],
+                )
+            )  # fmt: skip
+        with _routed(handle) as rows:
+            _train(shop, task, members, rows, handle, steps, count)
+        found = [member.outcome for member in members]
+        return [one for one in found if one is not None], handle
+    except BaseException:  # also KeyboardInterrupt: the model is used again
+        handle.revert()
+        raise
+
+
+def _train(
+    shop: Workshop,
+    task: Task,
+    members: Sequence[Member],
+    rows: Rows,
+    handle: Handle,
+    steps: int,
+    count: int,
+) -> None:
+    judges = {step: number for number, step in enumerate(rungs(steps, count), 1)}
+    live = list(members)
+    for step in range(steps):
+        if shop.should_stop():
+            raise Stopped
+        if not live:
+            return
+        _step(task, live, rows, step, steps)
+        live = [member for member in live if member.outcome is None]
+        shop.on_step("pack", step + 1, 0.0)
+        if step + 1 not in judges:
+            continue
+        for member in live:
+            rows.only(member)
+            try:
+                member.scores = judged(shop, task)
+            except NotFinite as error:
+                member.outcome = error
+                continue
+            going = member.on_rung(judges[step + 1], member.scores)
+            if step + 1 == steps or not going:
+                member.outcome = Result(
+                    member.scores, step + 1 < steps, sum(p.numel() for p in member.trained), None,
+                    None, by_layer(handle, member.name),
+                )  # fmt: skip
+        live = [member for member in live if member.outcome is None]
+
+
+def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int) -> None:
+    picked = [member.order.rows(step) for member in live]
+    lengths = [max(len(task.fit.ids[i]) for i in own) for own in picked]
+    batch = task.fit.batch([i for own in picked for i in own])
+    rows.tell(live, [len(own) for own in picked], lengths)
+    task.reader.train()
+    device = next(task.reader.parameters()).device
+    placed = to_device(batch, device)
+    logits: Tensor = task.reader(**placed).logits
+    sizes = [len(own) for own in picked]
+    pairs = zip(torch.split(logits, sizes), torch.split(placed["labels"], sizes), strict=True)
+    losses = [functional.cross_entropy(own, right) for own, right in pairs]
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]  # torch's has no types
+    for member, loss in zip(live, losses, strict=True):
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            member.outcome = NotFinite(f"the loss of step {step + 1} is {value}")
+            continue
+        rate = member.candidate.rate_of(steps).rate(step)
+        for group in member.optimizer.param_groups:
+            group["lr"] = rate * group["pace"]
+        torch.nn.utils.clip_grad_norm_(member.trained, CLIP)
+        member.optimizer.step()
+    for member in live:
+        member.optimizer.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------------- the places
+
+
+class Rows:
+    """Which rows of a batch are whose; what every place of the pack reads."""
+
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self.sizes: list[int] = []
+        self.lengths: list[int] = []
+        self.samples: Tensor | None = None
+        """Member of each sample ``[B]``; None where all are the only one's."""
+        self._ids: dict[tuple[Any, ...], Tensor] = {}
+
+    def tell(self, members: Sequence[Member], sizes: Sequence[int], lengths: Sequence[int]) -> None:
+        """The next batch is of these members, of so many texts each, and they so long."""
+        self.members, self.sizes, self.lengths = list(members), list(sizes), list(lengths)
+        self.samples = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        self._ids = {}
+
+    def only(self, member: Member) -> None:
+        """All batches are of this member."""
+        self.tell([member], [1], [0])
+        self.samples = None
+
+    def ids(self, present: tuple[bool, ...], x: Tensor) -> Tensor | None:
+        """The number of a branch for each row of x, where ``present`` says which members have one
+        among the branches of a place; −1 for the others' rows."""
+        if self.samples is None or len(self.members) == 1:
+            return None
+        key = (present, x.shape[1])
+        if key not in self._ids:
+            numbers, count = [], 0
+            for here in present:
+                numbers.append(count if here else -1)
+                count += here
+            by_sample = torch.tensor(numbers, dtype=torch.int32)[self.samples]
+            self._ids[key] = by_sample[:, None].expand(x.shape[:-1]).contiguous().to(x.device)
+        return self._ids[key]
+
+
+def _forward(place: Any, rows: Rows, x: Tensor) -> Tensor:
+    """``[B, T, K]`` → ``[B, T, N]``: the frozen layer, and to each member's rows its branch.
+
+    Args: a :class:`deltaops.modules.place.DeltaPlace`.
+    """
+    a, b = place.lora_A, place.lora_B
+    training = place.training
+    here = [member.name in place.lora for member in rows.members]
+    wet = [is_here and training and m.dropout > 0
+           for is_here, m in zip(here, rows.members, strict=True)]  # fmt: skip
+    fused = tuple(is_here and not w for is_here, w in zip(here, wet, strict=True))
+    branches = [
+        Branch(a[m.name].weight, b[m.name].weight, place.lora[m.name].scaling)
+        for m, has in zip(rows.members, fused, strict=True)
+        if has
+    ]
+    ids = rows.ids(fused, x) if branches else None
+    weight, bias = place.base()
+    y = delta_linear(x, weight, bias, branches, ids, backend=place.backend, strict=place.strict)
+    if not any(wet):
+        return y
+    first = 0
+    for member, drops, size, length in zip(
+        rows.members, wet, rows.sizes, rows.lengths, strict=True
+    ):
+        if drops:
+            own = x[first : first + size, :length]
+            keep = 1 - member.dropout
+            mask = torch.empty_like(own).bernoulli_(keep, generator=member.masks).div_(keep)
+            inner = functional.linear(own * mask, a[member.name].weight)
+            scaled = place.lora[member.name].scaling * b[member.name].weight
+            y[first : first + size, :length] += functional.linear(inner, scaled)
+        first += size
+    return y
+
+
+@contextmanager
+def _routed(handle: Handle) -> Iterator[Rows]:
+    """Inside, the places of ``handle`` run :func:`_forward`."""
+    rows = Rows()
+    places = [handle.model.get_submodule(path) for path in handle.sites]
+    try:
+        for place in places:
+            # in the module's own dict: layers that share an input then run one by one
+            place.__dict__["forward"] = partial(_forward, place, rows)
+        yield rows
+    finally:
+        for place in places:
+            place.__dict__.pop("forward", None)
+
+
+def _start(shop: Workshop, candidate: Candidate) -> Mapping[str, Tensor]:
+    """What the candidate's tensors are when it is attached by itself."""
+    seed = shop.settings.seed
+    handle = attach(shop.model, candidate.delta, generator=torch.Generator().manual_seed(seed))
+    try:
+        return {name: tensor.detach().clone() for name, tensor in handle.state().items()}
+    finally:
+        handle.revert()
+
+
+@torch.no_grad()
+def _put(handle: Handle, name: str, start: Mapping[str, Tensor]) -> None:
+    for key, tensor in handle.state().items():
+        part, _, rest = key.partition("/")
+        if part == name:
+            tensor.copy_(start[rest])

@@ -1,0 +1,205 @@
+"""A study: bits by the seed, resumption, broken trials, fronts, and folders of other studies."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import deltaops
+from deltaops.errors import CheckpointError, ConfigError
+from deltaops.search import Watch, engine, resume
+from deltaops.search.trainer import NotFinite
+
+from .conftest import LORA, told
+
+Search = Callable[..., Any]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "best" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2"])
+def test_the_seed_decides_every_bit(search: Search, tmp_path: Path, sampler: str) -> None:
+    settings = {"sampler": sampler, "trials": 12, "steps": 1, "rungs": 1, "pruner": "hyperband"}
+    runs = [search(tmp_path / name, **settings) for name in ("one", "two")]
+    assert told(runs[0]) == told(runs[1])
+    assert len({json.dumps(t.params) for t in runs[0].study.trials()}) > 6
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
+def test_a_stopped_study_ends_as_one_that_ran_through(search: Search, tmp_path: Path) -> None:
+    straight = search(tmp_path / "straight", trials=4, pruner="halving")
+    steps = 0
+    limit = random.randrange(1, 20)
+
+    def stop() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps > limit
+
+    out = tmp_path / "stopped"
+    stopped = search(out, trials=4, pruner="halving", watch=Watch(should_stop=stop))
+    assert not stopped.finished, limit
+    ended = search(out, trials=4, pruner="halving")
+    assert ended.finished
+    assert told(ended) == told(straight), limit
+    assert weights(out) == weights(tmp_path / "straight")
+
+
+def test_best_is_ready_and_makes_itself_again(search: Search, tmp_path: Path, encoder: str) -> None:
+    import transformers
+
+    found = search(tmp_path / "out")
+    best = tmp_path / "out" / "best"
+    assert json.loads((best / "trial.json").read_text())["trial"] == found.best.number
+    space = yaml.safe_load((best / "space.yaml").read_text())
+    search(tmp_path / "again", space, trials=1)
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert "--space" in (best / "reproduce.txt").read_text()
+    model = transformers.AutoModel.from_pretrained(encoder)
+    assert deltaops.load(model, best).sites
+    kept = {path.name for path in (tmp_path / "out" / "trials").iterdir()}
+    assert kept == {f"{trial.number:04d}" for trial in found.front}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NotFinite("the loss of step 2 is nan"), "not finite: the loss of step 2"),
+        (MemoryError("8 GB"), "out of memory: 8 GB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "out of memory: Default"),
+        (KeyError("x"), "KeyError: 'x'"),
+    ],
+)
+def test_a_broken_trial_is_recorded_and_the_search_goes_on(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    train, calls = engine.train_alone, []
+
+    def breaks(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return train(*args)
+
+    monkeypatch.setattr(engine, "train_alone", breaks)
+    found = search(tmp_path, trials=3, steps=2)
+    states = [trial.state.name for trial in found.study.trials()]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert found.study.trials()[1].user_attrs["reason"].startswith(reason)
+
+
+def test_a_loss_that_is_no_number_is_a_broken_trial(search: Search, tmp_path: Path) -> None:
+    space = {"deltas": {"lora": {"r": 2, "lr": [1e-3, 1e36]}}}
+    found = search(tmp_path, space, trials=6, pruner="none")
+    broken = [t for t in found.study.trials() if t.state.name == "FAIL"]
+    assert 0 < len(broken) < 6
+    assert all(t.user_attrs["reason"].startswith("not finite") for t in broken)
+
+
+def test_the_front_has_what_nothing_beats(search: Search, tmp_path: Path) -> None:
+    found = search(tmp_path, trials=6, objectives=("loss", "parameters", "memory"))
+    values = [tuple(trial.values) for trial in found.study.complete()]
+    beaten = {
+        v for v in values
+        if any(all(a <= b for a, b in zip(o, v, strict=True)) and o != v for o in values)
+    }  # fmt: skip
+    assert {tuple(trial.values) for trial in found.front} == set(values) - beaten
+    ranks = [t.params["lora/r"] for t in found.study.complete()]
+    assert [v[1] for v in values] == [r * values[0][1] / ranks[0] for r in ranks]
+    assert found.best.values[0] == min(v[0] for v in values)
+
+
+def test_starts_come_first(search: Search, tmp_path: Path) -> None:
+    start = "lora:r=4,alpha=4; lr=0.002, batch_size=8"
+    found = search(tmp_path, trials=2, starts=(start,))
+    assert found.study.trials()[0].params == {
+        "lora/r": 4, "lora/alpha": 1, "lora/lr": 0.002, "batch_size": 8,
+    }  # fmt: skip
+    assert len(found.study.trials()) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"deltas": {"bitfit": {"lr": 1e-3}}}}, "a study of another space"),
+        ({"steps": 5}, "a study of steps=2 and not 5"),
+        ({"seed": 1}, "seed=0 and not 1"),
+    ],
+)
+def test_a_folder_of_another_study_is_refused(
+    search: Search, tmp_path: Path, changes: Any, message: str
+) -> None:
+    search(tmp_path, trials=1, steps=2)
+    before = (tmp_path / "journal.log").read_bytes()
+    with pytest.raises(ConfigError, match=message):
+        search(tmp_path, **{"trials": 1, "steps": 2} | changes)
+    assert (tmp_path / "journal.log").read_bytes() == before
+
+
+def test_another_data_file_is_refused(search: Search, tmp_path: Path, data: str) -> None:
+    search(tmp_path / "out", trials=1, steps=2)
+    facts = json.loads((tmp_path / "out" / "study.json").read_text())
+    other = tmp_path / "other.csv"
+    other.write_text(Path(data).read_text() + "when is my card,good\n")
+    facts["settings"]["data"] = str(other)
+    (tmp_path / "out" / "study.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="another data"):
+        resume(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": ("acuracy",)}, r"did you mean accuracy\?"),
+        ({"objectives": ("parameters",)}, "first must be"),
+        ({"objectives": ("loss", "memory"), "pack": 2}, "--pack"),
+        ({"objectives": ("loss", "memory"), "pruner": "halving"}, "--pruner halving"),
+        ({"sampler": "tep"}, "did you mean tpe"),
+        ({"trials": 0}, "--trials must be 1"),
+        ({"rungs": 9}, "--rungs must be at most"),
+        ({"starts": ("lora:r=3",)}, "not in the space"),
+    ],
+)
+def test_bad_settings_are_refused(
+    search: Search, tmp_path: Path, changes: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search(tmp_path / "out", **changes)
+    assert not (tmp_path / "out" / "trials").exists()
+
+
+def test_a_foreign_folder_is_refused(search: Search, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        search(tmp_path)
+    with pytest.raises(CheckpointError, match="has no study"):
+        resume(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_frozen_model_has_its_bits_back(search: Search, tmp_path: Path) -> None:
+    from deltaops.tuning.workshop import Workshop
+
+    shops: list[Workshop] = []
+    made = Workshop.__init__
+
+    def noted(self: Workshop, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        shops.append(self)
+        self.before = {k: v.clone() for k, v in self.model.state_dict().items()}  # type: ignore[attr-defined]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workshop, "__init__", noted)
+        search(tmp_path, {"deltas": LORA["deltas"] | {"bitfit": {"lr": 1e-2}}}, pack=2)
+    state = shops[0].model.state_dict()
+    assert state.keys() == shops[0].before.keys()  # type: ignore[attr-defined]
+    assert all(torch.equal(v, shops[0].before[k]) for k, v in state.items())  # type: ignore[attr-defined]
