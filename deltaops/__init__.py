@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ParallelAdapter,
         Prefix,
         Prompt,
+        PromptPool,
     )
     from .ops import explain
     from .surgery import accelerate, adapters_by_sample, attach, load, report
@@ -48,6 +49,7 @@ __all__ = [
     "ParallelAdapter",
     "Prefix",
     "Prompt",
+    "PromptPool",
     "__version__",
     "accelerate",
     "adapters_by_sample",
@@ -76,6 +78,7 @@ _HOMES = {
     "ParallelAdapter": "methods",
     "Prefix": "methods",
     "Prompt": "methods",
+    "PromptPool": "methods",
     "accelerate": "surgery",
     "adapters_by_sample": "surgery",
     "attach": "surgery",
