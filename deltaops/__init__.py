@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         PromptPool,
     )
     from .ops import explain
+    from .strategy.choices import auxiliary_loss, choices
     from .surgery import accelerate, adapters_by_sample, attach, load, report
 
 __all__ = [
@@ -54,7 +55,9 @@ __all__ = [
     "accelerate",
     "adapters_by_sample",
     "attach",
+    "auxiliary_loss",
     "backends",
+    "choices",
     "errors",
     "explain",
     "load",
@@ -82,6 +85,8 @@ _HOMES = {
     "accelerate": "surgery",
     "adapters_by_sample": "surgery",
     "attach": "surgery",
+    "auxiliary_loss": "strategy.choices",
+    "choices": "strategy.choices",
     "errors": "",
     "explain": "ops",
     "load": "surgery",

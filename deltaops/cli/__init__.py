@@ -17,6 +17,7 @@ from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
 from .intrinsic import intrinsic
+from .suggest import suggest
 from .traffic import traffic
 from .tune import tune
 from .tune_kernels import tune_kernels
@@ -42,6 +43,7 @@ for command in (
     bench,
     tune_kernels,
     traffic,
+    suggest,
 ):
     app.command()(command)
 app.add_typer(intrinsic, name="intrinsic")

@@ -1,11 +1,11 @@
-"""A pool of prompts: each sample gets the few whose keys are nearest to it.      [p_i … p_j  e₁ … e_T]
+"""A pool of prompts: each sample gets the few whose keys are nearest to it.  [p_i … p_j  e₁ … e_T]
 
-Prompts [N, L, d] and keys [N, e] are trained; a sample has k·L positions more, whatever N is. What a
-sample is known by is frozen: the mean of its tokens' embeddings, or of the states that the model
-returns for it without a prompt. :mod:`deltaops.modules.prompt_pool` has the choice and the term of the
-loss by which keys learn, which joins the loss that the model returns in training: a Trainer needs no
-more. A loss of your own needs ``+ deltaops.auxiliary_loss(model)``, without which keys stay as they
-start. ``deltaops.choices(model)`` tells what was chosen.
+Prompts [N, L, d] and keys [N, e] are trained; a sample has k·L positions more, whatever N is. What
+a sample is known by is frozen: the mean of its tokens' embeddings, or of the states that the model
+returns for it without a prompt. :mod:`deltaops.modules.prompt_pool` has the choice and the term of
+the loss by which keys learn, which joins the loss that the model returns in training: a Trainer
+needs no more. A loss of your own needs ``+ deltaops.auxiliary_loss(model)``, without which keys
+stay as they start. ``deltaops.choices(model)`` tells what was chosen.
 
 A choice must not know what a language model is to predict: there, the first tokens alone choose.
 Source: Wang et al. 2022 (arXiv 2112.08654); N = 10, L = 5, k = 5 and λ = ½ are theirs for images.

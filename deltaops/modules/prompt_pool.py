@@ -4,12 +4,12 @@
     y  = [p of the top-k keys, in the pool's order;  e₁ … e_T]            p [N, L, d]
     loss += λ · mean over the chosen of (1 − cᵢ)  +  β · (N · Σᵢ fᵢ Pᵢ − 1)
 
-q is what the frozen model makes of the sample and gets no gradient. Choosing gives keys none either:
-they learn by the second line, which pulls the chosen ones to the samples that chose them, and, lest
-one prompt win everything, weighs how often each is chosen, f, by what a softmax of c gives it, P
-(0 where all are chosen alike). Prompts learn by the task's own loss.
-Source: Wang et al. 2022 (arXiv 2112.08654), eq. 3 and 5; the balance is that of experts, Fedus et al.
-2021 (arXiv 2101.03961), eq. 4.
+q is what the frozen model makes of the sample and gets no gradient. Choosing gives keys none
+either: they learn by the last line, which pulls the chosen ones to the samples that chose them,
+and, lest one prompt win everything, weighs how often each is chosen in the batch, f, by what a
+softmax of c gives it, P (0 where all are chosen alike). Prompts learn by the task's own loss.
+Source: Wang et al. 2022 (arXiv 2112.08654), eq. 3 and 5; the balance is that of experts, Fedus et
+al. 2021 (arXiv 2101.03961), eq. 4.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .draws import no_autocast
 TEMPERATURE = 0.1
 """Of the softmax over cosines in the balance term."""
 EMBEDDINGS, STATES = "embeddings", "states"
-"""What q is the mean of: the embeddings of the tokens, or what the stack returns without a prompt."""
+"""What q is the mean of: the tokens' embeddings, or what the stack returns without a prompt."""
 
 
 class Choice(NamedTuple):
@@ -91,8 +91,10 @@ class PooledPrompts(nn.Module):
         return f"{self.top_k} of {size} in a pool, chosen for each sample by its {self.source}"
 
     def forward(self, query: Tensor) -> Tensor:
-        """``q [B, e]`` → the chosen prompts ``[B, k·L, d]``; the choice is kept in :attr:`last`, but for a
-        compiled model's."""
+        """``q [B, e]`` → the chosen prompts ``[B, k·L, d]``.
+
+        The choice is kept in :attr:`last`, but for a compiled model's.
+        """
         similarities = self.similarities(query)
         nearest = similarities.detach().topk(self.top_k).indices
         indices = nearest.sort().values  # a prompt keeps its place among those beside it

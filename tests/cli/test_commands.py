@@ -47,6 +47,7 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "doctor",
         "bench",
         "combine",
+        "suggest",
     ],
 )
 def test_help_has_an_example(command: str) -> None:
