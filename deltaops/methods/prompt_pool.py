@@ -58,8 +58,9 @@ class PromptPool(stack.PromptDelta):
         query_tokens: only the first so many tokens choose. None: all, and 16 where each position
             sees those before it only, so that what is to be predicted after them stays unseen.
         key_loss: λ, how strongly the chosen keys are pulled to the samples.
-        balance: β, how strongly prompts that are chosen more often than others are pushed away; 0
-            leaves it to the samples, and then a few prompts may win all of them.
+        balance: β, how strongly prompts that are chosen more often than others are pushed away, by
+            the batch that a process sees; 0 leaves it to the samples, and then a few prompts may
+            win all of them.
         prompt_tuning_init: "sample_vocab", prompts start as the embeddings of tokens drawn at
             random, or "random", as numbers as scattered as those are.
         target_modules: as for :class:`deltaops.Prompt`.

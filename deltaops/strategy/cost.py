@@ -163,14 +163,16 @@ def work_of(model: nn.Module, ids: Tensor, labels: int | None, tokens: int) -> W
     """By one small pass of the frozen model, whose layers tell what they read."""
     counted = [0.0, 0.0]
 
-    def tell(layer: Any, args: tuple[Any, ...], out: Any) -> None:
-        given, made = args[0], out
+    def tell(layer: Any, args: tuple[Any, ...], named: dict[str, Any], made: Tensor) -> None:
+        given = args[0] if args else named["input"]
         inner, outer = given.shape[-1], made.shape[-1]
         rows = given.numel() // inner
         counted[0] += 2.0 * rows * inner * outer
         counted[1] += 2.0 * rows * (inner + outer) * given.element_size()
 
-    hooks = [m.register_forward_hook(tell) for m in model.modules() if is_linear(m)]
+    hooks = [
+        m.register_forward_hook(tell, with_kwargs=True) for m in model.modules() if is_linear(m)
+    ]
     shape = Shape(1, tokens)
     try:
         with torch.no_grad():
