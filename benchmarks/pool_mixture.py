@@ -37,6 +37,7 @@ from deltaops.tuning.spec import parse_delta
 from deltaops.tuning.tokens import Order, TokenSet, label_texts, load_tokenizer
 
 TASKS = ("A", "B")
+FILE = "pool-mixture.json"
 CONTENDERS = {
     "pool, by states": "prompt-pool:size={size},length={length},top_k={k},query=states",
     "one prompt, P = {total}": "prompt:num_virtual_tokens={total}",
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", help="part of a contender's name")
     for name, default in (
-        ("intents", 8), ("every", 3), ("size", 10), ("length", 2), ("top-k", 2), ("steps", 120),
+        ("intents", 8), ("every", 3), ("size", 10), ("length", 2), ("top-k", 2), ("steps", 100),
         ("batch-size", 16), ("seq-len", 20), ("seeds", 3),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -205,22 +206,37 @@ def main() -> None:
         for k, v in vars(a).items() if v is not None and k not in ("out", "only")
     )  # fmt: skip
     command = f"python -P benchmarks/pool_mixture.py {flags}"
-    results: list[Result] = []
+    results = others(a.out, command, a.only)
     for name, spec in CONTENDERS.items():
         if a.only is not None and a.only not in name:
             continue
         for result in run(name.format(**sizes), spec.format(**sizes), a, encoder, data):
-            results.append(result)
+            results = [*others(a.out, command, result.contender, result.seed), result]
             print(json.dumps(asdict(result)), flush=True)
             if a.out is not None:  # what is there is kept, should the rest be stopped
-                write(a.out, results, report(results, start, command, where))
+                facts = {"command": command, "results": [asdict(r) for r in results]}
+                text = report(results, start, command, where)
+                write_json(a.out / FILE, facts)
+                write_atomically(
+                    (a.out / FILE).with_suffix(".md"), lambda p, t=text: p.write_text(t) and None
+                )
     print(report(results, start, command, where))
 
 
-def write(folder: Path, results: list[Result], text: str) -> None:
-    """The runs as JSON, and their table."""
-    write_json(folder / "pool-mixture.json", [asdict(r) for r in results])
-    write_atomically(folder / "pool-mixture.md", lambda part: part.write_text(text) and None)
+def others(
+    folder: Path | None, command: str, contender: str | None, seed: int | None = None
+) -> list[Result]:
+    """What lies in ``folder`` of the same settings, but for one run (or all of a contender)."""
+    if folder is None or not (folder / FILE).is_file():
+        return []
+    facts = json.loads((folder / FILE).read_text())
+    if facts["command"] != command:
+        raise SystemExit(f"{folder / FILE} is of {facts['command']}; choose another --out.")
+    known = [Result(**r | {"accuracy": tuple(r["accuracy"])}) for r in facts["results"]]
+    return [
+        r for r in known
+        if contender is None or contender not in r.contender or seed not in (None, r.seed)
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

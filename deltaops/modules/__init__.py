@@ -94,6 +94,7 @@ from .prompt import (
 from .prompt_pool import (
     EMBEDDINGS,
     STATES,
+    TEMPERATURE,
     Choice,
     PooledPrompts,
     add_no_more,
@@ -115,6 +116,7 @@ __all__ = [
     "PROMPTS",
     "ROUTER_WEIGHT",
     "STATES",
+    "TEMPERATURE",
     "UNFROZEN",
     "AdapterSettings",
     "AttentionBlock",

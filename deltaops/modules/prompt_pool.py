@@ -146,7 +146,9 @@ def mean_of(states: Tensor, mask: Tensor | None, tokens: int | None) -> Tensor:
         counted = counted & (counted.cumsum(1) <= tokens)
     weights = counted.to(wide.dtype)
     # a row of padding alone has a mean of nothing, which is zero
-    return torch.einsum("bt,bte->be", weights, wide) / weights.sum(1, keepdim=True).clamp(min=1)
+    with no_autocast(wide.device):
+        total = torch.einsum("bt,bte->be", weights, wide)
+    return total / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 @contextmanager

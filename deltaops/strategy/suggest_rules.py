@@ -98,8 +98,9 @@ class Idea:
                 for name, part in found.by_name.items()
             }
             return Combined(changed, found.gated)
+        methods: Mapping[str, Any] = METHODS  # whose settings are not those of all
         made = [
-            METHODS[kind](**settings, modules_to_save=tuple(saved))
+            methods[kind](**settings, modules_to_save=tuple(saved))
             for kind, settings in self.parts.items()
         ]
         return made[0] if len(made) == 1 else combined(*made)

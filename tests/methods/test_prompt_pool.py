@@ -18,7 +18,7 @@ from deltaops.errors import AttachError, ConfigError, ShapeError
 from deltaops.modules import PooledPrompts
 from deltaops.surgery import Handle
 from deltaops.testing import bound, relative_error
-from deltaops.testing.architectures import build
+from deltaops.testing.architectures import answer, batch, build
 
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [0] * 3 + [1] * 4])
@@ -166,6 +166,20 @@ def test_by_states_a_sample_is_known_as_the_untouched_model_has_it() -> None:
         cosines = functional.cosine_similarity(query[None], keys)
         torch.testing.assert_close(found.similarities[row], cosines, rtol=1e-4, atol=1e-5)
         assert found.indices[row].tolist() == sorted(cosines.topk(TOP).indices.tolist())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_by_states_in_other_stacks(name: str) -> None:
+    model = build(name)
+    handle = pooled(model, query="states", query_tokens=3)
+    _, keys = handle.parameters()
+    answer(name, model)
+    with handle.disabled(), torch.no_grad():
+        stack: Any = model.get_submodule(handle.sites[0])
+        states = stack(input_ids=batch(name)["input_ids"]).last_hidden_state
+    expected = functional.cosine_similarity(states[:, :3].mean(1)[:, None], keys[None], dim=-1)
+    found = deltaops.choices(model).similarities
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_language_models_choice_does_not_see_what_it_predicts() -> None:
