@@ -18,7 +18,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 import deltaops
-from deltaops.files import write_atomically, write_json
+from deltaops.files import write_json
 from deltaops.measure import machine
+from deltaops.measure.store import slug
 from deltaops.strategy.choices import choices
 from deltaops.tuning.encoder import MINILM, encoder_folder, load_encoder
 from deltaops.tuning.loop import Schedule, evaluate, make_optimizer, train
@@ -37,13 +38,11 @@ from deltaops.tuning.spec import parse_delta
 from deltaops.tuning.tokens import Order, TokenSet, label_texts, load_tokenizer
 
 TASKS = ("A", "B")
-FILE = "pool-mixture.json"
 CONTENDERS = {
     "pool, by states": "prompt-pool:size={size},length={length},top_k={k},query=states",
     "one prompt, P = {total}": "prompt:num_virtual_tokens={total}",
     "pool, by embeddings": "prompt-pool:size={size},length={length},top_k={k}",
 }
-RATES = (3e-2, 1e-1)
 SEED_OF_RATES = 100
 
 
@@ -121,29 +120,34 @@ def accuracy(model: nn.Module, data: TokenSet) -> float:
     return found["accuracy"]
 
 
-def run(
-    name: str, spec: str, arguments: argparse.Namespace, encoder: nn.Module, data: Mixture
-) -> Iterator[Result]:
-    """Rates first, then every seed."""
-    a = arguments
-    tried = {}
-    for rate in RATES:
+def best_rate(
+    spec: str, rates: Sequence[float], a: argparse.Namespace, encoder: nn.Module, data: Mixture
+) -> float:
+    """Of several, by half of the steps."""
+    tried: dict[float, float] = {}
+    for rate in rates if len(rates) > 1 else ():
         model, _ = learn(spec, rate, SEED_OF_RATES, a.steps // 2, a.batch_size, encoder, data)
         tried[rate] = accuracy(model, data.held)
-        print(f"{name}: rate {rate:g} → {100 * tried[rate]:.1f} % held out", flush=True)
-    best = max(tried, key=lambda rate: tried[rate])
-    for seed in range(a.seeds):
-        began = time.perf_counter()
-        model, loss = learn(spec, best, seed, a.steps, a.batch_size, encoder, data)
-        seconds = time.perf_counter() - began
-        scores, usage = [], []
-        for test in data.tests:
-            if "pool" in spec:
-                choices(model, reset=True)
-            scores.append(accuracy(model, test))
-            if "pool" in spec:
-                usage.append(choices(model).usage.tolist())
-        yield Result(name, seed, best, (scores[0], scores[1]), loss, seconds, usage or None)
+        print(f"{spec}: rate {rate:g} → {100 * tried[rate]:.1f} % held out", flush=True)
+    return max(tried, key=lambda rate: tried[rate]) if tried else rates[0]
+
+
+def run(
+    name: str, spec: str, rate: float, seed: int, a: argparse.Namespace, encoder: nn.Module,
+    data: Mixture,
+) -> Result:  # fmt: skip
+    """One."""
+    began = time.perf_counter()
+    model, loss = learn(spec, rate, seed, a.steps, a.batch_size, encoder, data)
+    seconds = time.perf_counter() - began
+    scores, usage = [], []
+    for test in data.tests:
+        if "pool" in spec:
+            choices(model, reset=True)
+        scores.append(accuracy(model, test))
+        if "pool" in spec:
+            usage.append(choices(model).usage.tolist())
+    return Result(name, seed, rate, (scores[0], scores[1]), loss, seconds, usage or None)
 
 
 def told(values: Sequence[float]) -> str:
@@ -186,6 +190,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", help="part of a contender's name")
+    parser.add_argument("--rates", default="0.03,0.1", help="to try; one is taken as it is")
     for name, default in (
         ("intents", 8), ("every", 3), ("size", 10), ("length", 2), ("top-k", 2), ("steps", 100),
         ("batch-size", 16), ("seq-len", 20), ("seeds", 3),
@@ -206,37 +211,23 @@ def main() -> None:
         for k, v in vars(a).items() if v is not None and k not in ("out", "only")
     )  # fmt: skip
     command = f"python -P benchmarks/pool_mixture.py {flags}"
-    results = others(a.out, command, a.only)
-    for name, spec in CONTENDERS.items():
-        if a.only is not None and a.only not in name:
-            continue
-        for result in run(name.format(**sizes), spec.format(**sizes), a, encoder, data):
-            results = [*others(a.out, command, result.contender, result.seed), result]
-            print(json.dumps(asdict(result)), flush=True)
+    results: list[Result] = []
+    wanted = {
+        name.format(**sizes): spec.format(**sizes)
+        for name, spec in CONTENDERS.items()
+        if a.only is None or a.only in name
+    }
+    rates = [float(rate) for rate in a.rates.split(",")]
+    best = {name: best_rate(spec, rates, a, encoder, data) for name, spec in wanted.items()}
+    for seed in range(a.seeds):
+        for name, spec in wanted.items():
+            results.append(run(name, spec, best[name], seed, a, encoder, data))
+            print(json.dumps(asdict(results[-1])), flush=True)
             if a.out is not None:  # what is there is kept, should the rest be stopped
-                facts = {"command": command, "results": [asdict(r) for r in results]}
-                text = report(results, start, command, where)
-                write_json(a.out / FILE, facts)
-                write_atomically(
-                    (a.out / FILE).with_suffix(".md"), lambda p, t=text: p.write_text(t) and None
-                )
+                path = a.out / f"{slug(facts)}-pool-mixture.json"
+                write_json(path, {"command": command, "results": [asdict(r) for r in results]})
+                path.with_suffix(".md").write_text(report(results, start, command, where))
     print(report(results, start, command, where))
-
-
-def others(
-    folder: Path | None, command: str, contender: str | None, seed: int | None = None
-) -> list[Result]:
-    """What lies in ``folder`` of the same settings, but for one run (or all of a contender)."""
-    if folder is None or not (folder / FILE).is_file():
-        return []
-    facts = json.loads((folder / FILE).read_text())
-    if facts["command"] != command:
-        raise SystemExit(f"{folder / FILE} is of {facts['command']}; choose another --out.")
-    known = [Result(**r | {"accuracy": tuple(r["accuracy"])}) for r in facts["results"]]
-    return [
-        r for r in known
-        if contender is None or contender not in r.contender or seed not in (None, r.seed)
-    ]  # fmt: skip
 
 
 if __name__ == "__main__":
