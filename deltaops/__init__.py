@@ -31,8 +31,10 @@ if TYPE_CHECKING:
         ParallelAdapter,
         Prefix,
         Prompt,
+        PromptPool,
     )
     from .ops import explain
+    from .strategy.choices import auxiliary_loss, choices
     from .surgery import accelerate, adapters_by_sample, attach, load, report
 
 __all__ = [
@@ -48,11 +50,14 @@ __all__ = [
     "ParallelAdapter",
     "Prefix",
     "Prompt",
+    "PromptPool",
     "__version__",
     "accelerate",
     "adapters_by_sample",
     "attach",
+    "auxiliary_loss",
     "backends",
+    "choices",
     "errors",
     "explain",
     "load",
@@ -78,9 +83,12 @@ _HOMES = {
     "ParallelAdapter": "methods",
     "Prefix": "methods",
     "Prompt": "methods",
+    "PromptPool": "methods",
     "accelerate": "surgery",
     "adapters_by_sample": "surgery",
     "attach": "surgery",
+    "auxiliary_loss": "strategy.choices",
+    "choices": "strategy.choices",
     "errors": "",
     "explain": "ops",
     "load": "surgery",

@@ -18,6 +18,7 @@ from .doctor import doctor
 from .inspect import inspect
 from .intrinsic import intrinsic
 from .search import search
+from .suggest import suggest
 from .traffic import traffic
 from .tune import tune
 from .tune_kernels import tune_kernels
@@ -43,6 +44,7 @@ for command in (
     bench,
     tune_kernels,
     traffic,
+    suggest,
 ):
     app.command()(command)
 app.add_typer(intrinsic, name="intrinsic")

@@ -7,7 +7,7 @@
     (IA)³            the output, or a feed-forward's inner activation, times a gain
     Compacter        Adapter, its matrices formed of their Kronecker factors
     IntrinsicAdapter Adapter, all parameters decoded once a pass
-    Prompt, Prefix, IntrinsicPrompt   see :mod:`.eager_tokens`
+    Prompt, PromptPool, Prefix, IntrinsicPrompt   see :mod:`.eager_tokens`
 
 What is trained comes under the keys of ``handle.state()``, so that losses and gradients can be held
 to ours one by one. Adding a method is one function and one entry of :data:`EAGER`.
@@ -26,11 +26,11 @@ from torch.nn import functional
 from deltaops.methods import Combined, Delta, Site
 from deltaops.methods.base import MODEL
 from deltaops.methods.targets import FEED_FORWARD_OUTPUT
-from deltaops.modules import DecodedAdapters, DecodedBottleneck
+from deltaops.modules import STATES, DecodedAdapters, DecodedBottleneck
 from deltaops.surgery import Handle
 
 from .eager_decoded import Decoded, decoding
-from .eager_tokens import intrinsic_prompt, prefix, prompt
+from .eager_tokens import intrinsic_prompt, prefix, prompt, prompt_pool
 
 _DECODED = "eager_decoded"
 """In the ``__dict__`` of the model: its :class:`.eager_decoded.Decoded`."""
@@ -49,6 +49,8 @@ _PHI: dict[str, Callable[[Tensor], Tensor]] = {
 
 def missing(delta: Delta | Combined) -> str | None:
     """Why there is no eager form of ``delta`` to time; None where there is one."""
+    if getattr(delta, "query", None) == STATES:
+        return "a pool that chooses by states has no eager form in measure/eager.py"
     return None if delta.kind in EAGER else f"{delta.kind} has no eager form in measure/eager.py"
 
 
@@ -207,6 +209,7 @@ EAGER: dict[str, Callable[[nn.Module, Any, Site, Leaves, nn.Module], None]] = {
     "ia3": _ia3,
     "prefix": prefix,
     "prompt": prompt,
+    "prompt-pool": prompt_pool,
     "intrinsic-prompt": intrinsic_prompt,
 }
 """Kind of a delta → what gives a place of the plain model its eager form: of the model, the delta,

@@ -1,6 +1,7 @@
 """Prompts and prefixes as one writes them in eager torch: concatenated, for every sequence anew.
 
     Prompt    [p₁ … p_P  e₁ … e_T] are the embeddings, and the mask gets P ones more
+    Pool      the same of each sample's own; the term of its keys joins the loss
     Intrinsic the same of a prompt that is decoded from z, once a pass
     Prefix    [Pk; K] and [Pv; V], expanded over the batch, in torch's own attention; Pk and Pv are
               parameters, or rows of what an MLP makes of a small matrix, once a pass
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import cosine_similarity, linear, one_hot
 
 from deltaops.methods import Site
 from deltaops.methods.base import MODEL
-from deltaops.modules import PROMPTS
+from deltaops.modules import PROMPTS, TEMPERATURE, PooledPrompts
 
 from .eager_decoded import decoding
 
@@ -35,7 +36,7 @@ def prompt(
 ) -> None:
     """Call the stack with longer embeddings; the states of the prompt are left to the reader."""
     vectors = t["prompt_embeddings"]
-    _lengthen(model.get_submodule(site.path), lambda: vectors)
+    _lengthen(model.get_submodule(site.path), lambda embeds, mask: vectors)
 
 
 def intrinsic_prompt(
@@ -47,17 +48,52 @@ def intrinsic_prompt(
     stack: Any = model.get_submodule(site.path)
     flat = decoding(made.get_submodule("decoder"), z, stack)
     width = stack.get_input_embeddings().embedding_dim
-    _lengthen(stack, lambda: flat().view(-1, width))
+    _lengthen(stack, lambda embeds, mask: flat().view(-1, width))
 
 
-def _lengthen(stack: nn.Module, made: Callable[[], Tensor]) -> None:
+def prompt_pool(
+    model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter], bound: nn.Module
+) -> None:
+    """As :func:`prompt`, of the prompts whose keys are nearest to a sample's mean embedding."""
+    (pool,) = bound.get_submodule(PROMPTS).children()
+    assert isinstance(pool, PooledPrompts)
+    prompts, keys = t["prompt_pool.prompts"], t["prompt_pool.keys"]
+    stack, term = model.get_submodule(site.path), list[Tensor]()
+
+    def choose(embeds: Tensor, mask: Tensor) -> Tensor:
+        wide = torch.promote_types(embeds.dtype, torch.float32)
+        counted = mask.bool() & (mask.cumsum(1) <= (pool.tokens or mask.shape[1]))
+        query = (embeds.detach().to(wide) * counted[..., None]).sum(1) / counted.sum(1, True)
+        cosines = cosine_similarity(query[:, None], keys[None].to(wide), dim=-1)
+        chosen = cosines.detach().topk(delta.top_k).indices.sort().values
+        if stack.training:
+            shares = one_hot(chosen, delta.size).sum((0, 1)) / chosen.numel()
+            chances = (cosines / TEMPERATURE).softmax(-1).mean(0)
+            pulled = (1 - cosines.gather(1, chosen)).mean()
+            balance = delta.size * (shares * chances).sum() - 1
+            term.append(delta.key_loss * pulled + delta.balance * balance)
+        return prompts[chosen].flatten(1, 2).to(embeds.dtype)
+
+    def join(module: nn.Module, args: Any, out: Any) -> Any:
+        if not term:
+            return out
+        if isinstance(out, tuple):
+            return out._replace(loss=out.loss + term.pop())  # type: ignore[attr-defined]  # named
+        out["loss"] = out["loss"] + term.pop()
+        return out
+
+    _lengthen(stack, choose)
+    model.register_forward_hook(join)
+
+
+def _lengthen(stack: nn.Module, made: Callable[[Tensor, Tensor], Tensor]) -> None:
     def lengthen(module: Any, args: Any, named: dict[str, Any]) -> Any:
-        vectors = made()
         ids = args[0] if args else named.pop("input_ids")
         mask = named.pop("attention_mask")
         embeds = module.get_input_embeddings()(ids)
-        before = vectors.expand(len(embeds), -1, -1)
-        longer = torch.cat([mask.new_ones(len(mask), len(vectors)), mask], 1)
+        before = made(embeds, mask)
+        before = before.expand(len(embeds), -1, -1)
+        longer = torch.cat([mask.new_ones(before.shape[:2]), mask], 1)
         inputs = {"inputs_embeds": torch.cat([before, embeds], 1), "attention_mask": longer}
         return (), named | inputs
 

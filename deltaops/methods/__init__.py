@@ -13,6 +13,7 @@ from .lora import LoRA
 from .parallel_adapter import ParallelAdapter
 from .prefix import Prefix
 from .prompt import Prompt
+from .prompt_pool import PromptPool
 from .targets import ALL_LINEAR
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Prefix",
     "Promise",
     "Prompt",
+    "PromptPool",
     "Site",
     "as_delta",
     "parts_of",
@@ -41,7 +43,7 @@ __all__ = [
 
 _ALL: tuple[type[Delta], ...] = (
     LoRA, Adapter, Compacter, ParallelAdapter, Prefix, Prompt, IntrinsicPrompt, BitFit, IA3,
-    LNTuning, IntrinsicAdapter,
+    LNTuning, IntrinsicAdapter, PromptPool,
 )  # fmt: skip
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}

@@ -91,6 +91,15 @@ from .prompt import (
     room_of,
     token_table,
 )
+from .prompt_pool import (
+    EMBEDDINGS,
+    STATES,
+    TEMPERATURE,
+    Choice,
+    PooledPrompts,
+    add_no_more,
+    add_to_loss,
+)
 from .router import WEIGHT as ROUTER_WEIGHT
 from .router import DeltaRouter, become_router, is_router, unbecome_router
 from .sharing import APART, sharing
@@ -99,18 +108,22 @@ from .switched import Switched
 __all__ = [
     "APART",
     "DOWN",
+    "EMBEDDINGS",
     "FITTED",
     "GATE_UP",
     "PREFIX_KEYS",
     "PREFIX_VALUES",
     "PROMPTS",
     "ROUTER_WEIGHT",
+    "STATES",
+    "TEMPERATURE",
     "UNFROZEN",
     "AdapterSettings",
     "AttentionBlock",
     "BiasedNorm",
     "Block",
     "Bottleneck",
+    "Choice",
     "DecodedAdapters",
     "DecodedBottleneck",
     "DecodedPrompt",
@@ -128,6 +141,7 @@ __all__ = [
     "KroneckerSum",
     "LinearPlace",
     "LoraSettings",
+    "PooledPrompts",
     "PrefixEncoder",
     "Program",
     "PromptedStack",
@@ -143,8 +157,10 @@ __all__ = [
     "activate_prefix",
     "activation_of",
     "adapter_rows",
+    "add_no_more",
     "add_prefix",
     "add_prompt",
+    "add_to_loss",
     "allow_bias",
     "become",
     "become_embedding",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from deltaops.errors import ShapeError
 from deltaops.ops import prompt_embedding
 
+from .prompt_pool import STATES, PooledPrompts, evaluated, mean_of
 from .replicas import refuse_replicas
 
 PROMPTS = "prompt_encoder"
@@ -89,13 +90,17 @@ class PromptedStack(_Swapped):
             return self.base_forward(given)
         prompts: Any = self._modules[PROMPTS]
         (prompt,) = prompts.values()
-        vectors: Tensor = prompt()
-        length = vectors.shape[0]
+        vectors: Tensor | None = None if isinstance(prompt, PooledPrompts) else prompt()
+        length = prompt.positions if vectors is None else vectors.shape[0]
         past = _uncovered(given.get("past_key_values"))
         begins = bool(past == 0)
         if begins:
             self._check_room(length, _tokens(given), past)
-            given["inputs_embeds"] = _embeddings(self, vectors, given)
+            given["inputs_embeds"] = (
+                _chosen(self, prompt, given)
+                if vectors is None
+                else _embeddings(self, vectors, given)
+            )
             if "input_ids" in given:
                 given["input_ids"] = None
         elif self.prompt_room is not None:
@@ -230,6 +235,29 @@ def _embeddings(stack: Any, vectors: Tensor, given: dict[str, Any]) -> Tensor:
         embeds = table(ids)
         assert embeds is not None
     return torch.cat([vectors.to(embeds.dtype).expand(embeds.shape[0], -1, -1), embeds], 1)
+
+
+def _chosen(stack: Any, pool: PooledPrompts, given: dict[str, Any]) -> Tensor:
+    """``[B, k·L + T, d]``: of each sample the prompts that it chose, and its tokens."""
+    embeds: Tensor | None = given.get("inputs_embeds")
+    if embeds is None:
+        embeds = stack.get_input_embeddings()(given["input_ids"])
+        assert embeds is not None
+    states, mask = embeds, given.get("attention_mask")
+    if pool.source == STATES:
+        asked = {name: given[name] for name in _READ if name in given}
+        asked |= {"use_cache": False} if "use_cache" in stack.names else {}
+        asked |= {} if _returns_dict(stack, given) else {"return_dict": True}
+        with evaluated(stack):
+            states = stack.base_forward(asked).last_hidden_state
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = None  # refused where it is lengthened, unless there is none
+    query = mean_of(states.detach(), mask, pool.tokens)
+    return torch.cat([pool(query).to(embeds.dtype), embeds], 1)
+
+
+_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+"""What a stack is given to know its tokens by."""
 
 
 def _only_looks_up(table: Any, ids: Tensor) -> bool:

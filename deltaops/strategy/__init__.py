@@ -1,4 +1,4 @@
-"""Deltas chosen as training runs: what watches a run, and what changes its deltas.
+"""Deltas chosen: by a recommendation before training, as training runs, and by the input.
 
     table → parts → {monitor, budget, policy → presets} → named → controller → trainer
 
@@ -7,20 +7,24 @@
 
 from .actions import disable, enable, freeze, grow, prune, switch, thaw, weigh
 from .budget import Allocation, Importance, ShiftedSigmoid, allocate
+from .choices import Choices, auxiliary_loss, choices
 from .conditions import above, all_of, at, below, dead, plateau
 from .controller import Controller
+from .features import Task
 from .journal import read_log
 from .monitor import Monitor, read_rows
 from .named import PARTS, parse_parts
 from .parts import Action, Part, Run
 from .policy import Policy, When
 from .presets import DisableUseless, FreezeDead, SwitchOnPlateau, WarmIn
+from .suggest import Suggestion, suggest
 from .table import Row, Table
 
 __all__ = [
     "PARTS",
     "Action",
     "Allocation",
+    "Choices",
     "Controller",
     "DisableUseless",
     "FreezeDead",
@@ -31,15 +35,19 @@ __all__ = [
     "Row",
     "Run",
     "ShiftedSigmoid",
+    "Suggestion",
     "SwitchOnPlateau",
     "Table",
+    "Task",
     "WarmIn",
     "When",
     "above",
     "all_of",
     "allocate",
     "at",
+    "auxiliary_loss",
     "below",
+    "choices",
     "dead",
     "disable",
     "enable",
@@ -50,6 +58,7 @@ __all__ = [
     "prune",
     "read_log",
     "read_rows",
+    "suggest",
     "switch",
     "thaw",
     "weigh",

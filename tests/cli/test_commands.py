@@ -48,6 +48,7 @@ def call(*arguments: object, cache: Path | None = None) -> subprocess.CompletedP
         "bench",
         "combine",
         "search",
+        "suggest",
     ],
 )
 def test_help_has_an_example(command: str) -> None:

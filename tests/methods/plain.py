@@ -24,6 +24,7 @@ from deltaops import (
     ParallelAdapter,
     Prefix,
     Prompt,
+    PromptPool,
 )
 from deltaops.methods import Delta, Site
 
@@ -179,9 +180,7 @@ def _ia3(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None
 
 def _prompt(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
     vectors = t["prompt_embeddings"]
-    _before_tokens(model.get_submodule(site.path), vectors, cut=site.path != "encoder")
-    if site.kind == "CLIPEncoder":
-        model.get_submodule(site.path).register_forward_hook(_without(len(vectors)))
+    _before_tokens(model, site, len(vectors), lambda embeds: vectors.expand(len(embeds), -1, -1))
 
 
 def _intrinsic(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
@@ -200,19 +199,36 @@ def _intrinsic(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -
     _prompt(model, delta, site, {"prompt_embeddings": base.to(z.dtype) + moved})
 
 
-def _before_tokens(stack: Any, vectors: Tensor, *, cut: bool) -> None:
-    """Call ``stack`` with ``vectors`` before the embeddings of its tokens."""
+def _pool(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    prompts, keys = t["prompt_pool.prompts"], t["prompt_pool.keys"]
+
+    def vectors(embeds: Tensor) -> Tensor:
+        rows = []
+        for sample in embeds:
+            query = sample[: delta.query_tokens].mean(0)
+            cosines = functional.cosine_similarity(query[None], keys, dim=1)
+            rows.append(torch.cat([prompts[i] for i in sorted(cosines.topk(delta.top_k).indices)]))
+        return torch.stack(rows)
+
+    _before_tokens(model, site, delta.top_k * delta.length, vectors)
+
+
+def _before_tokens(
+    model: nn.Module, site: Site, length: int, vectors: Callable[[Tensor], Tensor]
+) -> None:
+    """Call the stack with ``vectors`` of the embeddings of its tokens before these."""
+    stack: Any = model.get_submodule(site.path)
 
     def lengthen(module: Any, args: Any, named: dict[str, Any]) -> Any:
         embeds = named.pop("inputs_embeds", None)
         if embeds is None:
             embeds = module.get_input_embeddings()(named.pop("input_ids"))
-        before = vectors.to(embeds.dtype).expand(len(embeds), -1, -1)
+        before = vectors(embeds).to(embeds.dtype)
         return args, named | {"inputs_embeds": torch.cat([before, embeds], 1)}
 
     stack.register_forward_pre_hook(lengthen, with_kwargs=True)
-    if cut:
-        stack.register_forward_hook(_without(len(vectors)))
+    if site.path != "encoder" or site.kind == "CLIPEncoder":
+        stack.register_forward_hook(_without(length))
 
 
 def _without(length: int) -> Callable[[Any, Any, Any], Any]:
@@ -283,6 +299,7 @@ _PLAIN: dict[type[Delta], Callable[[nn.Module, Any, Site, dict[str, Tensor]], No
     LNTuning: _ln_tuning,
     IA3: _ia3,
     Prompt: _prompt,
+    PromptPool: _pool,
     IntrinsicPrompt: _intrinsic,
     IntrinsicAdapter: _adapter,
     Prefix: _prefix,

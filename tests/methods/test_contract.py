@@ -28,6 +28,7 @@ from deltaops import (
     ParallelAdapter,
     Prefix,
     Prompt,
+    PromptPool,
 )
 from deltaops.errors import AttachError, TargetError
 from deltaops.methods import METHODS as KNOWN
@@ -58,6 +59,10 @@ METHODS: dict[str, Callable[[], Delta]] = {
     "ia3": lambda: IA3(),
     "lntuning": lambda: LNTuning(),
     "prompt": lambda: Prompt(num_virtual_tokens=5, prompt_tuning_init="random"),
+    # without balance, which is of the rows that one process has
+    "pool": lambda: PromptPool(
+        5, 2, top_k=2, query_tokens=3, balance=0.0, prompt_tuning_init="random"
+    ),
     "intrinsic": lambda: IntrinsicPrompt(intrinsic_dim=4, num_virtual_tokens=5, seed=7),
     "intrinsic-adapter": lambda: IntrinsicAdapter(intrinsic_dim=4, size=5, seed=7),
     "prefix": lambda: Prefix(num_virtual_tokens=5),
@@ -65,7 +70,7 @@ METHODS: dict[str, Callable[[], Delta]] = {
 }
 REFUSED = {
     (method, "vit"): "no module around them takes inputs_embeds"
-    for method in ("prompt", "intrinsic")
+    for method in ("prompt", "pool", "intrinsic")
 }
 """What cannot be, and why, in the words of the error."""
 FEW = ("bert", "gpt2", "llama", "t5")

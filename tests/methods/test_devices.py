@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deltaops
-from deltaops import Compacter, IntrinsicAdapter, IntrinsicPrompt, LoRA, Prefix, Prompt
+from deltaops import Compacter, IntrinsicAdapter, IntrinsicPrompt, LoRA, Prefix, Prompt, PromptPool
 from deltaops.errors import AttachError
 from deltaops.methods import Delta
 from deltaops.testing.architectures import answer, build
@@ -24,6 +24,7 @@ DELTAS: dict[str, Delta] = {
     "prompt": Prompt(num_virtual_tokens=3),
     "random": Prompt(num_virtual_tokens=3, prompt_tuning_init="random"),
     "ids": Prompt(num_virtual_tokens=3, prompt_tuning_init=[5, 6]),
+    "pool": PromptPool(4, 2, top_k=2),
     "intrinsic": IntrinsicPrompt(num_virtual_tokens=3),
     "intrinsic-adapter": IntrinsicAdapter(size=4),
 }
