@@ -22,6 +22,8 @@ from buildtools import recipe  # noqa: E402
 from buildtools.toolchain import BuildFailure, CudaToolkit, find_compiler, find_cuda  # noqa: E402
 
 CPU, CUDA = "deltaops._cpu", "deltaops._cuda"
+# For C programs: csrc/include installs as deltaops/include, and so on.
+C_FOLDERS = ("deltaops.include", "deltaops.cmake", "deltaops.pkgconfig")
 LIBRARIES = {CPU: recipe.CPU_LIBRARY, CUDA: recipe.CUDA_LIBRARY}
 
 
@@ -100,16 +102,18 @@ setup(
     packages=[
         *find_packages(include=["deltaops", "deltaops.*"]),
         "deltaops.kernels",
-        "deltaops.include",
+        *C_FOLDERS,
     ],
     package_dir={
         "deltaops": "deltaops",
         "deltaops.kernels": "kernels",
-        "deltaops.include": "csrc/include",
+        **{name: f"csrc/{name.rpartition('.')[2]}" for name in C_FOLDERS},
     },
     package_data={
         "deltaops": ["py.typed"],
         "deltaops.include": ["*.h"],
+        "deltaops.cmake": ["*.cmake"],
+        "deltaops.pkgconfig": ["*.pc"],
         "deltaops.backends.triton": ["timings/*"],
     },
     ext_modules=[

@@ -18,6 +18,7 @@ from .dispatch import backends
 
 if TYPE_CHECKING:
     from . import errors, memory, ops
+    from .bindings.c import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from .methods import (
         IA3,
         Adapter,
@@ -55,6 +56,10 @@ __all__ = [
     "backends",
     "errors",
     "explain",
+    "get_cmake_dir",
+    "get_include",
+    "get_library",
+    "get_pkgconfig_dir",
     "load",
     "memory",
     "ops",
@@ -81,6 +86,10 @@ _HOMES = {
     "attach": "surgery",
     "errors": "",
     "explain": "ops",
+    "get_cmake_dir": "bindings.c",
+    "get_include": "bindings.c",
+    "get_library": "bindings.c",
+    "get_pkgconfig_dir": "bindings.c",
     "load": "surgery",
     "memory": "",
     "ops": "",

@@ -86,6 +86,8 @@ def test_wheel_holds_what_users_need_and_no_more(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"deltaops"}
     for wanted in ("py.typed", "libdeltaops.so", "kernels/__init__.py", "include/deltaops.h"):
         assert f"deltaops/{wanted}" in names
+    for wanted in ("cmake/deltaopsConfig.cmake", "pkgconfig/deltaops.pc"):
+        assert f"deltaops/{wanted}" in names
     assert [name for name in names if re.fullmatch(r"deltaops/_cpu\..*\.so", name)]
     assert not [name for name in names if "_cuda." in name and name.endswith(".so")]
 
