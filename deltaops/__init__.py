@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .dispatch import backends
 
 if TYPE_CHECKING:
-    from . import errors, memory, ops
+    from . import errors, jax, memory, numpy, ops
     from .bindings.c import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from .methods import (
         IA3,
@@ -60,8 +60,10 @@ __all__ = [
     "get_include",
     "get_library",
     "get_pkgconfig_dir",
+    "jax",
     "load",
     "memory",
+    "numpy",
     "ops",
     "report",
 ]
@@ -90,8 +92,10 @@ _HOMES = {
     "get_include": "bindings.c",
     "get_library": "bindings.c",
     "get_pkgconfig_dir": "bindings.c",
+    "jax": "",
     "load": "surgery",
     "memory": "",
+    "numpy": "",
     "ops": "",
     "report": "surgery",
 }
