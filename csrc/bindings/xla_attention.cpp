@@ -1,5 +1,5 @@
 // xla_attention.cpp: attention with a prefix for XLA's CPU client. Operands come in the order of
-// the functions' comments, from deltaops/bindings/jax/prefix_attention.py.
+// the functions' comments, from deltaops/bindings/jax/attention.py.
 
 #include "xla_module.h"
 #include "xla_views.h"

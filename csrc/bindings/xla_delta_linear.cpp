@@ -1,6 +1,6 @@
 // xla_delta_linear.cpp: delta_linear for XLA's CPU client.
 //
-// Operands come in the order of the functions' comments; deltaops/bindings/jax/delta_linear.py
+// Operands come in the order of the functions' comments; deltaops/bindings/jax/linear.py
 // builds them, and has checked shapes and dtypes.
 
 #include "xla_module.h"

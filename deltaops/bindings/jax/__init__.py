@@ -10,9 +10,9 @@ float32 and bfloat16, through XLA's foreign functions, on the CPU alone. Their m
 """
 
 from .adapters import bottleneck, norm_bias
-from .delta_linear import Branch, PackedWeight, delta_linear, pack_weight
+from .attention import prefix_attention
+from .linear import Branch, PackedWeight, delta_linear, pack_weight
 from .peft import load_lora, save_lora
-from .prefix_attention import prefix_attention
 
 __all__ = [
     "Branch",

@@ -114,7 +114,7 @@ def bottleneck(
         code(op, "norm", NORMS, norm),
         threads(num_threads),
     )
-    return apply(_BOTTLENECK, settings, operands).reshape(x.shape)
+    return apply(BOTTLENECK, settings, operands).reshape(x.shape)
 
 
 def bottleneck_forward(
@@ -169,7 +169,7 @@ def _bottleneck_saved(
     return [*names, "x"] if past_norm or "down" in wanted else names
 
 
-_BOTTLENECK = Op(
+BOTTLENECK = Op(
     "bottleneck", bottleneck_forward, bottleneck_backward, _bottleneck_saved, frozenset()
 )
 
@@ -213,7 +213,7 @@ def norm_bias(
             operands[name] = check(op, name, vector, (k,))
     norms = {name: number for name, number in NORMS.items() if number}
     settings = NormBias(float(eps), code(op, "norm", norms, norm), threads(num_threads))
-    return apply(_NORM_BIAS, settings, operands).reshape(x.shape)
+    return apply(NORM_BIAS, settings, operands).reshape(x.shape)
 
 
 def norm_bias_forward(settings: NormBias, operands: Operands, keep: bool) -> tuple[Array, Operands]:
@@ -260,4 +260,4 @@ def _norm_bias_saved(
     return ["gamma", "bias", *(["x"] if {"x", "gamma"} & set(wanted) else [])]
 
 
-_NORM_BIAS = Op("norm_bias", norm_bias_forward, norm_bias_backward, _norm_bias_saved, frozenset())
+NORM_BIAS = Op("norm_bias", norm_bias_forward, norm_bias_backward, _norm_bias_saved, frozenset())

@@ -12,7 +12,7 @@ from safetensors.flax import load_file, save_file
 from deltaops.errors import CheckpointError
 from deltaops.files import publishing, write_json
 
-from .delta_linear import Branch
+from .linear import Branch
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 PLAIN = frozenset({

@@ -19,9 +19,9 @@ from .adapters import (
     norm_bias_backward,
     norm_bias_forward,
 )
-from .delta_linear import Branch, delta_linear, delta_linear_backward, delta_linear_forward
 from .elementwise import cross_entropy_backward, cross_entropy_forward, gated, gated_backward
 from .heads import attention_backward, attention_forward, rotary
+from .linear import Branch, delta_linear, delta_linear_backward, delta_linear_forward
 from .packed import PackedWeight
 
 __all__ = [

@@ -137,7 +137,7 @@ def delta_linear(
     settings, operands, shape = prepare(
         x, weight, bias, branches, key, adapter, transposed, num_threads
     )
-    return apply(_OP, settings, operands).reshape(shape)
+    return apply(DELTA_LINEAR, settings, operands).reshape(shape)
 
 
 def prepare(
@@ -262,7 +262,7 @@ def _present(operands: Operands, bits: dict[str, int], more: int) -> np.int32:
     return np.int32(more | sum(bit for name, bit in bits.items() if name in operands))
 
 
-_OP = Op(
+DELTA_LINEAR = Op(
     OP,
     forward,
     backward,

@@ -84,7 +84,7 @@ def prefix_attention(
             )
         operands["mask"] = mask
     scale = d**-0.5 if scale is None else float(scale)
-    return apply(_OP, Settings(scale, bool(causal), threads(num_threads)), operands)
+    return apply(PREFIX_ATTENTION, Settings(scale, bool(causal), threads(num_threads)), operands)
 
 
 def forward(settings: Settings, operands: Operands, keep: bool) -> tuple[Array, Operands]:
@@ -119,4 +119,4 @@ def _saved(settings: Settings, there: Collection[str], wanted: tuple[str, ...]) 
     return there
 
 
-_OP = Op(OP, forward, backward, _saved, frozenset({"mask"}))
+PREFIX_ATTENTION = Op(OP, forward, backward, _saved, frozenset({"mask"}))
