@@ -47,19 +47,20 @@ def loss(layer: Any) -> Any:
 
 
 def close(got: Any, want: Any) -> None:
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5), got, want)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4), got, want)
 
 
 def test_value_and_every_gradient_under_jit() -> None:
     arguments, every = (X, BIAS, A, B), (0, 1, 2, 3)
     got = jax.jit(jax.value_and_grad(loss(ours), every))(*arguments)
-    close(got, jax.value_and_grad(loss(plain), every)(*arguments))
+    close(got, jax.jit(jax.value_and_grad(loss(plain), every))(*arguments))
 
 
 @pytest.mark.parametrize("which", range(4))
 def test_each_gradient_alone(which: int) -> None:
     arguments = (X, BIAS, A, B)
-    close(jax.grad(loss(ours), which)(*arguments), jax.grad(loss(plain), which)(*arguments))
+    got, want = (jax.jit(jax.grad(loss(layer), which))(*arguments) for layer in (ours, plain))
+    close(got, want)
 
 
 def test_what_nobody_differentiates_for_is_neither_computed_nor_saved() -> None:
@@ -92,12 +93,13 @@ def test_vmap(axes: tuple[int | None, ...]) -> None:
     sizes = {0: 2, 1: M}
     count = next(sizes[axis] for axis in axes if axis is not None)
     arguments = [
-        a if axis is None or a is X else jnp.stack([a * (i + 1) for i in range(count)])
+        a if axis is None or a is X else jnp.stack([a * (1 + 0.1 * i) for i in range(count)])
         for a, axis in zip((X, BIAS, A, B), axes, strict=True)
     ]
     every = (0, 1, 2, 3)
     for of in (lambda f: f, lambda f: jax.grad(loss(f), every)):
-        close(jax.vmap(of(ours), axes)(*arguments), jax.vmap(of(plain), axes)(*arguments))
+        got, want = (jax.jit(jax.vmap(of(layer), axes))(*arguments) for layer in (ours, plain))
+        close(got, want)
 
 
 def test_vmap_of_vmap_and_scan_and_remat() -> None:
@@ -110,7 +112,7 @@ def test_vmap_of_vmap_and_scan_and_remat() -> None:
             body = jax.checkpoint(lambda total, x: (total + jnp.sin(layer(x, BIAS, a, b)), None))
             return jax.lax.scan(body, jnp.zeros((2, M, N)), xs)[0].sum()
 
-        return jax.grad(run, (0, 1))(A, B)
+        return jax.jit(jax.grad(run, (0, 1)))(A, B)
 
     close(scanned(ours), scanned(plain))
 
@@ -162,7 +164,7 @@ def test_bottleneck_norm_bias_and_prefix_attention_have_their_gradients() -> Non
         every = tuple(range(len(arguments)))
         close(
             jax.jit(jax.value_and_grad(loss(op), every))(*arguments),
-            jax.value_and_grad(loss(reference), every)(*arguments),
+            jax.jit(jax.value_and_grad(loss(reference), every))(*arguments),
         )
 
 
@@ -243,7 +245,7 @@ def test_lora_fine_tune_with_the_same_peft_files_in_and_out(tmp_path: Path) -> N
         return value, jax.tree.map(lambda p, g: p - 0.1 * g, branches, grads)
 
     first, branches = step(branches)
-    for _ in range(150):
+    for _ in range(60):
         last, branches = step(branches)
     assert last < 0.7 * first
     dj.save_lora(tmp_path / "out", branches, found)
