@@ -12,6 +12,11 @@ import deltaops
 from deltaops.ops import decompositions
 from deltaops.testing import architectures
 
+# torch's exporters warn of torch's own code
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}")
+    for kind in ("FutureWarning", "DeprecationWarning", "UserWarning")
+]
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
 

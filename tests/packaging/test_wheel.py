@@ -160,6 +160,24 @@ def test_cuda_asked_for_without_nvcc_stops(sdist: Path, tmp_path: Path) -> None:
     assert "DELTAOPS_CUDA=0" in said
 
 
+def test_jax_asked_for_without_jaxlib_stops(tmp_path: Path) -> None:
+    code = (
+        "from buildtools import toolchain\n"
+        "toolchain.sysconfig.get_path = lambda kind: '/nowhere'\n"
+        "toolchain.importlib.util.find_spec = lambda name: None\n"
+        "try:\n    print(toolchain.find_jax())\n"
+        "except toolchain.BuildFailure as failure:\n    print(failure)\n"
+    )
+    for wish, said in (
+        ("1", "DELTAOPS_JAX=1 asks for the JAX module, and jaxlib was not found"),
+        ("auto", "jaxlib was not found (looked in /nowhere)"),
+        ("0", "DELTAOPS_JAX=0"),
+        ("yes", "DELTAOPS_JAX must be auto, 0 or 1, got 'yes'."),
+    ):
+        done = run(sys.executable, "-c", code, cwd=ROOT, DELTAOPS_JAX=wish)
+        assert done.stdout.startswith(said), done.stdout + done.stderr
+
+
 def test_readme_begins_with_the_two_commands_and_names_targets_that_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
