@@ -146,6 +146,8 @@ def inside(own: str, module: str, name: str) -> str | None:
         return "testing ships for others' backends and needs none of our programs"
     if own in WITHOUT_TORCH and other not in {own, "native", "files", *NATIVE}:
         return "bindings stand on the native core, without torch"
+    if own == "native" and other in NATIVE:  # which it loads
+        return None
     if other in NATIVE and own not in NATIVE_USERS:
         return "only a backend calls the native core"
     if other == "kernels" and own != "backends":
