@@ -142,8 +142,8 @@ class NumpyBackend:
     def _branches(*parts: Sequence[Any]) -> list[on_numpy.Branch]:
         a, b, bias, *settings = parts
         return [
-            on_numpy.Branch(array(a_i), array(b_i), *rest, array(bias_i))
-            for a_i, b_i, bias_i, *rest in zip(a, b, bias, *settings, strict=True)
+            on_numpy.Branch(array(a_i), array(b_i), scale, drop, name, array(bias_i))
+            for a_i, b_i, bias_i, scale, drop, name in zip(a, b, bias, *settings, strict=True)
         ]
 
     def bottleneck_forward(
@@ -194,7 +194,12 @@ class NumpyBackend:
         """See :class:`deltaops.backends.base.AdapterBackend`."""
         names = ("x", "gamma", "beta", "down", "down_bias", "up", "up_bias")
         found = on_numpy.bottleneck_backward(
-            *map(array, (grad_y, x, h, stats, down, up)),
+            array(grad_y),
+            array(x),
+            array(h),
+            array(stats),
+            array(down),
+            array(up),
             # their values are not read
             array(down.new_empty(down.shape[0])),
             array(up.new_empty(up.shape[0])),
@@ -232,7 +237,10 @@ class NumpyBackend:
         """See :class:`deltaops.backends.base.AdapterBackend`."""
         like = array(grad_y.new_empty(grad_y.shape[1], dtype=dtype))  # its values are not read
         found = on_numpy.norm_bias_backward(
-            *map(array, (grad_y, x, stats, gamma)),
+            array(grad_y),
+            array(x),
+            array(stats),
+            array(gamma),
             like,
             norm=norm,
             wanted=[n for n, need in zip(("x", "gamma", "bias"), needs, strict=True) if need],
@@ -282,7 +290,11 @@ class NumpyBackend:
         """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
         names = ("q", "k", "v", "prefix_k", "prefix_v")
         found = on_numpy.attention_backward(
-            *[array(adjacent(t)) for t in (grad_y, q, k, v, y)],
+            array(adjacent(grad_y)),
+            array(adjacent(q)),
+            array(adjacent(k)),
+            array(adjacent(v)),
+            array(adjacent(y)),
             array(lse),
             scale=scale,
             causal=causal,

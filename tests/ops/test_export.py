@@ -50,10 +50,8 @@ LORA = deltaops.LoRA(r=4, target_modules="all-linear")
 CASES = [
     ("bert", LORA, False),
     ("bert", LORA, True),
-    ("bert", deltaops.Adapter(size=6), False),
-    ("llama", LORA + deltaops.BitFit(), False),
 ]
-IDENTIFIERS = ("lora", "merged", "adapter", "llama-lora-bitfit")
+IDENTIFIERS = ("lora", "merged")
 Exported = tuple[Any, torch.Tensor]
 
 
