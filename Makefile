@@ -29,6 +29,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@command -v "$${CXX:-g++}" >/dev/null || { echo "deltaops needs a C++ compiler and $${CXX:-g++} was not found. Install one (apt-get install g++), or name it: make CXX=…"; exit 1; }
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet -c constraints.txt torch
+	$(RUN)/python -m pip install --quiet -c constraints.txt jax
 	$(RUN)/python -c 'import triton' 2>/dev/null || $(RUN)/python -m pip install --quiet $(TRITON)
 	$(RUN)/python -m pip install --quiet -c constraints.txt -e '.[dev,data]'
 	touch $@

@@ -1,7 +1,7 @@
 """Builds the native code of deltaops; everything else about the package is in pyproject.toml.
 
 Environment: CXX (compiler), DELTAOPS_CUDA=auto|0|1, DELTAOPS_CUDA_ARCHS="80;90a;100",
-NVCC or CUDA_HOME, DELTAOPS_JOBS (compilers at once).
+NVCC or CUDA_HOME, DELTAOPS_JAX=auto|0|1, DELTAOPS_JOBS (compilers at once).
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
 
 from buildtools import recipe  # noqa: E402
-from buildtools.toolchain import BuildFailure, CudaToolkit, find_compiler, find_cuda  # noqa: E402
+from buildtools.toolchain import (  # noqa: E402
+    BuildFailure,
+    CudaToolkit,
+    find_compiler,
+    find_cuda,
+    find_jax,
+)
 
-CPU, CUDA = "deltaops._cpu", "deltaops._cuda"
+CPU, CUDA, XLA = "deltaops._cpu", "deltaops._cuda", "deltaops._xla"
+# For C programs: csrc/include installs as deltaops/include, and so on.
+C_FOLDERS = ("deltaops.include", "deltaops.cmake", "deltaops.pkgconfig")
 LIBRARIES = {CPU: recipe.CPU_LIBRARY, CUDA: recipe.CUDA_LIBRARY}
 
 
@@ -39,10 +47,11 @@ class BuildNative(build_ext):
     def run(self) -> None:
         try:
             self.compiler_found = find_compiler()
-            self.cuda = find_cuda()
-            if isinstance(self.cuda, str):
-                self.announce(f"deltaops: no CUDA module: {self.cuda}", level=logging.WARNING)
-                self.extensions = [ext for ext in self.extensions if ext.name != CUDA]
+            self.cuda, self.jax = find_cuda(), find_jax()
+            for name, what, found in ((CUDA, "CUDA", self.cuda), (XLA, "JAX", self.jax)):
+                if isinstance(found, str):
+                    self.announce(f"deltaops: no {what} module: {found}", level=logging.WARNING)
+                    self.extensions = [ext for ext in self.extensions if ext.name != name]
             super().run()
         except BuildFailure as failure:
             raise SystemExit(f"\n{failure}\n") from None
@@ -58,6 +67,9 @@ class BuildNative(build_ext):
         )
         if ext.name == CPU:
             recipe.build_cpu(plan, self.compiler_found, module)
+        elif ext.name == XLA:
+            assert isinstance(self.jax, Path)  # as below
+            recipe.build_xla(plan, self.compiler_found, self.jax, module)
         else:
             assert isinstance(self.cuda, CudaToolkit)  # run() left the extension out otherwise
             recipe.build_cuda(plan, self.compiler_found, self.cuda, module)
@@ -75,11 +87,12 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         built = [ext.name for ext in self.extensions]
-        for name, library in LIBRARIES.items():
+        for name in (CPU, CUDA, XLA):
             if name not in built:  # an earlier build's module must not outlive a build without it
                 for stale in (ROOT / "deltaops").glob(f"{name.rpartition('.')[2]}.*.so"):
                     stale.unlink()
-                (ROOT / "deltaops" / library).unlink(missing_ok=True)
+                if name in LIBRARIES:
+                    (ROOT / "deltaops" / LIBRARIES[name]).unlink(missing_ok=True)
         super().copy_extensions_to_source()
         sources, targets = self._libraries(self.build_lib), self._libraries(ROOT)
         for source, target in zip(sources, targets, strict=True):
@@ -88,7 +101,8 @@ class BuildNative(build_ext):
             fresh.replace(target)  # a running process keeps the file it has mapped
 
     def _libraries(self, root: str | Path) -> list[str]:
-        return [str(Path(root, "deltaops", LIBRARIES[ext.name])) for ext in self.extensions]
+        names = [LIBRARIES[ext.name] for ext in self.extensions if ext.name in LIBRARIES]
+        return [str(Path(root, "deltaops", name)) for name in names]
 
 
 def sources(device: str) -> list[str]:
@@ -100,21 +114,24 @@ setup(
     packages=[
         *find_packages(include=["deltaops", "deltaops.*"]),
         "deltaops.kernels",
-        "deltaops.include",
+        *C_FOLDERS,
     ],
     package_dir={
         "deltaops": "deltaops",
         "deltaops.kernels": "kernels",
-        "deltaops.include": "csrc/include",
+        **{name: f"csrc/{name.rpartition('.')[2]}" for name in C_FOLDERS},
     },
     package_data={
         "deltaops": ["py.typed"],
         "deltaops.include": ["*.h"],
+        "deltaops.cmake": ["*.cmake"],
+        "deltaops.pkgconfig": ["*.pc"],
         "deltaops.backends.triton": ["timings/*"],
     },
     ext_modules=[
         Extension(CPU, sources("cpu"), language="c++"),
         Extension(CUDA, sources("cuda"), language="c++"),
+        Extension(XLA, sources("xla"), language="c++"),  # after CPU, on whose library it stands
     ],
     cmdclass={"build": CleanBuild, "build_ext": BuildNative},
     zip_safe=False,

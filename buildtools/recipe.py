@@ -3,7 +3,8 @@
     csrc/cpu   ->  deltaops/libdeltaops.so       <-  deltaops/_cpu*.so   of bindings/cpu_*.cpp
     csrc/cuda  ->  deltaops/libdeltaops_cuda.so  <-  deltaops/_cuda*.so  of bindings/cuda_*.cpp
 
-The libraries hold no Python symbols, so C programs can link them; the modules find them beside
+Where jaxlib is installed, deltaops/_xla*.so of bindings/xla_*.cpp stands beside the first. The
+libraries hold no Python symbols, so C programs can link them; the modules find them beside
 themselves ($ORIGIN). No torch header is read.
 """
 
@@ -82,7 +83,7 @@ def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
 
 
 def binding_sources(device: str) -> list[Path]:
-    """The files of the pybind11 module for "cpu" or "cuda"."""
+    """The files of the pybind11 module for "cpu", "cuda" or "xla"."""
     return sorted((CSRC / "bindings").glob(f"{device}_*.cpp"))
 
 
@@ -106,6 +107,11 @@ def build_cuda(build: Build, compiler: Compiler, toolkit: CudaToolkit, module: P
     _build_module(build, compiler, binding_sources("cuda"), module, CUDA_LIBRARY)
 
 
+def build_xla(build: Build, compiler: Compiler, headers: Path, module: Path) -> None:
+    """The pybind11 module at ``module``, on the libdeltaops.so of :func:`build_cpu`."""
+    _build_module(build, compiler, binding_sources("xla"), module, CPU_LIBRARY, headers)
+
+
 def _link_library(
     build: Build, compiler: Compiler, name: str, objects: list[Path], libraries: tuple[str, ...]
 ) -> None:
@@ -117,11 +123,16 @@ def _link_library(
 
 
 def _build_module(
-    build: Build, compiler: Compiler, sources: list[Path], module: Path, library: str
+    build: Build,
+    compiler: Compiler,
+    sources: list[Path],
+    module: Path,
+    library: str,
+    *headers: Path,
 ) -> None:
     folder = CSRC / "bindings"
     includes = (f"-I{INCLUDE}", f"-isystem{pybind11_include()}", f"-isystem{python_include()}")
-    command = (*compiler.command, *BINDING_FLAGS, *includes)
+    command = (*compiler.command, *BINDING_FLAGS, *includes, *(f"-isystem{h}" for h in headers))
     units = [Unit(source, command, (INCLUDE, folder), compiler.version) for source in sources]
     objects = [str(path) for path in compile_all(units, build.objects, build.jobs, build.say)]
     command = (

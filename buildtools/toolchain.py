@@ -136,6 +136,33 @@ def pybind11_include() -> Path:
     return Path(pybind11.get_include())
 
 
+def find_jax() -> Path | str:
+    """What DELTAOPS_JAX allows: the folder of XLA's FFI headers, or why JAX is left out.
+
+    They are those of the jaxlib in the environment that is built for, which pip's isolated build
+    cannot import and can read all the same.
+    """
+    wish = os.environ.get("DELTAOPS_JAX", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise BuildFailure(f"DELTAOPS_JAX must be auto, 0 or 1, got {wish!r}.")
+    if wish == "0":
+        return "DELTAOPS_JAX=0"
+    places = [Path(sysconfig.get_path(kind)) for kind in ("platlib", "purelib")]
+    spec = importlib.util.find_spec("jaxlib")
+    places += [Path(folder).parent for folder in (spec and spec.submodule_search_locations) or ()]
+    for place in places:
+        include = place / "jaxlib" / "include"
+        if (include / "xla" / "ffi" / "api" / "ffi.h").exists():
+            return include
+    missing = f"jaxlib was not found (looked in {', '.join(sorted({str(p) for p in places}))})"
+    if wish == "1":
+        raise BuildFailure(
+            f"DELTAOPS_JAX=1 asks for the JAX module, and {missing}. Install jax first, or build "
+            "without it: DELTAOPS_JAX=0."
+        )
+    return missing
+
+
 def machine() -> str:
     """The processor family as csrc/cpu/flags.json names it."""
     name = platform.machine().lower()

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from .dispatch import backends
 
 if TYPE_CHECKING:
-    from . import errors, memory, ops, search, strategy
+    from . import errors, jax, memory, numpy, ops, search, strategy
+    from .bindings.c import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from .methods import (
         IA3,
         Adapter,
@@ -60,8 +61,14 @@ __all__ = [
     "choices",
     "errors",
     "explain",
+    "get_cmake_dir",
+    "get_include",
+    "get_library",
+    "get_pkgconfig_dir",
+    "jax",
     "load",
     "memory",
+    "numpy",
     "ops",
     "report",
     "search",
@@ -91,8 +98,14 @@ _HOMES = {
     "choices": "strategy.choices",
     "errors": "",
     "explain": "ops",
+    "get_cmake_dir": "bindings.c",
+    "get_include": "bindings.c",
+    "get_library": "bindings.c",
+    "get_pkgconfig_dir": "bindings.c",
+    "jax": "",
     "load": "surgery",
     "memory": "",
+    "numpy": "",
     "ops": "",
     "report": "surgery",
     "search": "",

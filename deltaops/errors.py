@@ -18,6 +18,10 @@ class DtypeError(DeltaopsError, TypeError):
     """A tensor of a dtype that the operation cannot take."""
 
 
+class LayoutError(DeltaopsError, ValueError):
+    """Memory that the operation cannot use as it lies: strided, misaligned, read-only, shared."""
+
+
 class DeviceError(DeltaopsError, ValueError):
     """Tensors on different devices, or on one that cannot run the operation."""
 

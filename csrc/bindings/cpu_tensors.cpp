@@ -6,6 +6,8 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "cpu_module.h"
 
@@ -155,6 +157,10 @@ bool view(py::handle object, DLTensor *out) {
 
 Memory memory_of(py::handle object) {
   if (object.is_none()) return {};
+  if (PyTuple_Check(object.ptr())) {
+    const auto [data, elements] = object.cast<std::pair<uintptr_t, int64_t>>();
+    return {data, elements};
+  }
   DLTensor t;
   if (!view(object, &t))
     return {object.attr("data_ptr")().cast<uintptr_t>(), object.attr("numel")().cast<int64_t>()};
@@ -165,6 +171,10 @@ Memory memory_of(py::handle object) {
 
 Rows rows_of(py::handle object) {
   if (object.is_none()) return {};
+  if (PyTuple_Check(object.ptr())) {
+    const auto [data, rows, stride] = object.cast<std::tuple<uintptr_t, int64_t, int64_t>>();
+    return {data, rows, stride};
+  }
   DLTensor t;
   if (view(object, &t) && t.ndim > 0) return {address(t), t.shape[0], t.strides[0]};
   return {object.attr("data_ptr")().cast<uintptr_t>(), object.attr("size")(0).cast<int64_t>(),

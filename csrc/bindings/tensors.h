@@ -1,5 +1,7 @@
 // tensors.h: torch's tensors as arguments, without torch's headers.
 //
+// Others (NumPy) pass tuples of numbers: (address, elements), (address, rows, stride).
+//
 // Attributes of a tensor cost a Python object each. Its type offers DLPack's C exchange table,
 // which fills a struct instead; where torch has none, the attributes are read after all.
 

@@ -18,6 +18,11 @@
  *             instruction set, and on nothing else: the same call gives the same bits again.
  * Errors      A status is returned; deltaops_last_error() has the sentence, per thread. Arguments
  *             are checked before the first store, so outputs are untouched after INVALID_ARGUMENT.
+ * Versions    deltaops_abi_version() of the library that is loaded must equal the
+ *             DELTAOPS_ABI_VERSION that a caller was compiled with; each struct says its size too,
+ *             and is refused where it is another. Zero a struct before filling it.
+ * Finding it  pkg-config and CMake know it as "deltaops"; deltaops.get_pkgconfig_dir() and
+ *             get_cmake_dir() in Python say where. Programs are in csrc/examples.
  */
 #ifndef DELTAOPS_H
 #define DELTAOPS_H

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import entry_points
+
+from deltaops.errors import BuildError
 
 from .base import (
     AdapterBackend,
@@ -69,8 +72,34 @@ __all__ = [
 ]
 
 
+GROUP = "deltaops.backends"
+"""The entry points by which a package adds a backend: ``name = "module:factory"``."""
+
+
 @cache
 def registered() -> dict[str, Backend]:
-    """Name → backend. Each device has one fast backend; ``reference`` takes what they refuse."""
-    backends: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
-    return {backend.name: backend for backend in backends}
+    """Name → backend. Each device has one fast backend; ``reference`` takes what they refuse.
+
+    Those of other packages come after ours and before ``reference``: "auto" asks them for what ours
+    refuse, and a name chooses one. ``deltaops.testing.conformance`` is what each is held to.
+
+    Raises: BuildError for one that cannot be loaded, or takes a name that there is.
+    """
+    ours: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
+    found = {backend.name: backend for backend in ours}
+    last = found.popitem()
+    for entry in entry_points(group=GROUP):
+        who = f"the backend {entry.name!r} of the entry point {entry.value!r}"
+        try:
+            backend: Backend = entry.load()()
+        except Exception as error:
+            raise BuildError(
+                f"{who} must load, and raised {error!r}. Repair or uninstall its package."
+            ) from error
+        if backend.name != entry.name or entry.name in (*found, last[0], "auto"):
+            raise BuildError(
+                f"{who} must have a name of its own that its object has too, got "
+                f"{backend.name!r}. Rename it, or uninstall one of the packages."
+            )
+        found[entry.name] = backend
+    return found | dict([last])

@@ -5,6 +5,7 @@ from deltaops.reference.quantized import QuantizedWeight
 from .attention import attention
 from .bottleneck import bottleneck
 from .cross_entropy import cross_entropy
+from .decompositions import decompositions
 from .delta_linear import Branch, delta_linear, explain
 from .delta_linear_group import Layer, delta_linear_group
 from .dora_norm import dora_norm
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "bottleneck",
     "cross_entropy",
+    "decompositions",
     "delta_linear",
     "delta_linear_group",
     "dora_norm",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("triton", "jax", "transformers", "peft", "matplotlib", "typer", "optuna")
+HEAVY = ("triton", "jax", "flax", "transformers", "peft", "matplotlib", "typer", "optuna")
 
 # A blocked package raises what a missing one does. torch is loaded before the block: it looks for
 # triton itself, and that is not what is tested.

@@ -23,8 +23,8 @@ LAYERS = (
     {"modules"},
     {"ops"},
     {"dispatch"},
-    {"backends"},
-    {"kernels", "_cpu", "_cuda", "reference", "packing", "files"},
+    {"backends", "bindings"},
+    {"kernels", "native", "_cpu", "_cuda", "_xla", "reference", "packing", "files"},
     {"memory"},
 )
 RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
@@ -36,7 +36,11 @@ SIBLINGS = {
     ("cli", "testing"), ("measure", "testing"), ("measure", "tuning"), ("tuning", "tuning"),
     ("search", "tuning"),
 }  # fmt: skip
-NATIVE = ("_cpu", "_cuda")
+# deltaops.numpy and deltaops.jax are names of what lies in bindings.
+RANK["numpy"] = RANK["jax"] = RANK["dispatch"]
+NATIVE = ("_cpu", "_cuda", "_xla")
+NATIVE_USERS = ("backends", "bindings", "native")
+WITHOUT_TORCH = ("bindings", "native")
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 REFERENCE_MAY_IMPORT = {"torch", "numpy"}
 
@@ -109,6 +113,8 @@ def violations(module: str, text: str) -> list[str]:
         elif own == "reference" and not name.startswith(("deltaops.reference", "deltaops.errors")):
             if top not in REFERENCE_MAY_IMPORT | set(sys.stdlib_module_names):
                 reason = "the reference imports torch only"
+        elif own in WITHOUT_TORCH and top == "torch":
+            reason = "bindings stand on the native core, without torch"
         elif top == "deltaops":
             reason = inside(own, module, name)
         if reason:
@@ -139,7 +145,11 @@ def inside(own: str, module: str, name: str) -> str | None:
         return None
     if own == "testing" and other in {"cli", "tuning", "measure"}:
         return "testing ships for others' backends and needs none of our programs"
-    if other in NATIVE and own != "backends":
+    if own in WITHOUT_TORCH and other not in {own, "native", "files", *NATIVE}:
+        return "bindings stand on the native core, without torch"
+    if own == "native" and other in NATIVE:  # which it loads
+        return None
+    if other in NATIVE and own not in NATIVE_USERS:
         return "only a backend calls the native core"
     if other == "kernels" and own != "backends":
         return "only a backend launches kernels"
@@ -174,6 +184,10 @@ def test_imports_point_to_the_right(module: str, text: str) -> None:
         ("deltaops.kernels.x", "from ..reference import philox", "kernels import triton"),
         ("deltaops.ops.x", "import_module('deltaops._cpu')", "only a backend calls"),
         ("deltaops.ops.x", "import deltaops.kernels.forward", "only a backend launches"),
+        ("deltaops.bindings.numpy.x", "import torch", "without torch"),
+        ("deltaops.bindings.jax.x", "from deltaops.reference import philox", "without torch"),
+        ("deltaops.backends.x", "from deltaops.bindings import c", "backends is not left of"),
+        ("deltaops.native", "from deltaops.memory import start", "without torch"),
         ("deltaops.testing.x", "import deltaops.cli", "testing"),
         ("deltaops.cli.x", "from tests.cases import CASES", "must not import tests"),
         ("deltaops.cli.x", "import deltaops.novelty", "has no place in LAYERS"),
@@ -201,6 +215,8 @@ def test_each_rule_can_fail(module: str, text: str, reason: str) -> None:
         ("deltaops.backends.triton.x", "from deltaops.backends.plain import PlainPlan"),
         ("deltaops.backends.cpu.x", "from .core import native"),
         ("deltaops.backends.triton", "from deltaops.kernels import forward"),
+        ("deltaops.bindings.jax.x", "from deltaops.bindings.numpy import PackedWeight"),
+        ("deltaops.bindings.numpy.x", "import numpy as np\nfrom deltaops.native import load"),
         ("deltaops.kernels.x", "import triton.language as tl\nfrom .tiles import grouped_tile"),
         ("deltaops.cli.x", "from deltaops import LoRA, __version__"),
     ],

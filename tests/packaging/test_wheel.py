@@ -86,6 +86,8 @@ def test_wheel_holds_what_users_need_and_no_more(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"deltaops"}
     for wanted in ("py.typed", "libdeltaops.so", "kernels/__init__.py", "include/deltaops.h"):
         assert f"deltaops/{wanted}" in names
+    for wanted in ("cmake/deltaopsConfig.cmake", "pkgconfig/deltaops.pc"):
+        assert f"deltaops/{wanted}" in names
     assert [name for name in names if re.fullmatch(r"deltaops/_cpu\..*\.so", name)]
     assert not [name for name in names if "_cuda." in name and name.endswith(".so")]
 
@@ -156,6 +158,24 @@ def test_cuda_asked_for_without_nvcc_stops(sdist: Path, tmp_path: Path) -> None:
     said = run(sys.executable, "-c", code, cwd=sdist, DELTAOPS_CUDA="1").stdout
     assert "DELTAOPS_CUDA=1 asks for the CUDA module, and nvcc was not found" in said
     assert "DELTAOPS_CUDA=0" in said
+
+
+def test_jax_asked_for_without_jaxlib_stops(tmp_path: Path) -> None:
+    code = (
+        "from buildtools import toolchain\n"
+        "toolchain.sysconfig.get_path = lambda kind: '/nowhere'\n"
+        "toolchain.importlib.util.find_spec = lambda name: None\n"
+        "try:\n    print(toolchain.find_jax())\n"
+        "except toolchain.BuildFailure as failure:\n    print(failure)\n"
+    )
+    for wish, said in (
+        ("1", "DELTAOPS_JAX=1 asks for the JAX module, and jaxlib was not found"),
+        ("auto", "jaxlib was not found (looked in /nowhere)"),
+        ("0", "DELTAOPS_JAX=0"),
+        ("yes", "DELTAOPS_JAX must be auto, 0 or 1, got 'yes'."),
+    ):
+        done = run(sys.executable, "-c", code, cwd=ROOT, DELTAOPS_JAX=wish)
+        assert done.stdout.startswith(said), done.stdout + done.stderr
 
 
 def test_readme_begins_with_the_two_commands_and_names_targets_that_exist() -> None:

@@ -5,23 +5,31 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from types import ModuleType
-from typing import Any, Never
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from deltaops.errors import BuildError
 from deltaops.memory import LEAST, large, start
+from deltaops.native import ABI_VERSION, ACTIVATIONS, BF16, F32, NORMS, load
 
-# deltaops_dtype, deltaops_activation and deltaops_norm of csrc/include/deltaops.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-NORMS = {"none": 0, "layer": 1, "rms": 2}
-ABI_VERSION = 8
+__all__ = [
+    "ABI_VERSION",
+    "ACTIVATIONS",
+    "DTYPES",
+    "NORMS",
+    "as_rows",
+    "core",
+    "empty",
+    "native",
+    "parameter",
+    "pointer",
+    "whole",
+]
+
+DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
 
 
 @cache
@@ -30,40 +38,11 @@ def native() -> ModuleType | str:
 
     Raises: BuildError for one that was built from other sources; so does what it lacks, later.
     """
-    try:
-        module: Any = importlib.import_module("deltaops._cpu")
-    except ImportError as error:
-        return (
-            f"deltaops._cpu could not be imported ({error}); "
-            "reinstall deltaops with a C++ compiler at hand"
-        )
-    module.__getattr__ = _lacking  # Python asks it for what a module has not (PEP 562)
-    if module.abi_version() != ABI_VERSION:
-        raise BuildError(
-            f"deltaops._cpu must have the C ABI {ABI_VERSION} for this package, and has "
-            f"{module.abi_version()}: it is of another build. {_REBUILD}"
-        )
-    start(module)
-    module.set_tensor_types(Tensor, Parameter)
-    found: ModuleType = module
-    return found
-
-
-_REBUILD = (
-    "Rebuild it: `python setup.py build_ext --inplace` in a checkout, elsewhere `pip install "
-    "--force-reinstall --no-cache-dir deltaops`."
-)
-
-
-class _LackingError(BuildError, AttributeError):
-    """An AttributeError too: pickle asks every module for names that it may lack."""
-
-
-def _lacking(name: str) -> Never:
-    raise _LackingError(
-        f"deltaops._cpu must have {name!r} for this package, and has not: it is of another build. "
-        f"{_REBUILD}"
-    )
+    module = load()
+    if not isinstance(module, str):
+        start(module)
+        module.set_tensor_types(Tensor, Parameter)
+    return module
 
 
 def core() -> ModuleType:

@@ -1,0 +1,68 @@
+"""The handlers of ``deltaops._xla``, registered with JAX once, and calls of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deltaops.errors import DtypeError, ShapeError
+from deltaops.native import check_abi
+
+Array = jax.Array
+
+
+@cache
+def _register() -> None:
+    """Raises: ImportError where the module is not there; BuildError for one of another build."""
+    try:
+        module: Any = importlib.import_module("deltaops._xla")
+    except ImportError as error:
+        raise ImportError(
+            f"deltaops._xla could not be imported ({error}). It is built where jax is installed: "
+            "`pip install jax`, then `DELTAOPS_JAX=1 python setup.py build_ext --inplace` in a "
+            "checkout, elsewhere `DELTAOPS_JAX=1 pip install --force-reinstall --no-cache-dir "
+            "deltaops`."
+        ) from error
+    check_abi("deltaops._xla", module.abi_version())
+    for name, capsule in module.TARGETS.items():
+        jax.ffi.register_ffi_target(f"deltaops_{name}", capsule, platform="cpu")
+
+
+def ffi_call(
+    name: str, results: Sequence[jax.ShapeDtypeStruct], operands: Sequence[Array], **settings: Any
+) -> list[Array]:
+    """What a handler writes: ``results``, with the axes of vmap in front of them."""
+    _register()
+    call = jax.ffi.ffi_call(f"deltaops_{name}", list(results), vmap_method="expand_dims")
+    return list(call(*operands, **settings))
+
+
+def check(op: str, name: str, a: Any, shape: Sequence[int | None], dtype: Any = None) -> Array:
+    """``a`` as a JAX array of this shape (None: any size) and dtype (None: float32 or bfloat16).
+
+    Raises: DtypeError, ShapeError.
+    """
+    array = jnp.asarray(a)
+    known = (jnp.float32, jnp.bfloat16) if dtype is None else (dtype,)
+    if array.dtype not in known:
+        wanted = " or ".join(jnp.dtype(t).name for t in known)
+        raise DtypeError(f"{op}: {name} must be {wanted}, got {array.dtype}. Convert it by astype.")
+    if array.ndim != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, array.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ShapeError(
+            f"{op}: {name} must be [{wanted}], got {list(array.shape)}. Reshape it, or check which "
+            "array was meant."
+        )
+    return array
+
+
+def like(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A result."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)  # type: ignore[no-untyped-call]  # JAX's own has no types

@@ -1,0 +1,271 @@
+"""``delta_linear`` for JAX on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deltaops.bindings import numpy as on_numpy
+from deltaops.bindings.settings import code, drop_threshold, threads
+from deltaops.errors import ConfigError
+from deltaops.native import ACTIVATIONS
+
+from .autodiff import Op, Operands, apply
+from .ffi import Array, check, ffi_call, like
+
+OP = "delta_linear"
+BIAS, SEED, ADAPTER, PACKED, X, S = 1, 2, 4, 8, 16, 32  # as csrc/bindings/xla_delta_linear.cpp
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["a", "b", "bias"],
+    meta_fields=["scaling", "dropout", "activation"],
+)
+@dataclass(frozen=True)
+class Branch:
+    """One low-rank branch: LoRA, or with an activation a parallel adapter. A pytree."""
+
+    a: Array
+    """``[R, K]`` float32 or bfloat16."""
+    b: Array
+    """``[N, R]``, dtype of ``a``."""
+    scaling: float = 1.0
+    dropout: float = 0.0
+    activation: str = "identity"
+    bias: Array | None = None
+    """``[R]``, dtype of ``a``, or None."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "forward", "backward"],
+    meta_fields=["transposed"],
+)
+@dataclass(frozen=True)
+class PackedWeight:
+    """A frozen weight and its copies in the orders in which the core reads it. A pytree."""
+
+    weight: Array
+    forward: Array
+    backward: Array
+    transposed: bool
+
+
+def pack_weight(
+    weight: Array, *, transposed: bool = False, num_threads: int | None = None
+) -> PackedWeight:
+    """Pack a frozen weight once, outside of jit, for :func:`delta_linear`.
+
+    Args:
+        weight: ``[N, K]``, or ``[K, N]`` where ``transposed``; float32 or bfloat16.
+        transposed: as Flax has its kernels.
+        num_threads: that pack it; None: all processors.
+    Raises: DtypeError, ShapeError, ConfigError.
+    """
+    host = np.asarray(check("pack_weight", "weight", weight, (None, None)))
+    made = on_numpy.PackedWeight(host.T if transposed else host, num_threads=num_threads)
+    forward, backward = (jnp.asarray(made.memory(way)) for way in (False, True))
+    return PackedWeight(weight, forward, backward, transposed)
+
+
+class Settings(NamedTuple):
+    """What is static of a call."""
+
+    scaling: tuple[float, ...]
+    threshold: tuple[int, ...]
+    activation: tuple[int, ...]
+    transposed: bool
+    num_threads: int
+
+    def attributes(self) -> dict[str, Any]:
+        """As the handlers take them."""
+        return {
+            "scaling": np.array(self.scaling, np.float32),
+            "threshold": np.array(self.threshold, np.int32),
+            "activation": np.array(self.activation, np.int32),
+            "transposed": self.transposed,
+            "num_threads": np.int32(self.num_threads),
+        }
+
+    def names(self, kind: str) -> list[str]:
+        """Of the operands of all branches: "a.0", "a.1", …"""
+        return [f"{kind}.{i}" for i in range(len(self.scaling))]
+
+
+def delta_linear(
+    x: Array,
+    weight: Array | PackedWeight,
+    bias: Array | None = None,
+    branches: Sequence[Branch] = (),
+    *,
+    key: Array | None = None,
+    adapter: Array | None = None,
+    transposed: bool = False,
+    num_threads: int | None = None,
+) -> Array:
+    """``y = x Wᵀ + bias + Σᵢ sᵢ · φᵢ(dropᵢ(x) Aᵢᵀ + aᵢ) Bᵢᵀ`` as one native call each way.
+
+    Works under jit, grad, vmap, scan and remat. vmap adds rows to one call where the batch shares
+    weights and branches and there is no dropout; else it calls once for each element.
+
+    Args:
+        x: ``[…, K]`` float32 or bfloat16.
+        weight: ``[N, K]``, dtype of ``x``, or packed.
+        bias: ``[N]``, dtype of ``x``, or None.
+        branches: added to the frozen layer.
+        key: of ``jax.random``, for the dropout; needed where a branch has one. The mask is the same
+            for the same key, and each layer wants its own.
+        adapter: int32 ``[…]``: the number of each row's one branch, −1 for none. None: all rows
+            have all branches.
+        transposed: the weight is ``[K, N]``, as Flax has its kernels. A packed weight knows.
+        num_threads: None: all processors. Results depend on it in their last bits.
+    Returns: ``[…, N]`` in the dtype of ``x``.
+    Raises: DtypeError, ShapeError, ConfigError, GradientError; what JAX raises for a platform other
+        than the CPU.
+    Gradients: x, bias, and all arrays of the branches; first order, reverse mode. The weight has
+        none.
+    Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3.
+    """
+    settings, operands, shape = prepare(
+        x, weight, bias, branches, key, adapter, transposed, num_threads
+    )
+    return apply(DELTA_LINEAR, settings, operands).reshape(shape)
+
+
+def prepare(
+    x: Array,
+    weight: Array | PackedWeight,
+    bias: Array | None,
+    branches: Sequence[Branch],
+    key: Array | None,
+    adapter: Array | None,
+    transposed: bool,
+    num_threads: int | None,
+) -> tuple[Settings, Operands, tuple[int, ...]]:
+    """The checked call, rows flattened, and the shape of its result."""
+    packed = weight if isinstance(weight, PackedWeight) else None
+    plain, transposed = (packed.weight, packed.transposed) if packed else (weight, transposed)
+    x = jnp.asarray(x)
+    x = check(OP, "x", x, (*x.shape[: max(x.ndim - 1, 0)], None))
+    w = check(OP, "weight", plain, (None, None), x.dtype)
+    n, k = w.shape[::-1] if transposed else w.shape
+    x = check(OP, "x", x, (*x.shape[:-1], k))
+    rows = math.prod(x.shape[:-1])
+    operands = {"x": x.reshape(rows, k), "weight": w}
+    if bias is not None:
+        operands["bias"] = check(OP, "bias", bias, (n,), x.dtype)
+    for i, branch in enumerate(branches):
+        a = check(OP, f"branches[{i}].a", branch.a, (None, k))
+        operands[f"a.{i}"] = a
+        operands[f"b.{i}"] = check(OP, f"branches[{i}].b", branch.b, (n, a.shape[0]), a.dtype)
+        if branch.bias is not None:
+            inner = check(OP, f"branches[{i}].bias", branch.bias, a.shape[:1], a.dtype)
+            operands[f"bias.{i}"] = inner
+    settings = Settings(
+        tuple(float(b.scaling) for b in branches),
+        tuple(drop_threshold(OP, b.dropout) for b in branches),
+        tuple(code(OP, "activation", ACTIVATIONS, b.activation) for b in branches),
+        transposed,
+        threads(num_threads),
+    )
+    if any(settings.threshold):
+        operands["seed"] = _seed(key)
+    if adapter is not None:
+        ids = check(OP, "adapter", adapter, x.shape[:-1], jnp.int32)
+        operands["adapter"] = ids.reshape(rows)
+    if packed:
+        operands |= {"packed": packed.forward, "packed_backward": packed.backward}
+    return settings, operands, (*x.shape[:-1], n)
+
+
+def _seed(key: Array | None) -> Array:
+    """64 bits of a key, as two words."""
+    if key is None:
+        raise ConfigError(f"{OP}: key must be a key of jax.random where a branch has dropout.")
+    key = jnp.asarray(key)
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    if data.ndim != 1 or data.shape[0] < 2 or data.dtype != jnp.uint32:
+        raise ConfigError(
+            f"{OP}: key must be one key of jax.random of at least 64 bits, got "
+            f"{data.dtype}{list(data.shape)}."
+        )
+    return data[:2]
+
+
+def forward(settings: Settings, operands: Operands, keep: bool) -> tuple[Array, Operands]:
+    """y ``[M, N]``, and where ``keep`` says so S ``[M, ΣR]``."""
+    x, weight = operands["x"], operands["weight"]
+    n = weight.shape[1 if settings.transposed else 0]
+    ranks = sum(operands[name].shape[0] for name in settings.names("a"))
+    results = [like((x.shape[0], n), x.dtype)]
+    if keep:
+        results.append(like((x.shape[0], ranks), jnp.float32))
+    biases = settings.names("bias")
+    order = ["bias", "seed", "adapter", "packed", *settings.names("a"), *settings.names("b")]
+    bits = {"bias": BIAS, "seed": SEED, "adapter": ADAPTER, "packed": PACKED}
+    y, *s = ffi_call(
+        "delta_linear_forward",
+        results,
+        [x, weight, *[operands[name] for name in [*order, *biases] if name in operands]],
+        present=_present(operands, bits, S if keep else 0),
+        biased=np.array([name in operands for name in biases], np.int32),
+        **settings.attributes(),
+    )
+    return y, {"s": s[0]} if keep else {}
+
+
+def backward(
+    settings: Settings, operands: Operands, grad_y: Array, wanted: tuple[str, ...]
+) -> Operands:
+    """The gradients of ``wanted``."""
+    weight = operands["weight"]
+    n, k = weight.shape[::-1] if settings.transposed else weight.shape
+    m = grad_y.shape[0]
+    known = {"x": like((m, k), grad_y.dtype), "bias": like((n,), grad_y.dtype)}
+    for kind in ("a", "b"):
+        known |= {x: like(operands[x].shape, operands[x].dtype) for x in settings.names(kind)}
+    for name, a in zip(settings.names("bias"), settings.names("a"), strict=True):
+        known[name] = like(operands[a].shape[:1], operands[a].dtype)
+    order = ["x", "s", "seed", "adapter", *settings.names("a"), *settings.names("b")]
+    bits = {"x": X, "s": S, "seed": SEED, "adapter": ADAPTER}
+    packed = [operands["packed_backward"]] if "packed_backward" in operands else []
+    given = [operands[name] for name in order[:4] if name in operands]
+    grads = ffi_call(
+        "delta_linear_backward",
+        [shape for name, shape in known.items() if name in wanted],
+        [grad_y, weight, *given, *packed, *[operands[name] for name in order[4:]]],
+        present=_present(operands, bits, PACKED if packed else 0),
+        wanted=np.array([name in wanted for name in known], np.int32),
+        **settings.attributes(),
+    )
+    return dict(zip([name for name in known if name in wanted], grads, strict=True))
+
+
+def _saved(settings: Settings, there: Collection[str], wanted: tuple[str, ...]) -> list[str]:
+    names = ["weight", "seed", "adapter", *settings.names("a"), *settings.names("b")]
+    if any(name.startswith("a.") for name in wanted):
+        names.append("x")
+    if "x" in wanted:
+        names.append("packed_backward")
+    return names
+
+
+def _present(operands: Operands, bits: dict[str, int], more: int) -> np.int32:
+    return np.int32(more | sum(bit for name, bit in bits.items() if name in operands))
+
+
+DELTA_LINEAR = Op(
+    OP,
+    forward,
+    backward,
+    _saved,
+    frozenset({"weight", "seed", "adapter", "packed", "packed_backward"}),
+)

@@ -1,0 +1,117 @@
+"""LoRA adapters in PEFT's files, to and from branches in JAX; torch is not needed for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.flax import load_file, save_file
+
+from deltaops.errors import CheckpointError
+from deltaops.files import publishing, write_json
+
+from .linear import Branch
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+PLAIN = frozenset({
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
+    "target_modules", "task_type", "use_rslora",
+})  # fmt: skip
+"""Of a LoraConfig, what says no more than one A and B a layer."""
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the base weights alone."""
+OFF: tuple[object, ...] = (None, False, "none", {}, [])
+
+
+def load_lora(folder: str | Path) -> tuple[dict[str, Branch], dict[str, Any]]:
+    """The branches of a PEFT LoRA adapter, by the names of their layers, and its configuration.
+
+    Args:
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+    Raises: CheckpointError for files that are missing or damaged, or that say more than one A
+        ``[R, K]`` and one B ``[N, R]`` a layer.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(str(folder / WEIGHTS))
+    except Exception as error:  # safetensors raises its own class, and OSError
+        raise CheckpointError(
+            f"load_lora: {folder} must hold {CONFIG} and {WEIGHTS}, and could not be read "
+            f"({error}). Save the adapter again."
+        ) from error
+    _refuse(folder, config)
+    branches = {}
+    for key, a in tensors.items():
+        layer, is_a, _ = key.removeprefix(PREFIX).partition(".lora_A.weight")
+        partner = f"{PREFIX}{layer}.lora_B.weight"
+        if is_a and key.startswith(PREFIX) and partner in tensors:
+            rank = a.shape[0]
+            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+            drop = config.get("lora_dropout", 0.0)
+            branches[layer] = Branch(a, tensors[partner], scaling=scale, dropout=drop)
+    if 2 * len(branches) != len(tensors):
+        known = {f"{PREFIX}{name}.lora_{x}.weight" for name in branches for x in "AB"}
+        raise CheckpointError(
+            f"load_lora: {folder / WEIGHTS} must hold pairs of lora_A.weight and lora_B.weight, "
+            f"and has {sorted(set(tensors) - known)[0]!r} besides. Load it with deltaops.load."
+        )
+    return branches, config
+
+
+def save_lora(
+    folder: str | Path, branches: Mapping[str, Branch], config: Mapping[str, Any]
+) -> None:
+    """Write branches as :func:`load_lora` reads them, and PEFT; whole or not at all.
+
+    Args:
+        folder: made where it is not there.
+        branches: by the names of their layers; identity activation, no bias, one rank and scaling
+            as ``config`` has them.
+        config: what :func:`load_lora` gave, or another LoraConfig's values.
+    Raises: CheckpointError for branches that the configuration does not describe, and where files
+        cannot be written.
+    """
+    folder = Path(folder)
+    _refuse(folder, config)
+    rank = config["r"]
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    for name, branch in branches.items():
+        found = branch.a.shape[0], branch.scaling, branch.activation, branch.bias is None
+        if found != (rank, scale, "identity", True):
+            raise CheckpointError(
+                f"save_lora: {name} must be of rank {rank} and scaling {scale}, linear and without "
+                f"a bias, as the configuration says; got rank {found[0]}, scaling {found[1]}, "
+                f"{found[2]}. Change the configuration."
+            )
+    tensors = {}
+    for name, branch in branches.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = branch.a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = branch.b
+    with publishing(folder, CONFIG) as scratch:
+        save_file(tensors, str(scratch / WEIGHTS), {"format": "pt"})
+        write_json(scratch / CONFIG, dict(config))
+
+
+def _refuse(folder: Path, config: Mapping[str, Any]) -> None:
+    more = [
+        f"{name}={value!r}"
+        for name, value in config.items()
+        if name not in PLAIN
+        and (value not in STARTS if name == "init_lora_weights" else value not in OFF)
+    ]
+    if config.get("peft_type") != "LORA" or more:
+        found = ", ".join(more) or f"peft_type {config.get('peft_type')!r}"
+        raise CheckpointError(
+            f"{folder}: the adapter must be a plain LoRA, and has {found}. Use deltaops.load in "
+            "torch for it."
+        )
+    missing = [
+        name for name in ("r", "lora_alpha") if not isinstance(config.get(name), int | float)
+    ]
+    if missing:
+        raise CheckpointError(f"{folder}: {CONFIG} must have numbers {missing}, and has not.")

@@ -1,0 +1,231 @@
+"""``y = x Wᵀ + bias + Σᵢ sᵢ · φᵢ(dropᵢ(x) Aᵢᵀ + aᵢ) Bᵢᵀ`` and its gradients, on arrays.
+
+x ``[M, K]``, weight ``[N, K]``, A ``[R, K]``, B ``[N, R]``. float32, or the bfloat16 of ml_dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deltaops.bindings.settings import code as word
+from deltaops.bindings.settings import drop_threshold, threads
+from deltaops.errors import ShapeError
+from deltaops.native import ACTIVATIONS
+
+from .arrays import (
+    Array,
+    call,
+    check,
+    check_oriented,
+    code,
+    core,
+    gradients,
+    memory,
+    optional,
+    output,
+    rows,
+    strides,
+)
+from .packed import PackedWeight
+
+OP = "delta_linear"
+
+
+class Branch(NamedTuple):
+    """One low-rank branch: LoRA, or with an activation a parallel adapter."""
+
+    a: Array
+    """``[R, K]`` float32 or bfloat16."""
+    b: Array
+    """``[N, R]``, dtype of ``a``."""
+    scaling: float = 1.0
+    dropout: float = 0.0
+    activation: str = "identity"
+    bias: Array | None = None
+    """``[R]``, dtype of ``a``, or None."""
+
+
+class _Layer:
+    """The checked weight and branches, and the core's object for them."""
+
+    def __init__(self, weight: Array | PackedWeight, branches: Sequence[Branch]) -> None:
+        self.packed = weight if isinstance(weight, PackedWeight) else None
+        plain = weight.weight if isinstance(weight, PackedWeight) else weight
+        self.weight = check_oriented(OP, "weight", plain, (None, None), None)
+        self.branches = [Branch(*b) for b in branches]
+        (self.n, self.k), settings = self.weight.shape, []
+        for i, b in enumerate(self.branches):
+            a = check_oriented(OP, f"branches[{i}].a", b.a, (None, self.k), None)
+            rank = a.shape[0]
+            check_oriented(OP, f"branches[{i}].b", b.b, (self.n, rank), a)
+            optional(OP, f"branches[{i}].bias", b.bias, (rank,), a)
+            activation = word(OP, f"branches[{i}].activation", ACTIVATIONS, b.activation)
+            drop = drop_threshold(OP, b.dropout)
+            steps = (*strides(a), *strides(b.b))
+            settings.append((*steps, rank, code(a), float(b.scaling), drop, activation))
+        self.ranks = sum(b.a.shape[0] for b in self.branches)
+        self.native = core().DeltaLinear(
+            code(self.weight), self.n, self.k, *strides(self.weight), settings
+        )
+
+    def operands(self) -> list[tuple[int, int] | None]:
+        """a…, b…, bias…"""
+        parts = zip(*[(b.a, b.b, b.bias) for b in self.branches], strict=True)
+        return [memory(array) for part in parts for array in part]
+
+    def packed_memory(self, transposed: bool) -> tuple[int, int] | None:
+        return None if self.packed is None else memory(self.packed.memory(transposed))
+
+
+def _rows(adapter: Array | None, m: int) -> Array | None:
+    return optional(OP, "adapter", adapter, (m,), "int32")
+
+
+def delta_linear_forward(
+    x: Array,
+    weight: Array | PackedWeight,
+    bias: Array | None = None,
+    branches: Sequence[Branch] = (),
+    *,
+    seed: int = 0,
+    adapter: Array | None = None,
+    num_threads: int | None = None,
+    out: tuple[Array | None, Array | None] | None = None,
+) -> tuple[Array, Array]:
+    """The layer's output, and what its backward pass wants.
+
+    Args:
+        x: ``[M, K]``; rows may lie apart.
+        weight: ``[N, K]``, dtype of ``x``, with rows or columns of adjacent elements; or packed.
+        bias: ``[N]``, dtype of ``x``, or None.
+        branches: added to the frozen layer.
+        seed: of the dropout, 64 bits.
+        adapter: int32 ``[M]``: the number of each row's one branch, −1 for none. None: all rows
+            have all branches.
+        num_threads: None: all processors. Results depend on it in their last bits.
+        out: y and s, contiguous, either of them None.
+    Returns: y ``[M, N]`` in the dtype of ``x``; s ``[M, ΣR]`` float32.
+    Raises: DtypeError, ShapeError, LayoutError, ConfigError.
+    """
+    layer = _Layer(weight, branches)
+    y, s = _forward(layer, x, bias, seed, adapter, num_threads, out or (None, None), True)
+    assert s is not None  # kept, as asked
+    return y, s
+
+
+def delta_linear(
+    x: Array,
+    weight: Array | PackedWeight,
+    bias: Array | None = None,
+    branches: Sequence[Branch] = (),
+    *,
+    seed: int = 0,
+    adapter: Array | None = None,
+    num_threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """y alone; everything else as :func:`delta_linear_forward`."""
+    layer = _Layer(weight, branches)
+    return _forward(layer, x, bias, seed, adapter, num_threads, (out, None), False)[0]
+
+
+def _forward(
+    layer: _Layer,
+    x: Array,
+    bias: Array | None,
+    seed: int,
+    adapter: Array | None,
+    num_threads: int | None,
+    out: tuple[Array | None, Array | None],
+    keep: bool,
+) -> tuple[Array, Array | None]:
+    x = check(OP, "x", x, (None, layer.k), layer.weight, strided=True)
+    bias = optional(OP, "bias", bias, (layer.n,), x)
+    m = x.shape[0]
+    y = output(OP, "out", out[0], (m, layer.n), x.dtype)
+    s = output(OP, "out", out[1], (m, layer.ranks), np.float32) if keep else None
+    call(
+        layer.native.forward,
+        rows(x),
+        memory(layer.weight),
+        memory(bias),
+        memory(y),
+        memory(s),
+        layer.operands(),
+        seed & 0xFFFFFFFFFFFFFFFF,
+        threads(num_threads),
+        layer.packed_memory(False),
+        memory(_rows(adapter, m)),
+    )
+    return y, s
+
+
+def delta_linear_backward(
+    grad_y: Array,
+    x: Array | None,
+    weight: Array | PackedWeight,
+    s: Array | None,
+    branches: Sequence[Branch] = (),
+    *,
+    seed: int = 0,
+    adapter: Array | None = None,
+    wanted: Iterable[str] | None = None,
+    num_threads: int | None = None,
+    out: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """Gradients by name: "x", "bias", and of branch i "a.i", "b.i" and "bias.i".
+
+    Args:
+        grad_y: ``[M, N]``, dtype of the weight; rows may lie apart.
+        x: as in the forward pass; None where no "a.i" is wanted.
+        weight: as in the forward pass.
+        s: what the forward pass returned; None where no "b.i" is wanted and no branch has an
+            activation.
+        branches: as in the forward pass.
+        seed: so too.
+        adapter: so too.
+        wanted: names; None: all of them, "bias.i" where branch i has one.
+        num_threads: None: all processors.
+        out: arrays for some of the gradients, by name, contiguous.
+    Raises: DtypeError, ShapeError, LayoutError, ConfigError.
+    """
+    layer = _Layer(weight, branches)
+    grad_y = check(OP, "grad_y", grad_y, (None, layer.n), layer.weight, strided=True)
+    m, count = grad_y.shape[0], len(layer.branches)
+    if x is not None:
+        x = check(OP, "x", x, (m, layer.k), grad_y, strided=True)
+    s = optional(OP, "s", s, (m, layer.ranks), "float32")
+    known: dict[str, tuple[tuple[int, ...], Any]] = {
+        "x": ((m, layer.k), grad_y.dtype),
+        "bias": ((layer.n,), grad_y.dtype),
+        **{f"a.{i}": (b.a.shape, b.a.dtype) for i, b in enumerate(layer.branches)},
+        **{f"b.{i}": (b.b.shape, b.b.dtype) for i, b in enumerate(layer.branches)},
+        **{
+            f"bias.{i}": (b.bias.shape, b.bias.dtype)
+            for i, b in enumerate(layer.branches)
+            if b.bias is not None
+        },
+    }
+    found = gradients(OP, known, wanted, out)
+    if x is None and any(name.startswith("a.") for name in found):
+        raise ShapeError(f"{OP}: x must be given where the gradient of a branch's a is wanted.")
+    kinds = ("a", "b", "bias")
+    call(
+        layer.native.backward,
+        rows(grad_y),
+        rows(x),
+        memory(layer.weight),
+        memory(s),
+        layer.operands(),
+        seed & 0xFFFFFFFFFFFFFFFF,
+        threads(num_threads),
+        memory(found.get("x")),
+        memory(found.get("bias")),
+        [memory(found.get(f"{kind}.{i}")) for kind in kinds for i in range(count)],
+        layer.packed_memory(True) if "x" in found else None,
+        memory(_rows(adapter, m)),
+    )
+    return found

@@ -1,0 +1,221 @@
+"""One list of checks for every implementation of the ops: ours, and any third backend.
+
+    import pytest
+    from deltaops.testing import conformance
+
+    @pytest.mark.parametrize("check", conformance.checks(), ids=str)
+    def test_conformance(check):
+        check.run(MyBackend())  # or pytest.skip(reason), where check.refused(MyBackend()) has one
+
+An implementation is a :class:`deltaops.backends.base.Backend`; ops that it has no methods for, and
+calls that its ``unsupported`` refuses, are its own affair. Everything else must match the float64
+reference within :mod:`deltaops.testing.tolerances`, forward and in every gradient, leave its inputs
+alone and give the same bits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaops.backends import (
+    BottleneckCall,
+    Call,
+    NormBiasCall,
+    PrefixAttentionCall,
+)
+from deltaops.reference import bottleneck, delta_linear, norm_bias, prefix_attention
+
+from .adapter_cases import BOTTLENECK_CASES, NORM_BIAS_CASES
+from .cases import DELTA_LINEAR_CASES, ROUTED_CASES
+from .compare import assert_accurate
+from .prefix_attention_cases import PREFIX_ATTENTION_CASES
+
+Results = dict[str, Tensor]
+DTYPES = {
+    "f32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32parameters": (torch.bfloat16, torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One call on given tensors."""
+
+    call: Call
+    inputs: dict[str, Tensor | None]
+    run: Callable[[Any, bool], Results]
+    """(implementation, whether in float64) → forward results and gradients by name."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A case of one op in one choice of dtypes; ``str`` is its test id."""
+
+    op: str
+    case: Any
+    dtypes: str
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.case}-{self.dtypes}"
+
+    def refused(self, backend: Any) -> str | None:
+        """Why ``backend`` does not run it, in words; None where it does."""
+        prepared = self._prepared()
+        if not hasattr(backend, METHODS[self.op]):
+            return f"{backend.name} has no {self.op}"
+        reason: str | None = backend.unsupported(prepared.call) or backend.unavailable()
+        return reason
+
+    def results(self, backend: Any) -> Results:
+        """What ``backend`` gives, forward and backward, by name."""
+        return self._prepared().run(backend, False)
+
+    def run(self, backend: Any) -> None:
+        """Raises: AssertionError with what is off and by how much."""
+        prepared = self._prepared()
+        before = {n: t.clone() for n, t in prepared.inputs.items() if t is not None}
+        got, again = prepared.run(backend, False), prepared.run(backend, False)
+        for name, old in before.items():
+            if not torch.equal(old, prepared.inputs[name]):  # type: ignore[arg-type]  # as before
+                raise AssertionError(f"{self}: the input {name} was changed")
+        oracle, low = prepared.run(_REFERENCE, True), prepared.run(_REFERENCE, False)
+        for name, actual in got.items():
+            assert_accurate(actual, oracle[name], low[name], f"{self}: {name}")
+            if not torch.equal(actual, again[name]):
+                raise AssertionError(f"{self}: {name} has other bits on a second run")
+
+    def _prepared(self) -> Prepared:
+        return _PREPARE[self.op](self.case, *DTYPES[self.dtypes])
+
+
+def checks(ops: Iterable[str] | None = None) -> list[Check]:
+    """All of them, or those of some of the ops delta_linear, bottleneck, norm_bias and
+    prefix_attention."""
+    return [
+        Check(op, case, dtypes) for op in ops or _CASES for case in _CASES[op] for dtypes in DTYPES
+    ]
+
+
+# ------------------------------------------------------------------------------------ the ops
+
+
+def _delta_linear(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    t = case.tensors(dtype, adapter_dtype=narrow)
+    grad_y = case.grad_y(dtype)
+    count = len(t.a)
+    names = ["x", "bias", *(f"{kind}.{i}" for kind in ("a", "b", "bias") for i in range(count))]
+
+    def run(backend: Any, widen: bool) -> Results:
+        given, grad = (t.to(torch.float64), grad_y.double()) if widen else (t, grad_y)
+        y, s = backend.forward(*given.forward_arguments())
+        needs = given.all_needed()
+        grads = backend.backward(*given.backward_arguments(grad, s), needs, *given.by_row())
+        wanted = [name for name, need in zip(names, needs, strict=True) if need]
+        return {"y": y, "s": s} | _named(wanted, grads)
+
+    inputs = {"x": t.x, "weight": t.weight, "bias": t.bias}
+    inputs |= {f"a.{i}": a for i, a in enumerate(t.a)} | {f"b.{i}": b for i, b in enumerate(t.b)}
+    return Prepared(t.call(), inputs, run)
+
+
+def _bottleneck(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    t = case.tensors(dtype, parameter_dtype=narrow)
+    grad_y = case.grad_y(dtype)
+
+    def run(backend: Any, widen: bool) -> Results:
+        given, grad = (t.to(torch.float64), grad_y.double()) if widen else (t, grad_y)
+        y, h, stats = backend.bottleneck_forward(*given.forward_arguments())
+        arguments = given.backward_arguments(grad, h, stats)
+        grads = backend.bottleneck_backward(*arguments, given.needs())
+        return {"y": y, "h": h, "stats": stats} | _named(given.leaves(), grads)
+
+    parameters = tuple(p.dtype for p in (t.down, t.gamma, t.beta) if p is not None)
+    call = BottleneckCall(
+        "cpu", dtype, parameters, case.m, case.k, case.r, case.activation, case.norm
+    )
+    return Prepared(call, t.leaves() | {"residual": t.residual}, run)
+
+
+def _norm_bias(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    x, gamma, bias = case.tensors(dtype, parameter_dtype=narrow)
+    grad_y = case.grad_y(dtype)
+    needs = (True, gamma is not None, bias is not None)
+
+    def run(backend: Any, widen: bool) -> Results:
+        given: list[Any] = [x, gamma, bias, grad_y]
+        if widen:
+            given = [None if t is None else t.double() for t in given]
+        *rest, grad = given
+        y, stats = backend.norm_bias_forward(*rest, 1e-5, case.norm)
+        dtype_of = torch.float64 if widen else narrow
+        grads = backend.norm_bias_backward(
+            grad, given[0], stats, given[1], dtype_of, case.norm, needs
+        )
+        wanted = [n for n, need in zip(("x", "gamma", "bias"), needs, strict=True) if need]
+        return {"y": y, "stats": stats} | _named(wanted, grads)
+
+    parameters = tuple(p.dtype for p in (gamma, bias) if p is not None)
+    call = NormBiasCall("cpu", dtype, parameters, case.m, case.k, case.norm)
+    return Prepared(call, {"x": x, "gamma": gamma, "bias": bias}, run)
+
+
+def _prefix_attention(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    t = case.tensors(dtype)
+    grad_y = case.grad_y(dtype)
+    names = ("q", "k", "v", "prefix_k", "prefix_v")
+
+    def run(backend: Any, widen: bool) -> Results:
+        given, grad = (t.to(torch.float64), grad_y.double()) if widen else (t, grad_y)
+        y, lse = backend.prefix_attention_forward(*given.forward_arguments(), **given.more)
+        arguments = given.backward_arguments(grad, y, lse)
+        grads = backend.prefix_attention_backward(*arguments, (True,) * 5, **given.more)
+        # infinite where a query sees no key, in each alike: the norms of differences want numbers
+        return {"y": y, "lse": lse.masked_fill(lse.isinf(), 0.0)} | _named(names, grads)
+
+    rest = t.rest
+    call = PrefixAttentionCall.of(rest.q, rest.k, t.prefix_k, rest.mask, rest.causal, t.bias)
+    return Prepared(call, dict(zip(names, t.inputs, strict=True)), run)
+
+
+def _named(names: Iterable[str], grads: list[Tensor]) -> Results:
+    return {f"grad of {name}": g for name, g in zip(names, grads, strict=True)}
+
+
+class _Reference:
+    """The reference with the names of a backend's methods."""
+
+    forward = staticmethod(delta_linear.forward)
+    backward = staticmethod(delta_linear.backward)
+    bottleneck_forward = staticmethod(bottleneck.forward)
+    bottleneck_backward = staticmethod(bottleneck.backward)
+    norm_bias_forward = staticmethod(norm_bias.forward)
+    norm_bias_backward = staticmethod(norm_bias.backward)
+    prefix_attention_forward = staticmethod(prefix_attention.forward)
+    prefix_attention_backward = staticmethod(prefix_attention.backward)
+
+
+_REFERENCE = _Reference()
+METHODS = {
+    "delta_linear": "forward",
+    "bottleneck": "bottleneck_forward",
+    "norm_bias": "norm_bias_forward",
+    "prefix_attention": "prefix_attention_forward",
+}
+_PREPARE: dict[str, Callable[..., Prepared]] = {
+    "delta_linear": _delta_linear,
+    "bottleneck": _bottleneck,
+    "norm_bias": _norm_bias,
+    "prefix_attention": _prefix_attention,
+}
+_CASES: dict[str, tuple[Any, ...]] = {
+    "delta_linear": (*DELTA_LINEAR_CASES, *ROUTED_CASES),
+    "bottleneck": BOTTLENECK_CASES,
+    "norm_bias": NORM_BIAS_CASES,
+    "prefix_attention": PREFIX_ATTENTION_CASES,
+}

@@ -1,0 +1,315 @@
+"""``deltaops.jax`` as a backend, so that the conformance checks can hold it to the reference.
+
+Calls go where JAX's differentiable functions go: through XLA, compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaops.backends import (
+    BottleneckCall,
+    Call,
+    DeltaLinearCall,
+    NormBiasCall,
+    PrefixAttentionCall,
+)
+from deltaops.bindings.jax import adapters, attention, linear
+from deltaops.bindings.jax.autodiff import Op
+from deltaops.bindings.settings import drop_threshold
+from deltaops.native import ACTIVATIONS, NORMS
+
+from .on_numpy import array, pairs, tensor
+
+TAKES = (DeltaLinearCall, BottleneckCall, NormBiasCall, PrefixAttentionCall)
+
+
+def _operands(**named: Any) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(a) for name, a in named.items() if a is not None}
+
+
+def _tensor(a: jax.Array) -> Tensor:
+    return tensor(np.array(a))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(op: Op, settings: Any, operands: dict[str, jax.Array]) -> Any:
+    return op.forward(settings, operands, True)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 4))
+def _backward(
+    op: Op,
+    settings: Any,
+    operands: dict[str, jax.Array],
+    grad_y: jax.Array,
+    wanted: tuple[str, ...],
+) -> Any:
+    return op.backward(settings, operands, grad_y, wanted)
+
+
+def _gradients(
+    op: Op,
+    settings: Any,
+    operands: dict[str, jax.Array],
+    grad_y: Any,
+    names: Sequence[str],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    wanted = tuple(name for name, need in zip(names, needs, strict=True) if need)
+    found = _backward(op, settings, operands, jnp.asarray(grad_y), wanted)
+    return [_tensor(found[name]) for name in wanted]
+
+
+class JaxBackend:
+    """Each call through a compiled XLA program, with torch's thread count."""
+
+    name = "jax"
+
+    def unavailable(self) -> str | None:
+        """None: where JAX is missing this file cannot be imported."""
+        return None
+
+    def unsupported(self, call: Call) -> str | None:
+        """None, or what it does not take."""
+        if not isinstance(call, TAKES):
+            return f"has no {call.op}"
+        if isinstance(call, PrefixAttentionCall) and call.biased:
+            return "takes no bias on the scores"
+        known = (torch.float32, torch.bfloat16)
+        return None if call.dtype in known else f"takes float32 and bfloat16, not {call.dtype}"
+
+    def outrun(self, call: Call) -> str | None:
+        """Never."""
+        return None
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+        seed: Tensor | None,
+        adapter: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.Backend`."""
+        settings = self._settings(weight, scaling, dropout, activation)
+        operands = self._layer(weight, a, b, seed, adapter, settings)
+        operands |= _operands(x=array(x), bias=array(bias))
+        operands |= _operands(**{f"bias.{i}": array(t) for i, t in enumerate(branch_bias)})
+        y, kept = _forward(linear.DELTA_LINEAR, settings, operands)
+        return _tensor(y), _tensor(kept["s"])
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        s: Tensor,
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+        seed: Tensor | None,
+        needs: Sequence[bool],
+        adapter: Tensor | None = None,
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.Backend`."""
+        settings = self._settings(weight, scaling, dropout, activation)
+        operands = self._layer(weight, a, b, seed, adapter, settings)
+        operands |= _operands(x=array(x), s=array(s))
+        names = ["x", "bias", *(n for kind in ("a", "b", "bias") for n in settings.names(kind))]
+        return _gradients(linear.DELTA_LINEAR, settings, operands, array(grad_y), names, needs)
+
+    @staticmethod
+    def _settings(
+        weight: Tensor,
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+    ) -> linear.Settings:
+        return linear.Settings(
+            tuple(scaling),
+            tuple(drop_threshold("delta_linear", p) for p in dropout),
+            tuple(ACTIVATIONS[name] for name in activation),
+            weight.stride(1) != 1,
+            torch.get_num_threads(),
+        )
+
+    @staticmethod
+    def _layer(
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        seed: Tensor | None,
+        adapter: Tensor | None,
+        settings: linear.Settings,
+    ) -> dict[str, jax.Array]:
+        whole = int(seed) & 0xFFFFFFFFFFFFFFFF if seed is not None else 0
+        return _operands(
+            weight=array(weight.t() if settings.transposed else weight),
+            seed=np.array([whole & 0xFFFFFFFF, whole >> 32], np.uint32),
+            adapter=array(adapter),
+            **{f"a.{i}": array(t) for i, t in enumerate(a)},
+            **{f"b.{i}": array(t) for i, t in enumerate(b)},
+        )
+
+    def bottleneck_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        scaling: float,
+        eps: float,
+        activation: str,
+        norm: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        settings = self._bottleneck(residual is x, scaling, eps, activation, norm)
+        operands = _operands(
+            x=array(x),
+            residual=None if residual is x else array(residual),
+            gamma=array(gamma),
+            beta=array(beta),
+            down=array(down),
+            down_bias=array(down_bias),
+            up=array(up),
+            up_bias=array(up_bias),
+        )
+        y, kept = _forward(adapters.BOTTLENECK, settings, operands)
+        none = torch.empty((0, 2))
+        return _tensor(y), _tensor(kept["h"]), _tensor(kept["stats"]) if "stats" in kept else none
+
+    def bottleneck_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        h: Tensor,
+        stats: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        activation: str,
+        norm: str,
+        residual_is_x: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        settings = self._bottleneck(residual_is_x, scaling, 0.0, activation, norm)
+        operands = _operands(
+            x=array(x),
+            h=array(h),
+            stats=None if norm == "none" else array(stats),
+            gamma=array(gamma),
+            beta=array(beta),
+            down=array(down),
+            up=array(up),
+            # their values are not read
+            down_bias=array(down.new_zeros(down.shape[0])),
+            up_bias=array(up.new_zeros(up.shape[0])),
+        )
+        names = ("x", "gamma", "beta", "down", "down_bias", "up", "up_bias")
+        op = adapters.BOTTLENECK
+        return _gradients(op, settings, operands, array(grad_y), names, needs)
+
+    @staticmethod
+    def _bottleneck(
+        own: bool, scaling: float, eps: float, activation: str, norm: str
+    ) -> adapters.Bottleneck:
+        threads = torch.get_num_threads()
+        return adapters.Bottleneck(own, scaling, eps, ACTIVATIONS[activation], NORMS[norm], threads)
+
+    def norm_bias_forward(
+        self, x: Tensor, gamma: Tensor | None, bias: Tensor | None, eps: float, norm: str
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        settings = adapters.NormBias(eps, NORMS[norm], torch.get_num_threads())
+        operands = _operands(x=array(x), gamma=array(gamma), bias=array(bias))
+        y, kept = _forward(adapters.NORM_BIAS, settings, operands)
+        return _tensor(y), _tensor(kept["stats"])
+
+    def norm_bias_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        stats: Tensor,
+        gamma: Tensor | None,
+        dtype: torch.dtype,
+        norm: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        settings = adapters.NormBias(0.0, NORMS[norm], torch.get_num_threads())
+        bias = array(grad_y.new_zeros(grad_y.shape[1], dtype=dtype))  # its values are not read
+        operands = _operands(x=array(x), stats=array(stats), gamma=array(gamma), bias=bias)
+        names = ("x", "gamma", "bias")
+        return _gradients(adapters.NORM_BIAS, settings, operands, array(grad_y), names, needs)
+
+    def prefix_attention_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
+        settings = attention.Settings(scale, causal, torch.get_num_threads())
+        operands = self._heads(q, k, v, prefix_k, prefix_v, mask)
+        y, kept = _forward(attention.PREFIX_ATTENTION, settings, operands)
+        return _tensor(y), _tensor(kept["lse"])
+
+    def prefix_attention_backward(
+        self,
+        grad_y: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        needs: Sequence[bool],
+        bias: Tensor | None = None,
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
+        settings = attention.Settings(scale, causal, torch.get_num_threads())
+        operands = self._heads(q, k, v, prefix_k, prefix_v, mask)
+        operands |= _operands(y=array(y), lse=array(lse))
+        names = attention.TRAINED
+        op = attention.PREFIX_ATTENTION
+        return _gradients(op, settings, operands, array(grad_y), names, needs)
+
+    @staticmethod
+    def _heads(*tensors: Tensor | None) -> dict[str, jax.Array]:
+        *trained, mask = tensors
+        named = dict(zip(attention.TRAINED, map(array, trained), strict=True))
+        return _operands(**named, mask=pairs(mask))

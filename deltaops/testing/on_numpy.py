@@ -1,0 +1,306 @@
+"""``deltaops.numpy`` as a backend, so that the conformance checks can hold it to the reference."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaops.backends import (
+    BottleneckCall,
+    Call,
+    DeltaLinearCall,
+    NormBiasCall,
+    PrefixAttentionCall,
+)
+from deltaops.bindings import numpy as on_numpy
+
+Array = np.ndarray[Any, np.dtype[Any]]
+TAKES = (DeltaLinearCall, BottleneckCall, NormBiasCall, PrefixAttentionCall)
+
+
+def array(t: Tensor | None) -> Any:
+    """The same memory as a NumPy array; None for None."""
+    if t is None or t.dtype != torch.bfloat16:
+        return None if t is None else t.detach().numpy()
+    import ml_dtypes
+
+    return t.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def tensor(a: Array) -> Tensor:
+    """The same memory as a tensor."""
+    if a.dtype.name == "bfloat16":
+        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
+def pairs(mask: Tensor | None) -> Any:
+    """A mask without what it repeats, contiguous."""
+    if mask is None:
+        return None
+    once = mask[tuple(slice(None if step else 1) for step in mask.stride())]
+    return once.contiguous().numpy()
+
+
+def adjacent(t: Tensor) -> Tensor:
+    """With adjacent elements in the last axis."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class NumpyBackend:
+    """Each call through NumPy arrays over the tensors' memory, with torch's thread count."""
+
+    name = "numpy"
+
+    def unavailable(self) -> str | None:
+        """None, or what is missing."""
+        found = importlib.util.find_spec("ml_dtypes")
+        return None if found else "bfloat16 needs ml_dtypes: pip install ml_dtypes"
+
+    def unsupported(self, call: Call) -> str | None:
+        """None, or what it does not take."""
+        if not isinstance(call, TAKES):
+            return f"has no {call.op} here"
+        if isinstance(call, PrefixAttentionCall) and call.biased:
+            return "takes no bias on the scores"
+        known = (torch.float32, torch.bfloat16)
+        return None if call.dtype in known else f"takes float32 and bfloat16, not {call.dtype}"
+
+    def outrun(self, call: Call) -> str | None:
+        """Never."""
+        return None
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        branch_bias: Sequence[Tensor | None],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+        seed: Tensor | None,
+        adapter: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.Backend`."""
+        branches = self._branches(a, b, branch_bias, scaling, dropout, activation)
+        y, s = on_numpy.delta_linear_forward(
+            array(x),
+            array(weight),
+            array(bias),
+            branches,
+            seed=0 if seed is None else int(seed),
+            adapter=array(adapter),
+            num_threads=torch.get_num_threads(),
+        )
+        return tensor(y), tensor(s)
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        s: Tensor,
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        activation: Sequence[str],
+        seed: Tensor | None,
+        needs: Sequence[bool],
+        adapter: Tensor | None = None,
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.Backend`."""
+        count = len(a)
+        names = ["x", "bias", *(f"{kind}.{i}" for kind in ("a", "b", "bias") for i in range(count))]
+        # the values of a branch's bias are not read
+        biases = [
+            t.new_empty(t.shape[0]) if need else None
+            for t, need in zip(a, needs[2 + 2 * count :], strict=True)
+        ]
+        found = on_numpy.delta_linear_backward(
+            array(grad_y),
+            array(x),
+            on_numpy.PackedWeight(array(weight), num_threads=torch.get_num_threads()),
+            array(s),
+            self._branches(a, b, biases, scaling, dropout, activation),
+            seed=0 if seed is None else int(seed),
+            adapter=array(adapter),
+            wanted=[name for name, need in zip(names, needs, strict=True) if need],
+            num_threads=torch.get_num_threads(),
+        )
+        return [tensor(grad) for grad in found.values()]
+
+    @staticmethod
+    def _branches(*parts: Sequence[Any]) -> list[on_numpy.Branch]:
+        a, b, bias, *settings = parts
+        return [
+            on_numpy.Branch(array(a_i), array(b_i), scale, drop, name, array(bias_i))
+            for a_i, b_i, bias_i, scale, drop, name in zip(a, b, bias, *settings, strict=True)
+        ]
+
+    def bottleneck_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        scaling: float,
+        eps: float,
+        activation: str,
+        norm: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        y, h, stats = on_numpy.bottleneck_forward(
+            *map(array, (x, down, up, down_bias, up_bias)),
+            residual=array(residual),
+            scaling=scaling,
+            activation=activation,
+            norm=norm,
+            gamma=array(gamma),
+            beta=array(beta),
+            eps=eps,
+            num_threads=torch.get_num_threads(),
+        )
+        return tensor(y), tensor(h), tensor(stats)
+
+    def bottleneck_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        h: Tensor,
+        stats: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        activation: str,
+        norm: str,
+        residual_is_x: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        names = ("x", "gamma", "beta", "down", "down_bias", "up", "up_bias")
+        found = on_numpy.bottleneck_backward(
+            array(grad_y),
+            array(x),
+            array(h),
+            array(stats),
+            array(down),
+            array(up),
+            # their values are not read
+            array(down.new_empty(down.shape[0])),
+            array(up.new_empty(up.shape[0])),
+            residual_is_x=residual_is_x,
+            scaling=scaling,
+            activation=activation,
+            norm=norm,
+            gamma=array(gamma),
+            beta=array(beta),
+            wanted=[name for name, need in zip(names, needs, strict=True) if need],
+            num_threads=torch.get_num_threads(),
+        )
+        return [tensor(grad) for grad in found.values()]
+
+    def norm_bias_forward(
+        self, x: Tensor, gamma: Tensor | None, bias: Tensor | None, eps: float, norm: str
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        threads = torch.get_num_threads()
+        y, stats = on_numpy.norm_bias_forward(
+            *map(array, (x, gamma, bias)), norm=norm, eps=eps, num_threads=threads
+        )
+        return tensor(y), tensor(stats)
+
+    def norm_bias_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        stats: Tensor,
+        gamma: Tensor | None,
+        dtype: torch.dtype,
+        norm: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AdapterBackend`."""
+        like = array(grad_y.new_empty(grad_y.shape[1], dtype=dtype))  # its values are not read
+        found = on_numpy.norm_bias_backward(
+            array(grad_y),
+            array(x),
+            array(stats),
+            array(gamma),
+            like,
+            norm=norm,
+            wanted=[n for n, need in zip(("x", "gamma", "bias"), needs, strict=True) if need],
+            num_threads=torch.get_num_threads(),
+        )
+        return [tensor(grad) for grad in found.values()]
+
+    def prefix_attention_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
+        y, lse = on_numpy.attention_forward(
+            *[array(adjacent(t)) for t in (q, k, v)],
+            scale=scale,
+            causal=causal,
+            mask=pairs(mask),
+            prefix=(array(prefix_k.contiguous()), array(prefix_v.contiguous())),
+            num_threads=torch.get_num_threads(),
+        )
+        return tensor(y), tensor(lse)
+
+    def prefix_attention_backward(
+        self,
+        grad_y: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        needs: Sequence[bool],
+        bias: Tensor | None = None,
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
+        names = ("q", "k", "v", "prefix_k", "prefix_v")
+        found = on_numpy.attention_backward(
+            array(adjacent(grad_y)),
+            array(adjacent(q)),
+            array(adjacent(k)),
+            array(adjacent(v)),
+            array(adjacent(y)),
+            array(lse),
+            scale=scale,
+            causal=causal,
+            mask=pairs(mask),
+            prefix=(array(prefix_k.contiguous()), array(prefix_v.contiguous())),
+            wanted=[name for name, need in zip(names, needs, strict=True) if need],
+            num_threads=torch.get_num_threads(),
+        )
+        return [tensor(grad) for grad in found.values()]

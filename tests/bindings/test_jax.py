@@ -1,0 +1,288 @@
+"""``deltaops.jax`` against plain jax.numpy: gradients, transformations, errors, PEFT's files."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+if importlib.util.find_spec("deltaops._xla") is None:
+    pytest.skip("deltaops was built without jax", allow_module_level=True)
+
+import jax.numpy as jnp  # noqa: E402 -- where jax is
+
+import deltaops.jax as dj  # noqa: E402 -- so too
+from deltaops.errors import (  # noqa: E402 -- so too
+    CheckpointError,
+    ConfigError,
+    DtypeError,
+    GradientError,
+    ShapeError,
+)
+
+M, N, K, R = 6, 5, 7, 3
+
+
+def draw(seed: int, *shape: int, dtype: Any = jnp.float32) -> Any:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+X, W, BIAS, A, B = draw(0, 2, M, K), draw(1, N, K), draw(2, N), draw(3, R, K), draw(4, N, R)
+
+
+def plain(x: Any, bias: Any, a: Any, b: Any) -> Any:
+    return x @ W.T + bias + 2.0 * (x @ a.T) @ b.T
+
+
+def ours(x: Any, bias: Any, a: Any, b: Any) -> Any:
+    return dj.delta_linear(x, W, bias, [dj.Branch(a, b, 2.0)])
+
+
+def loss(layer: Any) -> Any:
+    return lambda *args: jnp.sin(layer(*args)).sum()
+
+
+def close(got: Any, want: Any) -> None:
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_value_and_every_gradient_under_jit() -> None:
+    arguments, every = (X, BIAS, A, B), (0, 1, 2, 3)
+    got = jax.jit(jax.value_and_grad(loss(ours), every))(*arguments)
+    close(got, jax.jit(jax.value_and_grad(loss(plain), every))(*arguments))
+
+
+@pytest.mark.parametrize("which", [0, 3])
+def test_each_gradient_alone(which: int) -> None:
+    arguments = (X, BIAS, A, B)
+    got, want = (jax.jit(jax.grad(loss(layer), which))(*arguments) for layer in (ours, plain))
+    close(got, want)
+
+
+def test_what_nobody_differentiates_for_is_neither_computed_nor_saved() -> None:
+    program = jax.make_jaxpr(jax.grad(loss(ours), 3))(X, BIAS, A, B)
+    (backward,) = [eqn for eqn in program.eqns if "backward" in str(eqn.params.get("target_name"))]
+    shapes = [tuple(v.aval.shape) for v in (*backward.invars, *backward.outvars)]
+    assert shapes == [(2 * M, N), (N, K), (2 * M, R), (R, K), (N, R), (N, R)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_packed_weights_and_flax_kernels_give_the_same_bits(transposed: bool) -> None:
+    weight = W.T if transposed else W
+    packed = dj.pack_weight(weight, transposed=transposed)
+
+    def value(weight: Any, x: Any) -> Any:
+        return dj.delta_linear(x, weight, None, [dj.Branch(A, B)], transposed=transposed).sum()
+
+    expected = jax.value_and_grad(lambda x: dj.delta_linear(x, W, None, [dj.Branch(A, B)]).sum())(X)
+    for layer in (weight, packed):
+        got = jax.jit(jax.value_and_grad(value, 1))(layer, X)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [(1, None, None, None), (0, 0, None, 0)],
+    ids=str,
+)
+def test_vmap(axes: tuple[int | None, ...]) -> None:
+    sizes = {0: 2, 1: M}
+    count = next(sizes[axis] for axis in axes if axis is not None)
+    arguments = [
+        a if axis is None or a is X else jnp.stack([a * (1 + 0.1 * i) for i in range(count)])
+        for a, axis in zip((X, BIAS, A, B), axes, strict=True)
+    ]
+    every = (0, 1, 2, 3)
+    for of in (lambda f: f, lambda f: jax.grad(loss(f), every)):
+        got, want = (jax.jit(jax.vmap(of(layer), axes))(*arguments) for layer in (ours, plain))
+        close(got, want)
+
+
+def test_vmap_of_vmap_and_scan_and_remat() -> None:
+    xs = draw(9, 3, 2, M, K)
+    nested = jax.vmap(jax.vmap(ours, (0, None, None, None)), (0, None, None, None))
+    close(nested(xs, BIAS, A, B), plain(xs, BIAS, A, B))
+
+    def scanned(layer: Any) -> Any:
+        def run(a: Any, b: Any) -> Any:
+            body = jax.checkpoint(lambda total, x: (total + jnp.sin(layer(x, BIAS, a, b)), None))
+            return jax.lax.scan(body, jnp.zeros((2, M, N)), xs)[0].sum()
+
+        return jax.jit(jax.grad(run, (0, 1)))(A, B)
+
+    close(scanned(ours), scanned(plain))
+
+
+def test_dropout_is_of_its_key_and_replayed_backward() -> None:
+    def value(x: Any, key: Any) -> Any:
+        branch = dj.Branch(jnp.eye(K), jnp.eye(K), dropout=0.5)
+        return dj.delta_linear(x, jnp.zeros((K, K)), None, [branch], key=key)
+
+    x, key = jnp.ones((64, K)), jax.random.key(3)
+    y = value(x, key)
+    assert set(np.unique(y)) == {0.0, 2.0}
+    assert 0.3 < float((y > 0).mean()) < 0.7
+    np.testing.assert_array_equal(jax.grad(lambda x: value(x, key).sum())(x), y)
+    assert not np.array_equal(value(x, jax.random.key(4)), y)
+    batch = jax.vmap(value, (0, None))(jnp.stack([x, x]), key)  # one key: one mask
+    np.testing.assert_array_equal(batch, jnp.stack([y, y]))
+
+
+def test_rows_with_a_branch_each() -> None:
+    ids = jnp.array([0, 1, -1, 1, 0, -1], jnp.int32)
+    branches = [dj.Branch(A, B), dj.Branch(2 * A, B)]
+    got = dj.delta_linear(X[0], W, None, branches, adapter=ids)
+    deltas = jnp.stack([(X[0] @ b.a.T) @ b.b.T for b in branches] + [jnp.zeros((M, N))])
+    close(got, X[0] @ W.T + deltas[ids, jnp.arange(M)])
+
+
+def test_bottleneck_norm_bias_and_prefix_attention_have_their_gradients() -> None:
+    gamma, beta = 1 + 0.1 * draw(5, K), draw(6, K)
+    down, up = draw(7, R, K), draw(8, K, R)
+
+    def norm(x: Any, gamma: Any, beta: Any) -> Any:
+        centred = x - x.mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gamma + beta
+
+    def adapter(x: Any, gamma: Any, beta: Any, down: Any, up: Any) -> Any:
+        return x + jax.nn.silu(norm(x, gamma, beta) @ down.T) @ up.T
+
+    def fused(x: Any, gamma: Any, beta: Any, down: Any, up: Any) -> Any:
+        settings = {"activation": "silu", "norm": "layer", "gamma": gamma, "beta": beta}
+        return dj.bottleneck(x, down, up, **settings)
+
+    cases = [
+        (dj.norm_bias, norm, (X, gamma, beta)),
+        (fused, adapter, (X, gamma, beta, down, up)),
+        (dj.prefix_attention, _attention, _heads()),
+    ]
+    for op, reference, arguments in cases:
+        every = tuple(range(len(arguments)))
+        close(
+            jax.jit(jax.value_and_grad(loss(op), every))(*arguments),
+            jax.jit(jax.value_and_grad(loss(reference), every))(*arguments),
+        )
+
+
+def _heads() -> tuple[Any, ...]:
+    own = (draw(10, 2, 4, 5, 8), draw(11, 2, 2, 9, 8), draw(12, 2, 2, 9, 8))
+    return (*own, draw(13, 2, 3, 8), draw(14, 2, 3, 8))
+
+
+def _attention(q: Any, k: Any, v: Any, prefix_k: Any, prefix_v: Any) -> Any:
+    joined = [
+        jnp.concatenate([jnp.broadcast_to(p, (2, *p.shape)), own], 2).repeat(2, 1)
+        for p, own in ((prefix_k, k), (prefix_v, v))
+    ]
+    weights = jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", q, joined[0]) / 8**0.5, -1)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, joined[1])
+
+
+def test_the_weight_is_frozen_and_second_order_is_refused() -> None:
+    with pytest.raises(GradientError, match="weight is frozen"):
+        jax.grad(lambda w: dj.delta_linear(X, w).sum())(W)
+    close(
+        jax.grad(lambda x, w: dj.delta_linear(x, jax.lax.stop_gradient(w)).sum())(X, W),
+        jnp.broadcast_to(W.sum(0), X.shape),
+    )
+    with pytest.raises(Exception, match="cannot be differentiated"):
+        jax.hessian(lambda a: loss(ours)(X, BIAS, a, B))(A)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: dj.delta_linear(X.astype(jnp.float16), W), DtypeError, "x must be float32 or bf"),
+        (lambda: dj.delta_linear(X, W.astype(jnp.bfloat16)), DtypeError, "weight must be float32"),
+        (lambda: dj.delta_linear(X, W[0]), ShapeError, r"weight must be \[any, any\], got \[7\]"),
+        (lambda: dj.delta_linear(jnp.float32(1), W), ShapeError, r"x must be \[any\], got \[\]"),
+        (lambda: dj.delta_linear(X, W, BIAS[:2]), ShapeError, r"bias must be \[5\], got \[2\]"),
+        (lambda: dj.delta_linear(X, W, None, [dj.Branch(B, A)]), ShapeError, r"\[0\].a must be"),
+        (lambda: dj.delta_linear(X, W, None, [dj.Branch(A, B, dropout=0.1)]), ConfigError, "key"),
+        (lambda: dj.delta_linear(X, W, num_threads=0), ConfigError, "num_threads must be"),
+        (lambda: dj.bottleneck(X, A, A), ShapeError, r"up must be \[7, 3\]"),
+        (lambda: dj.norm_bias(X, norm="batch"), ConfigError, "norm must be one of layer, rms"),
+    ],
+)  # fmt: skip
+def test_errors_name_what_is_wrong(call: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        call()
+
+
+def test_a_number_that_is_no_branch_is_refused_at_run_time() -> None:
+    ids = jnp.full(M, 7, jnp.int32)
+    with pytest.raises(Exception, match=r"adapter\[0\] must be the number of one of 1 branches"):
+        dj.delta_linear(X[0], W, None, [dj.Branch(A, B)], adapter=ids).block_until_ready()
+
+
+def test_lora_fine_tune_with_the_same_peft_files_in_and_out(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    import torch
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    weights = [(jnp.asarray(m.weight.detach().numpy()), jnp.asarray(m.bias.detach().numpy()))
+               for m in (base[0], base[2])]  # fmt: skip
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "in")
+    branches, found = dj.load_lora(tmp_path / "in")
+    assert sorted(branches) == ["0", "2"]
+
+    def model(branches: Any, x: Any) -> Any:
+        hidden = jax.nn.relu(dj.delta_linear(x, *weights[0], [branches["0"]]))
+        return dj.delta_linear(hidden, *weights[1], [branches["2"]])
+
+    x = draw(20, 64, 8)
+    target = jnp.stack([x[:, 0] * x[:, 1], jnp.abs(x[:, 2])], 1)
+
+    @jax.jit
+    def step(branches: Any) -> Any:
+        value, grads = jax.value_and_grad(lambda b: ((model(b, x) - target) ** 2).mean())(branches)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, branches, grads)
+
+    first, branches = step(branches)
+    for _ in range(60):
+        last, branches = step(branches)
+    assert last < 0.7 * first
+    dj.save_lora(tmp_path / "out", branches, found)
+
+    fresh = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    for layer, (weight, bias) in zip((fresh[0], fresh[2]), weights, strict=True):
+        layer.weight.data = torch.from_numpy(np.array(weight))
+        layer.bias.data = torch.from_numpy(np.array(bias))
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "out")
+    with torch.no_grad():
+        y = loaded(torch.from_numpy(np.array(x)))
+    close(y.numpy(), model(branches, x))
+    again, same = dj.load_lora(tmp_path / "out")
+    assert same == found
+    jax.tree.map(np.testing.assert_array_equal, again, branches)
+
+
+def test_a_file_that_says_more_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    import torch
+
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="plain LoRA, and has use_dora=True"):
+        dj.load_lora(tmp_path)
+    with pytest.raises(CheckpointError, match="could not be read"):
+        dj.load_lora(tmp_path / "nowhere")
+
+
+def test_flax_example_learns() -> None:
+    pytest.importorskip("flax")
+    path = Path(__file__).resolve().parents[2] / "csrc" / "examples" / "nnx_lora.py"
+    spec = importlib.util.spec_from_file_location("deltaops_nnx_lora", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    first, last = module.fine_tune()
+    assert last < first / 5
