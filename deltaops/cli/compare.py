@@ -66,6 +66,9 @@ def compare(
 
     Example:  deltaops compare --train train.csv --only accuracy --seeds 0,1,2
               --few-shot 5 --parameters 50000 --methods lora,prefix,lora+bitfit,MAM
+
+    Example:  deltaops compare --train train.csv --only accuracy
+              --methods lora,lora:r=2,alpha=4@importance:parameters=60000,every=5
     """
     from deltaops.errors import ConfigError
     from deltaops.files import check_folder

@@ -19,7 +19,6 @@ from deltaops.measure.compare.lines import HEADS, Learned, Record, Settings
 from deltaops.measure.compare.reader import NAMED, TRAINED, Material, few
 from deltaops.measure.compare.report import table_markdown
 from deltaops.measure.compare.run import Wish, fill, work
-from deltaops.measure.compare.steer import Moments, Training, steered_by
 from deltaops.measure.compare.store import Comparison, begin, read_table
 from deltaops.methods import Combined
 from deltaops.surgery import Handle
@@ -238,54 +237,20 @@ def test_means_and_deviations_are_told() -> None:
 # --------------------------------------------------------------------------------------- steer
 
 
-def test_what_steers_is_called_and_may_take_parameters_away(material: Material) -> None:
-    told: list[tuple[str, int]] = []
-
-    def steer(training: Training) -> Moments:
-        assert training.steps == 5
-        moments = Moments()
-
-        def before(step: int, loss: float) -> None:
-            assert any(p.grad is not None for p in training.handle.parameters())
-            told.append(("before", step))
-
-        def after(step: int, loss: float) -> None:
-            told.append(("after", step))
-            if step == 2:
-                for p in list(training.handle.parameters())[1:]:
-                    p.requires_grad_(False)
-
-        def evaluated(scores: dict[str, float]) -> None:
-            told.append(("evaluation", round(100 * scores["accuracy"]) >= 0))
-
-        moments.before_step.append(before)
-        moments.after_step.append(after)
-        moments.after_evaluation.append(evaluated)
-        return moments
-
-    line = replace(chosen("bitfit")[0], name="steered", steer=steer)
-    found = learn.learn(line, material, replace(SETTINGS, steps=5), 0)
-    assert [one for one in told if one[0] != "evaluation"] == [
-        (what, step) for step in range(1, 6) for what in ("before", "after")
-    ]
-    assert [what for what, _ in told].count("evaluation") == 5
-    whole = describe(line, material, 0).trained
-    assert found.trained is not None
-    assert 0 < found.trained < whole
-
-
 class Counting:
     """A controller that freezes all but one parameter after its first evaluation."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.calls: list[str] = []
+        self.failed: dict[str, str] = {}
 
     def begin(self, handle: Handle, optimizer: object, *, steps: int | None = None) -> None:
         self.handle = handle
         self.calls.append(f"begin of {steps}")
 
     def after_backward(self, loss: float) -> None:
+        assert any(p.grad is not None for p in self.handle.parameters())
         self.calls.append("backward")
 
     def after_step(self) -> None:
@@ -301,6 +266,13 @@ class Counting:
         self.calls.append("close")
 
 
+class Failed(Counting):
+    """One with a part that raised."""
+
+    def close(self) -> None:
+        self.failed = {"head": "why"}
+
+
 def test_a_controller_is_one_more_line(material: Material) -> None:
     made: list[Counting] = []
 
@@ -308,9 +280,7 @@ def test_a_controller_is_one_more_line(material: Material) -> None:
         made.append(Counting(seed))
         return made[-1]
 
-    line = replace(
-        chosen("bitfit")[0], name="controller", title="Controller", steer=steered_by(make)
-    )
+    line = replace(chosen("bitfit")[0], name="controller", title="Controller", steer=make)
     asked = replace(wish("bitfit", 0, 1), contenders=(line,))
     settings = replace(SETTINGS, steps=2, few_shot=2)
     table, stopped = fill(Comparison(settings, MACHINE, ()), asked, material, None)
@@ -322,3 +292,19 @@ def test_a_controller_is_one_more_line(material: Material) -> None:
     assert record.learned is not None
     text = table_markdown(settings, MACHINE, table.records, "p.png")
     assert f"Controller: {record.learned.trained:,} parameters train at the end." in text
+
+
+def test_a_controller_stands_behind_an_at(material: Material) -> None:
+    spec = "lora:r=2,alpha=4@importance:parameters=3000,every=2,settle=1"
+    (line,) = chosen(f"{spec},warmup=1")
+    assert (line.name, line.spec) == (f"{spec},warmup=1", "lora:r=2,alpha=4")
+    assert budget.sized(line, material.encoder, 10) is line
+    found = learn.learn(line, material, replace(SETTINGS, steps=5), 0)
+    assert found.trained is not None
+    assert found.trained <= 3000 < describe(line, material, 0).trained
+
+    with pytest.raises(ConfigError, match="head failed, so the line is not its"):
+        learn.learn(replace(line, steer=lambda seed: Failed(seed)), material, SETTINGS, 0)
+    for odd, told in (("full@monitor", "steers a delta"), ("lora@importence", "importance")):
+        with pytest.raises(ConfigError, match=told):
+            chosen(odd)

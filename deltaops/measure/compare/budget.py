@@ -25,12 +25,12 @@ LARGEST = 1 << 16
 
 
 def sized(contender: Contender, encoder: nn.Module, parameters: int) -> Contender:
-    """The contender with about so many trained parameters; one without a delta as it is.
+    """The contender with about so many trained parameters; as it is without a delta, or steered.
 
     Raises: ConfigError where the encoder cannot have its delta at all.
     """
     delta = contender.delta()
-    if delta is None:
+    if delta is None or contender.steer is not None:
         return contender
     if isinstance(delta, Combined):
         found: Delta | Combined = _shared_out(delta, encoder, parameters)

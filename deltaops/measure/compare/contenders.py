@@ -16,7 +16,7 @@ from deltaops.methods import METHODS, Combined, Delta, parts_of
 from deltaops.tuning.spec import parse_delta
 
 from .reader import NAMED
-from .steer import Steer
+from .steer import Steer, steered_by
 
 FULL, HEAD = "full", "head"
 """Without a delta: everything trained, and nothing but the head, where that is one to train."""
@@ -45,7 +45,7 @@ class Contender:
     sized: Delta | Combined | None = None
     """Takes the place of ``spec``'s delta where it is sized to a number of parameters."""
     steer: Steer | None = None
-    """What acts on the delta as it trains."""
+    """What acts on the delta as it trains. It is not sized then: a controller has its budget."""
 
     def delta(self, modules_to_save: tuple[str, ...] = ()) -> Delta | Combined | None:
         """What is attached, with these modules trained beside it; None without one."""
@@ -137,7 +137,8 @@ def chosen(names: str | None, head: str = NAMED) -> list[Contender]:
 
     Args:
         names: of the table's lines, or deltas as ``deltaops tune --delta`` takes them, such as
-            ``lora:r=8,alpha=16+bitfit`` or MAM, between commas.
+            ``lora:r=8,alpha=16+bitfit`` or MAM, between commas; either may have a controller
+            behind an @, as ``deltaops tune --controller`` takes it.
         head: as for :func:`contenders`.
     Raises: ConfigError.
     """
@@ -169,7 +170,17 @@ def _pieces(names: str) -> Iterator[str]:
 
 
 def _written(spec: str, known: dict[str, Contender]) -> Contender:
-    """A line for a delta that none of the table's has."""
+    """A line for a delta that none of the table's has, or for one that is steered."""
+    spec, at, parts = (text.strip() for text in spec.partition("@"))
+    if at:
+        line = known[spec] if spec in known else _written(spec, known)
+        if not line.spec:
+            raise ConfigError(
+                f"--methods: a controller steers a delta, and {spec!r} has none. Leave out "
+                f"@{parts}, or name a method."
+            )
+        title = f"{line.title} @ {parts}"
+        return replace(line, name=f"{spec}@{parts}", title=title, steer=steered_by(parts))
     try:
         delta = parse_delta(spec)
     except ConfigError as error:

@@ -18,7 +18,7 @@ from .build import Model, count, groups, set_up, trains
 from .contenders import Contender
 from .lines import Learned, Settings
 from .reader import Material, by_length, few
-from .steer import EVALUATIONS, Moments, Training
+from .steer import EVALUATIONS, Controlling
 
 TRIAL = 3
 """A learning rate is tried on a third of the steps."""
@@ -104,48 +104,33 @@ def trained(
     fit, held = data
     model, handle = set_up(contender, material, seed)
     optimizer = make_optimizer(groups(model, handle, contender, settings.head_rate), 1.0)
-    moments = Moments()
+    controller: Controlling | None = None
     if contender.steer is not None:
         assert handle is not None  # only deltas are steered
-        moments = contender.steer(Training(model, handle, optimizer, settings.steps, seed))
+        controller = contender.steer(seed)
+        controller.begin(handle, optimizer, steps=settings.steps)
     pause = max(1, settings.steps // EVALUATIONS)
     losses: list[float] = []
 
     def after(point: Point) -> None:
         losses.append(point.loss)
-        if moments.after_evaluation and held is not None and point.step % pause == 0:
-            scores = _test(model, held, settings.batch_size)
-            for tell in moments.after_evaluation:
-                tell(scores)
+        if controller is not None and held is not None and point.step % pause == 0:
+            controller.after_evaluation(_test(model, held, settings.batch_size))
         tick()
 
     began = time.perf_counter()
     train(
         model, fit, Order(len(fit), settings.batch_size, seed), optimizer,
-        Schedule(settings.steps, 1.0), on_step=after, steer=_Asked(moments),
+        Schedule(settings.steps, 1.0), on_step=after, steer=controller,
     )  # fmt: skip
-    for end in moments.at_end:
-        end()
+    if controller is not None:
+        controller.close()
+        for part, why in controller.failed.items():
+            raise ConfigError(f"{contender.title}: {part} failed, so the line is not its: {why}.")
     return model, losses[-1], time.perf_counter() - began
 
 
 # --------------------------------------------------------------------------------------- details
-
-
-class _Asked:
-    """What the loop tells, to the lists of :class:`Moments`."""
-
-    def __init__(self, moments: Moments) -> None:
-        self._moments, self._step, self._loss = moments, 0, 0.0
-
-    def after_backward(self, loss: float) -> None:
-        self._step, self._loss = self._step + 1, loss
-        for call in self._moments.before_step:
-            call(self._step, loss)
-
-    def after_step(self) -> None:
-        for call in self._moments.after_step:
-            call(self._step, self._loss)
 
 
 def _texts(
