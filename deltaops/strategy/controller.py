@@ -384,10 +384,23 @@ class Controller:
         told = f"{type(error).__name__}: {error}"
         self.failed[part.name] = f"{told} (step {self._run.step}, {moment})"
         self._run.parts = self._live()
+        undone = self._leave(part)
         trace = "".join(traceback.format_exception(error))
-        reason = f"{told}; the part is off from here on, and what it had changed is undone"
+        reason = f"{told}; the part is off from here on, and what it had changed is {undone}"
         event = {"kind": "error", "delta": "", "reason": reason, "detail": {"traceback": trace}}
         self._record(part.name, moment, event)
+
+    def _leave(self, part: Part) -> str:
+        """Have it take back what it changed for a time alone; tells what came of it."""
+        leave = getattr(part, "leave", None)
+        if leave is None:
+            return "undone"
+        self._objects = None
+        try:
+            leave(self._run)
+        except Exception as error:  # as in _ask
+            return f"not all undone ({type(error).__name__}: {error})"
+        return "undone"
 
     def _live(self) -> tuple[Part, ...]:
         return tuple(part for part in self.parts if part.name not in self.failed)

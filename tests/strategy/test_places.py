@@ -1,4 +1,4 @@
-"""A search among places in a controller: resumed to the bit, and undone where it raises."""
+"""A search among places in a controller: resumed to the bit, and its end where it raises."""
 
 from __future__ import annotations
 
@@ -33,16 +33,29 @@ def test_a_search_resumes_to_the_same_bits() -> None:
         assert again.handle.history == straight.handle.history
 
 
-def test_a_search_that_raises_leaves_the_step_as_it_was() -> None:
+def test_a_search_that_raises_gives_every_place_its_own_scale() -> None:
     def fails(model: Any, batch: int) -> Any:
         if loop.controller.run is not None and loop.controller.run.step == 3:
             raise ArithmeticError("no batch")
         return loss_of(model, batch)
 
     loop = Loop(made(fails))
-    loop.begin().train(2)
     delta = loop.handle.delta
+    loop.begin().train(2)
+    assert loop.handle.delta != delta
     loop.train(3)
     assert "no batch" in loop.controller.report()
     assert loop.handle.delta == delta
     loop.train()
+    assert loop.handle.delta == delta
+
+
+def test_a_run_that_ends_before_the_choice_gives_every_place_its_own_scale() -> None:
+    loop = Loop(made())
+    delta = loop.handle.delta
+    loop.begin().train(3)
+    assert loop.handle.delta != delta
+    loop.controller.close()
+    assert loop.handle.delta == delta
+    assert loop.handle.history[-1]["kind"] == "left alone"
+    assert "before the choice at step 6" in loop.handle.history[-1]["reason"]

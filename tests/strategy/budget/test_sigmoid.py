@@ -86,6 +86,12 @@ def test_a_resumed_run_decides_the_same(killed: int, tmp_path: Path) -> None:
         assert torch.equal(tensor, second.handle.state()[key]), key
 
 
+def test_a_second_run_begins_anew() -> None:
+    part = made(until=4)
+    first = train(start(attached(4), 6), part, 6)
+    assert train(start(attached(4), 6), part, 6) == first
+
+
 def test_what_cannot_be_kept_to_is_refused_before_the_first_step() -> None:
     handle = attached(4)
     run = start(handle, STEPS)
