@@ -250,6 +250,15 @@ def test_adapters_have_one_size_for_all_places(delta: Any, tmp_path: Path) -> No
         resize(handle, {handle.sites[0]: 3})
 
 
+def test_adapters_of_several_sizes_can_stay_as_they_are() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(6, 6), "two": nn.Linear(8, 8)})
+    delta = Adapter(reduction_factor=2, target_modules=["one", "two"])
+    handle = deltaops.attach(model, delta)
+    assert resize(handle, {"one": 3, "two": 4}) == ()
+    assert handle.delta == delta
+    assert len(resize(handle, {"one": 4, "two": 4})) == 1
+
+
 def test_dora_and_embeddings_grow_and_shrink(tmp_path: Path) -> None:
     for delta in (LoRA(r=3, use_dora=True), LoRA(r=3, target_modules=["wpe", "c_fc"])):
         handle = attached(GPT2, delta)
