@@ -16,7 +16,8 @@ Adam's first steps there are up to (1 − β₁) / √(1 − β₂) times lr (3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -92,17 +93,15 @@ def resize(
     keep = dict(keep or {})
     _check_ranks(places, ranks, keep)
     key = part_of(handle, part, "resize")
-    changes = []
-    for path, rank in ranks.items():
-        change = _change(places[path], rank, keep.get(path), by, generator)
-        if change is not None:
-            changes.append(change)
-    if not changes:
-        return ()
-    delta = _settings(handle, key, places, {c.place.path: c.row.after for c in changes})
-    removal = Removal(handle, [c.place for c in changes if not c.row.after])
-    exchanges = [exchange for change in changes for exchange in change.exchanges]
-    follow = None if optimizer is None else Follow(optimizer, exchanges)
+    with _drawing(generator):
+        found = [_change(places[p], rank, keep.get(p), by, generator) for p, rank in ranks.items()]
+        changes = [change for change in found if change is not None]
+        if not changes:
+            return ()
+        delta = _settings(handle, key, places, {c.place.path: c.row.after for c in changes})
+        removal = Removal(handle, [c.place for c in changes if not c.row.after])
+        exchanges = [exchange for change in changes for exchange in change.exchanges]
+        follow = None if optimizer is None else Follow(optimizer, exchanges)
     # nothing below can fail for what was asked
     for change in changes:
         for slot, new in change.news:
@@ -157,6 +156,18 @@ def put_settings(handle: Handle, key: str, delta: Delta, places: Iterable[Sized]
 
 
 # --------------------------------------------------------------------------------------- details
+
+
+@contextmanager
+def _drawing(generator: torch.Generator | None) -> Iterator[None]:
+    """What was drawn inside is not where the rest raises."""
+    random = torch.default_generator if generator is None else generator
+    before = random.get_state()
+    try:
+        yield
+    except Exception:
+        random.set_state(before)
+        raise
 
 
 class _Change(NamedTuple):
@@ -327,7 +338,12 @@ def check_handle(handle: Handle, action: str) -> None:
     handle._check_unmerged(action)
 
 
-def _check_paths(places: Mapping[str, Sized], wanted: Iterable[str], action: str) -> None:
+def _check_paths(places: Mapping[str, Sized], wanted: Mapping[str, Any], action: str) -> None:
+    if not isinstance(wanted, Mapping):
+        raise ConfigError(
+            f"{action}: expected a number for each path, got {wanted!r}. Pass {{PATH: NUMBER}}, or "
+            "dict.fromkeys(handle.sites, NUMBER) for all."
+        )
     for path in wanted:
         if path not in places:
             close = ", ".join(nearest(str(path), places)) or ", ".join(list(places)[:5])

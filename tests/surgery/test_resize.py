@@ -298,6 +298,7 @@ def test_a_bad_request_changes_nothing() -> None:
     before = {key: p for key, p in handle.state().items()}
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (TargetError, "Nearest", {"ranks": {path: 2, "transformer.h.0.attn.c_atn": 2}}),
+        (ConfigError, "a number for each path, got 8", {"ranks": 8}),
         (ConfigError, "integer ≥ 0", {"ranks": {path: 2, other: -1}}),
         (ConfigError, "at most 24", {"ranks": {other: 25}}),
         (ConfigError, "distinct components", {"ranks": {path: 2}, "keep": {path: [1, 1]}}),
@@ -306,12 +307,14 @@ def test_a_bad_request_changes_nothing() -> None:
         (ConfigError, "by must be", {"ranks": {path: 2}, "by": "luck"}),
         (ConfigError, "part must name", {"ranks": {path: 2}, "part": "mine"}),
         (ConfigError, "one place at least", {"ranks": dict.fromkeys(handle.sites, 0)}),
-        (ConfigError, "and does not. Make it", {"ranks": {other: 2}, "optimizer": half}),
+        (ConfigError, "and does not. Make it", {"ranks": {other: 6}, "optimizer": half}),
         (ConfigError, "Adafactor cannot follow", {"ranks": {other: 2}, "optimizer": odd}),
     ]
+    random = torch.get_rng_state()
     for error, message, request in bad:
         with pytest.raises(error, match=message):
             resize(handle, **request)
+    assert torch.equal(torch.get_rng_state(), random)
     assert all(handle.state()[key] is p for key, p in before.items())
     assert handle.delta == LoRA(r=4)
     handle.merge()

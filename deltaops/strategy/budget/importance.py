@@ -164,6 +164,8 @@ class Importance:
             return ()
         actions = self._act(run, schedule.budget(run.step), last)
         self._done = last
+        if last:
+            self._scores.restore({})  # a file has no use for them any more
         return actions
 
     def after_evaluation(self, run: Run) -> Iterable[Action]:

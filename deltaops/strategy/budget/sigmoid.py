@@ -9,7 +9,7 @@ trained parameters be the budget: :mod:`.shift`. Training steps learn A and B; o
 α learns by ∂L/∂x = ⟨∂L/∂B, B⟩ (1 − z) with x = logit(p), which the fused op's own gradient gives.
 At the end the places with the highest p that fit the budget stay, with their own scale, and the
 others are taken out. Evaluations before that see the z of the moment. A search that ends without a
-choice, since it raised or the run is over, leaves all places with their own scales.
+choice, since it raised or `Controller.close` ended it, leaves all places with their own scales.
 
 What the paper has and this has not: the second-order term of α's gradient (their unrolled step),
 and training the chosen places anew, for which attach the delta that is left once more.

@@ -82,9 +82,10 @@ def test_something_stays_and_one_place_alone_can_grow() -> None:
 
 
 def test_a_second_run_begins_anew() -> None:
-    part = made(smallest=1)
-    first = train(start(attached(4), STEPS), part, STEPS)
-    assert train(start(attached(4), STEPS), part, STEPS) == first
+    part = made(smallest=1, every=2, warmup=1, settle=2)
+    first = train(start(attached(4), 12), part, 12)
+    assert first
+    assert train(start(attached(4), 12), part, 12) == first
 
 
 def test_the_schedule_is_a_cube_between_two_flats() -> None:
@@ -173,7 +174,7 @@ def test_a_part_of_a_combination_in_a_language_model(
     assert torch.equal(loaded.model(input_ids=ids).logits, expected)
 
 
-@pytest.mark.parametrize("killed", [12, 25, 51])
+@pytest.mark.parametrize("killed", [25, 51])
 def test_a_resumed_run_decides_the_same(killed: int, tmp_path: Path) -> None:
     run, part = start(attached(4), STEPS), made(smallest=1)
     train(run, part, killed)
