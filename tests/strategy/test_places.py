@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from deltaops.strategy import Controller, ShiftedSigmoid
 
@@ -48,6 +51,16 @@ def test_a_search_that_raises_gives_every_place_its_own_scale() -> None:
     assert loop.handle.delta == delta
     loop.train()
     assert loop.handle.delta == delta
+
+
+def test_parameters_of_before_the_choice_are_told_from_a_model_of_after_it(tmp_path: Path) -> None:
+    loop = Loop(made()).begin().train(3)
+    loop.controller.save(tmp_path / "three")
+    loop.train(7)
+    with pytest.warns(UserWarning, match="those of step 3 again, and ranks, places or scales"):
+        loop.controller.recall(tmp_path / "three")
+    loop.controller.save(tmp_path / "seven")
+    loop.controller.recall(tmp_path / "seven")
 
 
 def test_a_run_that_ends_before_the_choice_gives_every_place_its_own_scale() -> None:
