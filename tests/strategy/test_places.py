@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from deltaops.strategy import Controller, ShiftedSigmoid
+from deltaops.strategy.budget import sigmoid
 
 from .conftest import STEPS, Loop, bits, loss_of, same
 
@@ -51,6 +52,37 @@ def test_a_search_that_raises_gives_every_place_its_own_scale() -> None:
     assert loop.handle.delta == delta
     loop.train()
     assert loop.handle.delta == delta
+
+
+def test_a_choice_that_raises_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise ArithmeticError("no resizing")
+
+    loop = Loop(made())
+    delta = loop.handle.delta
+    loop.begin().train(5)
+    monkeypatch.setattr(sigmoid, "resize", fails)
+    loop.train(6)
+    assert "no resizing" in loop.controller.report()
+    assert loop.handle.delta == delta
+    loop.train(7)
+    monkeypatch.setattr(sigmoid, "rescale", fails)
+    second = Loop(made())
+    with pytest.raises(ArithmeticError):
+        second.begin()
+    assert second.handle.delta == delta
+
+
+def test_what_is_not_given_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise ArithmeticError("no rescaling")
+
+    loop = Loop(made()).begin().train(2)
+    monkeypatch.setattr(sigmoid, "rescale", fails)
+    loop.train(3)
+    assert loop.handle.history[-1]["reason"].endswith(
+        "is not all undone (ArithmeticError: no rescaling)"
+    )
 
 
 def test_parameters_of_before_the_choice_are_told_from_a_model_of_after_it(tmp_path: Path) -> None:
