@@ -16,9 +16,8 @@ of the weight: :mod:`deltaops.methods.lora_start`.
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -64,10 +63,10 @@ from .base import (
     wide,
 )
 from .linear import become_place, laid_out
-from .lora_peft import refuse_unknown_features, start_in
+from .lora_peft import arguments, peft_fields, refuse_unknown_features
 from .lora_start import is_rest, is_taken_out, rest, taken_out
-from .peft_config import listed, required, target_fields
-from .targets import ALL_LINEAR, check_flags, check_regex, is_count, is_number, names, normalise
+from .patterns import first, pairs
+from .targets import ALL_LINEAR, check_flags, is_count, is_number, names, normalise
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,7 +156,7 @@ class LoRA(Delta):
         if not is_number(self.lr_ratio) or self.lr_ratio <= 0:
             raise ConfigError(f"LoRA: lr_ratio must be above 0, got {self.lr_ratio!r}. Try 16.")
         for field, valid in (("rank_pattern", is_count), ("alpha_pattern", is_number)):
-            object.__setattr__(self, field, _pattern(field, getattr(self, field), valid))
+            object.__setattr__(self, field, pairs(field, getattr(self, field), valid))
         check_flags(self, "use_rslora", "use_dora", "autocast_adapter_dtype")
         self._check_start()
         chosen = names("LoRA: target_parameters", self.target_parameters)
@@ -195,11 +194,11 @@ class LoRA(Delta):
 
     def rank(self, path: str) -> int:
         """The rank at ``path``."""
-        return int(_first(self.rank_pattern, path, self.r))
+        return int(first(self.rank_pattern, path, self.r))
 
     def alpha_at(self, path: str) -> float:
         """The alpha at ``path``."""
-        return float(_first(self.alpha_pattern, path, self.alpha))
+        return float(first(self.alpha_pattern, path, self.alpha))
 
     @staticmethod
     def _named(site: Site) -> str:
@@ -537,55 +536,14 @@ class LoRA(Delta):
 
     def to_peft(self, sites: tuple[Site, ...] = ()) -> dict[str, Any]:
         """The fields of peft's LoraConfig that this delta sets; the others keep their defaults."""
-        mixtures = [site for site in sites if site.place in BY_PARAMETER]
-        found = [site.key(name) for site in mixtures for name in site.parameters]
-        by_name = list(self.target_parameters)
-        if any(site.role == EXPERTS for site in mixtures):
-            by_name = found
-        others = tuple(site for site in sites if site.place not in BY_PARAMETER)
-        return target_fields(self, others) | {
-            "target_parameters": by_name or None,
-            "peft_type": self.peft_type,
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "use_rslora": self.use_rslora,
-            "use_dora": self.use_dora,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
-            "init_lora_weights": self.init_lora_weights,
-            "layers_to_transform": (
-                None if self.layers_to_transform is None else list(self.layers_to_transform)
-            ),
-            "layers_pattern": list(self.layers_pattern) or None,
-        }
+        return peft_fields(self, sites)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
         """See :meth:`Delta.from_peft`. Values of the wrong type are a CheckpointError too."""
         refuse_unknown_features(config)
-        parameters = listed(config, "target_parameters") or ()
-        nowhere = parameters and config.get("target_modules") is None
         try:
-            return cls(
-                r=config.get("r", 8),
-                alpha=config.get("lora_alpha", 8),
-                dropout=config.get("lora_dropout", 0.0),
-                target_modules=() if nowhere else required(config, "target_modules"),
-                exclude_modules=config.get("exclude_modules") or None,
-                modules_to_save=listed(config, "modules_to_save") or (),
-                use_rslora=config.get("use_rslora", False),
-                use_dora=config.get("use_dora", False),
-                rank_pattern=config.get("rank_pattern") or {},
-                alpha_pattern=config.get("alpha_pattern") or {},
-                init_lora_weights=start_in(config),
-                layers_to_transform=config.get("layers_to_transform"),
-                layers_pattern=listed(config, "layers_pattern") or (),
-                task_type=config.get("task_type"),
-                target_parameters=parameters,
-            )
+            return cls(**arguments(config))
         except ConfigError as error:
             raise CheckpointError(f"adapter_config.json: {error}") from error
 
@@ -620,28 +578,3 @@ def _warn_of_ties(path: str, modules: Mapping[str, nn.Module]) -> None:
             "tie_word_embeddings=False in the model's config before you save it.",
             stacklevel=2,
         )
-
-
-def _pattern(
-    field: str, value: Any, valid: Callable[[object], bool]
-) -> tuple[tuple[str, Any], ...]:
-    """``value`` as pairs, in its order; the delta has to be hashable."""
-    try:
-        found = tuple((key, number) for key, number in dict(value).items())
-    except (TypeError, ValueError):
-        found = ((None, value),)
-    for key, number in found:
-        if not isinstance(key, str) or not key or not valid(number):
-            what = "ranks ≥ 1" if field == "rank_pattern" else "finite numbers"
-            raise ConfigError(
-                f"LoRA: {field} must map names or regular expressions to {what}, got {value!r}. "
-                "Pass {'q_proj': 16}."
-            )
-        check_regex(f"LoRA: {field}", key)
-    return found
-
-
-def _first(pattern: Any, path: str, otherwise: float) -> float:
-    """The value of the first key that matches ``path``, by PEFT's rule for patterns."""
-    hits = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
-    return next(hits, otherwise)

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from deltaops.errors import AttachError, CheckpointError, ConfigError
 from deltaops.surgery import Handle, handle_of
 
-from .form import Form
+from .form import Form, shapes_of
 from .journal import Journal
 from .parts import Action, Part, Run
 from .saved import read_state, write_state
@@ -266,6 +267,8 @@ class Controller:
     def recall(self, path: str | os.PathLike[str]) -> None:
         """Have on, and weighed, what was when ``path`` was saved; for a training loop that ends
         with the parameters of an earlier step. Raises: CheckpointError.
+
+        Warns where ranks, places or scales have changed since then, which stay as they are.
         """
         run = self._running("recall")
         facts = read_state(Path(path))["facts"]
@@ -275,6 +278,14 @@ class Controller:
         detail = {"to_step": facts["step"], "enabled": list(form.enabled)}
         event = {"kind": "roll back", "delta": "", "reason": reason, "detail": detail}
         self._record(_NAME, "recall", event)
+        if (form.deltas, form.shapes) != (run.handle.parts, shapes_of(run.handle)):
+            odd = (
+                f"the parameters are those of step {facts['step']} again, and ranks, places or "
+                f"scales, which have changed since, are not: this model was never trained so. "
+                f"Controller.reshape gives those of {os.fspath(path)!r} to a fresh handle"
+            )
+            self.notes.append(odd)
+            warnings.warn(f"Controller: {odd}.", stacklevel=2)
 
     @staticmethod
     def reshape(handle: Handle, path: str | os.PathLike[str]) -> None:
@@ -384,10 +395,23 @@ class Controller:
         told = f"{type(error).__name__}: {error}"
         self.failed[part.name] = f"{told} (step {self._run.step}, {moment})"
         self._run.parts = self._live()
+        undone = self._leave(part)
         trace = "".join(traceback.format_exception(error))
-        reason = f"{told}; the part is off from here on, and what it had changed is undone"
+        reason = f"{told}; the part is off from here on, and what it had changed is {undone}"
         event = {"kind": "error", "delta": "", "reason": reason, "detail": {"traceback": trace}}
         self._record(part.name, moment, event)
+
+    def _leave(self, part: Part) -> str:
+        """Have it take back what it changed for a time alone; tells what came of it."""
+        leave = getattr(part, "leave", None)
+        if leave is None:
+            return "undone"
+        self._objects = None
+        try:
+            leave(self._run)
+        except Exception as error:  # as in _ask
+            return f"not all undone ({type(error).__name__}: {error})"
+        return "undone"
 
     def _live(self) -> tuple[Part, ...]:
         return tuple(part for part in self.parts if part.name not in self.failed)

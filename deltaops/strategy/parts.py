@@ -79,10 +79,12 @@ class Part(Protocol):
 
     A part may also have
 
-    - ``announces = True``: it calls `Run.secure` before it changes anything. What others change is
-      copied before they are asked, always.
+    - ``announces = True``: it calls `Run.secure` before it changes anything that its `leave` does
+      not give back. What others change is copied before they are asked, always.
     - ``watches = True``: it never changes anything, and is not rolled back.
     - ``resume(run)``: after `restore`, a run goes on that was begun by another process.
+    - ``leave(run)``: it raised and is asked no more, so that what it had changed for a time alone
+      ends; what it changed in the call that raised is undone before.
     - ``close(run)``: the run is over.
     """
 

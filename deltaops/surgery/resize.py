@@ -15,7 +15,9 @@ Adam's first steps there are up to (1 − β₁) / √(1 − β₂) times lr (3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -84,24 +86,22 @@ def resize(
         follow; TargetError for a path without the delta; AttachError for a handle that is spent,
         merged or disabled, or parameters that are sharded or have hooks.
     """
-    _check_handle(handle)
+    check_handle(handle, "resize")
     if by not in CRITERIA:
         raise ConfigError(f"resize: by must be one of {', '.join(CRITERIA)}, got {by!r}.")
     places = sized_places(handle, part, "resize")
     keep = dict(keep or {})
     _check_ranks(places, ranks, keep)
     key = part_of(handle, part, "resize")
-    changes = []
-    for path, rank in ranks.items():
-        change = _change(places[path], rank, keep.get(path), by, generator)
-        if change is not None:
-            changes.append(change)
-    if not changes:
-        return ()
-    delta = _settings(handle, key, places, {c.place.path: c.row.after for c in changes})
-    removal = Removal(handle, [c.place for c in changes if not c.row.after])
-    exchanges = [exchange for change in changes for exchange in change.exchanges]
-    follow = None if optimizer is None else Follow(optimizer, exchanges)
+    with _drawing(generator):
+        found = [_change(places[p], rank, keep.get(p), by, generator) for p, rank in ranks.items()]
+        changes = [change for change in found if change is not None]
+        if not changes:
+            return ()
+        delta = _settings(handle, key, places, {c.place.path: c.row.after for c in changes})
+        removal = Removal(handle, [c.place for c in changes if not c.row.after])
+        exchanges = [exchange for change in changes for exchange in change.exchanges]
+        follow = None if optimizer is None else Follow(optimizer, exchanges)
     # nothing below can fail for what was asked
     for change in changes:
         for slot, new in change.news:
@@ -122,7 +122,7 @@ def rescale(handle: Handle, scales: Mapping[str, float], *, part: str | None = N
         part: of a combination, whose places these are.
     Raises: as :func:`resize`, and ConfigError for DoRA, which does not just add.
     """
-    _check_handle(handle)
+    check_handle(handle, "rescale")
     places = sized_places(handle, part, "rescale")
     _check_paths(places, scales, "rescale")
     key = part_of(handle, part, "rescale")
@@ -156,6 +156,18 @@ def put_settings(handle: Handle, key: str, delta: Delta, places: Iterable[Sized]
 
 
 # --------------------------------------------------------------------------------------- details
+
+
+@contextmanager
+def _drawing(generator: torch.Generator | None) -> Iterator[None]:
+    """What was drawn inside is not where the rest raises."""
+    random = torch.default_generator if generator is None else generator
+    before = random.get_state()
+    try:
+        yield
+    except Exception:
+        random.set_state(before)
+        raise
 
 
 class _Change(NamedTuple):
@@ -204,8 +216,18 @@ def _kept(place: Sized, rank: int, chosen: Sequence[int] | None) -> tuple[int, .
         return tuple(sorted(chosen))
     if rank >= place.rank:
         return tuple(range(place.rank))
-    best = place.norms().sort(descending=True, stable=True).indices[:rank]
+    norms = place.norms()
+    _check_finite(place, norms)
+    best = norms.sort(descending=True, stable=True).indices[:rank]
     return tuple(sorted(best.tolist()))
+
+
+def _check_finite(place: Sized, norms: Tensor) -> None:
+    if not bool(torch.isfinite(norms).all()):
+        raise ConfigError(
+            f"resize: the components at {place.path!r} must be finite to be compared, and hold NaN "
+            "or infinity. Go back to parameters from before the training diverged."
+        )
 
 
 def _carrying(kept: tuple[int, ...], rank: int, axis: int) -> Callable[[Tensor], Tensor]:
@@ -249,6 +271,12 @@ def _by_svd(place: Sized, rank: int) -> _Change:
             "resize: by='svd' is for LoRA, whose components are a sum of products; those of an "
             "adapter have an activation between. Use by='norm' or keep=."
         )
+    if rank > place.largest:
+        raise ConfigError(
+            f"resize: by='svd' the rank at {place.path!r} must be at most {place.largest}, the "
+            f"smaller side of the layer, got {rank}. Use by='norm'."
+        )
+    _check_finite(place, place.norms())
     a, b, lost, whole = lowered(down.detach().double(), up.detach().double(), rank, False)
     news, exchanges = [], []
     for (suffix, slot), value in zip(place.slots.items(), (a, b), strict=True):
@@ -268,8 +296,10 @@ def _error(place: Sized, kept: tuple[int, ...]) -> float:
     gram = (up.T @ up) * (down @ down.T)
     gone = [i for i in range(place.rank) if i not in kept]
     whole = float(gram.sum())
-    lost = float(gram[gone][:, gone].sum())
-    return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+    lost = max(float(gram[gone][:, gone].sum()), 0.0)
+    if whole <= 0:  # they cancel, or are nothing
+        return math.inf if lost else 0.0
+    return math.sqrt(lost / whole)
 
 
 def _settings(handle: Handle, key: str, places: dict[str, Sized], ranks: dict[str, int]) -> Delta:
@@ -294,36 +324,47 @@ def _settings(handle: Handle, key: str, places: dict[str, Sized], ranks: dict[st
     return without(settled, gone) if gone else settled
 
 
-def _check_handle(handle: Handle) -> None:
+def check_handle(handle: Handle, action: str) -> None:
+    """Raises: ConfigError for what is no handle; AttachError for one that is spent, or whose delta
+    is merged or disabled.
+    """
     if not isinstance(handle, Handle):
         raise ConfigError(
-            f"resize: expected the handle of deltaops.attach, got {type(handle).__name__}. The "
+            f"{action}: expected the handle of deltaops.attach, got {type(handle).__name__}. The "
             "ranks of a model that PEFT built are PEFT's: save it with save_pretrained and "
             "deltaops.load it on the base model."
         )
-    handle._check_enabled("resize")
-    handle._check_unmerged("resize")
+    handle._check_enabled(action)
+    handle._check_unmerged(action)
 
 
-def _check_paths(places: Mapping[str, Sized], wanted: Iterable[str], action: str) -> None:
+def _check_paths(places: Mapping[str, Sized], wanted: Mapping[str, Any], action: str) -> None:
+    if not isinstance(wanted, Mapping):
+        raise ConfigError(
+            f"{action}: expected a number for each path, got {wanted!r}. Pass {{PATH: NUMBER}}, or "
+            "dict.fromkeys(handle.sites, NUMBER) for all."
+        )
     for path in wanted:
         if path not in places:
             close = ", ".join(nearest(str(path), places)) or ", ".join(list(places)[:5])
             raise TargetError(
                 f"{action}: {path!r} must be a place of the delta, and is none. Nearest: {close}."
             )
-        for slot in places[path].slots.values():
-            parameter = slot.parameter
-            if not plain(parameter):
-                raise AttachError(
-                    f"{action}: the parameters at {path!r} must be whole, and one is a "
-                    f"{type(parameter.data).__name__}. Resize before the model is sharded."
-                )
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise AttachError(
-                    f"{action}: the parameters at {path!r} have hooks, which a new parameter would "
-                    "not have. Remove them first, and register them again."
-                )
+
+
+def _check_replaceable(place: Sized) -> None:
+    for slot in place.slots.values():
+        parameter = slot.parameter
+        if not plain(parameter):
+            raise AttachError(
+                f"resize: the parameters at {place.path!r} must be whole, and one is a "
+                f"{type(parameter.data).__name__}. Resize before the model is sharded."
+            )
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise AttachError(
+                f"resize: the parameters at {place.path!r} have hooks, which a new parameter would "
+                "not have. Remove them first, and register them again."
+            )
 
 
 def _check_ranks(
@@ -336,6 +377,7 @@ def _check_ranks(
             raise ConfigError(f"resize: keep names {path!r}, and ranks does not. Give its rank.")
     for path, rank in ranks.items():
         place = places[path]
+        _check_replaceable(place)
         adapter = not isinstance(place.delta, LoRA)
         if not is_count(rank) and not (rank == 0 and rank is not False and not adapter):
             least = 1 if adapter else 0
@@ -357,7 +399,8 @@ def _check_ranks(
                 f"{place.rank} there, counted from 0, got {list(chosen)!r}."
             )
     first = next(iter(places.values()))
-    if ranks and not isinstance(first.delta, LoRA):
+    moved = any(rank != places[path].rank or path in keep for path, rank in ranks.items())
+    if moved and not isinstance(first.delta, LoRA):
         if set(ranks) != set(places) or len(set(ranks.values())) > 1:
             raise ConfigError(
                 f"resize: {first.delta!r} has one size for all of its {len(places)} places, which "

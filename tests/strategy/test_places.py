@@ -1,11 +1,15 @@
-"""A search among places in a controller: resumed to the bit, and undone where it raises."""
+"""A search among places in a controller: resumed to the bit, and its end where it raises."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from deltaops.strategy import Controller, ShiftedSigmoid
+from deltaops.strategy.budget import sigmoid
 
 from .conftest import STEPS, Loop, bits, loss_of, same
 
@@ -33,16 +37,70 @@ def test_a_search_resumes_to_the_same_bits() -> None:
         assert again.handle.history == straight.handle.history
 
 
-def test_a_search_that_raises_leaves_the_step_as_it_was() -> None:
+def test_a_search_that_raises_gives_every_place_its_own_scale() -> None:
     def fails(model: Any, batch: int) -> Any:
         if loop.controller.run is not None and loop.controller.run.step == 3:
             raise ArithmeticError("no batch")
         return loss_of(model, batch)
 
     loop = Loop(made(fails))
-    loop.begin().train(2)
     delta = loop.handle.delta
+    loop.begin().train(2)
+    assert loop.handle.delta != delta
     loop.train(3)
     assert "no batch" in loop.controller.report()
     assert loop.handle.delta == delta
     loop.train()
+    assert loop.handle.delta == delta
+
+
+def test_a_choice_that_raises_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise ArithmeticError("no resizing")
+
+    loop = Loop(made())
+    delta = loop.handle.delta
+    loop.begin().train(5)
+    monkeypatch.setattr(sigmoid, "resize", fails)
+    loop.train(6)
+    assert "no resizing" in loop.controller.report()
+    assert loop.handle.delta == delta
+    loop.train(7)
+    monkeypatch.setattr(sigmoid, "rescale", fails)
+    second = Loop(made())
+    with pytest.raises(ArithmeticError):
+        second.begin()
+    assert second.handle.delta == delta
+
+
+def test_what_is_not_given_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise ArithmeticError("no rescaling")
+
+    loop = Loop(made()).begin().train(2)
+    monkeypatch.setattr(sigmoid, "rescale", fails)
+    loop.train(3)
+    assert loop.handle.history[-1]["reason"].endswith(
+        "is not all undone (ArithmeticError: no rescaling)"
+    )
+
+
+def test_parameters_of_before_the_choice_are_told_from_a_model_of_after_it(tmp_path: Path) -> None:
+    loop = Loop(made()).begin().train(3)
+    loop.controller.save(tmp_path / "three")
+    loop.train(7)
+    with pytest.warns(UserWarning, match="those of step 3 again, and ranks, places or scales"):
+        loop.controller.recall(tmp_path / "three")
+    loop.controller.save(tmp_path / "seven")
+    loop.controller.recall(tmp_path / "seven")
+
+
+def test_a_run_that_ends_before_the_choice_gives_every_place_its_own_scale() -> None:
+    loop = Loop(made())
+    delta = loop.handle.delta
+    loop.begin().train(3)
+    assert loop.handle.delta != delta
+    loop.controller.close()
+    assert loop.handle.delta == delta
+    assert loop.handle.history[-1]["kind"] == "left alone"
+    assert "before the choice at step 6" in loop.handle.history[-1]["reason"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import deltaops
 from deltaops import Adapter, BitFit, Compacter, LoRA, ParallelAdapter
 from deltaops.errors import AttachError, ConfigError, TargetError
-from deltaops.surgery import Handle, handle_of, rescale, resize
+from deltaops.surgery import Handle, handle_of, rescale, resize, sum_adapters
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import batch, build
 
@@ -249,6 +250,15 @@ def test_adapters_have_one_size_for_all_places(delta: Any, tmp_path: Path) -> No
         resize(handle, {handle.sites[0]: 3})
 
 
+def test_adapters_of_several_sizes_can_stay_as_they_are() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(6, 6), "two": nn.Linear(8, 8)})
+    delta = Adapter(reduction_factor=2, target_modules=["one", "two"])
+    handle = deltaops.attach(model, delta)
+    assert resize(handle, {"one": 3, "two": 4}) == ()
+    assert handle.delta == delta
+    assert len(resize(handle, {"one": 4, "two": 4})) == 1
+
+
 def test_dora_and_embeddings_grow_and_shrink(tmp_path: Path) -> None:
     for delta in (LoRA(r=3, use_dora=True), LoRA(r=3, target_modules=["wpe", "c_fc"])):
         handle = attached(GPT2, delta)
@@ -288,6 +298,7 @@ def test_a_bad_request_changes_nothing() -> None:
     before = {key: p for key, p in handle.state().items()}
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (TargetError, "Nearest", {"ranks": {path: 2, "transformer.h.0.attn.c_atn": 2}}),
+        (ConfigError, "a number for each path, got 8", {"ranks": 8}),
         (ConfigError, "integer ≥ 0", {"ranks": {path: 2, other: -1}}),
         (ConfigError, "at most 24", {"ranks": {other: 25}}),
         (ConfigError, "distinct components", {"ranks": {path: 2}, "keep": {path: [1, 1]}}),
@@ -296,12 +307,14 @@ def test_a_bad_request_changes_nothing() -> None:
         (ConfigError, "by must be", {"ranks": {path: 2}, "by": "luck"}),
         (ConfigError, "part must name", {"ranks": {path: 2}, "part": "mine"}),
         (ConfigError, "one place at least", {"ranks": dict.fromkeys(handle.sites, 0)}),
-        (ConfigError, "and does not. Make it", {"ranks": {other: 2}, "optimizer": half}),
+        (ConfigError, "and does not. Make it", {"ranks": {other: 6}, "optimizer": half}),
         (ConfigError, "Adafactor cannot follow", {"ranks": {other: 2}, "optimizer": odd}),
     ]
+    random = torch.get_rng_state()
     for error, message, request in bad:
         with pytest.raises(error, match=message):
             resize(handle, **request)
+    assert torch.equal(torch.get_rng_state(), random)
     assert all(handle.state()[key] is p for key, p in before.items())
     assert handle.delta == LoRA(r=4)
     handle.merge()
@@ -310,8 +323,41 @@ def test_a_bad_request_changes_nothing() -> None:
     for delta in (LoRA(r=4, init_lora_weights="pissa"), Compacter(size=4, phm_dim=2)):
         with pytest.raises(ConfigError, match="a rank that can change"):
             resize(attached(GPT2, delta), {path: 2})
-    with pytest.raises(ConfigError, match="expected the handle"):
+    with pytest.raises(ConfigError, match="rescale: expected the handle"):
+        rescale(nn.Linear(2, 2), {path: 2.0})  # type: ignore[arg-type]  # what a PEFT user would pass
+    with pytest.raises(ConfigError, match="resize: expected the handle"):
         resize(nn.Linear(2, 2), {path: 2})  # type: ignore[arg-type]  # what a PEFT user would pass
+
+
+def test_components_that_cancel_or_are_no_numbers() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(6, 6), "two": nn.Linear(6, 6)})
+    handle = deltaops.attach(model, LoRA(r=2))
+    with torch.no_grad():
+        for key, parameter in handle.state().items():
+            parameter.copy_(torch.tensor([1.0, -1.0]) if "lora_B" in key else torch.ones(2, 6))
+    (row,) = resize(handle, {"one": 1})
+    assert row.error == math.inf
+    with torch.no_grad():
+        handle.state()["two.lora_A.weight"][0, 0] = math.nan
+    for by in ("norm", "svd"):
+        with pytest.raises(ConfigError, match="must be finite to be compared"):
+            resize(handle, {"two": 1}, by=by)
+    (row,) = resize(handle, {"two": 1}, keep={"two": [1]})
+    assert math.isnan(row.error)
+
+
+def test_by_svd_no_rank_above_the_layer(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"one": nn.Linear(6, 3)})
+
+    deltaops.attach(model(), LoRA(r=2)).save(tmp_path / "part")
+    sum_adapters([tmp_path / "part"] * 3, tmp_path / "sum")
+    handle = deltaops.load(model(), tmp_path / "sum")
+    with pytest.raises(ConfigError, match="at most 3, the smaller side"):
+        resize(handle, {"one": 5}, by="svd")
+    (row,) = resize(handle, {"one": 5})
+    assert row.after == handle.delta.rank("one") == len(handle.state()["one.lora_A.weight"]) == 5
 
 
 def test_a_path_that_ends_another_has_a_rank_of_its_own(tmp_path: Path) -> None:

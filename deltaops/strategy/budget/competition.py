@@ -75,7 +75,9 @@ def choose(
             take(path, i, 0)
     cut = 0.0
     for negative, _, path, i in ranked:
-        if i not in kept[path] and take(path, i, share * budget):
+        # something stays in any case: a LoRA is at one place at least
+        reserve = share * budget if left < budget else 0
+        if i not in kept[path] and take(path, i, reserve):
             cut = -negative
     for path, place in places.items():
         for i in range(len(judged[path]), place.rank):
@@ -95,10 +97,13 @@ def choose(
 
 def _turns(ranks: Mapping[str, int], means: Mapping[str, float]) -> Iterator[str]:
     """Those of ``ranks`` that score above their mean, the highest first, over and over."""
-    mean = sum(means[path] * rank for path, rank in ranks.items()) / max(sum(ranks.values()), 1)
+    if not ranks:
+        return
+    mean = sum(means[path] * rank for path, rank in ranks.items()) / sum(ranks.values())
+    mean = min(mean, max(means[path] for path in ranks))  # rounding can lift it above all of them
     good = [path for path in ranks if means[path] >= mean]
     good.sort(key=lambda path: -means[path])
-    for _ in range(max(ranks.values(), default=0)):  # at most twice the rank, so that all can judge
+    for _ in range(max(ranks.values())):  # a place at most doubles the highest rank there is
         yield from good
 
 

@@ -59,7 +59,7 @@ class Importance:
             beta1: of the smoothed sensitivity, in [0, 1).
             beta2: of its uncertainty, in [0, 1).
             smallest: no rank below it; at 0 places can lose the delta, and do not get it back.
-            largest: no rank above it; None: twice the largest rank at the beginning.
+            largest: no rank grows above it; None: twice the largest rank at the beginning.
             explore: share of the budget for new components, in [0, 1); 0 lets ranks only shrink.
             trial: changes that a new component stays through before it competes.
             name: of this part.
@@ -93,6 +93,17 @@ class Importance:
         self._waits = 0
         """Changes until their trial is over."""
         self._done = False
+        self._odd = False
+        """Whether the last gradients were not finite."""
+
+    def __repr__(self) -> str:
+        """Its settings."""
+        return (
+            f"Importance({self.parameters}, part={self.part!r}, start={self.start}, "
+            f"every={self.every}, warmup={self.warmup}, settle={self.settle}, "
+            f"beta1={self._scores.beta1}, beta2={self._scores.beta2}, smallest={self.smallest}, "
+            f"largest={self.largest}, explore={self.explore}, trial={self.trial})"
+        )
 
     # --------------------------------------------------------------------------- as a Part
 
@@ -111,6 +122,12 @@ class Importance:
                 f"{self.warmup} + {settle}. Shorten them."
             )
         check_budget("Importance", places, self.parameters, self.smallest)
+        low = [p for p in places.values() if p.rank < min(self.smallest, p.largest)]
+        if low:
+            raise ConfigError(
+                f"Importance: no rank may begin below smallest={self.smallest}, and the one at "
+                f"{low[0].path!r} is {low[0].rank}. Lower smallest, or attach a higher rank."
+            )
         now = trained(places.values())
         start = now if self.start is None else self.start
         if start < max(now, self.parameters):
@@ -121,13 +138,22 @@ class Importance:
             )
         self._schedule = Schedule(start, self.parameters, run.steps, self.warmup, settle)
         self._top = self.largest or 2 * max(place.rank for place in places.values())
+        self._scores.restore({})
+        self._trial, self._waits, self._done, self._odd = {}, 0, False, False
         return ()
 
     def after_backward(self, run: Run) -> Iterable[Action]:
         """Take the step's gradients into the scores."""
-        if not self._done:
-            self._scores.update(self._places(run), run.clipped)
-        return ()
+        if self._done:
+            return ()
+        before, self._odd = self._odd, not self._scores.update(self._places(run), run.clipped)
+        if not self._odd or before:
+            return ()
+        reason = (
+            f"step {run.step + 1}: gradients hold NaN or infinity, and scores stay as they were "
+            "until all are finite again"
+        )
+        return [Action("left alone", self._delta(run), reason)]
 
     def after_step(self, run: Run) -> Iterable[Action]:
         """At every few steps, and where the schedule ends, move ranks."""
@@ -138,6 +164,8 @@ class Importance:
             return ()
         actions = self._act(run, schedule.budget(run.step), last)
         self._done = last
+        if last:
+            self._scores.restore({})  # a file has no use for them any more
         return actions
 
     def after_evaluation(self, run: Run) -> Iterable[Action]:
@@ -152,6 +180,7 @@ class Importance:
             "trial": self._trial,
             "waits": self._waits,
             "done": self._done,
+            "odd": self._odd,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -164,6 +193,7 @@ class Importance:
         self._schedule = None if schedule is None else Schedule(*schedule)
         self._top, self._done = state["top"], state["done"]
         self._trial, self._waits = dict(state["trial"]), state["waits"]
+        self._odd = state["odd"]
         self._scores.restore(tensors)
 
     # ---------------------------------------------------------------------------- details
@@ -177,6 +207,9 @@ class Importance:
                 "places. Name a part that is one."
             )
         return places
+
+    def _delta(self, run: Run) -> str:
+        return part_of(run.handle, self.part, "Importance") or run.handle.name
 
     def _planned(self) -> Schedule:
         if self._schedule is None:
@@ -226,7 +259,7 @@ class Importance:
             keep={path: chosen.kept[path] for path in moved},
             generator=run.generator,
         )
-        delta = part_of(run.handle, self.part, "Importance") or run.handle.name
+        delta = self._delta(run)
         actions = []
         for path, rank in moved.items():
             self._scores.follow(path, places[path], chosen.kept[path], gone=not rank)

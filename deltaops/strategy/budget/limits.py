@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltaops.errors import ConfigError
-from deltaops.methods.targets import is_count
 from deltaops.surgery.components import Sized
 
 
 def check_count(subject: str, name: str, value: Any, least: int = 1) -> None:
     """Raises: ConfigError where ``value`` is no integer of at least ``least``."""
-    if not is_count(value) and not (least == 0 and value == 0 and value is not False):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{subject}: {name} must be an integer ≥ {least}, got {value!r}.")
 
 

@@ -36,6 +36,12 @@ def gradients(
 
     Raises: ConfigError where the loss is no finite number that depends on any of them.
     """
+    frozen = sum(not p.requires_grad for p in parameters)
+    if frozen:
+        raise ConfigError(
+            f"{subject}: the delta must be trained, and {frozen} of the {len(parameters)} tensors "
+            "that are asked for are frozen. Thaw it first."
+        )
     value = loss(model, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:
         shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -28,13 +28,16 @@ class Scores:
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def update(self, places: Mapping[str, Sized], clipped: float = 1.0) -> None:
+    def update(self, places: Mapping[str, Sized], clipped: float = 1.0) -> bool:
         """Take this step's gradients in; a parameter without one counts as still.
 
         Args:
             places: by path.
             clipped: how many times as long as the loss made them the gradients are.
+        Returns: whether all of them are finite; if not, nothing is taken in.
         """
+        if not _finite(places):
+            return False
         for path, place in places.items():
             for suffix, slot in place.slots.items():
                 parameter = slot.parameter
@@ -42,16 +45,18 @@ class Scores:
                 if parameter.grad is None:
                     now = torch.zeros_like(mean)
                 else:
-                    now = (parameter * parameter.grad).abs_().to(mean.dtype).div_(clipped)
+                    # not in half precision, where so small a product would be zero
+                    now = (parameter.to(mean.dtype) * parameter.grad).abs_().div_(clipped)
                 mean.lerp_(now, 1 - self.beta1)
                 spread.lerp_(now.sub_(mean).abs_(), 1 - self.beta2)
+        return True
 
     def of(self, path: str, place: Sized) -> Tensor:
         """Score of each component of ``place`` ``[R]``, in float64 on the CPU."""
         total = torch.zeros(place.rank, dtype=torch.float64)
         for suffix, slot in place.slots.items():
             mean, spread = self._of(path, suffix, slot.parameter)
-            product = (mean * spread).double()
+            product = mean.double() * spread.double()
             by_component = product if slot.axis == 0 else product.T
             total += by_component.flatten(1).mean(1).cpu()
         return total
@@ -107,3 +112,11 @@ class Scores:
         if mean.device != parameter.device:
             self._known[key] = mean, spread = mean.to(parameter.device), spread.to(parameter.device)
         return mean, spread
+
+
+def _finite(places: Mapping[str, Sized]) -> bool:
+    """Whether all gradients are, asked with one wait for the device."""
+    slots = (slot for place in places.values() for slot in place.slots.values())
+    gradients = [slot.parameter.grad for slot in slots if slot.parameter.grad is not None]
+    flags = [g.isfinite().all().to(gradients[0].device, non_blocking=True) for g in gradients]
+    return not flags or bool(torch.stack(flags).all())

@@ -27,6 +27,7 @@ from deltaops.methods import LoRA
 from deltaops.methods.base import EMBEDDING
 from deltaops.surgery import Handle, Resized, resize
 from deltaops.surgery.components import Sized, sized_places
+from deltaops.surgery.resize import check_handle
 
 from .limits import check_budget, check_count
 from .looking import Loss, gradients, looking
@@ -97,8 +98,7 @@ def allocate(
     """
     check_count(_ACTION, "parameters", parameters)
     check_count(_ACTION, "smallest", smallest, least=0)
-    handle._check_enabled(_ACTION)
-    handle._check_unmerged(_ACTION)
+    check_handle(handle, _ACTION)
     places = _linear(handle, part)
     top = 2 * max(p.rank for p in places.values()) if largest is None else largest
     check_count(_ACTION, "largest", top, least=max(smallest, 1))
@@ -111,6 +111,11 @@ def allocate(
             "model that has the delta, on batches with something to learn?"
         )
     ranks = _greedy(places, squares, parameters, smallest, top)
+    if not any(ranks.values()):
+        raise ConfigError(
+            f"{_ACTION}: no place with a gradient has a component that {parameters:,} "
+            "parameters hold. Raise parameters."
+        )
     return Allocation(ranks, worth, _taken(places, ranks), parameters, part)
 
 

@@ -8,7 +8,8 @@ a binary concrete draw of pᵢ (Maddison et al. 2017, 1611.00712), where ζ lets
 trained parameters be the budget: :mod:`.shift`. Training steps learn A and B; on held-out batches,
 α learns by ∂L/∂x = ⟨∂L/∂B, B⟩ (1 − z) with x = logit(p), which the fused op's own gradient gives.
 At the end the places with the highest p that fit the budget stay, with their own scale, and the
-others are taken out. Evaluations before that see the z of the moment.
+others are taken out. Evaluations before that see the z of the moment. A search that ends without a
+choice, since it raised or `Controller.close` ended it, leaves all places with their own scales.
 
 What the paper has and this has not: the second-order term of α's gradient (their unrolled step),
 and training the chosen places anew, for which attach the delta that is left once more.
@@ -94,6 +95,14 @@ class ShiftedSigmoid:
         self._lr = lr
         self._search(torch.zeros(0))
 
+    def __repr__(self) -> str:
+        """Its settings; of the batches, how many."""
+        return (
+            f"ShiftedSigmoid({self.parameters}, held_out={len(self._held_out)}, "
+            f"until={self.until}, part={self.part!r}, every={self.every}, lr={self._lr}, "
+            f"temperature={self.temperature}, draws={self.draws})"
+        )
+
     # --------------------------------------------------------------------------- as a Part
 
     def begin(self, run: Run) -> Iterable[Action]:
@@ -123,6 +132,7 @@ class ShiftedSigmoid:
         assert isinstance(delta, LoRA)  # _places saw to it
         self._scales = {path: delta.scaling_at(path) for path in places}
         self._search(torch.zeros(len(places)))
+        self._seen, self._done = 0, False
         p = self._probabilities(places)
         self._count(run, self._draw(p, run))
         reason = (
@@ -145,11 +155,12 @@ class ShiftedSigmoid:
                 "run that began. The controller calls them."
             )
         places = self._places(run)
-        run.secure()
+        # no copy of the run for these: scales are all that changes, and `leave` gives them back
         if run.step % self.every == 0:
             self._learn(run, places)
         p = self._probabilities(places)
         if run.step >= self.until:
+            run.secure()
             return self._choose(run, places, p)
         self._count(run, self._draw(p, run))
         return ()
@@ -157,6 +168,23 @@ class ShiftedSigmoid:
     def after_evaluation(self, run: Run) -> Iterable[Action]:
         """Nothing."""
         return ()
+
+    def leave(self, run: Run) -> None:
+        """See :class:`Part`: every branch counts whole again."""
+        if self._scales and not self._done:
+            rescale(run.handle, self._scales, part=self.part)
+
+    def close(self, run: Run) -> Iterable[Action]:
+        """Where the run is over before the choice, all places stay, with their own scales."""
+        if not self._scales or self._done:
+            return ()
+        self.leave(run)
+        self._done = True
+        reason = (
+            f"the run ended at step {run.step}, before the choice at step {self.until}: all "
+            f"{len(self._scales)} places stay, each with its own scale"
+        )
+        return [Action("left alone", self._delta(run), reason)]
 
     def state(self) -> dict[str, Any]:
         """See :class:`Part`."""
@@ -230,7 +258,8 @@ class ShiftedSigmoid:
         p = self._probabilities(places)
         z = self._draw(p, run)
         self._count(run, z)
-        batch = self._held_out[self._seen % len(self._held_out)]
+        at = self._seen % len(self._held_out)
+        batch = self._held_out[at]
         self._seen += 1
         ups = [place.ends[1] for place in places.values()]
         with looking(run.model):
@@ -238,6 +267,11 @@ class ShiftedSigmoid:
         pairs = zip(found, ups, strict=True)
         products = [float((g.double() * up.detach().double()).sum()) for g, up in pairs]
         by_x = torch.tensor(products, dtype=torch.float64) * (1 - z)
+        if not bool(torch.isfinite(by_x).all()):
+            raise ConfigError(
+                f"ShiftedSigmoid: the gradient of held-out batch {at} must be finite, and holds "
+                "NaN or infinity. Compute the loss in float32 or bfloat16."
+            )
         self._alpha.grad = through_shift(by_x, p, _sizes(places), self.temperature)
         self._adam.step()
 

@@ -11,6 +11,7 @@ import deltaops
 from deltaops import BitFit, LoRA
 from deltaops.errors import ConfigError
 from deltaops.strategy import Importance
+from deltaops.strategy.budget.competition import choose
 from deltaops.strategy.budget.schedule import Schedule
 from deltaops.strategy.parts import Run
 from deltaops.surgery.components import sized_places, trained
@@ -50,6 +51,41 @@ def test_scores_are_the_smoothed_products_of_each_element() -> None:
     a, b = (means[suffix] * spreads[suffix] for suffix in ("lora_A", "lora_B"))
     found = part._scores.of(path, sized_places(handle, None, "test")[path])
     assert torch.allclose(found, a.mean(1) + b.mean(0), rtol=1e-5)
+
+
+def test_gradients_that_are_not_finite_are_told_once_and_left_out() -> None:
+    handle = attached(3)
+    run, part = start(handle, STEPS), made(smallest=1)
+    part.begin(run)
+    parameters = list(handle.parameters())
+    told = []
+    for value in (1.0, torch.inf, torch.nan, 1.0, torch.nan):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        parameters[-1].grad[0, 0] = value
+        before = {key: t.clone() for key, t in part.tensors().items()}
+        told.append([action.kind for action in part.after_backward(run)])
+        same = before and all(torch.equal(t, before[key]) for key, t in part.tensors().items())
+        assert bool(same) is (value != 1.0)
+    assert told == [[], ["left alone"], [], [], ["left alone"]]
+
+
+def test_something_stays_and_one_place_alone_can_grow() -> None:
+    places = dict(list(sized_places(attached(3), None, "test").items())[:2])
+    scores = {path: [0.1] * 3 for path in places}
+    settings = {"smallest": 0, "largest": 9, "share": 0.1}
+    found = choose(places, scores, {}, UNIT, grow=False, **settings)
+    assert sum(map(len, found.kept.values())) == 1
+    alone = dict([next(iter(places.items()))])
+    found = choose(alone, scores, {}, 5 * UNIT, grow=True, **settings)
+    assert sum(found.new.values()) == 2
+
+
+def test_a_second_run_begins_anew() -> None:
+    part = made(smallest=1, every=2, warmup=1, settle=2)
+    first = train(start(attached(4), 12), part, 12)
+    assert first
+    assert train(start(attached(4), 12), part, 12) == first
 
 
 def test_the_schedule_is_a_cube_between_two_flats() -> None:
@@ -138,7 +174,7 @@ def test_a_part_of_a_combination_in_a_language_model(
     assert torch.equal(loaded.model(input_ids=ids).logits, expected)
 
 
-@pytest.mark.parametrize("killed", [12, 25, 51])
+@pytest.mark.parametrize("killed", [25, 51])
 def test_a_resumed_run_decides_the_same(killed: int, tmp_path: Path) -> None:
     run, part = start(attached(4), STEPS), made(smallest=1)
     train(run, part, killed)
@@ -161,6 +197,7 @@ def test_what_cannot_be_kept_to_is_refused_before_the_first_step() -> None:
         (Importance(700, start=690), "no lower than the 700"),
         (Importance(300, warmup=30, settle=30), "must be below the 60 steps"),
         (Importance(300, part="mine"), "part must name"),
+        (Importance(900, smallest=5), "no rank may begin below smallest=5"),
     ):
         with pytest.raises(ConfigError, match=message):
             part.begin(run)
@@ -169,8 +206,8 @@ def test_what_cannot_be_kept_to_is_refused_before_the_first_step() -> None:
         Importance(300).begin(run)
     with pytest.raises(ConfigError, match="begin"):
         Importance(300).after_step(run)
-    for wrong in ({"every": 0}, {"explore": 1.0}, {"beta1": -0.1}, {"largest": 0}):
+    for wrong in ({"every": 0}, {"explore": 1.0}, {"beta1": -0.1}, {"largest": 1}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
-            Importance(300, **wrong)
+            Importance(300, smallest=2, **wrong)
     assert all(a is b for a, b in zip(held, handle.parameters(), strict=True))
     assert handle.delta == LoRA(r=4, alpha=4)

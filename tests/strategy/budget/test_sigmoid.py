@@ -75,15 +75,21 @@ def test_the_search_ends_with_the_planted_places_on(draws: bool) -> None:
     assert run.loss < 0.5 * loss(attached(4).model, batches(1)[0]).item()
 
 
-@pytest.mark.parametrize("killed", [7, 45])
+@pytest.mark.parametrize("killed", [3, 10])
 def test_a_resumed_run_decides_the_same(killed: int, tmp_path: Path) -> None:
-    run, part = start(attached(4), STEPS), made(every=2)
+    run, part = start(attached(4), 12), made(every=2, until=8)
     train(run, part, killed)
-    fresh = made(every=2)
+    fresh = made(every=2, until=8)
     second = resumed(run, part, fresh, tmp_path)
-    assert train(run, part, STEPS) == train(second, fresh, STEPS)
+    assert train(run, part, 12) == train(second, fresh, 12)
     for key, tensor in run.handle.state().items():
         assert torch.equal(tensor, second.handle.state()[key]), key
+
+
+def test_a_second_run_begins_anew() -> None:
+    part = made(until=4)
+    first = train(start(attached(4), 6), part, 6)
+    assert train(start(attached(4), 6), part, 6) == first
 
 
 def test_what_cannot_be_kept_to_is_refused_before_the_first_step() -> None:
