@@ -12,6 +12,7 @@ batches instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +65,8 @@ class Noise:
                 sums[1] += c
         found = {}
         for group, (square, product) in seen.items():
+            if not math.isfinite(square + product):  # it would stay in the average for good
+                continue
             one, other = self._means.get(group, (0.0, 0.0))
             one = DECAY * one + (1 - DECAY) * square
             other = DECAY * other + (1 - DECAY) * product
