@@ -199,7 +199,10 @@ class Monitor:
         """‖g‖ of each place, each part, and the run."""
         if not gradients:
             return []
-        norms = torch.stack(torch._foreach_norm(list(gradients.values()), 2, torch.float32))
+        found = torch._foreach_norm(list(gradients.values()), 2, torch.float32)
+        norms = torch.stack(
+            [norm.to(found[0].device) for norm in found]
+        )  # layers may lie on several
         squares: dict[tuple[str, str], float] = {}
         for name, norm in zip(gradients, norms.tolist(), strict=True):
             for key in groups(name):

@@ -166,10 +166,15 @@ class ControllerCallback(TrainerCallback):
         if not pairs:
             return 1.0
         after = [torch.linalg.vector_norm(g, dtype=torch.float32) for g, _ in pairs]
-        before = torch.linalg.vector_norm(torch.stack([norm for _, norm in pairs]))
-        whole = float(before) / scale
-        found = float(torch.linalg.vector_norm(torch.stack(after)))
+        whole = _length([norm for _, norm in pairs]) / scale
+        found = _length(after)
         return found / whole if whole > 0 and math.isfinite(whole) and found > 0 else 1.0
+
+
+def _length(norms: list[Tensor]) -> float:
+    """Of all together, wherever layers lie."""
+    first = norms[0].device
+    return float(torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms])))
 
 
 def _hook(parameter: nn.Parameter, see: Any) -> Any:

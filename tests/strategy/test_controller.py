@@ -170,6 +170,20 @@ def test_a_part_that_raises_is_undone_and_off(
     assert len(read_log(tmp_path / "log.jsonl")) == 2
 
 
+def test_what_a_part_merged_before_it_raised_is_applied_again() -> None:
+    def fail(run: Run) -> list[Action]:
+        run.handle.merge()
+        raise RuntimeError("merged")
+
+    loop = Loop(Controller([Watcher(fail)])).begin().train(1)
+    plain = Loop(Controller([])).begin().train(1)
+    assert not loop.handle.merged
+    assert loop.controller.failed
+    assert same(
+        bits(loop.train().handle, loop.optimizer), bits(plain.train().handle, plain.optimizer)
+    )
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
