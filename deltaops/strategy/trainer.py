@@ -66,7 +66,7 @@ class ControllerCallback(TrainerCallback):
         if args.load_best_model_at_end:
             self._recalled = False
             self._loads = model.register_load_state_dict_pre_hook(
-                lambda *_: self._recall(state.best_model_checkpoint)
+                lambda *_: self._recall(state, control)
             )
         self._clips = args.max_grad_norm is not None and args.max_grad_norm > 0
 
@@ -118,10 +118,12 @@ class ControllerCallback(TrainerCallback):
             self._loads.remove()
             self._loads = None
 
-    def _recall(self, best: str | None) -> None:
+    def _recall(self, state: Any, control: Any) -> None:
         """Before a Trainer puts the best checkpoint into the model, which must be as it was then:
         what is off now would have the base's parameters in the places that the file fills."""
-        if best is not None and self.controller.run is not None and not self._recalled:
+        best = state.best_model_checkpoint
+        over = control.should_training_stop or state.global_step >= state.max_steps
+        if over and best is not None and self.controller.run is not None and not self._recalled:
             self._recalled = True  # of several files the first
             self.controller.recall(Path(best) / FILE)
 
