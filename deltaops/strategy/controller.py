@@ -272,13 +272,19 @@ class Controller:
         ends with an earlier step's parameters: call it before those are loaded, since the places of
         what is off hold parameters of the base.
 
-        Raises: CheckpointError.
+        Raises: CheckpointError, with nothing changed, also where places were taken out since.
         """
         run = self._running("recall")
         state = read_state(Path(path))
         facts = state["facts"]
         form = Form.read(facts["form"], run.handle)
-        form.apply(run.handle, run.optimizer)
+        try:
+            form.apply(run.handle, run.optimizer)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"Controller.recall: {error} Places that were taken out do not come back in a live "
+                "model; Controller.reshape gives a fresh handle the form of this checkpoint."
+            ) from error
         form.switch(run.handle)
         _put_outside(run.handle, state["tensors"])
         self._objects = None

@@ -36,6 +36,7 @@ from deltaops.strategy import (
     weigh,
 )
 from deltaops.strategy.monitor import CLOCKS
+from deltaops.surgery import resize
 
 from .conftest import STEPS, Loop, Net, Watcher, attached, bits, same
 
@@ -249,6 +250,17 @@ def test_recall_gives_back_ranks_switches_and_what_is_off(
         loop.handle.model.state_dict().items(), Net().state_dict().values(), strict=True
     ):
         assert torch.equal(one, other), key
+
+
+def test_recall_refuses_where_a_place_is_gone_and_changes_nothing(tmp_path: Path) -> None:
+    loop = Loop(Controller([])).begin().train(1)
+    loop.controller.save(tmp_path / "state")
+    resize(loop.handle, {"one": 5, "two": 0}, part="lora", optimizer=loop.optimizer)
+    loop.handle.disable("bitfit")
+    before = bits(loop.handle, loop.optimizer)
+    with pytest.raises(CheckpointError, match="taken out do not come back"):
+        loop.controller.recall(tmp_path / "state")
+    assert same(bits(loop.handle, loop.optimizer), before)
 
 
 def test_another_setting_than_the_resumed_runs_is_refused() -> None:
