@@ -81,7 +81,7 @@ class disable(_OnParts):
         """See :class:`Deed`. Raises: Refused."""
         found = [part for part in self.parts if part in run.handle.enabled]
         if found:
-            run.handle.disable(*found)
+            _turn_off(run, found)
             _check_trained(run, "disable")
         return [Action("disable", part, reason) for part in found]
 
@@ -108,6 +108,10 @@ class weigh:
         """See :class:`Deed`."""
         return (self.part,)
 
+    def check(self, run: Run) -> None:
+        """Raises: ConfigError for a method that does not just add, or a factor that is none."""
+        check_weighed(run, self.part, self.factor)
+
     def __call__(self, run: Run, reason: str) -> list[Action]:
         """See :class:`Deed`."""
         before = run.handle.weights[self.part]
@@ -119,10 +123,18 @@ class weigh:
 
 @dataclass(frozen=True)
 class switch:
-    """Another method: ``off`` is switched off and ``on`` on; both are parts of the handle."""
+    """Another method: ``off`` is switched off and ``on`` on; both are parts of the handle.
+
+    Raises: ConfigError where they are one.
+    """
 
     off: str
     on: str
+
+    def __post_init__(self) -> None:
+        """Check."""
+        if self.off == self.on:
+            raise ConfigError(f"switch: expected two parts, got {self.on!r} twice.")
 
     def names(self) -> tuple[str, ...]:
         """See :class:`Deed`."""
@@ -133,7 +145,7 @@ class switch:
         if self.off not in run.handle.enabled and self.on in run.handle.enabled:
             return []
         run.handle.enable(self.on)
-        run.handle.disable(self.off)
+        _turn_off(run, [self.off])
         _check_trained(run, "switch")
         return [Action("switch", self.on, reason, detail={"from": self.off, "to": self.on})]
 
@@ -215,17 +227,25 @@ def check_names(run: Run, names: Iterable[str]) -> None:
             )
 
 
-def check_weighed(run: Run, part: str) -> None:
+def check_weighed(run: Run, part: str, factor: float = 1.0) -> None:
     """Raises: ConfigError where the method of ``part`` has no weight."""
     handle = run.handle
     parts = parts_of(handle.delta)
-    parts["" if part not in parts else part].weighed(1.0)
+    parts["" if part not in parts else part].weighed(factor)
 
 
 def tensors_of(run: Run, part: str) -> list[nn.Parameter]:
     """Those of one part of the handle."""
     found = run.handle.by_place().items()
     return [p for s, held in found if (s.part or run.handle.name) == part for p in held.values()]
+
+
+def _turn_off(run: Run, parts: Iterable[str]) -> None:
+    """Also for a loop that zeroes only the gradients of what is in the model."""
+    for part in parts:
+        run.handle.disable(part)
+        for parameter in tensors_of(run, part):
+            parameter.grad = None
 
 
 def _set_trained(run: Run, part: str, trained: bool) -> bool:

@@ -13,11 +13,13 @@ from typing import Protocol
 
 from deltaops.errors import ConfigError
 
+from .actions import check_names
+from .monitor import WHOLE
 from .parts import Run
 
 
 class Condition(Protocol):
-    """What `When` takes first."""
+    """What `When` takes first. It may have a ``check(run)``, asked before the first step."""
 
     def __call__(self, run: Run) -> str | None:
         """The reason to act now, or None."""
@@ -56,6 +58,10 @@ class plateau:
             raise ConfigError(f"plateau: rows must be 1 or more rows, got {self.rows!r}.")
         if not 0 <= self.gain < 1:
             raise ConfigError(f"plateau: gain must be in [0, 1), got {self.gain!r}.")
+
+    def check(self, run: Run) -> None:
+        """Raises: ConfigError without a monitor."""
+        _check_table(run, self)
 
     def __call__(self, run: Run) -> str | None:
         """See :class:`Condition`."""
@@ -96,6 +102,11 @@ class below:
         if self.rows < 1:
             raise ConfigError(f"{type(self).__name__}: rows must be 1 or more, got {self.rows!r}.")
 
+    def check(self, run: Run) -> None:
+        """Raises: ConfigError without a monitor, or for a part that is not there."""
+        _check_table(run, self)
+        check_names(run, {self.delta} - {"", WHOLE})
+
     def __call__(self, run: Run) -> str | None:
         """See :class:`Condition`."""
         values = run.table.values(self.quantity, delta=self.delta, place=self.place)[-self.rows :]
@@ -126,11 +137,25 @@ class dead:
         delta: name of the part.
         share: of the run's gradient norm.
         rows: of the monitor, 1 or more.
+    Raises: ConfigError.
     """
 
     delta: str
     share: float = 0.01
     rows: int = 5
+
+    def __post_init__(self) -> None:
+        """Check."""
+        if not 0 < self.share < 1 or self.rows < 1:
+            raise ConfigError(
+                f"dead: share must be in (0, 1) and rows 1 or more, got {self.share!r}, "
+                f"{self.rows!r}."
+            )
+
+    def check(self, run: Run) -> None:
+        """Raises: ConfigError without a monitor, or for a part that is not there."""
+        _check_table(run, self)
+        check_names(run, [self.delta])
 
     def __call__(self, run: Run) -> str | None:
         """See :class:`Condition`."""
@@ -146,7 +171,9 @@ class dead:
 
 
 def all_of(*conditions: Callable[[Run], str | None]) -> Callable[[Run], str | None]:
-    """All of them hold."""
+    """All of them hold. Raises: ConfigError for none."""
+    if not conditions:
+        raise ConfigError("all_of: expected conditions such as at(100), got none.")
     return _All(conditions)
 
 
@@ -154,9 +181,23 @@ def all_of(*conditions: Callable[[Run], str | None]) -> Callable[[Run], str | No
 class _All:
     conditions: tuple[Callable[[Run], str | None], ...]
 
+    def check(self, run: Run) -> None:
+        for condition in self.conditions:
+            if hasattr(condition, "check"):
+                condition.check(run)
+
     def __call__(self, run: Run) -> str | None:
         found = [condition(run) for condition in self.conditions]
         return None if None in found else "; ".join(reason for reason in found if reason)
+
+
+def _check_table(run: Run, condition: object) -> None:
+    """Raises: ConfigError where nobody fills the table."""
+    if not any(getattr(part, "watches", False) for part in run.parts):
+        raise ConfigError(
+            f"{type(condition).__name__}: it goes by the table of a monitor, and the controller "
+            "has none. Put Monitor() before the policy."
+        )
 
 
 def _mean(values: Sequence[float]) -> float:

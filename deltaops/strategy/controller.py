@@ -128,7 +128,7 @@ class Controller:
         run.on_secure = self._secure
         self._handle, self.failed, self._odd = handle, {}, set()
         self._header = self._describe(handle)
-        before = Snapshot.take(run, parts=False)
+        before, history = Snapshot.take(run, parts=False), list(handle.history)
         try:  # nothing is lost yet: what a part raises here is raised, and undone
             if resume is None:
                 self._start(run)
@@ -137,7 +137,7 @@ class Controller:
                 self._resume(run, found)
         except Exception:
             before.restore(run, failed=True)
-            handle.history.clear()
+            handle.history[:] = history
             raise
         self._run, self._objects = run, None
 
@@ -177,16 +177,20 @@ class Controller:
     def after_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Validation metrics by name, with or without "eval_" before it.
 
-        One that is not finite is logged, and nothing is decided by it.
+        One that is not finite is logged; it is worse than any, and else nothing is decided by it.
         """
         run = self._running("after_evaluation")
-        run.metrics = {}
+        run.metrics, lost = {}, []
         for name, value in metrics.items():
             if name == "epoch" or name.endswith(_TIMES):
                 continue
+            plain = name.removeprefix("eval_")
             if self._is_finite(f"metric {name}", value, "after_evaluation"):
-                run.metrics[name.removeprefix("eval_")] = float(value)
-        if run.metrics:
+                run.metrics[plain] = float(value)
+            else:
+                lost.append(plain)
+        run.lost = tuple(lost)
+        if run.metrics or lost:
             self._ask_all("after_evaluation")
 
     def close(self) -> None:
@@ -265,16 +269,27 @@ class Controller:
         write_state(Path(path), self.state_dict())
 
     def recall(self, path: str | os.PathLike[str]) -> None:
-        """Have on, and weighed, what was when ``path`` was saved; for a training loop that ends
-        with the parameters of an earlier step. Raises: CheckpointError.
+        """Have the ranks, switches and weights of when ``path`` was saved, for a training loop that
+        ends with an earlier step's parameters: call it before those are loaded, since the places of
+        what is off hold parameters of the base.
 
-        Warns where ranks, places or scales have changed since then, which stay as they are.
+        Raises: CheckpointError, with nothing changed, also where places were taken out since.
         """
         run = self._running("recall")
-        facts = read_state(Path(path))["facts"]
+        state = read_state(Path(path))
+        facts = state["facts"]
         form = Form.read(facts["form"], run.handle)
+        try:
+            form.apply(run.handle, run.optimizer)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"Controller.recall: {error} Places that were taken out do not come back in a live "
+                "model; Controller.reshape gives a fresh handle the form of this checkpoint."
+            ) from error
         form.switch(run.handle)
-        reason = f"the parameters are those of step {facts['step']} again, and so are the switches"
+        _put_outside(run.handle, state["tensors"])
+        self._objects = None
+        reason = f"the parameters of step {facts['step']} come back, and so do ranks and switches"
         detail = {"to_step": facts["step"], "enabled": list(form.enabled)}
         event = {"kind": "roll back", "delta": "", "reason": reason, "detail": detail}
         self._record(_NAME, "recall", event)
@@ -314,6 +329,7 @@ class Controller:
                 f"{facts['header'].get(odd[0])!r}, and this one has {header[odd[0]]!r}. Make "
                 "the controller and the delta as they were, or start anew."
             )
+        self._journal.check_resumed(header, facts["history"])
         run.step, run.loss, run.metrics = facts["step"], facts["loss"], dict(facts["metrics"])
         form = Form.read(facts["form"], run.handle)
         form.apply(run.handle, run.optimizer)
@@ -322,9 +338,7 @@ class Controller:
         frozen = set(facts["frozen"])
         for key, parameter in run.handle.named_parameters():
             parameter.requires_grad_(key not in frozen)
-            if f"outside/{key}" in tensors:
-                with torch.no_grad():
-                    parameter.copy_(tensors[f"outside/{key}"])
+        _put_outside(run.handle, tensors)
         self.failed = dict(facts["failed"])
         run.parts = self._live()
         self._odd = set(facts["odd"])
@@ -428,7 +442,7 @@ class Controller:
             self._odd.discard(name)
         elif name not in self._odd:
             self._odd.add(name)
-            reason = f"{name} is {value}; nothing is decided by it"
+            reason = f"{name} is {value}, which is no number to go by"
             self._record(_NAME, moment, {"kind": "not finite", "delta": "", "reason": reason})
         return math.isfinite(value)
 
@@ -535,6 +549,14 @@ def _line(run: Run, part: str, moment: str, event: Action | Mapping[str, Any]) -
 def _described(part: Part) -> str:
     """Its settings, where it tells them; an object's address would differ in each process."""
     return type(part).__name__ if type(part).__repr__ is object.__repr__ else repr(part)
+
+
+def _put_outside(handle: Handle, tensors: Mapping[str, Tensor]) -> None:
+    """Values of what is off and not in the model, which no checkpoint of the model has."""
+    with torch.no_grad():
+        for key, parameter in handle.named_parameters():
+            if f"outside/{key}" in tensors:
+                parameter.copy_(tensors[f"outside/{key}"])
 
 
 def _kept(tensor: Tensor) -> Tensor:

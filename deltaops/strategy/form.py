@@ -6,6 +6,7 @@ run's tensors.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.methods import Delta
+from deltaops.methods import Delta, LoRA
 from deltaops.surgery import Handle, resize
 from deltaops.surgery.components import AXES, sized_places
 from deltaops.surgery.resize import put_settings
@@ -42,8 +43,10 @@ class Form:
         Args:
             handle: of the same methods.
             optimizer: whose parameters follow; None where there is none yet.
-        Raises: CheckpointError where a tensor cannot have the shape.
+        Raises: CheckpointError where a tensor cannot have the shape, or a setting is another one;
+            nothing has changed then.
         """
+        self._check_settings(handle)
         self._resize(handle, optimizer)
         for name, delta in handle.parts.items():
             if delta != self.deltas[name]:
@@ -60,24 +63,36 @@ class Form:
             if handle.weights[part] != self.weights[part]:
                 handle.weigh(part, self.weights[part])
 
+    def _check_settings(self, handle: Handle) -> None:
+        """Raises: CheckpointError; LoRA's all come with the form."""
+        for name, delta in handle.parts.items():
+            ours, theirs = (one.settings() | {"size": None} for one in (delta, self.deltas[name]))
+            odd = [field for field in ours if ours[field] != theirs[field]]
+            if odd and not isinstance(delta, LoRA):
+                raise CheckpointError(
+                    f"the run had {name} with {odd[0]}={theirs[odd[0]]!r}, and here it has "
+                    f"{ours[odd[0]]!r}. Attach the delta as for the run that is resumed."
+                )
+
     def _resize(self, handle: Handle, optimizer: torch.optim.Optimizer | None) -> None:
-        if shapes_of(handle) == self.shapes:
-            return
-        for part in handle.parts:
-            try:
-                places = sized_places(handle, part, "Controller")
-            except ConfigError:  # its size is fixed, and what differs is found below
-                continue
-            ranks = {}
-            for path, place in places.items():
-                suffix = next(iter(place.slots))
-                shape = self.shapes.get(place.site.key(suffix))
-                ranks[path] = 0 if shape is None else shape[AXES[suffix]]
-            anything = torch.Generator()  # the numbers come later
-            resize(handle, ranks, part=part, optimizer=optimizer, generator=anything)
         found = shapes_of(handle)
+        if found == self.shapes:
+            return
+        sized = {}
+        for part in handle.parts:
+            with contextlib.suppress(ConfigError):  # its size is fixed, and must be the same
+                sized[part] = sized_places(handle, part, "Controller")
+        axes = {
+            place.site.key(suffix): AXES.get(suffix)
+            for places in sized.values()
+            for place in places.values()
+            for suffix in place.tensors
+        }
         odd = sorted(
-            k for k in found.keys() | self.shapes.keys() if found.get(k) != self.shapes.get(k)
+            key
+            for key in found.keys() | self.shapes.keys()
+            if not (key in axes and _fits(found[key], self.shapes.get(key), axes[key]))
+            and found.get(key) != self.shapes.get(key)
         )
         if odd:
             raise CheckpointError(
@@ -85,6 +100,14 @@ class Form:
                 f"{found.get(odd[0])}; {len(odd)} tensors differ by more than their rank. Attach "
                 "the delta as for the run that is resumed."
             )
+        for part, places in sized.items():
+            ranks = {}
+            for path, place in places.items():
+                suffix = next(iter(place.slots))
+                shape = self.shapes.get(place.site.key(suffix))
+                ranks[path] = 0 if shape is None else shape[AXES[suffix]]
+            anything = torch.Generator()  # the numbers come later
+            resize(handle, ranks, part=part, optimizer=optimizer, generator=anything)
 
     # ---------------------------------------------------------------------------------- saving
 
@@ -110,6 +133,15 @@ class Form:
                 f"the run had other deltas than {handle.delta!r}: {type(error).__name__}: {error}. "
                 "Attach the delta as for the run that is resumed."
             ) from error
+
+
+def _fits(now: tuple[int, ...], then: tuple[int, ...] | None, axis: int | None) -> bool:
+    """Whether a rank makes one shape of the other; None: the place had been taken out."""
+    if then is None:
+        return True
+    return len(now) == len(then) and all(
+        one == other or i == axis for i, (one, other) in enumerate(zip(now, then, strict=True))
+    )
 
 
 def shapes_of(handle: Handle) -> Shapes:

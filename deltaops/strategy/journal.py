@@ -44,15 +44,10 @@ class Journal:
         self.check()
         self._write([header, *events])
 
-    def resume(self, header: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
-        """Drop what came after the checkpoint that knows ``events``.
-
-        Raises: CheckpointError where the file's lines are those of another run.
-        """
-        if self.path is None:
-            return
+    def check_resumed(self, header: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        """Raises: CheckpointError where the file's lines are those of another run."""
         lines = [_line(header), *map(_line, events)]
-        if self.path.exists():
+        if self.path is not None and self.path.exists():
             there = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             both = zip(there, lines, strict=False)
             number = next((i for i, (one, other) in enumerate(both, 1) if one != other), None)
@@ -61,6 +56,9 @@ class Journal:
                     f"Controller: line {number} of log={self.path} is not that of the run which is "
                     "resumed. Name the log that this run wrote, or a new file."
                 )
+
+    def resume(self, header: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        """Drop what came after the checkpoint that knows ``events``; checked before."""
         self._write([header, *events])
 
     def _write(self, events: Sequence[Mapping[str, Any]]) -> None:

@@ -10,13 +10,14 @@ effective_rank   part, place                  of LoRA's update, see :mod:`.effec
 seconds          the run                      of a step, mean since the last row; in the file only
 memory           the run                      peak in MiB, of device or process; in the file only
 
-A number that is not defined (all gradients zero, only one seen) has no row.
+A number that is not defined (all gradients zero, only one seen) or not finite has no row.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -153,14 +154,24 @@ class Monitor:
         return table | {f"noise/{key}": tensor for key, tensor in kept.items()}
 
     def resume(self, run: Run) -> None:
-        """Write on in the run's table and file; what came after the checkpoint is dropped."""
-        run.table = self._table
+        """Write on in the run's table and file; what came after the checkpoint is dropped.
+
+        Raises: CheckpointError where the file is that of another run.
+        """
+        run.table, self.clocks, self._began = self._table, Table(), None
         if self.path is None:
             return
         rows = list(self._table.rows())
         if self.path.exists():
-            last = run.step
-            clocks = [r for r in read_rows(self.path) if r.quantity in CLOCKS and r.step <= last]
+            there, last = read_rows(self.path), run.step
+            known = {_lines([row]) for row in rows}
+            before = [r for r in there if r.quantity not in CLOCKS and r.step < last]
+            if not all(_lines([row]) in known for row in before):
+                raise CheckpointError(
+                    f"Monitor: path={self.path} is the table of another run than that which is "
+                    "resumed. Name the file that this run wrote, or a new one."
+                )
+            clocks = [r for r in there if r.quantity in CLOCKS and r.step <= last]
             rows = sorted([*rows, *clocks], key=lambda row: row.step)
         self._rewrite(rows)
 
@@ -188,12 +199,16 @@ class Monitor:
         """‖g‖ of each place, each part, and the run."""
         if not gradients:
             return []
-        norms = torch.stack(torch._foreach_norm(list(gradients.values()), 2, torch.float32))
+        found = torch._foreach_norm(list(gradients.values()), 2, torch.float32)
+        norms = torch.stack(
+            [norm.to(found[0].device) for norm in found]
+        )  # layers may lie on several
         squares: dict[tuple[str, str], float] = {}
         for name, norm in zip(gradients, norms.tolist(), strict=True):
             for key in groups(name):
                 squares[key] = squares.get(key, 0.0) + (norm / clipped) ** 2
-        return [("gradient_norm", *key, value**0.5) for key, value in self._kept(squares)]
+        kept = self._kept(squares)
+        return [("gradient_norm", *key, v**0.5) for key, v in kept if math.isfinite(v)]
 
     def _add(self, run: Run, step: int, rows: Iterable[tuple[str, str, str, float]]) -> None:
         made = [run.table.add(step, q, v, delta=d, place=p) for q, d, p, v in rows]
@@ -229,13 +244,19 @@ class Monitor:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a monitor's file; a last line that was cut off is left out."""
-    text = Path(path).read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    found = csv.DictReader(io.StringIO(whole))
-    return [
-        Row(int(r["step"]), r["quantity"], r["delta"], r["place"], float(r["value"])) for r in found
-    ]
+    """The rows of a monitor's file; a last line that was cut off is left out.
+
+    Raises: CheckpointError for a file that is none.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        whole = io.StringIO(text[: text.rfind("\n") + 1])
+        head, *lines = list(csv.reader(whole)) or [list(COLUMNS)]
+        if tuple(head) != COLUMNS:
+            raise ValueError(f"its columns are {', '.join(head)}")
+        return [Row(int(s), quantity, d, p, float(v)) for s, quantity, d, p, v in lines]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a monitor's table: {error}.") from error
 
 
 def gradients_of(run: Run) -> dict[Name, Tensor]:

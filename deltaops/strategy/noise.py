@@ -12,6 +12,7 @@ batches instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,13 +58,17 @@ class Noise:
             then = before[name].to(now.device).flatten()  # one that was restored is on the CPU
             products += [now.dot(now), then.dot(then), now.dot(then)]
         seen: dict[Group, list[float]] = {}
-        for name, (a, b, c) in zip(names, torch.stack(products).view(-1, 3).tolist(), strict=True):
+        first = products[0].device  # layers may lie on several
+        sums = torch.stack([product.to(first) for product in products]).view(-1, 3).tolist()
+        for name, (a, b, c) in zip(names, sums, strict=True):
             for group in groups(name):
-                sums = seen.setdefault(group, [0.0, 0.0])
-                sums[0] += (a + b) / 2
-                sums[1] += c
+                both = seen.setdefault(group, [0.0, 0.0])
+                both[0] += (a + b) / 2
+                both[1] += c
         found = {}
         for group, (square, product) in seen.items():
+            if not math.isfinite(square + product):  # it would stay in the average for good
+                continue
             one, other = self._means.get(group, (0.0, 0.0))
             one = DECAY * one + (1 - DECAY) * square
             other = DECAY * other + (1 - DECAY) * product

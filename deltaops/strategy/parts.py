@@ -55,6 +55,8 @@ class Run:
     """Of the last step, the mean over its micro-batches."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation, all finite and none of them a time; "loss", not "eval_loss"."""
+    lost: tuple[str, ...] = ()
+    """Metrics of the last evaluation that were not finite."""
     clipped: float = 1.0
     """How many times as long as the loss made them the gradients are: 1 in a plain loop; a
     Trainer's callbacks come after its clipping."""
@@ -101,7 +103,7 @@ class Part(Protocol):
         """The optimizer has stepped. Parameters are replaced here or after an evaluation only."""
 
     def after_evaluation(self, run: Run) -> Iterable[Action]:
-        """`run.metrics` are new."""
+        """`run.metrics` and `run.lost` are new, one of them not empty."""
 
     def state(self) -> dict[str, Any]:
         """What the next decision depends on, as JSON can hold it."""

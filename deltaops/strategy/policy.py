@@ -7,10 +7,10 @@
 
 A rule acts once. With ``watch=N`` it waits for a validation metric, acts, and looks at the next
 evaluations: at the first that is no worse than before the action, by more than ``tolerance``, it is
-done; where all N are worse, the run's deltas and its optimizer are as they were before, to the bit.
-While one rule is watched, no other acts. One that would leave nothing to train
-does nothing, and the log says so. Rules are looked at in their order, when the optimizer has
-stepped and after evaluations.
+done; where all N are worse, or not finite, the run's deltas and its optimizer are as they were
+before, to the bit. While one rule is watched, no other acts. One that would leave nothing to train
+does nothing, and the log says so, as it does of one whose metric no evaluation had. Rules are
+looked at in their order, when the optimizer has stepped and after evaluations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class When:
         condition: of :mod:`.conditions`, or a function of a run that answers with a reason or None.
         action: of :mod:`.actions`, one or several.
         watch: evaluations after which the action is taken back where all were worse; 0 for never.
-        metric: which is watched, as in ``Run.metrics``.
+        metric: which is watched, with or without "eval_" before it.
         greater: whether more of it is better.
         tolerance: by how much it may be worse, in its own unit.
     Raises: ConfigError.
@@ -66,7 +66,9 @@ class When:
             raise ConfigError(f"When: watch must be a number of evaluations, got {self.watch!r}.")
         if not 0 <= self.tolerance < float("inf"):
             raise ConfigError(f"When: tolerance must be 0 or more, got {self.tolerance!r}.")
-        object.__setattr__(self, "deeds", deeds)  # the dataclass is frozen; this is its start
+        # the dataclass is frozen; this is its start
+        object.__setattr__(self, "deeds", deeds)
+        object.__setattr__(self, "metric", self.metric.removeprefix("eval_"))
 
     def __repr__(self) -> str:
         """What decides; a function by its name."""
@@ -97,7 +99,10 @@ class Policy:
         self._states = [WAITING] * len(rules)
         self._snapshot: Snapshot | None = None
         self._watch: dict[str, Any] = {}
-        """Of the rule that is watched: step, metric before, metrics since."""
+        """Of the rule that is watched: step, metric before, metrics since, None of one that was not
+        finite."""
+        self._seen: set[str] = set()
+        """Metrics that evaluations had."""
 
     def __repr__(self) -> str:
         """Its rules."""
@@ -106,13 +111,15 @@ class Policy:
     # --------------------------------------------------------------------------- as a part
 
     def begin(self, run: Run) -> Iterable[Action]:
-        """Raises: ConfigError for a rule of a part that the handle has not."""
+        """Raises: ConfigError for a rule that never could act on this handle."""
         self._states, self._watch, self._snapshot = [WAITING] * len(self.rules), {}, None
+        self._seen = set()
         for rule in self.rules:
             for deed in rule.deeds:
                 check_names(run, deed.names())
-                if hasattr(deed, "check"):
-                    deed.check(run)
+            for one in (rule.condition, *rule.deeds):
+                if hasattr(one, "check"):
+                    one.check(run)
         return ()
 
     def after_backward(self, run: Run) -> Iterable[Action]:
@@ -125,13 +132,29 @@ class Policy:
 
     def after_evaluation(self, run: Run) -> Iterable[Action]:
         """See :meth:`Part.after_evaluation`."""
+        self._seen |= {*run.metrics, *run.lost}
         found = self._judge(run) if WATCHED in self._states else []
         return [*found, *self._act(run)]
+
+    def close(self, run: Run) -> Iterable[Action]:
+        """Tell of rules that waited in vain for a metric."""
+        found = []
+        for rule, state in zip(self.rules, self._states, strict=True):
+            if state == WAITING and rule.watch and rule.metric not in self._seen:
+                reason = f"no evaluation had the metric {rule.metric!r}, by which it is watched"
+                names = dict.fromkeys(name for deed in rule.deeds for name in deed.names())
+                found += [Action("left alone", name, reason) for name in names]
+        return found
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Part.state`."""
         snapshot = None if self._snapshot is None else self._snapshot.state()
-        return {"rules": list(self._states), "watch": dict(self._watch), "snapshot": snapshot}
+        return {
+            "rules": list(self._states),
+            "watch": dict(self._watch),
+            "seen": sorted(self._seen),
+            "snapshot": snapshot,
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """See :meth:`Part.tensors`."""
@@ -140,6 +163,7 @@ class Policy:
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """See :meth:`Part.restore`."""
         self._states, self._watch = list(state["rules"]), dict(state["watch"])
+        self._seen = set(state["seen"])
         snapshot = state["snapshot"]
         self._snapshot = None if snapshot is None else Snapshot.read(snapshot, tensors)
 
@@ -176,21 +200,22 @@ class Policy:
         """Keep what the watched rule did, wait, or take it back."""
         index = self._states.index(WATCHED)
         rule, watch = self.rules[index], self._watch
-        if rule.metric not in run.metrics:
+        if rule.metric not in (*run.metrics, *run.lost):
             return []
-        value, before = run.metrics[rule.metric], watch["before"]
+        value, before = run.metrics.get(rule.metric), watch["before"]
         since = [*watch["since"], value]
-        if rule.worse(value, before) and len(since) < rule.watch:
+        worse = value is None or rule.worse(value, before)
+        if worse and len(since) < rule.watch:
             self._watch = {**watch, "since": since}
             return []
         self._states[index], self._watch = DONE, {}
         snapshot, self._snapshot = self._snapshot, None
-        if not rule.worse(value, before):
+        if not worse:
             return []
         assert snapshot is not None
         run.secure()
         snapshot.restore(run)
-        told = ", ".join(f"{v:.6g}" for v in since)
+        told = ", ".join("not finite" if v is None else f"{v:.6g}" for v in since)
         reason = (
             f"{rule.metric} was {before:.6g} before the action of step {watch['step']}, and {told} "
             f"in the {len(since)} evaluations after it, worse by more than {rule.tolerance:.6g}"

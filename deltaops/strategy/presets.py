@@ -27,7 +27,7 @@ class _Made(Policy):
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.rules, self.name = (), name
-        self._states, self._watch, self._snapshot = [], {}, None
+        self._states, self._watch, self._snapshot, self._seen = [], {}, None, set()
         self._settings = settings
 
     def __repr__(self) -> str:

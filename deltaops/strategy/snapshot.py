@@ -173,12 +173,15 @@ class Objects:
             _walk(parameters, self._contents, seen)
         self._parameters = [p for _, p in run.handle.named_parameters()]
         self._switches = run.handle.enabled, run.handle.weights
+        self._merged = run.handle.merged
 
     def replaced(self, run: Run) -> bool:
-        """Whether the handle has other Parameter objects now."""
+        """Whether the handle, or the base by a merge, has other Parameter objects now."""
         now = [p for _, p in run.handle.named_parameters()]
-        return len(now) != len(self._parameters) or any(
-            one is not other for one, other in zip(now, self._parameters, strict=True)
+        return (
+            len(now) != len(self._parameters)
+            or run.handle.merged != self._merged
+            or any(one is not other for one, other in zip(now, self._parameters, strict=True))
         )
 
     def holds(self, run: Run) -> bool:

@@ -34,6 +34,8 @@ class ControllerCallback(TrainerCallback):
         """For one Trainer."""
         self.controller = controller
         self._forward: Any = None
+        self._loads: Any = None
+        self._recalled = False
         self._clips = False
         self._hooked: list[Any] = []
         self._losses: list[tuple[Tensor, Tensor]] = []
@@ -61,6 +63,11 @@ class ControllerCallback(TrainerCallback):
             handle_on(model), _plain(kwargs["optimizer"]), steps=state.max_steps, resume=resume
         )
         self._forward = model.register_forward_hook(self._see_loss)
+        if args.load_best_model_at_end:
+            self._recalled = False
+            self._loads = model.register_load_state_dict_pre_hook(
+                lambda *_: self._recall(state, control)
+            )
         self._clips = args.max_grad_norm is not None and args.max_grad_norm > 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,13 +80,12 @@ class ControllerCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are whole, and clipped."""
         self._unhook_gradients()
-        loss = None
+        loss, scale = None, _scale(kwargs["optimizer"])
         if self._losses:
-            scaled = sum(float(value) * float(weight) for value, weight in self._losses)
-            loss = scaled / _scale(kwargs["optimizer"])
+            loss = sum(float(value) * float(weight) for value, weight in self._losses) / scale
         elif NO_LOSS not in self.controller.notes:
             self.controller.notes.append(NO_LOSS)
-        self.controller.after_backward(loss, clipped=self._clipped())
+        self.controller.after_backward(loss, clipped=self._clipped(scale))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped."""
@@ -97,11 +103,8 @@ class ControllerCallback(TrainerCallback):
         self.controller.save(_checkpoint(args, state) / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the hooks away; where the best checkpoint was loaded, have its switches."""
+        """Take the hooks away."""
         self._release()
-        best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is not None and self.controller.run is not None:
-            self.controller.recall(Path(best) / FILE)
         self.controller.close()
 
     # --------------------------------------------------------------------------------- hooks
@@ -111,6 +114,18 @@ class ControllerCallback(TrainerCallback):
         if self._forward is not None:
             self._forward.remove()
             self._forward = None
+        if self._loads is not None:
+            self._loads.remove()
+            self._loads = None
+
+    def _recall(self, state: Any, control: Any) -> None:
+        """Before a Trainer puts the best checkpoint into the model, which must be as it was then:
+        what is off now would have the base's parameters in the places that the file fills."""
+        best = state.best_model_checkpoint
+        over = control.should_training_stop or state.global_step >= state.max_steps
+        if over and best is not None and self.controller.run is not None and not self._recalled:
+            self._recalled = True  # of several files the first
+            self.controller.recall(Path(best) / FILE)
 
     def _see_loss(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Of a forward pass in training."""
@@ -143,16 +158,25 @@ class ControllerCallback(TrainerCallback):
         assert parameter.grad is not None
         self._norms[parameter] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
 
-    def _clipped(self) -> float:
-        """See :attr:`Run.clipped`; 1 exactly where nothing was clipped."""
+    def _clipped(self, scale: float) -> float:
+        """See :attr:`Run.clipped`; 1 exactly where nothing was clipped.
+
+        Args:
+            scale: of the loss, which gradients had when they were seen, and have no more.
+        """
         pairs = [(p.grad, norm) for p, norm in self._norms.items() if p.grad is not None]
         if not pairs:
             return 1.0
         after = [torch.linalg.vector_norm(g, dtype=torch.float32) for g, _ in pairs]
-        before = torch.linalg.vector_norm(torch.stack([norm for _, norm in pairs]))
-        whole = float(before)
-        found = float(torch.linalg.vector_norm(torch.stack(after)))
+        whole = _length([norm for _, norm in pairs]) / scale
+        found = _length(after)
         return found / whole if whole > 0 and math.isfinite(whole) and found > 0 else 1.0
+
+
+def _length(norms: list[Tensor]) -> float:
+    """Of all together, wherever layers lie."""
+    first = norms[0].device
+    return float(torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms])))
 
 
 def _hook(parameter: nn.Parameter, see: Any) -> Any:

@@ -30,7 +30,7 @@ class Handle:
 
     @property
     def delta(self) -> Delta | Combined:
-        """The settings it was attached with."""
+        """Its settings: those it was attached with, and what resizing made of them."""
         return self._record.delta
 
     @property

@@ -27,7 +27,7 @@ from .loop import Point, Schedule, evaluate, make_optimizer, train
 from .read import Columns, read_examples
 from .spec import parse_delta
 from .state import FILE, names_in_model, read_facts, restore_state, trained, write_state
-from .steered import Steered
+from .steered import NO_ACTIONS, Steered
 from .tokens import Order, TokenSet, check_known, label_texts, load_tokenizer, pack_text
 
 TASKS = ("causal-lm", "classification")
@@ -84,7 +84,7 @@ class Outcome:
     off: tuple[str, ...] = ()
     """Parts of the delta that a controller left off; the file has them, and loads them on."""
     actions: int = 0
-    """Of a controller."""
+    """Of a controller, but for what it left alone."""
 
 
 def run(
@@ -190,7 +190,8 @@ def run(
         lambda part: draw_curve(part, history, Path(settings.model).name, before, after),
     )
     off = tuple(part for part in handle.parts if part not in handle.enabled)
-    return Outcome(True, len(history), before, after, history, off, len(handle.history))
+    actions = sum(event["kind"] not in NO_ACTIONS for event in handle.history)
+    return Outcome(True, len(history), before, after, history, off, actions)
 
 
 def _check_out(settings: Settings, out: Path, resume: bool) -> dict[str, Any] | None:

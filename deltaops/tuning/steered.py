@@ -16,6 +16,8 @@ from .state import FILE, read_controller
 from .tokens import TokenSet
 
 LOG, TABLE = "controller.jsonl", "monitor.csv"
+NO_ACTIONS = ("left alone", "not finite", "error")
+"""Kinds of lines in the log of a controller that tell of no change."""
 EVALUATIONS = 10
 """Of a run that does not say how many."""
 

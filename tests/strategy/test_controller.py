@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import deltaops
-from deltaops import LoRA
+from deltaops import Adapter, LoRA
 from deltaops.errors import AttachError, CheckpointError, ConfigError
 from deltaops.strategy import (
     Action,
@@ -27,12 +27,16 @@ from deltaops.strategy import (
     WarmIn,
     When,
     at,
+    disable,
+    enable,
     freeze,
+    grow,
     read_log,
     read_rows,
     weigh,
 )
 from deltaops.strategy.monitor import CLOCKS
+from deltaops.surgery import resize
 
 from .conftest import STEPS, Loop, Net, Watcher, attached, bits, same
 
@@ -167,6 +171,20 @@ def test_a_part_that_raises_is_undone_and_off(
     assert len(read_log(tmp_path / "log.jsonl")) == 2
 
 
+def test_what_a_part_merged_before_it_raised_is_applied_again() -> None:
+    def fail(run: Run) -> list[Action]:
+        run.handle.merge()
+        raise RuntimeError("merged")
+
+    loop = Loop(Controller([Watcher(fail)])).begin().train(1)
+    plain = Loop(Controller([])).begin().train(1)
+    assert not loop.handle.merged
+    assert loop.controller.failed
+    assert same(
+        bits(loop.train().handle, loop.optimizer), bits(plain.train().handle, plain.optimizer)
+    )
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
@@ -199,14 +217,64 @@ def test_numbers_that_are_none_are_logged_and_decide_nothing(steered: Make, tmp_
     for value in (math.nan, math.nan, 0.5, math.inf):
         loop.controller.after_evaluation({"eval_loss": value, "eval_runtime": 3.0})
     loop.controller.after_evaluation({"loss": math.nan, "accuracy": 0.5})
-    assert seen == [{"loss": 0.5}, {"accuracy": 0.5}]
+    assert [one for one in seen if one] == [{"loss": 0.5}, {"accuracy": 0.5}]
     reasons = [event["reason"] for event in loop.handle.history]
-    assert reasons[0] == "metric eval_loss is nan; nothing is decided by it"
+    assert reasons[0] == "metric eval_loss is nan, which is no number to go by"
     assert len(reasons) == 3
     loop.controller.after_backward(math.inf)
     assert loop.controller.run is not None
     assert loop.controller.run.loss is None
     json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize(("saved", "end"), [(1, 3), (3, 7)])
+def test_recall_gives_back_ranks_switches_and_what_is_off(
+    tmp_path: Path, saved: int, end: int
+) -> None:
+    rules = (
+        When(at(2), disable("bitfit")), When(at(4), enable("bitfit")), When(at(5), grow("lora", 2)),
+    )  # fmt: skip
+    loop = Loop(Controller([Policy(*rules)])).begin().train(saved)
+    loop.controller.save(tmp_path / "state")
+    wanted = bits(loop.handle, loop.optimizer)
+    model = {key: value.clone() for key, value in loop.handle.model.state_dict().items()}
+    loop.train(end)
+    loop.controller.recall(tmp_path / "state")
+    loop.handle.model.load_state_dict(model)
+    assert loop.handle.enabled == wanted["enabled"]
+    for key, parameter in loop.handle.named_parameters():
+        assert torch.equal(parameter, wanted[key]), key
+    loop.handle.revert()
+    torch.manual_seed(5)
+    for (key, one), other in zip(
+        loop.handle.model.state_dict().items(), Net().state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), key
+
+
+def test_recall_refuses_where_a_place_is_gone_and_changes_nothing(tmp_path: Path) -> None:
+    loop = Loop(Controller([])).begin().train(1)
+    loop.controller.save(tmp_path / "state")
+    resize(loop.handle, {"one": 5, "two": 0}, part="lora", optimizer=loop.optimizer)
+    loop.handle.disable("bitfit")
+    before = bits(loop.handle, loop.optimizer)
+    with pytest.raises(CheckpointError, match="taken out do not come back"):
+        loop.controller.recall(tmp_path / "state")
+    assert same(bits(loop.handle, loop.optimizer), before)
+
+
+def test_another_setting_than_the_resumed_runs_is_refused() -> None:
+    def loop(scaling: float) -> Loop:
+        delta = LoRA(r=2, target_modules=["one"]) + Adapter(
+            size=2, scaling=scaling, target_modules=["two"]
+        )
+        return Loop(Controller([]), delta)
+
+    saved = loop(1.0).begin().train(1).saved()
+    other = loop(2.0)
+    with pytest.raises(CheckpointError, match=r"adapter with scaling=1.0, and here it has 2.0"):
+        other.resume(saved)
+    assert other.handle.parts["adapter"] == Adapter(size=2, scaling=2.0, target_modules=["two"])
 
 
 def test_what_is_no_part_is_refused() -> None:
@@ -243,10 +311,11 @@ def test_what_a_part_refuses_at_the_start_is_raised_and_undone(
 ) -> None:
     parts = (WarmIn("lora", start=2), Policy(When(at(2), freeze("lorra"))))
     loop = Loop(steered(*parts))
+    loop.handle.history.append({"kind": "of an earlier run"})
     with pytest.raises(ConfigError, match=r"no part of the handle is called 'lorra'.*lora, bitfit"):
         loop.begin()
     assert loop.handle.enabled == ("lora", "bitfit")
-    assert loop.handle.history == []
+    assert loop.handle.history == [{"kind": "of an earlier run"}]
     assert not (tmp_path / "log.jsonl").exists()
 
 

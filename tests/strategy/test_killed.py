@@ -88,7 +88,8 @@ def test_a_killed_process_leaves_what_another_goes_on_from(
     ]  # fmt: skip
     cut_off = tmp_path / "killed" / "log.jsonl"
     cut_off.write_text(cut_off.read_text() + '{"step": 5, "mom')
-    finish(start(tmp_path / "killed"))
+    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path / "killed"), "-1"])
+    exec(PROGRAM, {})
     for name in ("log.jsonl", "state-8", "end"):
         one, other = ((tmp_path / run / name).read_bytes() for run in ("straight", "killed"))
         assert one == other, name

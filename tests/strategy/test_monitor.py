@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltaops import BitFit, LoRA
-from deltaops.errors import ConfigError
+from deltaops.errors import CheckpointError, ConfigError
 from deltaops.strategy import Controller, Monitor, Table, read_rows
 from deltaops.strategy.effective_rank import effective_rank, effective_ranks
 from deltaops.strategy.monitor import CLOCKS
@@ -96,6 +96,31 @@ def test_the_noise_scale_is_that_of_known_gradients() -> None:
     assert sum(("lora", "two") not in found for found in late) > len(late) / 4
 
 
+def test_a_gradient_that_is_not_finite_has_no_row_and_spoils_none() -> None:
+    """As in a step that mixed precision skips."""
+    monitor = Monitor(1)
+    loop = Loop(Controller([monitor])).begin().train(3)
+    loss = loss_of(loop.handle.model, 3)
+    loss.backward()
+    key, parameter = next(iter(loop.handle.named_parameters()))
+    assert key.startswith("lora/one")
+    assert parameter.grad is not None
+    parameter.grad[0] = math.inf
+    loop.controller.after_backward(loss)
+    loop.optimizer.zero_grad()
+    loop.controller.after_step()
+    loop.step += 1
+    loop.controller.state_dict()
+    assert loop.controller.failed == {}
+    loop.train(6)
+    found = {(r.step, r.quantity) for r in monitor.table() if (r.delta, r.place) == ("lora", "one")}
+    norms = {step for step, quantity in found if quantity == "gradient_norm"}
+    noise = {step for step, quantity in found if quantity == "gradient_noise"}
+    assert norms == {1, 2, 3, 5, 6}
+    assert noise.isdisjoint({4, 5})
+    assert all(math.isfinite(row.value) for row in monitor.table())
+
+
 def test_effective_rank_is_that_of_the_singular_values() -> None:
     loop = Loop(Controller([Monitor()])).begin().train(6)
     found = effective_ranks(loop.handle)
@@ -161,11 +186,18 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 
 def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "monitor.csv"
-    Loop(Controller([Monitor(path=path)])).begin().train(1)
+    Loop(Controller([Monitor(1, path=path)]), lr=0.1).begin().train(2)
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="table of another run"):
         Loop(Controller([Monitor(path=path)])).begin()
     assert path.read_bytes() == before
+    saved = Loop(Controller([Monitor()])).begin().train(3).saved()
+    with pytest.raises(CheckpointError, match="table of another run"):
+        Loop(Controller([Monitor(path=path)])).resume(saved)
+    assert path.read_bytes() == before
+    path.write_text("what,else\n1,2\n")
+    with pytest.raises(CheckpointError, match="its columns are what, else"):
+        read_rows(path)
     with pytest.raises(ConfigError, match="every must be 1 or more"):
         Monitor(0)
 

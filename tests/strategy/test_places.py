@@ -31,7 +31,7 @@ def test_a_search_resumes_to_the_same_bits() -> None:
     lora = {site.path for site in straight.handle.places if site.part == "lora"}
     assert lora == {straight.handle.history[1]["place"]}
     wanted = bits(straight.handle, straight.optimizer)
-    for one in saved:
+    for one in saved[1::3]:
         again = Loop(made()).resume(copy.deepcopy(one)).train()
         assert same(bits(again.handle, again.optimizer), wanted), one["step"]
         assert again.handle.history == straight.handle.history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ from deltaops.strategy import (
 )
 from deltaops.strategy.snapshot import Snapshot
 
-from .conftest import STEPS, Loop, Watcher, bits, same
+from .conftest import STEPS, Loop, Watcher, bits, loss_of, same
 
 Make = Callable[..., Controller]
 G = "gradient_norm"
@@ -204,6 +205,58 @@ def test_a_watched_rule_waits_for_a_metric() -> None:
     assert [event["kind"] for event in loop.handle.history] == ["disable"]
 
 
+def test_a_metric_that_is_lost_is_worse_than_any() -> None:
+    policy = Policy(When(at(1), disable("bitfit"), watch=2, metric="eval_loss", tolerance=100.0))
+    loop = Loop(Controller([policy])).begin().train(1)
+    for value in (1.0, math.nan):
+        loop.controller.after_evaluation({"eval_loss": value})
+    assert loop.handle.enabled == ("lora",)
+    loop.controller.after_evaluation({"eval_loss": math.inf})
+    assert loop.handle.enabled == ("lora", "bitfit")
+    assert "not finite, not finite in the 2 evaluations" in loop.handle.history[-1]["reason"]
+
+
+def test_a_rule_that_waited_in_vain_for_its_metric_is_told() -> None:
+    policy = Policy(When(at(1), disable("bitfit"), watch=1, metric="f1"))
+    loop = Loop(Controller([policy])).begin().train(1)
+    loop.controller.after_evaluation({"eval_loss": 1.0})
+    loop.controller.close()
+    (event,) = loop.handle.history
+    assert (event["kind"], event["moment"]) == ("left alone", "close")
+    assert "no evaluation had the metric 'f1'" in event["reason"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([FreezeDead()], "dead: it goes by the table of a monitor"),
+        ([SwitchOnPlateau("lora", "bitfit")], "plateau: it goes by the table of a monitor"),
+        ([Monitor(), Policy(When(dead("lorra"), freeze("lora")))], "called 'lorra'"),
+        (
+            [Monitor(), Policy(When(all_of(at(1), below("loss", 1.0, "bit")), freeze("lora")))],
+            "called 'bit'",
+        ),
+        ([Policy(When(at(1), weigh("bitfit", 0.5)))], "cannot be weighed"),
+        ([Policy(When(at(1), weigh("lora", math.nan)))], "must be a finite number"),
+    ],
+)
+def test_a_rule_that_never_could_act_is_refused_at_the_start(parts: list[Any], told: str) -> None:
+    loop = Loop(Controller(parts))
+    with pytest.raises(ConfigError, match=told):
+        loop.begin()
+    assert loop.handle.enabled == ("lora", "bitfit")
+
+
+def test_what_is_switched_off_keeps_no_gradient(steered: Make) -> None:
+    """In a loop that zeroes what is in the model, where a bias that is off is not."""
+    loop = Loop(steered(Policy(When(at(1), disable("bitfit"))))).begin()
+    loss_of(loop.handle.model, 0).backward()
+    loop.optimizer.step()
+    loop.controller.after_step()
+    grads = {key: p.grad for key, p in loop.handle.named_parameters()}
+    assert {key.split("/")[0] for key, grad in grads.items() if grad is not None} == {"lora"}
+
+
 def test_more_can_be_better() -> None:
     policy = Policy(When(at(1), disable("bitfit"), watch=1, metric="accuracy", greater=True))
     loop = Loop(Controller([policy])).begin().train(1)
@@ -285,6 +338,9 @@ def test_a_part_is_let_in_by_levels(steered: Make) -> None:
         lambda: FreezeDead(share=2.0),
         lambda: DisableUseless(watch=0),
         lambda: WarmIn("lora", 5, levels=0),
+        lambda: dead("lora", rows=0),
+        lambda: switch("lora", "lora"),
+        lambda: all_of(),
     ],
 )
 def test_rules_that_mean_nothing_are_refused(make: Callable[[], object]) -> None:

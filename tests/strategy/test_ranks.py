@@ -33,7 +33,7 @@ def test_a_run_whose_ranks_change_resumes_to_the_same_bits(steered: Make) -> Non
         seen.add(tuple(ranks(straight)))
     assert len(seen) > 1
     wanted = bits(straight.handle, straight.optimizer)
-    for one in saved:
+    for one in saved[1::3]:
         again = Loop(make()).resume(copy.deepcopy(one)).train()
         assert same(bits(again.handle, again.optimizer), wanted), one["step"]
         assert again.handle.history == straight.handle.history

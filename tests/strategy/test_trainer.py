@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deltaops
 from deltaops import BitFit, LoRA
@@ -129,6 +130,40 @@ def test_a_run_goes_on_from_each_checkpoint_to_the_same_bits(tmp_path: Path) -> 
     state.unlink()
     with pytest.raises(CheckpointError, match="decisions before step 5 are not known"):
         broken.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+
+
+def test_the_best_checkpoint_comes_back_with_ranks_and_switches(tmp_path: Path) -> None:
+    """A bias that is off at the end has left its place to the base's, which stays as it is."""
+    grown = grow("lora", places=["transformer.h.0.attn.c_attn"])
+    controller = Controller([Policy(When(at(2), [grown, disable("bitfit")]))])
+    run = trainer(
+        tmp_path, controller, max_steps=2, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )  # fmt: skip
+    handle = handle_on(run.model)
+    with handle.disabled():
+        base = {key: value.clone() for key, value in run.model.state_dict().items()}
+    run.train()
+    assert run.state.best_global_step == 1
+    assert [event["kind"] for event in handle.history] == ["grow", "disable", "roll back"]
+    assert handle.enabled == ("lora", "bitfit")
+    wanted = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    found = run.model.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in wanted.items())
+    with handle.disabled():
+        after = run.model.state_dict()
+    assert all(torch.equal(v, after[key]) for key, v in base.items() if "lora_" not in key)
+
+
+def test_gradients_scaled_by_mixed_precision_are_told_whole() -> None:
+    """The loss's scale is in them when they are seen, and is out when they are clipped."""
+    callback: Any = Controller([Monitor()]).callback()
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 1024.0)
+    callback._see_gradient(parameter)
+    parameter.grad.div_(1024.0).mul_(0.25)
+    assert callback._clipped(1024.0) == 0.25
 
 
 def test_a_part_that_raises_does_not_lose_the_run(tmp_path: Path) -> None:
