@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,8 +132,9 @@ def features_of_model(model: nn.Module) -> ModelFeatures:
     blocks = anatomy(model)
     linears = [m for m in model.modules() if is_linear(m)]
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    stack = next(_with_table(model), None)
-    table = None if stack is None else token_table(stack)
+    # the innermost one's is what is called: T5's own stands beside those of its two stacks
+    tables = [table for m in model.modules() if (table := token_table(m)) is not None]
+    table = tables[-1] if tables else None
     named = {id(m): path for path, m in model.named_modules()}
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -173,7 +174,3 @@ def _looked_up(tokenizer: Any, words: Sequence[str]) -> dict[str, tuple[int, int
     ]
     rows = (min(pair, key=len) for pair in zip(*ways, strict=True))
     return {w: (len(row), row.count(unknown)) for w, row in zip(words, rows, strict=True)}
-
-
-def _with_table(model: nn.Module) -> Iterator[nn.Module]:
-    yield from (m for m in model.modules() if token_table(m) is not None)

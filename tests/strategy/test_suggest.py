@@ -88,7 +88,7 @@ def test_presets_train_what_is_counted(name: str) -> None:
 def test_an_encoder_decoder_reads_a_class_at_the_end_of_each_text() -> None:
     model = build("t5", head="ForSequenceClassification", decoder_start_token_id=0)
     found = suggest(model, task(), modules_to_save=["classification_head"], count=1)
-    assert found.model.family == "encoder-decoder"
+    assert (found.model.family, found.model.embedding) == ("encoder-decoder", "embed_tokens")
     assert found.best.cost.held > 0
 
 
