@@ -7,8 +7,8 @@ Both tasks are questions with intents and answer with the same labels: task B's 
 by the names of task A's, one by one, so that what B has to learn is against what A is right with.
 Nothing tells them apart but the questions. MiniLM reads, and a text belongs to the label whose name
 the untouched encoder puts nearest; nothing trains but the prompts (and keys). Every contender gets
-the same batches of both tasks for the same number of steps, and each learning rate is tried on
-held-out training texts with a seed that no result has.
+the same batches of both tasks for the same number of steps. Where --rates names several, each is
+tried on held-out training texts with a seed that no result has.
 """
 
 from __future__ import annotations

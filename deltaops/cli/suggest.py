@@ -174,7 +174,8 @@ def _facts(found: Any) -> list[str]:
         f"layers, {m.biased:.0%} with a bias",
         f"a step: {found.shape.rows} × {found.shape.tokens} tokens; this machine: "
         f"{found.rates.operations / 1e9:.0f} GF/s in such products, "
-        f"{found.rates.bytes / 1e9:.1f} GB/s",
+        f"{found.rates.bytes / 1e9:.1f} GB/s just now, by which all times are predicted: while "
+        "other work runs beside they say little, and --check takes real steps",
     ]
 
 

@@ -33,6 +33,7 @@ from deltaops.modules import (
 
 from . import stack
 from .base import Binding, Site
+from .causal import is_causal
 from .targets import STACKS, check_flags, is_count, is_number, normalise
 
 PROMPTS, KEYS = "prompt_pool.prompts", "prompt_pool.keys"
@@ -62,7 +63,8 @@ class PromptPool(stack.PromptDelta):
             the batch that a process sees; 0 leaves it to the samples, and then a few prompts may
             win all of them.
         prompt_tuning_init: "sample_vocab", prompts start as the embeddings of tokens drawn at
-            random, or "random", as numbers as scattered as those are.
+            random, or "random", as numbers as scattered as those are. None for the first, and for
+            the second where no tokens are read (an image's encoder).
         target_modules: as for :class:`deltaops.Prompt`.
         exclude_modules: names or a regular expression, taken out of the targets.
         modules_to_save: modules that are trained whole and saved along, such as a new head.
@@ -80,7 +82,7 @@ class PromptPool(stack.PromptDelta):
     query_tokens: int | None = None
     key_loss: float = 0.5
     balance: float = 0.1
-    prompt_tuning_init: str = STARTS[0]
+    prompt_tuning_init: str | None = None
     target_modules: str | tuple[str, ...] = STACKS
     exclude_modules: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
@@ -102,10 +104,11 @@ class PromptPool(stack.PromptDelta):
                 f"PromptPool: top_k must be at most size={self.size}, got {self.top_k}. A sample "
                 "cannot have more prompts than there are."
             )
-        for name, known in (("query", SOURCES), ("prompt_tuning_init", STARTS)):
+        for name, known in (("query", SOURCES), ("prompt_tuning_init", (*STARTS, None))):
             if getattr(self, name) not in known:
                 raise ConfigError(
-                    f"PromptPool: {name} must be {' or '.join(known)}, got {getattr(self, name)!r}."
+                    f"PromptPool: {name} must be {' or '.join(map(str, known))}, got "
+                    f"{getattr(self, name)!r}."
                 )
         for name in ("key_loss", "balance"):
             value = getattr(self, name)
@@ -122,7 +125,7 @@ class PromptPool(stack.PromptDelta):
     def unbindable(self, module: nn.Module) -> str | None:
         """See :meth:`Delta.unbindable`."""
         reason = stack.misfit(module, self.top_k * self.length)
-        if reason is None and self.prompt_tuning_init != "random" and token_table(module) is None:
+        if reason is None and self.prompt_tuning_init == STARTS[0] and token_table(module) is None:
             return 'it reads no tokens that prompts could start from; prompt_tuning_init="random"'
         return reason
 
@@ -132,18 +135,16 @@ class PromptPool(stack.PromptDelta):
         shapes = self.shapes(site, module)
         table, width = token_table(module), stack.width_of(site, module)
         ids: Tensor | None = None
-        if self.prompt_tuning_init == "sample_vocab":
-            assert table is not None  # or it was unbindable
+        if table is not None and self.prompt_tuning_init != "random":
             ids = stack.drawn(table, self.size * self.length, random)
         rows = stack.start_rows(table, ids, self.size * self.length, width, random)
         device, dtype = stack.beside(module, self.autocast_adapter_dtype)
-        causal = any(getattr(m, "is_causal", False) for m in module.modules())
         pool = PooledPrompts(
             rows.view(shapes[PROMPTS]).to(device=device, dtype=dtype),
             self._keys(shapes[KEYS], table, random).to(device=device, dtype=dtype),
             top_k=self.top_k,
             source=self.query,
-            tokens=FIRST if causal and self.query_tokens is None else self.query_tokens,
+            tokens=FIRST if self.query_tokens is None and is_causal(module) else self.query_tokens,
             key_loss=self.key_loss,
             balance=self.balance,
         ).train(module.training)

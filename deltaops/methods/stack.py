@@ -22,6 +22,7 @@ from deltaops.modules import (
 )
 
 from .base import STACK, Binding, Delta, Promise, Site, adapter_dtype
+from .causal import is_causal
 from .targets import is_count
 from .tasks import SEQ_CLS, task_of
 
@@ -139,8 +140,7 @@ def put(
     stack = modules[site.path]
     decoders = list(_readers(site.path, modules))
     task = task_type or task_of(modules[""])
-    causal = any(getattr(m, "is_causal", False) for m in stack.modules())
-    whole = bool(decoders) or (task == SEQ_CLS and not causal)
+    whole = bool(decoders) or (task == SEQ_CLS and not is_causal(stack))
     add_prompt(stack, binding.name, prompt, cut=not whole, room=room_of(stack))
     for decoder in decoders:
         read_prompt(decoder, length)

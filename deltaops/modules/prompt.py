@@ -247,7 +247,7 @@ def _chosen(stack: Any, pool: PooledPrompts, given: dict[str, Any]) -> Tensor:
     if pool.source == STATES:
         asked = {name: given[name] for name in _READ if name in given}
         asked |= {"use_cache": False} if "use_cache" in stack.names else {}
-        asked |= {} if _returns_dict(stack, given) else {"return_dict": True}
+        asked |= {} if _returns_dict(stack, asked) else {"return_dict": True}
         with evaluated(stack):
             states = stack.base_forward(asked).last_hidden_state
     if not isinstance(mask, Tensor) or mask.dim() != 2:

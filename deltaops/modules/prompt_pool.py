@@ -100,8 +100,9 @@ class PooledPrompts(nn.Module):
         indices = nearest.sort().values  # a prompt keeps its place among those beside it
         counts = indices.new_zeros(len(self.prompts))
         counts = counts.index_add(0, indices.flatten(), torch.ones_like(indices.flatten()))
+        self.due = self.training
         if self.training:
-            self.auxiliary, self.due = self.to_add(similarities, indices, counts), True
+            self.auxiliary = self.to_add(similarities, indices, counts)
         if not torch.compiler.is_compiling():
             self.last = Choice(indices, similarities.detach())
             used = self.usage

@@ -17,7 +17,7 @@ twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaops.methods import Combined, Delta, parts_of
+from deltaops.methods.base import MODEL
 from deltaops.ops import delta_linear
 from deltaops.surgery import attach
 from deltaops.surgery.anatomy import anatomy, is_linear
@@ -80,6 +81,7 @@ class Cost:
     held: int
     """Bytes that the forward pass holds for the backward pass."""
     seconds: float
+    """By the rates of a moment: while other work runs beside, they say little."""
     frozen_seconds: float
     """Of the frozen model's forward pass."""
 
@@ -92,7 +94,11 @@ def batch_of(model: nn.Module, ids: Tensor, shape: Shape, labels: int | None) ->
         labels: how many classes; None for a language model, whose labels are its tokens.
     """
     count = shape.rows * shape.tokens
+    end = _end_of(model) if labels is not None else None
+    ids = ids if end is None else ids[ids != end]
     rows = ids.repeat(-(-count // len(ids)))[:count].view(shape.rows, shape.tokens)
+    if end is not None:
+        rows[:, -1] = end
     device = next(model.parameters()).device
     target = rows if labels is None else torch.arange(shape.rows) % labels
     found = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": target}
@@ -197,8 +203,8 @@ def rates_of(model: nn.Module, shape: Shape, seconds: float = 0.1) -> Rates:
     )
     block = torch.empty(1 << 24, dtype=torch.uint8, device=weight.device)
     other = torch.empty_like(block)
-    product = _fastest(lambda: delta_linear(x, weight), seconds)
-    copied = _fastest(lambda: other.copy_(block), seconds)
+    product = _fastest(lambda: delta_linear(x, weight), seconds, weight.device)
+    copied = _fastest(lambda: other.copy_(block), seconds, weight.device)
     return Rates(2.0 * x.shape[0] * weight.numel() / product, 2.0 * block.numel() / copied)
 
 
@@ -220,7 +226,12 @@ def predict(
     pairs = shape.rows * (shape.tokens + more) ** 2
     frozen = _seconds(work, rates, shape.rows * shape.tokens, shape.rows * shape.tokens**2)
     passes = 2 * _seconds(work, rates, tokens, pairs)
-    matrices = sum(torch.Size(s).numel() for _, _, s in plan.tensors() if len(s) == 2)
+    # what is of the whole model, a prefix's MLP, makes its vectors once in each pass
+    matrices = sum(
+        torch.Size(shape).numel()
+        for site, _, shape in plan.tensors()
+        if len(shape) == 2 and site.place != MODEL
+    )
     delta = 6.0 * matrices * (0 if more else tokens) / rates.operations
     step = _MOMENTS * 3 * size / rates.bytes
     return Cost(
@@ -245,6 +256,13 @@ def _positions(delta: Delta) -> int:
     return 0
 
 
+def _end_of(model: Any) -> int | None:
+    """The token at whose one place an encoder–decoder reads the class of a text; None of others."""
+    config = getattr(model, "config", None)
+    end = getattr(config, "eos_token_id", None)
+    return end if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) else None
+
+
 def _width(model: nn.Module, delta: Delta) -> int:
     """Bytes of an entry of what ``delta`` trains."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
@@ -257,8 +275,14 @@ def _width_of(model: nn.Module, path: str) -> int:
     return int(layer.weight.shape[0] if hasattr(layer, "nf") else layer.weight.shape[1])
 
 
-def _fastest(call: Any, seconds: float) -> float:
-    """Seconds of the fastest call within so many."""
+def _fastest(run: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """Seconds of the fastest call of ``run`` within so many, until the device has done it."""
+
+    def call() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     call()
     best, calls, began = float("inf"), 0, time.perf_counter()
     while calls < _CALLS or time.perf_counter() - began < seconds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deltaops.errors import DataError
+from deltaops.methods.causal import is_causal
 from deltaops.modules import token_table
 from deltaops.surgery.anatomy import anatomy, is_linear
 
@@ -69,11 +70,12 @@ class TaskFeatures:
     type_token_ratio: float
     """Distinct words over words, of the texts read."""
     pieces: float
-    """Tokens a word: 1 where the vocabulary has every word whole."""
+    """Tokens a word, with a space before it or without, whichever are fewer: 1 where the
+    vocabulary has every word whole."""
     known_words: float
     """Share of the distinct words that the vocabulary has whole."""
     unknown: float
-    """Share of the tokens that the tokenizer does not know."""
+    """Share of the words' tokens that the tokenizer does not know."""
     read: int
     """Texts that were tokenized for this."""
 
@@ -108,11 +110,9 @@ def features_of(task: Task) -> TaskFeatures:
         raise DataError("suggest: the tokenizer makes no token of any text. Is it the model's?")
     words = [word for text in texts for word in text.split()]
     distinct = list(dict.fromkeys(words))
-    looked_up = task.tokenizer(distinct[:WORDS] or [""], add_special_tokens=False)["input_ids"]
-    sizes = dict(zip(distinct, map(len, looked_up), strict=False))
-    counted = [sizes[word] for word in words if word in sizes]
-    unknown, special = task.tokenizer.unk_token_id, set(task.tokenizer.all_special_ids)
-    plain = [i for row in encoded for i in row if i == unknown or i not in special]
+    known = _looked_up(task.tokenizer, distinct[:WORDS])
+    counted = [known[word] for word in words if word in known]
+    tokens = sum(size for size, _ in counted)
     labels = None if task.labels is None else len(set(task.labels))
     return TaskFeatures(
         examples=len(task.texts),
@@ -120,9 +120,9 @@ def features_of(task: Task) -> TaskFeatures:
         mean_tokens=sum(lengths) / len(lengths),
         long_tokens=lengths[math.ceil(0.95 * len(lengths)) - 1],
         type_token_ratio=len(distinct) / max(1, len(words)),
-        pieces=sum(counted) / max(1, len(counted)),
-        known_words=sum(size == 1 for size in sizes.values()) / max(1, len(sizes)),
-        unknown=sum(i == unknown for i in plain) / max(1, len(plain)),
+        pieces=tokens / max(1, len(counted)),
+        known_words=sum(found == (1, 0) for found in known.values()) / max(1, len(known)),
+        unknown=sum(lost for _, lost in counted) / max(1, tokens),
         read=len(texts),
     )
 
@@ -132,8 +132,9 @@ def features_of_model(model: nn.Module) -> ModelFeatures:
     blocks = anatomy(model)
     linears = [m for m in model.modules() if is_linear(m)]
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    stack = next(_with_table(model), None)
-    table = None if stack is None else token_table(stack)
+    # the innermost one's is what is called: T5's own stands beside those of its two stacks
+    tables = [table for m in model.modules() if (table := token_table(m)) is not None]
+    table = tables[-1] if tables else None
     named = {id(m): path for path, m in model.named_modules()}
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -156,9 +157,20 @@ def family_of(model: nn.Module) -> str:
     """Whether it reads both ways, writes, or has one stack for each."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return BOTH
-    causal = any(getattr(m, "is_causal", False) for m in model.modules())
-    return DECODER if causal else ENCODER
+    return DECODER if is_causal(model) else ENCODER
 
 
-def _with_table(model: nn.Module) -> Iterator[nn.Module]:
-    yield from (m for m in model.modules() if token_table(m) is not None)
+def _looked_up(tokenizer: Any, words: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Word → its tokens, and how many of them are the one for what is unknown.
+
+    Some vocabularies have a word with the space before it, others would count that space.
+    """
+    if not words:
+        return {}
+    unknown = tokenizer.unk_token_id
+    ways = [
+        tokenizer([before + word for word in words], add_special_tokens=False)["input_ids"]
+        for before in ("", " ")
+    ]
+    rows = (min(pair, key=len) for pair in zip(*ways, strict=True))
+    return {w: (len(row), row.count(unknown)) for w, row in zip(words, rows, strict=True)}

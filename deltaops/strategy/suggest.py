@@ -136,7 +136,9 @@ def suggest(
     fit.sort(key=lambda pair: -pair[0].score)  # those of one score stay in the rules' order
     chosen = fit[:count]
     ids = some_ids(data)
-    shape = Shape(batch_size, max(2, min(task.long_tokens, data.seq_len)))
+    # a language model's texts are packed into blocks, as `deltaops tune` has them
+    tokens = data.seq_len if data.labels is None else task.long_tokens
+    shape = Shape(batch_size, max(2, tokens))
     work = work_of(model, ids, task.labels, shape.tokens)
     rates = rates_of(model, shape)
     candidates = []

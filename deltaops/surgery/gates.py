@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import unwrap
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +10,7 @@ from torch import nn
 from deltaops.errors import AttachError, NoBackendError
 from deltaops.methods import LoRA, Prefix
 from deltaops.methods.base import ATTENTION, MODEL, Delta, Site, adapter_dtype
+from deltaops.methods.causal import is_causal
 from deltaops.modules import DeltaPlace, Gate, gate_of, gate_prefix
 
 NO_MERGE = "its gate depends on the input"
@@ -23,7 +22,7 @@ def refuse_gates(
 ) -> None:
     """Raises: AttachError where a site can have no gate, or a token would see later ones;
     NoBackendError under ``strict`` where a gated part runs in torch."""
-    if any(_causal(module) for module in model.modules()):
+    if is_causal(model):
         raise AttachError(
             f"attach: {type(model).__name__} is causal, and a gate is the mean over all tokens of "
             "a sample: it would tell a token of those that follow. Attach without gates."
@@ -54,23 +53,6 @@ def bind_gate(site: Site, delta: Delta, module: nn.Module, name: str) -> None:
     else:
         assert isinstance(module, DeltaPlace)
         module.add_gate(name, gate)
-
-
-def _causal(module: nn.Module) -> bool:
-    """Whether a token in ``module`` may not see those that follow, as far as transformers says."""
-    if getattr(module, "is_causal", False):
-        return True
-    config = getattr(module, "config", None)
-    if not hasattr(config, "model_type") or getattr(config, "is_decoder", None) is False:
-        return False  # an encoder that can be a decoder, and is none
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    forward: Any = unwrap(type(module).forward)
-    masks = "create_causal_mask" in forward.__code__.co_names
-    return masks or (
-        hasattr(module, "get_input_embeddings")
-        and getattr(config, "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    )
 
 
 def gate_tensors(module: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -14,7 +14,7 @@ from deltaops.errors import ConfigError
 from deltaops.measure import pair
 from deltaops.measure.cell import EAGER, OURS, Cell
 from deltaops.measure.compare import contenders, learn, papers, reader
-from deltaops.measure.compare.build import describe
+from deltaops.measure.compare.build import describe, set_up
 from deltaops.measure.compare.clock import FULL_TUNING, take_time
 from deltaops.measure.compare.contenders import FULL, HEAD
 from deltaops.measure.compare.lines import HEADS, Learned, Record, Settings
@@ -29,6 +29,8 @@ from deltaops.tuning.loop import evaluate
 from deltaops.tuning.tokens import TokenSet
 
 from .results import MACHINE, cell
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = Settings("tiny", "train.csv", None, steps=6, batch_size=4, seq_len=8)
 NAMED = replace(SETTINGS, **HEADS[reader.NAMED])
@@ -100,6 +102,16 @@ def test_under_names_nothing_but_the_method_trains(named: Material) -> None:
     assert torch.equal(model.names, named.names)  # type: ignore[arg-type]  # a named head has them
     start = describe(UNDER_NAMES[HEAD], named, 0)
     assert (start.trained, start.head) == (0, 0)
+
+
+def test_under_names_the_start_is_the_seeds(named: Material) -> None:
+    starts = []
+    for seed in (0, 0, 1):
+        _, handle = set_up(UNDER_NAMES["lora"], named, seed)
+        assert handle is not None
+        starts.append(next(handle.parameters()).detach())
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
 
 
 def test_the_start_is_tested_and_not_trained(named: Material) -> None:
@@ -252,6 +264,8 @@ def test_other_settings_are_no_table(tmp_path: Path) -> None:
         "some-cpu-2-threads-avx2-methods-trained-head.json",
         "some-cpu-2-threads-avx2-methods-5-shot-300-parameters.json",
     ]
+    now = {**MACHINE, "command": "deltaops compare --methods dora"}
+    assert begin(path, SETTINGS, now).machine == now  # whose command is that of the next lines
     path.write_text("{}")
     with pytest.raises(ConfigError, match="no table of `deltaops compare`"):
         begin(path, SETTINGS, MACHINE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from deltaops.tuning.tokens import TokenSet
 
 from .results import MACHINE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = replace(
     Settings("tiny", "train.csv", None, steps=2, batch_size=4, seq_len=8), **HEADS[NAMED]
 )
@@ -38,14 +40,6 @@ def texts(count: int) -> TokenSet:
     classes = torch.arange(count) % 3
     ids = [torch.randint(9, 60, (3 + i % 5,), generator=random) for i in range(count)]
     return TokenSet(ids, classes, 0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +102,28 @@ def test_a_budget_is_met_as_near_as_sizes_allow(name: str, material: Material) -
 
 def test_the_parts_of_a_combination_share_a_budget(material: Material) -> None:
     (line,) = chosen("lora:r=16,alpha=32+adapter+bitfit")
-    found = budget.sized(line, material.encoder, 20_000).delta()
+    whole = budget.sized(line, material.encoder, 20_000)
+    assert whole.title == line.title
+    found = whole.delta()
     assert isinstance(found, Combined)
     lora, adapter, bitfit = (budget.count(d, material.encoder) for d in found.by_name.values())
     assert bitfit == budget.count(line.delta().by_name["bitfit"], material.encoder)  # type: ignore[union-attr]  # a combination
     assert abs(lora + adapter + bitfit - 20_000) < 700
     assert abs(lora - adapter) < 1500
     assert found.by_name["lora"].scaling == 2.0  # type: ignore[attr-defined]  # LoRA has it
+
+
+def test_gates_are_within_the_budget(material: Material) -> None:
+    (line,) = chosen("UniPELT")
+    found = budget.sized(line, material.encoder, 8_000).delta()
+    assert isinstance(found, Combined)
+    assert abs(budget.count(found, material.encoder) - 8_000) < 700
+
+
+def test_a_delta_as_it_was_written_is_told_with_the_size_it_got(material: Material) -> None:
+    (line,) = chosen("lora:r=2,alpha=4")
+    found = budget.sized(line, material.encoder, 20_000)
+    assert found.title == f"lora:r=2,alpha=4 → r = {found.delta().r}"  # type: ignore[union-attr]  # a LoRA
 
 
 # ------------------------------------------------------------------------------------ few texts
@@ -213,8 +222,8 @@ def test_a_seed_that_diverges_stops_the_line(material: Material) -> None:
 
 
 def test_means_and_deviations_are_told() -> None:
-    def run(accuracy: float) -> Learned:
-        return Learned(accuracy, 1.0, 0.5, 3080, 1e-3, "made up", 1.0, {})
+    def run(accuracy: float, tried: dict[str, float | None] | None = None) -> Learned:
+        return Learned(accuracy, 1.0, 0.5, 3080, 1e-3, "made up", 1.0, tried or {})
 
     lora = Record("lora", "LORA", "S()", 5, 0, 100, {0: run(0.8), 1: run(0.82), 2: run(0.84)})
     bitfit = replace(lora, name="bitfit", title="BITFIT", runs={0: run(0.9)})
@@ -230,6 +239,9 @@ def test_means_and_deviations_are_told() -> None:
     assert "Seeds 0, 1, 2 (a line that has not all of them says so)" in text
     assert "BITFIT: seed 0 alone." in text
     assert "HEAD: seed" not in text
+    late = replace(lora, runs=lora.runs | {2: run(0.84, tried={"0.001": 0.5})}).learned
+    assert late is not None
+    assert late.tried == {"0.001": 0.5}, "whichever seed tried them"
     again = Record.of_json(json.loads(json.dumps(lora.as_json())))
     assert again == lora
 

@@ -31,7 +31,7 @@ def test_no_method_needs_an_argument(name: str) -> None:
     model = wide(name)
     for kind, method in METHODS.items():
         assert parse_delta(kind) == method()
-        if name == "vit" and kind in ("prompt", "intrinsic-prompt"):
+        if name == "vit" and kind in ("prompt", "prompt-pool", "intrinsic-prompt"):
             continue  # in test_contract.REFUSED
         shown = str(plan(model, method()))
         assert shown.startswith(repr(method())), kind

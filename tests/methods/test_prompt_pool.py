@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +19,12 @@ from deltaops.surgery import Handle
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import answer, batch, build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [0] * 3 + [1] * 4])
 LABELS = torch.tensor([0, 1, 1])
 SIZE, LENGTH, TOP = 5, 2, 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def pooled(model: nn.Module, **settings: Any) -> Handle:
@@ -97,6 +89,9 @@ def test_the_term_joins_whatever_loss_the_model_returns() -> None:
     whole = model(**inputs).loss
     torch.testing.assert_close(whole, plain + deltaops.auxiliary_loss(model))
     torch.testing.assert_close(model(**inputs, return_dict=False)[0], whole)
+    model.bert(IDS)  # a pass in training that no loss came of
+    torch.testing.assert_close(model.eval()(**inputs).loss, plain)
+    model.train()
     halves = [{k: v[:2] for k, v in inputs.items()}, {k: v[2:] for k, v in inputs.items()}]
     shares = torch.stack(
         [_added(model, rows | {"num_items_in_batch": torch.tensor(3)}) for rows in halves]
@@ -166,6 +161,14 @@ def test_by_states_a_sample_is_known_as_the_untouched_model_has_it() -> None:
         cosines = functional.cosine_similarity(query[None], keys)
         torch.testing.assert_close(found.similarities[row], cosines, rtol=1e-4, atol=1e-5)
         assert found.indices[row].tolist() == sorted(cosines.topk(TOP).indices.tolist())
+
+
+def test_by_states_where_a_model_returns_tuples() -> None:
+    model: Any = build("bert", head="ForSequenceClassification", return_dict=False)
+    pooled(model, query="states")
+    loss, logits = model(input_ids=IDS, attention_mask=MASK, labels=LABELS)
+    assert logits.shape == (3, 2)
+    assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,19 @@ import torch
 
 import deltaops
 from deltaops.errors import ConfigError, DataError
+from deltaops.methods.combined import preset
 from deltaops.strategy import Suggestion, Task, suggest
-from deltaops.strategy.cost import batch_of, held_by
+from deltaops.strategy.cost import batch_of, held_by, trained_by
 from deltaops.strategy.features import features_of
 from deltaops.strategy.suggest import some_ids
 from deltaops.strategy.suggest_rules import FEW
+from deltaops.surgery import plan
 from deltaops.testing.architectures import build
 from deltaops.tuning.spec import parse_delta
 
 WORDS = ["card", "lost", "late", "money", "when", "where", "my", "is", "good", "bad", "old", "new"]
 HELD_WITHIN = 0.1
 """Of what is measured: how far off predicted bytes may be."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokenizer() -> Any:
@@ -62,6 +55,41 @@ def test_features_are_counted() -> None:
     assert found.pieces == 6 / 5
     assert found.known_words == 3 / 4
     assert found.unknown == 1 / 6
+    strange = features_of(Task(["quite my", "my my"], tokenizer(), None, 16))
+    assert (strange.pieces, strange.known_words, strange.unknown) == (1.0, 0.5, 0.25)
+
+
+def test_words_that_a_vocabulary_has_with_their_space_are_whole() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<end>", *"cardĠ", "ca", "rd", "Ġca", "Ġcard"]
+    merges = [("c", "a"), ("r", "d"), ("Ġ", "ca"), ("Ġca", "rd")]
+    raw = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    begins = [("<end>", 0)]  # and is what it calls unknown, as OPT's
+    raw.post_processor = processors.TemplateProcessing("<end> $A", special_tokens=begins)
+    found = features_of(
+        Task(["a card"], PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<end>"))
+    )
+    assert (found.mean_tokens, found.pieces, found.known_words, found.unknown) == (3, 1, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["MAM", "UniPELT"])
+def test_presets_train_what_is_counted(name: str) -> None:
+    model = build("bert", hidden_size=32)
+    wish = plan(model, preset(name))
+    trained, size = trained_by(wish)
+    handle = wish.apply()
+    assert trained == sum(p.numel() for p in handle.parameters())
+    assert size == 4 * trained
+
+
+def test_an_encoder_decoder_reads_a_class_at_the_end_of_each_text() -> None:
+    model = build("t5", head="ForSequenceClassification", decoder_start_token_id=0)
+    found = suggest(model, task(), modules_to_save=["classification_head"], count=1)
+    assert (found.model.family, found.model.embedding) == ("encoder-decoder", "embed_tokens")
+    assert found.best.cost.held > 0
 
 
 def test_costs_are_what_attaching_costs_and_tune_takes_the_specs() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from deltaops.errors import ConfigError, DeltaopsError
-from deltaops.methods import Combined, Delta
+from deltaops.methods import Combined, Delta, parts_of
 from deltaops.surgery import plan
 
 from .contenders import Contender
@@ -34,11 +34,18 @@ def sized(contender: Contender, encoder: nn.Module, parameters: int) -> Contende
         return contender
     if isinstance(delta, Combined):
         found: Delta | Combined = _shared_out(delta, encoder, parameters)
+        if delta.gated:  # gates are of no part's own, and of the same number whatever the sizes
+            bare = sum(count(part, encoder) for part in parts_of(found).values())
+            gates = count(found, encoder) - bare
+            found = _shared_out(delta, encoder, parameters - gates)
     else:
         found = _nearest(delta, encoder, parameters)
-    title = contender.title.partition(",")[0]
+    title = contender.title
     if not isinstance(found, Combined) and found.kind in _SIZES:
-        title = f"{title}, {_SIZES[found.kind](found)[0]}"
+        told = _SIZES[found.kind](found)[0]
+        # of the table's own lines the size stands behind a comma; a delta as it was written stays
+        own = title != contender.spec or title == found.kind
+        title = f"{title.partition(',')[0]}, {told}" if own else f"{title} → {told}"
     return replace(contender, title=title, sized=found)
 
 
@@ -74,6 +81,12 @@ def _prompt(delta: Any) -> tuple[str, int, Callable[[int], dict[str, Any]]]:
     return f"P = {delta.num_virtual_tokens}", 1, lambda size: {"num_virtual_tokens": size}
 
 
+def _pool(delta: Any) -> tuple[str, int, Callable[[int], dict[str, Any]]]:
+    chosen = delta.top_k  # of fewer than that, all
+    told = f"{delta.top_k} of N = {delta.size}"
+    return told, 1, lambda size: {"size": size, "top_k": min(chosen, size)}
+
+
 def _intrinsic(delta: Any) -> tuple[str, int, Callable[[int], dict[str, Any]]]:
     return f"q = {delta.intrinsic_dim}", 1, lambda size: {"intrinsic_dim": size}
 
@@ -85,6 +98,7 @@ _SIZES: Mapping[str, Callable[[Any], tuple[str, int, Callable[[int], dict[str, A
     "compacter": _compacter,
     "prefix": _prefix,
     "prompt": _prompt,
+    "prompt-pool": _pool,
     "intrinsic-prompt": _intrinsic,
     "intrinsic-adapter": _intrinsic,
 }

@@ -161,7 +161,8 @@ class Record:
 
 
 def means(runs: Mapping[int, Learned]) -> Means | None:
-    """Of all that differs from seed to seed; the rest is that of the first. None without a run."""
+    """Of all that differs from seed to seed; rates were tried by one of them; the rest is that of
+    the first. None without a run."""
     if not runs:
         return None
     all_runs = list(runs.values())
@@ -177,6 +178,7 @@ def means(runs: Mapping[int, Learned]) -> Means | None:
             "training_loss": fmean(losses) if losses else None,
             "seconds": fmean(run.seconds for run in all_runs),
             "trained": round(fmean(counts)) if counts else None,
+            "tried": next((run.tried for run in all_runs if run.tried), {}),
         },
         spread=stdev(accuracies) if len(all_runs) > 1 else None,
         seeds=tuple(runs),

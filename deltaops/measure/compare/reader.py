@@ -70,11 +70,11 @@ class Material:
         return digest.hexdigest()[:16]
 
     def reader(self, seed: int) -> Reader | NamedClasses:
-        """A new copy; its head is the same for the same seed."""
+        """A new copy; its head, and what is attached next, start alike for the same seed."""
         encoder = copy.deepcopy(self.encoder)
+        torch.manual_seed(seed)
         if self.names is not None:
             return NamedClasses(encoder, self.names)
-        torch.manual_seed(seed)
         return Reader(encoder, self.width, self.classes)
 
 

@@ -28,7 +28,7 @@ class Comparison:
 
     settings: Settings
     machine: dict[str, Any]
-    """Of the last line that was measured; every line is of the same processor and threads."""
+    """Of the run that goes on with it; every line is of the same processor and threads."""
     records: tuple[Record, ...]
 
     def with_record(self, record: Record, machine: dict[str, Any]) -> Comparison:
@@ -90,7 +90,7 @@ def _named_now(record: Record, settings: Settings) -> Record:
 
 
 def begin(path: Path, settings: Settings, machine: dict[str, Any]) -> Comparison:
-    """The table to go on with: what ``path`` holds, or an empty one.
+    """The table to go on with, by a run on ``machine``: what ``path`` holds, or an empty one.
 
     Raises: ConfigError where the file was made with other settings.
     """
@@ -104,7 +104,7 @@ def begin(path: Path, settings: Settings, machine: dict[str, Any]) -> Comparison
             f"{path} was made with {odd}, and lines of other settings are no table. Use those, or "
             "another --out."
         )
-    return old
+    return replace(old, machine=machine)
 
 
 def write_table(path: Path, table: Comparison) -> None:
