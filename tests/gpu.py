@@ -3,9 +3,9 @@
 Usage: python3 -P tests/gpu.py OUT [SECONDS]
 
 For a machine that is lent once and not for long. Every step is a process of its own with its own
-limit, so that one which fails, hangs or loses the GPU's context takes no other with it: the tests
-go in shares side by side (most of their time is Triton's compiler), a share whose context is lost
-goes on in a new process behind the test that lost it, and so does the benchmark behind its case.
+limit, so that one which fails, hangs, dies or loses the GPU's context takes no other with it: the
+tests go in shares side by side (most of their time is Triton's compiler), a share whose process is
+lost goes on in a new one behind the test that lost it, and so does the benchmark behind its case.
 What is known is written as it comes: ``gpu-tests.json`` in OUT after each share, the output of
 each step beside it, the benchmark's JSON after each case. Works in a checkout that is not
 installed, too.
@@ -37,8 +37,8 @@ PYTHON = (sys.executable, "-P", "-u")
 
 
 def text(path: Path) -> str:
-    """Of a file."""
-    return path.read_text(encoding="utf-8")
+    """Of a file; what a dying process leaves may be no text."""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def run(command: list[str], log: Path, until: float) -> int | None:
@@ -63,15 +63,21 @@ def run(command: list[str], log: Path, until: float) -> int | None:
 
 
 def run_share(tests: list[str], log: Path, until: float) -> dict[str, str]:
-    """Test → how it went, "not reached" where the time was over."""
+    """Test → how it went: "DIED" where its process ended in it, "not reached" where the time or the
+    starts were over."""
     left, found = tests, dict[str, str]()
     for _ in range(STARTS):
         arguments = log.with_suffix(".txt")
         arguments.write_text("\n".join(left), encoding="utf-8")
         code = run([*PYTHON, "-m", "pytest", "-v", "--tb=short", f"@{arguments}"], log, until)
-        found = dict(LINE.findall(text(log)))
+        shown = text(log)
+        found |= dict(LINE.findall(shown))
         left = [test for test in tests if test not in found]
         if not left or code is None:
+            break
+        found |= {test: "DIED" for test in left if f"\n{test} " in shown}  # begun, and no result
+        left = [test for test in left if test not in found]
+        if not left:
             break
     return {test: found.get(test, "not reached") for test in tests}
 

@@ -96,10 +96,11 @@ def registered() -> dict[str, Backend]:
             raise BuildError(
                 f"{who} must load, and raised {error!r}. Repair or uninstall its package."
             ) from error
-        if backend.name != entry.name or entry.name in (*found, last[0], "auto"):
+        name = getattr(backend, "name", None)
+        if name != entry.name or name in (*found, last[0], "auto"):
             raise BuildError(
-                f"{who} must have a name of its own that its object has too, got "
-                f"{backend.name!r}. Rename it, or uninstall one of the packages."
+                f"{who} must have a name of its own that its object has too, got {name!r}. Rename "
+                "it, or uninstall one of the packages."
             )
         found[entry.name] = backend
     return found | dict([last])

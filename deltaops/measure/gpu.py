@@ -406,6 +406,8 @@ def measure(
         except torch.OutOfMemoryError as error:
             left_out[name] = f"{NO_MEMORY}: {first_line(error)}"
         except RuntimeError as error:
+            if o.x.is_cuda:
+                torch.cuda.synchronize()  # raises where the context is lost: none can go on
             left_out[name] = f"not captured as a graph: {first_line(error)}"
     for name in (FROZEN, OURS):
         if name not in peers:

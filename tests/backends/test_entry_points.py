@@ -90,6 +90,11 @@ def test_a_package_registers_a_backend_and_passes_the_checks(tmp_path: Path) -> 
     [
         ("cpu", "deltaops.backends.cpu:CpuBackend", "must have a name of its own"),
         ("mine", "deltaops.backends.cpu:CpuBackend", "must have a name of its own"),
+        (
+            "mine",
+            "builtins:object",
+            "must have a name of its own that its object has too, got None",
+        ),
         ("mine", "deltaops.backends.cpu:Nothing", "must load, and raised AttributeError"),
     ],
 )

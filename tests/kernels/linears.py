@@ -212,20 +212,23 @@ def check_dora_norm(number: int, as_modelled: Modelled) -> None:
 
 
 QUANTIZED = (
-    # M, N, K, ranks; what quantises; dtypes of x and of A and B
-    (5, 40, 70, (3,), quantize_int8, FULL, FULL),
-    (70, 40, 71, (), quantize_int8, BRAIN, BRAIN),
-    (20, 70, 128, (5, 20), quantize_nf4, BRAIN, FULL),
-    (3, 40, 128, (4,), quantize_nf4, HALF, HALF),
+    # M, N, K, activation by rank; what quantises; dtypes of x and of A and B
+    (5, 40, 70, {3: "identity"}, quantize_int8, FULL, FULL),
+    (70, 40, 71, {}, quantize_int8, BRAIN, BRAIN),
+    (20, 70, 128, {5: "gelu", 20: "identity"}, quantize_nf4, BRAIN, FULL),
+    (3, 40, 128, {4: "identity"}, quantize_nf4, HALF, HALF),
     # blocks that end within a row, and a byte that ends the weight half full: W is made
-    (9, 33, 47, (4,), quantize_nf4, FULL, FULL),
+    (9, 33, 47, {4: "identity"}, quantize_nf4, FULL, FULL),
 )
 
 
 def check_quantized(number: int, as_modelled: Modelled) -> None:
     """W has the reference's bits; forward and every gradient, by the public function too."""
-    m, n, k, ranks, quantize, dtype, adapter = QUANTIZED[number]
-    case = DeltaLinearCase(m, n, k, ranks, (0.25,) * len(ranks))
+    m, n, k, kinds, quantize, dtype, adapter = QUANTIZED[number]
+    case = DeltaLinearCase(
+        m, n, k, tuple(kinds), (0.25,) * len(kinds), activation=tuple(kinds.values()),
+        branch_bias=tuple(kind != "identity" for kind in kinds.values()),
+    )  # fmt: skip
     t, grad_y = case.tensors(dtype, adapter_dtype=adapter), case.grad_y(dtype)
     weight = quantize(t.weight)
     weight = weight._replace(codes=apart(weight.codes), scales=apart(weight.scales))
@@ -243,18 +246,24 @@ def check_quantized(number: int, as_modelled: Modelled) -> None:
         else:
             y, s = plan.forward(x, made, t.bias, operands, t.seed, True)
             grads = plan.backward(grad_y, x, made, operands, s, t.seed, needs)
-        return [made, y, s, *grads]
+        return [made, y, s, *t.joined(grads)]
 
     def in_torch(t: DeltaLinearTensors, grad_y: Tensor) -> list[Tensor]:
         y, s = reference.forward(*t.forward_arguments())
-        return [t.weight, y, s, *reference.backward(*t.backward_arguments(grad_y, s), needs)]
+        grads = reference.backward(*t.backward_arguments(grad_y, s), needs)
+        return [t.weight, y, s, *t.joined(grads)]
 
     low = replace(t, weight=dense)
     what = f"quantised {QUANTIZED[number]}"
     hold(what, run, in_torch(low.to(torch.float64), grad_y.double()), in_torch(low, grad_y),
          as_modelled)  # fmt: skip
     assert torch.equal(plan.dequantize(weight, dtype), dense), what
-    branches = [Branch(*each) for each in zip(t.a, t.b, t.scaling, strict=True)]
+    branches = [
+        Branch(a, b, scaling, 0.0, kind, inner)
+        for a, b, scaling, kind, inner in zip(
+            t.a, t.b, t.scaling, t.activation, t.branch_bias, strict=True
+        )
+    ]
     with torch.no_grad():
         y, _ = run_without_mask(plan, weight, t)
         assert torch.equal(quantized_linear(t.x, weight, t.bias, branches, backend="triton"), y)

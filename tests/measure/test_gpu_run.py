@@ -16,7 +16,7 @@ from deltaops.measure.interleave import Timing
 
 TESTS = Path(__file__).resolve().parents[1]
 FAKE = """
-import time
+import os
 
 class AcceleratorError(RuntimeError): ...
 
@@ -24,6 +24,8 @@ def test_good(): ...
 def test_wrong(): assert False
 def test_lost(): raise AcceleratorError("an illegal memory access was encountered")
 def test_next(): ...
+def test_dies(): os.abort()
+def test_last(): ...
 """
 
 
@@ -41,14 +43,14 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_a_share_goes_on_behind_the_test_that_lost_the_context(
+def test_a_share_goes_on_behind_the_test_that_lost_its_process(
     driver: ModuleType, tmp_path: Path
 ) -> None:
-    names = [f"test_fake.py::test_{name}" for name in ("good", "wrong", "lost", "next")]
-    log = tmp_path / "log"
+    tests = ("good", "wrong", "lost", "next", "dies", "last")
+    names, log = [f"test_fake.py::test_{name}" for name in tests], tmp_path / "log"
     found = driver.run_share(names, log, time.monotonic() + 100)
-    assert list(found.values()) == ["PASSED", "FAILED", "FAILED", "PASSED"]
-    assert log.read_text(encoding="utf-8").count("test session starts") == 2
+    assert list(found.values()) == ["PASSED", "FAILED", "FAILED", "PASSED", "DIED", "PASSED"]
+    assert log.read_text(encoding="utf-8").count("test session starts") == 3
 
 
 def test_what_the_time_did_not_reach_is_said(driver: ModuleType, tmp_path: Path) -> None:
