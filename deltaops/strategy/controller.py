@@ -22,7 +22,6 @@ import json
 import math
 import os
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from deltaops.errors import AttachError, CheckpointError, ConfigError
 from deltaops.surgery import Handle, handle_of
 
-from .form import Form, shapes_of
+from .form import Form
 from .journal import Journal
 from .parts import Action, Part, Run
 from .saved import read_state, write_state
@@ -293,14 +292,6 @@ class Controller:
         detail = {"to_step": facts["step"], "enabled": list(form.enabled)}
         event = {"kind": "roll back", "delta": "", "reason": reason, "detail": detail}
         self._record(_NAME, "recall", event)
-        if (form.deltas, form.shapes) != (run.handle.parts, shapes_of(run.handle)):
-            odd = (
-                f"the parameters are those of step {facts['step']} again, and ranks, places or "
-                f"scales, which have changed since, are not: this model was never trained so. "
-                f"Controller.reshape gives those of {os.fspath(path)!r} to a fresh handle"
-            )
-            self.notes.append(odd)
-            warnings.warn(f"Controller: {odd}.", stacklevel=2)
 
     @staticmethod
     def reshape(handle: Handle, path: str | os.PathLike[str]) -> None:

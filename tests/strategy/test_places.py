@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deltaops.errors import CheckpointError
 from deltaops.strategy import Controller, ShiftedSigmoid
 from deltaops.strategy.budget import sigmoid
 
@@ -85,11 +86,11 @@ def test_what_is_not_given_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-def test_parameters_of_before_the_choice_are_told_from_a_model_of_after_it(tmp_path: Path) -> None:
+def test_places_that_were_taken_out_are_not_recalled(tmp_path: Path) -> None:
     loop = Loop(made()).begin().train(3)
     loop.controller.save(tmp_path / "three")
     loop.train(7)
-    with pytest.warns(UserWarning, match="those of step 3 again, and ranks, places or scales"):
+    with pytest.raises(CheckpointError, match="taken out do not come back"):
         loop.controller.recall(tmp_path / "three")
     loop.controller.save(tmp_path / "seven")
     loop.controller.recall(tmp_path / "seven")
