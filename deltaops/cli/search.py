@@ -207,7 +207,7 @@ class _View:
         done = sum(trial.state.is_finished() for trial in trials)
         if self.done_before is None:
             self.done_before = done
-        wanted = max(self.wanted or 0, len(trials))
+        wanted = max(self.wanted or 0, study.wanted, len(trials))
         left = ""
         if done > self.done_before:
             each = (time.monotonic() - self.began) / (done - self.done_before)

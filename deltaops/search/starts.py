@@ -77,16 +77,21 @@ def _match(title: str, entry: Entry, start: Entry, given: dict[str, Any]) -> Par
             if (part, field) not in free and getattr(asked[part], field) != fixed:
                 return f"{field} is {fixed!r} there"
     for option, allowed in entry.ranges.items():
+        targets = entry.targets(option)
         if any(label(values.get(name)) not in those for name, those in allowed.when):
+            for part, field in targets:
+                if getattr(asked[part], field) != getattr(entry.parts()[part], field):
+                    return f"{option} is not chosen beside such a {allowed.when[0][0]}"
             continue
-        part, field = entry.targets(option)[0]
-        if field == RATE:
+        if targets[0][1] == RATE:
             value = given.get(option, _first(allowed))
         else:
-            value = getattr(asked[part], field)
+            first, *others = [getattr(asked[part], field) for part, field in targets]
+            if any(other != first for other in others):
+                return f"{option} is the same in all parts"
+            value = values[option] = first
             if allowed.of is not None:
                 value = value / values[allowed.of]
-        values[option] = value
         wrong = _put(found, f"{title}/{option}", allowed, value)
         if wrong:
             return wrong
