@@ -44,7 +44,9 @@ def begin(
     pruner: str = typer.Option(
         "auto", help="hyperband, halving or none; auto is hyperband for one objective."
     ),
-    start: list[str] = typer.Option([], help='To begin with: "lora:r=8,alpha=16; lr=0.002".'),
+    start: list[str] = typer.Option(
+        [], help='To begin with: "lora:r=8,alpha=16; lr=0.002"; or suggest.'
+    ),
     steps: int = typer.Option(200, help="Training steps of a trial."),
     rungs: int = typer.Option(4, help="Evaluations of a trial, at which it may be pruned."),
     pack: int = typer.Option(1, help="LoRA trials that train in one batch, at most."),

@@ -86,7 +86,8 @@ class Member:
     order: Order
     masks: torch.Generator
     optimizer: torch.optim.Optimizer
-    trained: list[Tensor]
+    pieces: list[Tensor]
+    """All that it trains, a tensor for each rate; see :func:`_joined`."""
     scores: dict[str, float] = field(default_factory=dict)
     outcome: Result | NotFinite | None = None
 
@@ -125,7 +126,7 @@ def train_pack(
             named.items(), candidates, starts, strict=True
         ):
             _put(handle, name, start)
-            trained = groups(handle, candidate, name)
+            trained = _joined(groups(handle, candidate, name))
             members.append(
                 Member(
                     name, candidate, on_rung,
@@ -175,7 +176,7 @@ def _train(
             going = member.on_rung(judges[step + 1], member.scores)
             if step + 1 == steps or not going:
                 member.outcome = Result(
-                    member.scores, step + 1 < steps, sum(p.numel() for p in member.trained), None,
+                    member.scores, step + 1 < steps, sum(p.numel() for p in member.pieces), None,
                     None, by_layer(handle, member.name),
                 )  # fmt: skip
         live = [member for member in live if member.outcome is None]
@@ -203,10 +204,10 @@ def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int)
         rate = member.candidate.rate_of(steps).rate(step)
         for group in member.optimizer.param_groups:
             group["lr"] = rate * group["pace"]
-        torch.nn.utils.clip_grad_norm_(member.trained, CLIP)
+        torch.nn.utils.clip_grad_norm_(member.pieces, CLIP)
         member.optimizer.step()
     for member in live:
-        member.optimizer.zero_grad(set_to_none=True)
+        member.optimizer.zero_grad(set_to_none=False)  # the layers' gradients are views of it
     return float(sum(values) / len(values))
 
 
@@ -311,6 +312,25 @@ def _routed(handle: Handle) -> Iterator[Rows]:
     finally:
         for place in places:
             place.__dict__.pop("forward", None)
+
+
+def _joined(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The optimizer's groups, the tensors of each laid one after the other in a single one, of
+    which they and their gradients become views: optimizer and norm of many small ones cost as much
+    as the layers."""
+    joined = []
+    for group in found:
+        tensors: list[Tensor] = group["params"]
+        whole = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in tensors]))
+        whole.grad = torch.zeros_like(whole)
+        first = 0
+        for p in tensors:
+            last = first + p.numel()
+            p.data = whole.data[first:last].view_as(p)
+            p.grad = whole.grad[first:last].view_as(p)
+            first = last
+        joined.append(group | {"params": [whole]})
+    return joined
 
 
 def _start(shop: Workshop, candidate: Candidate) -> Mapping[str, Tensor]:

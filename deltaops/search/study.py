@@ -35,7 +35,7 @@ from .ranges import Range, label
 from .samplers import make_sampler
 from .settings import GOALS, Settings
 from .space import Space, read_space
-from .starts import params_of
+from .starts import Texts, params_of, resolved
 from .trainer import Result
 from .workers import alive
 
@@ -121,9 +121,9 @@ class Study:
         trial.set_user_attr(WORKER, worker)
         return trial
 
-    def begin(self) -> None:
+    def begin(self, starts: Sequence[str]) -> None:
         """Queue the start points, once."""
-        wanted = [params_of(self.space, start) for start in self.settings.starts]
+        wanted = [params_of(self.space, start) for start in starts]
         with self._one_at_a_time():
             queued = [
                 trial.system_attrs.get("fixed_params")
@@ -339,8 +339,10 @@ def create(folder: Path, settings: Settings, space: Space, shop: Workshop, task:
     Raises: ConfigError where another one is there; CheckpointError where nothing can be written.
     """
     facts = _facts_of(settings, space, shop, task)
-    for start in settings.starts:
-        params_of(space, start)  # before anything is written
+    if not (folder / FACTS).is_file():  # before anything is written
+        facts["starts"] = resolved(
+            settings.starts, space, shop.model, lambda: _texts(shop, settings)
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -358,7 +360,15 @@ def create(folder: Path, settings: Settings, space: Space, shop: Workshop, task:
         else:
             (folder / JOURNAL).touch()  # first: a study without one has lost it
             write_json(folder / FACTS, facts)
-    return _opened(folder, settings, space)
+    study = Study(folder, settings, space)
+    study.begin(read_facts(folder)["starts"])
+    return study
+
+
+def _texts(shop: Workshop, settings: Settings) -> Texts:
+    examples = shop.examples("data", settings.data)
+    labels = [str(example.label) for example in examples]
+    return Texts([e.text for e in examples], shop.tokenizer, labels, settings.seq_len)
 
 
 def reopen(folder: Path) -> tuple[Settings, Space]:
@@ -407,12 +417,6 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def _foreign(name: str) -> bool:
     """Whether a file is none that a study begins with, or was killed over."""
     return name not in (f"{FACTS}.lock", JOURNAL) and not name.startswith(MARK)
-
-
-def _opened(folder: Path, settings: Settings, space: Space) -> Study:
-    study = Study(folder, settings, space)
-    study.begin()
-    return study
 
 
 def _facts_of(settings: Settings, space: Space, shop: Workshop, task: Task) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def train_alone(
 
 def judged(shop: Workshop, task: Task) -> dict[str, float]:
     """Scores on what is held out. Raises: NotFinite."""
-    scores = shop.answering.score(task.reader, task.held, EVALUATED)
+    scores = shop.answering.score(task.reader, task.held.by_length(), EVALUATED)
     if not math.isfinite(scores["loss"]):
         raise NotFinite(f"the loss on what is held out is {scores['loss']}")
     return scores

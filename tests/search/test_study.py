@@ -176,6 +176,17 @@ def test_starts_come_first(search: Search, tmp_path: Path) -> None:
     assert len(found.study.trials()) == 2
 
 
+def test_a_search_begins_with_what_is_suggested(search: Search, tmp_path: Path) -> None:
+    space = {"deltas": {"lora": {"r": [2, 4], "alpha": [4, 8], "lr": 1e-3}}}
+    found = search(tmp_path / "out", space, trials=1, steps=2, starts=("suggest",))
+    (first,) = found.study.trials()
+    assert (first.params["lora/r"], first.params["lora/alpha"]) == (4, 8)  # for few examples
+    facts = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert facts["starts"] == ["lora:r=4,alpha=8"]
+    with pytest.raises(ConfigError, match="nothing of it is in the space"):
+        search(tmp_path / "none", {"deltas": {"lora": {"r": 3, "lr": 1e-3}}}, starts=("suggest",))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
