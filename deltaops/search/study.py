@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import MARK, locked, publishing, write_json
+from deltaops.strategy.features import Task as Texts
 from deltaops.surgery import Handle
 from deltaops.tuning.workshop import Task, Workshop
 
@@ -35,7 +36,7 @@ from .ranges import Range, label
 from .samplers import make_sampler
 from .settings import GOALS, Settings
 from .space import Space, read_space
-from .starts import Texts, params_of, resolved
+from .starts import params_of, resolved
 from .trainer import Result
 from .workers import alive
 
