@@ -44,7 +44,9 @@ def begin(
     pruner: str = typer.Option(
         "auto", help="hyperband, halving or none; auto is hyperband for one objective."
     ),
-    start: list[str] = typer.Option([], help='To begin with: "lora:r=8,alpha=16; lr=0.002".'),
+    start: list[str] = typer.Option(
+        [], help='To begin with: "lora:r=8,alpha=16; lr=0.002"; or suggest.'
+    ),
     steps: int = typer.Option(200, help="Training steps of a trial."),
     rungs: int = typer.Option(4, help="Evaluations of a trial, at which it may be pruned."),
     pack: int = typer.Option(1, help="LoRA trials that train in one batch, at most."),
@@ -207,7 +209,7 @@ class _View:
         done = sum(trial.state.is_finished() for trial in trials)
         if self.done_before is None:
             self.done_before = done
-        wanted = max(self.wanted or 0, len(trials))
+        wanted = max(self.wanted or 0, study.wanted, len(trials))
         left = ""
         if done > self.done_before:
             each = (time.monotonic() - self.began) / (done - self.done_before)

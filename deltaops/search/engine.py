@@ -15,15 +15,17 @@ from optuna.trial import FrozenTrial, Trial
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import remove_leftovers, write_json
 from deltaops.surgery import load
+from deltaops.tuning.answers import AnswerSet
+from deltaops.tuning.named import NamedSet
 from deltaops.tuning.tokens import TokenSet
 from deltaops.tuning.workshop import Settings as ShopSettings
 from deltaops.tuning.workshop import Stopped, Task, Workshop
 
 from .candidate import Candidate
-from .pack import train_pack, unpackable
+from .pack import NotByRows, check_packs, train_pack, unpackable
 from .settings import Settings
 from .space import load_space
-from .study import BEST, TESTED, Study, best_number, create, reopen
+from .study import BEST, TESTED, Study, best_number, create, read_facts, reopen
 from .trainer import EVALUATED, NotFinite, train_alone
 from .workers import working
 
@@ -79,6 +81,7 @@ def search(
     """
     asked = Settings(model, data, **settings)
     asked.check()
+    _check_trials(trials)
     chosen = load_space(space)
     shop, task, watch = _loaded(asked, watch)
     study = create(Path(out), asked, chosen.resolved(shop.model), shop, task)
@@ -92,6 +95,8 @@ def resume(out: str | Path, *, trials: int | None = None, watch: Watch | None = 
     Raises: as :func:`search`; ConfigError too where the model or the data are others by now.
     """
     folder = Path(out)
+    if trials is not None:
+        _check_trials(trials)
     settings, space = reopen(folder)
     shop, task, watch = _loaded(settings, watch)
     study = create(folder, settings, space.resolved(shop.model), shop, task)
@@ -109,6 +114,8 @@ def score_best(out: str | Path, data: str) -> dict[str, float]:
     folder = Path(out)
     settings, _ = reopen(folder)
     shop, task, _ = _loaded(settings, None)
+    if shop.fingerprint != read_facts(folder)["model"]:
+        raise ConfigError(f"{settings.model} is another model by now than that of {folder}.")
     texts = shop.answering.texts(shop.examples("test", data), settings.seq_len)
     if label_names(texts) != label_names(task.held):
         raise ConfigError(f"{data} has other labels than {settings.data}. Give one of that task.")
@@ -122,10 +129,12 @@ def score_best(out: str | Path, data: str) -> dict[str, float]:
     return scores
 
 
-def label_names(data: TokenSet) -> Any:
-    """What the classes of labelled texts are called, or how many there are."""
-    assert data.classes is not None
-    return getattr(data, "names", int(data.classes.max()))
+def label_names(data: TokenSet) -> list[Any]:
+    """What the classes of labelled texts are called, or the tokens of their answers."""
+    if isinstance(data, AnswerSet):
+        return [word.tolist() for word in data.words]
+    assert isinstance(data, NamedSet)
+    return list(data.names)
 
 
 def _loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Watch]:
@@ -139,12 +148,18 @@ def _loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Wa
         ),
         seen.on_step, seen.should_stop, answers=settings.answers,
     )  # fmt: skip
-    return shop, shop.task("data", shop.examples("data", settings.data)), seen
+    task = shop.task("data", shop.examples("data", settings.data))
+    if settings.pack > 1:
+        check_packs(task)
+    return shop, task, seen
+
+
+def _check_trials(trials: int) -> None:
+    if trials < 1:
+        raise ConfigError(f"--trials must be 1 or more, got {trials}.")
 
 
 def _run(study: Study, shop: Workshop, task: Task, trials: int, watch: Watch) -> Found:
-    if trials < 1:
-        raise ConfigError(f"--trials must be 1 or more, got {trials}.")
     study.want(trials)
     with working(study.folder) as worker:
         finished = False
@@ -173,7 +188,7 @@ def _each(study: Study, shop: Workshop, task: Task, claimed: Sequence[Trial], wa
             drawn.append((trial, study.candidate(trial)))
         except ConfigError as error:  # two options that do not go together
             study.fail(trial, f"refused: {error}")
-    packed, alone = _sorted(study, shop, task, drawn)
+    packed, alone = _sorted(study, shop, drawn)
     for group in ([packed] if packed else []) + [[one] for one in alone]:
         watch.on_trials(study, [(trial.number, candidate) for trial, candidate in group])
         if group is packed:
@@ -184,13 +199,19 @@ def _each(study: Study, shop: Workshop, task: Task, claimed: Sequence[Trial], wa
 
 
 def _sorted(
-    study: Study, shop: Workshop, task: Task, drawn: Sequence[Drawn]
+    study: Study, shop: Workshop, drawn: Sequence[Drawn]
 ) -> tuple[list[Drawn], list[Drawn]]:
     """Those that share a batch, and those that are trained by themselves."""
     if study.settings.pack == 1:
         return [], list(drawn)
-    packed = [one for one in drawn if unpackable(shop, task, one[1]) is None]
-    return packed, [one for one in drawn if one not in packed]
+    packed: list[Drawn] = []
+    alone: list[Drawn] = []
+    for trial, candidate in drawn:
+        why = unpackable(shop, candidate)
+        if why is not None:
+            study.note_alone(trial, why)
+        (packed if why is None else alone).append((trial, candidate))
+    return packed, alone
 
 
 def _alone(study: Study, shop: Workshop, task: Task, trial: Trial, candidate: Candidate) -> None:
@@ -220,6 +241,11 @@ def _pack(study: Study, shop: Workshop, task: Task, group: Sequence[Drawn]) -> N
         raise
     except CheckpointError:
         raise
+    except NotByRows as error:
+        for trial, candidate in group:
+            study.note_alone(trial, f"the model does not compute row by row: {error}")
+            _alone(study, shop, task, trial, candidate)
+        return
     except Exception as error:
         if len(group) == 1:
             study.fail(group[0][0], reason(error))

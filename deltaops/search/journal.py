@@ -46,7 +46,9 @@ class Journal(BaseJournalBackend):
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Those from a number on. Raises: CheckpointError for a line that is no JSON."""
-        number = max(n for n in self._offsets if n <= log_number_from)
+        number = log_number_from
+        if number not in self._offsets:
+            number = max(n for n in self._offsets if n <= log_number_from)
         try:
             with self.path.open("rb") as file:
                 file.seek(self._offsets[number])

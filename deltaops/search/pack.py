@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deltaops.errors import ConfigError, DeltaopsError
 from deltaops.methods import Combined, LoRA
 from deltaops.methods.base import LINEAR
 from deltaops.ops import Branch, delta_linear
@@ -43,18 +44,34 @@ from .candidate import Candidate
 from .trainer import NotFinite, OnRung, Result, adamw, by_layer, groups, judged, rungs
 
 
-def unpackable(shop: Workshop, task: Task, candidate: Candidate) -> str | None:
+class NotByRows(Exception):
+    """A layer of the model that sees something else than the texts of its batch, one after the
+    other: a pack could not tell whose they are."""
+
+
+def check_packs(task: Task) -> None:
+    """Raises: ConfigError where no candidate could share a batch."""
+    if not isinstance(task.reader, NamedClasses):
+        raise ConfigError(
+            "--pack needs an encoder that answers by the names of labels, and this model writes "
+            "its answers. Pass --pack 1."
+        )
+
+
+def unpackable(shop: Workshop, candidate: Candidate) -> str | None:
     """Why a candidate must be trained by itself; None where it can share a batch."""
     delta = candidate.delta
-    if not isinstance(task.reader, NamedClasses):
-        return "the model writes its answers"
     if type(delta) is not LoRA:
         return "it is no LoRA"
     if delta.use_dora or delta.init_lora_weights not in (True, "gaussian"):
         return "it changes more of a layer than what it adds"
     if delta.modules_to_save:
         return "it trains whole modules"
-    if any(site.place != LINEAR for site in plan(shop.model, delta).sites):
+    try:
+        sites = plan(shop.model, delta).sites
+    except DeltaopsError:
+        return "the model refuses it"  # as attaching it will say in full
+    if any(site.place != LINEAR for site in sites):
         return "it is on other places than linear layers"
     return None
 
@@ -69,7 +86,8 @@ class Member:
     order: Order
     masks: torch.Generator
     optimizer: torch.optim.Optimizer
-    trained: list[Tensor]
+    pieces: list[Tensor]
+    """All that it trains, a tensor for each rate; see :func:`_joined`."""
     scores: dict[str, float] = field(default_factory=dict)
     outcome: Result | NotFinite | None = None
 
@@ -95,7 +113,8 @@ def train_pack(
         steps: of each.
         count: evaluations of each.
     Returns: what each found, or what broke it, in their order; and the handle of all.
-    Raises: Stopped, and what the model raises for the batch of all; the model is then as it was.
+    Raises: Stopped, NotByRows, and what the model raises for the batch of all; the model is then
+        as it was.
     """
     seed = shop.settings.seed
     starts = [_start(shop, candidate) for candidate, _ in candidates]
@@ -107,7 +126,7 @@ def train_pack(
             named.items(), candidates, starts, strict=True
         ):
             _put(handle, name, start)
-            trained = groups(handle, candidate, name)
+            trained = _joined(groups(handle, candidate, name))
             members.append(
                 Member(
                     name, candidate, on_rung,
@@ -142,9 +161,9 @@ def _train(
             raise Stopped
         if not live:
             return
-        _step(task, live, rows, step, steps)
+        loss = _step(task, live, rows, step, steps)
         live = [member for member in live if member.outcome is None]
-        shop.on_step("pack", step + 1, 0.0)
+        shop.on_step("pack", step + 1, loss)
         if step + 1 not in judges:
             continue
         for member in live:
@@ -157,13 +176,14 @@ def _train(
             going = member.on_rung(judges[step + 1], member.scores)
             if step + 1 == steps or not going:
                 member.outcome = Result(
-                    member.scores, step + 1 < steps, sum(p.numel() for p in member.trained), None,
+                    member.scores, step + 1 < steps, sum(p.numel() for p in member.pieces), None,
                     None, by_layer(handle, member.name),
                 )  # fmt: skip
         live = [member for member in live if member.outcome is None]
 
 
-def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int) -> None:
+def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int) -> float:
+    """One of all members. Returns: the mean of their losses."""
     picked = [member.order.rows(step) for member in live]
     lengths = [max(len(task.fit.ids[i]) for i in own) for own in picked]
     batch = task.fit.batch([i for own in picked for i in own])
@@ -174,20 +194,21 @@ def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int)
     logits: Tensor = task.reader(**placed).logits
     sizes = [len(own) for own in picked]
     pairs = zip(torch.split(logits, sizes), torch.split(placed["labels"], sizes), strict=True)
-    losses = [functional.cross_entropy(own, right) for own, right in pairs]
-    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]  # torch's has no types
-    for member, loss in zip(live, losses, strict=True):
-        value = float(loss.detach())
+    losses = torch.stack([functional.cross_entropy(own, right) for own, right in pairs])
+    losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's has no types
+    values: list[float] = losses.tolist()
+    for member, value in zip(live, values, strict=True):
         if not math.isfinite(value):
             member.outcome = NotFinite(f"the loss of step {step + 1} is {value}")
             continue
         rate = member.candidate.rate_of(steps).rate(step)
         for group in member.optimizer.param_groups:
             group["lr"] = rate * group["pace"]
-        torch.nn.utils.clip_grad_norm_(member.trained, CLIP)
+        torch.nn.utils.clip_grad_norm_(member.pieces, CLIP)
         member.optimizer.step()
     for member in live:
-        member.optimizer.zero_grad(set_to_none=True)
+        member.optimizer.zero_grad(set_to_none=False)  # the layers' gradients are views of it
+    return float(sum(values) / len(values))
 
 
 # ------------------------------------------------------------------------------------- the places
@@ -215,27 +236,37 @@ class Rows:
         self.tell([member], [1], [0])
         self.samples = None
 
+    def check(self, x: Tensor) -> None:
+        """Raises: NotByRows where x is neither ``[B, T, K]`` nor ``[B, K]`` of the batch."""
+        if self.samples is None:
+            return
+        batch = (len(self.samples), max(self.lengths))[: x.dim() - 1]
+        if x.dim() not in (2, 3) or x.shape[:-1] != batch:
+            raise NotByRows(f"{list(x.shape)} in a batch of {len(self.samples)} texts")
+
     def ids(self, present: tuple[bool, ...], x: Tensor) -> Tensor | None:
         """The number of a branch for each row of x, where ``present`` says which members have one
         among the branches of a place; −1 for the others' rows."""
         if self.samples is None or len(self.members) == 1:
             return None
-        key = (present, x.shape[1])
+        key = (present, x.dim())
         if key not in self._ids:
             numbers, count = [], 0
             for here in present:
                 numbers.append(count if here else -1)
                 count += here
             by_sample = torch.tensor(numbers, dtype=torch.int32)[self.samples]
-            self._ids[key] = by_sample[:, None].expand(x.shape[:-1]).contiguous().to(x.device)
+            each = by_sample if x.dim() == 2 else by_sample[:, None].expand(x.shape[:-1])
+            self._ids[key] = each.contiguous().to(x.device)
         return self._ids[key]
 
 
 def _forward(place: Any, rows: Rows, x: Tensor) -> Tensor:
     """``[B, T, K]`` → ``[B, T, N]``: the frozen layer, and to each member's rows its branch.
 
-    Args: a :class:`deltaops.modules.place.DeltaPlace`.
+    Args: a :class:`deltaops.modules.place.DeltaPlace`. Raises: NotByRows.
     """
+    rows.check(x)
     a, b = place.lora_A, place.lora_B
     training = place.training
     here = [member.name in place.lora for member in rows.members]
@@ -257,12 +288,13 @@ def _forward(place: Any, rows: Rows, x: Tensor) -> Tensor:
         rows.members, wet, rows.sizes, rows.lengths, strict=True
     ):
         if drops:
-            own = x[first : first + size, :length]
+            here_of = (slice(first, first + size), slice(length))[: x.dim() - 1]
+            own = x[here_of]
             keep = 1 - member.dropout
             mask = torch.empty_like(own).bernoulli_(keep, generator=member.masks).div_(keep)
             inner = functional.linear(own * mask, a[member.name].weight)
             scaled = place.lora[member.name].scaling * b[member.name].weight
-            y[first : first + size, :length] += functional.linear(inner, scaled)
+            y[here_of] += functional.linear(inner, scaled)
         first += size
     return y
 
@@ -280,6 +312,25 @@ def _routed(handle: Handle) -> Iterator[Rows]:
     finally:
         for place in places:
             place.__dict__.pop("forward", None)
+
+
+def _joined(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The optimizer's groups, the tensors of each laid one after the other in a single one, of
+    which they and their gradients become views: optimizer and norm of many small ones cost as much
+    as the layers."""
+    joined = []
+    for group in found:
+        tensors: list[Tensor] = group["params"]
+        whole = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in tensors]))
+        whole.grad = torch.zeros_like(whole)
+        first = 0
+        for p in tensors:
+            last = first + p.numel()
+            p.data = whole.data[first:last].view_as(p)
+            p.grad = whole.grad[first:last].view_as(p)
+            first = last
+        joined.append(group | {"params": [whole]})
+    return joined
 
 
 def _start(shop: Workshop, candidate: Candidate) -> Mapping[str, Tensor]:

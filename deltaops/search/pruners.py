@@ -38,7 +38,7 @@ class Halving(BasePruner):
         others = [
             other.intermediate_values[step]
             for other in study.get_trials(deepcopy=False)
-            if other.number != trial.number
+            if other.number < trial.number  # those after it may be on record where it is resumed
             and step in other.intermediate_values
             and self.bracket(other.number) == bracket
         ]

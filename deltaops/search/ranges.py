@@ -58,6 +58,13 @@ class Range:
             return len(self.choices) == 1
         return self.subset is None and self.low == self.high
 
+    @property
+    def numeric(self) -> bool:
+        """Whether every value is a number."""
+        return self.subset is None and all(
+            isinstance(end, int | float) and not isinstance(end, bool) for end in self.ends()
+        )
+
     def draw(self, name: str, pick: Pick) -> Any:
         """A value of it. ``pick`` is not asked where nothing is left to choose."""
         if self.subset is not None:
@@ -197,6 +204,11 @@ def _number(subject: str, value: Mapping[str, Any]) -> Range:
         raise ConfigError(
             f"{subject}: step must be above 0, and not beside log, got {step}. Leave one out."
         )
+    if step is not None and not math.isclose((high - low) / step, round((high - low) / step)):
+        raise ConfigError(
+            f"{subject}: from low to high must be whole steps, got {low}, {high} and step {step}. "
+            "Change high."
+        )
     if isinstance(low, int) and isinstance(high, int) and isinstance(step, float):
         low, high = float(low), float(high)
     return Range(low=low, high=high, log=log, step=step)
@@ -205,9 +217,11 @@ def _number(subject: str, value: Mapping[str, Any]) -> Range:
 def _subset(subject: str, value: Any) -> Range:
     if value == LAYERS:
         return Range(subset=LAYERS)
-    if not isinstance(value, list | tuple) or len(set(value)) < max(1, len(value)):
+    plain = isinstance(value, list | tuple) and all(isinstance(item, str | int) for item in value)
+    if not plain or len(set(value)) < max(1, len(value)):
         raise ConfigError(
-            f"{subject}: subset must be {LAYERS!r} or a list without repetition, got {value!r}."
+            f"{subject}: subset must be {LAYERS!r} or a list of names or indices without "
+            f"repetition, got {value!r}."
         )
     return Range(subset=tuple(value))
 

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from deltaops.files import write_atomically, write_json
 
 from .pictures import draw_all
-from .study import BEST, CANDIDATE, REASON, RESULT, Study
+from .study import ALONE, BEST, CANDIDATE, REASON, RESULT, Study
 
 REPORT, LOG = "report.html", "trials.json"
 _STYLE = (
@@ -68,7 +68,7 @@ def write_log(study: Study) -> Path:
             "parameters": trial.params,
             "losses": [round(abs(v), 6) for v in trial.intermediate_values.values()],
             "seconds": None if trial.duration is None else round(trial.duration.total_seconds(), 1),
-            **{name: trial.user_attrs[name] for name in (CANDIDATE, REASON)
+            **{name: trial.user_attrs[name] for name in (CANDIDATE, REASON, ALONE)
                if name in trial.user_attrs},
         }
         for trial in study.trials()
@@ -114,8 +114,10 @@ def _table(study: Study) -> str:
     rows = []
     for trial in study.trials():
         parameters = trial.user_attrs.get(RESULT, {}).get("parameters")
+        alone = trial.user_attrs.get(ALONE)
+        told = outcome(study, trial) + ("" if alone is None else f"; in no pack: {alone}")
         cells = (
-            str(trial.number), outcome(study, trial),
+            str(trial.number), told,
             "" if parameters is None else f"{parameters:,}",
             trial.user_attrs.get(CANDIDATE, ""),
         )  # fmt: skip

@@ -8,6 +8,7 @@ process at a time, has the same trials as one that ran through.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,11 @@ class Repeatable(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """See Optuna."""
+        """See Optuna. What a process that was killed had drawn for the trial stands: GP would take
+        it for that of another, which it keeps away from."""
+        drawn = _drawn_before(trial)
+        if drawn is not None:
+            return drawn
         return self._of(trial, "").sample_relative(study, trial, search_space)
 
     def sample_independent(
@@ -69,14 +74,22 @@ class Repeatable(BaseSampler):
         return self._make(int.from_bytes(mixed[:4], "little"))
 
 
-def make_sampler(name: str, seed: int, *, together: bool) -> BaseSampler:
-    """One of :data:`.settings.SAMPLERS`.
+def _drawn_before(trial: FrozenTrial) -> dict[str, Any] | None:
+    """What TPE and GP note in pieces, ``gp:relative_params:0`` and so on, for other processes."""
+    pieces = {
+        int(key.rpartition(":")[2]): text
+        for key, text in trial.system_attrs.items()
+        if ":relative_params:" in key
+    }
+    try:
+        found: dict[str, Any] = json.loads("".join(pieces[i] for i in sorted(pieces)))
+    except ValueError:  # there are none, or the last is missing
+        return None
+    return found
 
-    Args:
-        name: of the sampler.
-        seed: the study's.
-        together: trials run at the same time, so that TPE should keep away from those under way.
-    """
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """One of :data:`.settings.SAMPLERS`; TPE and GP keep away from trials that are under way."""
 
     def make(drawn: int) -> BaseSampler:
         if name == "gp":
@@ -87,6 +100,6 @@ def make_sampler(name: str, seed: int, *, together: bool) -> BaseSampler:
             return NSGAIISampler(seed=drawn, population_size=GENERATION)
         if name == "random":
             return RandomSampler(seed=drawn)
-        return TPESampler(seed=drawn, n_startup_trials=GENERATION, constant_liar=together)
+        return TPESampler(seed=drawn, n_startup_trials=GENERATION, constant_liar=True)
 
     return Repeatable(make, seed)

@@ -130,23 +130,26 @@ class Space:
 
 
 def _corners(title: str, entry: Entry) -> Iterator[tuple[str, Any, Callable[[], Delta | Combined]]]:
-    """Each end of each range, the others at their first: option, value, how the delta is made."""
-    named = {f"{title}/{option}": r for option, r in entry.ranges.items()}
+    """Each end of each range, the others at their first, those that it depends on where it is
+    there: option, value, how the delta is made."""
 
-    def first(name: str, allowed: Range) -> Any:
-        return next(iter(allowed.ends()))
+    def needed(option: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, those in entry.ranges[option].when:
+            found |= needed(name) | {f"{title}/{name}": those[0]}
+        return found
 
-    def at(which: str, value: Any) -> Callable[[], Delta | Combined]:
+    def at(chosen: Mapping[str, Any]) -> Callable[[], Delta | Combined]:
         def pick(name: str, allowed: Range) -> Any:
-            return value if name == which else first(name, allowed)
+            return chosen[name] if name in chosen else next(iter(allowed.ends()))
 
         return lambda: entry.draw(title, pick)[0]
 
-    yield "", None, at("", None)
-    for name, allowed in named.items():
-        if allowed.subset is None and not allowed.fixed:
+    yield "", None, at({})
+    for option, allowed in entry.ranges.items():
+        if allowed.subset is None and (allowed.when or not allowed.fixed):
             for value in allowed.ends():
-                yield name.partition("/")[2], value, at(name, value)
+                yield option, value, at(needed(option) | {f"{title}/{option}": value})
 
 
 def load_space(source: str | Path | Mapping[str, Any]) -> Space:
@@ -215,6 +218,7 @@ def _entry(title: str, value: Any) -> Entry:
     for option, allowed in ranges.items():
         needed = [name for name, _ in allowed.when] + ([allowed.of] if allowed.of else [])
         check_names(f"{subject}: {option}: options before it", needed, before)
+        _check_needed(f"{subject}: {option}", allowed, ranges)
         before.append(option)
     rated = {part for option in ranges if option.endswith(RATE) and _field(option) == RATE
              for part, _ in entry.targets(option)}  # fmt: skip
@@ -238,6 +242,28 @@ def _entry(title: str, value: Any) -> Entry:
                 if allowed.of is None:
                     check_rate(f"{subject}: {option}", float(end))
     return entry
+
+
+def _check_needed(subject: str, allowed: Range, ranges: Mapping[str, Range]) -> None:
+    """Raises: ConfigError for a condition that never holds, and for a factor of no number."""
+    for name, those in allowed.when:
+        other = ranges[name]
+        if other.of is not None or other.subset is not None:
+            raise ConfigError(f"{subject}: when {name}: that is no plain choice. Name another.")
+        for value in those:
+            if not other.holds(value):
+                raise ConfigError(f"{subject}: when {name} is {value!r}: it is {other} only.")
+    if allowed.of is None:
+        return
+    base = ranges[allowed.of]
+    if not allowed.numeric or not base.numeric:
+        raise ConfigError(
+            f"{subject}: of {allowed.of} multiplies, and needs numbers on both sides."
+        )
+    if not set(base.when) <= set(allowed.when):
+        raise ConfigError(
+            f"{subject}: of {allowed.of}, which is not always there. Give it the same when."
+        )
 
 
 def _check_common(ranges: Mapping[str, Range]) -> None:

@@ -1,20 +1,63 @@
 """Candidates to begin with, as texts: ``lora:r=8,alpha=16; lr=0.001, batch_size=16``.
 
 Before ";" stands a delta in the grammar of ``--delta``, after it rates, batch size and schedule.
-What is left out is the first value that the space has.
+What is left out is the first value that the space has. ``suggest`` stands for what
+:func:`deltaops.strategy.suggest` recommends, as far as the space has it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from deltaops.errors import ConfigError
+from deltaops.strategy.features import Task as Texts
+from deltaops.strategy.suggest import suggest
 from deltaops.tuning.spec import parse_delta
 
 from .ranges import Range, check_names, label
 from .space import DEFAULTS, RATE, Entry, Space
 
 Params = dict[str, Any]
+SUGGEST = "suggest"
+LOOKED_AT = 5
+"""Candidates of a suggestion."""
+
+
+def resolved(
+    starts: Sequence[str], space: Space, model: nn.Module, texts: Callable[[], Texts]
+) -> list[str]:
+    """``starts`` with what "suggest" stands for, the best first.
+
+    Args:
+        starts: as the settings have them.
+        space: of the search.
+        model: without a delta.
+        texts: reads the task's, where they are needed.
+    Raises: ConfigError for one that is not in the space, and where nothing suggested is.
+    """
+    found: list[str] = []
+    for start in starts:
+        found += _suggested(space, model, texts()) if start == SUGGEST else [start]
+    for start in found:
+        params_of(space, start)
+    return list(dict.fromkeys(found))
+
+
+def _suggested(space: Space, model: nn.Module, texts: Texts) -> list[str]:
+    kept, why = [], []
+    for one in suggest(model, texts, count=LOOKED_AT).candidates:
+        try:
+            params_of(space, one.spec)
+        except ConfigError as error:
+            why.append(str(error))
+        else:
+            kept.append(one.spec)
+    if not kept:
+        raise ConfigError(f"--start {SUGGEST}: nothing of it is in the space: {' '.join(why)}")
+    return kept
 
 
 def params_of(space: Space, start: str) -> Params:
@@ -77,16 +120,21 @@ def _match(title: str, entry: Entry, start: Entry, given: dict[str, Any]) -> Par
             if (part, field) not in free and getattr(asked[part], field) != fixed:
                 return f"{field} is {fixed!r} there"
     for option, allowed in entry.ranges.items():
+        targets = entry.targets(option)
         if any(label(values.get(name)) not in those for name, those in allowed.when):
+            for part, field in targets:
+                if getattr(asked[part], field) != getattr(entry.parts()[part], field):
+                    return f"{option} is not chosen beside such a {allowed.when[0][0]}"
             continue
-        part, field = entry.targets(option)[0]
-        if field == RATE:
+        if targets[0][1] == RATE:
             value = given.get(option, _first(allowed))
         else:
-            value = getattr(asked[part], field)
+            first, *others = [getattr(asked[part], field) for part, field in targets]
+            if any(other != first for other in others):
+                return f"{option} is the same in all parts"
+            value = values[option] = first
             if allowed.of is not None:
                 value = value / values[allowed.of]
-        values[option] = value
         wrong = _put(found, f"{title}/{option}", allowed, value)
         if wrong:
             return wrong

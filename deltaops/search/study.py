@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.files import locked, publishing, write_json
+from deltaops.files import MARK, locked, publishing, write_json
+from deltaops.strategy.features import Task as Texts
 from deltaops.surgery import Handle
 from deltaops.tuning.workshop import Task, Workshop
 
@@ -34,7 +36,7 @@ from .ranges import Range, label
 from .samplers import make_sampler
 from .settings import GOALS, Settings
 from .space import Space, read_space
-from .starts import params_of
+from .starts import params_of, resolved
 from .trainer import Result
 from .workers import alive
 
@@ -43,6 +45,7 @@ TESTED = "test.json"
 NAME = "search"
 VERSION = 1
 WORKER, REASON, RESULT, CANDIDATE = "worker", "reason", "result", "candidate"
+ALONE = "alone"
 """Attributes of a trial."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -51,7 +54,12 @@ class Study:
     """Trials on disk. Any number of processes may have the same one open."""
 
     def __init__(self, folder: Path, settings: Settings, space: Space) -> None:
-        """Open the journal in ``folder``, or begin it."""
+        """Open the journal in ``folder``, or begin it in an empty file. Raises: CheckpointError."""
+        if not (folder / JOURNAL).is_file():
+            raise CheckpointError(
+                f"{folder / JOURNAL} is missing, and every trial with it. Take it out of a backup, "
+                "or begin in another folder."
+            )
         self.folder = folder
         self.settings = settings
         self.space = space
@@ -61,7 +69,7 @@ class Study:
             study_name=NAME,
             load_if_exists=True,
             directions=[GOALS[goal] for goal in settings.objectives],
-            sampler=make_sampler(settings.sampler, settings.seed, together=settings.pack > 1),
+            sampler=make_sampler(settings.sampler, settings.seed),
             pruner=make_pruner(settings.pruned_by, settings.rungs),
         )
 
@@ -70,11 +78,15 @@ class Study:
     def claim(self, worker: str, trials: int, room: int) -> list[Trial]:
         """Up to ``room`` trials for this process: first those of processes that are dead, by their
         own numbers and with what they had drawn; then new ones, until there are ``trials`` of them.
+
+        Numbers n·room to n·room + room − 1 go together, after a kill as before.
         """
         with self._one_at_a_time():
-            found = [self._take(trial, worker) for trial in self._orphans()[:room]]
+            orphans = self._orphans()
             begun = len(self.optuna.get_trials(deepcopy=False, states=(*DONE, TrialState.RUNNING)))
-            while len(found) < room and begun < trials:
+            block = (orphans[0].number if orphans else begun) // room
+            found = [self._take(t, worker) for t in orphans if t.number // room == block]
+            while begun // room == block and begun < trials:
                 trial = self.optuna.ask()
                 trial.set_user_attr(WORKER, worker)
                 found.append(trial)
@@ -110,9 +122,9 @@ class Study:
         trial.set_user_attr(WORKER, worker)
         return trial
 
-    def begin(self) -> None:
+    def begin(self, starts: Sequence[str]) -> None:
         """Queue the start points, once."""
-        wanted = [params_of(self.space, start) for start in self.settings.starts]
+        wanted = [params_of(self.space, start) for start in starts]
         with self._one_at_a_time():
             queued = [
                 trial.system_attrs.get("fixed_params")
@@ -173,6 +185,10 @@ class Study:
         self._note(trial, result)
         self.optuna.tell(trial, values)
         self.settle()
+
+    def note_alone(self, trial: Trial, reason: str) -> None:
+        """Record why a trial has no part in a pack."""
+        trial.set_user_attr(ALONE, reason)
 
     def fail(self, trial: Trial, reason: str) -> None:
         """Record a broken trial; the search goes on."""
@@ -285,18 +301,18 @@ class Study:
     def command(self, space: Path) -> str:
         """What trains the only candidate of ``space`` as this study did."""
         settings = self.settings
-        named = {
-            "--model": settings.model, "--data": settings.data, "--space": str(space),
-            "--trials": "1", "--steps": settings.steps, "--rungs": settings.rungs,
-            "--seed": settings.seed, "--seq-len": settings.seq_len,
-            "--eval-fraction": settings.eval_fraction, "--text-column": settings.text_column,
-            "--label-column": settings.label_column, "--pack": settings.pack,
-        }  # fmt: skip
-        words = ["deltaops search", *(f"{name} {value}" for name, value in named.items())]
-        words += [f"--objective {goal}" for goal in settings.objectives]
+        named = [
+            ("--model", settings.model), ("--data", settings.data), ("--space", space),
+            ("--trials", 1), ("--steps", settings.steps), ("--rungs", settings.rungs),
+            ("--seed", settings.seed), ("--seq-len", settings.seq_len),
+            ("--eval-fraction", settings.eval_fraction), ("--text-column", settings.text_column),
+            ("--label-column", settings.label_column), ("--pack", settings.pack),
+            *(("--objective", goal) for goal in settings.objectives),
+        ]  # fmt: skip
         if settings.answers is not None:
-            words.append(f"--answers {settings.answers}")
-        return " ".join([*words, "--out again"])
+            named.append(("--answers", settings.answers))
+        words = [str(word) for pair in (*named, ("--out", "again")) for word in pair]
+        return shlex.join(["deltaops", "search", *words])
 
     def _better(self, one: Sequence[float], other: Sequence[float]) -> bool:
         """Whether ``one`` is better in something and worse in nothing."""
@@ -324,13 +340,20 @@ def create(folder: Path, settings: Settings, space: Space, shop: Workshop, task:
     Raises: ConfigError where another one is there; CheckpointError where nothing can be written.
     """
     facts = _facts_of(settings, space, shop, task)
-    for start in settings.starts:
-        params_of(space, start)  # before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / FACTS).is_file():  # before anything is written
+        facts["starts"] = resolved(
+            settings.starts, space, shop.model, lambda: _texts(shop, settings)
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"--out {folder} cannot be made: {error.strerror}. Choose another folder."
+        ) from error
     with locked(folder / FACTS):
         if (folder / FACTS).is_file():
             _check_same(folder, read_facts(folder), facts)
-        elif any(path.name not in (f"{FACTS}.lock", JOURNAL) for path in folder.iterdir()):
+        elif any(_foreign(path.name) for path in folder.iterdir()):
             (folder / f"{FACTS}.lock").unlink()
             raise ConfigError(
                 f"--out {folder} is not empty, and has no study. Choose another folder."
@@ -338,7 +361,15 @@ def create(folder: Path, settings: Settings, space: Space, shop: Workshop, task:
         else:
             (folder / JOURNAL).touch()  # first: a study without one has lost it
             write_json(folder / FACTS, facts)
-    return _opened(folder, settings, space)
+    study = Study(folder, settings, space)
+    study.begin(read_facts(folder)["starts"])
+    return study
+
+
+def _texts(shop: Workshop, settings: Settings) -> Texts:
+    examples = shop.examples("data", settings.data)
+    labels = [str(example.label) for example in examples]
+    return Texts([e.text for e in examples], shop.tokenizer, labels, settings.seq_len)
 
 
 def reopen(folder: Path) -> tuple[Settings, Space]:
@@ -384,10 +415,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _opened(folder: Path, settings: Settings, space: Space) -> Study:
-    study = Study(folder, settings, space)
-    study.begin()
-    return study
+def _foreign(name: str) -> bool:
+    """Whether a file is none that a study begins with, or was killed over."""
+    return name not in (f"{FACTS}.lock", JOURNAL) and not name.startswith(MARK)
 
 
 def _facts_of(settings: Settings, space: Space, shop: Workshop, task: Task) -> dict[str, Any]:

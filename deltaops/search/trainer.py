@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from deltaops.errors import ConfigError
 from deltaops.methods import parts_of
@@ -116,7 +117,7 @@ def train_alone(
 
 def judged(shop: Workshop, task: Task) -> dict[str, float]:
     """Scores on what is held out. Raises: NotFinite."""
-    scores = shop.answering.score(task.reader, task.held, EVALUATED)
+    scores = shop.answering.score(task.reader, task.held.by_length(), EVALUATED)
     if not math.isfinite(scores["loss"]):
         raise NotFinite(f"the loss on what is held out is {scores['loss']}")
     return scores
@@ -133,7 +134,8 @@ def adamw(trained: list[dict[str, Any]]) -> torch.optim.AdamW:
 
 
 def groups(handle: Handle, candidate: Candidate, named: str = "") -> list[dict[str, Any]]:
-    """What trains, in groups for the optimizer; "pace" is a group's factor of the greatest rate.
+    """What trains, in groups for the optimizer; "pace" is a group's factor of the greatest rate,
+    at which modules learn that are trained whole.
 
     Args:
         handle: of the candidate's delta.
@@ -142,13 +144,14 @@ def groups(handle: Handle, candidate: Candidate, named: str = "") -> list[dict[s
     """
     paces = candidate.paces()
     parts = parts_of(candidate.delta)
-    state: dict[str, Tensor] = handle.state()
     found: dict[float, list[Tensor]] = {}
-    for site in _sites(handle, named):
+    for site, tensors in _places(handle, named).items():
         part = "" if "" in parts else site.part
-        for suffix in parts[part].shapes(site, handle.model.get_submodule(site.path)):
+        for suffix, tensor in tensors.items():
             pace = paces[part] * parts[part].pace(suffix)
-            found.setdefault(pace, []).append(state[site.key(suffix)])
+            found.setdefault(pace, []).append(tensor)
+    for module in handle.saved().values():
+        found.setdefault(1.0, []).extend(module.parameters())
     return [
         {"params": tensors, "lr": candidate.rate * pace, "pace": pace}
         for pace, tensors in found.items()
@@ -183,14 +186,14 @@ def kept_bytes(task: Task, order: Order, handle: Handle) -> int:
 
 def by_layer(handle: Handle, named: str = "") -> dict[str, int]:
     """Trained parameters by the index of the layer that they are in; ``named`` as above."""
+    trained = [(site.path, t) for site, own in _places(handle, named).items() for t in own.values()]
+    trained += [(path, p) for path, module in handle.saved().items() for p in module.parameters()]
     found: dict[str, int] = {}
-    for site in _sites(handle, named):
-        delta = handle.parts[site.part or handle.name]
-        shapes = delta.shapes(site, handle.model.get_submodule(site.path))
-        index = next((part for part in site.path.split(".") if part.isdigit()), "")
-        found[index] = found.get(index, 0) + sum(math.prod(s) for s in shapes.values())
+    for path, tensor in trained:
+        index = next((part for part in path.split(".") if part.isdigit()), "")
+        found[index] = found.get(index, 0) + tensor.numel()
     return dict(sorted(found.items(), key=lambda item: (item[0] == "", int(item[0] or 0))))
 
 
-def _sites(handle: Handle, named: str) -> list[Site]:
-    return [site for site in handle.places if not named or site.part == named]
+def _places(handle: Handle, named: str) -> dict[Site, dict[str, Parameter]]:
+    return {s: own for s, own in handle.by_place().items() if not named or s.part == named}

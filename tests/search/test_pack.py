@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from deltaops import LoRA
+from deltaops.errors import ConfigError
 from deltaops.methods import Delta
 from deltaops.search.candidate import Candidate
-from deltaops.search.pack import train_pack, unpackable
+from deltaops.search.pack import NotByRows, Rows, check_packs, train_pack, unpackable
 from deltaops.search.trainer import NotFinite, Result, train_alone
 from deltaops.testing import relative_error
 from deltaops.tuning.workshop import Settings, Task, Workshop
@@ -135,10 +137,25 @@ def test_one_that_is_pruned_leaves_the_pack(shop: Workshop, task: Task) -> None:
     [
         (LoRA(use_dora=True), "changes more"),
         (LoRA(target_modules=["word_embeddings"]), "other places"),
+        (LoRA(target_modules=["query"], exclude_modules=["query"]), "refuses"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_packed_says_why(
-    shop: Workshop, task: Task, delta: Delta, reason: str
-) -> None:
-    assert reason in str(unpackable(shop, task, candidate(delta)))
-    assert unpackable(shop, task, MIXED[0]) is None
+def test_what_cannot_be_packed_says_why(shop: Workshop, delta: Delta, reason: str) -> None:
+    assert reason in str(unpackable(shop, candidate(delta)))
+    assert unpackable(shop, MIXED[0]) is None
+
+
+def test_a_model_that_writes_has_no_packs(task: Task) -> None:
+    check_packs(task)
+    with pytest.raises(ConfigError, match="Pass --pack 1"):
+        check_packs(dataclasses.replace(task, reader=torch.nn.Linear(1, 1)))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8), (3, 4, 8), (15, 8), (3, 1, 5, 8)])
+def test_a_layer_that_sees_no_rows_of_the_batch_is_refused(shape: tuple[int, ...]) -> None:
+    rows = Rows()
+    rows.tell([], [1, 2], [5, 3])
+    rows.check(torch.zeros(3, 5, 8))
+    rows.check(torch.zeros(3, 8))
+    with pytest.raises(NotByRows, match="3 texts"):
+        rows.check(torch.zeros(shape))

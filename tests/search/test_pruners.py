@@ -50,5 +50,17 @@ def test_brackets_judge_later_and_have_fewer_trials() -> None:
     ]  # fmt: skip
 
 
+def test_a_trial_that_is_resumed_is_judged_by_those_before_it() -> None:
+    study = optuna.create_study()
+    first, second = study.ask(), study.ask()
+    first.report(2.0, 1)
+    second.report(1.0, 1)
+    pruner = make_pruner("halving", 4)
+    assert [pruner.prune(study, trial) for trial in study.trials] == [False, False]
+    third = study.ask()
+    third.report(3.0, 1)
+    assert pruner.prune(study, study.trials[-1])
+
+
 def test_none_prunes_nothing() -> None:
     assert judged(make_pruner("none", 4), [{1: 0.0}, {1: 9.0}], "minimize") == [False, False]

@@ -90,6 +90,13 @@ def test_built_in_spaces_fit_a_model(name: str) -> None:
         (space(dropout=[0.1, 0.1]), "a choice twice"),
         (space(dropout=[]), "one value or more"),
         (space(dropout={"choices": [0.1], "when": {"alpha": [1]}}), "before it: no 'alpha'"),
+        (space(dropout={"choices": [0.1], "when": {"r": [5]}}), "when r is 5: it is 4 | 8 only"),
+        (space(alpha={"choices": [1], "of": "target_modules"}) , "before it"),
+        (space(use_dora=[True, False], alpha={"choices": [1], "of": "use_dora"}), "needs numbers"),
+        (space(alpha={"choices": [8, 16], "when": {"r": [4]}},
+               dropout={"low": 0.01, "high": 0.02, "of": "alpha"}), "not always there"),
+        (space(dropout={"low": 0.0, "high": 0.5, "step": 0.2}), "whole steps"),
+        (space(layers_to_transform={"subset": [[0]]}), "names or indices"),
         (space() | {"schedule": ["linaer"]}, "did you mean linear"),
         (space() | {"batch_size": [0]}, "batch_size must be an integer of 1"),
         (space() | {"warmup": 2.0}, "part of the steps"),
@@ -106,6 +113,7 @@ def test_bad_spaces_are_refused(text: Any, message: str) -> None:
         ({"r": [4, 0]}, "space: lora: r = 0: LoRA: r must be"),
         ({"dropout": {"low": 0.0, "high": 1.0}}, "space: lora: dropout = 1.0"),
         ({"target_modules": ["all-linear", "q_porj"]}, "space: lora: target_modules = q_porj"),
+        ({"dropout": {"choices": [0.1, 1.5], "when": {"r": [8]}}}, "space: lora: dropout = 1.5"),
     ],
 )
 def test_impossible_ranges_are_refused_on_the_model(options: Any, message: str) -> None:
@@ -129,6 +137,16 @@ def test_a_start_is_found_in_the_space() -> None:
     found = wide.draw(lambda name, allowed: params[name])
     assert found.delta == LoRA(r=8, alpha=16, target_modules="key-value")
     assert (found.rates, found.batch_size, found.schedule) == ((("", 0.002),), 16, "cosine")
+
+
+def test_a_start_beside_its_conditions_is_refused() -> None:
+    wide = load_space("wide")
+    with pytest.raises(ConfigError, match="dropout is not chosen beside such a use_dora"):
+        params_of(wide, "lora:r=8,use_dora=true,dropout=0.1; lr=0.002")
+    both = {"deltas": {"lora+parallel": {"layers_to_transform": [[0], [1]], "lr": 1e-3}}}
+    start = "lora:layers_to_transform=0+parallel:layers_to_transform=1"
+    with pytest.raises(ConfigError, match="layers_to_transform is the same in all parts"):
+        params_of(read_space(both), start)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
 import deltaops
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.search import Watch, engine, resume
+from deltaops.files import MARK
+from deltaops.search import Settings, Study, Watch, engine, resume
+from deltaops.search.pack import NotByRows
+from deltaops.search.space import read_space
 from deltaops.search.trainer import NotFinite
 
 from .conftest import LORA, told
@@ -55,15 +62,17 @@ def test_a_stopped_study_ends_as_one_that_ran_through(search: Search, tmp_path: 
 
 
 def test_best_is_ready_and_makes_itself_again(search: Search, tmp_path: Path, encoder: str) -> None:
-    import transformers
-
     found = search(tmp_path / "out")
     best = tmp_path / "out" / "best"
     assert json.loads((best / "trial.json").read_text())["trial"] == found.best.number
     space = yaml.safe_load((best / "space.yaml").read_text())
     search(tmp_path / "again", space, trials=1)
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
-    assert "--space" in (best / "reproduce.txt").read_text()
+    found.study.settings = dataclasses.replace(found.study.settings, data="my texts.csv")
+    words = shlex.split(found.study.command(best / "space.yaml"))
+    assert words[:2] == ["deltaops", "search"]
+    assert words[words.index("--data") + 1] == "my texts.csv"
+    assert (best / "reproduce.txt").read_text().split()[: len(words[:2])] == words[:2]
     model = transformers.AutoModel.from_pretrained(encoder)
     assert deltaops.load(model, best).sites
     kept = {path.name for path in (tmp_path / "out" / "trials").iterdir()}
@@ -105,6 +114,46 @@ def test_a_loss_that_is_no_number_is_a_broken_trial(search: Search, tmp_path: Pa
     assert all(t.user_attrs["reason"].startswith("not finite") for t in broken)
 
 
+def test_what_no_pack_can_have_is_trained_alone_and_says_so(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"deltas": {"lora": {"target_modules": ["all-linear", ["query"]],
+                                 "exclude_modules": [None, ["query"]], "lr": 1e-3}}}  # fmt: skip
+    found = search(tmp_path / "out", space, trials=6, steps=2, pack=3)
+    told_of = {t.state.name: t.user_attrs for t in found.study.trials()}
+    assert told_of["FAIL"]["reason"].startswith("TargetError")  # both at once leave nothing
+    assert "alone" not in told_of["COMPLETE"]
+
+    def refuses(*args: Any) -> Any:
+        raise NotByRows("[1, 9]")
+
+    monkeypatch.setattr(engine, "train_pack", refuses)
+    found = search(tmp_path / "other", trials=2, steps=2, pack=2)
+    assert [t.state.name for t in found.study.trials()] == ["COMPLETE", "COMPLETE"]
+    assert all("[1, 9]" in t.user_attrs["alone"] for t in found.study.trials())
+
+
+def test_a_pack_is_of_the_same_trials_after_a_kill(tmp_path: Path) -> None:
+    (tmp_path / "journal.log").touch()
+    study = Study(tmp_path, Settings("m", "d", pack=4, sampler="random"), read_space(LORA))
+
+    def claimed() -> list[int]:
+        return [trial.number for trial in study.claim("dead", 6, 4)]
+
+    assert claimed() == [0, 1, 2, 3]
+    for number in (0, 1):
+        study.optuna.tell(number, 0.5)
+    assert claimed() == [2, 3]  # 4 and 5 are drawn once these are known
+    for number in (2, 3):
+        study.optuna.tell(number, 0.5)
+    assert claimed() == [4, 5]
+    lines = (tmp_path / "journal.log").read_bytes().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if b'"op_code":4' in line)
+    (tmp_path / "journal.log").write_bytes(b"".join(lines[: cut + 2]))
+    study = Study(tmp_path, study.settings, study.space)
+    assert claimed() == [0, 1, 2, 3]
+
+
 def test_the_front_has_what_nothing_beats(search: Search, tmp_path: Path) -> None:
     found = search(tmp_path, trials=6, objectives=("loss", "parameters", "memory"))
     values = [tuple(trial.values) for trial in found.study.complete()]
@@ -127,6 +176,17 @@ def test_starts_come_first(search: Search, tmp_path: Path) -> None:
     assert len(found.study.trials()) == 2
 
 
+def test_a_search_begins_with_what_is_suggested(search: Search, tmp_path: Path) -> None:
+    space = {"deltas": {"lora": {"r": [2, 4], "alpha": [4, 8], "lr": 1e-3}}}
+    found = search(tmp_path / "out", space, trials=1, steps=2, starts=("suggest",))
+    (first,) = found.study.trials()
+    assert (first.params["lora/r"], first.params["lora/alpha"]) == (4, 8)  # for few examples
+    facts = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert facts["starts"] == ["lora:r=4,alpha=8"]
+    with pytest.raises(ConfigError, match="nothing of it is in the space"):
+        search(tmp_path / "none", {"deltas": {"lora": {"r": 3, "lr": 1e-3}}}, starts=("suggest",))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -145,9 +205,22 @@ def test_a_folder_of_another_study_is_refused(
     assert (tmp_path / "journal.log").read_bytes() == before
 
 
-def test_another_data_file_is_refused(search: Search, tmp_path: Path, data: str) -> None:
+def test_another_model_or_data_file_is_refused(
+    search: Search, tmp_path: Path, encoder: str, data: str
+) -> None:
     search(tmp_path / "out", trials=1, steps=2)
     facts = json.loads((tmp_path / "out" / "study.json").read_text())
+    changed = transformers.AutoModel.from_pretrained(encoder)
+    with torch.no_grad():
+        next(changed.parameters()).add_(0.1)
+    shutil.copytree(encoder, tmp_path / "model")
+    changed.save_pretrained(tmp_path / "model")
+    settings = facts["settings"] | {"model": str(tmp_path / "model")}
+    (tmp_path / "out" / "study.json").write_text(json.dumps(facts | {"settings": settings}))
+    with pytest.raises(ConfigError, match="another model"):
+        resume(tmp_path / "out")
+    with pytest.raises(ConfigError, match="another model"):
+        engine.score_best(tmp_path / "out", data)
     other = tmp_path / "other.csv"
     other.write_text(Path(data).read_text() + "when is my card,good\n")
     facts["settings"]["data"] = str(other)
@@ -175,6 +248,20 @@ def test_bad_settings_are_refused(
     with pytest.raises(ConfigError, match=message):
         search(tmp_path / "out", **changes)
     assert not (tmp_path / "out" / "trials").exists()
+
+
+def test_a_folder_that_lost_something_is_told(search: Search, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        search(tmp_path / "file")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f"{MARK}half.json").touch()  # of one that was killed at its very start
+    search(out, trials=1, steps=2)
+    (out / "journal.log").unlink()
+    with pytest.raises(CheckpointError, match=r"journal\.log is missing"):
+        resume(out)
+    assert not (out / "journal.log").exists()
 
 
 def test_a_foreign_folder_is_refused(search: Search, tmp_path: Path) -> None:
