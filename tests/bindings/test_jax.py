@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,12 @@ def test_vmap_of_vmap_and_scan_and_remat() -> None:
     nested = jax.vmap(jax.vmap(ours, (0, None, None, None)), (0, None, None, None))
     close(nested(xs, BIAS, A, B), plain(xs, BIAS, A, B))
 
-    def scanned(layer: Any) -> Any:
-        def run(a: Any, b: Any) -> Any:
-            body = jax.checkpoint(lambda total, x: (total + jnp.sin(layer(x, BIAS, a, b)), None))
-            return jax.lax.scan(body, jnp.zeros((2, M, N)), xs)[0].sum()
+    def scanned(a: Any, b: Any) -> Any:
+        body = jax.checkpoint(lambda total, x: (total + jnp.sin(ours(x, BIAS, a, b)), None))
+        return jax.lax.scan(body, jnp.zeros((2, M, N)), xs)[0].sum()
 
-        return jax.jit(jax.grad(run, (0, 1)))(A, B)
-
-    close(scanned(ours), scanned(plain))
+    every = jax.grad(lambda a, b: jnp.sin(plain(xs, BIAS, a, b)).sum(), (0, 1))
+    close(jax.jit(jax.grad(scanned, (0, 1)))(A, B), every(A, B))
 
 
 def test_dropout_is_of_its_key_and_replayed_backward() -> None:
@@ -269,6 +268,14 @@ def test_a_file_that_says_more_is_refused(tmp_path: Path) -> None:
         dj.load_lora(tmp_path)
     with pytest.raises(CheckpointError, match="could not be read"):
         dj.load_lora(tmp_path / "nowhere")
+
+
+def test_a_file_whose_matrices_do_not_fit_is_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    dj.save_lora(tmp_path, {"0": dj.Branch(jnp.ones((2, 8)), jnp.ones((8, 2)), 2.0)}, config)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 4}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"R=4 .* got \[2, 8\] and \[8, 2\]"):
+        dj.load_lora(tmp_path)
 
 
 def test_flax_example_learns() -> None:

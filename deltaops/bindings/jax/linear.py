@@ -191,8 +191,8 @@ def _seed(key: Array | None) -> Array:
     """64 bits of a key, as two words."""
     if key is None:
         raise ConfigError(
-            f"{OP}: key must be a key of jax.random where a branch has dropout, got None. Pass one, "
-            "or branches with dropout=0 where nothing trains."
+            f"{OP}: key must be a key of jax.random where a branch has dropout, got None. Pass "
+            "one, or branches with dropout=0 where nothing trains."
         )
     key = jnp.asarray(key)
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
