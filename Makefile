@@ -24,12 +24,12 @@ NATIVE := $(shell find csrc buildtools -name '*.cpp' -o -name '*.h' -o -name '*.
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
 
+# jax before deltaops: the build reads jaxlib's headers where they are installed.
 $(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "deltaops needs Python 3.11 to 3.13 and none was found. Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@command -v "$${CXX:-g++}" >/dev/null || { echo "deltaops needs a C++ compiler and $${CXX:-g++} was not found. Install one (apt-get install g++), or name it: make CXX=…"; exit 1; }
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet -c constraints.txt torch
-	$(RUN)/python -m pip install --quiet -c constraints.txt jax
+	$(RUN)/python -m pip install --quiet -c constraints.txt torch jax
 	$(RUN)/python -c 'import triton' 2>/dev/null || $(RUN)/python -m pip install --quiet $(TRITON)
 	$(RUN)/python -m pip install --quiet -c constraints.txt -e '.[dev,data]'
 	touch $@

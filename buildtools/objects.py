@@ -41,7 +41,7 @@ class Unit:
             command = command.replace(str(folder), f"<{number}>")
         digest = hashlib.sha256(command.encode())
         files = {path for folder in self.reads for path in folder.iterdir() if path.is_file()}
-        for path in sorted(files | {self.source}):
+        for path in sorted(files | {self.source}, key=lambda path: (path.parent.name, path.name)):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
         return digest.hexdigest()[:KEY_LENGTH]
 

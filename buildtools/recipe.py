@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .objects import Say, Unit, compile_all, link
-from .toolchain import Compiler, CudaToolkit, machine, pybind11_include, python_include
+from .toolchain import (
+    FFI_HEADERS,
+    Compiler,
+    CudaToolkit,
+    machine,
+    pybind11_include,
+    python_include,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -133,7 +140,8 @@ def _build_module(
     folder = CSRC / "bindings"
     includes = (f"-I{INCLUDE}", f"-isystem{pybind11_include()}", f"-isystem{python_include()}")
     command = (*compiler.command, *BINDING_FLAGS, *includes, *(f"-isystem{h}" for h in headers))
-    units = [Unit(source, command, (INCLUDE, folder), compiler.version) for source in sources]
+    reads = (INCLUDE, folder, *(h / FFI_HEADERS for h in headers))
+    units = [Unit(source, command, reads, compiler.version) for source in sources]
     objects = [str(path) for path in compile_all(units, build.objects, build.jobs, build.say)]
     command = (
         *(*compiler.command, "-shared", *objects, str(build.package / library)),

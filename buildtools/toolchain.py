@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_CUDA_ARCHS = "80;90a;100"
+FFI_HEADERS = Path("xla", "ffi", "api")
 
 
 class BuildFailure(Exception):
@@ -152,7 +153,7 @@ def find_jax() -> Path | str:
     places += [Path(folder).parent for folder in (spec and spec.submodule_search_locations) or ()]
     for place in places:
         include = place / "jaxlib" / "include"
-        if (include / "xla" / "ffi" / "api" / "ffi.h").exists():
+        if (include / FFI_HEADERS / "ffi.h").exists():
             return include
     missing = f"jaxlib was not found (looked in {', '.join(sorted({str(p) for p in places}))})"
     if wish == "1":

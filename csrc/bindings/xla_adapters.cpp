@@ -148,7 +148,7 @@ ffi::Error norm_bias_backward(ffi::RemainingArgs args, ffi::RemainingRets rets, 
   });
 }
 
-XLA_FFI_DEFINE_HANDLER(bottleneck_forward_handler, bottleneck_forward,
+XLA_FFI_DEFINE_HANDLER(bottleneck_forward_handler, Guarded<bottleneck_forward>::run,
                        ffi::Ffi::Bind()
                            .RemainingArgs()
                            .RemainingRets()
@@ -159,7 +159,7 @@ XLA_FFI_DEFINE_HANDLER(bottleneck_forward_handler, bottleneck_forward,
                            .Attr<int32_t>("activation")
                            .Attr<int32_t>("norm")
                            .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(bottleneck_backward_handler, bottleneck_backward,
+XLA_FFI_DEFINE_HANDLER(bottleneck_backward_handler, Guarded<bottleneck_backward>::run,
                        ffi::Ffi::Bind()
                            .RemainingArgs()
                            .RemainingRets()
@@ -170,7 +170,7 @@ XLA_FFI_DEFINE_HANDLER(bottleneck_backward_handler, bottleneck_backward,
                            .Attr<int32_t>("norm")
                            .Attr<Numbers>("wanted")
                            .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(norm_bias_forward_handler, norm_bias_forward,
+XLA_FFI_DEFINE_HANDLER(norm_bias_forward_handler, Guarded<norm_bias_forward>::run,
                        ffi::Ffi::Bind()
                            .RemainingArgs()
                            .RemainingRets()
@@ -178,7 +178,7 @@ XLA_FFI_DEFINE_HANDLER(norm_bias_forward_handler, norm_bias_forward,
                            .Attr<float>("eps")
                            .Attr<int32_t>("norm")
                            .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(norm_bias_backward_handler, norm_bias_backward,
+XLA_FFI_DEFINE_HANDLER(norm_bias_backward_handler, Guarded<norm_bias_backward>::run,
                        ffi::Ffi::Bind()
                            .RemainingArgs()
                            .RemainingRets()

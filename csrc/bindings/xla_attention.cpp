@@ -96,7 +96,7 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, bool maske
   });
 }
 
-XLA_FFI_DEFINE_HANDLER(forward_handler, forward,
+XLA_FFI_DEFINE_HANDLER(forward_handler, Guarded<forward>::run,
                        ffi::Ffi::Bind()
                            .RemainingArgs()
                            .RemainingRets()
@@ -104,7 +104,7 @@ XLA_FFI_DEFINE_HANDLER(forward_handler, forward,
                            .Attr<float>("scale")
                            .Attr<bool>("causal")
                            .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(backward_handler, backward,
+XLA_FFI_DEFINE_HANDLER(backward_handler, Guarded<backward>::run,
                        ffi::Ffi::Bind()
                            .RemainingArgs()
                            .RemainingRets()

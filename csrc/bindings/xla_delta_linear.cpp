@@ -170,7 +170,7 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t pr
   });
 }
 
-XLA_FFI_DEFINE_HANDLER(forward_handler, forward,
+XLA_FFI_DEFINE_HANDLER(forward_handler, Guarded<forward>::run,
                        ffi::Ffi::Bind()
                            .RemainingArgs()
                            .RemainingRets()
@@ -181,7 +181,7 @@ XLA_FFI_DEFINE_HANDLER(forward_handler, forward,
                            .Attr<Numbers>("activation")
                            .Attr<Numbers>("biased")
                            .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(backward_handler, backward,
+XLA_FFI_DEFINE_HANDLER(backward_handler, Guarded<backward>::run,
                        ffi::Ffi::Bind()
                            .RemainingArgs()
                            .RemainingRets()

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include "deltaops.h"
-#include "xla/ffi/api/c_api.h"
 #include "xla_module.h"
 
 PYBIND11_MODULE(_xla, m) {
@@ -19,5 +18,4 @@ PYBIND11_MODULE(_xla, m) {
     capsules[target.name] = py::capsule(target.handler, "xla._CUSTOM_CALL_TARGET");
   m.attr("TARGETS") = capsules;
   m.def("abi_version", &deltaops_abi_version);
-  m.attr("ffi_version") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }

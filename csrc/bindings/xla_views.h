@@ -8,7 +8,9 @@
 #define DELTAOPS_BINDINGS_XLA_VIEWS_H
 
 #include <cstdint>
+#include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "deltaops.h"
@@ -184,6 +186,21 @@ ffi::Error for_each_item(const Buffers &buffers, Call call) {
   }
   return ffi::Error::Success();
 }
+
+// What XLA calls of a handler: its containers may throw where memory ends, and XLA's frames have
+// no way to pass an exception on.
+template <auto handler>
+struct Guarded;
+template <class... Given, ffi::Error (*handler)(Given...)>
+struct Guarded<handler> {
+  static ffi::Error run(Given... given) {
+    try {
+      return handler(std::move(given)...);
+    } catch (const std::exception &error) {
+      return {ffi::ErrorCode::kResourceExhausted, error.what()};
+    }
+  }
+};
 
 }  // namespace deltaops_bindings
 

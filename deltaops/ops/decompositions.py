@@ -17,6 +17,7 @@ from torch import Tensor
 from deltaops.reference import (
     attention,
     bottleneck,
+    cross_entropy,
     delta_linear,
     dora_norm,
     gated,
@@ -37,6 +38,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         ops.delta_linear.default: _delta_linear,
         ops.bottleneck.default: _bottleneck,
         ops.norm_bias.default: _norm_bias,
+        ops.cross_entropy.default: lambda *given: cross_entropy.forward(*given[:-1]),
         ops.gated.default: lambda gate, up, activation, _backend: gated.forward(
             gate, up, activation
         ),

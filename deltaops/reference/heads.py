@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -23,4 +24,11 @@ def arrange(t: Tensor, tokens_first: bool) -> Tensor:
     wanted = strides(t.shape, tokens_first)
     if t.stride() == wanted and not t._is_view():
         return t
-    return t.new_empty_strided(t.shape, wanted).copy_(t)
+    # nothing is written in place: exporters trace this
+    if t.numel() == 0:
+        return t.new_empty_strided(t.shape, wanted)
+    if not tokens_first:
+        return t.clone(memory_format=torch.contiguous_format)
+    if t.stride() != wanted:
+        t = t.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return t.clone()

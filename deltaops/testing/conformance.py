@@ -119,8 +119,9 @@ def _delta_linear(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepare
         wanted = [name for name, need in zip(names, needs, strict=True) if need]
         return {"y": y, "s": s} | _named(wanted, grads)
 
-    inputs = {"x": t.x, "weight": t.weight, "bias": t.bias}
+    inputs = {"x": t.x, "weight": t.weight, "bias": t.bias, "grad_y": grad_y}
     inputs |= {f"a.{i}": a for i, a in enumerate(t.a)} | {f"b.{i}": b for i, b in enumerate(t.b)}
+    inputs |= {f"bias.{i}": bias for i, bias in enumerate(t.branch_bias)}
     return Prepared(t.call(), inputs, run)
 
 
@@ -139,7 +140,8 @@ def _bottleneck(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
     call = BottleneckCall(
         "cpu", dtype, parameters, case.m, case.k, case.r, case.activation, case.norm
     )
-    return Prepared(call, t.leaves() | {"residual": t.residual}, run)
+    inputs = t.leaves() | {"residual": t.residual, "grad_y": grad_y}
+    return Prepared(call, inputs, run)
 
 
 def _norm_bias(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
@@ -162,7 +164,8 @@ def _norm_bias(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
 
     parameters = tuple(p.dtype for p in (gamma, bias) if p is not None)
     call = NormBiasCall("cpu", dtype, parameters, case.m, case.k, case.norm)
-    return Prepared(call, {"x": x, "gamma": gamma, "bias": bias}, run)
+    inputs = {"x": x, "gamma": gamma, "bias": bias, "grad_y": grad_y}
+    return Prepared(call, inputs, run)
 
 
 def _prefix_attention(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
@@ -180,7 +183,8 @@ def _prefix_attention(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Pre
 
     rest = t.rest
     call = PrefixAttentionCall.of(rest.q, rest.k, t.prefix_k, rest.mask, rest.causal, t.bias)
-    return Prepared(call, dict(zip(names, t.inputs, strict=True)), run)
+    inputs = dict(zip(names, t.inputs, strict=True)) | {"mask": rest.mask, "grad_y": grad_y}
+    return Prepared(call, inputs, run)
 
 
 def _named(names: Iterable[str], grads: list[Tensor]) -> Results:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from deltaops import ops
 
 jax = pytest.importorskip("jax")
 if importlib.util.find_spec("deltaops._xla") is None:
@@ -107,14 +111,12 @@ def test_vmap_of_vmap_and_scan_and_remat() -> None:
     nested = jax.vmap(jax.vmap(ours, (0, None, None, None)), (0, None, None, None))
     close(nested(xs, BIAS, A, B), plain(xs, BIAS, A, B))
 
-    def scanned(layer: Any) -> Any:
-        def run(a: Any, b: Any) -> Any:
-            body = jax.checkpoint(lambda total, x: (total + jnp.sin(layer(x, BIAS, a, b)), None))
-            return jax.lax.scan(body, jnp.zeros((2, M, N)), xs)[0].sum()
+    def scanned(a: Any, b: Any) -> Any:
+        body = jax.checkpoint(lambda total, x: (total + jnp.sin(ours(x, BIAS, a, b)), None))
+        return jax.lax.scan(body, jnp.zeros((2, M, N)), xs)[0].sum()
 
-        return jax.jit(jax.grad(run, (0, 1)))(A, B)
-
-    close(scanned(ours), scanned(plain))
+    every = jax.grad(lambda a, b: jnp.sin(plain(xs, BIAS, a, b)).sum(), (0, 1))
+    close(jax.jit(jax.grad(scanned, (0, 1)))(A, B), every(A, B))
 
 
 def test_dropout_is_of_its_key_and_replayed_backward() -> None:
@@ -140,46 +142,35 @@ def test_rows_with_a_branch_each() -> None:
     close(got, X[0] @ W.T + deltas[ids, jnp.arange(M)])
 
 
-def test_bottleneck_norm_bias_and_prefix_attention_have_their_gradients() -> None:
-    gamma, beta = 1 + 0.1 * draw(5, K), draw(6, K)
-    down, up = draw(7, R, K), draw(8, K, R)
-
-    def norm(x: Any, gamma: Any, beta: Any) -> Any:
-        centred = x - x.mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gamma + beta
-
-    def adapter(x: Any, gamma: Any, beta: Any, down: Any, up: Any) -> Any:
-        return x + jax.nn.silu(norm(x, gamma, beta) @ down.T) @ up.T
-
-    def fused(x: Any, gamma: Any, beta: Any, down: Any, up: Any) -> Any:
-        settings = {"activation": "silu", "norm": "layer", "gamma": gamma, "beta": beta}
-        return dj.bottleneck(x, down, up, **settings)
-
-    cases = [
-        (dj.norm_bias, norm, (X, gamma, beta)),
-        (fused, adapter, (X, gamma, beta, down, up)),
-        (dj.prefix_attention, _attention, _heads()),
-    ]
-    for op, reference, arguments in cases:
-        every = tuple(range(len(arguments)))
-        close(
-            jax.jit(jax.value_and_grad(loss(op), every))(*arguments),
-            jax.jit(jax.value_and_grad(loss(reference), every))(*arguments),
-        )
+def _drawn(**shapes: tuple[int, ...]) -> dict[str, Any]:
+    return {name: draw(seed, *shape) for seed, (name, shape) in enumerate(shapes.items(), 5)}
 
 
-def _heads() -> tuple[Any, ...]:
-    own = (draw(10, 2, 4, 5, 8), draw(11, 2, 2, 9, 8), draw(12, 2, 2, 9, 8))
-    return (*own, draw(13, 2, 3, 8), draw(14, 2, 3, 8))
-
-
-def _attention(q: Any, k: Any, v: Any, prefix_k: Any, prefix_v: Any) -> Any:
-    joined = [
-        jnp.concatenate([jnp.broadcast_to(p, (2, *p.shape)), own], 2).repeat(2, 1)
-        for p, own in ((prefix_k, k), (prefix_v, v))
-    ]
-    weights = jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", q, joined[0]) / 8**0.5, -1)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, joined[1])
+@pytest.mark.parametrize(
+    ("op", "arrays", "settings"),
+    [
+        ("norm_bias", _drawn(x=(M, K), gamma=(K,), bias=(K,)), {}),
+        (
+            "bottleneck",
+            _drawn(x=(M, K), down=(R, K), up=(K, R), down_bias=(R,), gamma=(K,), beta=(K,)),
+            {"activation": "silu", "norm": "layer"},
+        ),
+        (
+            "prefix_attention",
+            _drawn(q=(2, 4, 5, 8), k=(2, 2, 9, 8), v=(2, 2, 9, 8))
+            | _drawn(prefix_k=(2, 3, 8), prefix_v=(2, 3, 8)),
+            {},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_other_ops_have_the_gradients_of_torch(op: str, arrays: Any, settings: Any) -> None:
+    """Eager torch's: its ops are held to the reference, and nothing more is compiled for them."""
+    value = jax.value_and_grad(lambda arrays: jnp.sin(getattr(dj, op)(**arrays, **settings)).sum())
+    leaves = {name: torch.tensor(np.array(a), requires_grad=True) for name, a in arrays.items()}
+    wanted = getattr(ops, op)(**leaves, **settings).sin().sum()
+    wanted.backward()
+    close(jax.jit(value)(arrays), (wanted.item(), {n: t.grad.numpy() for n, t in leaves.items()}))
 
 
 def test_the_weight_is_frozen_and_second_order_is_refused() -> None:
@@ -191,6 +182,11 @@ def test_the_weight_is_frozen_and_second_order_is_refused() -> None:
     )
     with pytest.raises(Exception, match="cannot be differentiated"):
         jax.hessian(lambda a: loss(ours)(X, BIAS, a, B))(A)
+
+
+def attend(q: tuple[int, ...] = (2, 4, 5, 8), **settings: Any) -> Any:
+    keys, prefix = jnp.zeros((2, 2, 9, 8)), jnp.zeros((2, 3, 8))
+    return dj.prefix_attention(jnp.zeros(q), keys, keys, prefix, prefix, **settings)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +201,8 @@ def test_the_weight_is_frozen_and_second_order_is_refused() -> None:
         (lambda: dj.delta_linear(X, W, None, [dj.Branch(A, B, dropout=0.1)]), ConfigError, "key"),
         (lambda: dj.delta_linear(X, W, num_threads=0), ConfigError, "num_threads must be"),
         (lambda: dj.bottleneck(X, A, A), ShapeError, r"up must be \[7, 3\]"),
+        (lambda: attend(q=(2, 3, 5, 8)), ShapeError, "multiple of the heads of k, got 3 and 2"),
+        (lambda: attend(causal=True), ShapeError, "as many queries as keys, got 5 and 9"),
         (lambda: dj.norm_bias(X, norm="batch"), ConfigError, "norm must be one of layer, rms"),
     ],
 )  # fmt: skip
@@ -221,8 +219,6 @@ def test_a_number_that_is_no_branch_is_refused_at_run_time() -> None:
 
 def test_lora_fine_tune_with_the_same_peft_files_in_and_out(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    import torch
-
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
     weights = [(jnp.asarray(m.weight.detach().numpy()), jnp.asarray(m.bias.detach().numpy()))
@@ -265,8 +261,6 @@ def test_lora_fine_tune_with_the_same_peft_files_in_and_out(tmp_path: Path) -> N
 
 def test_a_file_that_says_more_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    import torch
-
     base = torch.nn.Sequential(torch.nn.Linear(8, 8))
     config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
@@ -274,6 +268,14 @@ def test_a_file_that_says_more_is_refused(tmp_path: Path) -> None:
         dj.load_lora(tmp_path)
     with pytest.raises(CheckpointError, match="could not be read"):
         dj.load_lora(tmp_path / "nowhere")
+
+
+def test_a_file_whose_matrices_do_not_fit_is_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    dj.save_lora(tmp_path, {"0": dj.Branch(jnp.ones((2, 8)), jnp.ones((8, 2)), 2.0)}, config)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 4}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"R=4 .* got \[2, 8\] and \[8, 2\]"):
+        dj.load_lora(tmp_path)
 
 
 def test_flax_example_learns() -> None:

@@ -6,6 +6,7 @@ Values are held to torch's bits in test_conformance.py.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deltaops.numpy as dn
+from deltaops.bindings.numpy import linear
 from deltaops.errors import ConfigError, DeltaopsError, DtypeError, LayoutError, ShapeError
 
 M, N, K, R = 6, 5, 8, 3
@@ -70,6 +72,17 @@ def test_packed_weights_follow_their_weight(order: Any) -> None:
     assert packed.nbytes > 0
     packed.renew()
     assert packed.nbytes == 0
+
+
+def test_packed_memory_outlives_its_renewal_while_it_is_read() -> None:
+    packed = dn.PackedWeight(W)
+    layer = linear._Layer(packed, [])
+    layer.packed_memory(False)
+    alive = weakref.ref(packed.memory(False))
+    packed.renew()  # as another thread may
+    assert alive() is not None
+    del layer
+    assert alive() is None
 
 
 def test_rows_may_lie_apart_and_weights_be_transposed() -> None:

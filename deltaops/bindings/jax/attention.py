@@ -67,6 +67,16 @@ def prefix_attention(
     q = check(OP, "q", q, (None,) * 4)
     batch, heads, length, d = q.shape
     k = check(OP, "k", k, (batch, None, None, d), q.dtype)
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        raise ShapeError(
+            f"{OP}: q must have a multiple of the heads of k, got {heads} and {k.shape[1]}. Heads "
+            "of keys are shared by equally many heads of queries."
+        )
+    if causal and length != k.shape[2]:
+        raise ShapeError(
+            f"{OP}: causal needs as many queries as keys, got {length} and {k.shape[2]}. Pass a "
+            "mask that says which query sees which key."
+        )
     prefix_k = check(OP, "prefix_k", prefix_k, (k.shape[1], None, d))
     operands = {
         "q": q,

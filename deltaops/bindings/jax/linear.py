@@ -70,7 +70,8 @@ def pack_weight(
         num_threads: that pack it; None: all processors.
     Raises: DtypeError, ShapeError, ConfigError.
     """
-    host = np.asarray(check("pack_weight", "weight", weight, (None, None)))
+    weight = check("pack_weight", "weight", weight, (None, None))
+    host = np.asarray(weight)
     made = on_numpy.PackedWeight(host.T if transposed else host, num_threads=num_threads)
     forward, backward = (jnp.asarray(made.memory(way)) for way in (False, True))
     return PackedWeight(weight, forward, backward, transposed)
@@ -113,8 +114,8 @@ def delta_linear(
 ) -> Array:
     """``y = x Wᵀ + bias + Σᵢ sᵢ · φᵢ(dropᵢ(x) Aᵢᵀ + aᵢ) Bᵢᵀ`` as one native call each way.
 
-    Works under jit, grad, vmap, scan and remat. vmap adds rows to one call where the batch shares
-    weights and branches and there is no dropout; else it calls once for each element.
+    Works under jit, grad, vmap, scan and remat. vmap adds rows to one forward call where the batch
+    shares weights and branches and there is no dropout; else it calls once for each element.
 
     Args:
         x: ``[…, K]`` float32 or bfloat16.
@@ -189,7 +190,10 @@ def prepare(
 def _seed(key: Array | None) -> Array:
     """64 bits of a key, as two words."""
     if key is None:
-        raise ConfigError(f"{OP}: key must be a key of jax.random where a branch has dropout.")
+        raise ConfigError(
+            f"{OP}: key must be a key of jax.random where a branch has dropout, got None. Pass "
+            "one, or branches with dropout=0 where nothing trains."
+        )
     key = jnp.asarray(key)
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     if data.ndim != 1 or data.shape[0] < 2 or data.dtype != jnp.uint32:

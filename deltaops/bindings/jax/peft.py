@@ -50,10 +50,16 @@ def load_lora(folder: str | Path) -> tuple[dict[str, Branch], dict[str, Any]]:
         layer, is_a, _ = key.removeprefix(PREFIX).partition(".lora_A.weight")
         partner = f"{PREFIX}{layer}.lora_B.weight"
         if is_a and key.startswith(PREFIX) and partner in tensors:
-            rank = a.shape[0]
+            rank, b = a.shape[0], tensors[partner]
+            if a.ndim != 2 or b.ndim != 2 or b.shape[1] != rank or rank != config["r"]:
+                raise CheckpointError(
+                    f"load_lora: {layer} in {folder / WEIGHTS} must have A [R, K] and B [N, R] "
+                    f"with R={config['r']} (r in {CONFIG}), got {list(a.shape)} and "
+                    f"{list(b.shape)}. Load it with deltaops.load."
+                )
             scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
             drop = config.get("lora_dropout", 0.0)
-            branches[layer] = Branch(a, tensors[partner], scaling=scale, dropout=drop)
+            branches[layer] = Branch(a, b, scaling=scale, dropout=drop)
     if 2 * len(branches) != len(tensors):
         known = {f"{PREFIX}{name}.lora_{x}.weight" for name in branches for x in "AB"}
         raise CheckpointError(

@@ -77,7 +77,11 @@ class _Layer:
         return [memory(array) for part in parts for array in part]
 
     def packed_memory(self, transposed: bool) -> tuple[int, int] | None:
-        return None if self.packed is None else memory(self.packed.memory(transposed))
+        if self.packed is None:
+            return None
+        # held: another thread may have the weight packed anew while the core reads this
+        self.read = self.packed.memory(transposed)
+        return memory(self.read)
 
 
 def _rows(adapter: Array | None, m: int) -> Array | None:
