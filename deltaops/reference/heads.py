@@ -24,9 +24,9 @@ def arrange(t: Tensor, tokens_first: bool) -> Tensor:
     wanted = strides(t.shape, tokens_first)
     if t.stride() == wanted and not t._is_view():
         return t
-    # nothing is written in place: exporters trace this
+    # nothing that has elements is written in place: exporters trace this
     if t.numel() == 0:
-        return t.new_empty_strided(t.shape, wanted)
+        return t.new_empty_strided(t.shape, wanted).copy_(t)
     if not tokens_first:
         return t.clone(memory_format=torch.contiguous_format)
     if t.stride() != wanted:
