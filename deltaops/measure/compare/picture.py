@@ -60,10 +60,10 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
     points = list(learned.values())
     for r, found in points:
         ax.errorbar(
-            r.trained, 100 * found.accuracy, yerr=100 * _bar_of(found), fmt="o", capsize=2,
+            _trained(r), 100 * found.accuracy, yerr=100 * _bar_of(found), fmt="o", capsize=2,
             markersize=6, color=_colour(r.name), ecolor="#aaaaaa", elinewidth=1,
         )  # fmt: skip
-    sizes = [r.trained for r, _ in points] or [1]
+    sizes = [_trained(r) for r, _ in points] or [1]
     ax.set_xscale("log")
     ax.set_xlim(min(sizes) / 3, max(sizes) * 100)
     values = [100 * found.accuracy for _, found in (*points, *lines)] or [0.0, 100.0]
@@ -87,16 +87,22 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
     taken = [box for r, found in lines for box in _line(ax, r, found)]
     taken += [_bar(ax, r, found) for r, found in points]
     label_points(
-        ax, [(r.trained, 100 * found.accuracy) for r, found in points],
+        ax, [(_trained(r), 100 * found.accuracy) for r, found in points],
         [f"{r.title}  {100 * found.accuracy:.1f}" for r, found in points], taken,
     )  # fmt: skip
 
 
 def _bar(ax: Any, record: Record, found: Means) -> Box:
     """The room of a point's error bar, in pixels."""
-    x, middle = ax.transData.transform((record.trained, 100 * found.accuracy))
-    _, top = ax.transData.transform((record.trained, 100 * (found.accuracy + _bar_of(found))))
+    x, middle = ax.transData.transform((_trained(record), 100 * found.accuracy))
+    _, top = ax.transData.transform((_trained(record), 100 * (found.accuracy + _bar_of(found))))
     return x - ROOM, 2 * middle - top - ROOM, x + ROOM, top + ROOM
+
+
+def _trained(record: Record) -> int:
+    """Parameters that train: at the end, where a controller changed their number."""
+    learned = record.learned
+    return record.trained if learned is None or learned.trained is None else learned.trained
 
 
 def _bar_of(found: Means) -> float:

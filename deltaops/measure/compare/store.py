@@ -119,7 +119,8 @@ def write_table(path: Path, table: Comparison) -> None:
 def subtitle(table: Comparison) -> str:
     """Under the picture's title."""
     s, m = table.settings, table.machine
+    few = "" if s.few_shot is None else f", {s.few_shot} texts a label"
     return (
-        f"{s.model} on {s.train}, {s.head} head, {s.steps} steps of {s.batch_size}; "
+        f"{s.model} on {s.train}{few}, {s.head} head, {s.steps} steps of {s.batch_size}; "
         f"{m['processor']}, {m['threads']} threads, {m['isa']}"
     )
