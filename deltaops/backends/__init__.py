@@ -92,7 +92,7 @@ def registered() -> dict[str, Backend]:
         who = f"the backend {entry.name!r} of the entry point {entry.value!r}"
         try:
             backend: Backend = entry.load()()
-        except Exception as error:
+        except Exception as error:  # another package's code may raise anything
             raise BuildError(
                 f"{who} must load, and raised {error!r}. Repair or uninstall its package."
             ) from error

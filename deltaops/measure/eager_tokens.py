@@ -78,7 +78,7 @@ def prompt_pool(
         if not term:
             return out
         if isinstance(out, tuple):
-            return out._replace(loss=out.loss + term.pop())  # type: ignore[attr-defined]  # named
+            return out._replace(loss=out.loss + term.pop())  # type: ignore[attr-defined]  # a NamedTuple
         out["loss"] = out["loss"] + term.pop()
         return out
 

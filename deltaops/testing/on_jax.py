@@ -15,21 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaops.backends import (
-    BottleneckCall,
-    Call,
-    DeltaLinearCall,
-    NormBiasCall,
-    PrefixAttentionCall,
-)
+from deltaops.backends import Call
 from deltaops.bindings.jax import adapters, attention, linear
 from deltaops.bindings.jax.autodiff import Op
 from deltaops.bindings.settings import drop_threshold
 from deltaops.native import ACTIVATIONS, NORMS
 
-from .on_numpy import array, pairs, tensor
-
-TAKES = (DeltaLinearCall, BottleneckCall, NormBiasCall, PrefixAttentionCall)
+from .on_numpy import array, pairs, refusal, tensor
 
 
 def _operands(**named: Any) -> dict[str, jax.Array]:
@@ -80,12 +72,7 @@ class JaxBackend:
 
     def unsupported(self, call: Call) -> str | None:
         """None, or what it does not take."""
-        if not isinstance(call, TAKES):
-            return f"has no {call.op}"
-        if isinstance(call, PrefixAttentionCall) and call.biased:
-            return "takes no bias on the scores"
-        known = (torch.float32, torch.bfloat16)
-        return None if call.dtype in known else f"takes float32 and bfloat16, not {call.dtype}"
+        return refusal(call)
 
     def outrun(self, call: Call) -> str | None:
         """Never."""

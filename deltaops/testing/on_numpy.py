@@ -23,6 +23,16 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TAKES = (DeltaLinearCall, BottleneckCall, NormBiasCall, PrefixAttentionCall)
 
 
+def refusal(call: Call) -> str | None:
+    """None, or what the native core on arrays does not take; JAX's is the same."""
+    if not isinstance(call, TAKES):
+        return f"has no {call.op} here"
+    if isinstance(call, PrefixAttentionCall) and call.biased:
+        return "takes no bias on the scores"
+    known = (torch.float32, torch.bfloat16)
+    return None if call.dtype in known else f"takes float32 and bfloat16, not {call.dtype}"
+
+
 def array(t: Tensor | None) -> Any:
     """The same memory as a NumPy array; None for None."""
     if t is None or t.dtype != torch.bfloat16:
@@ -64,12 +74,7 @@ class NumpyBackend:
 
     def unsupported(self, call: Call) -> str | None:
         """None, or what it does not take."""
-        if not isinstance(call, TAKES):
-            return f"has no {call.op} here"
-        if isinstance(call, PrefixAttentionCall) and call.biased:
-            return "takes no bias on the scores"
-        known = (torch.float32, torch.bfloat16)
-        return None if call.dtype in known else f"takes float32 and bfloat16, not {call.dtype}"
+        return refusal(call)
 
     def outrun(self, call: Call) -> str | None:
         """Never."""
