@@ -223,7 +223,7 @@ def _alone(study: Study, shop: Workshop, task: Task, trial: Trial, candidate: Ca
         raise
     except CheckpointError:  # the journal's: no fault of the trial
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a candidate breaks, the trial has the reason; others go on
         study.fail(trial, reason(error))
         return
     try:
@@ -246,7 +246,7 @@ def _pack(study: Study, shop: Workshop, task: Task, group: Sequence[Drawn]) -> N
             study.note_alone(trial, f"the model does not compute row by row: {error}")
             _alone(study, shop, task, trial, candidate)
         return
-    except Exception as error:
+    except Exception as error:  # as above
         if len(group) == 1:
             study.fail(group[0][0], reason(error))
             return
