@@ -223,7 +223,7 @@ def _alone(study: Study, shop: Workshop, task: Task, trial: Trial, candidate: Ca
         raise
     except CheckpointError:  # the journal's: no fault of the trial
         raise
-    except Exception as error:  # whatever a candidate breaks, the trial has the reason; others go on
+    except Exception as error:  # whatever it breaks, the trial has the reason
         study.fail(trial, reason(error))
         return
     try:
