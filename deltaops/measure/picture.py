@@ -63,6 +63,11 @@ def draw_methods(path: Path, results: Sequence[Cell], subtitle: str) -> None:
 
 
 def _draw(path: Path, results: Sequence[Cell], subtitle: str, unit: str) -> None:
+    bar_figure(results, subtitle, unit).savefig(path, format="png")
+
+
+def bar_figure(results: Sequence[Cell], subtitle: str, unit: str) -> Any:
+    """The matplotlib figure of it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -78,7 +83,7 @@ def _draw(path: Path, results: Sequence[Cell], subtitle: str, unit: str) -> None
     for ax, result in zip(grid.flat, results, strict=False):
         names = list(result.timings)[::-1]
         values = [result.timings[n] for n in names]
-        middle = [1e3 * t.median for t in values]
+        middle, longest = [1e3 * t.median for t in values], 1e3 * max(t.high for t in values)
         spread = [
             [1e3 * (t.median - t.low) for t in values],
             [1e3 * (t.high - t.median) for t in values],
@@ -88,14 +93,15 @@ def _draw(path: Path, results: Sequence[Cell], subtitle: str, unit: str) -> None
             ecolor="#444444", capsize=2,
         )  # fmt: skip
         for row, value in enumerate(middle):
+            text = f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
             ax.annotate(
-                f"{value:.3g} ms", (max(middle), row), xytext=(6, 0), textcoords="offset points",
+                text, (longest, row), xytext=(6, 0), textcoords="offset points",
                 va="center", fontsize=8, color="#444444",
             )  # fmt: skip
-        ax.set_xlim(0, 1.22 * max(t.high for t in values))
+        ax.set_xlim(0, 1.22 * longest)
         ax.set_title(f"{result.group} {result.label}", loc="left", fontsize=10)
         ax.set_xlabel(unit, fontsize=8)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(subtitle, fontsize=8, color="#666666")
-    figure.savefig(path, format="png")
+    return figure

@@ -13,7 +13,7 @@ from deltaops.measure import store
 from deltaops.measure.cell import EAGER, FROZEN, OURS, OWN_FROZEN, PEFT, PREPACKED, Results
 from deltaops.measure.interleave import Timing
 from deltaops.measure.lost import lost
-from deltaops.measure.picture import draw_layers, draw_methods
+from deltaops.measure.picture import bar_figure, draw_layers, draw_methods
 from deltaops.measure.report import markdown
 
 from .results import cell, results
@@ -102,3 +102,9 @@ def test_machines_have_file_names_of_their_own() -> None:
 
 def test_an_empty_run_has_a_report() -> None:
     assert "not part of this run" in markdown(Results(RUN.machine, {}, []))
+
+
+def test_an_axis_holds_its_bars() -> None:
+    for ax in bar_figure(RUN.cells, "made up", "milliseconds").axes[: len(RUN.cells)]:
+        bars = [patch.get_width() for patch in ax.patches]
+        assert 0.5 * ax.get_xlim()[1] < max(bars) < ax.get_xlim()[1]
