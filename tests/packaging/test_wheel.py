@@ -176,15 +176,3 @@ def test_jax_asked_for_without_jaxlib_stops(tmp_path: Path) -> None:
     ):
         done = run(sys.executable, "-c", code, cwd=ROOT, DELTAOPS_JAX=wish)
         assert done.stdout.startswith(said), done.stdout + done.stderr
-
-
-def test_readme_begins_with_the_two_commands_and_names_targets_that_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    lines = "\n".join(re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)).splitlines()
-    commands = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
-    assert commands[:2] == ["make demo", "make test"]
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    assert {c.split()[1] for c in commands if c.startswith("make ")} <= targets
-    ours = {c.split()[1].replace("-", "_") for c in commands if c.startswith("deltaops ")}
-    assert ours <= {p.stem for p in (ROOT / "deltaops" / "cli").glob("*.py")}
