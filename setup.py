@@ -28,6 +28,7 @@ from buildtools.toolchain import (  # noqa: E402
 )
 
 CPU, CUDA, XLA = "deltaops._cpu", "deltaops._cuda", "deltaops._xla"
+XLA_CUDA = "deltaops._xla_cuda"
 # For C programs: csrc/include installs as deltaops/include, and so on.
 C_FOLDERS = ("deltaops.include", "deltaops.cmake", "deltaops.pkgconfig")
 LIBRARIES = {CPU: recipe.CPU_LIBRARY, CUDA: recipe.CUDA_LIBRARY}
@@ -51,7 +52,8 @@ class BuildNative(build_ext):
             for name, what, found in ((CUDA, "CUDA", self.cuda), (XLA, "JAX", self.jax)):
                 if isinstance(found, str):
                     self.announce(f"deltaops: no {what} module: {found}", level=logging.WARNING)
-                    self.extensions = [ext for ext in self.extensions if ext.name != name]
+                    without = (name, XLA_CUDA)  # which needs both
+                    self.extensions = [ext for ext in self.extensions if ext.name not in without]
             super().run()
         except BuildFailure as failure:
             raise SystemExit(f"\n{failure}\n") from None
@@ -70,6 +72,9 @@ class BuildNative(build_ext):
         elif ext.name == XLA:
             assert isinstance(self.jax, Path)  # as below
             recipe.build_xla(plan, self.compiler_found, self.jax, module)
+        elif ext.name == XLA_CUDA:
+            assert isinstance(self.jax, Path)  # so too
+            recipe.build_xla_cuda(plan, self.compiler_found, self.jax, module)
         else:
             assert isinstance(self.cuda, CudaToolkit)  # run() left the extension out otherwise
             recipe.build_cuda(plan, self.compiler_found, self.cuda, module)
@@ -87,7 +92,7 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         built = [ext.name for ext in self.extensions]
-        for name in (CPU, CUDA, XLA):
+        for name in (CPU, CUDA, XLA, XLA_CUDA):
             if name not in built:  # an earlier build's module must not outlive a build without it
                 for stale in (ROOT / "deltaops").glob(f"{name.rpartition('.')[2]}.*.so"):
                     stale.unlink()
@@ -131,7 +136,9 @@ setup(
     ext_modules=[
         Extension(CPU, sources("cpu"), language="c++"),
         Extension(CUDA, sources("cuda"), language="c++"),
-        Extension(XLA, sources("xla"), language="c++"),  # after CPU, on whose library it stands
+        # after CPU and CUDA, on whose libraries they stand
+        Extension(XLA, sources("xla"), language="c++"),
+        Extension(XLA_CUDA, sources("cudaxla"), language="c++"),
     ],
     cmdclass={"build": CleanBuild, "build_ext": BuildNative},
     zip_safe=False,

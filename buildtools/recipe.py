@@ -3,8 +3,8 @@
     csrc/cpu   ->  deltaops/libdeltaops.so       <-  deltaops/_cpu*.so   of bindings/cpu_*.cpp
     csrc/cuda  ->  deltaops/libdeltaops_cuda.so  <-  deltaops/_cuda*.so  of bindings/cuda_*.cpp
 
-Where jaxlib is installed, deltaops/_xla*.so of bindings/xla_*.cpp stands beside the first. The
-libraries hold no Python symbols, so C programs can link them; the modules find them beside
+Where jaxlib is installed, deltaops/_xla*.so of bindings/xla_*.cpp stands beside the first, and
+deltaops/_xla_cuda*.so of bindings/cudaxla_*.cpp beside the second. The libraries hold no Python symbols, so C programs can link them; the modules find them beside
 themselves ($ORIGIN). No torch header is read.
 """
 
@@ -90,7 +90,7 @@ def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
 
 
 def binding_sources(device: str) -> list[Path]:
-    """The files of the pybind11 module for "cpu", "cuda" or "xla"."""
+    """The files of the pybind11 module for "cpu", "cuda", "xla" or "cudaxla"."""
     return sorted((CSRC / "bindings").glob(f"{device}_*.cpp"))
 
 
@@ -117,6 +117,11 @@ def build_cuda(build: Build, compiler: Compiler, toolkit: CudaToolkit, module: P
 def build_xla(build: Build, compiler: Compiler, headers: Path, module: Path) -> None:
     """The pybind11 module at ``module``, on the libdeltaops.so of :func:`build_cpu`."""
     _build_module(build, compiler, binding_sources("xla"), module, CPU_LIBRARY, headers)
+
+
+def build_xla_cuda(build: Build, compiler: Compiler, headers: Path, module: Path) -> None:
+    """The pybind11 module at ``module``, on the libdeltaops_cuda.so of :func:`build_cuda`."""
+    _build_module(build, compiler, binding_sources("cudaxla"), module, CUDA_LIBRARY, headers)
 
 
 def _link_library(

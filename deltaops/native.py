@@ -13,6 +13,7 @@ ABI_VERSION = 8
 F32, BF16 = 0, 1
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NORMS = {"none": 0, "layer": 1, "rms": 2}
+REDUCTIONS = {"sum": 0, "mean": 1}
 
 
 def load() -> ModuleType | str:

@@ -8,8 +8,6 @@ namespace deltaops_bindings {
 
 namespace {
 
-using Numbers = ffi::Span<const int32_t>;
-
 // Which operands and results there are, as bits of one attribute.
 enum Present : int32_t {
   kX = 1,
@@ -148,55 +146,16 @@ ffi::Error norm_bias_backward(ffi::RemainingArgs args, ffi::RemainingRets rets, 
   });
 }
 
-XLA_FFI_DEFINE_HANDLER(bottleneck_forward_handler, Guarded<bottleneck_forward>::run,
-                       ffi::Ffi::Bind()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int32_t>("present")
-                           .Attr<bool>("residual_is_x")
-                           .Attr<float>("scaling")
-                           .Attr<float>("eps")
-                           .Attr<int32_t>("activation")
-                           .Attr<int32_t>("norm")
-                           .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(bottleneck_backward_handler, Guarded<bottleneck_backward>::run,
-                       ffi::Ffi::Bind()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int32_t>("present")
-                           .Attr<bool>("residual_is_x")
-                           .Attr<float>("scaling")
-                           .Attr<int32_t>("activation")
-                           .Attr<int32_t>("norm")
-                           .Attr<Numbers>("wanted")
-                           .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(norm_bias_forward_handler, Guarded<norm_bias_forward>::run,
-                       ffi::Ffi::Bind()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int32_t>("present")
-                           .Attr<float>("eps")
-                           .Attr<int32_t>("norm")
-                           .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(norm_bias_backward_handler, Guarded<norm_bias_backward>::run,
-                       ffi::Ffi::Bind()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int32_t>("present")
-                           .Attr<int32_t>("norm")
-                           .Attr<Numbers>("wanted")
-                           .Attr<int32_t>("num_threads"));
-
 }  // namespace
 
 void add_adapters(Targets *targets) {
-  const auto add = [&](const char *name, XLA_FFI_Handler *handler) {
-    targets->push_back({name, reinterpret_cast<void *>(handler)});
-  };
-  add("bottleneck_forward", bottleneck_forward_handler);
-  add("bottleneck_backward", bottleneck_backward_handler);
-  add("norm_bias_forward", norm_bias_forward_handler);
-  add("norm_bias_backward", norm_bias_backward_handler);
+  add<bottleneck_forward>(targets, "bottleneck_forward", "present", "residual_is_x", "scaling",
+                          "eps", "activation", "norm", "num_threads");
+  add<bottleneck_backward>(targets, "bottleneck_backward", "present", "residual_is_x", "scaling",
+                           "activation", "norm", "wanted", "num_threads");
+  add<norm_bias_forward>(targets, "norm_bias_forward", "present", "eps", "norm", "num_threads");
+  add<norm_bias_backward>(targets, "norm_bias_backward", "present", "norm", "wanted",
+                          "num_threads");
 }
 
 }  // namespace deltaops_bindings

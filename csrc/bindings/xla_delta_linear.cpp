@@ -10,9 +10,6 @@ namespace deltaops_bindings {
 
 namespace {
 
-using Numbers = ffi::Span<const int32_t>;
-using Scales = ffi::Span<const float>;
-
 // The branches' settings and operands.
 struct Branches {
   std::vector<View> a, b, bias;
@@ -48,11 +45,6 @@ struct Branches {
 
 // Which operands there are, as bits of one attribute.
 enum Present : int32_t { kBias = 1, kSeed = 2, kAdapter = 4, kPacked = 8, kX = 16, kS = 32 };
-
-uint64_t seed_of(const Item &item, const View &seed) {
-  const auto *words = static_cast<const uint32_t *>(item.pointer(seed));
-  return words == nullptr ? 0 : static_cast<uint64_t>(words[1]) << 32 | words[0];
-}
 
 bool settings_fit(const Branches &branches, const Numbers &biased) {
   const size_t count = branches.scaling.size();
@@ -116,7 +108,10 @@ ffi::Error forward(ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t pre
     call.adapter = static_cast<const int32_t *>(item.pointer(adapter));
     return deltaops_cpu_delta_linear_forward(&call);
   };
-  if (fold) return error_of(call(Item(buffers.batch(), 0), buffers.count()));
+  if (fold) {
+    const deltaops_status status = call(Item(buffers.batch(), 0), buffers.count());
+    return error_of(status, deltaops_last_error());
+  }
   return for_each_item(buffers, [&](const Item &item) { return call(item, 1); });
 }
 
@@ -170,34 +165,13 @@ ffi::Error backward(ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t pr
   });
 }
 
-XLA_FFI_DEFINE_HANDLER(forward_handler, Guarded<forward>::run,
-                       ffi::Ffi::Bind()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int32_t>("present")
-                           .Attr<bool>("transposed")
-                           .Attr<Scales>("scaling")
-                           .Attr<Numbers>("threshold")
-                           .Attr<Numbers>("activation")
-                           .Attr<Numbers>("biased")
-                           .Attr<int32_t>("num_threads"));
-XLA_FFI_DEFINE_HANDLER(backward_handler, Guarded<backward>::run,
-                       ffi::Ffi::Bind()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<int32_t>("present")
-                           .Attr<bool>("transposed")
-                           .Attr<Scales>("scaling")
-                           .Attr<Numbers>("threshold")
-                           .Attr<Numbers>("activation")
-                           .Attr<Numbers>("wanted")
-                           .Attr<int32_t>("num_threads"));
-
 }  // namespace
 
 void add_delta_linear(Targets *targets) {
-  targets->push_back({"delta_linear_forward", reinterpret_cast<void *>(forward_handler)});
-  targets->push_back({"delta_linear_backward", reinterpret_cast<void *>(backward_handler)});
+  add<forward>(targets, "delta_linear_forward", "present", "transposed", "scaling", "threshold",
+               "activation", "biased", "num_threads");
+  add<backward>(targets, "delta_linear_backward", "present", "transposed", "scaling", "threshold",
+                "activation", "wanted", "num_threads");
 }
 
 }  // namespace deltaops_bindings

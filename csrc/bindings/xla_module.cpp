@@ -12,7 +12,8 @@ PYBIND11_MODULE(_xla, m) {
   Targets targets;
   add_delta_linear(&targets);
   add_adapters(&targets);
-  add_attention(&targets);
+  add_elementwise(&targets);
+  add_heads(&targets);
   py::dict capsules;
   for (const Target &target : targets)
     capsules[target.name] = py::capsule(target.handler, "xla._CUSTOM_CALL_TARGET");

@@ -3,19 +3,14 @@
 #ifndef DELTAOPS_BINDINGS_XLA_MODULE_H
 #define DELTAOPS_BINDINGS_XLA_MODULE_H
 
-#include <vector>
+#include "xla_handlers.h"
 
 namespace deltaops_bindings {
 
-struct Target {
-  const char *name;
-  void *handler;  // of XLA's FFI
-};
-using Targets = std::vector<Target>;
-
 void add_delta_linear(Targets *targets);
 void add_adapters(Targets *targets);
-void add_attention(Targets *targets);
+void add_elementwise(Targets *targets);
+void add_heads(Targets *targets);
 
 }  // namespace deltaops_bindings
 

@@ -8,7 +8,6 @@
 #define DELTAOPS_BINDINGS_XLA_VIEWS_H
 
 #include <cstdint>
-#include <exception>
 #include <string>
 #include <utility>
 #include <vector>
@@ -163,44 +162,36 @@ class Item {
   int64_t i_;
 };
 
-inline ffi::Error error_of(deltaops_status status) {
+// Two words of a key of jax.random; 0 where it is absent.
+inline uint64_t seed_of(const Item &item, const View &seed) {
+  const auto *words = static_cast<const uint32_t *>(item.pointer(seed));
+  return words == nullptr ? 0 : static_cast<uint64_t>(words[1]) << 32 | words[0];
+}
+
+inline ffi::Error error_of(deltaops_status status, const char *said) {
   switch (status) {
     case DELTAOPS_OK:
       return ffi::Error::Success();
     case DELTAOPS_INVALID_ARGUMENT:
-      return ffi::Error::InvalidArgument(deltaops_last_error());
+      return ffi::Error::InvalidArgument(said);
     case DELTAOPS_OUT_OF_MEMORY:
-      return {ffi::ErrorCode::kResourceExhausted, deltaops_last_error()};
+      return {ffi::ErrorCode::kResourceExhausted, said};
     default:
-      return {ffi::ErrorCode::kUnimplemented, deltaops_last_error()};
+      return {ffi::ErrorCode::kUnimplemented, said};
   }
 }
 
-// One call for each element of the batch; the first failure ends it.
+// One call for each element of the batch; the first failure ends it with what the library said.
 template <class Call>
-ffi::Error for_each_item(const Buffers &buffers, Call call) {
+ffi::Error for_each_item(const Buffers &buffers, Call call,
+                         const char *(*last_error)() = deltaops_last_error) {
   if (!buffers.error().success()) return buffers.error();
   for (int64_t i = 0; i < buffers.count(); ++i) {
     const deltaops_status status = call(Item(buffers.batch(), i));
-    if (status != DELTAOPS_OK) return error_of(status);
+    if (status != DELTAOPS_OK) return error_of(status, last_error());
   }
   return ffi::Error::Success();
 }
-
-// What XLA calls of a handler: its containers may throw where memory ends, and XLA's frames have
-// no way to pass an exception on.
-template <auto handler>
-struct Guarded;
-template <class... Given, ffi::Error (*handler)(Given...)>
-struct Guarded<handler> {
-  static ffi::Error run(Given... given) {
-    try {
-      return handler(std::move(given)...);
-    } catch (const std::exception &error) {
-      return {ffi::ErrorCode::kResourceExhausted, error.what()};
-    }
-  }
-};
 
 }  // namespace deltaops_bindings
 

@@ -10,6 +10,7 @@ from .adapter_cases import (
 from .attention_cases import ATTENTION_CASES, AttentionCase, AttentionTensors
 from .cases import DELTA_LINEAR_CASES, ROUTED_CASES, DeltaLinearCase, DeltaLinearTensors
 from .compare import assert_accurate, relative_error
+from .cross_entropy_cases import CROSS_ENTROPY_CASES, CrossEntropyCase
 from .gated_cases import GATED_CASES, GatedCase
 from .prefix_attention_cases import (
     BIASED_PREFIX_CASES,
@@ -24,6 +25,7 @@ __all__ = [
     "ATTENTION_CASES",
     "BIASED_PREFIX_CASES",
     "BOTTLENECK_CASES",
+    "CROSS_ENTROPY_CASES",
     "DELTA_LINEAR_CASES",
     "GATED_CASES",
     "NORM_BIAS_CASES",
@@ -34,6 +36,7 @@ __all__ = [
     "AttentionTensors",
     "BottleneckCase",
     "BottleneckTensors",
+    "CrossEntropyCase",
     "DeltaLinearCase",
     "DeltaLinearTensors",
     "GatedCase",

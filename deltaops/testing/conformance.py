@@ -23,17 +23,34 @@ import torch
 from torch import Tensor
 
 from deltaops.backends import (
+    AttentionCall,
     BottleneckCall,
     Call,
+    CrossEntropyCall,
+    GatedCall,
     NormBiasCall,
     PrefixAttentionCall,
+    RotaryCall,
 )
-from deltaops.reference import bottleneck, delta_linear, norm_bias, prefix_attention
+from deltaops.reference import (
+    attention,
+    bottleneck,
+    cross_entropy,
+    delta_linear,
+    gated,
+    norm_bias,
+    prefix_attention,
+    rotary,
+)
 
 from .adapter_cases import BOTTLENECK_CASES, NORM_BIAS_CASES
+from .attention_cases import ATTENTION_CASES
 from .cases import DELTA_LINEAR_CASES, ROUTED_CASES
 from .compare import assert_accurate
-from .prefix_attention_cases import PREFIX_ATTENTION_CASES
+from .cross_entropy_cases import CROSS_ENTROPY_CASES
+from .gated_cases import GATED_CASES
+from .prefix_attention_cases import BIASED_PREFIX_CASES, PREFIX_ATTENTION_CASES
+from .rotary_cases import ROTARY_CASES
 
 Results = dict[str, Tensor]
 DTYPES = {
@@ -95,10 +112,12 @@ class Check:
 
 
 def checks(ops: Iterable[str] | None = None) -> list[Check]:
-    """All of them, or those of some of the ops delta_linear, bottleneck, norm_bias and
-    prefix_attention."""
+    """All of them, or those of some ops, which :data:`METHODS` names."""
     return [
-        Check(op, case, dtypes) for op in ops or _CASES for case in _CASES[op] for dtypes in DTYPES
+        Check(op, case, dtypes)
+        for op in ops or _CASES
+        for case in _CASES[op]
+        for dtypes in (DTYPES if op in _WITH_PARAMETERS else ("f32", "bf16"))
     ]
 
 
@@ -183,8 +202,63 @@ def _prefix_attention(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Pre
 
     rest = t.rest
     call = PrefixAttentionCall.of(rest.q, rest.k, t.prefix_k, rest.mask, rest.causal, t.bias)
-    inputs = dict(zip(names, t.inputs, strict=True)) | {"mask": rest.mask, "grad_y": grad_y}
+    inputs = dict(zip(names, t.inputs, strict=True))
+    inputs |= {"mask": rest.mask, "bias": t.bias, "grad_y": grad_y}
     return Prepared(call, inputs, run)
+
+
+def _attention(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    t, grad_y = case.tensors(dtype), case.grad_y(dtype)
+
+    def run(backend: Any, widen: bool) -> Results:
+        given, grad = (t.to(torch.float64), grad_y.double()) if widen else (t, grad_y)
+        y, lse = backend.attention_forward(*given.forward_arguments())
+        grads = backend.attention_backward(*given.backward_arguments(grad, y, lse), (True,) * 3)
+        # infinite where a query sees no key, as above
+        return {"y": y, "lse": lse.masked_fill(lse.isinf(), 0.0)} | _named("qkv", grads)
+
+    inputs = {"q": t.q, "k": t.k, "v": t.v, "mask": t.mask, "grad_y": grad_y}
+    return Prepared(AttentionCall.of(t.q, t.k, t.mask, t.causal), inputs, run)
+
+
+def _gated(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    (gate, up), grad_y = case.tensors(dtype), case.grad_y(dtype)
+
+    def run(backend: Any, widen: bool) -> Results:
+        given = [t.double() if widen else t for t in (gate, up, grad_y)]
+        y = backend.gated_forward(*given[:2], case.activation)
+        grads = backend.gated_backward(given[2], *given[:2], case.activation, (True, True))
+        return {"y": y} | _named(("gate", "up"), grads)
+
+    call = GatedCall("cpu", dtype, case.m, case.k, case.activation)
+    return Prepared(call, {"gate": gate, "up": up, "grad_y": grad_y}, run)
+
+
+def _rotary(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    (x, cos, sin), grad_y = case.tensors(dtype), case.grad_y(dtype)
+
+    def run(backend: Any, widen: bool) -> Results:
+        given, grad, *tables = (t.double() if widen else t for t in (x, grad_y, cos, sin))
+        y = backend.rotary_forward(given, *tables, False)
+        return {"y": y, "grad of x": backend.rotary_backward(grad, *tables, False)}
+
+    call = RotaryCall("cpu", dtype, cos.dtype, case.b, case.h, case.l, case.d)
+    return Prepared(call, {"x": x, "cos": cos, "sin": sin, "grad_y": grad_y}, run)
+
+
+def _cross_entropy(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    logits, target = case.tensors(dtype)
+    settings = target, case.ignore_index, case.mean
+
+    def run(backend: Any, widen: bool) -> Results:
+        given = logits.double() if widen else logits
+        loss, state = backend.cross_entropy_forward(given, *settings)
+        grad_loss = torch.tensor(1.5, dtype=loss.dtype)
+        arguments = (given, target, state, *settings[1:])
+        grad = backend.cross_entropy_backward(grad_loss, *arguments)
+        return {"loss": loss, "state": state, "grad of logits": grad}
+
+    return Prepared(CrossEntropyCall.of(logits), {"logits": logits, "target": target}, run)
 
 
 def _named(names: Iterable[str], grads: list[Tensor]) -> Results:
@@ -202,6 +276,14 @@ class _Reference:
     norm_bias_backward = staticmethod(norm_bias.backward)
     prefix_attention_forward = staticmethod(prefix_attention.forward)
     prefix_attention_backward = staticmethod(prefix_attention.backward)
+    attention_forward = staticmethod(attention.forward)
+    attention_backward = staticmethod(attention.backward)
+    gated_forward = staticmethod(gated.forward)
+    gated_backward = staticmethod(gated.backward)
+    rotary_forward = staticmethod(rotary.forward)
+    rotary_backward = staticmethod(rotary.backward)
+    cross_entropy_forward = staticmethod(cross_entropy.forward)
+    cross_entropy_backward = staticmethod(cross_entropy.backward)
 
 
 _REFERENCE = _Reference()
@@ -210,16 +292,31 @@ METHODS = {
     "bottleneck": "bottleneck_forward",
     "norm_bias": "norm_bias_forward",
     "prefix_attention": "prefix_attention_forward",
+    "attention": "attention_forward",
+    "gated": "gated_forward",
+    "rotary": "rotary_forward",
+    "cross_entropy": "cross_entropy_forward",
 }
+"""Op → the method that a backend has for it, beside its backward one."""
 _PREPARE: dict[str, Callable[..., Prepared]] = {
     "delta_linear": _delta_linear,
     "bottleneck": _bottleneck,
     "norm_bias": _norm_bias,
     "prefix_attention": _prefix_attention,
+    "attention": _attention,
+    "gated": _gated,
+    "rotary": _rotary,
+    "cross_entropy": _cross_entropy,
 }
 _CASES: dict[str, tuple[Any, ...]] = {
     "delta_linear": (*DELTA_LINEAR_CASES, *ROUTED_CASES),
     "bottleneck": BOTTLENECK_CASES,
     "norm_bias": NORM_BIAS_CASES,
-    "prefix_attention": PREFIX_ATTENTION_CASES,
+    "prefix_attention": (*PREFIX_ATTENTION_CASES, *BIASED_PREFIX_CASES),
+    "attention": ATTENTION_CASES,
+    "gated": GATED_CASES,
+    "rotary": ROTARY_CASES,
+    "cross_entropy": CROSS_ENTROPY_CASES,
 }
+_WITH_PARAMETERS = ("delta_linear", "bottleneck", "norm_bias", "prefix_attention")
+"""Ops of which parameters may have a dtype of their own."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from deltaops.backends import Call
-from deltaops.bindings.jax import adapters, attention, linear
+from deltaops.bindings.jax import adapters, elementwise, heads, linear
 from deltaops.bindings.jax.autodiff import Op
 from deltaops.bindings.settings import drop_threshold
-from deltaops.native import ACTIVATIONS, NORMS
+from deltaops.native import ACTIVATIONS, NORMS, REDUCTIONS
 
 from .on_numpy import array, pairs, refusal, tensor
 
@@ -266,9 +266,9 @@ class JaxBackend:
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
-        settings = attention.Settings(scale, causal, torch.get_num_threads())
-        operands = self._heads(q, k, v, prefix_k, prefix_v, mask)
-        y, kept = _forward(attention.PREFIX_ATTENTION, settings, operands)
+        settings = self._attention(scale, causal, k, prefix_k, bias)
+        operands = self._heads(mask, bias, q, k, v, prefix_k, prefix_v)
+        y, kept = _forward(heads.PREFIX_ATTENTION, settings, operands)
         return _tensor(y), _tensor(kept["lse"])
 
     def prefix_attention_backward(
@@ -288,15 +288,113 @@ class JaxBackend:
         bias: Tensor | None = None,
     ) -> list[Tensor]:
         """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
-        settings = attention.Settings(scale, causal, torch.get_num_threads())
-        operands = self._heads(q, k, v, prefix_k, prefix_v, mask)
+        settings = self._attention(scale, causal, k, prefix_k, bias)
+        operands = self._heads(mask, bias, q, k, v, prefix_k, prefix_v)
         operands |= _operands(y=array(y), lse=array(lse))
-        names = attention.TRAINED
-        op = attention.PREFIX_ATTENTION
+        names = heads.TRAINED
+        op = heads.PREFIX_ATTENTION
         return _gradients(op, settings, operands, array(grad_y), names, needs)
 
+    def attention_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AttentionBackend`."""
+        settings = heads.Attention(scale, causal, torch.get_num_threads())
+        operands = self._heads(mask, None, q, k, v)
+        y, kept = _forward(heads.ATTENTION, settings, operands)
+        return _tensor(y), _tensor(kept["lse"])
+
+    def attention_backward(
+        self,
+        grad_y: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AttentionBackend`."""
+        settings = heads.Attention(scale, causal, torch.get_num_threads())
+        operands = self._heads(mask, None, q, k, v) | _operands(y=array(y), lse=array(lse))
+        return _gradients(heads.ATTENTION, settings, operands, array(grad_y), "qkv", needs)
+
     @staticmethod
-    def _heads(*tensors: Tensor | None) -> dict[str, jax.Array]:
-        *trained, mask = tensors
-        named = dict(zip(attention.TRAINED, map(array, trained), strict=True))
-        return _operands(**named, mask=pairs(mask))
+    def _attention(
+        scale: float, causal: bool, k: Tensor, prefix: Tensor, bias: Tensor | None
+    ) -> heads.Attention:
+        start = -1 if bias is None else prefix.shape[1]
+        if bias is not None and bias.shape[3] == prefix.shape[1] + k.shape[2]:
+            start = 0
+        return heads.Attention(scale, causal, torch.get_num_threads(), start)
+
+    @staticmethod
+    def _heads(mask: Tensor | None, bias: Tensor | None, *trained: Tensor) -> dict[str, jax.Array]:
+        named = dict(zip(heads.TRAINED, map(array, trained), strict=False))
+        return _operands(**named, mask=pairs(mask), bias=pairs(bias))
+
+    def gated_forward(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """See :class:`deltaops.backends.base.GatedBackend`."""
+        settings = elementwise.Gated(ACTIVATIONS[activation], torch.get_num_threads())
+        operands = _operands(gate=array(gate), up=array(up))
+        return _tensor(_forward(elementwise.GATED, settings, operands)[0])
+
+    def gated_backward(
+        self,
+        grad_y: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.GatedBackend`."""
+        settings = elementwise.Gated(ACTIVATIONS[activation], torch.get_num_threads())
+        operands = _operands(gate=array(gate), up=array(up))
+        names = ("gate", "up")
+        return _gradients(elementwise.GATED, settings, operands, array(grad_y), names, needs)
+
+    def rotary_forward(self, x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool) -> Tensor:
+        """See :class:`deltaops.backends.base.RotaryBackend`; the memory is ``[B, H, L, D]``."""
+        settings = heads.Rotary(torch.get_num_threads())
+        operands = _operands(x=array(x), cos=array(cos), sin=array(sin))
+        return _tensor(_forward(heads.ROTARY, settings, operands)[0])
+
+    def rotary_backward(
+        self, grad_y: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool
+    ) -> Tensor:
+        """See :class:`deltaops.backends.base.RotaryBackend`; so too."""
+        settings = heads.Rotary(torch.get_num_threads())
+        operands = _operands(cos=array(cos), sin=array(sin))
+        return _gradients(heads.ROTARY, settings, operands, array(grad_y), ["x"], [True])[0]
+
+    def cross_entropy_forward(
+        self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
+        operands = _operands(logits=array(logits), target=array(target))
+        settings = self._cross_entropy(ignore_index, mean)
+        loss, kept = _forward(elementwise.CROSS_ENTROPY, settings, operands)
+        return _tensor(loss), _tensor(kept["state"])
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        state: Tensor,
+        ignore_index: int,
+        mean: bool,
+    ) -> Tensor:
+        """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
+        operands = _operands(logits=array(logits), target=array(target), state=array(state))
+        settings = self._cross_entropy(ignore_index, mean)
+        op, names = elementwise.CROSS_ENTROPY, ["logits"]
+        return _gradients(op, settings, operands, array(grad_loss), names, [True])[0]
+
+    @staticmethod
+    def _cross_entropy(ignore_index: int, mean: bool) -> elementwise.CrossEntropy:
+        mode = REDUCTIONS["mean" if mean else "sum"]
+        return elementwise.CrossEntropy(ignore_index, mode, torch.get_num_threads())

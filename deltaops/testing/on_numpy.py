@@ -10,25 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaops.backends import (
-    BottleneckCall,
-    Call,
-    DeltaLinearCall,
-    NormBiasCall,
-    PrefixAttentionCall,
-)
+from deltaops.backends import Call, DoraNormCall, PromptEmbeddingCall
 from deltaops.bindings import numpy as on_numpy
 
 Array = np.ndarray[Any, np.dtype[Any]]
-TAKES = (DeltaLinearCall, BottleneckCall, NormBiasCall, PrefixAttentionCall)
 
 
 def refusal(call: Call) -> str | None:
     """None, or what the native core on arrays does not take; JAX's is the same."""
-    if not isinstance(call, TAKES):
-        return f"has no {call.op} here"
-    if isinstance(call, PrefixAttentionCall) and call.biased:
-        return "takes no bias on the scores"
+    if isinstance(call, DoraNormCall | PromptEmbeddingCall):
+        return f"has no {call.op}"
     known = (torch.float32, torch.bfloat16)
     return None if call.dtype in known else f"takes float32 and bfloat16, not {call.dtype}"
 
@@ -50,10 +41,11 @@ def tensor(a: Array) -> Tensor:
 
 
 def pairs(mask: Tensor | None) -> Any:
-    """A mask without what it repeats, contiguous."""
+    """A mask or a bias (in float32) without what it repeats, contiguous."""
     if mask is None:
         return None
     once = mask[tuple(slice(None if step else 1) for step in mask.stride())]
+    once = once if once.dtype == torch.bool else once.float()
     return once.contiguous().numpy()
 
 
@@ -272,6 +264,7 @@ class NumpyBackend:
             causal=causal,
             mask=pairs(mask),
             prefix=(array(prefix_k.contiguous()), array(prefix_v.contiguous())),
+            bias=pairs(bias),
             num_threads=torch.get_num_threads(),
         )
         return tensor(y), tensor(lse)
@@ -305,7 +298,125 @@ class NumpyBackend:
             causal=causal,
             mask=pairs(mask),
             prefix=(array(prefix_k.contiguous()), array(prefix_v.contiguous())),
+            bias=pairs(bias),
             wanted=[name for name, need in zip(names, needs, strict=True) if need],
             num_threads=torch.get_num_threads(),
         )
         return [tensor(grad) for grad in found.values()]
+
+    def attention_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.AttentionBackend`."""
+        y, lse = on_numpy.attention_forward(
+            *[array(adjacent(t)) for t in (q, k, v)],
+            scale=scale,
+            causal=causal,
+            mask=pairs(mask),
+            num_threads=torch.get_num_threads(),
+        )
+        return tensor(y), tensor(lse)
+
+    def attention_backward(
+        self,
+        grad_y: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.AttentionBackend`."""
+        found = on_numpy.attention_backward(
+            array(adjacent(grad_y)),
+            array(adjacent(q)),
+            array(adjacent(k)),
+            array(adjacent(v)),
+            array(adjacent(y)),
+            array(lse),
+            scale=scale,
+            causal=causal,
+            mask=pairs(mask),
+            wanted=[name for name, need in zip("qkv", needs, strict=True) if need],
+            num_threads=torch.get_num_threads(),
+        )
+        return [tensor(grad) for grad in found.values()]
+
+    def gated_forward(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """See :class:`deltaops.backends.base.GatedBackend`."""
+        given = [array(adjacent(t)) for t in (gate, up)]
+        threads = torch.get_num_threads()
+        return tensor(on_numpy.gated(*given, activation=activation, num_threads=threads))
+
+    def gated_backward(
+        self,
+        grad_y: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """See :class:`deltaops.backends.base.GatedBackend`."""
+        found = on_numpy.gated_backward(
+            array(adjacent(grad_y)),
+            array(adjacent(gate)),
+            None if up is None else array(adjacent(up)),
+            activation=activation,
+            wanted=[name for name, need in zip(("gate", "up"), needs, strict=True) if need],
+            num_threads=torch.get_num_threads(),
+        )
+        return [tensor(grad) for grad in found.values()]
+
+    def rotary_forward(self, x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool) -> Tensor:
+        """See :class:`deltaops.backends.base.RotaryBackend`; the memory is ``[B, H, L, D]``."""
+        return self._rotary(x, cos, sin, False)
+
+    def rotary_backward(
+        self, grad_y: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool
+    ) -> Tensor:
+        """See :class:`deltaops.backends.base.RotaryBackend`; so too."""
+        return self._rotary(grad_y, cos, sin, True)
+
+    @staticmethod
+    def _rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+        given = [array(adjacent(x)), array(cos.contiguous()), array(sin.contiguous())]
+        threads = torch.get_num_threads()
+        return tensor(on_numpy.rotary(*given, backward=backward, num_threads=threads))
+
+    def cross_entropy_forward(
+        self, logits: Tensor, target: Tensor, ignore_index: int, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
+        loss, state = on_numpy.cross_entropy_forward(
+            array(adjacent(logits)),
+            array(target.contiguous()),
+            ignore_index=ignore_index,
+            reduction="mean" if mean else "sum",
+            num_threads=torch.get_num_threads(),
+        )
+        return torch.tensor(loss, dtype=torch.float32), tensor(state)
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        state: Tensor,
+        ignore_index: int,
+        mean: bool,
+    ) -> Tensor:
+        """See :class:`deltaops.backends.base.CrossEntropyBackend`."""
+        grad = on_numpy.cross_entropy_backward(
+            array(adjacent(logits)),
+            array(target.contiguous()),
+            array(state),
+            grad_loss=float(grad_loss),
+            ignore_index=ignore_index,
+            reduction="mean" if mean else "sum",
+            num_threads=torch.get_num_threads(),
+        )
+        return tensor(grad)

@@ -24,7 +24,7 @@ LAYERS = (
     {"ops"},
     {"dispatch"},
     {"backends", "bindings"},
-    {"kernels", "native", "_cpu", "_cuda", "_xla", "reference", "packing", "files"},
+    {"kernels", "native", "_cpu", "_cuda", "_xla", "_xla_cuda", "reference", "packing", "files"},
     {"memory"},
 )
 RANK = {layer: rank for rank, layers in enumerate(LAYERS) for layer in layers}
@@ -38,7 +38,7 @@ SIBLINGS = {
 }  # fmt: skip
 # deltaops.numpy and deltaops.jax are names of what lies in bindings.
 RANK["numpy"] = RANK["jax"] = RANK["dispatch"]
-NATIVE = ("_cpu", "_cuda", "_xla")
+NATIVE = ("_cpu", "_cuda", "_xla", "_xla_cuda")
 NATIVE_USERS = ("backends", "bindings", "native")
 WITHOUT_TORCH = ("bindings", "native")
 KERNELS_MAY_IMPORT = {"torch", "triton"}

@@ -5,23 +5,32 @@
     layer = dj.pack_weight(weight)                        # once, for a frozen weight
     y = dj.delta_linear(x, layer, bias, [dj.Branch(a, b, scaling=2.0)])
 
-float32 and bfloat16, through XLA's foreign functions, on the CPU alone. Their module,
-``deltaops._xla``, is built where jaxlib is installed beside deltaops.
+float32 and bfloat16, through XLA's foreign functions. Their module, ``deltaops._xla``, is built
+where jaxlib is installed beside deltaops; ``deltaops._xla_cuda``, where nvcc is too, has ``dropout``
+and ``dropout_mask`` alone so far, and has not yet run on a GPU.
 """
 
 from .adapters import bottleneck, norm_bias
-from .attention import prefix_attention
+from .draws import dropout, dropout_mask
+from .elementwise import cross_entropy, gated
+from .heads import attention, prefix_attention, rotary
 from .linear import Branch, PackedWeight, delta_linear, pack_weight
 from .peft import load_lora, save_lora
 
 __all__ = [
     "Branch",
     "PackedWeight",
+    "attention",
     "bottleneck",
+    "cross_entropy",
     "delta_linear",
+    "dropout",
+    "dropout_mask",
+    "gated",
     "load_lora",
     "norm_bias",
     "pack_weight",
     "prefix_attention",
+    "rotary",
     "save_lora",
 ]

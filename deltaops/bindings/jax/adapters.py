@@ -14,7 +14,7 @@ from deltaops.errors import ConfigError
 from deltaops.native import ACTIVATIONS, NORMS
 
 from .autodiff import Op, Operands, apply
-from .ffi import Array, check, ffi_call, like
+from .ffi import Array, as_rows, check, ffi_call, like
 
 # as csrc/bindings/xla_adapters.cpp
 X, RESIDUAL, GAMMA, BETA, DOWN_BIAS, UP_BIAS, STATE = 1, 2, 4, 8, 16, 32, 64
@@ -25,11 +25,6 @@ BITS = {
 
 def _present(operands: Operands, names: Collection[str], more: int) -> np.int32:
     return np.int32(more | sum(BITS[name] for name in names if name in operands))
-
-
-def _rows(op: str, x: Any) -> Array:
-    x = jnp.asarray(x)
-    return check(op, "x", x, (*x.shape[: max(x.ndim - 1, 0)], None))
 
 
 class Bottleneck(NamedTuple):
@@ -91,7 +86,7 @@ def bottleneck(
     Source: Houlsby et al. 2019 (arXiv 1902.00751); Pfeiffer et al. 2021 (arXiv 2005.00247).
     """
     op = "bottleneck"
-    x = _rows(op, x)
+    x = as_rows(op, "x", x)
     own, (rows, k) = isinstance(residual, str), (math.prod(x.shape[:-1]), x.shape[-1])
     if own and residual != "x":
         raise ConfigError(f"{op}: residual must be 'x', an array or None, got {residual!r}.")
@@ -205,7 +200,7 @@ def norm_bias(
     Gradients: every array; first order, reverse mode.
     """
     op = "norm_bias"
-    x = _rows(op, x)
+    x = as_rows(op, "x", x)
     rows, k = math.prod(x.shape[:-1]), x.shape[-1]
     operands = {"x": x.reshape(rows, k)}
     for name, vector in (("gamma", gamma), ("bias", bias)):

@@ -1,4 +1,5 @@
-"""The handlers of ``deltaops._xla``, registered with JAX once, and calls of them."""
+"""The handlers of ``deltaops._xla``, and of ``deltaops._xla_cuda`` where it was built, registered
+with JAX once, and calls of them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Array = jax.Array
 
 @cache
 def _register() -> None:
-    """Raises: ImportError where the module is not there; BuildError for one of another build."""
+    """Raises: ImportError where the CPU's module is not there; BuildError for one of another build,
+    or for one of CUDA that cannot be loaded."""
     try:
         module: Any = importlib.import_module("deltaops._xla")
     except ImportError as error:
@@ -31,6 +33,10 @@ def _register() -> None:
     check_abi("deltaops._xla", module.abi_version())
     for name, capsule in module.TARGETS.items():
         jax.ffi.register_ffi_target(f"deltaops_{name}", capsule, platform="cpu")
+    if importlib.util.find_spec("deltaops._xla_cuda") is not None:
+        cuda: Any = importlib.import_module("deltaops._xla_cuda")
+        for name, capsule in cuda.TARGETS.items():
+            jax.ffi.register_ffi_target(f"deltaops_{name}", capsule, platform="CUDA")
 
 
 def ffi_call(
@@ -43,12 +49,14 @@ def ffi_call(
 
 
 def check(op: str, name: str, a: Any, shape: Sequence[int | None], dtype: Any = None) -> Array:
-    """``a`` as a JAX array of this shape (None: any size) and dtype (None: float32 or bfloat16).
+    """``a`` as a JAX array of this shape (None: any size) and dtype, or one of several (None:
+    float32 or bfloat16).
 
     Raises: DtypeError, ShapeError.
     """
     array = jnp.asarray(a)
-    known = (jnp.float32, jnp.bfloat16) if dtype is None else (dtype,)
+    known = (jnp.float32, jnp.bfloat16) if dtype is None else dtype
+    known = known if isinstance(known, tuple) else (known,)
     if array.dtype not in known:
         wanted = " or ".join(jnp.dtype(t).name for t in known)
         raise DtypeError(f"{op}: {name} must be {wanted}, got {array.dtype}. Convert it by astype.")
@@ -61,6 +69,15 @@ def check(op: str, name: str, a: Any, shape: Sequence[int | None], dtype: Any = 
             "array was meant."
         )
     return array
+
+
+def as_rows(op: str, name: str, a: Any) -> Array:
+    """``a`` as ``[…, K]``, float32 or bfloat16.
+
+    Raises: DtypeError, ShapeError.
+    """
+    array = jnp.asarray(a)
+    return check(op, name, array, (*array.shape[: max(array.ndim - 1, 0)], None))
 
 
 def like(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

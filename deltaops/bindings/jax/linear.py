@@ -14,11 +14,11 @@ import numpy as np
 
 from deltaops.bindings import numpy as on_numpy
 from deltaops.bindings.settings import code, drop_threshold, threads
-from deltaops.errors import ConfigError
 from deltaops.native import ACTIVATIONS
 
 from .autodiff import Op, Operands, apply
-from .ffi import Array, check, ffi_call, like
+from .draws import seed_of
+from .ffi import Array, as_rows, check, ffi_call, like
 
 OP = "delta_linear"
 BIAS, SEED, ADAPTER, PACKED, X, S = 1, 2, 4, 8, 16, 32  # as csrc/bindings/xla_delta_linear.cpp
@@ -154,8 +154,7 @@ def prepare(
     """The checked call, rows flattened, and the shape of its result."""
     packed = weight if isinstance(weight, PackedWeight) else None
     plain, transposed = (packed.weight, packed.transposed) if packed else (weight, transposed)
-    x = jnp.asarray(x)
-    x = check(OP, "x", x, (*x.shape[: max(x.ndim - 1, 0)], None))
+    x = as_rows(OP, "x", x)
     w = check(OP, "weight", plain, (None, None), x.dtype)
     n, k = w.shape[::-1] if transposed else w.shape
     x = check(OP, "x", x, (*x.shape[:-1], k))
@@ -178,30 +177,13 @@ def prepare(
         threads(num_threads),
     )
     if any(settings.threshold):
-        operands["seed"] = _seed(key)
+        operands["seed"] = seed_of(OP, key)
     if adapter is not None:
         ids = check(OP, "adapter", adapter, x.shape[:-1], jnp.int32)
         operands["adapter"] = ids.reshape(rows)
     if packed:
         operands |= {"packed": packed.forward, "packed_backward": packed.backward}
     return settings, operands, (*x.shape[:-1], n)
-
-
-def _seed(key: Array | None) -> Array:
-    """64 bits of a key, as two words."""
-    if key is None:
-        raise ConfigError(
-            f"{OP}: key must be a key of jax.random where a branch has dropout, got None. Pass "
-            "one, or branches with dropout=0 where nothing trains."
-        )
-    key = jnp.asarray(key)
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    if data.ndim != 1 or data.shape[0] < 2 or data.dtype != jnp.uint32:
-        raise ConfigError(
-            f"{OP}: key must be one key of jax.random of at least 64 bits, got "
-            f"{data.dtype}{list(data.shape)}."
-        )
-    return data[:2]
 
 
 def forward(settings: Settings, operands: Operands, keep: bool) -> tuple[Array, Operands]:

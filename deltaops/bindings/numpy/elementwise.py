@@ -8,12 +8,9 @@ import numpy as np
 
 from deltaops.bindings.settings import code as word
 from deltaops.bindings.settings import threads
-from deltaops.errors import ConfigError
-from deltaops.native import ACTIVATIONS
+from deltaops.native import ACTIVATIONS, REDUCTIONS
 
 from .arrays import Array, address, call, check, code, core, gradients, output, stride
-
-REDUCTIONS = {"sum": False, "mean": True}
 
 
 def gated(
@@ -133,7 +130,7 @@ def cross_entropy_forward(
         stride(logits),
         address(target),
         ignore_index,
-        _mean(op, reduction),
+        bool(word(op, "reduction", REDUCTIONS, reduction)),
         address(state),
         threads(num_threads),
     )
@@ -177,16 +174,10 @@ def cross_entropy_backward(
         stride(logits),
         address(target),
         ignore_index,
-        _mean(op, reduction),
+        bool(word(op, "reduction", REDUCTIONS, reduction)),
         address(state),
         float(grad_loss),
         address(grad),
         threads(num_threads),
     )
     return grad
-
-
-def _mean(op: str, reduction: str) -> bool:
-    if reduction not in REDUCTIONS:
-        raise ConfigError(f"{op}: reduction must be 'sum' or 'mean', got {reduction!r}.")
-    return REDUCTIONS[reduction]

@@ -83,6 +83,7 @@ def attention_forward(
     causal: bool = False,
     mask: Array | None = None,
     prefix: tuple[Array, Array] | None = None,
+    bias: Array | None = None,
     num_threads: int | None = None,
     out: tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array]:
@@ -97,6 +98,9 @@ def attention_forward(
         mask: bool ``[B or 1, H or 1, Lq or 1, Lk or 1]``, contiguous: True where a query sees a
             key.
         prefix: keys and values ``[Hkv, P, D]``, contiguous, which every query sees.
+        bias: float32 ``[B or 1, H or 1, Lq or 1, …]``, contiguous, added to the scores: Lk columns
+            (or 1) for the sequence's own keys, or P + Lk for those of the prefix too. It has no
+            gradient.
         num_threads: None: all processors.
         out: y and lse, contiguous, either of them None.
     Returns: y ``[B, H, Lq, D]`` in the dtype of ``q``; lse ``[B, H, Lq]`` float32, for the backward
@@ -122,6 +126,7 @@ def attention_forward(
         causal,
         threads(num_threads),
         *_prefix(op, prefix, k),
+        **_bias(op, bias, q, k, prefix),
     )
     return y, lse
 
@@ -138,6 +143,7 @@ def attention_backward(
     causal: bool = False,
     mask: Array | None = None,
     prefix: tuple[Array, Array] | None = None,
+    bias: Array | None = None,
     wanted: Iterable[str] | None = None,
     num_threads: int | None = None,
     out: Mapping[str, Array] | None = None,
@@ -146,7 +152,7 @@ def attention_backward(
 
     Args:
         grad_y: ``[B, H, Lq, D]``.
-        q, k, v, scale, causal, mask, prefix: as in the forward pass.
+        q, k, v, scale, causal, mask, prefix, bias: as in the forward pass.
         y: what the forward pass returned.
         lse: so too.
         wanted: names; None: all.
@@ -184,6 +190,7 @@ def attention_backward(
         threads(num_threads),
         *before,
         *(into if before else ()),
+        **_bias(op, bias, q, k, prefix),
     )
     return found
 
@@ -211,8 +218,32 @@ def _mask(op: str, mask: Array | None, q: Array, k: Array) -> tuple[int, tuple[i
         raise ShapeError(
             f"{op}: mask must be {list(full)}, or 1 in any axis; got {list(mask.shape)}."
         )
-    steps = zip(mask.shape, strides(mask), strict=True)
-    return address(mask), tuple(0 if size == 1 else step for size, step in steps)
+    return address(mask), _broadcast(mask)
+
+
+def _bias(
+    op: str, bias: Array | None, q: Array, k: Array, prefix: tuple[Array, Array] | None
+) -> dict[str, Any]:
+    """Where it lies, and the first key that it is added to, of prefix and sequence."""
+    if bias is None:
+        return {}
+    bias = check(op, "bias", bias, (None,) * 4, "float32")
+    start = 0 if prefix is None else prefix[0].shape[1]
+    full, (*lead, columns) = (*q.shape[:3], k.shape[2]), bias.shape
+    fits = all(size in (1, all_) for size, all_ in zip(lead, full, strict=False))
+    if not fits or columns not in (1, full[3], start + full[3]):
+        raise ShapeError(
+            f"{op}: bias must be {list(full)}, or 1 in any axis, or with {start + full[3]} columns "
+            f"for the prefix too; got {list(bias.shape)}."
+        )
+    start = 0 if columns == start + full[3] else start
+    return {"bias": address(bias), "bias_strides": _broadcast(bias), "bias_from": start}
+
+
+def _broadcast(a: Array) -> tuple[int, ...]:
+    """Strides, 0 where one element serves all."""
+    steps = zip(a.shape, strides(a), strict=True)
+    return tuple(0 if size == 1 else step for size, step in steps)
 
 
 def _prefix(op: str, prefix: tuple[Array, Array] | None, k: Array) -> tuple[Any, ...]:
