@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,7 @@ from deltaops.backends import Call, DoraNormCall, PromptEmbeddingCall
 from deltaops.native import ACTIVATIONS, NORMS, REDUCTIONS
 from deltaops.reference.philox import drop_threshold
 
-
-def _header() -> Any:
-    name = "deltaops_tests_bindings_c_header"  # as test_conformance.py loads helpers
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("c_header.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+from .c_header import Header
 
 
 def code(t: Tensor) -> int:
@@ -56,7 +45,7 @@ class CBackend:
 
     def __init__(self, include: str, library: str) -> None:
         self.alive: list[Any] = []  # whose addresses the next call's structs hold
-        self.header = _header().Header(Path(include, "deltaops.h"), library)
+        self.header = Header(Path(include, "deltaops.h"), library)
 
     def unavailable(self) -> str | None:
         return None

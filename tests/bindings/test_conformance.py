@@ -7,8 +7,6 @@ their bits; the shipped checks, with their own tolerances, run here on a few cas
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,15 +18,10 @@ from deltaops.backends import registered
 from deltaops.testing import conformance
 from deltaops.testing.on_numpy import NumpyBackend
 
-HERE = Path(__file__).resolve()
+from .c_backend import CBackend
+
 LARGE = 2_000_000
 """Multiply-adds: beyond, a case says nothing about a binding."""
-
-
-def c_backend() -> Any:
-    return load("c_backend", HERE.with_name("c_backend.py")).CBackend(
-        deltaops.get_include(), deltaops.get_library()
-    )
 
 
 def jax_backend() -> Any:
@@ -40,19 +33,11 @@ def jax_backend() -> Any:
     return JaxBackend()
 
 
-def load(name: str, path: Path) -> Any:
-    """A helper, by path: importlib mode has no packages here."""
-    name = f"deltaops_tests_bindings_{name}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-MAKERS = {"numpy": NumpyBackend, "jax": jax_backend, "c": c_backend}
+MAKERS = {
+    "numpy": NumpyBackend,
+    "jax": jax_backend,
+    "c": lambda: CBackend(deltaops.get_include(), deltaops.get_library()),
+}
 
 
 def work(check: conformance.Check) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from deltaops import ops
 
@@ -23,6 +28,7 @@ import deltaops.jax as dj  # noqa: E402 -- so too
 from deltaops.errors import (  # noqa: E402 -- so too
     CheckpointError,
     ConfigError,
+    DeltaopsError,
     DtypeError,
     GradientError,
     ShapeError,
@@ -146,31 +152,122 @@ def _drawn(**shapes: tuple[int, ...]) -> dict[str, Any]:
     return {name: draw(seed, *shape) for seed, (name, shape) in enumerate(shapes.items(), 5)}
 
 
-@pytest.mark.parametrize(
-    ("op", "arrays", "settings"),
-    [
-        ("norm_bias", _drawn(x=(M, K), gamma=(K,), bias=(K,)), {}),
-        (
-            "bottleneck",
-            _drawn(x=(M, K), down=(R, K), up=(K, R), down_bias=(R,), gamma=(K,), beta=(K,)),
-            {"activation": "silu", "norm": "layer"},
-        ),
-        (
-            "prefix_attention",
-            _drawn(q=(2, 4, 5, 8), k=(2, 2, 9, 8), v=(2, 2, 9, 8))
-            | _drawn(prefix_k=(2, 3, 8), prefix_v=(2, 3, 8)),
-            {},
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_the_other_ops_have_the_gradients_of_torch(op: str, arrays: Any, settings: Any) -> None:
+HEADS = _drawn(q=(2, 4, 5, 8), k=(2, 2, 5, 8), v=(2, 2, 5, 8))
+ANGLES = draw(30, 1, 5, 8)
+OPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "norm_bias": (_drawn(x=(M, K), gamma=(K,), bias=(K,)), {}),
+    "bottleneck": (
+        _drawn(x=(M, K), down=(R, K), up=(K, R), down_bias=(R,), gamma=(K,), beta=(K,)),
+        {"activation": "silu", "norm": "layer"},
+    ),
+    "gated": (_drawn(gate=(M, K), up=(M, K)), {"activation": "gelu"}),
+    "cross_entropy": (
+        _drawn(logits=(M, K)), {"target": np.array([0, 3, -100, 6, 1, 1]), "reduction": "sum"}
+    ),
+    "rotary": (_drawn(x=(2, 3, 5, 8)), {"cos": np.cos(ANGLES), "sin": np.sin(ANGLES)}),
+    "attention": (HEADS, {"causal": True}),
+    "prefix_attention": (
+        HEADS | _drawn(prefix_k=(2, 3, 8), prefix_v=(2, 3, 8)),
+        {"bias": np.array(draw(9, 1, 4, 5, 8))},
+    ),
+}  # fmt: skip
+"""Trained arrays and the rest, of every op but delta_linear."""
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_other_ops_have_the_gradients_of_torch(op: str) -> None:
     """Eager torch's: its ops are held to the reference, and nothing more is compiled for them."""
-    value = jax.value_and_grad(lambda arrays: jnp.sin(getattr(dj, op)(**arrays, **settings)).sum())
+    arrays, rest = OPS[op]
+
+    def ours(arrays: Any) -> Any:
+        return jnp.sin(getattr(dj, op)(**arrays, **rest)).sum()
+
     leaves = {name: torch.tensor(np.array(a), requires_grad=True) for name, a in arrays.items()}
-    wanted = getattr(ops, op)(**leaves, **settings).sin().sum()
+    given = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in rest.items()}
+    wanted = getattr(ops, op)(**leaves, **given).sin().sum()
     wanted.backward()
-    close(jax.jit(value)(arrays), (wanted.item(), {n: t.grad.numpy() for n, t in leaves.items()}))
+    expected = wanted.item(), {name: t.grad.numpy() for name, t in leaves.items()}
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), arrays)
+    once, both = jax.jit(
+        lambda arrays, twice: (
+            jax.value_and_grad(ours)(arrays), jax.vmap(jax.value_and_grad(ours))(twice)
+        )
+    )(arrays, twice)  # fmt: skip
+    close(once, expected)
+    jax.tree.map(lambda b, o: np.testing.assert_array_equal(b, jnp.stack([o, o])), both, once)
+
+
+def test_dropout_alone_is_that_of_the_layer() -> None:
+    key, x = jax.random.key(3), draw(31, 9, K)
+    branch = dj.Branch(jnp.eye(K), jnp.eye(K), dropout=0.25)
+    none = dj.Branch(jnp.zeros((1, K)), jnp.zeros((K, 1)))
+    y, pull = jax.vjp(lambda x: dj.dropout(x, key, 0.25, branch=1), x)
+    zero = jnp.zeros((K, K))
+    close(dj.delta_linear(x, zero, None, [none, branch], key=key), y)
+    keep = dj.dropout_mask(key, x.shape, 0.25, branch=1)
+    np.testing.assert_array_equal(y, jnp.where(keep, x * np.float32(4 / 3), 0))
+    np.testing.assert_array_equal(pull(x)[0], y)
+    assert not dj.dropout_mask(key, x.shape, 1.0).any()
+
+
+def misaligned(a: Any) -> Any:
+    raw = np.empty(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    raw[...] = a
+    return raw
+
+
+def read_only(a: Any) -> Any:
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+HOWS: dict[str, Callable[[Any], Any]] = {
+    "as it is": lambda a: a,
+    "half": lambda a: a.astype(np.float16),
+    "integers": lambda a: a.astype(np.int32),
+    "complex": lambda a: a.astype(np.complex64),
+    "foreign": lambda a: a.astype(a.dtype.newbyteorder()),
+    "transposed": lambda a: a.T,
+    "backwards": lambda a: a[..., ::-1],
+    "elements apart": lambda a: np.stack([a, a], -1)[..., 0],
+    "repeated": lambda a: np.broadcast_to(a[:1], a.shape),
+    "misaligned": misaligned,
+    "read-only": read_only,
+    "deeper": lambda a: a[None],
+    "flat": lambda a: a.reshape(-1),
+    "text": lambda a: a.astype(str),
+    "none": lambda a: None,
+}
+FUZZED = OPS | {"delta_linear": (_drawn(x=(M, K), weight=(N, K), bias=(N,)), {})}
+
+
+@pytest.mark.parametrize("op", FUZZED)
+def test_no_array_crashes_it(op: str) -> None:
+    """What is taken is right, as torch has it, and what is refused has our words."""
+    arrays, rest = FUZZED[op]
+    arrays = {name: np.array(a) for name, a in arrays.items()} | {
+        name: a for name, a in rest.items() if isinstance(a, np.ndarray)
+    }
+    words = {name: a for name, a in rest.items() if name not in arrays}
+    choice = st.one_of(st.just("as it is"), st.sampled_from(sorted(HOWS)))
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.lists(choice, min_size=len(arrays), max_size=len(arrays)))
+    def check(hows: list[str]) -> None:
+        odd = {n: HOWS[how](a) for how, (n, a) in zip(hows, arrays.items(), strict=True)}
+        with contextlib.suppress(DeltaopsError):
+            y = getattr(dj, op)(**odd, **words)
+            plain = {
+                n: None if a is None else torch.from_numpy(np.array(a, a.dtype.newbyteorder("=")))
+                for n, a in odd.items()
+            }
+            if "target" in plain:
+                plain["target"] = plain["target"].long()
+            expected = getattr(ops, op)(**plain, **words, backend="reference")
+            np.testing.assert_allclose(y, expected.numpy(), rtol=1e-3, atol=1e-4)
+
+    check()
 
 
 def test_the_weight_is_frozen_and_second_order_is_refused() -> None:
@@ -182,6 +279,9 @@ def test_the_weight_is_frozen_and_second_order_is_refused() -> None:
     )
     with pytest.raises(Exception, match="cannot be differentiated"):
         jax.hessian(lambda a: loss(ours)(X, BIAS, a, B))(A)
+
+
+IDS = jnp.zeros(M, jnp.int32)
 
 
 def attend(q: tuple[int, ...] = (2, 4, 5, 8), **settings: Any) -> Any:
@@ -204,6 +304,19 @@ def attend(q: tuple[int, ...] = (2, 4, 5, 8), **settings: Any) -> Any:
         (lambda: attend(q=(2, 3, 5, 8)), ShapeError, "multiple of the heads of k, got 3 and 2"),
         (lambda: attend(causal=True), ShapeError, "as many queries as keys, got 5 and 9"),
         (lambda: dj.norm_bias(X, norm="batch"), ConfigError, "norm must be one of layer, rms"),
+        (lambda: dj.gated(X, X[0]), ShapeError, r"up must be \[2, 6, 7\], got \[6, 7\]"),
+        (lambda: dj.gated(X, X, activation="swish"), ConfigError, "must be one of identity"),
+        (lambda: dj.gated(["a"], X), DtypeError, "gate must be an array for JAX, got list"),
+        (lambda: dj.cross_entropy(X[0], BIAS), ShapeError, r"target must be \[6\]"),
+        (lambda: dj.cross_entropy(X[0], X[0, :, 0]), DtypeError, "target must be int32 or int64"),
+        (lambda: dj.cross_entropy(X[0], IDS, reduction="none"), ConfigError, "one of sum, mean"),
+        (lambda: dj.rotary(X[None], X, X), ShapeError, "D even"),
+        (lambda: dj.rotary(HEADS["q"], ANGLES, ANGLES[0]), ShapeError, "sin must be"),
+        (lambda: dj.attention(X, X, X), ShapeError, r"q must be \[any, any, any, any\]"),
+        (lambda: dj.attention(**HEADS, mask=ANGLES[None]), DtypeError, "mask must be bool"),
+        (lambda: attend(bias=jnp.zeros((1, 1, 5, 7))), ShapeError, "bias must be"),
+        (lambda: dj.dropout(X, jax.random.key(0), 2.0), ConfigError, "dropout must be from 0 to 1"),
+        (lambda: dj.dropout_mask(jax.random.key(0), (3,), 0.5), ShapeError, "shape must be"),
     ],
 )  # fmt: skip
 def test_errors_name_what_is_wrong(call: Any, error: type[Exception], said: str) -> None:
@@ -215,48 +328,53 @@ def test_a_number_that_is_no_branch_is_refused_at_run_time() -> None:
     ids = jnp.full(M, 7, jnp.int32)
     with pytest.raises(Exception, match=r"adapter\[0\] must be the number of one of 1 branches"):
         dj.delta_linear(X[0], W, None, [dj.Branch(A, B)], adapter=ids).block_until_ready()
+    with pytest.raises(Exception, match=r"target\[3\] must be a class from 0 to 6"):
+        dj.cross_entropy(X[0], IDS.at[3].set(7)).block_until_ready()
+
+
+def example(name: str) -> Any:
+    """A file of csrc/examples, as a module."""
+    path = Path(__file__).resolve().parents[2] / "csrc" / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"deltaops_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_lora_fine_tune_with_the_same_peft_files_in_and_out(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-    weights = [(jnp.asarray(m.weight.detach().numpy()), jnp.asarray(m.bias.detach().numpy()))
-               for m in (base[0], base[2])]  # fmt: skip
+
+    def base() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+
+    frozen = base()
+    state = {name: t.clone() for name, t in frozen.state_dict().items()}
+    save_file(state, tmp_path / "base.safetensors")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"])
-    peft.get_peft_model(base, config).save_pretrained(tmp_path / "in")
-    branches, found = dj.load_lora(tmp_path / "in")
-    assert sorted(branches) == ["0", "2"]
+    peft.get_peft_model(frozen, config).save_pretrained(tmp_path / "in")
 
-    def model(branches: Any, x: Any) -> Any:
-        hidden = jax.nn.relu(dj.delta_linear(x, *weights[0], [branches["0"]]))
-        return dj.delta_linear(hidden, *weights[1], [branches["2"]])
-
-    x = draw(20, 64, 8)
-    target = jnp.stack([x[:, 0] * x[:, 1], jnp.abs(x[:, 2])], 1)
-
-    @jax.jit
-    def step(branches: Any) -> Any:
-        value, grads = jax.value_and_grad(lambda b: ((model(b, x) - target) ** 2).mean())(branches)
-        return value, jax.tree.map(lambda p, g: p - 0.1 * g, branches, grads)
-
-    first, branches = step(branches)
-    for _ in range(60):
-        last, branches = step(branches)
+    first, last = example("jax_lora").fine_tune(
+        tmp_path / "base.safetensors", tmp_path / "in", tmp_path / "out"
+    )
     assert last < 0.7 * first
-    dj.save_lora(tmp_path / "out", branches, found)
 
-    fresh = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-    for layer, (weight, bias) in zip((fresh[0], fresh[2]), weights, strict=True):
-        layer.weight.data = torch.from_numpy(np.array(weight))
-        layer.bias.data = torch.from_numpy(np.array(bias))
+    fresh = base()
+    fresh.load_state_dict(state)
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "out")
+    x = draw(20, 64, 8)
     with torch.no_grad():
         y = loaded(torch.from_numpy(np.array(x)))
-    close(y.numpy(), model(branches, x))
-    again, same = dj.load_lora(tmp_path / "out")
-    assert same == found
-    jax.tree.map(np.testing.assert_array_equal, again, branches)
+    branches, found = dj.load_lora(tmp_path / "out")
+    w = {name: jnp.asarray(t.numpy()) for name, t in state.items()}
+    hidden = jax.nn.relu(dj.delta_linear(x, w["0.weight"], w["0.bias"], [branches["0"]]))
+    close(y.numpy(), dj.delta_linear(hidden, w["2.weight"], w["2.bias"], [branches["2"]]))
+    assert found == dj.load_lora(tmp_path / "in")[1]
+    dj.save_lora(tmp_path / "again", branches, found)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
 def test_a_file_that_says_more_is_refused(tmp_path: Path) -> None:
@@ -280,11 +398,5 @@ def test_a_file_whose_matrices_do_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_flax_example_learns() -> None:
     pytest.importorskip("flax")
-    path = Path(__file__).resolve().parents[2] / "csrc" / "examples" / "nnx_lora.py"
-    spec = importlib.util.spec_from_file_location("deltaops_nnx_lora", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    first, last = module.fine_tune()
+    first, last = example("nnx_lora").fine_tune()
     assert last < first / 5

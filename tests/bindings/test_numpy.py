@@ -204,3 +204,41 @@ def test_no_array_crashes_it(how: tuple[str, ...]) -> None:
         np.testing.assert_allclose(first, expected + (x @ a.T) @ b.T, rtol=1e-3, atol=1e-4)
     with contextlib.suppress(DeltaopsError):
         dn.delta_linear_backward(out, x, w, s, branches, num_threads=1)
+
+
+HEADS = [draw(2, 4, 5, 8), draw(2, 2, 5, 8), draw(2, 2, 5, 8)]
+OTHERS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+    "bottleneck": (dn.bottleneck_forward, [X, draw(R, K), draw(K, R), draw(R), draw(K)]),
+    "norm_bias": (dn.norm_bias_forward, [X, draw(K), draw(K)]),
+    "gated": (dn.gated, [X, draw(M, K)]),
+    "gated_backward": (dn.gated_backward, [X, draw(M, K), draw(M, K)]),
+    "cross_entropy": (dn.cross_entropy_forward, [X, np.arange(M)]),
+    "rotary": (dn.rotary, [HEADS[0], draw(1, 5, 8), draw(1, 5, 8)]),
+    "attention": (dn.attention_forward, HEADS),
+}
+
+
+@pytest.mark.parametrize("op", OTHERS)
+def test_no_array_crashes_the_others(op: str) -> None:
+    call, arrays = OTHERS[op]
+    choice = st.one_of(st.just("as it is"), HOWS)
+
+    @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.lists(choice, min_size=len(arrays), max_size=len(arrays)))
+    def check(hows: list[str]) -> None:
+        given = [odd(array, how) for array, how in zip(arrays, hows, strict=True)]
+        with contextlib.suppress(DeltaopsError):
+            got = call(*given, num_threads=1)
+            plain = [None if a is None else np.array(a, order="C") for a in given]
+            want = call(*plain, num_threads=1)
+            for one, other in zip(results(got), results(want), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+    check()
+
+
+def results(found: Any) -> list[Any]:
+    """Of an op: one, several, or by name."""
+    if isinstance(found, dict):
+        return list(found.values())
+    return list(found) if isinstance(found, tuple) else [found]

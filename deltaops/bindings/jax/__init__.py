@@ -6,8 +6,8 @@
     y = dj.delta_linear(x, layer, bias, [dj.Branch(a, b, scaling=2.0)])
 
 float32 and bfloat16, through XLA's foreign functions. Their module, ``deltaops._xla``, is built
-where jaxlib is installed beside deltaops; ``deltaops._xla_cuda``, where nvcc is too, has ``dropout``
-and ``dropout_mask`` alone so far, and has not yet run on a GPU.
+where jaxlib is installed beside deltaops; ``deltaops._xla_cuda``, where nvcc is too, so far has
+``dropout`` and ``dropout_mask`` alone, and has not yet run on a GPU.
 """
 
 from .adapters import bottleneck, norm_bias

@@ -48,13 +48,26 @@ def ffi_call(
     return list(call(*operands, **settings))
 
 
+def as_array(op: str, name: str, a: Any) -> Array:
+    """``a`` as a JAX array of any shape and dtype.
+
+    Raises: DtypeError for what JAX has no dtype for.
+    """
+    try:
+        return jnp.asarray(a)
+    except (TypeError, ValueError) as error:
+        raise DtypeError(
+            f"{op}: {name} must be an array for JAX, got {type(a).__name__} ({error})."
+        ) from error
+
+
 def check(op: str, name: str, a: Any, shape: Sequence[int | None], dtype: Any = None) -> Array:
     """``a`` as a JAX array of this shape (None: any size) and dtype, or one of several (None:
     float32 or bfloat16).
 
     Raises: DtypeError, ShapeError.
     """
-    array = jnp.asarray(a)
+    array = as_array(op, name, a)
     known = (jnp.float32, jnp.bfloat16) if dtype is None else dtype
     known = known if isinstance(known, tuple) else (known,)
     if array.dtype not in known:
@@ -76,7 +89,7 @@ def as_rows(op: str, name: str, a: Any) -> Array:
 
     Raises: DtypeError, ShapeError.
     """
-    array = jnp.asarray(a)
+    array = as_array(op, name, a)
     return check(op, name, array, (*array.shape[: max(array.ndim - 1, 0)], None))
 
 
