@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,19 @@ def test_dropout_is_of_its_key_and_replayed_backward() -> None:
     assert not np.array_equal(value(x, jax.random.key(4)), y)
     batch = jax.vmap(value, (0, None))(jnp.stack([x, x]), key)  # one key: one mask
     np.testing.assert_array_equal(batch, jnp.stack([y, y]))
+
+
+def test_a_program_for_cuda_calls_the_handlers_of_cuda() -> None:
+    """Compiled and lowered here; no GPU has run them yet."""
+    if importlib.util.find_spec("deltaops._xla_cuda") is None:
+        pytest.skip("deltaops was built without jax or nvcc")
+    cuda = importlib.import_module("deltaops._xla_cuda")
+    assert set(cuda.TARGETS) >= {"dropout", "dropout_mask"}
+    program = jax.jit(lambda x, key: dj.dropout(x, key, 0.5) + dj.dropout_mask(key, x.shape, 0.5))
+    for platform, calls in (("cuda", {"dropout", "dropout_mask"}), ("cpu", {"dropout_mask"})):
+        traced = program.trace(X[0], jax.random.key(0))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert set(re.findall(r"custom_call @deltaops_(\w+)", text)) == calls
 
 
 def test_rows_with_a_branch_each() -> None:
@@ -306,8 +320,8 @@ def attend(q: tuple[int, ...] = (2, 4, 5, 8), **settings: Any) -> Any:
         (lambda: dj.norm_bias(X, norm="batch"), ConfigError, "norm must be one of layer, rms"),
         (lambda: dj.gated(X, X[0]), ShapeError, r"up must be \[2, 6, 7\], got \[6, 7\]"),
         (lambda: dj.gated(X, X, activation="swish"), ConfigError, "must be one of identity"),
-        (lambda: dj.gated(["a"], X), DtypeError, "gate must be an array for JAX, got list"),
-        (lambda: dj.cross_entropy(X[0], BIAS), ShapeError, r"target must be \[6\]"),
+        (lambda: dj.gated(object(), X), DtypeError, "gate must be an array for JAX, got object"),
+        (lambda: dj.cross_entropy(X[0], IDS[:2]), ShapeError, r"target must be \[6\]"),
         (lambda: dj.cross_entropy(X[0], X[0, :, 0]), DtypeError, "target must be int32 or int64"),
         (lambda: dj.cross_entropy(X[0], IDS, reduction="none"), ConfigError, "one of sum, mean"),
         (lambda: dj.rotary(X[None], X, X), ShapeError, "D even"),
@@ -394,6 +408,29 @@ def test_a_file_whose_matrices_do_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 4}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"R=4 .* got \[2, 8\] and \[8, 2\]"):
         dj.load_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("branch", "said"),
+    [
+        (dj.Branch(jnp.ones((2, 8)), jnp.ones((8, 3)), 2.0), r"B \[N, R\], got \[2, 8\] and"),
+        (dj.Branch(jnp.ones((3, 8)), jnp.ones((8, 3)), 2.0), "of rank 2"),
+        (dj.Branch(jnp.ones((2, 8)), jnp.ones((8, 2)), 1.0), r"scaling 2\.0"),
+        (dj.Branch(jnp.ones((2, 8)), jnp.ones((8, 2)), 2.0, activation="relu"), "linear"),
+        (dj.Branch(jnp.ones((2, 8)), jnp.ones((8, 2), jnp.bfloat16), 2.0), "one dtype"),
+        (dj.Branch(jnp.ones((2, 8)), jnp.ones((8, 2)), 2.0, dropout=0.5), "dropout 0.1"),
+    ],
+    ids=["shapes", "rank", "scaling", "activation", "dtypes", "dropout"],
+)  # fmt: skip
+def test_branches_that_the_configuration_does_not_describe_are_not_saved(
+    branch: dj.Branch, said: str, tmp_path: Path
+) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1}
+    with pytest.raises(CheckpointError, match=said):
+        dj.save_lora(tmp_path / "out", {"0": branch}, config)
+    with pytest.raises(CheckpointError, match="at least one"):
+        dj.save_lora(tmp_path / "out", {}, config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_flax_example_learns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 OBJECTS = Path("build", "objects")
+JAX = importlib.util.find_spec("jaxlib") is not None
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +30,25 @@ def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str
 
 
 def backend(hook: str, source: Path, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Call a hook of the build backend that pyproject.toml names, as pip does, unisolated."""
-    code = f"from setuptools import build_meta\nprint(build_meta.{hook}({str(out)!r}))"
+    """Call a hook of the build backend that pyproject.toml names, as isolated as pip's own: of what
+    is installed only the build's requirements can be imported."""
+    code = (
+        "import sys, tempfile\n"
+        "from pathlib import Path\n"
+        "folder = tempfile.TemporaryDirectory()\n"
+        "sites = [p for p in sys.path if Path(p).name in ('site-packages', 'dist-packages')]\n"
+        "for name in ('setuptools', '_distutils_hack', 'pkg_resources', 'wheel', 'packaging',\n"
+        "             'pybind11'):\n"
+        "    for found in [Path(p, name) for p in sites if Path(p, name).exists()][:1]:\n"
+        "        Path(folder.name, name).symlink_to(found)\n"
+        "sys.path[:] = [folder.name, *(p for p in sys.path if p not in sites)]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('jaxlib') is None\n"
+        "assert importlib.util.find_spec('torch') is None\n"
+        "from setuptools import build_meta\n"
+        f"print(build_meta.{hook}({str(out)!r}))"
+    )
     return run(sys.executable, "-c", code, cwd=source, **{"DELTAOPS_CUDA": "0", **env})
 
 
@@ -61,7 +80,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    made = backend("build_wheel", sdist, out)
+    made = backend("build_wheel", sdist, out, DELTAOPS_JAX="1" if JAX else "0")
     assert made.returncode == 0, made.stdout + made.stderr
     (path,) = out.glob("*.whl")
     return path
@@ -90,6 +109,7 @@ def test_wheel_holds_what_users_need_and_no_more(wheel: Path) -> None:
         assert f"deltaops/{wanted}" in names
     assert [name for name in names if re.fullmatch(r"deltaops/_cpu\..*\.so", name)]
     assert not [name for name in names if "_cuda." in name and name.endswith(".so")]
+    assert bool([name for name in names if re.fullmatch(r"deltaops/_xla\..*\.so", name)]) == JAX
 
 
 def test_installed_package_runs_its_own_native_core(site: Path, tmp_path: Path) -> None:
@@ -106,6 +126,12 @@ def test_installed_package_runs_its_own_native_core(site: Path, tmp_path: Path) 
         "y = delta_linear(x, w, None, b, backend='cpu')\n"
         "torch.testing.assert_close(y, x @ w.T)\n"
     )
+    if JAX:
+        code += (
+            "import numpy as np, deltaops.jax as dj\n"
+            "np.testing.assert_allclose(dj.gated(x.numpy(), x.numpy(), activation='identity'),\n"
+            "                           x.numpy() ** 2, rtol=1e-6)\n"
+        )
     done = run(sys.executable, "-P", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [

@@ -76,24 +76,18 @@ def save_lora(
 
     Args:
         folder: made where it is not there.
-        branches: by the names of their layers; identity activation, no bias, one rank and scaling
-            as ``config`` has them.
+        branches: by the names of their layers, at least one; identity activation, no bias, one
+            rank, scaling and dropout, as ``config`` has them.
         config: what :func:`load_lora` gave, or another LoraConfig's values.
     Raises: CheckpointError for branches that the configuration does not describe, and where files
         cannot be written.
     """
     folder = Path(folder)
     _refuse(folder, config)
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    if not branches:
+        raise CheckpointError("save_lora: branches must be at least one, got none.")
     for name, branch in branches.items():
-        found = branch.a.shape[0], branch.scaling, branch.activation, branch.bias is None
-        if found != (rank, scale, "identity", True):
-            raise CheckpointError(
-                f"save_lora: {name} must be of rank {rank} and scaling {scale}, linear and without "
-                f"a bias, as the configuration says; got rank {found[0]}, scaling {found[1]}, "
-                f"{found[2]}. Change the configuration."
-            )
+        _check(name, branch, config)
     tensors = {}
     for name, branch in branches.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = branch.a
@@ -101,6 +95,31 @@ def save_lora(
     with publishing(folder, CONFIG) as scratch:
         save_file(tensors, str(scratch / WEIGHTS), {"format": "pt"})
         write_json(scratch / CONFIG, dict(config))
+
+
+def _check(name: str, branch: Branch, config: Mapping[str, Any]) -> None:
+    """Raises: CheckpointError for a branch that the configuration does not describe."""
+    rank, a, b = config["r"], branch.a, branch.b
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"save_lora: {name} must have A [R, K] and B [N, R], got {list(a.shape)} and "
+            f"{list(b.shape)}."
+        )
+    if a.dtype != b.dtype:
+        raise CheckpointError(
+            f"save_lora: {name} must have A and B of one dtype, got {a.dtype} and {b.dtype}."
+        )
+    dropout = config.get("lora_dropout", 0.0)
+    wanted = (rank, scale, dropout, "identity", True)
+    found = (a.shape[0], branch.scaling, branch.dropout, branch.activation, branch.bias is None)
+    if found != wanted:
+        raise CheckpointError(
+            f"save_lora: {name} must be of rank {rank}, scaling {scale} and dropout {dropout}, "
+            "linear and without a bias, as the configuration says; got rank "
+            f"{found[0]}, scaling {found[1]}, dropout {found[2]}, {found[3]}"
+            f"{'' if found[4] else ', with a bias'}. Change the configuration."
+        )
 
 
 def _refuse(folder: Path, config: Mapping[str, Any]) -> None:
