@@ -120,11 +120,13 @@ def rows(rounds: int, seconds: float) -> Iterator[tuple[str, dict[str, Timing]]]
             yield case, interleaved(peers, rounds=rounds, seconds=seconds, paired=5)
 
 
-def table(timed: Iterator[tuple[str, dict[str, Timing]]]) -> Iterator[str]:
+def table(timed: Iterator[tuple[str, dict[str, Timing]]], command: str) -> Iterator[str]:
     """The report, a line each."""
     import jax
 
     yield f"# A LoRA step in JAX {jax.__version__}, rank {RANK}, under jit: {_machine()}"
+    yield ""
+    yield f"Written by `{command}`: peers in turns, each held to float64 first."
     yield ""
     yield "y and the gradients of x, A and B; M×N×K. Speed-up over jax.numpy: median (quartiles)."
     yield ""
@@ -153,8 +155,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="for all rounds of a case")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    command = f"python -m deltaops.measure.jax_lora --rounds {options.rounds}"
+    command += f" --seconds {options.seconds:g}"
     lines = []
-    for line in table(rows(options.rounds, options.seconds)):
+    for line in table(rows(options.rounds, options.seconds), command):
         print(line, flush=True)
         lines.append(line)
     if options.out:
