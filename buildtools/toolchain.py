@@ -134,7 +134,8 @@ def pybind11_include() -> Path:
         )
     import pybind11
 
-    return Path(pybind11.get_include())
+    # objects are named by their command: the same headers must have the same path
+    return Path(pybind11.get_include()).resolve()
 
 
 def find_jax() -> Path | str:

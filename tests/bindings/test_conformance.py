@@ -50,7 +50,7 @@ SMALL = [
     for check in conformance.checks()
     if work(check) < LARGE and check.dtypes != "bf16-f32parameters"
 ]
-EVERY = {"numpy": 3, "jax": 13, "c": 5}
+EVERY = {"numpy": 5, "jax": 13, "c": 5}
 """Of the small cases, which go to whom: each one that JAX gets is compiled."""
 SAMPLE = SMALL[::37]
 

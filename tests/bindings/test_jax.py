@@ -266,7 +266,7 @@ def test_no_array_crashes_it(op: str) -> None:
     words = {name: a for name, a in rest.items() if name not in arrays}
     choice = st.one_of(st.just("as it is"), st.sampled_from(sorted(HOWS)))
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(choice, min_size=len(arrays), max_size=len(arrays)))
     def check(hows: list[str]) -> None:
         odd = {n: HOWS[how](a) for how, (n, a) in zip(hows, arrays.items(), strict=True)}

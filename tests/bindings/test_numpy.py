@@ -223,7 +223,7 @@ def test_no_array_crashes_the_others(op: str) -> None:
     call, arrays = OTHERS[op]
     choice = st.one_of(st.just("as it is"), HOWS)
 
-    @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(choice, min_size=len(arrays), max_size=len(arrays)))
     def check(hows: list[str]) -> None:
         given = [odd(array, how) for array, how in zip(arrays, hows, strict=True)]

@@ -90,7 +90,7 @@ ODD = st.one_of(st.just("as it is"), st.sampled_from(sorted(HOWS)))
 def test_no_tensor_crashes_it(op: str) -> None:
     call, tensors = OPS[op]
 
-    @settings(max_examples=50, deadline=None, database=None,
+    @settings(max_examples=25, deadline=None, database=None,
               suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
     @given(st.lists(ODD, min_size=len(tensors), max_size=len(tensors)))
     def check(hows: list[str]) -> None:
