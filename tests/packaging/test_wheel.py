@@ -29,27 +29,31 @@ def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str
     )
 
 
+ISOLATED = """
+import importlib.util, sys, tempfile
+from pathlib import Path
+wanted = {"setuptools", "_distutils_hack", "pkg_resources", "wheel", "packaging", "pybind11"}
+overlay = tempfile.TemporaryDirectory()
+sites = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+for path in sites:
+    for found in Path(path).iterdir():
+        link = Path(overlay.name, found.name)
+        if found.stem.split("-")[0] in wanted and not link.exists():
+            link.symlink_to(found)
+sys.path[:] = [overlay.name, *(path for path in sys.path if path not in sites)]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+assert importlib.util.find_spec("jaxlib") is None
+assert importlib.util.find_spec("torch") is None
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+"""What pip's isolation leaves: of what is installed, the build's requirements alone."""
+
+
 def backend(hook: str, source: Path, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Call a hook of the build backend that pyproject.toml names, as isolated as pip's own: of what
-    is installed only the build's requirements can be imported."""
-    code = (
-        "import sys, tempfile\n"
-        "from pathlib import Path\n"
-        "folder = tempfile.TemporaryDirectory()\n"
-        "sites = [p for p in sys.path if Path(p).name in ('site-packages', 'dist-packages')]\n"
-        "for name in ('setuptools', '_distutils_hack', 'pkg_resources', 'wheel', 'packaging',\n"
-        "             'pybind11'):\n"
-        "    for found in [Path(p, name) for p in sites if Path(p, name).exists()][:1]:\n"
-        "        Path(folder.name, name).symlink_to(found)\n"
-        "sys.path[:] = [folder.name, *(p for p in sys.path if p not in sites)]\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
-        "import importlib.util\n"
-        "assert importlib.util.find_spec('jaxlib') is None\n"
-        "assert importlib.util.find_spec('torch') is None\n"
-        "from setuptools import build_meta\n"
-        f"print(build_meta.{hook}({str(out)!r}))"
-    )
-    return run(sys.executable, "-c", code, cwd=source, **{"DELTAOPS_CUDA": "0", **env})
+    """Call a hook of the build backend that pyproject.toml names, isolated."""
+    call = (sys.executable, "-c", ISOLATED, hook, str(out))
+    return run(*call, cwd=source, **{"DELTAOPS_CUDA": "0", **env})
 
 
 @pytest.fixture(scope="module")
