@@ -36,6 +36,19 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip vision": ("CLIPVision", _SIZES | _IMAGE),
 }  # fmt: skip
 ARCHITECTURES = tuple(_SETTINGS)
+_CLASSIFIER, _IMAGES = "ForSequenceClassification", "ForImageClassification"
+HEADS = {
+    "bert": _CLASSIFIER, "roberta": _CLASSIFIER, "distilbert": _CLASSIFIER,
+    "gpt2": "LMHeadModel", "llama": "ForCausalLM", "qwen3": "ForCausalLM",
+    "t5": "ForConditionalGeneration", "vit": _IMAGES, "clip vision": _IMAGES,
+}  # fmt: skip
+"""What the class of a model with a loss is called after its family; see :func:`labelled`."""
+
+
+def new_head(name: str) -> tuple[str, ...]:
+    """The head of ``HEADS`` that no pre-training knows, for ``modules_to_save``; of a language
+    model none."""
+    return ("classifier",) if HEADS[name] in (_CLASSIFIER, _IMAGES) else ()
 
 
 def build(name: str, *, head: str = "Model", **settings: Any) -> nn.Module:
@@ -50,6 +63,8 @@ def build(name: str, *, head: str = "Model", **settings: Any) -> nn.Module:
 
     family, defaults = _SETTINGS[name]
     config = getattr(transformers, f"{family}Config")(**defaults | settings)
+    if (family, head) == ("CLIPVision", _IMAGES):  # its class is named after the whole of CLIP
+        family, config = "CLIP", transformers.CLIPConfig(vision_config=config.to_dict())
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, f"{family}{head}")(config)
     with torch.no_grad():
@@ -59,13 +74,22 @@ def build(name: str, *, head: str = "Model", **settings: Any) -> nn.Module:
     return model.eval()
 
 
-def batch(name: str) -> dict[str, Tensor]:
+def batch(name: str, rows: int = 2) -> dict[str, Tensor]:
     """What to call the model with."""
     random = torch.Generator().manual_seed(1)
     if name in ("vit", "clip vision"):
-        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=random)}
-    ids = torch.randint(3, 60, (2, 7), generator=random)
+        return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=random)}
+    ids = torch.randint(3, 60, (rows, 7), generator=random)
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "t5" else {})
+
+
+def labelled(name: str, rows: int = 2) -> dict[str, Tensor]:
+    """The same for the model with a head of ``HEADS``, with what its loss needs."""
+    inputs = batch(name, rows)
+    if HEADS[name] in (_CLASSIFIER, _IMAGES):
+        return inputs | {"labels": torch.arange(rows) % 2}
+    inputs.pop("decoder_input_ids", None)  # made of the labels
+    return inputs | {"labels": inputs["input_ids"]}
 
 
 def answer(name: str, model: nn.Module) -> Tensor:

@@ -79,6 +79,10 @@ _LINES = (
         1e-3, "the MLP's matrices move all its prefixes",
     ),
     Contender("prompt", "Prompt, P = 16", "prompt:num_virtual_tokens=16", 3e-2, "few vectors"),
+    Contender(  # as many positions as the prompt's
+        "pool", "PromptPool, 4 of N = 10", "prompt-pool:size=10,length=4,top_k=4",
+        3e-2, "as the prompt's",
+    ),
     Contender(
         "intrinsic", "IntrinsicPrompt, q = 5",
         "intrinsic-prompt:num_virtual_tokens=16,intrinsic_dim=5", 3e-2, "few numbers",
@@ -89,6 +93,10 @@ _LINES = (
     Contender(
         "intrinsic-250", "IntrinsicPrompt, q = 250",
         "intrinsic-prompt:num_virtual_tokens=16,intrinsic_dim=250", 3e-2, "few numbers",
+    ),
+    Contender(
+        "intrinsic-adapter-250", "IntrinsicAdapter, q = 250",
+        "intrinsic-adapter:intrinsic_dim=250", 5e-2, "few numbers",
     ),
 )  # fmt: skip
 
