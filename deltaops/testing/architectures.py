@@ -20,18 +20,27 @@ _SIZES: dict[str, Any] = {
 _DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _TOKENS = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _IMAGE = {"image_size": 16, "patch_size": 8}
-_DISTIL = {"dim": HIDDEN, "hidden_dim": WIDE, "n_layers": BLOCKS, "n_heads": 2}
+_DISTIL = {
+    "dim": HIDDEN,
+    "hidden_dim": WIDE,
+    "n_layers": BLOCKS,
+    "n_heads": 2,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "seq_classif_dropout": 0.0,
+}
 _GPT2 = {"n_embd": HIDDEN, "n_inner": WIDE, "n_layer": BLOCKS, "n_head": 2, "n_positions": 32}
+_GATED = {"dropout_rate": 0.0, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 _T5 = {"d_model": HIDDEN, "d_kv": 12, "d_ff": WIDE, "num_layers": BLOCKS, "num_heads": 2}
 
 _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", _SIZES | _DRY | _TOKENS),
     "roberta": ("Roberta", _SIZES | _DRY | _TOKENS),
-    "distilbert": ("DistilBert", _DISTIL | _TOKENS | {"dropout": 0.0, "attention_dropout": 0.0}),
+    "distilbert": ("DistilBert", _DISTIL | _TOKENS),
     "gpt2": ("GPT2", _GPT2 | _TOKENS | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}),
     "llama": ("Llama", _SIZES | _TOKENS | {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", _SIZES | _TOKENS | {"num_key_value_heads": 1, "head_dim": 12}),
-    "t5": ("T5", _T5 | _TOKENS | {"dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}),
+    "t5": ("T5", _T5 | _TOKENS | _GATED),
     "vit": ("ViT", _SIZES | _DRY | _IMAGE),
     "clip vision": ("CLIPVision", _SIZES | _IMAGE),
 }  # fmt: skip

@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaops.testing import relative_error
-
 from . import ddp_worker
 from .test_contract import METHODS, PAIRS, UNREAD
 
@@ -85,6 +83,9 @@ def held(method: str, name: str, distributed: Gradients) -> None:
     found = distributed[method, name]
     assert found.keys() == expected.keys()
     assert found
+    whole = torch.cat([grad.flatten() for grad in expected.values()]).norm()
     for key, grad in found.items():
-        assert relative_error(grad, expected[key]) < 1e-4, key
+        # a softmax does not feel a bias of its keys: what is left of that gradient is rounding
+        size = max(expected[key].norm(), 1e-2 * whole)
+        assert (grad - expected[key]).norm() < 1e-4 * size, key
         assert bool(grad.any()) != (UNREAD[name] in key), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ pytest.importorskip("accelerate")
 
 def attached(method: str, name: str) -> Handle:
     """The method at its start, on a model with a loss, beside a head that is new."""
-    model = build(name, head=HEADS[name])
+    model: Any = build(name, head=HEADS[name])
+    if name == "vit":  # with a delta or without, transformers 5.23 resumes by others than it saves
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     torch.manual_seed(0)
     return deltaops.attach(model, replace(METHODS[method](), modules_to_save=new_head(name)))
 

@@ -115,6 +115,7 @@ _NAMED: dict[str, tuple[float, str]] = {
     "prefix": (3e-2, "on held-out training texts better than 0.01"),
     "prefix-mlp": (3e-3, _FASTER),
     "prompt": (1e-2, "on held-out training texts the best of 0.003, 0.01, 0.03 and 0.1"),
+    "pool": (1e-2, "on held-out training texts no worse than 0.03, and as the prompt's"),
     "intrinsic": (1e-1, _FASTER),
     "intrinsic-adapter": (1e-1, "names stand still: twice that beside a trained head"),
     "intrinsic-250": (3e-1, "on held-out training texts the best of 0.1, 0.3 and 1"),
