@@ -47,6 +47,11 @@ demo: $(STAMP) ## train, delta-tune and time a small language model (three minut
 test: $(STAMP) ## the whole test suite
 	$(RUN)/pytest
 
+.PHONY: matrix
+matrix: $(STAMP) ## every method on every architecture by every property of the contract (half an hour)
+	$(RUN)/pytest --everything tests/methods/test_contract.py tests/methods/test_training.py \
+		tests/methods/test_distributed.py tests/methods/test_defaults.py tests/methods/test_files.py
+
 .PHONY: check
 check: $(STAMP) ## format, lint, types, import rules: what CI runs besides the tests
 	$(RUN)/ruff format --check .

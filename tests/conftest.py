@@ -65,6 +65,10 @@ class Ahead:
                 future.set_exception(error)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--everything", action="store_true", help="also what is marked so")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Ahead(), "ahead")
 
@@ -75,8 +79,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     plugin.folder.cleanup()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("waits") is not None)
+    if config.option.everything:
+        return
+    left = [item for item in items if item.get_closest_marker("everything") is not None]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item.get_closest_marker("everything") is None]
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,6 +1,8 @@
 """Every method keeps what it promises, on every architecture; a new one joins by its lines here.
 
-``METHODS`` says how it is made, and ``plain.py`` how it is computed in torch's own functions.
+``METHODS`` says how it is made, and ``plain.py`` how it is computed in torch's own functions. What
+is tested on a few architectures is tested on all of them with ``--everything`` (``make matrix``),
+here, in ``test_training`` and in ``test_distributed``.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from deltaops.methods import METHODS as KNOWN
 from deltaops.methods import Delta, Promise
 from deltaops.surgery import Handle
 from deltaops.testing import bound, relative_error
-from deltaops.testing.architectures import ARCHITECTURES, answer, build
+from deltaops.testing.architectures import ARCHITECTURES, HEADS, answer, build
 
 from .oracle import assert_like_plain, grad_of, loss_of
 from .plain import apply_plainly
@@ -75,13 +77,26 @@ REFUSED = {
 """What cannot be, and why, in the words of the error."""
 FEW = ("bert", "gpt2", "llama", "t5")
 """A post-norm encoder, Conv1D with fused projections, a gated decoder with RMSNorm, two stacks."""
+PAIRS = [(m, n) for m in METHODS for n in ARCHITECTURES if (m, n) not in REFUSED]
+"""Method and architecture: all that there are."""
 
-for_each_method = pytest.mark.parametrize("method", METHODS)
-everywhere = pytest.mark.parametrize(
-    ("method", "name"),
-    [(m, n) for m in METHODS for n in ARCHITECTURES if (m, n) not in REFUSED],
-)
-on_a_few = pytest.mark.parametrize("name", FEW)
+UNREAD = dict.fromkeys(HEADS, "nothing") | {"clip vision": "post_layernorm"}
+"""Part of the names of what the loss of :data:`HEADS` does not depend on."""
+
+everywhere = pytest.mark.parametrize(("method", "name"), PAIRS)
+
+
+def on(*names: str, of: tuple[str, ...] = ARCHITECTURES) -> pytest.MarkDecorator:
+    """All pairs with an architecture in ``of``; beside ``names``, with --everything alone."""
+    pairs = [pair for pair in PAIRS if pair[1] in of]
+    left = pytest.mark.everything
+    return pytest.mark.parametrize(
+        ("method", "name"),
+        [pytest.param(m, n, marks=() if n in names else left) for m, n in pairs],
+    )
+
+
+on_a_few = on(*FEW)
 
 
 def attached(method: str, model: nn.Module, **settings: Any) -> Handle:
@@ -92,6 +107,12 @@ def attached(method: str, model: nn.Module, **settings: Any) -> Handle:
         for parameter in handle.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
     return handle
+
+
+def unmergeable(method: str, name: str) -> bool:
+    """Whether merging is refused: an RMSNorm has no bias to take up."""
+    biased_norm = method == "bitfit" and name in ("llama", "qwen3", "t5")
+    return biased_norm or Promise.MERGE_EQUALS_APPLY not in METHODS[method]().promises
 
 
 def test_every_method_is_here() -> None:
@@ -163,14 +184,12 @@ def test_save_and_load_give_the_same_bits(method: str, name: str, tmp_path: Path
     }
 
 
-@for_each_method
 @on_a_few
 def test_merge_equals_apply_or_says_why_not(method: str, name: str) -> None:
     model = build(name)
     handle = attached(method, model)
     applied = answer(name, model)
-    biased_norm = method == "bitfit" and name in ("llama", "t5")
-    if biased_norm or Promise.MERGE_EQUALS_APPLY not in handle.delta.promises:
+    if unmergeable(method, name):
         with pytest.raises(AttachError, match="Keep the delta applied"):
             handle.merge()
         assert torch.equal(answer(name, model), applied)
@@ -182,17 +201,17 @@ def test_merge_equals_apply_or_says_why_not(method: str, name: str) -> None:
     assert torch.equal(answer(name, model), applied)
 
 
-@for_each_method
+@on("gpt2")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_merge_in_other_precisions(method: str, dtype: torch.dtype) -> None:
-    if Promise.MERGE_EQUALS_APPLY not in METHODS[method]().promises:
+def test_merge_in_other_precisions(method: str, name: str, dtype: torch.dtype) -> None:
+    if unmergeable(method, name):
         pytest.skip("it does not merge")
-    model = build("gpt2").to(dtype)
+    model = build(name).to(dtype)
     handle = attached(method, model)
     oracle = copy.deepcopy(model).double()
-    expected = answer("gpt2", oracle)
+    expected = answer(name, oracle)
     model = handle.merge_and_unload()
-    assert relative_error(answer("gpt2", model), expected) < 16 * bound(0.0, dtype)
+    assert relative_error(answer(name, model), expected) < 16 * bound(0.0, dtype)
     plain = {type(m).__module__.split(".")[0] for m in model.modules()}
     assert plain <= {"torch", "transformers"}
 
@@ -220,7 +239,6 @@ def test_revert_restores_bits_classes_and_flags(method: str, name: str) -> None:
     assert all(torch.equal(state[key], now[key]) for key in state)
 
 
-@for_each_method
 @on_a_few
 def test_disabled_is_the_model_without_the_delta(method: str, name: str) -> None:
     model = build(name)
@@ -232,7 +250,6 @@ def test_disabled_is_the_model_without_the_delta(method: str, name: str) -> None
         )
 
 
-@for_each_method
 @on_a_few
 def test_copies_and_pickles_compute_the_same_alone(method: str, name: str) -> None:
     model = build(name)
@@ -248,7 +265,6 @@ def test_copies_and_pickles_compute_the_same_alone(method: str, name: str) -> No
         assert torch.equal(answer(name, model), expected)
 
 
-@for_each_method
 @on_a_few
 def test_gradient_checkpointing_gives_the_same_gradients(method: str, name: str) -> None:
     grads = []
@@ -263,7 +279,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, name: str)
     assert relative_error(grads[1], grads[0]) <= (16 * bound(0.0, torch.float32)) * (name == "t5")
 
 
-@for_each_method
 @on_a_few
 def test_bfloat16(method: str, name: str) -> None:
     model = build(name).to(torch.bfloat16)
@@ -276,14 +291,9 @@ def test_bfloat16(method: str, name: str) -> None:
     assert all(bool(torch.isfinite(grad_of(p)).all()) for p in handle.parameters())
 
 
-@for_each_method
-@pytest.mark.parametrize(
-    ("name", "head"),
-    [("llama", "ForCausalLM"), ("gpt2", "LMHeadModel"), ("t5", "ForConditionalGeneration")],
-    ids=["llama", "gpt2", "t5"],
-)
-def test_generation_with_a_cache_equals_without(method: str, name: str, head: str) -> None:
-    model = build(name, head=head)
+@on("gpt2", "llama", "t5", of=("gpt2", "llama", "qwen3", "t5"))
+def test_generation_with_a_cache_equals_without(method: str, name: str) -> None:
+    model = build(name, head=HEADS[name])
     attached(method, model)
     prompt = torch.tensor([[5, 17, 3, 40]])
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -297,33 +307,33 @@ def test_generation_with_a_cache_equals_without(method: str, name: str, head: st
     assert torch.equal(with_cache, without)
 
 
-@for_each_method
-def test_torch_compile(method: str) -> None:
-    model = build("llama")
+@on("llama")
+def test_torch_compile(method: str, name: str) -> None:
+    model = build(name)
     handle = attached(method, model)
-    loss_of(answer("llama", model)).backward()
-    expected = [answer("llama", model), *(grad_of(p).clone() for p in handle.parameters())]
+    loss_of(answer(name, model)).backward()
+    expected = [answer(name, model), *(grad_of(p).clone() for p in handle.parameters())]
     model.zero_grad()
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    y = answer("llama", compiled)
+    y = answer(name, compiled)
     loss_of(y).backward()
     found = [y, *(grad_of(p) for p in handle.parameters())]
     for ours, eager in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
 
-@for_each_method
-def test_it_learns(method: str) -> None:
-    teacher, model = build("bert"), build("bert")
+@on("bert")
+def test_it_learns(method: str, name: str) -> None:
+    teacher, model = build(name), build(name)
     attached(method, teacher)
     with torch.no_grad():
-        target = answer("bert", teacher)
+        target = answer(name, teacher)
     handle = deltaops.attach(model.train(), METHODS[method]())
     optimizer = torch.optim.Adam(handle.parameters(), lr=0.02)
     losses = []
     for _ in range(15):
-        loss = (answer("bert", model) - target).square().mean()
+        loss = (answer(name, model) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

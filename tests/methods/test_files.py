@@ -42,17 +42,20 @@ PATTERNS = LoRA(
     rank_pattern={r".*\.0\..*": 3, "attention.output.dense": 5},
     alpha_pattern={"1.output.dense": 1.5},
 )
+DORA, PLAIN = LoRA(r=3, alpha=5, use_dora=True), LoRA(r=3, alpha=5)
 CASES = [(delta, name) for delta in (IA3(), LNTuning()) for name in ARCHITECTURES]
-CASES += [(LoRA(r=3, alpha=5, use_dora=True), name) for name in ("gpt2", "bert", "llama")]
-CASES += [(LoRA(r=3, alpha=5), name) for name in ("gpt2", "llama", "t5", "vit")]
+CASES += [(DORA, name) for name in ("gpt2", "bert", "llama")]
+CASES += [(PLAIN, name) for name in ("gpt2", "llama", "t5", "vit")]
 CASES += [(PATTERNS, "bert")]
 CASES += [(delta(layers_to_transform=[1]), "bert") for delta in (LoRA, LNTuning)]
+OTHERS = [(delta, name) for delta in (DORA, PLAIN) for name in ARCHITECTURES]
+OTHERS = [case for case in OTHERS if case not in CASES]
 
 
 @pytest.mark.parametrize(
     ("delta", "name"),
-    CASES,
-    ids=[f"{delta.kind}-{name}" for delta, name in CASES],
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.everything) for case in OTHERS)],
+    ids=[f"{delta.kind}-{name}" for delta, name in CASES + OTHERS],
 )
 def test_peft_computes_the_same_and_files_go_both_ways(
     delta: Any, name: str, tmp_path: Path

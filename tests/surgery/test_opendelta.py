@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import deltaops
 from deltaops.cli import app
 from deltaops.errors import CheckpointError
+from deltaops.surgery.files import CONFIG, MANIFEST
 from deltaops.surgery.opendelta import from_opendelta, read_opendelta
 from deltaops.testing import relative_error
 from deltaops.testing.architectures import HIDDEN, answer, build
@@ -356,17 +357,52 @@ def test_opendelta_becomes_our_format_where_peft_has_none(tmp_path: Path) -> Non
     assert deltaops.load(model, tmp_path / "out").delta.size == WIDTH  # type: ignore[attr-defined]  # an Adapter
 
 
-def test_pefts_pickle_becomes_safetensors(tmp_path: Path) -> None:
+def test_every_kind_is_converted_to_the_format_that_can_hold_it(tmp_path: Path) -> None:
+    model, plain = build("bert"), nn.Identity()
+    model.save_pretrained(tmp_path / "bert")  # type: ignore[operator]  # transformers'
+    prefix = {"prefix.past_key": drawn(3, HIDDEN), "prefix.past_value": drawn(3, HIDDEN)}
+    kinds = {
+        "lora": (under(QUERY, GOOD), CONFIG),
+        "soft_prompt": ({"soft_prompt_layer.soft_embeds": drawn(5, HIDDEN)}, CONFIG),
+        "adapter": (under(DENSE, adapter(plain)), MANIFEST),
+        "compacter": (under(DENSE, compacter(plain)), MANIFEST),
+        "bitfit": (under(QUERY, {"bias": drawn(HIDDEN)}), MANIFEST),
+        "prefix": (
+            {
+                k: v
+                for i in range(2)
+                for k, v in under(f"encoder.layer.{i}.attention", prefix).items()
+            },
+            MANIFEST,
+        ),
+    }
+    for kind, (tensors, form) in kinds.items():
+        config = {"backbone_class": "BertModel", "lora_r": RANK}
+        source, out = opendelta_folder(tmp_path / f"od-{kind}", config, tensors), tmp_path / kind
+        convert(source, out, "--model", tmp_path / "bert")
+        assert (out / form).is_file(), kind
+        read, direct = build("bert"), build("bert")
+        deltaops.load(read, out)
+        from_opendelta(direct, config, tensors)
+        assert torch.equal(answer("bert", read), answer("bert", direct)), kind
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        deltaops.LoRA(r=2), deltaops.LoRA(r=2, use_dora=True), deltaops.IA3(), deltaops.LNTuning(),
+        deltaops.Prompt(3), deltaops.Prefix(3, shift_positions=True),
+    ],
+    ids=["lora", "dora", "ia3", "lntuning", "prompt", "prefix"],
+)  # fmt: skip
+def test_pefts_pickle_becomes_safetensors(delta: deltaops.LoRA, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    model = build("bert")
-    deltaops.attach(model, deltaops.LoRA(r=2)).save(tmp_path / "new")
+    deltaops.attach(build("bert"), delta).save(tmp_path / "new")
     tensors = load_file(tmp_path / "new" / "adapter_model.safetensors")
     old = tmp_path / "old"
     old.mkdir()
-    (old / "adapter_config.json").write_bytes(
-        (tmp_path / "new" / "adapter_config.json").read_bytes()
-    )
+    (old / CONFIG).write_bytes((tmp_path / "new" / CONFIG).read_bytes())
     torch.save(tensors, old / "adapter_model.bin")
     convert(old, tmp_path / "out")
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")

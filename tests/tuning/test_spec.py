@@ -16,6 +16,7 @@ from deltaops import (
     LNTuning,
     LoRA,
     ParallelAdapter,
+    Prefix,
     Prompt,
     PromptPool,
 )
@@ -53,6 +54,7 @@ from deltaops.tuning.spec import parse_delta
         ("bitfit:create_missing=false", BitFit(create_missing=False)),
         ("ia3:feedforward_modules=down_proj+", IA3(feedforward_modules=["down_proj"])),
         ("lntuning", LNTuning()),
+        ("prefix:num_virtual_tokens=8,reparameterised=true", Prefix(8, reparameterised=True)),
         ("prompt-pool:size=4,top_k=2,query=states", PromptPool(4, top_k=2, query="states")),
         ("intrinsic-prompt:intrinsic_dim=3,seed=2", IntrinsicPrompt(intrinsic_dim=3, seed=2)),
         ("intrinsic-adapter:intrinsic_dim=3,size=4", IntrinsicAdapter(intrinsic_dim=3, size=4)),

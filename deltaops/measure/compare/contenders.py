@@ -79,6 +79,10 @@ _LINES = (
         1e-3, "the MLP's matrices move all its prefixes",
     ),
     Contender("prompt", "Prompt, P = 16", "prompt:num_virtual_tokens=16", 3e-2, "few vectors"),
+    Contender(  # as many positions as the prompt's
+        "pool", "PromptPool, 4 of N = 10", "prompt-pool:size=10,length=4,top_k=4",
+        3e-2, "as the prompt's",
+    ),
     Contender(
         "intrinsic", "IntrinsicPrompt, q = 5",
         "intrinsic-prompt:num_virtual_tokens=16,intrinsic_dim=5", 3e-2, "few numbers",
@@ -89,6 +93,10 @@ _LINES = (
     Contender(
         "intrinsic-250", "IntrinsicPrompt, q = 250",
         "intrinsic-prompt:num_virtual_tokens=16,intrinsic_dim=250", 3e-2, "few numbers",
+    ),
+    Contender(
+        "intrinsic-adapter-250", "IntrinsicAdapter, q = 250",
+        "intrinsic-adapter:intrinsic_dim=250", 5e-2, "few numbers",
     ),
 )  # fmt: skip
 
@@ -107,6 +115,7 @@ _NAMED: dict[str, tuple[float, str]] = {
     "prefix": (3e-2, "on held-out training texts better than 0.01"),
     "prefix-mlp": (3e-3, _FASTER),
     "prompt": (1e-2, "on held-out training texts the best of 0.003, 0.01, 0.03 and 0.1"),
+    "pool": (1e-2, "on held-out training texts no worse than 0.03, and as the prompt's"),
     "intrinsic": (1e-1, _FASTER),
     "intrinsic-adapter": (1e-1, "names stand still: twice that beside a trained head"),
     "intrinsic-250": (3e-1, "on held-out training texts the best of 0.1, 0.3 and 1"),
