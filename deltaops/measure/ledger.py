@@ -60,8 +60,9 @@ def parts(cell: Cell, results: Results, took: float) -> str:
     frozen = _own_frozen(cell, results)
     if frozen is not None and found.frozen:
         text.append(f"our frozen layer {ms(frozen - found.frozen)} more than its own")
-        text.append(f"the rest {ms(took - frozen - found.branch)} more than its own")
-    elif found.frozen and found.branch:
+        rest = took - frozen - found.branch
+        text.append(f"the delta {ms(rest)} more than its own" if rest > 0 else "the delta no more")
+    else:
         text.append(f"all else {ms(took - found.floor)}")
     return ", ".join(text)
 

@@ -134,7 +134,7 @@ def test_where_the_multiply_adds_leave_room_the_parts_over_them_are_told() -> No
         f"the goal asks for {1e3 * (1.1 * at_peak + branch):.3g} ms; "
         f"of {1e3 * seconds[OURS]:.3g} ms the multiply-adds take {1e3 * (at_peak + branch):.3g} ms "
         f"at the FMA peak, our frozen layer {150 * at_peak:.3g} ms more than its own, "
-        f"the rest {50 * at_peak:.3g} ms more than its own"
+        f"the delta {50 * at_peak:.3g} ms more than its own"
     )
 
 
