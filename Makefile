@@ -61,7 +61,7 @@ check: $(STAMP) ## format, lint, types, import rules: what CI runs besides the t
 	$(RUN)/pytest -q tests/architecture
 
 .PHONY: bench
-bench: $(STAMP) ## measure this machine beside the peers: goals, JSON, report, pictures (22 minutes)
+bench: $(STAMP) ## measure this machine beside the peers: goals, JSON, report, pictures (20 minutes)
 	$(RUN)/deltaops bench --out benchmarks/results
 
 # A GPU machine has torch, triton, transformers, peft, pytest and nvcc, and no network: its own

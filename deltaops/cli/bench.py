@@ -36,7 +36,7 @@ def bench(
     compiled: bool | None = typer.Option(
         None, "--compiled/--no-compiled", help="Peers under torch.compile; not with --quick."
     ),
-    minutes: float | None = typer.Option(None, min=0.1, help="How long to measure: 22."),
+    minutes: float | None = typer.Option(None, min=0.1, help="How long to measure: 20."),
     report: Path | None = typer.Option(
         None, help="Measure nothing: goals, report and pictures of this JSON again."
     ),

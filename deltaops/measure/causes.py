@@ -7,18 +7,26 @@ from __future__ import annotations
 
 from . import cell as names
 from .cell import Cell, Results
+from .ledger import branch_flops, ledger, ms, parts
 
 
-def causes(goal: str, dtype: str, where: str, value: float, results: Results) -> list[str]:
-    """Sentences, each from a measured or counted fact; never empty."""
+def causes(goal: str, dtype: str, where: str, left: float, results: Results) -> list[str]:
+    """Sentences, each from a measured or counted fact; never empty.
+
+    left: the share of our time that the goal leaves.
+    """
     found = []
     cell = _cell(goal, dtype, where, results)
     if dtype == "bf16" and not results.machine.get("bf16_instructions"):
         found.append("this CPU has no BF16 instructions: bf16 is widened to float32")
     if cell is not None:
+        found += _asked(goal, cell, left, results)
         found += _own_work(goal, cell, results)
         found += _torch_at_the_peak(goal, cell, results)
         found += _others_product(goal, cell, results)
+        found += _again(goal, cell, results)
+        found += _mixed(goal, cell)
+        found += _call(goal, cell)
         found += _dropout(goal, cell, results)
         found += _free_delta(goal, cell)
         found += _saved(goal, cell)
@@ -27,6 +35,38 @@ def causes(goal: str, dtype: str, where: str, value: float, results: Results) ->
     if not found:
         found.append("no floor of this machine explains it")
     return [*found, f"instruction set {isa}"]
+
+
+def _asked(goal: str, cell: Cell, left: float, results: Results) -> list[str]:
+    """What time the goal leaves, beside that of the multiply-adds alone."""
+    if goal == "saved" or goal.startswith(("method", "call")):
+        return []
+    ours = names.MIXED if cell.group == "mixed" else names.OURS
+    if goal == "step-compiled":
+        ours = cell.best(names.OURS, names.OURS_COMPILED) or ours
+    if ours not in cell.timings:
+        return []
+    took = cell.timings[ours].median
+    text, floor, whose = f"the goal asks for {ms(left * took)}", None, ""
+    if cell.group == "step":
+        top = results.peak.get(cell.dtype)
+        if cell.flops and isinstance(top, float):
+            floor, whose = 1e-9 * cell.flops / top, " of the frozen base"
+    else:
+        found = ledger(cell, results)
+        floor = None if found is None else found.floor
+    if floor is None:
+        return [text]
+    if floor >= left * took:
+        return [
+            f"{text}, and the multiply-adds{whose} alone take {ms(floor)} at the FMA peak: no "
+            f"kernel of this machine reaches it; ours takes {ms(took)}"
+        ]
+    if cell.group == "step":
+        return [
+            f"{text} of {ms(took)}; the multiply-adds{whose} alone take {ms(floor)} at the FMA peak"
+        ]
+    return [f"{text}; {parts(cell, results, took)}"]
 
 
 def _cell(goal: str, dtype: str, where: str, results: Results) -> Cell | None:
@@ -41,14 +81,10 @@ def _cell(goal: str, dtype: str, where: str, results: Results) -> Cell | None:
 
 
 def branch_floor(cell: Cell) -> float:
-    """Flops of a LoRA layer over those of the frozen one, forward and backward.
-
-    The frozen layer has two products of 2·M·N·K; the branch has three that run over K and three
-    that run over N: 6·M·R·(N + K).
-    """
+    """Flops of a LoRA layer over those of the frozen one, forward and backward."""
     assert cell.shape is not None
-    _, n, k = cell.shape
-    return 1 + 6 * cell.rank * (n + k) / (4 * n * k)
+    m, n, k = cell.shape
+    return 1 + branch_flops(cell) / (4.0 * m * n * k)
 
 
 def _own_work(goal: str, cell: Cell, results: Results) -> list[str]:
@@ -70,7 +106,6 @@ def _torch_at_the_peak(goal: str, cell: Cell, results: Results) -> list[str]:
     peer = {
         "lora-frozen": names.FROZEN, "lora-peft": names.PEFT, "lora-prepacked": names.PREPACKED,
         "lora-peft-narrow": names.PEFT_NARROW, "bitfit": names.EAGER,
-        "adapter-layers": names.EAGER,
     }.get(goal)  # fmt: skip
     if not isinstance(top, float) or cell.shape is None or peer not in cell.timings:
         return []
@@ -97,6 +132,47 @@ def _others_product(goal: str, cell: Cell, results: Results) -> list[str]:
         f"{peer} reaches {100 * 2e-9 * m * n * k / t.median / top:.0f} % of the FMA peak"
         for peer, t in cell.timings.items()
         if peer != names.OURS or goal == "gemm-prepacked"
+    ]
+
+
+def _again(goal: str, cell: Cell, results: Results) -> list[str]:
+    """What the way to the core and cold caches cost: the same call some times in a row."""
+    found = []
+    top = results.peak.get(cell.dtype)
+    if not goal.startswith("gemm") or cell.shape is None or not isinstance(top, float):
+        return []
+    m, n, k = cell.shape
+    for peer in (names.OURS_AGAIN, names.PREPACKED_AGAIN):
+        if peer in cell.timings:
+            reached = 100 * 2e-9 * m * n * k / cell.timings[peer].median / top
+            found.append(f"{peer} reaches {reached:.0f} %")
+    return found
+
+
+def _mixed(goal: str, cell: Cell) -> list[str]:
+    """What is the routing's, and what the other adapters' own."""
+    if goal != "mixed":
+        return []
+    one, both = cell.ratio(names.ROUTED, names.OURS), cell.ratio(names.MIXED, names.ROUTED)
+    if one is None or both is None:
+        return []
+    return [
+        f"all rows by one of the eight take {one:.2f}×; that seven more pairs of factors are "
+        f"packed, and their gradients summed and stored, takes {both:.2f}× of that"
+    ]
+
+
+def _call(goal: str, cell: Cell) -> list[str]:
+    """What torch itself takes for an autograd.Function that does nothing."""
+    own, empty, plain = (
+        cell.timings.get(p) for p in (names.OURS, names.EMPTY_FUNCTION, names.FROZEN)
+    )
+    if goal != "call" or own is None or empty is None or plain is None:
+        return []
+    return [
+        f"an autograd.Function of as many tensors that computes nothing takes "
+        f"{1e6 * empty.median:.1f} of our {1e6 * own.median:.1f} µs, "
+        f"F.linear {1e6 * plain.median:.1f}"
     ]
 
 

@@ -12,6 +12,9 @@ OURS, OURS_COMPILED, ACCELERATED = "deltaops", "deltaops, compiled", "PEFT accel
 PEFT, PEFT_NARROW, PEFT_COMPILED = "PEFT", "PEFT, bf16 adapters", "PEFT, compiled"
 PREPACKED, EAGER = "oneDNN prepacked", "eager torch"
 MIXED, MIXED_ROWS = "8 adapters by sample", "8 adapters, rows shuffled"
+ROUTED = "8 adapters, all rows one's"
+OURS_AGAIN, PREPACKED_AGAIN = "deltaops, in a row", "oneDNN prepacked, in a row"
+EMPTY_FUNCTION = "empty Function"
 
 PEERS_OF_OTHERS = (PEFT, PEFT_NARROW, PEFT_COMPILED, PREPACKED, EAGER)
 
@@ -40,6 +43,8 @@ class Cell:
     note: str = ""
     model: str = ""
     """Of a method: the model that it is on, and its batch."""
+    flops: float = 0.0
+    """Of a training step: those of the frozen base's products, forward and backward."""
 
     def ratio(self, above: str, below: str) -> float | None:
         """The median of the rounds' ratios, else of the medians; None where a peer is missing."""

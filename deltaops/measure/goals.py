@@ -80,10 +80,17 @@ def _outcome(goal: Goal, dtype: str, limit: float, results: Results) -> Outcome:
     where, worst = pick(samples, key=lambda s: s[1])
     met: bool | None = worst >= limit if goal.sense == "≥" else worst <= limit
     middle = statistics.median(v for _, v in samples)
-    why = [] if met else causes(goal.id, dtype, where, worst, results)
+    why = [] if met else causes(goal.id, dtype, where, left_of(goal, worst, limit), results)
     if lacking := goal.lacking(results, dtype):
         where, met = f"{where}; {lacking}", None if met else False
     return Outcome(*shown, worst, middle, where, met, len(samples), why)
+
+
+def left_of(goal: Goal, value: float, limit: float) -> float:
+    """The share of our time that ``goal`` leaves where its value is ``value``."""
+    if goal.unit == " %" and goal.sense == "≤":  # over a reference
+        value, limit = 100 + value, 100 + limit
+    return value / limit if goal.sense == "≥" else limit / value
 
 
 def _why_empty(goal: Goal, dtype: str, results: Results) -> str:

@@ -1,7 +1,8 @@
 """A batch that mixes eight LoRA adapters, beside the same batch with one: what mixing costs.
 
 Samples are shuffled: neighbouring rows have one adapter, neighbouring samples different ones. Rows
-that are shuffled one by one are timed too: that is the worst order, and no goal's.
+that are shuffled one by one are timed too: that is the worst order, and no goal's. So is a batch
+whose rows all have one of the eight: what that costs is the routing's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from deltaops.reference import delta_linear as reference
 from deltaops.testing import assert_accurate
 
 from .cases import DTYPES, RANK, SCALING
-from .cell import MIXED, MIXED_ROWS, OURS, Cell
+from .cell import MIXED, MIXED_ROWS, OURS, ROUTED, Cell
 from .interleave import interleaved
 
 ADAPTERS = 8
@@ -66,6 +67,7 @@ def measure_mixed(
 
     peers: dict[str, Callable[[], list[Tensor]]] = {
         OURS: partial(run, branches[:1], None),
+        ROUTED: partial(run, branches, torch.zeros_like(samples)),
         MIXED: partial(run, branches, samples),
         MIXED_ROWS: partial(run, branches, rows),
     }

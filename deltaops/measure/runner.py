@@ -25,6 +25,8 @@ Shape = tuple[int, int, int]
 
 COMPILER = 45.0
 """Seconds under which a whole model is not worth compiling."""
+STEP, METHOD, LAYER = 12.0, 2.0, 1.0
+"""Seconds of a part's gate, warm-up and a few rounds."""
 NO_PEER = (
     "this CPU has no BF16 instructions: torch's own products take up to a hundred times as long"
 )
@@ -51,7 +53,7 @@ class Settings:
     dropouts: tuple[float, ...] = (0.0, 0.1)
     compiled: bool = True
     rounds: int = 15
-    minutes: float = 22.0
+    minutes: float = 20.0
 
     @classmethod
     def quick(cls) -> Settings:
@@ -72,6 +74,8 @@ class Part:
     """Its share of the time, beside the others'."""
     run: Callable[[float], list[Cell]]
     """Measures within about so many seconds."""
+    least: float = 0.0
+    """Seconds that it needs to measure all of its peers; parts before it do not get them."""
 
 
 def run(
@@ -100,7 +104,7 @@ def run(
         if left <= 0:
             left_out[part.name] = f"the {settings.minutes:g} minutes of the run were spent before"
             continue
-        share = left * part.weight / sum(p.weight for p in parts[done:])
+        share = _share(parts[done:], left)
         try:
             sound, wrong = sift(part.run(share))
         # a gate, or what one method cannot: the rest of a long run is still worth having
@@ -117,6 +121,15 @@ def run(
     return Results(facts, found, cells, left_out, failed)
 
 
+def _share(parts: list[Part], left: float) -> float:
+    """Seconds of the first one: what it needs, and its share of what all of them leave."""
+    needed, weights = sum(p.least for p in parts), sum(p.weight for p in parts)
+    over = left - needed
+    if over < 0:
+        return left * parts[0].least / needed
+    return parts[0].least + over * parts[0].weight / weights
+
+
 def plan(settings: Settings) -> Iterator[Part]:
     """The parts in order: all of float32 before bfloat16, whose peers may overrun their time."""
     pace = Pace()
@@ -124,7 +137,9 @@ def plan(settings: Settings) -> Iterator[Part]:
         if settings.layers:
             yield from _layers(settings, dtype, pace)
             if dtype == "f32":
-                yield Part("call", 1, lambda s: measure_call(rounds=settings.rounds, seconds=s))
+                yield Part(
+                    "call", 1, lambda s: measure_call(rounds=settings.rounds, seconds=s), LAYER
+                )
         if settings.steps and dtype in settings.step_dtypes:
             for name in settings.workloads:
                 for dropout in settings.dropouts:
@@ -139,15 +154,18 @@ def _layers(settings: Settings, dtype: str, pace: Pace) -> Iterator[Part]:
     # small ones first: how long the large ones would take is judged by them
     shapes = sorted(settings.shapes, key=lambda s: s[0] * s[1] * s[2])
     for shape in (*settings.small, *shapes):
-        yield Part(f"gemm {_text(shape)} {dtype}", 0.5, _product(settings, shape, dtype))
+        yield Part(f"gemm {_text(shape)} {dtype}", 0.5, _product(settings, shape, dtype), LAYER)
     for op in settings.ops:
         for shape in shapes:
             weight = 3.0 if op == "lora" else 1.0
             yield Part(
-                f"{op} {_text(shape)} {dtype}", weight, _layer(settings, op, shape, dtype, pace)
+                f"{op} {_text(shape)} {dtype}",
+                weight,
+                _layer(settings, op, shape, dtype, pace),
+                LAYER,
             )
     for shape in settings.mixed:
-        yield Part(f"mixed {_text(shape)} {dtype}", 0.5, _mixed(settings, shape, dtype))
+        yield Part(f"mixed {_text(shape)} {dtype}", 0.5, _mixed(settings, shape, dtype), LAYER)
 
 
 def _product(settings: Settings, shape: Shape, dtype: str) -> Callable[[float], list[Cell]]:
@@ -190,7 +208,8 @@ def _step(settings: Settings, name: str, dtype: str, dropout: float) -> Part:
         return [cell]
 
     dropped = f", dropout {dropout:g}" if dropout else ""
-    return Part(f"step {workload.title} {dtype}{dropped}", 24.0 if compiled else 12.0, measure)
+    weight, least = (24.0, COMPILER) if compiled else (12.0, STEP)
+    return Part(f"step {workload.title} {dtype}{dropped}", weight, measure, least)
 
 
 def _methods(settings: Settings, reader: str, dtype: str) -> Iterator[Part]:
@@ -198,7 +217,7 @@ def _methods(settings: Settings, reader: str, dtype: str) -> Iterator[Part]:
     for name in settings.methods:
         yield Part(
             f"method {known[name].title} on {workload.title} {dtype}", 1.5,
-            _method(settings, known[name], workload, dtype),
+            _method(settings, known[name], workload, dtype), METHOD,
         )  # fmt: skip
 
 

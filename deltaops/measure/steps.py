@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deltaops.methods.lora import LoRA
 from deltaops.surgery import accelerate, attach
@@ -79,13 +80,14 @@ def measure_steps(
         name: saved_bytes(lambda m=model: _loss(m, batch), _held(model, batch))  # type: ignore[misc]  # a default in a lambda
         for name, model in models.items()
     }
+    flops = _flops(models[FROZEN], batch)
     if compiled:
         _add_compiled(models, absent, batch, oracle, baseline)
     steps = {name: _stepper(model, batch) for name, model in models.items()}
     timings = interleaved(steps, rounds=rounds, seconds=seconds, on_round=on_round)
     return Cell(
         "step", workload.title, dtype, dropout, timings, absent, saved,
-        rank=RANK, tokens=workload.tokens, note=note,
+        rank=RANK, tokens=workload.tokens, note=note, flops=flops,
     )  # fmt: skip
 
 
@@ -177,6 +179,13 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
         batch = _leaf(model, batch)
     loss: Tensor = model(**batch).loss
     return loss
+
+
+def _flops(model: nn.Module, batch: Batch) -> float:
+    """Multiplications and additions of a step's products, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        _loss(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own has no types
+    return float(counter.get_total_flops())
 
 
 def _leaf(model: nn.Module, batch: Batch) -> Batch:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaops.measure import mixed
-from deltaops.measure.cell import MIXED, MIXED_ROWS, OURS
+from deltaops.measure.cell import MIXED, MIXED_ROWS, OURS, ROUTED
 from deltaops.measure.goals import evaluate
 
 from .results import cell, results
@@ -15,7 +15,7 @@ from .results import cell, results
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_mixed_batches_are_timed_beside_one_adapter(dtype: str) -> None:
     found = mixed.measure_mixed((19, 24, 16), dtype, rounds=1)
-    assert list(found.timings) == [OURS, MIXED, MIXED_ROWS]
+    assert list(found.timings) == [OURS, ROUTED, MIXED, MIXED_ROWS]
     assert (found.group, found.what, found.dtype) == ("mixed", "19×24×16", dtype)
 
 
