@@ -126,28 +126,60 @@ void store_token(const float *from, int64_t D, float factor, T *to) {
   });
 }
 
-/* Brings what the next head will be read from into L2, a few lines at each tile: its tokens are
- * short runs on as many pages, which no hardware prefetcher follows. */
+/* Brings what the next head will be read from, and this one written to, into L2, a few lines for
+ * each slice of a tile: its tokens are short runs on as many pages, which no hardware prefetcher
+ * follows, and more lines at once than a core can wait for would hold it up. */
 template <class T>
 class TokensAhead {
  public:
-  TokensAhead(int64_t D, int64_t tiles) : D_(D), tiles_(tiles) {}
+  /* What is added is asked for within `products` products of queries and keys. */
+  TokensAhead(const Shape &s, int64_t products)
+      : lines_(ceil_div(s.D * static_cast<int64_t>(sizeof(T)), kLine)),
+        slices_(most(products * s.Lq * s.keys * s.columns / (s.causal ? 2 : 1) /
+                         (kTileRows * kTileColumns * PanelAhead::kSlice),
+                     1)) {}
 
   void add(const deltaops_heads &heads, int64_t b, int64_t h, int64_t count) {
-    constexpr int64_t kMost = 1 << 16;  // bytes of one tensor: two or three of them fill half of L2
+    constexpr int64_t kMost = 1 << 10;  // lines of one tensor: several of them fill half of L2
     const Tokens<const T> from = tokens<const T>(heads, b, h);
-    const int64_t some = least(count, kMost / (D_ * static_cast<int64_t>(sizeof(T))));
-    if (some > 0) list_[used_++] = Prefetch<T>({from.data, from.stride, 1}, some, D_, tiles_);
+    const int64_t some = least(count, kMost / lines_);
+    if (from.data == nullptr || some <= 0) return;
+    list_[used_++] = {from, some};
+    total_ += some * lines_;
+    each_ = ceil_div(total_, slices_);
   }
 
   DELTAOPS_INLINE void some() {
-    for (int i = 0; i < used_; ++i) list_[i].some();
+    for (int64_t i = 0; i < each_; ++i) {
+      if (left_ == 0) {
+        while (token_ == list_[at_].count) {
+          token_ = 0;
+          if (++at_ >= used_) {
+            each_ = 0;
+            return;
+          }
+        }
+        line_ = reinterpret_cast<const char *>(list_[at_].from.at(token_++));
+        left_ = lines_;
+      }
+      __builtin_prefetch(line_, 0, 2);
+      line_ += kLine;
+      --left_;
+    }
   }
 
  private:
-  int64_t D_, tiles_;
-  Prefetch<T> list_[5];
-  int used_ = 0;
+  static constexpr int64_t kLine = 64;  // bytes
+  struct Run {
+    Tokens<const T> from;
+    int64_t count;
+  };
+  int64_t lines_, slices_, each_ = 0;
+  const char *line_ = nullptr;
+  int64_t left_ = 0, token_ = 0;
+  int at_ = 0, used_ = 0;
+  Run list_[8];
+  int64_t total_ = 0;
 };
 
 }  // namespace
