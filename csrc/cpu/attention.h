@@ -93,7 +93,8 @@ void score_strip(const Shape &s, const Block &block, int64_t i, const float *a, 
     });
 }
 
-/* c [kTileRows][row] += a b, a the strip's scores and b the keys' rows, over the keys that it sees. */
+/* c [kTileRows][row] += a b, a the strip's scores and b the keys' rows, over the keys that it sees.
+ */
 template <bool add, class T>
 void query_strip(const Shape &s, const Block &block, int64_t i, const float *a, const float *b,
                  float *c, TokensAhead<T> *ahead) {
@@ -110,8 +111,8 @@ void key_block(const Shape &s, const Block &block, const float *a, const float *
     for (int64_t n = 0; n < block.keys; n += kTileRows) {
       const int64_t i = block.first(n);
       if (!add || i < block.rows)
-        sum_tile<add>(a + i * kScoreRow + n, 1, kScoreRow, b + i * s.row + d, block.rows - i,
-                       s.row, c + n * s.row + d, ahead);
+        sum_tile<add>(a + i * kScoreRow + n, 1, kScoreRow, b + i * s.row + d, block.rows - i, s.row,
+                      c + n * s.row + d, ahead);
     }
 }
 
@@ -275,7 +276,7 @@ void forward_block(const AttentionForwardArgs &args, const Shape &s, const Forwa
       if (visible == 0) continue;
       const int64_t count = least(kTileRows, rows - i), slot = seen <= kKeys ? 0 : i * s.row;
       float *q = at.q + slot, *sums = at.y + slot;
-      if (k0 == 0) pack_tokens(s, tokens<const T>(args.q, b, h), r0 + i, count, kTileRows, q);
+      if (k0 == 0) pack_turned(s, b, tokens<const T>(args.q, b, h), r0 + i, count, kTileRows, q);
       score_strip(s, block, i, q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores,
                   ahead);
       const int64_t width = round_up(visible, kLanes);
@@ -302,8 +303,8 @@ void forward_block(const AttentionForwardArgs &args, const Shape &s, const Forwa
 }
 
 template <class T>
-deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
-  const Shape s = shape_of(args);
+deltaops_status attention_forward_as(const AttentionForwardArgs &args, const RotaryTables *tables) {
+  const Shape s = shape_of(args, tables);
   if (s.B == 0 || s.H == 0 || s.Lq == 0) return DELTAOPS_OK;
   const int64_t most = round_up(ceil_div(s.Lq, ceil_div(s.Lq, kQueries)), kTileRows);
   const int64_t blocks = ceil_div(s.Lq, most), items = s.B * s.H * blocks;
@@ -325,9 +326,10 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
         const int64_t head = item / blocks, b = head / s.H, h = head % s.H;
         if (const int64_t owner = head / s.group; owner != packed) {
           const int64_t kv = h / s.group;
-          pack_joined_panels(s, joined<T>(args, args.prefix_k, args.k, b, kv), 0, s.keys, at.values,
-                             at.keys);
-          pack_joined(s, joined<T>(args, args.prefix_v, args.v, b, kv), 0, s.keys, at.values);
+          pack_joined_panels(s, joined<T>(args, args.prefix_k, args.k, b, kv, s.tables != nullptr),
+                             0, s.keys, at.values, at.keys);
+          pack_joined(s, joined<T>(args, args.prefix_v, args.v, b, kv, false), 0, s.keys,
+                      at.values);
           packed = owner;
         }
         if (head != entered) {
@@ -353,9 +355,9 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
   }
 }
 
-deltaops_status attention_forward(const AttentionForwardArgs &args) {
-  return args.dtype == DELTAOPS_BF16 ? attention_forward_as<Bf16>(args)
-                                     : attention_forward_as<float>(args);
+deltaops_status attention_forward(const AttentionForwardArgs &args, const RotaryTables *tables) {
+  return args.dtype == DELTAOPS_BF16 ? attention_forward_as<Bf16>(args, tables)
+                                     : attention_forward_as<float>(args, tables);
 }
 
 /* ------------------------------------------------------------------------------------ backward */
@@ -436,12 +438,16 @@ void deltas(const Shape &s, const Tokens<const T> &dy, const Tokens<const T> &y,
   }
 }
 
-/* Rows of sums to the tokens of a gradient, where it is wanted. */
+/* Rows of sums to the tokens of a gradient, where it is wanted; turned back where what it is of was
+ * turned. */
 template <class T>
-void store_gradient(const Shape &s, const deltaops_heads &grad, int64_t b, int64_t h, int64_t first,
-                    int64_t count, const float *sums) {
+void store_gradient(const Shape &s, const deltaops_heads &grad, bool turned, int64_t b, int64_t h,
+                    int64_t first, int64_t count, const float *sums) {
   if (grad.data == nullptr) return;
   const Tokens<T> to = tokens<T>(grad, b, h);
+  if (turned)
+    return turn_tokens<true>(s, b, first, count, Tokens<const float>{sums, s.row},
+                             Tokens<T>{to.at(first), to.stride});
   for (int64_t i = 0; i < count; ++i) store_token(sums + i * s.row, s.D, 1.0f, to.at(first + i));
 }
 
@@ -452,7 +458,7 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
                     int64_t b, int64_t h, const Block &block, bool first, TokensAhead<T> *ahead) {
   const int64_t member = h % s.group, r0 = block.r0, rows = block.rows;
   const int64_t padded = round_up(rows, kTileRows);
-  pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, padded, at.q);
+  pack_turned(s, b, tokens<const T>(args.q, b, h), r0, rows, padded, at.q);
   pack_tokens(s, tokens<const T>(args.grad_y, b, h), r0, rows, padded, at.dy);
   const float *lse = args.lse + (b * s.H + h) * s.Lq + r0;
   const float *delta = at.delta + member * s.Lq + r0;
@@ -485,7 +491,7 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
     if (args.grad_q.data == nullptr) continue;
     if (all_keys) {
       query_strip<false>(s, block, i, ds, at.key_rows, at.dq, ahead);
-      store_gradient<T>(s, args.grad_q, b, h, r0 + i, least(kTileRows, rows - i), at.dq);
+      store_gradient<T>(s, args.grad_q, s.tables, b, h, r0 + i, least(kTileRows, rows - i), at.dq);
     } else {
       float *dq = at.dq + (member * (s.Lq + kTileRows) + r0 + i) * s.row;
       block.k0 == 0 ? query_strip<false>(s, block, i, ds, at.key_rows, dq, ahead)
@@ -510,15 +516,15 @@ void backward_head(const AttentionBackwardArgs &args, const Shape &s, const Back
   for (int64_t g = 0; g < s.group && s.keys > kKeys; ++g)
     deltas(s, tokens<const T>(args.grad_y, b, h0 + g), tokens<const T>(args.y, b, h0 + g),
            at.delta + g * s.Lq);
-  const Joined<T> k = joined<T>(args, args.prefix_k, args.k, b, kv);
-  const Joined<T> v = joined<T>(args, args.prefix_v, args.v, b, kv);
+  const Joined<T> k = joined<T>(args, args.prefix_k, args.k, b, kv, s.tables != nullptr);
+  const Joined<T> v = joined<T>(args, args.prefix_v, args.v, b, kv, false);
   const bool prefix_alone = !args.grad_q.data && !args.grad_k.data && !args.grad_v.data;
   const int64_t end = prefix_alone ? s.P : s.keys;
   for (int64_t k0 = 0; k0 < end; k0 += kKeys) {
     const int64_t keys = least(kKeys, s.keys - k0);
     pack_joined_panels(s, v, k0, keys, at.key_rows, at.values);
-    pack_joined_panels(s, k, k0, keys, at.key_rows, at.keys);
     pack_joined(s, k, k0, keys, at.key_rows);
+    pack_transposed(s, Tokens<const float>{at.key_rows, s.row}, 0, keys, at.keys);
     const int64_t begin = s.causal ? most(k0 - s.P, 0) / kQueries * kQueries : 0;
     if (s.Lq == 0) {
       memset(at.dk, 0, static_cast<size_t>(keys * s.row) * sizeof(float));
@@ -537,17 +543,18 @@ void backward_head(const AttentionBackwardArgs &args, const Shape &s, const Back
       gather(at.dv, shared * s.row, add, dv ? dv + k0 * s.row : nullptr);
     }
     const int64_t first = k0 + shared - s.P, rest = keys - shared;
-    store_gradient<T>(s, args.grad_k, b, kv, first, rest, at.dk + shared * s.row);
-    store_gradient<T>(s, args.grad_v, b, kv, first, rest, at.dv + shared * s.row);
+    store_gradient<T>(s, args.grad_k, s.tables, b, kv, first, rest, at.dk + shared * s.row);
+    store_gradient<T>(s, args.grad_v, false, b, kv, first, rest, at.dv + shared * s.row);
   }
   if (s.keys == 0) memset(at.dq, 0, static_cast<size_t>(s.group * member) * sizeof(float));
   for (int64_t g = 0; g < s.group && (s.keys == 0 || s.keys > kKeys); ++g)
-    store_gradient<T>(s, args.grad_q, b, h0 + g, 0, s.Lq, at.dq + g * member);
+    store_gradient<T>(s, args.grad_q, s.tables, b, h0 + g, 0, s.Lq, at.dq + g * member);
 }
 
 template <class T>
-deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
-  const Shape s = shape_of(args);
+deltaops_status attention_backward_as(const AttentionBackwardArgs &args,
+                                      const RotaryTables *tables) {
+  const Shape s = shape_of(args, tables);
   if (s.Hkv == 0) return DELTAOPS_OK;
   Arena none(nullptr);
   const int64_t items = prefix_sums(args, s, &none).runs * s.Hkv;
@@ -593,9 +600,9 @@ deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
   }
 }
 
-deltaops_status attention_backward(const AttentionBackwardArgs &args) {
-  return args.dtype == DELTAOPS_BF16 ? attention_backward_as<Bf16>(args)
-                                     : attention_backward_as<float>(args);
+deltaops_status attention_backward(const AttentionBackwardArgs &args, const RotaryTables *tables) {
+  return args.dtype == DELTAOPS_BF16 ? attention_backward_as<Bf16>(args, tables)
+                                     : attention_backward_as<float>(args, tables);
 }
 
 }  // namespace
