@@ -117,7 +117,9 @@ def _is_attend(function: ast.expr, body: list[ast.stmt], table: str) -> bool:
         node
         for step in body
         for node in ast.walk(step)
-        if _is_name(node, (function.id,)) and not isinstance(node.ctx, ast.Load)
+        if isinstance(node, ast.Name)
+        and node.id == function.id
+        and not isinstance(node.ctx, ast.Load)
     ]
     sources = [step for step in body if isinstance(step, ast.Assign | ast.AnnAssign)]
     found = [
