@@ -10,6 +10,8 @@
  * panels for the products that make a score, everything else as rows of floats whose stride is an
  * odd number of cache lines, so that a column of them spreads over all sets. P never leaves a
  * block. What causality hides is left out tile by tile: nearly half of the work.
+ * A strip of queries, as many as a tile has rows, makes its scores, softmax and sums in one go,
+ * which all stay in L1.
  *
  * The keys of a prefix come before those of the sequence: keys 0 ... P - 1 of an axis of P + Lk,
  * joined while they are packed, so that one softmax runs over both. No mask and no causality

@@ -64,9 +64,11 @@ def attention(
     Returns: ``[B, H, Lq, D]`` in the dtype of ``q``, under autocast too; zeros for a query that
         sees no key. Its memory is dense and ordered ``[B, Lq, H, D]``, as the projection behind it
         reads it.
-    Raises: ShapeError, DtypeError, DeviceError, ConfigError, NoBackendError.
-    Gradients: ``q``, ``k`` and ``v``; first order. Kept are these three, y, the mask, and a float32
-        for each query and head.
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, NoBackendError; with tables
+        GradientError, too.
+    Gradients: ``q``, ``k`` and ``v``; first order. Kept are these three, y, the mask, the tables,
+        and a float32 for each query and head; where no backend does both in one pass, q and k
+        turned.
     Source: Vaswani et al. 2017 (arXiv 1706.03762); computed as by Dao et al. 2022 (arXiv
         2205.14135), heads shared as by Ainslie et al. 2023 (arXiv 2305.13245).
     """
