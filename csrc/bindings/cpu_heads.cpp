@@ -87,6 +87,19 @@ void add_prefix(Args *args, int dtype, int64_t length, Address k, const PrefixSt
   args->prefix_v = prefix_heads(v, v_strides);
 }
 
+// Angles that q and k are turned by; cos 0: they are not.
+struct Tables {
+  Tables(int dtype, Address cos, Address sin, const std::array<int64_t, 2> &strides)
+      : given(cos != 0) {
+    all.cos = reinterpret_cast<const void *>(cos);
+    all.sin = reinterpret_cast<const void *>(sin);
+    std::copy(strides.begin(), strides.end(), all.strides);
+    all.dtype = dtype;
+  }
+  bool given;
+  deltaops_rotary_tables all = {};
+};
+
 void attention_forward(int dtype, const std::array<int64_t, 6> &sizes, Address q,
                        const Strides &q_strides, Address k, const Strides &k_strides, Address v,
                        const Strides &v_strides, Address mask,
@@ -95,14 +108,17 @@ void attention_forward(int dtype, const std::array<int64_t, 6> &sizes, Address q
                        int num_threads, int prefix_dtype, int64_t prefix_length, Address prefix_k,
                        const PrefixStrides &prefix_k_strides, Address prefix_v,
                        const PrefixStrides &prefix_v_strides, Address bias,
-                       const PairStrides &bias_strides, int64_t bias_from) {
+                       const PairStrides &bias_strides, int64_t bias_from, int table_dtype,
+                       Address cos, Address sin, const std::array<int64_t, 2> &table_strides) {
   auto args = attention_args<deltaops_attention_forward_args>(
       dtype, sizes, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides, y, y_strides, lse,
       scale, causal, num_threads);
   add_prefix(&args, prefix_dtype, prefix_length, prefix_k, prefix_k_strides, prefix_v,
              prefix_v_strides);
   add_bias(&args, bias, bias_strides, bias_from);
-  run(deltaops_cpu_attention_forward, args);
+  const Tables tables(table_dtype, cos, sin, table_strides);
+  if (!tables.given) return run(deltaops_cpu_attention_forward, args);
+  without_gil([&] { return deltaops_cpu_rotary_attention_forward(&args, &tables.all); });
 }
 
 void attention_backward(
@@ -114,7 +130,8 @@ void attention_backward(
     float scale, bool causal, int num_threads, int prefix_dtype, int64_t prefix_length,
     Address prefix_k, const PrefixStrides &prefix_k_strides, Address prefix_v,
     const PrefixStrides &prefix_v_strides, Address grad_prefix_k, Address grad_prefix_v,
-    Address bias, const PairStrides &bias_strides, int64_t bias_from) {
+    Address bias, const PairStrides &bias_strides, int64_t bias_from, int table_dtype, Address cos,
+    Address sin, const std::array<int64_t, 2> &table_strides) {
   auto args = attention_args<deltaops_attention_backward_args>(
       dtype, sizes, q, q_strides, k, k_strides, v, v_strides, mask, mask_strides, y, y_strides, lse,
       scale, causal, num_threads);
@@ -128,7 +145,9 @@ void attention_backward(
   args.grad_prefix_k = prefix_heads(grad_prefix_k, dense);
   args.grad_prefix_v = prefix_heads(grad_prefix_v, dense);
   add_bias(&args, bias, bias_strides, bias_from);
-  run(deltaops_cpu_attention_backward, args);
+  const Tables tables(table_dtype, cos, sin, table_strides);
+  if (!tables.given) return run(deltaops_cpu_attention_backward, args);
+  without_gil([&] { return deltaops_cpu_rotary_attention_backward(&args, &tables.all); });
 }
 
 }  // namespace
@@ -145,6 +164,8 @@ void add_heads(py::module_ &m) {
         py::arg("prefix_k") = 0, py::arg("prefix_k_strides") = PrefixStrides{},
         py::arg("prefix_v") = 0, py::arg("prefix_v_strides") = PrefixStrides{}, py::arg("bias") = 0,
         py::arg("bias_strides") = PairStrides{}, py::arg("bias_from") = 0,
+        py::arg("table_dtype") = 0, py::arg("cos") = 0, py::arg("sin") = 0,
+        py::arg("table_strides") = std::array<int64_t, 2>{},
         "sizes: B, H, Hkv, Lq, Lk, D; mask and lse: 0 where absent.");
   m.def("attention_backward", &attention_backward, py::arg("dtype"), py::arg("sizes"),
         py::arg("grad_y"), py::arg("grad_y_strides"), py::arg("q"), py::arg("q_strides"),
@@ -157,6 +178,8 @@ void add_heads(py::module_ &m) {
         py::arg("prefix_v") = 0, py::arg("prefix_v_strides") = PrefixStrides{},
         py::arg("grad_prefix_k") = 0, py::arg("grad_prefix_v") = 0, py::arg("bias") = 0,
         py::arg("bias_strides") = PairStrides{}, py::arg("bias_from") = 0,
+        py::arg("table_dtype") = 0, py::arg("cos") = 0, py::arg("sin") = 0,
+        py::arg("table_strides") = std::array<int64_t, 2>{},
         "Gradients of address 0 are not wanted; those of a prefix are contiguous.");
 }
 

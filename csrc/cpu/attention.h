@@ -10,6 +10,8 @@
  * panels for the products that make a score, everything else as rows of floats whose stride is an
  * odd number of cache lines, so that a column of them spreads over all sets. P never leaves a
  * block. What causality hides is left out tile by tile: nearly half of the work.
+ * A strip of queries, as many as a tile has rows, makes its scores, softmax and sums in one go,
+ * which all stay in L1.
  *
  * The keys of a prefix come before those of the sequence: keys 0 ... P - 1 of an axis of P + Lk,
  * joined while they are packed, so that one softmax runs over both. No mask and no causality
@@ -37,22 +39,24 @@ static_assert(kQueries % kTileRows == 0 && kKeys % kTileColumns == 0 && kKeys <=
 static_assert(kTileRows <= kScoreRow - kKeys, "");
 
 /* c = factor a b for kTileRows rows of neighbours a and the first NV vectors of a panel b. */
-template <int NV>
+template <int NV, class T>
 __attribute__((noinline)) void score_tile(const float *a, ptrdiff_t a_row, const float *b,
-                                          int64_t steps, float factor, float *c) {
+                                          int64_t steps, float factor, float *c,
+                                          TokensAhead<T> *ahead) {
   VecF acc[kTileRows][NV] = {};
-  accumulate_chains(acc, a, a_row, b, steps, nullptr, kTileColumns);
+  accumulate_chains<kTileRows, NV, true>(acc, a, a_row, b, steps, ahead, kTileColumns);
   DELTAOPS_UNROLL
   for (int i = 0; i < kTileRows; ++i) DELTAOPS_UNROLL
   for (int j = 0; j < NV; ++j) store(c + i * kScoreRow + j * kLanes, acc[i][j] * splat(factor));
 }
 
 /* c = a b, or c += a b, over at most kChain steps. */
-template <bool add>
+template <bool add, class T>
 __attribute__((noinline)) void sum_tile(const float *a, ptrdiff_t a_row, ptrdiff_t a_step,
-                                        const float *b, int64_t steps, ptrdiff_t row, float *c) {
+                                        const float *b, int64_t steps, ptrdiff_t row, float *c,
+                                        TokensAhead<T> *ahead) {
   VecF acc[kTileRows][kTileVectors] = {};
-  accumulate(acc, a, a_row, a_step, b, steps, row);
+  accumulate<kTileRows, kTileVectors, true>(acc, a, a_row, a_step, b, steps, row, ahead);
   DELTAOPS_UNROLL
   for (int i = 0; i < kTileRows; ++i) DELTAOPS_UNROLL
   for (int j = 0; j < kTileVectors; ++j) {
@@ -79,42 +83,38 @@ struct Block {
   }
 };
 
-/* c [rows][kScoreRow] = factor a b^T in the vectors that some query of a strip sees. */
+/* c [kTileRows][kScoreRow] = factor a b^T in the vectors that some query of the strip from i on
+ * sees; a its rows. */
 template <class T>
-void score_block(const Shape &s, const Block &block, const float *a, const float *panels,
+void score_strip(const Shape &s, const Block &block, int64_t i, const float *a, const float *panels,
                  float factor, float *c, TokensAhead<T> *ahead) {
-  for (int64_t n = 0; n < block.keys; n += kTileColumns, panels += s.panel)
-    for (int64_t i = block.first(n) / kTileRows * kTileRows; i < block.rows; i += kTileRows) {
-      const int64_t seen = block.visible(i + kTileRows - 1) - n;
-      if (seen <= 0) continue;
-      ahead->some();
-      with_rows<kTileVectors>(least(ceil_div(seen, kLanes), kTileVectors), [&](auto vectors) {
-        score_tile<decltype(vectors)::value>(a + i * s.row, s.row, panels, s.D, factor,
-                                             c + i * kScoreRow + n);
-      });
-    }
+  const int64_t seen = block.visible(i + kTileRows - 1);
+  for (int64_t n = 0; n < seen; n += kTileColumns, panels += s.panel)
+    with_rows<kTileVectors>(least(ceil_div(seen - n, kLanes), kTileVectors), [&](auto vectors) {
+      score_tile<decltype(vectors)::value>(a, s.row, panels, s.D, factor, c + n, ahead);
+    });
 }
 
-/* c [rows][row] += a b, a the scores and b the keys' rows, over the keys that a strip sees. */
-template <bool add>
-void query_block(const Shape &s, const Block &block, const float *a, const float *b, float *c) {
+/* c [kTileRows][row] += a b, a the strip's scores and b the keys' rows, over the keys that it sees.
+ */
+template <bool add, class T>
+void query_strip(const Shape &s, const Block &block, int64_t i, const float *a, const float *b,
+                 float *c, TokensAhead<T> *ahead) {
+  const int64_t steps = block.visible(i + kTileRows - 1);
   for (int64_t d = 0; d < s.columns; d += kTileColumns)
-    for (int64_t i = 0; i < block.rows; i += kTileRows) {
-      const int64_t steps = block.visible(i + kTileRows - 1);
-      if (add && steps == 0) continue;
-      sum_tile<add>(a + i * kScoreRow, kScoreRow, 1, b + d, steps, s.row, c + i * s.row + d);
-    }
+    sum_tile<add>(a, kScoreRow, 1, b + d, steps, s.row, c + d, ahead);
 }
 
-/* c [keys][row] += a^T b, b the queries' rows, over the queries that see a strip of keys. */
-inline void key_block(const Shape &s, const Block &block, const float *a, const float *b,
-                      float *c) {
+/* c [keys][row] = or += a^T b, b the queries' rows, over the queries that see a strip of keys. */
+template <bool add, class T>
+void key_block(const Shape &s, const Block &block, const float *a, const float *b, float *c,
+               TokensAhead<T> *ahead) {
   for (int64_t d = 0; d < s.columns; d += kTileColumns)
     for (int64_t n = 0; n < block.keys; n += kTileRows) {
       const int64_t i = block.first(n);
-      if (i < block.rows)
-        sum_tile<true>(a + i * kScoreRow + n, 1, kScoreRow, b + i * s.row + d, block.rows - i,
-                       s.row, c + n * s.row + d);
+      if (!add || i < block.rows)
+        sum_tile<add>(a + i * kScoreRow + n, 1, kScoreRow, b + i * s.row + d, block.rows - i, s.row,
+                      c + n * s.row + d, ahead);
     }
 }
 
@@ -227,7 +227,7 @@ struct ForwardScratch {
   float *keys;    // [panels][D][kTileColumns]
   float *values;  // [P + Lk][row]
   float *q;       // [kQueries][row]
-  float *scores;  // [kQueries][kScoreRow]
+  float *scores;  // [kTileRows][kScoreRow]
   float *y;       // [kQueries][row]
 };
 
@@ -236,64 +236,77 @@ inline ForwardScratch forward_scratch(const Shape &s, Arena *arena) {
   at.keys = arena->take<float>(ceil_div(s.keys, kTileColumns) * s.panel);
   at.values = arena->take<float>(s.keys * s.row);
   at.q = arena->take<float>(kQueries * s.row);
-  at.scores = arena->take<float>(kQueries * kScoreRow);
+  at.scores = arena->take<float>(kTileRows * kScoreRow);
   at.y = arena->take<float>(kQueries * s.row);
   return at;
 }
 
-/* Queries r0 ... r0 + rows - 1 of one head, against keys and values that are packed. */
+/* Queries first ... first + count - 1 are done: y from its sums, and lse. */
+template <class T>
+void finish_queries(const AttentionForwardArgs &args, const Shape &s, int64_t b, int64_t h,
+                    int64_t first, int64_t count, const float *maximum, const float *sum,
+                    const float *sums) {
+  const Tokens<T> y = tokens<T>(args.y, b, h);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool blind = sum[i] == 0.0f;
+    if (blind)
+      memset(y.at(first + i), 0, static_cast<size_t>(s.D) * sizeof(T));
+    else
+      store_token(sums + i * s.row, s.D, 1.0f / sum[i], y.at(first + i));
+    if (args.lse)
+      args.lse[(b * s.H + h) * s.Lq + first + i] =
+          blind ? kInfinity : maximum[i] + __builtin_logf(sum[i]);
+  }
+}
+
+/* Queries r0 ... r0 + rows - 1 of one head, against keys and values that are packed. A strip goes
+ * through a block of keys while its scores are in L1; so are its queries and sums where that block
+ * is the only one. */
 template <class T>
 void forward_block(const AttentionForwardArgs &args, const Shape &s, const ForwardScratch &at,
                    int64_t b, int64_t h, int64_t r0, int64_t rows, TokensAhead<T> *ahead) {
-  pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, round_up(rows, kTileRows), at.q);
-  const Tokens<T> y = tokens<T>(args.y, b, h);
   Running run;
   for (float &maximum : run.maximum) maximum = -kInfinity;
   for (float &sum : run.sum) sum = 0.0f;
   const int64_t seen = s.causal ? s.P + r0 + rows : s.keys;
+  if (seen == 0) finish_queries<T>(args, s, b, h, r0, rows, run.maximum, run.sum, at.y);
   for (int64_t k0 = 0; k0 < seen; k0 += kKeys) {
     const Block block = {r0, rows, k0, least(kKeys, seen - k0), s.causal, s.P};
-    score_block(s, block, at.q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores,
-                ahead);
     const int64_t free = of_prefix(s.P, k0, block.keys);  // of any mask
     for (int64_t i = 0; i < rows; i += kTileRows) {
-      float *strip = at.scores + i * kScoreRow;
-      const int64_t width = round_up(block.visible(i + kTileRows - 1), kLanes);
-      if (width == 0) continue;
-      for (int64_t j = 0; j < least(kTileRows, rows - i); ++j) {
-        float *row = strip + j * kScoreRow;
+      const int64_t visible = block.visible(i + kTileRows - 1);
+      if (visible == 0) continue;
+      const int64_t count = least(kTileRows, rows - i), slot = seen <= kKeys ? 0 : i * s.row;
+      float *q = at.q + slot, *sums = at.y + slot;
+      if (k0 == 0) pack_turned(s, b, tokens<const T>(args.q, b, h), r0 + i, count, kTileRows, q);
+      score_strip(s, block, i, q, at.keys + k0 / kTileColumns * s.panel, args.scale, at.scores,
+                  ahead);
+      const int64_t width = round_up(visible, kLanes);
+      for (int64_t j = 0; j < count; ++j) {
+        float *row = at.scores + j * kScoreRow;
         add_bias(args, b, h, r0 + i + j, k0, block.visible(i + j), row);
         hide(row + free, block.visible(i + j) - free, width - free,
              mask_row(args, s, b, h, r0 + i + j, k0));
       }
-      const VecF factor = softmax_strip(strip, width, run.maximum + i, run.sum + i);
-      if (k0 == 0) continue;
-      for (int j = 0; j < kTileRows; ++j) {
-        float *sums = at.y + (i + j) * s.row;
+      const VecF factor = softmax_strip(at.scores, width, run.maximum + i, run.sum + i);
+      for (int j = 0; k0 > 0 && j < kTileRows; ++j) {
         if (factor[j] == 1.0f) continue;
+        float *sum = sums + j * s.row;
         for (int64_t d = 0; d < s.columns; d += kLanes)
-          store(sums + d, load(sums + d) * splat(factor[j]));
+          store(sum + d, load(sum + d) * splat(factor[j]));
       }
+      const float *values = at.values + k0 * s.row;
+      k0 == 0 ? query_strip<false>(s, block, i, at.scores, values, sums, ahead)
+              : query_strip<true>(s, block, i, at.scores, values, sums, ahead);
+      if (k0 + kKeys >= (s.causal ? least(seen, s.P + r0 + i + kTileRows) : seen))
+        finish_queries<T>(args, s, b, h, r0 + i, count, run.maximum + i, run.sum + i, sums);
     }
-    const float *values = at.values + k0 * s.row;
-    k0 == 0 ? query_block<false>(s, block, at.scores, values, at.y)
-            : query_block<true>(s, block, at.scores, values, at.y);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    const bool blind = run.sum[i] == 0.0f;
-    if (blind)
-      memset(y.at(r0 + i), 0, static_cast<size_t>(s.D) * sizeof(T));
-    else
-      store_token(at.y + i * s.row, s.D, 1.0f / run.sum[i], y.at(r0 + i));
-    if (args.lse)
-      args.lse[(b * s.H + h) * s.Lq + r0 + i] =
-          blind ? kInfinity : run.maximum[i] + __builtin_logf(run.sum[i]);
   }
 }
 
 template <class T>
-deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
-  const Shape s = shape_of(args);
+deltaops_status attention_forward_as(const AttentionForwardArgs &args, const RotaryTables *tables) {
+  const Shape s = shape_of(args, tables);
   if (s.B == 0 || s.H == 0 || s.Lq == 0) return DELTAOPS_OK;
   const int64_t most = round_up(ceil_div(s.Lq, ceil_div(s.Lq, kQueries)), kTileRows);
   const int64_t blocks = ceil_div(s.Lq, most), items = s.B * s.H * blocks;
@@ -309,26 +322,29 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
       Arena arena(static_cast<char *>(memory) + each * static_cast<size_t>(self));
       const ForwardScratch at = forward_scratch(s, &arena);
       const Range mine = share(items, self, threads);
-      const int64_t strips = ceil_div(s.Lq, kTileRows),
-                    tiles =
-                        strips * s.group * ceil_div(s.keys, kTileColumns) / (s.causal ? 2 : 1) + 1;
-      TokensAhead<T> ahead(s.D, tiles);
-      int64_t packed = -1;
+      TokensAhead<T> ahead(s, 2);
+      int64_t packed = -1, entered = -1;
       for (int64_t item = mine.begin; item < mine.end; ++item) {
         const int64_t head = item / blocks, b = head / s.H, h = head % s.H;
-        const int64_t owner = head / s.group;
-        if (owner != packed) {
+        if (const int64_t owner = head / s.group; owner != packed) {
           const int64_t kv = h / s.group;
-          pack_joined_panels(s, joined<T>(args, args.prefix_k, args.k, b, kv), 0, s.keys, at.values,
-                             at.keys);
-          pack_joined(s, joined<T>(args, args.prefix_v, args.v, b, kv), 0, s.keys, at.values);
+          pack_joined_panels(s, joined<T>(args, args.prefix_k, args.k, b, kv, s.tables != nullptr),
+                             0, s.keys, at.values, at.keys);
+          pack_joined(s, joined<T>(args, args.prefix_v, args.v, b, kv, false), 0, s.keys,
+                      at.values);
           packed = owner;
-          ahead = TokensAhead<T>(s.D, tiles);
-          if (const int64_t next = head - h % s.group + s.group; next * blocks < mine.end) {
-            ahead.add(args.k, next / s.H, next % s.H / s.group, s.Lk);
-            ahead.add(args.v, next / s.H, next % s.H / s.group, s.Lk);
+        }
+        if (head != entered) {
+          ahead = TokensAhead<T>(s, 2);
+          ahead.add(args.y, b, h, s.Lq);
+          if (const int64_t next = head + 1; next * blocks < mine.end) {
             ahead.add(args.q, next / s.H, next % s.H, s.Lq);
+            if (next % s.group == 0) {
+              ahead.add(args.k, next / s.H, next % s.H / s.group, s.Lk);
+              ahead.add(args.v, next / s.H, next % s.H / s.group, s.Lk);
+            }
           }
+          entered = head;
         }
         // First, last, second, last but one: any run of them has its share of causal work.
         const int64_t turn = item % blocks;
@@ -341,9 +357,9 @@ deltaops_status attention_forward_as(const AttentionForwardArgs &args) {
   }
 }
 
-deltaops_status attention_forward(const AttentionForwardArgs &args) {
-  return args.dtype == DELTAOPS_BF16 ? attention_forward_as<Bf16>(args)
-                                     : attention_forward_as<float>(args);
+deltaops_status attention_forward(const AttentionForwardArgs &args, const RotaryTables *tables) {
+  return args.dtype == DELTAOPS_BF16 ? attention_forward_as<Bf16>(args, tables)
+                                     : attention_forward_as<float>(args, tables);
 }
 
 /* ------------------------------------------------------------------------------------ backward */
@@ -424,21 +440,36 @@ void deltas(const Shape &s, const Tokens<const T> &dy, const Tokens<const T> &y,
   }
 }
 
-/* What queries r0 ... r0 + rows - 1 of head h give to keys k0 ... k0 + keys - 1, and get. */
+/* Rows of sums to the tokens of a gradient, where it is wanted; turned back where what it is of was
+ * turned. */
+template <class T>
+void store_gradient(const Shape &s, const deltaops_heads &grad, bool turned, int64_t b, int64_t h,
+                    int64_t first, int64_t count, const float *sums) {
+  if (grad.data == nullptr) return;
+  const Tokens<T> to = tokens<T>(grad, b, h);
+  if (turned)
+    return turn_tokens<true>(s, b, first, count, Tokens<const float>{sums, s.row},
+                             Tokens<T>{to.at(first), to.stride});
+  for (int64_t i = 0; i < count; ++i) store_token(sums + i * s.row, s.D, 1.0f, to.at(first + i));
+}
+
+/* What queries r0 ... r0 + rows - 1 of head h give to keys k0 ... k0 + keys - 1, and get. first:
+ * these keys have been given nothing so far. */
 template <class T>
 void backward_block(const AttentionBackwardArgs &args, const Shape &s, const BackwardScratch &at,
-                    int64_t b, int64_t h, const Block &block, TokensAhead<T> *ahead) {
+                    int64_t b, int64_t h, const Block &block, bool first, TokensAhead<T> *ahead) {
   const int64_t member = h % s.group, r0 = block.r0, rows = block.rows;
   const int64_t padded = round_up(rows, kTileRows);
-  pack_tokens(s, tokens<const T>(args.q, b, h), r0, rows, padded, at.q);
+  pack_turned(s, b, tokens<const T>(args.q, b, h), r0, rows, padded, at.q);
   pack_tokens(s, tokens<const T>(args.grad_y, b, h), r0, rows, padded, at.dy);
-  score_block(s, block, at.q, at.keys, args.scale, at.p, ahead);
-  score_block(s, block, at.dy, at.values, 1.0f, at.ds, ahead);
   const float *lse = args.lse + (b * s.H + h) * s.Lq + r0;
   const float *delta = at.delta + member * s.Lq + r0;
   const bool all_keys = s.keys <= kKeys;
   const int64_t free = of_prefix(s.P, block.k0, block.keys);
   for (int64_t i = 0; i < rows; i += kTileRows) {
+    float *p = at.p + i * kScoreRow, *ds = at.ds + i * kScoreRow;
+    score_strip(s, block, i, at.q + i * s.row, at.keys, args.scale, p, ahead);
+    score_strip(s, block, i, at.dy + i * s.row, at.values, 1.0f, ds, ahead);
     // What a strip of keys sees of these queries ends at most that far behind the last of them.
     const int64_t last = block.visible(i + kTileRows - 1);
     const int64_t width = round_up(last + kTileRows - 1, kLanes);
@@ -446,40 +477,36 @@ void backward_block(const AttentionBackwardArgs &args, const Shape &s, const Bac
     for (int64_t j = 0; j < kTileRows; ++j) {
       const bool valid = i + j < rows;
       const int64_t visible = valid ? block.visible(i + j) : 0;
-      float *row = at.p + (i + j) * kScoreRow;
+      float *row = p + j * kScoreRow;
       if (valid) add_bias(args, b, h, r0 + i + j, block.k0, visible, row);
       hide(row + free, visible - free, width - free,
            valid ? mask_row(args, s, b, h, r0 + i + j, block.k0) : MaskRow{nullptr, false});
       // Tiles that no query sees were left out: where lse is NaN so is p, and the sign of NaN times
       // NaN must not come from an earlier call's scratch.
-      for (int64_t n = visible; n < width; ++n) at.ds[(i + j) * kScoreRow + n] = 0.0f;
+      for (int64_t n = visible; n < width; ++n) ds[j * kScoreRow + n] = 0.0f;
       if (!valid) continue;
       row_lse[j] = lse[i + j];
       if (!all_keys) row_delta[j] = delta[i + j];
     }
-    float *p = at.p + i * kScoreRow, *ds = at.ds + i * kScoreRow;
     all_keys ? slope_strip<true>(p, ds, width, row_lse, row_delta, args.scale)
              : slope_strip<false>(p, ds, width, row_lse, row_delta, args.scale);
+    if (args.grad_q.data == nullptr) continue;
+    if (all_keys) {
+      query_strip<false>(s, block, i, ds, at.key_rows, at.dq, ahead);
+      store_gradient<T>(s, args.grad_q, s.tables, b, h, r0 + i, least(kTileRows, rows - i), at.dq);
+    } else {
+      float *dq = at.dq + (member * (s.Lq + kTileRows) + r0 + i) * s.row;
+      block.k0 == 0 ? query_strip<false>(s, block, i, ds, at.key_rows, dq, ahead)
+                    : query_strip<true>(s, block, i, ds, at.key_rows, dq, ahead);
+    }
   }
   const bool prefix = block.k0 < s.P;
   if (args.grad_v.data || (prefix && args.grad_prefix_v.data))
-    key_block(s, block, at.p, at.dy, at.dv);
+    first ? key_block<false>(s, block, at.p, at.dy, at.dv, ahead)
+          : key_block<true>(s, block, at.p, at.dy, at.dv, ahead);
   if (args.grad_k.data || (prefix && args.grad_prefix_k.data))
-    key_block(s, block, at.ds, at.q, at.dk);
-  if (args.grad_q.data) {
-    float *dq = at.dq + (member * (s.Lq + kTileRows) + r0) * s.row;
-    block.k0 == 0 ? query_block<false>(s, block, at.ds, at.key_rows, dq)
-                  : query_block<true>(s, block, at.ds, at.key_rows, dq);
-  }
-}
-
-/* Rows of sums to the tokens of a gradient, where it is wanted. */
-template <class T>
-void store_gradient(const Shape &s, const deltaops_heads &grad, int64_t b, int64_t h, int64_t first,
-                    int64_t count, const float *sums) {
-  if (grad.data == nullptr) return;
-  const Tokens<T> to = tokens<T>(grad, b, h);
-  for (int64_t i = 0; i < count; ++i) store_token(sums + i * s.row, s.D, 1.0f, to.at(first + i));
+    first ? key_block<false>(s, block, at.ds, at.q, at.dk, ahead)
+          : key_block<true>(s, block, at.ds, at.q, at.dk, ahead);
 }
 
 /* Everything that one head of keys has a part in. */
@@ -491,23 +518,25 @@ void backward_head(const AttentionBackwardArgs &args, const Shape &s, const Back
   for (int64_t g = 0; g < s.group && s.keys > kKeys; ++g)
     deltas(s, tokens<const T>(args.grad_y, b, h0 + g), tokens<const T>(args.y, b, h0 + g),
            at.delta + g * s.Lq);
-  const Joined<T> k = joined<T>(args, args.prefix_k, args.k, b, kv);
-  const Joined<T> v = joined<T>(args, args.prefix_v, args.v, b, kv);
-  const size_t bytes = static_cast<size_t>(kKeys * s.row) * sizeof(float);
+  const Joined<T> k = joined<T>(args, args.prefix_k, args.k, b, kv, s.tables != nullptr);
+  const Joined<T> v = joined<T>(args, args.prefix_v, args.v, b, kv, false);
   const bool prefix_alone = !args.grad_q.data && !args.grad_k.data && !args.grad_v.data;
   const int64_t end = prefix_alone ? s.P : s.keys;
   for (int64_t k0 = 0; k0 < end; k0 += kKeys) {
     const int64_t keys = least(kKeys, s.keys - k0);
     pack_joined_panels(s, v, k0, keys, at.key_rows, at.values);
-    pack_joined_panels(s, k, k0, keys, at.key_rows, at.keys);
     pack_joined(s, k, k0, keys, at.key_rows);
-    memset(at.dk, 0, bytes);
-    memset(at.dv, 0, bytes);
+    pack_transposed(s, Tokens<const float>{at.key_rows, s.row}, 0, keys, at.keys);
     const int64_t begin = s.causal ? most(k0 - s.P, 0) / kQueries * kQueries : 0;
+    if (s.Lq == 0) {
+      memset(at.dk, 0, static_cast<size_t>(keys * s.row) * sizeof(float));
+      memset(at.dv, 0, static_cast<size_t>(keys * s.row) * sizeof(float));
+    }
     for (int64_t g = 0; g < s.group; ++g)
       for (int64_t r0 = begin; r0 < s.Lq; r0 += kQueries)
         backward_block<T>(args, s, at, b, h0 + g,
-                          {r0, least(kQueries, s.Lq - r0), k0, keys, s.causal, s.P}, ahead);
+                          {r0, least(kQueries, s.Lq - r0), k0, keys, s.causal, s.P},
+                          g == 0 && r0 == begin, ahead);
     const int64_t shared = of_prefix(s.P, k0, keys);
     if (shared > 0) {
       float *dk = sums.at(s, sums.dk, walk.run, kv), *dv = sums.at(s, sums.dv, walk.run, kv);
@@ -516,17 +545,18 @@ void backward_head(const AttentionBackwardArgs &args, const Shape &s, const Back
       gather(at.dv, shared * s.row, add, dv ? dv + k0 * s.row : nullptr);
     }
     const int64_t first = k0 + shared - s.P, rest = keys - shared;
-    store_gradient<T>(s, args.grad_k, b, kv, first, rest, at.dk + shared * s.row);
-    store_gradient<T>(s, args.grad_v, b, kv, first, rest, at.dv + shared * s.row);
+    store_gradient<T>(s, args.grad_k, s.tables, b, kv, first, rest, at.dk + shared * s.row);
+    store_gradient<T>(s, args.grad_v, false, b, kv, first, rest, at.dv + shared * s.row);
   }
   if (s.keys == 0) memset(at.dq, 0, static_cast<size_t>(s.group * member) * sizeof(float));
-  for (int64_t g = 0; g < s.group; ++g)
-    store_gradient<T>(s, args.grad_q, b, h0 + g, 0, s.Lq, at.dq + g * member);
+  for (int64_t g = 0; g < s.group && (s.keys == 0 || s.keys > kKeys); ++g)
+    store_gradient<T>(s, args.grad_q, s.tables, b, h0 + g, 0, s.Lq, at.dq + g * member);
 }
 
 template <class T>
-deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
-  const Shape s = shape_of(args);
+deltaops_status attention_backward_as(const AttentionBackwardArgs &args,
+                                      const RotaryTables *tables) {
+  const Shape s = shape_of(args, tables);
   if (s.Hkv == 0) return DELTAOPS_OK;
   Arena none(nullptr);
   const int64_t items = prefix_sums(args, s, &none).runs * s.Hkv;
@@ -545,14 +575,14 @@ deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
       const BackwardScratch at = backward_scratch(s, &arena);
       Arena last(static_cast<char *>(memory) + each * static_cast<size_t>(threads));
       const PrefixSums sums = prefix_sums(args, s, &last);
-      const int64_t tiles = 2 * s.group * ceil_div(s.Lq, kTileRows) *
-                                ceil_div(s.keys, kTileColumns) / (s.causal ? 2 : 1) +
-                            1;
       HeadWalk walk(s, sums.runs, share(items, self, threads));
       while (!walk.done()) {
         const HeadWalk now = walk;
         walk.next();
-        TokensAhead<T> ahead(s.D, tiles);
+        TokensAhead<T> ahead(s, 5 * s.group);
+        ahead.add(args.grad_k, now.b, now.kv, s.Lk);
+        ahead.add(args.grad_v, now.b, now.kv, s.Lk);
+        ahead.add(args.grad_q, now.b, now.kv * s.group, s.Lq);
         if (!walk.done()) {
           const int64_t b = walk.b, kv = walk.kv;
           ahead.add(args.k, b, kv, s.Lk);
@@ -572,9 +602,9 @@ deltaops_status attention_backward_as(const AttentionBackwardArgs &args) {
   }
 }
 
-deltaops_status attention_backward(const AttentionBackwardArgs &args) {
-  return args.dtype == DELTAOPS_BF16 ? attention_backward_as<Bf16>(args)
-                                     : attention_backward_as<float>(args);
+deltaops_status attention_backward(const AttentionBackwardArgs &args, const RotaryTables *tables) {
+  return args.dtype == DELTAOPS_BF16 ? attention_backward_as<Bf16>(args, tables)
+                                     : attention_backward_as<float>(args, tables);
 }
 
 }  // namespace

@@ -122,6 +122,17 @@ void float_or_bf16(Checker *c, const char *name, int32_t dtype) {
             "%s must be 0 (f32) or 1 (bf16), got %d.", name, dtype);
 }
 
+// The angles of B sequences of L tokens, which B of stride 0 share. They are heads too, one for
+// each token; read: whether any head is turned by them.
+void angles(Checker *c, const void *cos, const void *sin, const int64_t *table_strides,
+            int32_t dtype, int64_t B, int64_t L, int64_t D, bool read) {
+  const int64_t tables = B > 1 && table_strides[0] == 0 ? 1 : B;
+  const int64_t strides[] = {table_strides[0], 0, table_strides[1]};
+  const int64_t element = dtype == DELTAOPS_BF16 ? 2 : 4;
+  Heads{"cos", cos, {tables, read ? 1 : 0, L, D}, strides, element}.memory(c, false);
+  Heads{"sin", sin, {tables, read ? 1 : 0, L, D}, strides, element}.memory(c, false);
+}
+
 }  // namespace
 
 // ----------------------------------------------------------------------------------------- rotary
@@ -155,13 +166,7 @@ deltaops_status check(const RotaryArgs *args) {
   const int64_t element = dtype == DELTAOPS_BF16 ? 2 : 4;
   Heads{"x", args->x, {B, H, L, D}, args->x_strides, element}.memory(&c, false);
   Heads{"y", args->y, {B, H, L, D}, args->y_strides, element}.memory(&c, true);
-  // The tables are heads too: one for each token, in one sequence where the batch shares them.
-  const int64_t tables = B > 1 && args->table_strides[0] == 0 ? 1 : B;
-  const int64_t strides[] = {args->table_strides[0], 0, args->table_strides[1]};
-  const int64_t table_element = table_dtype == DELTAOPS_BF16 ? 2 : 4;
-  const int64_t one = H > 0 ? 1 : 0;  // without heads no table is read
-  Heads{"cos", args->cos, {tables, one, L, D}, strides, table_element}.memory(&c, false);
-  Heads{"sin", args->sin, {tables, one, L, D}, strides, table_element}.memory(&c, false);
+  angles(&c, args->cos, args->sin, args->table_strides, table_dtype, B, L, D, H > 0);
   return c.disjoint();
 }
 
@@ -273,11 +278,29 @@ void statistics(Checker *c, const float *lse, const int64_t *sizes, bool written
   if (count > 0 && c->status() == DELTAOPS_OK) c->array("lse", lse, count, written);
 }
 
-}  // namespace
+// What turns q and k; NULL where nothing does.
+template <class Args>
+bool tables_fit(Checker *c, const Args &args, const RotaryTables *tables) {
+  if (tables == nullptr) return true;
+  const int64_t B = args.sizes[0], H = args.sizes[1], L = args.sizes[3], D = args.sizes[5];
+  c->expect(L == args.sizes[4],
+            "tables need as many queries as keys, got Lq=%" PRId64 ", Lk=%" PRId64
+            ". Turn both by rotary and call attention.",
+            L, args.sizes[4]);
+  c->expect(D % 2 == 0, "D must be even to be turned, got %" PRId64 ".", D);
+  c->expect(tables->dtype == DELTAOPS_F32 || tables->dtype == args.dtype,
+            "tables' dtype must be 0 (f32) or that of q, %d, got %d. Convert cos and sin.",
+            args.dtype, tables->dtype);
+  c->expect(tables->reserved == 0, "tables' reserved must be 0, got %d. Zero the struct first.",
+            tables->reserved);
+  if (c->status() == DELTAOPS_OK)
+    angles(c, tables->cos, tables->sin, tables->strides, tables->dtype, B, L, D, H > 0);
+  return c->status() == DELTAOPS_OK;
+}
 
-deltaops_status check(const AttentionForwardArgs *args) {
-  Checker c("attention_forward");
-  if (!c.header(args) || !sizes_fit(&c, *args)) return c.status();
+deltaops_status check_forward(Checker &c, const AttentionForwardArgs *args,
+                              const RotaryTables *tables) {
+  if (!c.header(args) || !sizes_fit(&c, *args) || !tables_fit(&c, *args, tables)) return c.status();
   const int64_t B = args->sizes[0], H = args->sizes[1], Lq = args->sizes[3], D = args->sizes[5];
   const int64_t element = args->dtype == DELTAOPS_BF16 ? 2 : 4;
   operands(&c, *args);
@@ -286,9 +309,9 @@ deltaops_status check(const AttentionForwardArgs *args) {
   return c.disjoint();
 }
 
-deltaops_status check(const AttentionBackwardArgs *args) {
-  Checker c("attention_backward");
-  if (!c.header(args) || !sizes_fit(&c, *args)) return c.status();
+deltaops_status check_backward(Checker &c, const AttentionBackwardArgs *args,
+                               const RotaryTables *tables) {
+  if (!c.header(args) || !sizes_fit(&c, *args) || !tables_fit(&c, *args, tables)) return c.status();
   const int64_t B = args->sizes[0], H = args->sizes[1], Hkv = args->sizes[2], Lq = args->sizes[3],
                 Lk = args->sizes[4], D = args->sizes[5];
   const int64_t element = args->dtype == DELTAOPS_BF16 ? 2 : 4;
@@ -309,6 +332,32 @@ deltaops_status check(const AttentionBackwardArgs *args) {
   prefix(&c, "grad_prefix_k", args->grad_prefix_k, *args, true);
   prefix(&c, "grad_prefix_v", args->grad_prefix_v, *args, true);
   return c.disjoint();
+}
+
+}  // namespace
+
+deltaops_status check(const AttentionForwardArgs *args) {
+  Checker c("attention_forward");
+  return check_forward(c, args, nullptr);
+}
+
+deltaops_status check(const AttentionForwardArgs *args, const RotaryTables *tables) {
+  Checker c("rotary_attention_forward");
+  c.expect(tables != nullptr, "tables must not be NULL. Call attention_forward without any.");
+  c.pointer("tables", tables, alignof(RotaryTables));
+  return c.status() == DELTAOPS_OK ? check_forward(c, args, tables) : c.status();
+}
+
+deltaops_status check(const AttentionBackwardArgs *args) {
+  Checker c("attention_backward");
+  return check_backward(c, args, nullptr);
+}
+
+deltaops_status check(const AttentionBackwardArgs *args, const RotaryTables *tables) {
+  Checker c("rotary_attention_backward");
+  c.expect(tables != nullptr, "tables must not be NULL. Call attention_backward without any.");
+  c.pointer("tables", tables, alignof(RotaryTables));
+  return c.status() == DELTAOPS_OK ? check_backward(c, args, tables) : c.status();
 }
 
 }  // namespace deltaops

@@ -26,6 +26,7 @@ using CrossEntropyBackwardArgs = deltaops_cross_entropy_backward_args;
 using GatedForwardArgs = deltaops_gated_forward_args;
 using GatedBackwardArgs = deltaops_gated_backward_args;
 using RotaryArgs = deltaops_rotary_args;
+using RotaryTables = deltaops_rotary_tables;
 using AttentionForwardArgs = deltaops_attention_forward_args;
 using AttentionBackwardArgs = deltaops_attention_backward_args;
 
@@ -61,8 +62,9 @@ struct Kernels {
   deltaops_status (*gated_forward)(const GatedForwardArgs &);
   deltaops_status (*gated_backward)(const GatedBackwardArgs &);
   deltaops_status (*rotary)(const RotaryArgs &);
-  deltaops_status (*attention_forward)(const AttentionForwardArgs &);
-  deltaops_status (*attention_backward)(const AttentionBackwardArgs &);
+  /* Without tables nothing is turned. */
+  deltaops_status (*attention_forward)(const AttentionForwardArgs &, const RotaryTables *);
+  deltaops_status (*attention_backward)(const AttentionBackwardArgs &, const RotaryTables *);
 };
 
 /* Where other bodies would stand: AMX (tdpbf16ps tiles) after avx512_bf16, NEON and SVE beside
@@ -95,6 +97,8 @@ deltaops_status check(const GatedBackwardArgs *args);
 deltaops_status check(const RotaryArgs *args);
 deltaops_status check(const AttentionForwardArgs *args);
 deltaops_status check(const AttentionBackwardArgs *args);
+deltaops_status check(const AttentionForwardArgs *args, const RotaryTables *tables);
+deltaops_status check(const AttentionBackwardArgs *args, const RotaryTables *tables);
 /* checks_cross_entropy.cpp */
 deltaops_status check(const CrossEntropyForwardArgs *args);
 deltaops_status check(const CrossEntropyBackwardArgs *args);

@@ -357,14 +357,30 @@ deltaops_status deltaops_cpu_attention_forward(const deltaops_attention_forward_
   const Kernels *kernels = nullptr;
   deltaops_status status = current(&kernels);
   if (status == DELTAOPS_OK) status = check(args);
-  return status == DELTAOPS_OK ? kernels->attention_forward(*args) : status;
+  return status == DELTAOPS_OK ? kernels->attention_forward(*args, nullptr) : status;
 }
 
 deltaops_status deltaops_cpu_attention_backward(const deltaops_attention_backward_args *args) {
   const Kernels *kernels = nullptr;
   deltaops_status status = current(&kernels);
   if (status == DELTAOPS_OK) status = check(args);
-  return status == DELTAOPS_OK ? kernels->attention_backward(*args) : status;
+  return status == DELTAOPS_OK ? kernels->attention_backward(*args, nullptr) : status;
+}
+
+deltaops_status deltaops_cpu_rotary_attention_forward(const deltaops_attention_forward_args *args,
+                                                      const deltaops_rotary_tables *tables) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args, tables);
+  return status == DELTAOPS_OK ? kernels->attention_forward(*args, tables) : status;
+}
+
+deltaops_status deltaops_cpu_rotary_attention_backward(const deltaops_attention_backward_args *args,
+                                                       const deltaops_rotary_tables *tables) {
+  const Kernels *kernels = nullptr;
+  deltaops_status status = current(&kernels);
+  if (status == DELTAOPS_OK) status = check(args, tables);
+  return status == DELTAOPS_OK ? kernels->attention_backward(*args, tables) : status;
 }
 
 void deltaops_cpu_advise_huge_pages(void *data, int64_t bytes) {

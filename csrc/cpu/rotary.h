@@ -17,8 +17,8 @@ namespace DELTAOPS_ISA {
 namespace {
 
 /* One head: `half` elements and as many again behind them, of x, y and the tables alike. */
-template <bool backward, class T, class Table>
-DELTAOPS_INLINE void turn_head(const T *x, const Table *cos, const Table *sin, int64_t half, T *y) {
+template <bool backward, class X, class Table, class Y>
+DELTAOPS_INLINE void turn_head(const X *x, const Table *cos, const Table *sin, int64_t half, Y *y) {
   each_vector(half, [&](int64_t k, int64_t count) {
     const VecF x1 = load_lanes(x + k, count), x2 = load_lanes(x + half + k, count);
     const VecF c1 = load_lanes(cos + k, count), c2 = load_lanes(cos + half + k, count);

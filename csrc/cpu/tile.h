@@ -38,25 +38,27 @@ struct PanelAhead {
   static constexpr int64_t kSlice = 8;
   const char *line;
   int64_t each;
+
+  DELTAOPS_INLINE void some() {
+    for (int64_t i = 0; i < each; ++i, line += 64) __builtin_prefetch(line, 0, 2);
+  }
 };
 
 /* acc += a b over `steps` steps. a: element (row, step) at a[row * a_row + step * a_step];
  * b: NV * kLanes neighbours at b[step * b_step], packed where it is left out. Three rows share a
  * pointer: base, base + a_row and base + 2 a_row are all addressing modes, so that six rows cost
  * two increments. Asking: for the lines of `ahead`. */
-template <int MR, int NV, bool Asking = false, class Unit>
+template <int MR, int NV, bool Asking = false, class Unit, class Ahead = PanelAhead>
 DELTAOPS_INLINE void accumulate(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_row,
                                 ptrdiff_t a_step, const Unit *b, int64_t steps,
-                                ptrdiff_t b_step = NV * kLanes, PanelAhead *ahead = nullptr) {
+                                ptrdiff_t b_step = NV * kLanes, Ahead *ahead = nullptr) {
   constexpr int kBases = (MR + 2) / 3;
   const Unit *base[kBases];
   DELTAOPS_UNROLL
   for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * a_row;
   for (int64_t step = 0; step < steps; ++step) {
     if constexpr (Asking)
-      if (step % PanelAhead::kSlice == 0)
-        for (int64_t i = 0; i < ahead->each; ++i, ahead->line += 64)
-          __builtin_prefetch(ahead->line, 0, 2);
+      if (step % PanelAhead::kSlice == 0) ahead->some();
     VecF column[NV];
     DELTAOPS_UNROLL
     for (int j = 0; j < NV; ++j) memcpy(&column[j], b + j * kLanes, sizeof column[j]);
@@ -73,9 +75,9 @@ DELTAOPS_INLINE void accumulate(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_
 }
 
 /* The same for rows of a, in chains of kChain. */
-template <int MR, int NV, bool Asking = false, class Unit>
+template <int MR, int NV, bool Asking = false, class Unit, class Ahead = PanelAhead>
 DELTAOPS_INLINE void accumulate_chains(VecF (&acc)[MR][NV], const Unit *a, ptrdiff_t a_row,
-                                       const Unit *b, int64_t steps, PanelAhead *ahead = nullptr,
+                                       const Unit *b, int64_t steps, Ahead *ahead = nullptr,
                                        ptrdiff_t b_step = NV * kLanes) {
   accumulate<MR, NV, Asking>(acc, a, a_row, 1, b, least(steps, kChain), b_step, ahead);
   for (int64_t step = kChain; step < steps; step += kChain) {

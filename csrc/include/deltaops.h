@@ -445,6 +445,22 @@ deltaops_cpu_attention_forward(const deltaops_attention_forward_args *args);
 DELTAOPS_API deltaops_status
 deltaops_cpu_attention_backward(const deltaops_attention_backward_args *args);
 
+/* ---- both: attention whose queries and keys are turned by rotary first, in one pass
+ *
+ * The same arguments. q and k are as they were before they were turned, and so are their gradients;
+ * the turned ones are not rounded and stand nowhere. The keys of a prefix are not turned. */
+typedef struct {
+  const void *cos, *sin; /* [B, L, D] each, L = Lq = Lk, D even; as rotary has them */
+  int64_t strides[2];    /* of B, 0 where the batch shares them, and of L */
+  int32_t dtype;         /* f32, or that of q */
+  int32_t reserved;      /* 0 */
+} deltaops_rotary_tables;
+
+DELTAOPS_API deltaops_status deltaops_cpu_rotary_attention_forward(
+    const deltaops_attention_forward_args *args, const deltaops_rotary_tables *tables);
+DELTAOPS_API deltaops_status deltaops_cpu_rotary_attention_backward(
+    const deltaops_attention_backward_args *args, const deltaops_rotary_tables *tables);
+
 #ifdef __cplusplus
 }
 #endif

@@ -21,6 +21,7 @@ from .base import (
     PreparingBackend,
     PromptEmbeddingBackend,
     QuantizedPlan,
+    RotaryAttentionBackend,
     RotaryBackend,
 )
 from .calls import (
@@ -66,6 +67,7 @@ __all__ = [
     "PromptEmbeddingBackend",
     "PromptEmbeddingCall",
     "QuantizedPlan",
+    "RotaryAttentionBackend",
     "RotaryBackend",
     "RotaryCall",
     "registered",

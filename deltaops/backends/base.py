@@ -295,6 +295,41 @@ class AttentionBackend(Backend, Protocol):
         """The wanted gradients: q, k, v."""
 
 
+class RotaryAttentionBackend(AttentionBackend, RotaryBackend, Protocol):
+    """One that turns q and k by cos and sin ``[B or 1, L, D]`` on the way into ``attention``: the
+    gradients are those of what it was given, and Lq = Lk = L."""
+
+    def rotary_attention_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``attention_forward``."""
+
+    def rotary_attention_backward(
+        self,
+        grad_y: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        y: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """As ``attention_backward``."""
+
+
 class PrefixAttentionBackend(Backend, Protocol):
     """One that also has ``prefix_attention``: as :class:`AttentionBackend`, with prefix_k and
     prefix_v ``[Hkv, P, D]`` of one dtype, any strides. Their gradients are contiguous. ``bias`` is

@@ -2,7 +2,8 @@
 
 What computes them are globals of transformers' files, shared by all models of a family. So the
 subclass runs the module's own program, every instruction of it, with ours under those names and all
-other globals as they were when the class was made.
+other globals as they were when the class was made. A program that hands what the embedding gives
+straight to what attends runs on two others where it has no cache: there one op does both.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import nn
 
 from deltaops.backends import AttentionCall, Call, RotaryCall
 
-from .attention_functions import BIAS, ROTARY, SDPA, TABLE, stand_ins, words
+from .attention_functions import BIAS, ROTARY, SDPA, TABLE, stand_ins, stand_ins_in_one, words
 from .block import Block, subclass, told
+from .handed import given_cache, hands_over
 from .prefix import NAME, heads_of, number, reads_prefix, told_of_prefix
 from .sharing import sharing
 
@@ -48,6 +50,8 @@ class AttentionBlock(Block):
     kind = "attention"
     on_ours: Any
     """The module's program on our functions."""
+    in_one: Any
+    """The same on those that turn where they attend; None where the program does not let them."""
     ours: frozenset[str]
     """The globals of it that are ours."""
 
@@ -56,11 +60,13 @@ class AttentionBlock(Block):
         """See :class:`Block`. The settings are in the class: ``rotate`` sees no module."""
         program: Any = base.forward
         ours = stand_ins(program, backend, strict)
-        on_ours = FunctionType(
-            program.__code__, program.__globals__ | ours, program.__name__, program.__defaults__
-        )
-        on_ours.__kwdefaults__ = program.__kwdefaults__
-        return subclass(cls, base, (backend, strict), on_ours=on_ours, ours=frozenset(ours))
+        in_one = None
+        if len(ours) == len((ROTARY, TABLE)) and hands_over(program, ROTARY, TABLE):
+            in_one = _on(program, stand_ins_in_one(ours))
+        return subclass(
+            cls, base, (backend, strict),
+            on_ours=_on(program, ours), in_one=in_one, ours=frozenset(ours),
+        )  # fmt: skip
 
     def told(self, tokens: int) -> tuple[str, str]:
         """See :class:`Block`; ``tokens`` in one sequence."""
@@ -98,8 +104,20 @@ class AttentionBlock(Block):
         """What the module's own ``forward`` takes and gives."""
         if torch.compiler.is_compiling():  # the compiler looks globals up by the name of the file
             return super().forward(*args, **kwargs)
+        run = self.on_ours
+        if self.in_one is not None and not given_cache(self.in_one.__func__, args, kwargs):
+            run = self.in_one
         if any([kwargs.get(name) is not None for name in OTHERS]):
             # to try would be seen: a checkpoint compares what two passes save
-            return self.on_ours(*args, **kwargs)
+            return run(*args, **kwargs)
         with sharing(self, projections(self)):
-            return self.on_ours(*args, **kwargs)
+            return run(*args, **kwargs)
+
+
+def _on(program: Any, ours: dict[str, Any]) -> FunctionType:
+    """The program with ours in the place of what it calls."""
+    run = FunctionType(
+        program.__code__, program.__globals__ | ours, program.__name__, program.__defaults__
+    )
+    run.__kwdefaults__ = program.__kwdefaults__
+    return run

@@ -6,9 +6,10 @@ everywhere else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from types import CodeType, FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,15 @@ def stand_ins(function: Any, backend: str, strict: bool) -> dict[str, Any]:
     return ours
 
 
+def stand_ins_in_one(ours: dict[str, Any]) -> dict[str, Any]:
+    """Those that turn where they attend: for a program that hands over what is turned.
+
+    Args:
+        ours: from :func:`stand_ins`, both.
+    """
+    return {ROTARY: partial(hold, ours[ROTARY]), TABLE: TurningTable(ours[TABLE])}
+
+
 # ------------------------------------------------------------------------------------- rotary
 
 
@@ -87,6 +97,43 @@ def rotate(
         return out
     turned = [rotary(x, cos, sin, backend=backend, strict=strict) for x in (q, k)]
     return turned[0], turned[1]
+
+
+class Unturned(NamedTuple):
+    """Queries or keys on the way to what attends, which turns them."""
+
+    x: Tensor
+    tables: tuple[Tensor, Tensor]
+    turn: Callable[..., tuple[Tensor, Tensor]]
+    """Turns both, as it is done elsewhere: ``turn(q, k, cos, sin)``."""
+
+
+def hold(
+    turn: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any
+) -> tuple[Any, Any]:
+    """``turn(q, k, cos, sin)``, but what our op would turn is left to what attends.
+
+    Args:
+        turn: :func:`rotate` in the place of transformers' function.
+        q: see :func:`rotate`; so the rest.
+        k: as ``q``.
+        cos: as ``q``.
+        sin: as ``q``.
+        *rest: as ``q``.
+        **named: as ``q``.
+    """
+    if rest or named or not (_turns(q, cos, sin) and _turns(k, cos, sin)):
+        return turn(q, k, cos, sin, *rest, **named)  # type: ignore[no-any-return]  # a partial
+    return Unturned(q, (cos, sin), turn), Unturned(k, (cos, sin), turn)
+
+
+def turned(query: Tensor | Unturned, key: Tensor | Unturned) -> tuple[Tensor, Tensor]:
+    """Both as scores are made of them."""
+    if isinstance(query, Unturned) and isinstance(key, Unturned):
+        return query.turn(query.x, key.x, *query.tables)
+    assert not isinstance(query, Unturned)
+    assert not isinstance(key, Unturned)
+    return query, key
 
 
 def _turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -160,13 +207,28 @@ class AttentionTable:
         return partial(attend, function, *self._settings)
 
 
+class TurningTable(AttentionTable):
+    """One for a program that hands over what :func:`hold` gave."""
+
+    def __init__(self, table: AttentionTable) -> None:
+        super().__init__(table._theirs, *table._settings)
+
+    def _ours(self, function: Any) -> Any:
+        ours = super()._ours(function)
+        return partial(_turn_first, function) if ours is function is not None else ours
+
+
+def _turn_first(function: Any, module: Any, query: Any, key: Any, *rest: Any, **named: Any) -> Any:
+    return function(module, *turned(query, key), *rest, **named)
+
+
 def attend(
     theirs: Any,
     backend: str,
     strict: bool,
     module: Any,
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | Unturned,
+    key: Tensor | Unturned,
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
@@ -182,7 +244,7 @@ def attend(
         strict: passed to the op.
         module: the attention; whether it is causal, and how many queries share a key.
         query: ``[B, H, Lq, D]``.
-        key: ``[B, Hkv, Lk, D]``.
+        key: ``[B, Hkv, Lk, D]``; on the way as ``query`` is.
         value: as ``key``.
         attention_mask: ``[B or 1, H or 1, Lq, Lk]``.
         dropout: of the weights.
@@ -191,21 +253,23 @@ def attend(
         **named: for other implementations, unless ``theirs`` reads it.
     Returns: y ``[B, Lq, H, D]``, and None for the weights, as ``theirs``.
     """
-    k, v, causal = visible(module, query, key, value, attention_mask, is_causal)
+    q, tables = (query.x, query.tables) if isinstance(query, Unturned) else (query, None)
+    k = key.x if isinstance(key, Unturned) else key
+    k, v, causal = visible(module, q, k, value, attention_mask, is_causal)
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
     fits = (
         not (dropout or asks(theirs, named))
-        and attends(query, k, v, attention_mask, groups, causal)
-        and takes(AttentionCall.of(query, k, attention_mask, causal), backend, strict)
+        and attends(q, k, v, attention_mask, groups, causal)
+        and takes(AttentionCall.of(q, k, attention_mask, causal), backend, strict)
     )
     if not fits:
         out: tuple[Tensor, Tensor | None] = theirs(
-            module, query, key, value, attention_mask,
+            module, *turned(query, key), value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **named,
         )  # fmt: skip
         return out
     y = attention(
-        query, k, v, mask=attention_mask, causal=causal, scale=scaling,
+        q, k, v, tables=tables, mask=attention_mask, causal=causal, scale=scaling,
         backend=backend, strict=strict,
     )  # fmt: skip
     return y.transpose(1, 2).contiguous(), None  # no copy: this is how it lies

@@ -7,6 +7,9 @@ of queries share are read where they lie, and a mask stays boolean. The scores a
 backward pass makes them again from the sums of their exponentials. Two ways in, as
 :mod:`deltaops.ops.delta_linear` has them: an ``autograd.Function`` for eager calls, the registered
 op ``deltaops::attention`` for everything else.
+
+Where queries and keys are to be turned by their positions first, a backend may do both in one pass;
+elsewhere :func:`deltaops.ops.rotary` runs before it.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from deltaops.dispatch import LAST_RESORT, select
 from deltaops.reference import attention as reference
 from deltaops.reference.heads import arrange
 
-from .attention_autograd import AttentionFunction, run_forward
+from .attention_autograd import AttentionFunction, run_turned
 from .attention_checks import check_heads, checked_scale
 from .paths import needs_grad, takes_bypass, transformed
+from .rotary import check_angles, rotary
+from .rotary_autograd import call_of
 
 
 def attention(
@@ -30,6 +35,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    tables: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
@@ -44,6 +50,8 @@ def attention(
         k: keys ``[B, Hkv, Lk, D]``, dtype of ``q``; H is a multiple of Hkv, and head h of the
             queries reads head h // (H / Hkv).
         v: values, shape and dtype of ``k``.
+        tables: cos and sin, as :func:`deltaops.ops.rotary` takes them: q and k are turned by them
+            first; wants Lq = Lk.
         mask: bool, ``[B or 1, H or 1, Lq or 1, Lk or 1]``, True where a query sees a key; it gets
             no gradient.
         causal: whether query i sees keys 0 … i alone (of those that ``mask`` lets it see); wants
@@ -56,13 +64,21 @@ def attention(
     Returns: ``[B, H, Lq, D]`` in the dtype of ``q``, under autocast too; zeros for a query that
         sees no key. Its memory is dense and ordered ``[B, Lq, H, D]``, as the projection behind it
         reads it.
-    Raises: ShapeError, DtypeError, DeviceError, ConfigError, NoBackendError.
-    Gradients: ``q``, ``k`` and ``v``; first order. Kept are these three, y, the mask, and a float32
-        for each query and head.
+    Raises: ShapeError, DtypeError, DeviceError, ConfigError, NoBackendError; with tables
+        GradientError, too.
+    Gradients: ``q``, ``k`` and ``v``; first order. Kept are these three, y, the mask, the tables,
+        and a float32 for each query and head; where no backend does both in one pass, q and k
+        turned.
     Source: Vaswani et al. 2017 (arXiv 1706.03762); computed as by Dao et al. 2022 (arXiv
         2205.14135), heads shared as by Ainslie et al. 2023 (arXiv 2305.13245).
     """
     check_heads("attention", q, k, v, mask, causal)
+    cos = sin = None
+    if tables is not None:
+        if _turns(q, k, v, mask, causal, tables, backend, strict):
+            cos, sin = tables
+        else:
+            q, k = [rotary(t, *tables, backend=backend, strict=strict) for t in (q, k)]
     scale = checked_scale("attention", scale, q)
     if mask is not None:  # no copy: what is shared has a stride of zero
         mask = mask.expand(*q.shape[:3], k.shape[2])
@@ -73,12 +89,35 @@ def attention(
         if backend == "auto" and runner.name == LAST_RESORT:
             return _torch(q, k, v, mask, scale, causal)
         if needs_grad(q, k, v):
-            y: Tensor = AttentionFunction.apply(q, k, v, mask, scale, causal, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+            y: Tensor = AttentionFunction.apply(q, k, v, cos, sin, mask, scale, causal, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return y
-        return run_forward(q, k, v, mask, scale, causal, runner)[0]
+        return run_turned(q, k, v, cos, sin, mask, scale, causal, runner)[0]
     if strict:
         backend = select(AttentionCall.of(q, k, mask, causal), backend, strict).name
     return torch.ops.deltaops.attention(q, k, v, mask, scale, causal, backend)[0]  # type: ignore[no-any-return]  # torch.ops has no types
+
+
+def _turns(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    tables: tuple[Tensor, Tensor],
+    backend: str,
+    strict: bool,
+) -> bool:
+    """Whether one backend runs all of it in one pass.
+
+    Raises: as :func:`deltaops.ops.rotary`.
+    """
+    for t in (q, k):
+        check_angles(t, *tables)
+    if not takes_bypass(q, k, v, mask, *tables) or transformed("attention", backend, strict):
+        return False
+    runner = select(AttentionCall.of(q, k, mask, causal), backend, strict)
+    same = [select(call_of(t, tables[0]), backend, strict) is runner for t in (q, k)]
+    return all(same) and hasattr(runner, "rotary_attention_forward")
 
 
 def _torch(

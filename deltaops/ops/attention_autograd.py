@@ -1,8 +1,9 @@
 """Autograd for ``attention``: a Function for eager calls, and the registered op.
 
-Both save q, k, v, y, the mask and lse, the logarithm of each query's sum of exponentials. The
-gradients are laid out as y is, ``[B, L, H, D]``: what follows them is a transpose back, and then a
-projection that wants rows.
+Both save q, k, v, y, the mask and lse, the logarithm of each query's sum of exponentials; the
+Function cos and sin besides, where the backend turns q and k by them. The gradients are laid out as
+y is, ``[B, L, H, D]``: what follows them is a transpose back, and then a projection that wants
+rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaops.backends import AttentionBackend, AttentionCall, Backend
+from deltaops.backends import (
+    AttentionBackend,
+    AttentionCall,
+    Backend,
+    RotaryAttentionBackend,
+)
 from deltaops.dispatch import select
 from deltaops.reference.heads import strides
 
@@ -51,6 +57,24 @@ def run_backward(
     )
 
 
+def run_turned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    runner: Backend,
+) -> tuple[Tensor, Tensor]:
+    """:func:`run_forward` on q and k turned by cos and sin, where there are any."""
+    if cos is None or sin is None:
+        return run_forward(q, k, v, mask, scale, causal, runner)
+    turning = cast(RotaryAttentionBackend, runner)
+    return turning.rotary_attention_forward(q, k, v, cos, sin, mask, scale, causal)
+
+
 class AttentionFunction(torch.autograd.Function):
     """The eager path."""
 
@@ -60,13 +84,15 @@ class AttentionFunction(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         mask: Tensor | None,
         scale: float,
         causal: bool,
         runner: Backend,
     ) -> Tensor:
-        y, lse = run_forward(q, k, v, mask, scale, causal, runner)
-        ctx.save_for_backward(q, k, v, y, lse, mask)
+        y, lse = run_turned(q, k, v, cos, sin, mask, scale, causal, runner)
+        ctx.save_for_backward(q, k, v, cos, sin, y, lse, mask)
         ctx.settings = scale, causal, runner
         return y
 
@@ -76,9 +102,15 @@ class AttentionFunction(torch.autograd.Function):
         scale, causal, runner = ctx.settings
         needs = ctx.needs_input_grad[:3]
         grad_y = grad_y.resolve_neg()
-        q, k, v, y, lse, mask = ctx.saved_tensors
-        found = iter(run_backward(grad_y, q, k, v, y, lse, mask, scale, causal, needs, runner))
-        return (*(next(found) if need else None for need in needs), None, None, None, None)
+        q, k, v, cos, sin, y, lse, mask = ctx.saved_tensors
+        rest = y, lse, mask, scale, causal, needs
+        if cos is None:
+            grads = run_backward(grad_y, q, k, v, *rest, runner)
+        else:
+            turning = cast(RotaryAttentionBackend, runner)
+            grads = turning.rotary_attention_backward(grad_y, q, k, v, cos, sin, *rest)
+        found = iter(grads)
+        return (*(next(found) if need else None for need in needs), *[None] * 6)
 
 
 # --------------------------------------------------------------------------------- registered op

@@ -47,7 +47,7 @@ def rotary(
     Gradients: ``x`` alone; first order. Nothing beyond ``cos`` and ``sin`` is kept.
     Source: Su et al. 2021 (arXiv 2104.09864), with D in halves as transformers' Llama has it.
     """
-    _check(x, cos, sin)
+    check_angles(x, cos, sin)
     if transformed("rotary", backend, strict):
         return reference.forward(x, cos, sin, tokens_first(x))
     if takes_bypass(x, cos, sin):
@@ -61,7 +61,8 @@ def rotary(
     return torch.ops.deltaops.rotary(x, cos, sin, backend)  # type: ignore[no-any-return]  # torch.ops has no types
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_angles(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise ShapeError, DtypeError, DeviceError or GradientError unless ``rotary`` takes these."""
     if x.dim() != 4 or x.shape[-1] < 2 or x.shape[-1] % 2:
         raise ShapeError(
             f"rotary: x must be [B, H, L, D] with D even and at least 2, got {list(x.shape)}."

@@ -21,7 +21,7 @@ from deltaops.errors import (
     NoBackendError,
     ShapeError,
 )
-from deltaops.ops import attention
+from deltaops.ops import attention, rotary
 from deltaops.testing import AttentionCase
 
 SETTINGS = {
@@ -365,3 +365,52 @@ def test_torchs_own_runs_where_it_is_faster_and_the_explanation_says_so() -> Non
     torch.testing.assert_close(y, strict)
     both = {"mask": M.tril(), "causal": True}  # torch takes one of them
     torch.testing.assert_close(attention(Q, K, K, **both), attention(Q, K, K, causal=True))
+
+
+def angles_of(leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
+    _, _, length, width = leaves[0].shape
+    both = torch.randn(2, 1, length, width, generator=torch.Generator().manual_seed(4))
+    cos, sin = both.to(leaves[0].dtype)
+    return cos, sin
+
+
+@anyone
+@pytest.mark.parametrize("name", ["plain", "causal", "shared-heads", "columns"])
+def test_tables_turn_queries_and_keys_first(name: str, backend: str) -> None:
+    leaves, given = leaves_of(SETTINGS[name], torch.float32)
+    tables = angles_of(leaves)
+    given["backend"] = backend
+    q, k, v = leaves
+    got = attention(q, k, v, tables=tables, **given)
+    want = attention(*[rotary(t, *tables, backend=backend) for t in (q, k)], v, **given)
+    torch.testing.assert_close(got, want)
+    grads = (torch.autograd.grad(y.square().sum(), leaves) for y in (got, want))
+    torch.testing.assert_close(*grads)
+
+
+def test_turned_ones_are_not_kept() -> None:
+    leaves, given = leaves_of(SETTINGS["causal"], torch.float32)
+    tables = angles_of(leaves)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = attention(*leaves, tables=tables, **given, backend="cpu")
+    known = {t.data_ptr() for t in (*leaves, *tables, y)}
+    assert [t.shape for t in saved if t.data_ptr() not in known] == [y.shape[:3]]
+    assert not any([fn and fn.name().startswith("Rotary") for fn, _ in y.grad_fn.next_functions])
+
+
+def test_tables_compile_and_transform_as_two_ops() -> None:
+    leaves, given = leaves_of(SETTINGS["causal"], torch.float32)
+    tables = angles_of(leaves)
+    want = attention(*leaves, tables=tables, **given)
+    compiled = torch.compile(lambda *t: attention(*t, tables=tables, **given), backend="eager")
+    torch.testing.assert_close(compiled(*leaves), want)
+    q, k, v = (t.detach() for t in leaves)
+    one = torch.func.vmap(lambda q: attention(q[None], k[:1], v[:1], tables=tables, **given)[0])(q)
+    torch.testing.assert_close(one[:1], want[:1].detach())
+
+
+def test_tables_of_other_tokens_are_refused() -> None:
+    (q, k, v), _ = leaves_of(SETTINGS["keys-ahead"], torch.float32)
+    with pytest.raises(ShapeError, match=r"cos must be \[B or 1, L, D\], here \[2 or 1, 9, 8\]"):
+        attention(q, k, v, tables=angles_of([q]), backend="cpu")

@@ -323,3 +323,32 @@ def test_no_random_number_is_drawn() -> None:
     blocks.swap_blocks(model, "auto", False)
     assert isinstance(model.model.layers[0].self_attn, AttentionBlock)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@backends
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma"])
+def test_without_a_cache_one_op_turns_and_attends(
+    name: str, implementation: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ours attends; where another function does, it gets what is turned."""
+    torch.manual_seed(0)
+    given = language(name, use_cache=False, attn_implementation=implementation)
+    model = given.model.train()
+    oracle = result(given, copy.deepcopy(model).double())
+    baseline = result(given, model)
+    blocks.swap_blocks(model, backend, False)
+    turned: list[bool] = []
+    real = attention_functions.attention
+
+    def run(*heads: Tensor, **also: Any) -> Tensor:
+        turned.append(also["tables"] is not None)
+        return real(*heads, **also)
+
+    monkeypatch.setattr(attention_functions, "attention", run)
+    rotaries = counted(monkeypatch, "rotary")
+    got = result(given, model)
+    for what, *those in zip(("loss", "gradients"), got, oracle, baseline, strict=True):
+        assert_accurate(*those, what)
+    assert turned == ([True, True] if implementation == "sdpa" else [])
+    assert len(rotaries) == (0 if implementation == "sdpa" else 4)

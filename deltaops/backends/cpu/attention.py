@@ -11,7 +11,7 @@ from torch import Tensor
 from deltaops.backends.calls import AttentionCall
 
 from .core import DTYPES, core
-from .heads import as_heads, empty_heads, placed
+from .heads import as_heads, as_tables, empty_heads, placed, table_strides
 
 SHORT = 48
 """Fewer queries of an attention fill no block of the core's: measured with AVX2 and two threads,
@@ -21,6 +21,8 @@ there that only where keys are few, too, it is ahead."""
 
 Prefix = tuple[Tensor, Tensor]
 """Keys and values ``[Hkv, P, D]`` of one dtype, for the whole batch."""
+Tables = tuple[Tensor, Tensor]
+"""cos and sin ``[B or 1, L, D]``, by which queries and keys are turned first."""
 
 
 def forward(
@@ -32,9 +34,11 @@ def forward(
     causal: bool,
     prefix: Prefix | None = None,
     bias: Tensor | None = None,
+    tables: Tables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.AttentionBackend`, and :mod:`.prefix_attention`."""
     more = _placed_prefix(_adjacent(prefix)) if prefix else ()
+    tables = as_tables(*tables) if tables else None
     q, k, v, mask, bias = as_heads(q), as_heads(k), as_heads(v), _bytes(mask), _floats(bias)
     y = empty_heads(q.shape, True, q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
@@ -52,6 +56,7 @@ def forward(
         torch.get_num_threads(),
         *more,
         **_biased(bias, prefix, k.shape[2]),
+        **_turned(tables),
     )
     return y, lse
 
@@ -69,10 +74,12 @@ def backward(
     needs: Sequence[bool],
     prefix: Prefix | None = None,
     bias: Tensor | None = None,
+    tables: Tables | None = None,
 ) -> list[Tensor]:
     """The same; with a prefix ``needs`` goes on for its two gradients."""
     grad_y, q, k, v, y = [as_heads(t) for t in (grad_y, q, k, v, y)]
     mask, lse, bias = _bytes(mask), lse.contiguous(), _floats(bias)
+    tables = as_tables(*tables) if tables else None
     wanted = [
         empty_heads(t.shape, True, t.dtype) if need else None
         for t, need in zip((q, k, v), needs[:3], strict=True)
@@ -103,8 +110,42 @@ def backward(
         torch.get_num_threads(),
         *more,
         **_biased(bias, prefix, k.shape[2]),
+        **_turned(tables),
     )
     return [g for g in wanted if g is not None]
+
+
+def rotary_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :class:`deltaops.backends.base.RotaryAttentionBackend`."""
+    return forward(q, k, v, mask, scale, causal, tables=(cos, sin))
+
+
+def rotary_backward(
+    grad_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See :class:`deltaops.backends.base.RotaryAttentionBackend`."""
+    given = grad_y, q, k, v, y, lse, mask, scale, causal, needs
+    return backward(*given, tables=(cos, sin))
 
 
 def _adjacent(prefix: Prefix) -> Prefix:
@@ -154,6 +195,19 @@ def _biased(bias: Tensor | None, prefix: Prefix | None, keys: int) -> dict[str, 
     length = prefix[0].shape[1] if prefix else 0
     first = 0 if bias.shape[3] == length + keys else length
     return {"bias": bias.data_ptr(), "bias_strides": _steps(bias), "bias_from": first}
+
+
+def _turned(tables: Tables | None) -> dict[str, Any]:
+    """The arguments of angles, whose memory the caller holds."""
+    if tables is None:
+        return {}
+    cos, sin = tables
+    return {
+        "table_dtype": DTYPES[cos.dtype],
+        "cos": cos.data_ptr(),
+        "sin": sin.data_ptr(),
+        "table_strides": table_strides(cos),
+    }
 
 
 def outrun(call: AttentionCall) -> str | None:

@@ -45,6 +45,8 @@ class CpuBackend:
     rotary_backward = staticmethod(rotary.backward)
     attention_forward = staticmethod(attention.forward)
     attention_backward = staticmethod(attention.backward)
+    rotary_attention_forward = staticmethod(attention.rotary_forward)
+    rotary_attention_backward = staticmethod(attention.rotary_backward)
     prefix_attention_forward = staticmethod(prefix_attention.forward)
     prefix_attention_backward = staticmethod(prefix_attention.backward)
 

@@ -27,3 +27,15 @@ def empty_heads(shape: Sequence[int], tokens_first: bool, dtype: torch.dtype) ->
 def placed(t: Tensor | None) -> tuple[int, tuple[int, ...]]:
     """Address and strides of the batch, the head and the token, as the core takes heads."""
     return (0, (0, 0, 0)) if t is None else (t.data_ptr(), t.stride()[:3])
+
+
+def as_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Both ``[B or 1, L, D]`` with adjacent elements in a row, and one pair of strides."""
+    if cos.stride(2) != 1 or cos.stride() != sin.stride():
+        return cos.contiguous(), sin.contiguous()
+    return cos, sin
+
+
+def table_strides(cos: Tensor) -> tuple[int, int]:
+    """Those of the sequence, 0 where the batch shares the angles, and of the token."""
+    return cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)

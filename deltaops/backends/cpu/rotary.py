@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .core import DTYPES, core
-from .heads import as_heads, empty_heads
+from .heads import as_heads, as_tables, empty_heads, table_strides
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool) -> Tensor:
@@ -22,8 +22,7 @@ def backward(grad_y: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool) -> Te
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool, *, backward: bool) -> Tensor:
     """Either way: backward turns the heads back."""
     x = as_heads(x)
-    if cos.stride(2) != 1 or cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin = as_tables(cos, sin)
     y = empty_heads(x.shape, tokens_first, x.dtype)
     core().rotary(
         DTYPES[x.dtype],
@@ -35,7 +34,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, tokens_first: bool, *, backward
         DTYPES[cos.dtype],
         cos.data_ptr(),
         sin.data_ptr(),
-        (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)),
+        table_strides(cos),
         backward,
         torch.get_num_threads(),
     )
