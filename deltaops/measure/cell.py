@@ -12,6 +12,7 @@ OURS, OURS_COMPILED, ACCELERATED = "deltaops", "deltaops, compiled", "PEFT accel
 PEFT, PEFT_NARROW, PEFT_COMPILED = "PEFT", "PEFT, bf16 adapters", "PEFT, compiled"
 PREPACKED, EAGER = "oneDNN prepacked", "eager torch"
 MIXED, MIXED_ROWS = "8 adapters by sample", "8 adapters, rows shuffled"
+STACK, FIRST, SECOND = "the stack", "first part", "second part"
 
 PEERS_OF_OTHERS = (PEFT, PEFT_NARROW, PEFT_COMPILED, PREPACKED, EAGER)
 
@@ -22,7 +23,7 @@ class Cell:
 
     group: str
     """What was run: "gemm", "lora", "parallel", "sequential", "bitfit", "mixed", "call",
-    "step" or "method"."""
+    "step", "method" or "stack"."""
     what: str
     """The shape ``M×N×K``, the model and its batch, or the method."""
     dtype: str

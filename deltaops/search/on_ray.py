@@ -3,10 +3,10 @@
     driver: Tuner ──> worker: claim ⇄ Keeper (an actor beside the driver) ⇄ the study's folder
                               train, ask at each evaluation, hand over the adapter
 
-What a trial is, how it is drawn, judged, pruned and kept is the study's own, so that its folder, the
-report and a resumption are the same wherever a trial ran; Ray places and restarts the workers. A
-worker's machine needs deltaops, and the model and the data under the names that the driver has them
-by; the study's folder lies with the driver alone.
+What a trial is, how it is drawn, judged, pruned and kept is the study's own, so that its folder,
+its report and a resumption are the same wherever a trial ran; Ray places and restarts the workers.
+What a worker's machine needs is deltaops, and the model and the data under the names that the
+driver has them by; the study's folder lies with the driver alone.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -66,3 +68,35 @@ def test_a_browser_shows_every_figure(tmp_path: Path, search: Callable[..., Any]
     damaged = report.replace("data:image/png;base64,iVBORw0KGgo", "data:image/png;base64,AAAA", 1)
     assert damaged != report
     assert seen(damaged, tmp_path)["history"][0] == 0
+
+
+def test_what_is_committed_of_a_study(
+    tmp_path: Path, search: Callable[..., Any], data: str
+) -> None:
+    from deltaops.search.engine import score_best
+
+    program = Path(__file__).parents[2] / "benchmarks" / "search_results.py"
+    spec = importlib.util.spec_from_file_location("search_results", program)
+    assert spec is not None
+    assert spec.loader is not None
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    search(tmp_path / "study", trials=2, steps=2, rungs=1)
+    scores = score_best(tmp_path / "study", data)
+    table = tmp_path / "table.json"
+    lines = [
+        {"name": name, "title": title, "runs": {"0": {"accuracy": a}, "1": {"accuracy": a + 0.02}}}
+        for name, title, a in (("full", "full tuning", 0.9), ("lora", "LoRA", 0.7), ("x", "X", 0.5))
+    ]
+    table.write_text(json.dumps({"methods": lines}))
+    facts = {"processor": "P", "threads": 2, "isa": "avx2"}
+    path = results.write(tmp_path / "study", tmp_path / "out", table, facts)
+    found = json.loads(path.read_text())
+    assert [trial["state"] for trial in found["trials"]] == ["complete"] * 2
+    assert found["test"]["accuracy"] == scores["accuracy"]
+    assert found["settings"]["data"] == "task.csv"
+    text = path.with_suffix(".md").read_text()
+    assert "the methods' table: LoRA, 71.0 %" in text
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(pictures) == 3
+    assert all((tmp_path / "out" / name).stat().st_size for name in pictures)
