@@ -78,8 +78,8 @@ def report(
     lines = [
         f"# Search: {facts['settings']['model']} on {facts['settings']['data']}",
         "",
-        f"{summary(study)}; {facts['seconds'] / 60:.0f} minutes from the first trial's start to the "
-        f"last one's end on {facts['machine']}, {facts['threads']} threads.",
+        f"{summary(study)}; {facts['seconds'] / 60:.0f} minutes from the first trial's start to "
+        f"the last one's end on {facts['machine']}, {facts['threads']} threads.",
         "",
         f"Best: trial {best['trial']}, {best['candidate']}, {best['parameters']:,} parameters; "
         + ", ".join(f"{name} {value:.4f}" for name, value in best["held_out"].items())

@@ -57,7 +57,7 @@ def seen(report: str, folder: Path) -> dict[str, tuple[int, int]]:
 def test_a_browser_shows_every_figure(tmp_path: Path, search: Callable[..., Any]) -> None:
     from deltaops.search.report import write_report
 
-    found = search(tmp_path / "study", trials=4, steps=1, rungs=1)
+    found = search(tmp_path / "study", trials=12, steps=1, rungs=1, objectives=("loss",))
     report = write_report(found.study).read_text()
     shown = seen(report, tmp_path)
     assert shown.keys() == FIGURES
