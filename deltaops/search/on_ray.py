@@ -16,7 +16,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,17 @@ def search_on_ray(
     study = create(Path(out), asked, chosen.resolved(shop.model), shop, task)
     study.want(trials)
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        with chdir(study.folder):  # Ray puts where it starts on its workers' path, kernels/ and all
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     keeper = Keeper.options(scheduling_strategy=here).remote(str(study.folder.resolve()), trials)
-    facts = {"settings": asked.as_json(), "model": shop.fingerprint, "data": task.fingerprint}
+    # a worker runs in a folder of Ray's
+    named = {"model": _absolute(model), "data": _absolute(data)}
+    facts = {
+        "settings": asked.as_json() | named,
+        "model": shop.fingerprint,
+        "data": task.fingerprint,
+    }
     told = _Told(study, seen, keeper)
     try:
         trained = tune.with_parameters(_worker, keeper=keeper, facts=facts)
@@ -172,6 +179,11 @@ class Keeper:
             return False
         self.fail(worker, f"its worker died {RESTARTS + 1} times")
         return True
+
+
+def _absolute(name: str) -> str:
+    """A file or folder by its whole path; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 class _Told(Callback):  # type: ignore[misc]  # Ray's types are not checked
