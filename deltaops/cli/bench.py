@@ -24,7 +24,9 @@ def bench(
     ),
     quick: bool = typer.Option(False, "--quick", help="Two layer shapes, one model, no compiler."),
     only: str | None = typer.Option(
-        None, help="layers, steps, methods, or goals (everything, and only the goals printed)."
+        None,
+        help="layers, steps, methods, stacks (two methods at once; not part of the whole), or "
+        "goals (everything, and only the goals printed).",
     ),
     dtype: str | None = typer.Option(None, help="f32 or bf16; both by default."),
     shapes: str | None = typer.Option(None, help="Layer shapes: 512x768x768,128x768x768."),
@@ -107,8 +109,8 @@ def _settings(
     from deltaops.measure.runner import Settings
     from deltaops.measure.workloads import READERS, WORKLOADS
 
-    if only not in (None, "layers", "steps", "methods", "goals"):
-        raise ConfigError(f"--only must be layers, steps, methods or goals, got {only!r}.")
+    if only not in (None, "layers", "steps", "methods", "stacks", "goals"):
+        raise ConfigError(f"--only must be layers, steps, methods, stacks or goals, got {only!r}.")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
     settings = Settings.quick() if quick else Settings()
@@ -117,11 +119,12 @@ def _settings(
         "layers": everything or only == "layers", "steps": everything or only == "steps",
     }  # fmt: skip
     named = tuple(c.name for c in chosen(methods) if c.spec)
-    if methods is not None and only in ("layers", "steps"):
+    if methods is not None and only in ("layers", "steps", "stacks"):
         raise ConfigError(f"--methods has no part in --only {only}. Leave one of them out.")
-    if dropout is not None and only == "methods":
-        raise ConfigError("--dropout has no part in --only methods. Leave one of them out.")
-    if only in ("layers", "steps"):
+    if dropout is not None and only in ("methods", "stacks"):
+        raise ConfigError(f"--dropout has no part in --only {only}. Leave one of them out.")
+    changes["stacks"] = only == "stacks"
+    if only in ("layers", "steps", "stacks"):
         changes["methods"] = ()
     elif methods is not None or only == "methods":
         changes["methods"] = named
@@ -140,7 +143,7 @@ def _settings(
             )
         changes["workloads"] = tuple(models.split(","))
         changes["readers"] = tuple(m for m in models.split(",") if m in READERS)
-        if changes.get("methods") and not changes["readers"]:
+        if (changes.get("methods") or changes["stacks"]) and not changes["readers"]:
             raise ConfigError(
                 f"--models {models}: methods are timed on {', '.join(READERS)}. Take one of those."
             )

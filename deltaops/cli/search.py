@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,9 @@ def begin(
     steps: int = typer.Option(200, help="Training steps of a trial."),
     rungs: int = typer.Option(4, help="Evaluations of a trial, at which it may be pruned."),
     pack: int = typer.Option(1, help="LoRA trials that train in one batch, at most."),
+    ray: int = typer.Option(
+        0, help="Ray Tune's workers at a time, here or in the cluster of RAY_ADDRESS; 0: no Ray."
+    ),
     seed: int = typer.Option(0, help="Decides trials, start values, order and dropout."),
     seq_len: int = typer.Option(64, help="Tokens of a text."),
     eval_fraction: float = typer.Option(0.1, help="Part of the data that judges."),
@@ -73,13 +77,18 @@ def begin(
     if context.invoked_subcommand is not None:
         return
     from deltaops.errors import ConfigError
-    from deltaops.search import search as run
+    from deltaops.search import search as here
 
     if not model or not data:
         missing = "--model" if not model else "--data"
         raise ConfigError(
             f"deltaops search: {missing} is missing. `deltaops search --help` has an example."
         )
+    run: Callable[..., Found] = here
+    if ray:
+        from deltaops.search.on_ray import search_on_ray
+
+        run = partial(search_on_ray, workers=ray)
     with _live(trials) as watch:
         found = run(
             model, data, space, trials=trials, out=out, watch=watch,

@@ -15,6 +15,7 @@ MIXED, MIXED_ROWS = "8 adapters by sample", "8 adapters, rows shuffled"
 ROUTED = "8 adapters, all rows one's"
 OURS_AGAIN, PREPACKED_AGAIN = "deltaops, in a row", "oneDNN prepacked, in a row"
 EMPTY_FUNCTION = "empty Function"
+STACK, FIRST, SECOND = "the stack", "first part", "second part"
 
 PEERS_OF_OTHERS = (PEFT, PEFT_NARROW, PEFT_COMPILED, PREPACKED, EAGER)
 
@@ -25,7 +26,7 @@ class Cell:
 
     group: str
     """What was run: "gemm", "lora", "parallel", "sequential", "bitfit", "mixed", "call",
-    "step" or "method"."""
+    "step", "method" or "stack"."""
     what: str
     """The shape ``M×N×K``, the model and its batch, or the method."""
     dtype: str

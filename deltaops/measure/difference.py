@@ -11,7 +11,7 @@ Run = Callable[[], object]
 STEPS, SHOWN = 3, 3
 
 
-def difference(slow: Run, fast: Run) -> str:
+def difference(slow: Run, fast: Run, against: str = "eager torch's") -> str:
     """In words: the operators that take more of ``slow`` than of ``fast``, and the other way round.
 
     Times are those of the operators themselves, without what they call, on the calling thread.
@@ -22,7 +22,7 @@ def difference(slow: Run, fast: Run) -> str:
     ours = ", ".join(f"{n} +{more[n]:.1f} ms" for n in order[:SHOWN] if more[n] > 0)
     theirs = ", ".join(f"{n} {more[n]:.1f} ms" for n in order[: -SHOWN - 1 : -1] if more[n] < 0)
     said = "; ".join(words for words in (ours, theirs) if words) or "no operator differs"
-    return f"a profiled step against eager torch's: {said}"
+    return f"a profiled step against {against}: {said}"
 
 
 def _operators(run: Run) -> dict[str, float]:

@@ -13,6 +13,8 @@ from typing import Any
 from . import cell as names
 from .causes import causes
 from .cell import Cell, Results
+from .stacks import LIMIT as STACKED
+from .stacks import over_dearest
 
 Samples = Callable[[Results, str], list[tuple[str, float]]]
 """From a run and a dtype: where it was measured → value."""
@@ -210,6 +212,11 @@ def _methods(r: Results, dtype: str) -> list[tuple[str, float]]:
     return _ratios(r.of("method", dtype), names.EAGER, names.OURS)
 
 
+def _stacks(r: Results, dtype: str) -> list[tuple[str, float]]:
+    found = [(c.label, over_dearest(c)) for c in r.of("stack", dtype)]
+    return [(where, value) for where, value in found if value is not None]
+
+
 def _unpaired(r: Results, dtype: str) -> str:
     """The methods that failed, were left out or have no peer; not what a model cannot have."""
     cells = [c for c in r.of("method", dtype) if names.OURS not in c.absent]
@@ -275,4 +282,6 @@ GOALS = (
          lambda r, d: _ratios(r.of("call", d), names.OURS, names.FROZEN), source="text"),
     Goal("method-eager", "no method's step slower than eager torch", "≥", _both(1.0), _methods,
          lacking=_unpaired, source="text"),
+    Goal("stack", "step of two methods over the dearer of them alone", "≤", _both(STACKED),
+         _stacks, source="text"),
 )  # fmt: skip

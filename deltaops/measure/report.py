@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from .cell import ACCELERATED, EAGER, OURS, PEFT, PEFT_COMPILED, PEFT_NARROW, Cell, Results
+from .cell import (
+    ACCELERATED,
+    EAGER,
+    FIRST,
+    OURS,
+    PEFT,
+    PEFT_COMPILED,
+    PEFT_NARROW,
+    SECOND,
+    STACK,
+    Cell,
+    Results,
+)  # fmt: skip
 from .goals import Outcome, evaluate, gigaflops
 from .lost import lost
 
@@ -19,10 +31,12 @@ GROUPS = {
     "call": "Smallest layer, one call",
     "step": "Whole training step, LoRA r = 16 on all linears",
     "method": "Training step of each method, fused and in eager torch",
+    "stack": "Training step of two methods at once, beside each alone",
 }
 RATIOS = {
     "step": ((OURS, ACCELERATED), (PEFT, PEFT_NARROW, PEFT_COMPILED)),
     "method": ((OURS,), (EAGER,)),
+    "stack": ((STACK,), (FIRST, SECOND)),
 }
 """Group of steps → ours and the peers whose times are told as ratios."""
 

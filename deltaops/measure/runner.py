@@ -18,6 +18,7 @@ from .mixed import SHAPES as MIXED_SHAPES
 from .mixed import measure_mixed
 from .peak import peak
 from .sound import checked_peak, sift
+from .stacks import measure_stack, pairs, titled
 from .steps import measure_steps
 from .workloads import READERS, WORKLOADS, Workload
 
@@ -50,6 +51,9 @@ class Settings:
     methods: tuple[str, ...] = NAMES
     readers: tuple[str, ...] = tuple(READERS)
     """What the methods are timed on."""
+    stacks: bool = False
+    """Every two methods at once, on the first of ``readers``; only where they are asked for: there
+    are many."""
     dropouts: tuple[float, ...] = (0.0, 0.1)
     compiled: bool = True
     rounds: int = 15
@@ -148,6 +152,8 @@ def plan(settings: Settings) -> Iterator[Part]:
             # in bfloat16 one model tells what its dtype changes
             if dtype == "f32" or reader == settings.readers[0]:
                 yield from _methods(settings, reader, dtype)
+        if settings.stacks:
+            yield from _stacks(settings, dtype)
 
 
 def _layers(settings: Settings, dtype: str, pace: Pace) -> Iterator[Part]:
@@ -219,6 +225,24 @@ def _methods(settings: Settings, reader: str, dtype: str) -> Iterator[Part]:
             f"method {known[name].title} on {workload.title} {dtype}", 1.5,
             _method(settings, known[name], workload, dtype), METHOD,
         )  # fmt: skip
+
+
+def _stacks(settings: Settings, dtype: str) -> Iterator[Part]:
+    workload = READERS[settings.readers[0]]()
+    for first, second in pairs():
+        yield Part(
+            f"stack {titled(first, second)} on {workload.title} {dtype}", 1.5,
+            _stack(settings, first, second, workload, dtype),
+        )  # fmt: skip
+
+
+def _stack(
+    settings: Settings, first: Contender, second: Contender, workload: Workload, dtype: str
+) -> Callable[[float], list[Cell]]:
+    # half: the gate and the warm-up take their part
+    return lambda s: [
+        measure_stack(first, second, workload, dtype, rounds=settings.rounds, seconds=s / 2)
+    ]
 
 
 def _method(

@@ -102,6 +102,7 @@ from .prompt_pool import (
 )
 from .router import WEIGHT as ROUTER_WEIGHT
 from .router import DeltaRouter, become_router, is_router, unbecome_router
+from .samples import SAMPLES, Samples
 from .sharing import APART, sharing
 from .switched import Switched
 
@@ -115,6 +116,7 @@ __all__ = [
     "PREFIX_VALUES",
     "PROMPTS",
     "ROUTER_WEIGHT",
+    "SAMPLES",
     "STATES",
     "TEMPERATURE",
     "UNFROZEN",
@@ -149,6 +151,7 @@ __all__ = [
     "RandomRows",
     "Relay",
     "RmsNormBlock",
+    "Samples",
     "SoftPrompt",
     "Start",
     "Switched",

@@ -69,7 +69,7 @@ class PeftLoraLinear(PeftLinear):
             y = shared(self, x)
             if y is not None:
                 return y
-            layer = self.layer()
+            layer = self.layer(x)
         elif not args and kwargs.keys() == {"adapter_names"}:  # others are aLoRA offsets and such
             names = kwargs["adapter_names"]
             y = None if names is None else shared(self, x, names)
@@ -81,8 +81,8 @@ class PeftLoraLinear(PeftLinear):
             return theirs
         return delta_linear(x, *layer, backend=self.backend, strict=self.strict)
 
-    def layer(self) -> Layer | None:
-        """What the op takes for the next call; None where PEFT's own forward runs it."""
+    def layer(self, x: Tensor) -> Layer | None:
+        """What the op takes for the next call, of ``x``; None where PEFT's own forward runs it."""
         return self._layer(self._resolve())
 
     @staticmethod

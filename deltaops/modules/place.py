@@ -36,6 +36,7 @@ from .factor import Factor
 from .gate import GATES, Gate, add_gate
 from .kept import activate_copies, copies, give_back, has_copies, owners, train_copies
 from .replicas import refuse_replicas
+from .samples import SAMPLES, Samples
 from .sharing import ALTERS_INPUT, shared
 from .switched import Switched
 
@@ -93,8 +94,9 @@ class LinearPlace(nn.Module):
         """Why the next call would leave the op for plain torch; None when it does not."""
         return UNFROZEN if self.base()[0].requires_grad else None
 
-    def layer(self) -> Layer | None:
-        """What the op takes for the next call; None where that leaves the op for plain torch."""
+    def layer(self, x: Tensor) -> Layer | None:
+        """What the op takes for the next call, of ``x``; None where that leaves the op for plain
+        torch."""
         weight, bias = self.base()
         if weight.requires_grad:
             return None
@@ -107,11 +109,10 @@ class LinearPlace(nn.Module):
         y = shared(self, x)
         if y is not None:
             return y
-        layer = self.layer()
+        layer = self.layer(x)
         if layer is None:
             return plain_linear(x, *self.base(), self.branches())
-        weight, bias, branches, _ = layer
-        return delta_linear(x, weight, bias, branches, backend=self.backend, strict=self.strict)
+        return delta_linear(x, *layer, backend=self.backend, strict=self.strict)
 
 
 class DeltaPlace(Switched, LinearPlace):
@@ -150,6 +151,17 @@ class DeltaPlace(Switched, LinearPlace):
         for part in around:
             y = part.after(self, y, x)
         return y
+
+    def layer(self, x: Tensor) -> Layer | None:
+        """See :class:`LinearPlace`; where samples are told apart, each has its own branch."""
+        layer = super().layer(x)
+        samples: Samples | None = self.__dict__.get(SAMPLES)
+        if samples is None or layer is None:
+            return layer
+        off = self.off | self.gated
+        names = tuple([name for name in (*self.lora, *self.beside) if name not in off])
+        kept, adapter = samples.route(x, names)
+        return layer._replace(branches=[layer.branches[i] for i in kept], adapter=adapter)
 
     def branches(self) -> list[Branch]:
         """One branch for each LoRA or parallel adapter that is neither off nor merged."""

@@ -60,7 +60,7 @@ class _Group:
                 return None
             layers = [
                 # another list of names for another place is seen when it is called
-                member.layer_by_row(x, names) if heard else member.layer()
+                member.layer_by_row(x, names) if heard else member.layer(x)
                 for member, heard in zip(self.places, told, strict=True)
             ]
             if None in layers:

@@ -81,9 +81,9 @@ def search(
     """
     asked = Settings(model, data, **settings)
     asked.check()
-    _check_trials(trials)
+    check_trials(trials)
     chosen = load_space(space)
-    shop, task, watch = _loaded(asked, watch)
+    shop, task, watch = loaded(asked, watch)
     study = create(Path(out), asked, chosen.resolved(shop.model), shop, task)
     return _run(study, shop, task, trials, watch)
 
@@ -96,9 +96,9 @@ def resume(out: str | Path, *, trials: int | None = None, watch: Watch | None = 
     """
     folder = Path(out)
     if trials is not None:
-        _check_trials(trials)
+        check_trials(trials)
     settings, space = reopen(folder)
-    shop, task, watch = _loaded(settings, watch)
+    shop, task, watch = loaded(settings, watch)
     study = create(folder, settings, space.resolved(shop.model), shop, task)
     return _run(study, shop, task, max(study.wanted, trials or 0), watch)
 
@@ -113,7 +113,7 @@ def score_best(out: str | Path, data: str) -> dict[str, float]:
     """
     folder = Path(out)
     settings, _ = reopen(folder)
-    shop, task, _ = _loaded(settings, None)
+    shop, task, _ = loaded(settings, None)
     if shop.fingerprint != read_facts(folder)["model"]:
         raise ConfigError(f"{settings.model} is another model by now than that of {folder}.")
     texts = shop.answering.texts(shop.examples("test", data), settings.seq_len)
@@ -137,7 +137,8 @@ def label_names(data: TokenSet) -> list[Any]:
     return list(data.names)
 
 
-def _loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Watch]:
+def loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Watch]:
+    """The frozen model and the task of a study, and who watches. Raises: ConfigError, DataError."""
     seen = watch or Watch()
     shop = Workshop(
         settings.model,
@@ -154,7 +155,8 @@ def _loaded(settings: Settings, watch: Watch | None) -> tuple[Workshop, Task, Wa
     return shop, task, seen
 
 
-def _check_trials(trials: int) -> None:
+def check_trials(trials: int) -> None:
+    """Raises: ConfigError for a number of trials that is none."""
     if trials < 1:
         raise ConfigError(f"--trials must be 1 or more, got {trials}.")
 
@@ -227,7 +229,7 @@ def _alone(study: Study, shop: Workshop, task: Task, trial: Trial, candidate: Ca
         study.fail(trial, reason(error))
         return
     try:
-        study.finish(trial, result, handle)
+        study.finish(trial, result, handle.save)
     finally:
         handle.revert()
 
@@ -258,7 +260,7 @@ def _pack(study: Study, shop: Workshop, task: Task, group: Sequence[Drawn]) -> N
             if isinstance(outcome, NotFinite):
                 study.fail(trial, reason(outcome))
             else:
-                study.finish(trial, outcome, handle, part=f"c{number}")
+                study.finish(trial, outcome, partial(handle.save, part=f"c{number}"))
     finally:
         handle.revert()
 

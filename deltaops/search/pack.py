@@ -1,9 +1,9 @@
 """Train several LoRA candidates in one batch over the same frozen model.
 
-The batch is the members' batches one after the other, and each row is told its member
-(``delta_linear(…, adapter)``): the frozen products run once, over all rows, and a member's branch
-over its own. The loss is the sum of the members' mean losses, so that each has the gradient that it
-would have alone; each has its own optimizer, clipping, schedule and end.
+The batch is the members' batches one after the other, and the places are told whose each sample is
+(:class:`deltaops.modules.Samples`): the frozen products run once, over all rows, and a member's
+branch over its own. The loss is the sum of the members' mean losses, so that each has the gradient
+that it would have alone; each has its own optimizer, clipping, schedule and end.
 
 What is the same as alone, to the rounding of products of other sizes:
 
@@ -33,7 +33,7 @@ from torch.nn import functional
 from deltaops.errors import ConfigError, DeltaopsError
 from deltaops.methods import Combined, LoRA
 from deltaops.methods.base import LINEAR
-from deltaops.ops import Branch, delta_linear
+from deltaops.modules import SAMPLES, Samples
 from deltaops.surgery import Handle, attach, plan
 from deltaops.tuning.loop import CLIP, to_device
 from deltaops.tuning.sentence import NamedClasses
@@ -136,7 +136,7 @@ def train_pack(
                     [p for group in trained for p in group["params"]],
                 )
             )  # fmt: skip
-        with _routed(handle) as rows:
+        with _routed(handle, any(member.dropout for member in members)) as rows:
             _train(shop, task, members, rows, handle, steps, count)
         found = [member.outcome for member in members]
         return [one for one in found if one is not None], handle
@@ -187,7 +187,7 @@ def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int)
     picked = [member.order.rows(step) for member in live]
     lengths = [max(len(task.fit.ids[i]) for i in own) for own in picked]
     batch = task.fit.batch([i for own in picked for i in own])
-    rows.tell(live, [len(own) for own in picked], lengths)
+    rows.share(live, [len(own) for own in picked], lengths)
     task.reader.train()
     device = next(task.reader.parameters()).device
     placed = to_device(batch, device)
@@ -214,103 +214,89 @@ def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int)
 # ------------------------------------------------------------------------------------- the places
 
 
-class Rows:
+class Rows(Samples):
     """Which rows of a batch are whose; what every place of the pack reads."""
 
     def __init__(self) -> None:
         self.members: list[Member] = []
         self.sizes: list[int] = []
         self.lengths: list[int] = []
-        self.samples: Tensor | None = None
-        """Member of each sample ``[B]``; None where all are the only one's."""
-        self._ids: dict[tuple[Any, ...], Tensor] = {}
+        self.alone: Member | None = None
+        """Whose all batches are."""
+        super().__init__(())
 
-    def tell(self, members: Sequence[Member], sizes: Sequence[int], lengths: Sequence[int]) -> None:
+    def share(
+        self, members: Sequence[Member], sizes: Sequence[int], lengths: Sequence[int]
+    ) -> None:
         """The next batch is of these members, of so many texts each, and they so long."""
         self.members, self.sizes, self.lengths = list(members), list(sizes), list(lengths)
-        self.samples = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        self._ids = {}
+        self.alone = None
+        self.tell([m.name for m, size in zip(members, sizes, strict=True) for _ in range(size)])
 
     def only(self, member: Member) -> None:
         """All batches are of this member."""
-        self.tell([member], [1], [0])
-        self.samples = None
+        self.share([member], [1], [0])
+        self.alone = member
 
     def check(self, x: Tensor) -> None:
         """Raises: NotByRows where x is neither ``[B, T, K]`` nor ``[B, K]`` of the batch."""
-        if self.samples is None:
+        if self.alone is not None:
             return
-        batch = (len(self.samples), max(self.lengths))[: x.dim() - 1]
+        batch = (len(self.names), max(self.lengths))[: x.dim() - 1]
         if x.dim() not in (2, 3) or x.shape[:-1] != batch:
-            raise NotByRows(f"{list(x.shape)} in a batch of {len(self.samples)} texts")
-
-    def ids(self, present: tuple[bool, ...], x: Tensor) -> Tensor | None:
-        """The number of a branch for each row of x, where ``present`` says which members have one
-        among the branches of a place; −1 for the others' rows."""
-        if self.samples is None or len(self.members) == 1:
-            return None
-        key = (present, x.dim())
-        if key not in self._ids:
-            numbers, count = [], 0
-            for here in present:
-                numbers.append(count if here else -1)
-                count += here
-            by_sample = torch.tensor(numbers, dtype=torch.int32)[self.samples]
-            each = by_sample if x.dim() == 2 else by_sample[:, None].expand(x.shape[:-1])
-            self._ids[key] = each.contiguous().to(x.device)
-        return self._ids[key]
+            raise NotByRows(f"{list(x.shape)} in a batch of {len(self.names)} texts")
 
 
-def _forward(place: Any, rows: Rows, x: Tensor) -> Tensor:
-    """``[B, T, K]`` → ``[B, T, N]``: the frozen layer, and to each member's rows its branch.
+def _dropped(place: Any, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+    """Add to y ``[B, T, N]`` what the branches with dropout give of x ``[B, T, K]``.
 
-    Args: a :class:`deltaops.modules.place.DeltaPlace`. Raises: NotByRows.
+    Args: a :class:`deltaops.modules.DeltaPlace` in training, whose op had none of these.
     """
-    rows.check(x)
-    a, b = place.lora_A, place.lora_B
-    training = place.training
-    here = [member.name in place.lora for member in rows.members]
-    wet = [is_here and training and m.dropout > 0
-           for is_here, m in zip(here, rows.members, strict=True)]  # fmt: skip
-    fused = tuple(is_here and not w for is_here, w in zip(here, wet, strict=True))
-    branches = [
-        Branch(a[m.name].weight, b[m.name].weight, place.lora[m.name].scaling)
-        for m, has in zip(rows.members, fused, strict=True)
-        if has
-    ]
-    ids = rows.ids(fused, x) if branches else None
-    weight, bias = place.base()
-    y = delta_linear(x, weight, bias, branches, ids, backend=place.backend, strict=place.strict)
-    if not any(wet):
-        return y
     first = 0
-    for member, drops, size, length in zip(
-        rows.members, wet, rows.sizes, rows.lengths, strict=True
-    ):
-        if drops:
-            here_of = (slice(first, first + size), slice(length))[: x.dim() - 1]
-            own = x[here_of]
+    for member, size, length in zip(rows.members, rows.sizes, rows.lengths, strict=True):
+        if member.dropout and member.name in place.lora:
+            here = (slice(first, first + size), slice(length))[: x.dim() - 1]
+            own = x[here]
             keep = 1 - member.dropout
             mask = torch.empty_like(own).bernoulli_(keep, generator=member.masks).div_(keep)
-            inner = functional.linear(own * mask, a[member.name].weight)
-            scaled = place.lora[member.name].scaling * b[member.name].weight
-            y[here_of] += functional.linear(inner, scaled)
+            inner = functional.linear(own * mask, place.lora_A[member.name].weight)
+            scaled = place.lora[member.name].scaling * place.lora_B[member.name].weight
+            y[here] += functional.linear(inner, scaled)
         first += size
     return y
 
 
+def _forward(place: Any, rows: Rows, x: Tensor) -> Tensor:
+    """``[B, T, K]`` → ``[B, T, N]`` of a place where a member has dropout of its own."""
+    if not place.training:
+        return type(place).forward(place, x)  # type: ignore[no-any-return]  # a place's
+    rows.check(x)
+    off = place.off
+    place.__dict__["off"] = off | {m.name for m in rows.members if m.dropout}
+    try:
+        y = type(place).forward(place, x)
+    finally:
+        place.__dict__["off"] = off
+    return _dropped(place, rows, x, y)
+
+
 @contextmanager
-def _routed(handle: Handle) -> Iterator[Rows]:
-    """Inside, the places of ``handle`` run :func:`_forward`."""
+def _routed(handle: Handle, dropout: bool) -> Iterator[Rows]:
+    """Inside, the places of ``handle`` tell the members' rows apart.
+
+    dropout: of any member. Layers that share an input then run one by one.
+    """
     rows = Rows()
     places = [handle.model.get_submodule(path) for path in handle.sites]
     try:
         for place in places:
-            # in the module's own dict: layers that share an input then run one by one
-            place.__dict__["forward"] = partial(_forward, place, rows)
+            place.__dict__[SAMPLES] = rows
+            if dropout:
+                place.__dict__["forward"] = partial(_forward, place, rows)
         yield rows
     finally:
         for place in places:
+            place.__dict__.pop(SAMPLES, None)
             place.__dict__.pop("forward", None)
 
 

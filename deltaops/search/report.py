@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -58,8 +59,14 @@ def write_report(study: Study) -> Path:
 
 
 def write_log(study: Study) -> Path:
-    """Every trial as JSON, without what only a resumption needs. Raises: CheckpointError."""
+    """:func:`log_of` as a file. Raises: CheckpointError."""
     path = study.folder / LOG
+    write_json(path, log_of(study))
+    return path
+
+
+def log_of(study: Study) -> dict[str, Any]:
+    """Every trial as JSON, without what only a resumption needs."""
     trials = [
         {
             "trial": trial.number,
@@ -73,8 +80,7 @@ def write_log(study: Study) -> Path:
         }
         for trial in study.trials()
     ]  # fmt: skip
-    write_json(path, {"settings": study.settings.as_json(), "trials": trials})
-    return path
+    return {"settings": study.settings.as_json(), "trials": trials}
 
 
 def summary(study: Study) -> str:

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from deltaops.errors import CheckpointError, ConfigError
 from deltaops.files import MARK, locked, publishing, write_json
 from deltaops.strategy.features import Task as Texts
-from deltaops.surgery import Handle
 from deltaops.tuning.workshop import Task, Workshop
 
 from .candidate import Candidate
@@ -170,8 +169,11 @@ class Study:
         seen.intermediate_values = until
         return not self.optuna.pruner.prune(self.optuna, seen)
 
-    def finish(self, trial: Trial, result: Result, handle: Handle, part: str | None = None) -> None:
-        """Keep the adapter where the trial is on the front, then tell what it found."""
+    def finish(self, trial: Trial, result: Result, save: Callable[[Path], object]) -> None:
+        """Keep the adapter where the trial is on the front, then tell what it found.
+
+        save: writes the adapter into a folder.
+        """
         if result.pruned:
             self._note(trial, result)
             self.optuna.tell(trial, state=TrialState.PRUNED)
@@ -180,7 +182,7 @@ class Study:
         if not any(self._better(other.values, values) for other in self.complete()):
             folder = self.adapter(trial.number)
             with publishing(folder, TRIAL) as scratch:
-                handle.save(scratch, part=part)
+                save(scratch)
                 write_json(scratch / TRIAL, self._facts(trial, result))
         self._note(trial, result)
         self.optuna.tell(trial, values)

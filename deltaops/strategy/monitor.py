@@ -76,6 +76,10 @@ class Monitor:
         self._noise = Noise() if noise else None
         self._table = Table()
         self._began: tuple[int, float] | None = None
+        self._waiting: list[Row] = []
+        """Rows that the file could not take; they come before the next ones."""
+        self._trouble: str | None = None
+        """Why, until the controller has been told."""
 
     def __repr__(self) -> str:
         """Without the file's name, which decides nothing."""
@@ -100,6 +104,7 @@ class Monitor:
         """Raises: ConfigError where the file is that of another run."""
         self._table, self.clocks, self._began = run.table, Table(), None
         self._noise = None if self._noise is None else Noise()
+        self._waiting, self._trouble = [], None
         if self.path is not None:
             if self.path.exists() and self.path.stat().st_size:
                 raise ConfigError(
@@ -125,7 +130,7 @@ class Monitor:
                 found = noise.measure(gradients, run.clipped)
                 self._add(run, step, [("gradient_noise", *k, v) for k, v in self._kept(found)])
             noise.keep(gradients if next_due else {}, run.clipped)
-        return ()
+        return self._told()
 
     def after_step(self, run: Run) -> Iterable[Action]:
         """See :meth:`Part.after_step`."""
@@ -135,11 +140,21 @@ class Monitor:
             found = effective_ranks(run.handle)
             self._add(run, run.step, [("effective_rank", *k, v) for k, v in self._kept(found)])
         self._tell_clocks(run)
-        return ()
+        return self._told()
 
     def after_evaluation(self, run: Run) -> Iterable[Action]:
         """See :meth:`Part.after_evaluation`."""
         self._add(run, run.step, [(f"eval_{k}", "", "", v) for k, v in run.metrics.items()])
+        return self._told()
+
+    def close(self, run: Run) -> Iterable[Action]:
+        """Write what waits. Raises: CheckpointError where the file still takes nothing."""
+        self._write(())
+        if self._waiting:
+            raise CheckpointError(
+                f"Monitor: path={self.path} cannot be written, and lacks {len(self._waiting)} rows "
+                "of this run, which table() has. Free space, and write them from there."
+            )
         return ()
 
     def state(self) -> dict[str, Any]:
@@ -159,6 +174,7 @@ class Monitor:
         Raises: CheckpointError where the file is that of another run.
         """
         run.table, self.clocks, self._began = self._table, Table(), None
+        self._waiting, self._trouble = [], None
         if self.path is None:
             return
         rows = list(self._table.rows())
@@ -224,16 +240,35 @@ class Monitor:
         self._write(rows)
 
     def _write(self, rows: Iterable[Row]) -> None:
+        """Append rows, after those that wait; all of them wait where the file takes no more."""
         if self.path is None:
             return
+        rows = [*self._waiting, *rows]
+        size: int | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_lines(rows if file.tell() else [COLUMNS, *rows]))
+            with self.path.open("ab") as file:
+                size = file.tell()
+                file.write(_lines(rows if size else [COLUMNS, *rows]).encode())
         except OSError as error:
-            raise CheckpointError(
-                f"Monitor: path={self.path} cannot be written: {error.strerror or error}."
-            ) from error
+            if size is not None:  # a disk that fills up takes a part of a line first
+                os.truncate(self.path, size)
+            if not self._waiting:
+                self._trouble = error.strerror or str(error)
+            self._waiting = rows
+        else:
+            self._waiting = []
+
+    def _told(self) -> Iterable[Action]:
+        """For the log, once each time that the file begins to take nothing."""
+        if self._trouble is None:
+            return ()
+        reason = (
+            f"path={self.path} cannot be written: {self._trouble}; rows wait in memory, and are "
+            "tried again with the next ones"
+        )
+        self._trouble = None
+        return (Action("left alone", "", reason),)
 
     def _rewrite(self, rows: Iterable[Row]) -> None:
         assert self.path is not None

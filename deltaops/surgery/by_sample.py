@@ -1,7 +1,9 @@
-"""A batch whose samples have adapters of their own, on a PEFT model, in training too.
+"""A batch whose samples have adapters of their own, in training too.
 
-PEFT's ``model(..., adapter_names=[...])`` refuses training mode. Its layers do not: they compute
-each sample with its own adapter, and gradients reach those adapters of the batch that require them.
+On a model of ``deltaops.attach`` the names are its parts', and :mod:`.by_part` does it. On a PEFT
+model, PEFT's ``model(..., adapter_names=[...])`` refuses training mode. Its layers do not: they
+compute each sample with its own adapter, and gradients reach those adapters of the batch that
+require them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 from torch import nn
 
 from deltaops.errors import AttachError, ConfigError, TargetError
+
+from .by_part import attached_to, parts_by_name, parts_by_sample
 
 BASE = "__base__"
 """PEFT's name for no adapter."""
@@ -31,13 +35,22 @@ def adapters_by_sample(model: nn.Module, names: Sequence[str]) -> Iterator[None]
     ``model.set_requires_grad(names)``.
 
     Args:
-        model: a PEFT model, or one with injected LoRA layers.
+        model: a PEFT model, one with injected LoRA layers, or one of ``deltaops.attach``, whose
+            parts that are on are all LoRA on linear layers.
         names: the adapter of each sample, "__base__" for none; as many as the batch has samples.
     Raises: TargetError when the model has no LoRA layer of PEFT; ConfigError for names that are no
         list of its adapters; AttachError under gradient checkpointing in training, whose second
         forward pass would come when this has closed; and, in a layer, PEFT's ValueError for
-        another number of samples, merged adapters or DoRA.
+        another number of samples, merged adapters or DoRA. Of an attached model: AttachError for
+        parts that go by no sample, and, in a layer, ConfigError for another number of samples.
     """
+    record = attached_to(model)
+    if record is not None:
+        check_names(names, set(parts_by_name(record)), "parts")
+        check_checkpointing(model)
+        with parts_by_sample(model, record, names):
+            yield
+        return
     tell = partial(_adapter_names_pre_forward_hook, adapter_names=_checked(model, names))
     handles: list[Any] = []
     try:
@@ -64,24 +77,34 @@ def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:
             "adapters_by_sample: the model has no LoRA layer of PEFT. Call "
             "peft.get_peft_model(model, LoraConfig(...)) first."
         )
+    known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+    check_names(names, known, "adapters")
+    check_checkpointing(model)
+    return list(names)
+
+
+def check_names(names: Sequence[str], known: set[str], what: str) -> None:
+    """Raises: ConfigError unless ``names`` is a list of ``known`` ones and :data:`BASE`."""
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(
             "adapters_by_sample: names must be a list of strings, one for each sample of the "
             f"batch, got {names!r}."
         )
-    known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
     unknown = sorted(set(names) - known - {BASE})
     if unknown:
         raise ConfigError(
-            f"adapters_by_sample: the model has the adapters {', '.join(sorted(known))} and no "
+            f"adapters_by_sample: the model has the {what} {', '.join(sorted(known))} and no "
             f"{', '.join(unknown)}. Check the spelling, or load the adapter first."
         )
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Raises: AttachError where the layers would run again behind the context."""
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise AttachError(
             "adapters_by_sample: gradient checkpointing runs the layers again in the backward "
             "pass, without the names. Call model.gradient_checkpointing_disable() first."
         )
-    return list(names)
 
 
 def _is_peft(module: nn.Module, *kinds: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,7 +155,8 @@ def test_a_model_that_writes_has_no_packs(task: Task) -> None:
 @pytest.mark.parametrize("shape", [(1, 5, 8), (3, 4, 8), (15, 8), (3, 1, 5, 8)])
 def test_a_layer_that_sees_no_rows_of_the_batch_is_refused(shape: tuple[int, ...]) -> None:
     rows = Rows()
-    rows.tell([], [1, 2], [5, 3])
+    members: list[Any] = [SimpleNamespace(name="c0"), SimpleNamespace(name="c1")]
+    rows.share(members, [1, 2], [5, 3])
     rows.check(torch.zeros(3, 5, 8))
     rows.check(torch.zeros(3, 8))
     with pytest.raises(NotByRows, match="3 texts"):

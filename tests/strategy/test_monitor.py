@@ -202,6 +202,26 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
         Monitor(0)
 
 
+def test_a_full_disk_loses_no_rows(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "monitor.csv"
+    controller = Controller([Monitor(1, path=path)])
+    loop = Loop(controller, lr=0.1).begin().train(2)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        loop.train(4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before, "no half a line"
+    told = [event for event in loop.handle.history if event["part"] == "monitor"]
+    assert ["cannot be written: File too large" in event["reason"] for event in told] == [True]
+    loop.train(5)
+    assert not controller.failed
+    losses = [row.step for row in read_rows(path) if row.quantity == "loss"]
+    assert losses == [1, 2, 3, 4, 5]
+
+
 def test_a_table_comes_back_from_its_tensors() -> None:
     table, other = Table(), Table()
     for step, value in ((1, 0.1), (2, math.inf), (2, 1e-300)):

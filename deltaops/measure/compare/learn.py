@@ -119,12 +119,15 @@ def trained(
         tick()
 
     began = time.perf_counter()
-    train(
-        model, fit, Order(len(fit), settings.batch_size, seed), optimizer,
-        Schedule(settings.steps, 1.0), on_step=after, steer=controller,
-    )  # fmt: skip
+    try:
+        train(
+            model, fit, Order(len(fit), settings.batch_size, seed), optimizer,
+            Schedule(settings.steps, 1.0), on_step=after, steer=controller,
+        )  # fmt: skip
+    finally:  # also of one that diverges: what keeps files finishes them
+        if controller is not None:
+            controller.close()
     if controller is not None:
-        controller.close()
         for part, why in controller.failed.items():
             raise ConfigError(f"{contender.title}: {part} failed, so the line is not its: {why}.")
     return model, losses[-1], time.perf_counter() - began
