@@ -88,7 +88,7 @@ def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
         *(str(toolkit.nvcc), *toolkit.gencode, *CUDA_FLAGS, f"-I{INCLUDE}", f"-I{folder}"),
         *(f'-DDELTAOPS_CUDA_ARCHS="{archs}"', *extra),
     )
-    reads = (folder, folder / "primitives", INCLUDE)
+    reads = (folder, folder / "primitives", folder / "ampere", INCLUDE)
     return [Unit(source, command, reads, toolkit.version) for source in sorted(folder.glob("*.cu"))]
 
 
@@ -100,7 +100,7 @@ def emulated_cuda_units(compiler: Compiler, others: tuple[Path, ...] = ()) -> li
         *(*compiler.command, *EMULATED_FLAGS, f"-I{emulation}", f"-I{INCLUDE}", f"-I{folder}"),
         *("-DDELTAOPS_EMULATED", '-DDELTAOPS_CUDA_ARCHS="emulated"', "-x", "c++"),
     )
-    reads = (folder, folder / "primitives", emulation, INCLUDE)
+    reads = (folder, folder / "primitives", folder / "ampere", emulation, INCLUDE)
     sources = (*sorted(folder.glob("*.cu")), emulation / "emulation.cpp", *others)
     return [Unit(source, command, reads, compiler.version) for source in sources]
 

@@ -1,7 +1,7 @@
 /* deltaops_cuda.h: the C ABI of the CUDA library (libdeltaops_cuda.so).
  *
- * Holds so far: what CUDA finds here, and the dropout stream of csrc/include/philox.h on a GPU,
- * which the other backends are held against. There is no delta_linear in it yet.
+ * What CUDA finds here; the dropout stream of csrc/include/philox.h on a GPU, which the other
+ * backends are held against; and the parts of delta_linear (deltaops.h), a launch or two each.
  *
  * The library loads on a machine without a driver; each call then returns DELTAOPS_UNSUPPORTED and
  * says what is missing. Pointers named "device" lie in the memory of GPU number `device`; `stream`
@@ -55,6 +55,37 @@ DELTAOPS_API deltaops_status deltaops_cuda_dropout_apply(int32_t device, const d
                                                          const uint64_t *seed,
                                                          uint32_t branch_stream,
                                                          uint32_t drop_threshold, void *stream);
+
+/* ---- the products of delta_linear on any GPU from sm_80 on (mma.sync, cp.async)
+ *
+ *     out = sum_i mask_i * (left_i right_i^T) + bias          one accumulator, one rounding
+ *
+ * Forward: left x and S_i, right W [N, K] and B_i [N, R_i]. Gradient of x: left dy and dS_i, right
+ * the views W^T [K, N] and A_i^T [K, R_i], with the masks of dropout. S and dS are those that
+ * project and grad_up round to the dtype of x. Products with several dy and W give the gradient of
+ * a group of layers. */
+typedef struct {
+  deltaops_matrix left;    /* [M, L] bf16 or f16, col_stride 1 */
+  deltaops_matrix right;   /* [N, L] of that dtype; one stride is 1, the same in all products */
+  uint32_t drop_threshold; /* p * 65536 of the mask, which includes its scale; 0: no mask */
+  uint32_t branch_stream;
+} deltaops_cuda_product;
+
+#define DELTAOPS_CUDA_MAX_PRODUCTS 16
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  const deltaops_cuda_product *products; /* on the host */
+  int32_t num_products;
+  int32_t reserved;
+  deltaops_matrix bias; /* [1, N] of the same dtype, or absent */
+  deltaops_matrix out;  /* [M, N] of the same dtype, col_stride 1 */
+  const uint64_t *seed; /* device; one value; NULL where nothing is masked */
+  void *stream;
+} deltaops_cuda_gemm_args;
+
+DELTAOPS_API deltaops_status deltaops_cuda_ampere_gemm(const deltaops_cuda_gemm_args *args);
 
 #ifdef __cplusplus
 }
