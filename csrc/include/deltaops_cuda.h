@@ -87,6 +87,73 @@ typedef struct {
 
 DELTAOPS_API deltaops_status deltaops_cuda_ampere_gemm(const deltaops_cuda_gemm_args *args);
 
+/* ---- the passes of delta_linear on any GPU from sm_80 on, for one branch
+ *
+ * x and dy are bf16 or f16; A, B and the *_narrow matrices have their dtype; matrices have
+ * col_stride 1. Sums are fp32, in an order that depends on shapes alone. The workspace (device, on
+ * 16 bytes) belongs to the caller, who may use it again once the call's work is done; where 0 bytes
+ * are asked for it may be NULL. Matrices with data == NULL are absent. */
+
+/* S = scaling * drop(x) A^T. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix x;        /* [M, K] */
+  deltaops_matrix a;        /* [R, K] */
+  deltaops_matrix s;        /* [M, R] f32, written; or absent */
+  deltaops_matrix s_narrow; /* [M, R], written; or absent */
+  float scaling;
+  uint32_t drop_threshold; /* p * 65536 */
+  uint32_t branch_stream;
+  uint32_t reserved;
+  const uint64_t *seed; /* device; NULL where nothing is dropped */
+  void *workspace;
+  uint64_t workspace_bytes;
+  void *stream;
+} deltaops_cuda_project_args;
+
+/* dS = scaling * dy B,  dB = dy^T S,  db = sum of the rows of dy: those that are wanted. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix grad_y;        /* [M, N] */
+  deltaops_matrix b;             /* [N, R]; may be absent where dS is not wanted */
+  deltaops_matrix s_narrow;      /* [M, R]; may be absent where dB is not wanted */
+  deltaops_matrix grad_s;        /* [M, R] f32, written; or absent */
+  deltaops_matrix grad_s_narrow; /* [M, R], written; or absent */
+  deltaops_matrix grad_b;        /* [N, R] of dy's dtype or f32, written; or absent */
+  deltaops_matrix grad_bias;     /* [1, N] of dy's dtype or f32, written; or absent */
+  float scaling;
+  uint32_t reserved;
+  void *workspace;
+  uint64_t workspace_bytes;
+  void *stream;
+} deltaops_cuda_grad_up_args;
+
+/* dA = dS^T drop(x). */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix grad_s_narrow; /* [M, R] */
+  deltaops_matrix x;             /* [M, K] */
+  deltaops_matrix grad_a;        /* [R, K] of x's dtype or f32, written */
+  uint32_t drop_threshold;
+  uint32_t branch_stream;
+  const uint64_t *seed; /* device; NULL where nothing is dropped */
+  void *workspace;
+  uint64_t workspace_bytes;
+  void *stream;
+} deltaops_cuda_grad_down_args;
+
+/* Bytes of workspace that the call wants. */
+DELTAOPS_API uint64_t deltaops_cuda_project_workspace(int64_t M, int64_t K, int64_t R);
+DELTAOPS_API uint64_t deltaops_cuda_grad_up_workspace(int64_t M, int64_t N, int64_t R);
+DELTAOPS_API uint64_t deltaops_cuda_grad_down_workspace(int64_t M, int64_t K, int64_t R);
+
+DELTAOPS_API deltaops_status deltaops_cuda_project(const deltaops_cuda_project_args *args);
+DELTAOPS_API deltaops_status deltaops_cuda_grad_up(const deltaops_cuda_grad_up_args *args);
+DELTAOPS_API deltaops_status deltaops_cuda_grad_down(const deltaops_cuda_grad_down_args *args);
+
 #ifdef __cplusplus
 }
 #endif

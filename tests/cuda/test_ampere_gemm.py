@@ -71,16 +71,21 @@ def layer(dtype: torch.dtype, rank: int, *, n: int = N) -> list[Term]:
     return terms
 
 
+RANKS = pytest.mark.parametrize(
+    ("rank", "dtype"),
+    [(1, F16), (8, BF16), (16, F16), (24, BF16), (64, F16)],
+    ids=["1-f16", "8-bf16", "16-f16", "24-bf16", "64-f16"],
+)
+
+
 @pytest.mark.parametrize("pad", [0, 4], ids=["unaligned", "aligned"])
-@pytest.mark.parametrize("rank", [0, 1, 8, 16, 24, 64])
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-def test_forward(dtype: torch.dtype, rank: int, pad: int) -> None:
+@RANKS
+def test_forward(rank: int, dtype: torch.dtype, pad: int) -> None:
     # rows of 104 and of rank + 4 elements begin on 16 bytes where those are multiples of 8
     check(layer(dtype, rank), random(N, dtype=dtype, seed=4), across=False, pad=pad)
 
 
-@pytest.mark.parametrize("rank", [1, 8, 16, 24, 64])
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@RANKS
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_grad_input(dtype: torch.dtype, rank: int, p: float) -> None:
     threshold = philox.drop_threshold(p)
@@ -114,7 +119,7 @@ def test_every_order_of_threads_gives_the_same_bits(masked: bool) -> None:
 
 
 def test_many_tiles_each_once() -> None:
-    x, weight = random(1200, 8, dtype=BF16), random(270, 8, dtype=BF16, seed=1)
+    x, weight = random(1100, 8, dtype=BF16), random(130, 8, dtype=BF16, seed=1)
     check([Term(x, weight)], None, across=False)
 
 
