@@ -1,0 +1,30 @@
+/* warpgroup.h: moves registers between warpgroups  (PTX ISA, "setmaxnreg")
+ *
+ * Takes effect only where the kernel's registers are capped (__launch_bounds__ with a block count),
+ * and all four warps of the group run it.
+ */
+#ifndef DELTAOPS_CUDA_WARPGROUP_H
+#define DELTAOPS_CUDA_WARPGROUP_H
+
+#ifdef DELTAOPS_EMULATED
+#include "emulation/warpgroup.h"
+#else
+
+namespace deltaops {
+
+/* Gives up registers; at most kRegisters remain to each thread. A multiple of 8 from 24 to 256. */
+template <int kRegisters>
+__device__ __forceinline__ void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+/* Waits until there are kRegisters for each thread. */
+template <int kRegisters>
+__device__ __forceinline__ void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace deltaops
+
+#endif
+#endif
