@@ -40,6 +40,11 @@ CUDA_FLAGS = (
     "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 )
+# longjmp between fibers is no error here, though a fortified one takes it for that.
+EMULATED_FLAGS = (
+    *("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,21 @@ def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
         *(str(toolkit.nvcc), *toolkit.gencode, *CUDA_FLAGS, f"-I{INCLUDE}", f"-I{folder}"),
         *(f'-DDELTAOPS_CUDA_ARCHS="{archs}"', *extra),
     )
-    return [
-        Unit(source, command, (folder, INCLUDE), toolkit.version)
-        for source in sorted(folder.glob("*.cu"))
-    ]
+    reads = (folder, folder / "primitives", INCLUDE)
+    return [Unit(source, command, reads, toolkit.version) for source in sorted(folder.glob("*.cu"))]
+
+
+def emulated_cuda_units(compiler: Compiler, others: tuple[Path, ...] = ()) -> list[Unit]:
+    """The CUDA library for a GPU that the CPU plays (csrc/cuda/emulation), for tests alone."""
+    folder = CSRC / "cuda"
+    emulation = folder / "emulation"
+    command = (
+        *(*compiler.command, *EMULATED_FLAGS, f"-I{emulation}", f"-I{INCLUDE}", f"-I{folder}"),
+        *("-DDELTAOPS_EMULATED", '-DDELTAOPS_CUDA_ARCHS="emulated"', "-x", "c++"),
+    )
+    reads = (folder, folder / "primitives", emulation, INCLUDE)
+    sources = (*sorted(folder.glob("*.cu")), emulation / "emulation.cpp", *others)
+    return [Unit(source, command, reads, compiler.version) for source in sources]
 
 
 def binding_sources(device: str) -> list[Path]:
