@@ -5,10 +5,10 @@
  *
  * fp16 or bf16, accumulated in fp32, rounded once. Both are sums of products left right over
  * segments of contracted elements, and one loop runs through all of them; edges that are no whole
- * tile arrive as zeros from the copy engine. Forward, the right operand has the contracted dimension
- * contiguous (Major::kInner), for the gradient the other one (kOuter). The mask, Philox draws of
- * csrc/include/philox.h times 65536 / (65536 - threshold), acts on the first segment's sum in
- * registers, before the second is added. Several outputs of the same left rows go in one launch.
+ * tile arrive as zeros from the copy engine. Forward, the right operand has the contracted
+ * dimension contiguous (Major::kInner), for the gradient the other one (kOuter). The mask, Philox
+ * draws of csrc/include/philox.h times 65536 / (65536 - threshold), acts on the first segment's sum
+ * in registers, before the second is added. Several outputs of the same left rows go in one launch.
  *
  * A block of three warpgroups stays on its SM and takes tiles of 128 x kColumns as schedule.h says.
  * One thread of the first asks the copy engine for chunks of 64 contracted elements, into a ring of
@@ -18,53 +18,18 @@
 #ifndef DELTAOPS_CUDA_GEMM_H
 #define DELTAOPS_CUDA_GEMM_H
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "hopper/schedule.h"
+#include "hopper/arguments.h"
 #include "philox.h"
+#include "primitives/element.h"
 #include "primitives/mbarrier.h"
-#include "primitives/tensor_copy.h"
 #include "primitives/warpgroup.h"
 #include "primitives/wgmma.h"
 
 namespace deltaops {
 
-constexpr int kMaxSegments = 8;
-
-/* A product that is summed: left [M, length] right [length, columns of the output]. */
-struct Segment {
-  int32_t length;
-};
-
-struct Output {
-  void *data;         /* [M, columns], rows on 16 bytes */
-  const void *bias;   /* [columns] of the same type, on 16 bytes; or NULL */
-  int64_t row_stride; /* in elements */
-  int32_t columns;
-  int32_t first_segment, segments; /* at least one */
-};
-
-/* Elements below `threshold` of 65536 are dropped, the others multiplied by `scale`. */
-struct Mask {
-  const uint64_t *seed; /* on the device */
-  uint32_t stream, threshold;
-  float scale;
-};
-
-/* The argument of a launch: by value, since the copy engine reads maps from constant memory. */
-struct GemmArguments {
-  TensorMap left[kMaxSegments], right[kMaxSegments];
-  int32_t length[kMaxSegments]; /* contracted elements of each segment */
-  Output output[kMaxOutputs];
-  Schedule schedule;
-  Mask mask; /* threshold 0: none */
-  int32_t rows;
-};
-
-template <Half kHalf_, int kColumns_, Major kRight_>
+template <typename T, int kColumns_, Major kRight_>
 struct Gemm {
-  static constexpr Half kHalf = kHalf_;
+  using Element = T;                         /* __nv_bfloat16 or __half */
   static constexpr int kColumns = kColumns_; /* of a tile */
   static constexpr Major kRight = kRight_;
   static constexpr int kGroupRows = 64; /* of a warpgroup */
@@ -191,30 +156,12 @@ __device__ __forceinline__ void apply_mask(float (&acc)[kCount], const Fragment 
   }
 }
 
-template <Half kHalf>
-__device__ __forceinline__ uint32_t round_pair(float low, float high) {
-  if constexpr (kHalf == Half::kBf16)
-    return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
-           static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
-  else
-    return __half_as_ushort(__float2half_rn(low)) |
-           static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
-}
-
-template <Half kHalf>
-__device__ __forceinline__ float widen(uint16_t bits) {
-  if constexpr (kHalf == Half::kBf16)
-    return __bfloat162float(__ushort_as_bfloat16(bits));
-  else
-    return __half2float(__ushort_as_half(bits));
-}
-
 /* Adds the bias, rounds, and stores what lies inside: four threads exchange words so that each has
  * the 16 bytes of a row's eight columns. */
-template <Half kHalf, int kCount>
+template <typename T, int kCount>
 __device__ __forceinline__ void store(const float (&acc)[kCount], const Fragment &at,
                                       const Output &output, int32_t rows) {
-  const auto *bias = static_cast<const uint16_t *>(output.bias);
+  const auto *bias = static_cast<const T *>(output.bias);
   auto *data = static_cast<uint16_t *>(output.data);
 #pragma unroll
   for (int j = 0; j < kCount / 4; j += 4) {
@@ -223,8 +170,8 @@ __device__ __forceinline__ void store(const float (&acc)[kCount], const Fragment
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int32_t column = at.column + 8 * (j + i) + 2 * at.quad;
-        if (column < output.columns) add[i][0] = widen<kHalf>(bias[column]);
-        if (column + 1 < output.columns) add[i][1] = widen<kHalf>(bias[column + 1]);
+        if (column < output.columns) add[i][0] = to_float(bias[column]);
+        if (column + 1 < output.columns) add[i][1] = to_float(bias[column + 1]);
       }
     }
 #pragma unroll
@@ -233,7 +180,7 @@ __device__ __forceinline__ void store(const float (&acc)[kCount], const Fragment
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float *pair = &acc[4 * (j + i) + 2 * half];
-        words[i] = round_pair<kHalf>(pair[0] + add[i][0], pair[1] + add[i][1]);
+        words[i] = pack_rounded<T>(pair[0] + add[i][0], pair[1] + add[i][1]);
       }
       transpose_quad(words);
       const int64_t row = at.row + 8 * half;
@@ -262,10 +209,9 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
   };
   for_each_tile(arguments.schedule, [&](const Tile &tile) {
     const Output &output = arguments.output[tile.output];
-    const Fragment at = {
-        static_cast<int64_t>(tile.row) * G::kRows + group * G::kGroupRows + thread / 32 * 16 +
-            lane / 4,
-        tile.column * G::kColumns, lane % 4};
+    const Fragment at = {static_cast<int64_t>(tile.row) * G::kRows + group * G::kGroupRows +
+                             thread / 32 * 16 + lane / 4,
+                         tile.column * G::kColumns, lane % 4};
     float acc[G::kColumns / 2];
     bool more = false; /* acc holds something */
     int running = -1;  /* the stage that the batch before this one reads */
@@ -277,8 +223,9 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
             shared_address(ring.left()) + group * G::kGroupRows * kSwizzleRow, 0);
         const uint64_t right = wgmma_tile<G::kRight>(shared_address(ring.right()), G::kBoxBytes);
         const auto multiply = [&](int step) {
-          wgmma<G::kHalf, G::kColumns, G::kRight>(acc, left + step * kWgmmaStep<Major::kInner>,
-                                                  right + step * kWgmmaStep<G::kRight>, more);
+          wgmma<typename G::Element, G::kColumns, G::kRight>(
+              acc, left + step * kWgmmaStep<Major::kInner>, right + step * kWgmmaStep<G::kRight>,
+              more);
           more = true;
         };
         wgmma_touch(acc);
@@ -312,15 +259,14 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
     wgmma_wait<0>();
     wgmma_touch(acc);
     release(running);
-    store<G::kHalf>(acc, at, output, arguments.rows);
+    store<typename G::Element>(acc, at, output, arguments.rows);
   });
 }
 
 template <class G>
 __global__ void __launch_bounds__(G::kThreads, 1)
     gemm_kernel(const __grid_constant__ GemmArguments arguments) {
-  extern __shared__ uint8_t shared[];
-  const Ring<G> ring(shared);
+  const Ring<G> ring(dynamic_shared());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < G::kStages; ++stage) {
       mbarrier_init(&ring.full[stage], 1);  /* the producer, with its bytes */

@@ -1,9 +1,9 @@
 /* schedule.h: in which order the tiles of a launch are computed, and by which block.
  *
  * A launch writes up to kMaxOutputs matrices of the same rows. Their columns of tiles are numbered
- * on, one matrix after the other, and blocks take tile numbers b, b + grid, b + 2 grid ... A band of
- * kBand rows of tiles is finished before the next begins, column by column: the blocks that run at
- * one time then share rows of the left and columns of the right operands, which stay in L2.
+ * on, one matrix after the other, and blocks take tile numbers b, b + grid, b + 2 grid ... A band
+ * of kBand rows of tiles is finished before the next begins, column by column: the blocks that run
+ * at one time then share rows of the left and columns of the right operands, which stay in L2.
  */
 #ifndef DELTAOPS_CUDA_SCHEDULE_H
 #define DELTAOPS_CUDA_SCHEDULE_H
