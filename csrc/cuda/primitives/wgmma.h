@@ -124,7 +124,15 @@ struct ThreadProducts {
   std::vector<float> acc;
 };
 
-inline void wgmma_fence() { emulation::of_thread<ThreadProducts>().fenced = true; }
+/* The instructions are of a warp: none of its lanes goes on before all are there. */
+inline void wgmma_meet(const char *what) {
+  emulation::collective(what, nullptr, nullptr, [](const void *const *, void *const *) {});
+}
+
+inline void wgmma_fence() {
+  wgmma_meet("wgmma.fence");
+  emulation::of_thread<ThreadProducts>().fenced = true;
+}
 
 inline void wgmma_commit() {
   ThreadProducts &mine = emulation::of_thread<ThreadProducts>();
@@ -157,6 +165,7 @@ inline void wgmma_finish(ThreadProducts &mine, uint64_t number) {
 
 template <int kRunning>
 inline void wgmma_wait() {
+  wgmma_meet("wgmma.wait_group");
   ThreadProducts &mine = emulation::of_thread<ThreadProducts>();
   for (; mine.batches.size() > kRunning; mine.batches.pop_front())
     for (const uint64_t number : mine.batches.front()) wgmma_finish(mine, number);
