@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
     return found
 
 
-def emulated_cuda_units(compiler: Compiler, others: tuple[Path, ...] = ()) -> list[Unit]:
+def emulated_cuda_units(compiler: Compiler, others: Sequence[Path] = ()) -> list[Unit]:
     """The CUDA library for a GPU that the CPU plays (csrc/cuda/emulation), for tests alone."""
     emulation = CUDA / "emulation"
     command = (

@@ -21,7 +21,10 @@ constexpr int kTileRows = 128;
 using Matrix = deltaops_matrix;
 
 int64_t rounded_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-bool absent(const Matrix &matrix) { return matrix.data == nullptr; }
+/* Left out, and not merely empty: torch gives an empty matrix no data either. */
+bool absent(const Matrix &matrix) {
+  return matrix.data == nullptr && matrix.rows == 0 && matrix.cols == 0;
+}
 
 /* One product of a list: left [M, length], right [columns, length], or [length, columns] of a
  * gradient. */
@@ -95,7 +98,7 @@ deltaops_status check_matrix(const char *who, const Named &is, int32_t dtype, bo
                      "%s: %s must have the first matrix's dtype %d%s, got %d", who, is.name, dtype,
                      may_be_f32 ? " or f32 (0)" : "", matrix.dtype);
   if (matrix.rows == 0 || matrix.cols == 0) return DELTAOPS_OK;
-  if (absent(matrix))
+  if (matrix.data == nullptr)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: %s must have data, got NULL", who, is.name);
   if (matrix.col_stride != 1 || (matrix.rows > 1 && matrix.row_stride < matrix.cols))
     return cuda_fail(DELTAOPS_UNSUPPORTED,
@@ -157,7 +160,7 @@ deltaops_status check_pair(const char *who, const char *left, const Matrix &one,
 }
 
 void add_product(Work *work, int32_t output, const Matrix &left, const Matrix &right) {
-  if (left.cols == 0 || absent(left)) return;
+  if (left.cols == 0) return;
   int32_t at = 0;
   for (int32_t i = 0; i <= output; ++i) at += work->products[i];
   work->product[at] = {left, right};

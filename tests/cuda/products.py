@@ -111,6 +111,12 @@ def gradient_layers(
     ]
 
 
+def result(layer: Layer) -> Tensor:
+    """What was written to its output."""
+    assert layer.out is not None
+    return layer.out.t
+
+
 def _t(one: Bordered | None) -> Tensor | None:
     return None if one is None else one.t
 
