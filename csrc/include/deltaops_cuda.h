@@ -1,8 +1,7 @@
 /* deltaops_cuda.h: the C ABI of the CUDA library (libdeltaops_cuda.so).
  *
  * What CUDA finds here; the dropout stream of csrc/include/philox.h on a GPU, which the other
- * backends are held against; and the two large products of delta_linear on Hopper, each with its
- * rank part in the same accumulator.
+ * backends are held against; and the parts of delta_linear (deltaops.h), a launch or two each.
  *
  * The library loads on a machine without a driver; each call then returns DELTAOPS_UNSUPPORTED and
  * says what is missing. Pointers named "device" lie in the memory of GPU number `device`; `stream`
@@ -57,59 +56,47 @@ DELTAOPS_API deltaops_status deltaops_cuda_dropout_apply(int32_t device, const d
                                                          uint32_t branch_stream,
                                                          uint32_t drop_threshold, void *stream);
 
-/* ---- delta_linear's products on Hopper (compute capability 9.0), of layers that share x
+/* ---- the products of delta_linear on any GPU from sm_80 on (mma.sync, cp.async)
  *
- *     y_i  = x W_i^T + S_i B_i^T + bias_i
- *     dx   = sum_i (mask_i * (dS_i A_i) + dy_i W_i)
+ *     out = sum_i mask_i * (left_i right_i^T) + bias          one accumulator, one rounding
  *
- * M tokens, K inputs, N_i outputs, R_i the rank of a layer's one branch. bf16 or f16, all of one
- * call the same; accumulated in float, rounded once; the same call gives the same bits again. S may
- * be f32, and is then rounded into the workspace first. mask is 0 where the draw at (k, m, stream)
- * drops an element, else 65536 / (65536 - drop_threshold).
- *
- * Matrices are on the device, with col_stride 1 and rows on 16 bytes (data and row_stride); an f32
- * S may lie anyhow. Each size may be anything from 1 to 2^31 - 512, M and N (or K) also 0. Outputs
- * overlap neither inputs nor one another nor the workspace. What is well formed and not taken gives
- * DELTAOPS_UNSUPPORTED. Nothing is read or written before all was checked. */
-#define DELTAOPS_CUDA_MAX_GROUP 4
-
+ * Forward: left x and S_i, right W [N, K] and B_i [N, R_i]. Gradient of x: left dy and dS_i, right
+ * the views W^T [K, N] and A_i^T [K, R_i], with the masks of dropout. S and dS are those that
+ * project and grad_up round to the dtype of x. Products with several dy and W give the gradient of
+ * a group of layers. */
 typedef struct {
-  uint32_t struct_size;   /* sizeof this struct, set by the caller */
-  int32_t reserved;       /* 0 */
-  deltaops_matrix x;      /* [M, K], the same of all layers */
-  deltaops_matrix weight; /* [N, K] */
-  deltaops_matrix bias;   /* [1, N], or absent */
-  deltaops_matrix s;      /* [M, R] of the type of x or f32: scaled and activated; or absent */
-  deltaops_matrix b;      /* [N, R]; absent where s is */
-  deltaops_matrix y;      /* [M, N], written */
-} deltaops_cuda_outputs_args;
+  deltaops_matrix left;    /* [M, L] bf16 or f16, col_stride 1 */
+  deltaops_matrix right;   /* [N, L] of that dtype; one stride is 1, the same in all products */
+  uint32_t drop_threshold; /* p * 65536 of the mask, which includes its scale; 0: no mask */
+  uint32_t branch_stream;
+} deltaops_cuda_product;
+
+#define DELTAOPS_CUDA_MAX_PRODUCTS 16
 
 typedef struct {
   uint32_t struct_size;
+  int32_t device;
+  const deltaops_cuda_product *products; /* on the host */
+  int32_t num_products;
   int32_t reserved;
-  deltaops_matrix grad_y;  /* [M, N] */
-  deltaops_matrix weight;  /* [N, K] */
-  deltaops_matrix grad_s;  /* [M, R] of the type of grad_y or f32: scaled; or absent */
-  deltaops_matrix a;       /* [R, K]; absent where grad_s is */
-  deltaops_matrix grad_x;  /* [M, K], written; the first layer's, absent in the others */
-  const uint64_t *seed;    /* device: one value, read when the kernel runs; NULL without dropout */
-  uint32_t stream;         /* which random stream: the branch's number */
-  uint32_t drop_threshold; /* p * 65536, 0 to 65536; above 0 for a single layer alone */
-} deltaops_cuda_grad_input_args;
+  deltaops_matrix bias; /* [1, N] of the same dtype, or absent */
+  deltaops_matrix out;  /* [M, N] of the same dtype, col_stride 1 */
+  const uint64_t *seed; /* device; one value; NULL where nothing is masked */
+  void *stream;
+} deltaops_cuda_gemm_args;
 
-/* Bytes of device memory on 16 bytes that the call needs while it runs; 0 where S is not f32. */
-DELTAOPS_API deltaops_status deltaops_cuda_outputs_workspace(
-    const deltaops_cuda_outputs_args *layers, int32_t count, int64_t *bytes);
-DELTAOPS_API deltaops_status deltaops_cuda_outputs(int32_t device,
-                                                   const deltaops_cuda_outputs_args *layers,
-                                                   int32_t count, void *workspace, int64_t bytes,
-                                                   void *stream);
-DELTAOPS_API deltaops_status deltaops_cuda_grad_input_workspace(
-    const deltaops_cuda_grad_input_args *layers, int32_t count, int64_t *bytes);
-DELTAOPS_API deltaops_status deltaops_cuda_grad_input(int32_t device,
-                                                      const deltaops_cuda_grad_input_args *layers,
-                                                      int32_t count, void *workspace, int64_t bytes,
-                                                      void *stream);
+DELTAOPS_API deltaops_status deltaops_cuda_ampere_gemm(const deltaops_cuda_gemm_args *args);
+
+/* The same on Hopper (compute capability 9.0) by its copy engine and warpgroup products, of up to
+ * DELTAOPS_CUDA_MAX_OUTPUTS outputs in one launch: q, k and v; gate and up. Their outs have the
+ * same rows, dtype, device and stream, and their products together are at most
+ * DELTAOPS_CUDA_MAX_HOPPER. Rows begin on 16 bytes, data and strides both; lengths are at least 1,
+ * and sizes at most 2^31 - 512. One product of an output may have a mask, with right matrices of
+ * row_stride 1. */
+#define DELTAOPS_CUDA_MAX_OUTPUTS 4
+#define DELTAOPS_CUDA_MAX_HOPPER 8
+DELTAOPS_API deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
+                                                       int32_t count);
 
 #ifdef __cplusplus
 }

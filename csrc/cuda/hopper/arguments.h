@@ -8,7 +8,15 @@
 
 namespace deltaops {
 
-constexpr int kMaxSegments = 2 * kMaxOutputs; /* the frozen and the rank part of each layer */
+constexpr int kMaxSegments = DELTAOPS_CUDA_MAX_HOPPER;
+static_assert(kMaxOutputs == DELTAOPS_CUDA_MAX_OUTPUTS, "the C ABI says the same");
+
+/* Elements below `threshold` of 65536 are dropped, the others multiplied by `scale`. */
+struct Mask {
+  const uint64_t *seed;       /* on the device */
+  uint32_t stream, threshold; /* 0: no mask */
+  float scale;
+};
 
 struct Output {
   void *data;         /* [M, columns], rows on 16 bytes */
@@ -16,13 +24,7 @@ struct Output {
   int64_t row_stride; /* in elements */
   int32_t columns;
   int32_t first_segment, segments; /* at least one */
-};
-
-/* Elements below `threshold` of 65536 are dropped, the others multiplied by `scale`. */
-struct Mask {
-  const uint64_t *seed; /* on the device */
-  uint32_t stream, threshold;
-  float scale;
+  Mask mask;                       /* of the first segment */
 };
 
 /* By value: the copy engine reads the maps from the kernel's parameters. */
@@ -31,14 +33,13 @@ struct GemmArguments {
   int32_t length[kMaxSegments];                      /* its contracted elements, at least one */
   Output output[kMaxOutputs];
   Schedule schedule;
-  Mask mask; /* threshold 0: none */
   int32_t rows;
 };
 
 /* Which kernel: see Gemm in gemm.h. */
 struct Shape {
-  bool wide;     /* tiles of 256 columns, else of 128 */
-  bool gradient; /* the right operands have their columns contiguous */
+  bool wide;  /* tiles of 256 columns, else of 128 */
+  bool outer; /* the right matrices have their columns side by side */
 };
 
 deltaops_status launch_hopper_bf16(const GemmArguments &arguments, Shape shape,

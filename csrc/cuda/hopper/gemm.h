@@ -203,7 +203,6 @@ __device__ __forceinline__ void store(const float (&acc)[kCount], const Fragment
 template <class G>
 __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> ring, int group) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const Mask &mask = arguments.mask;
   const auto release = [&](int stage) {
     if (lane == 0) mbarrier_arrive(&ring.empty[stage]);
   };
@@ -249,10 +248,10 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
         ring.advance();
       }
       if constexpr (G::kRight == Major::kOuter) {
-        if (s == 0 && mask.threshold) {
+        if (s == 0 && output.mask.threshold) {
           wgmma_wait<0>();
           wgmma_touch(acc);
-          apply_mask(acc, at, mask, *mask.seed);
+          apply_mask(acc, at, output.mask, *output.mask.seed);
         }
       }
     }

@@ -26,7 +26,7 @@ deltaops_status launch_one(const GemmArguments &arguments, int32_t multiprocesso
 template <typename T>
 deltaops_status launch_hopper(const GemmArguments &arguments, Shape shape, int32_t multiprocessors,
                               void *stream) {
-  if (shape.gradient)
+  if (shape.outer)
     return shape.wide ? launch_one<Gemm<T, 256, Major::kOuter>>(arguments, multiprocessors, stream)
                       : launch_one<Gemm<T, 128, Major::kOuter>>(arguments, multiprocessors, stream);
   return shape.wide ? launch_one<Gemm<T, 256, Major::kInner>>(arguments, multiprocessors, stream)
