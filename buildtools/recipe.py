@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 INCLUDE = CSRC / "include"
 CUDA = CSRC / "cuda"
-CUDA_READS = (CUDA, CUDA / "primitives", CUDA / "hopper", INCLUDE)
+CUDA_READS = (CUDA, CUDA / "primitives", CUDA / "ampere", CUDA / "hopper", INCLUDE)
 HOPPER = "90a"  # wgmma and setmaxnreg are of this architecture alone, not of its successors
 
 CPU_LIBRARY = "libdeltaops.so"

@@ -1,11 +1,12 @@
-/* hopper_gemm.cu: checks the products of hopper/gemm.h, describes them, and launches them. */
+/* hopper_gemm.cu: launches the products of hopper/gemm.h: checks them, and describes them to the
+ * copy engine. */
 #include <stdio.h>
 
 #include "core.h"
 #include "hopper/arguments.h"
 #include "hopper/tensor_map.h"
 
-namespace deltaops {
+namespace deltaops::hopper {
 namespace {
 
 constexpr const char *kWho = "hopper_gemm";
@@ -280,9 +281,10 @@ deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool 
 }
 
 }  // namespace
-}  // namespace deltaops
+}  // namespace deltaops::hopper
 
 using namespace deltaops;
+using namespace deltaops::hopper;
 
 extern "C" deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
                                                      int32_t count) {

@@ -8,7 +8,7 @@
 #include "hopper/tensor_map.h"
 #include "primitives/wgmma.h"
 
-namespace deltaops {
+namespace deltaops::hopper {
 namespace {
 
 constexpr uint32_t kLeftBytes = 64 * kSwizzleRow, kRightBytes = 128 * kSwizzleRow;
@@ -88,9 +88,10 @@ __global__ void fault_kernel(const __grid_constant__ FaultArguments arguments) {
 }
 
 }  // namespace
-}  // namespace deltaops
+}  // namespace deltaops::hopper
 
 using namespace deltaops;
+using namespace deltaops::hopper;
 
 extern "C" {
 

@@ -29,19 +29,39 @@ struct Fiber {
   jmp_buf at;
   bool begun, ended;
   const char *waits_at; /* null: it can run */
-  bool (*done)(void *);
+  bool (*done)(void *); /* what it waits for; null: somebody will wake it */
   void *of;
+};
+
+/* A set of threads, so that the next one that can run is found without a look at each. */
+struct Threads {
+  uint64_t words[kMaxThreads / 64] = {};
+
+  void add(unsigned i) { words[i / 64] |= uint64_t{1} << (i % 64); }
+  void remove(unsigned i) { words[i / 64] &= ~(uint64_t{1} << (i % 64)); }
+  /* The first member from `from` on, or -1. */
+  int next(unsigned from) const {
+    for (unsigned w = from / 64; w < kMaxThreads / 64; ++w) {
+      const uint64_t word = w == from / 64 ? words[w] >> (from % 64) << (from % 64) : words[w];
+      if (word) return static_cast<int>(64 * w) + __builtin_ctzll(word);
+    }
+    return -1;
+  }
+  int last() const {
+    for (int w = kMaxThreads / 64 - 1; w >= 0; --w)
+      if (words[w]) return 64 * w + 63 - __builtin_clzll(words[w]);
+    return -1;
+  }
 };
 
 struct Barrier {
   unsigned arrived = 0, threads = 0;
-  uint64_t generation = 0;
+  Threads waiting;
 };
 
 struct Meeting { /* of a warp */
   const char *what = nullptr;
   unsigned arrived = 0;
-  uint64_t generation = 0;
   const void *in[kLanes];
   void *out[kLanes];
 };
@@ -62,6 +82,7 @@ std::vector<Range> allowed;
 char message[1024];
 
 Fiber fibers[kMaxThreads];
+Threads ready, polled; /* can run; wait for a condition */
 unsigned char *stacks = nullptr;
 unsigned threads = 0, current = 0;
 uint64_t serial = 0;
@@ -88,6 +109,7 @@ void leave() {
 void fiber_main() {
   (*body)();
   fibers[current].ended = true;
+  ready.remove(current);
   _longjmp(scheduler, 1);
 }
 
@@ -100,6 +122,7 @@ void prepare(unsigned number) {
   makecontext(&fiber.start, fiber_main, 0);
   fiber.begun = fiber.ended = false;
   fiber.waits_at = nullptr;
+  ready.add(number);
 }
 
 void enter(unsigned number) {
@@ -113,26 +136,35 @@ void enter(unsigned number) {
   setcontext(&fiber.start);
 }
 
-bool can_run(unsigned number) {
-  Fiber &fiber = fibers[number];
-  if (fiber.ended) return false;
-  if (fiber.waits_at == nullptr) return true;
-  current = number; /* a condition may ask whose it is */
-  if (!fiber.done(fiber.of)) return false;
-  fiber.waits_at = nullptr;
-  return true;
+void wake(unsigned number) {
+  fibers[number].waits_at = nullptr;
+  ready.add(number);
+}
+
+/* The running fiber goes on when it was woken. */
+void sleep(const char *what, bool (*done)(void *), void *of) {
+  Fiber &fiber = fibers[current];
+  fiber.waits_at = what;
+  fiber.done = done;
+  fiber.of = of;
+  ready.remove(current);
+  if (done != nullptr) polled.add(current);
+  leave();
 }
 
 /* The fiber that goes on, or -1. */
 int choose() {
   if (_setjmp(scheduler) != 0) return -1; /* a condition called fail() */
-  const unsigned first =
-      order == Order::kShuffled ? static_cast<unsigned>(random_number() % threads) : 0;
-  for (unsigned i = 0; i < threads; ++i) {
-    const unsigned number = order == Order::kDescending ? threads - 1 - i : (first + i) % threads;
-    if (can_run(number)) return static_cast<int>(number);
+  for (int i = polled.next(0); i >= 0; i = polled.next(current + 1)) {
+    current = static_cast<unsigned>(i); /* a condition may ask whose it is */
+    if (!fibers[i].done(fibers[i].of)) continue;
+    polled.remove(current);
+    wake(current);
   }
-  return -1;
+  if (order == Order::kDescending) return ready.last();
+  if (order == Order::kAscending) return ready.next(0);
+  const int later = ready.next(static_cast<unsigned>(random_number() % threads));
+  return later >= 0 ? later : ready.next(0);
 }
 
 /* "threads 0-31 wait at __syncthreads; 32-63 have ended" */
@@ -173,6 +205,7 @@ bool margins_hold() {
 void run_block() {
   ++serial;
   std::fill(room.begin(), room.end(), kPoison);
+  ready = polled = Threads{};
   for (unsigned i = 0; i < threads; ++i) prepare(i);
   for (int next; (next = choose()) >= 0 && !failed;) enter(static_cast<unsigned>(next));
   if (failed) return;
@@ -194,7 +227,10 @@ bool arrive(unsigned number, unsigned expected) {
   barrier.threads = expected;
   if (++barrier.arrived < expected) return false;
   barrier.arrived = 0;
-  ++barrier.generation;
+  for (int i = barrier.waiting.next(0); i >= 0; i = barrier.waiting.next(0)) {
+    wake(static_cast<unsigned>(i));
+    barrier.waiting.remove(static_cast<unsigned>(i));
+  }
   return true;
 }
 
@@ -285,13 +321,7 @@ void fail(const char *format, ...) {
   for (;;) _longjmp(scheduler, 1); /* this fiber is never entered again */
 }
 
-void wait_until(const char *what, bool (*done)(void *), void *of) {
-  Fiber &fiber = fibers[current];
-  fiber.waits_at = what;
-  fiber.done = done;
-  fiber.of = of;
-  leave();
-}
+void wait_until(const char *what, bool (*done)(void *), void *of) { sleep(what, done, of); }
 
 void collective(const char *what, const void *in, void *out, Combine combine) {
   if (threads % kLanes != 0) fail("%s: a block of %u threads has a ragged warp", what, threads);
@@ -302,12 +332,10 @@ void collective(const char *what, const void *in, void *out, Combine combine) {
   meeting.what = what;
   meeting.in[lane()] = in;
   meeting.out[lane()] = out;
-  const uint64_t generation = meeting.generation;
-  if (++meeting.arrived < kLanes)
-    return wait_until(what, [&] { return meeting.generation != generation; });
+  if (++meeting.arrived < kLanes) return sleep(what, nullptr, nullptr);
   combine(meeting.in, meeting.out);
   meeting.arrived = 0;
-  ++meeting.generation;
+  for (unsigned i = 0; i < kLanes; ++i) wake(warp() * kLanes + i);
 }
 
 void barrier_sync(unsigned number, unsigned expected) {
@@ -327,11 +355,9 @@ void barrier_sync(unsigned number, unsigned expected) {
                                                "barrier 13",
                                                "barrier 14",
                                                "barrier 15"};
-  const uint64_t generation =
-      number < kBarriers ? of_block<Block>().barriers[number].generation : 0;
   if (arrive(number, expected)) return;
-  const Barrier &barrier = of_block<Block>().barriers[number];
-  wait_until(names[number], [&] { return barrier.generation != generation; });
+  of_block<Block>().barriers[number].waiting.add(current);
+  sleep(names[number], nullptr, nullptr);
 }
 
 void barrier_arrive(unsigned number, unsigned expected) { arrive(number, expected); }

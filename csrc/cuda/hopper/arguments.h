@@ -6,7 +6,7 @@
 #include "hopper/schedule.h"
 #include "primitives/tensor_copy.h"
 
-namespace deltaops {
+namespace deltaops::hopper {
 
 constexpr int kMaxSegments = DELTAOPS_CUDA_MAX_HOPPER;
 static_assert(kMaxOutputs == DELTAOPS_CUDA_MAX_OUTPUTS, "the C ABI says the same");
@@ -47,6 +47,6 @@ deltaops_status launch_hopper_bf16(const GemmArguments &arguments, Shape shape,
 deltaops_status launch_hopper_f16(const GemmArguments &arguments, Shape shape,
                                   int32_t multiprocessors, void *stream);
 
-}  // namespace deltaops
+}  // namespace deltaops::hopper
 
 #endif

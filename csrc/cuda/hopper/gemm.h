@@ -25,7 +25,7 @@
 #include "primitives/warpgroup.h"
 #include "primitives/wgmma.h"
 
-namespace deltaops {
+namespace deltaops::hopper {
 
 template <typename T, int kColumns_, Major kRight_>
 struct Gemm {
@@ -284,6 +284,6 @@ __global__ void __launch_bounds__(G::kThreads, 1)
   }
 }
 
-}  // namespace deltaops
+}  // namespace deltaops::hopper
 
 #endif

@@ -4,7 +4,7 @@
 
 #include "hopper/gemm.h"
 
-namespace deltaops {
+namespace deltaops::hopper {
 
 template <class G>
 deltaops_status launch_one(const GemmArguments &arguments, int32_t multiprocessors, void *stream) {
@@ -33,6 +33,6 @@ deltaops_status launch_hopper(const GemmArguments &arguments, Shape shape, int32
                     : launch_one<Gemm<T, 128, Major::kInner>>(arguments, multiprocessors, stream);
 }
 
-}  // namespace deltaops
+}  // namespace deltaops::hopper
 
 #endif

@@ -16,7 +16,7 @@
 #define DELTAOPS_ANYWHERE inline
 #endif
 
-namespace deltaops {
+namespace deltaops::hopper {
 
 constexpr int kMaxOutputs = 4; /* q, k and v; gate and up */
 
@@ -51,6 +51,6 @@ struct Schedule {
   }
 };
 
-}  // namespace deltaops
+}  // namespace deltaops::hopper
 
 #endif

@@ -5,7 +5,7 @@
 #include "core.h"
 #include "primitives/tensor_copy.h"
 
-namespace deltaops {
+namespace deltaops::hopper {
 
 constexpr int32_t kBoxColumns = 64; /* 128 bytes */
 
@@ -73,6 +73,6 @@ inline deltaops_status MapMaker::make(TensorMap *map, const deltaops_matrix &mat
 
 #endif
 
-}  // namespace deltaops
+}  // namespace deltaops::hopper
 
 #endif

@@ -47,7 +47,7 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   };
   const Operands mine = {a, b};
   emulation::collective("mma", &mine, c, [](const void *const *in, void *const *out) {
-    float A[16][16], B[16][8];
+    float A[16][16], B[8][16]; /* B by columns */
     for (unsigned lane = 0; lane < 32; ++lane) {
       const unsigned g = lane / 4, q = lane % 4;
       const Operands &of = *static_cast<const Operands *>(in[lane]);
@@ -55,13 +55,13 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
         for (unsigned j = 0; j < 2; ++j)
           A[g + 8 * (i % 2)][2 * q + 8 * (i / 2) + j] = unpacked<T>(of.a[i], j);
       for (unsigned i = 0; i < 2; ++i)
-        for (unsigned j = 0; j < 2; ++j) B[2 * q + 8 * i + j][g] = unpacked<T>(of.b[i], j);
+        for (unsigned j = 0; j < 2; ++j) B[g][2 * q + 8 * i + j] = unpacked<T>(of.b[i], j);
     }
     for (unsigned lane = 0; lane < 32; ++lane)
       for (unsigned i = 0; i < 4; ++i) {
         const unsigned row = lane / 4 + 8 * (i / 2), col = 2 * (lane % 4) + i % 2;
         float &sum = static_cast<float *>(out[lane])[i];
-        for (unsigned k = 0; k < 16; ++k) sum += A[row][k] * B[k][col];
+        for (unsigned k = 0; k < 16; ++k) sum += A[row][k] * B[col][k];
       }
   });
 }
