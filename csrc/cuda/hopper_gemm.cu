@@ -265,6 +265,7 @@ deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool 
   const int32_t right_rows = outer ? kBoxColumns : shape.wide ? 256 : 128;
   int32_t segment = 0;
   for (int32_t i = 0; i < count; ++i) {
+    if (outputs[i].out.cols == 0) continue;
     const deltaops_status status =
         describe(outputs[i], maps, outer, right_rows, &segment, &arguments, &arguments.output[i]);
     if (status != DELTAOPS_OK) return status;

@@ -1,7 +1,7 @@
 /* hopper_faults.cu: Hopper kernels with one mistake each, and their right twins; and the schedule.
  *
- * Each kernel multiplies [64, 128] by [128, 128] transposed in one warpgroup; the copy engine brings
- * the tiles in two rounds of one stage.
+ * Each kernel multiplies [64, 128] by [128, 128] transposed in one warpgroup; the copy engine
+ * brings the tiles in two rounds of one stage.
  */
 #include "core.h"
 #include "hopper/schedule.h"

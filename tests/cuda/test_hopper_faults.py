@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from . import emulated
-from .products import normal
+from .hopper import matrix
 
 FAULTS = {
     "no_wait_for_bytes": None,
@@ -30,7 +30,7 @@ FAULTS = {
 
 def run(fault: str | None, order: int) -> tuple[int, bool]:
     """The status, and whether the output is right."""
-    left, right = normal(64, 128, torch.bfloat16, 1), normal(128, 128, torch.bfloat16, 2)
+    left, right = matrix(64, 128, torch.bfloat16, 1), matrix(128, 128, torch.bfloat16, 2)
     out = emulated.Bordered.empty(64, 128, torch.float32)
     number = 0 if fault is None else 1 + list(FAULTS).index(fault)
     with emulated.grid(order, seed=5, capability=90) as lib:
