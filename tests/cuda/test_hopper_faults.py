@@ -1,4 +1,4 @@
-"""The emulated copy engine, mbarriers and wgmma tell a kernel with a mistake from its right twin."""
+"""The emulated copy engine, mbarriers and wgmma tell a mistake from its right twin."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAULTS = {
     "wrong_stride": None,
     "lanes_apart": "is at wgmma.wait_group, and earlier lanes are at wgmma.fence",
 }
-"""Each of the enum's faults, in its order: what is said of it, or None where the numbers are wrong."""
+"""The faults of the enum, in its order: what is said of each; None: the numbers are wrong."""
 
 
 def run(fault: str | None, order: int) -> tuple[int, bool]:
