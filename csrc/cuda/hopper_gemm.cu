@@ -149,7 +149,9 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
   if (status == DELTAOPS_OK) status = check_rows("out", args.out);
   if (status == DELTAOPS_OK && args.bias.data != nullptr) {
     status = check_shape("bias", args.bias, 1, args.out.cols, args.out.dtype);
-    if (status == DELTAOPS_OK) status = check_rows("bias", args.bias);
+    if (status == DELTAOPS_OK && args.bias.col_stride != 1 && args.bias.cols > 1)
+      status = cuda_fail(DELTAOPS_UNSUPPORTED, "%s: bias must have col_stride 1, got %lld", kWho,
+                         static_cast<long long>(args.bias.col_stride));
   }
   return status == DELTAOPS_OK ? check_products(args, output, layout) : status;
 }
