@@ -87,6 +87,17 @@ typedef struct {
 
 DELTAOPS_API deltaops_status deltaops_cuda_ampere_gemm(const deltaops_cuda_gemm_args *args);
 
+/* The same on Hopper (compute capability 9.0) by its copy engine and warpgroup products, of up to
+ * DELTAOPS_CUDA_MAX_OUTPUTS outputs in one launch: q, k and v; gate and up. Their outs have the
+ * same rows, dtype, device and stream, and their products together are at most
+ * DELTAOPS_CUDA_MAX_HOPPER. Rows begin on 16 bytes, data and strides both; lengths are at least 1,
+ * and sizes at most 2^31 - 512. One product of an output may have a mask, with right matrices of
+ * row_stride 1. */
+#define DELTAOPS_CUDA_MAX_OUTPUTS 4
+#define DELTAOPS_CUDA_MAX_HOPPER 8
+DELTAOPS_API deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
+                                                       int32_t count);
+
 /* ---- the passes of delta_linear on any GPU from sm_80 on, for one branch
  *
  * x and dy are bf16 or f16; A, B and the *_narrow matrices have their dtype; matrices have

@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL:
     finally:
         sys.path.remove(str(ROOT))
     compiler = toolchain.find_compiler()
-    units = recipe.emulated_cuda_units(compiler, (ROOT / "tests" / "cuda" / "faults.cu",))
+    units = recipe.emulated_cuda_units(compiler, sorted((ROOT / "tests" / "cuda").glob("*.cu")))
     folder = ROOT / "build" / "objects"
 
     def say(text: str) -> None:
