@@ -63,7 +63,7 @@ DELTAOPS_API deltaops_status deltaops_cuda_dropout_apply(int32_t device, const d
  * Forward: left x and S_i, right W [N, K] and B_i [N, R_i]. Gradient of x: left dy and dS_i, right
  * the views W^T [K, N] and A_i^T [K, R_i], with the masks of dropout. S and dS are those that
  * project and grad_up round to the dtype of x. Products with several dy and W give the gradient of
- * a group of layers. */
+ * a group of layers. At most 16 rows go straight from global memory, as decoding wants it. */
 typedef struct {
   deltaops_matrix left;    /* [M, L] bf16 or f16, col_stride 1 */
   deltaops_matrix right;   /* [N, L] of that dtype; one stride is 1, the same in all products */

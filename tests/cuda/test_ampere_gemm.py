@@ -128,6 +128,22 @@ def test_thin_and_empty(m: int, n: int) -> None:
     check([Term(random(m, 7, dtype=F16), random(n, 7, dtype=F16))], None, across=False)
 
 
+@pytest.mark.parametrize("pad", [0, 4], ids=["unaligned", "aligned"])
+@pytest.mark.parametrize("m", [1, 5, 16])
+@RANKS
+def test_few_rows(rank: int, dtype: torch.dtype, m: int, pad: int) -> None:
+    n, k = 37, 556  # some warps have a step more than others
+    x, weight = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
+    s, b = random(m, rank, dtype=dtype, seed=2), random(n, rank, dtype=dtype, seed=3)
+    check([Term(x, weight), Term(s, b)], random(n, dtype=dtype, seed=4), across=False, pad=pad)
+
+
+def test_few_rows_give_the_same_bits_in_every_order() -> None:
+    terms = [Term(random(7, 600, dtype=BF16), random(20, 600, dtype=BF16, seed=1))]
+    first, *others = (check(terms, None, across=False, order=order) for order in range(3))
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_no_product_leaves_the_bias() -> None:
     bias = random(N, dtype=F16)
     empty = Term(torch.empty(M, 0, dtype=F16), torch.empty(N, 0, dtype=F16))

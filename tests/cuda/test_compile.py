@@ -135,7 +135,7 @@ def test_hopper_kernels_are_of_hopper_s_instructions(compiled: Compiled) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("unit", "kernels"), [("ampere_gemm", 6), ("ampere_passes", 4)])
+@pytest.mark.parametrize(("unit", "kernels"), [("ampere_gemm", 8), ("ampere_passes", 4)])
 def test_sm_80_kernels_multiply_by_tensor_cores(
     compiled: Compiled, unit: str, kernels: int
 ) -> None:
@@ -146,8 +146,10 @@ def test_sm_80_kernels_multiply_by_tensor_cores(
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     names = [name for name in FUNCTION.findall(run.stdout) if "reduce_kernel" not in name]
     assert len(names) == kernels * len(compiled.archs)
-    missing = lacking(run.stdout, "HMMA.16816", "LDSM", "LDGSTS")
-    assert [line for line in missing if "reduce_kernel" not in line] == []
+    missing = [name for name in lacking(run.stdout, "HMMA.16816", "LDSM", "LDGSTS")
+               if "reduce_kernel" not in name]  # fmt: skip
+    # gemv_kernel reads global memory itself
+    assert [name for name in missing if "gemv" not in name or "HMMA" in name] == []
 
 
 def test_spills_are_seen() -> None:
