@@ -41,8 +41,8 @@ def native() -> ModuleType | str:
         )
     if (found := module.abi_version()) != ABI_VERSION:
         return (
-            f"deltaops._cuda is of another build (version {found} of its C ABI, not {ABI_VERSION}); "
-            "reinstall deltaops"
+            f"deltaops._cuda is of another build (version {found} of its C ABI, not "
+            f"{ABI_VERSION}); reinstall deltaops"
         )
     return module
 
