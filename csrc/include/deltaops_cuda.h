@@ -14,7 +14,7 @@
 
 #include "deltaops.h"
 
-#define DELTAOPS_CUDA_ABI_VERSION 1
+#define DELTAOPS_CUDA_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {

@@ -14,7 +14,7 @@ from deltaops.reference.philox import draws, keep_scale
 
 from . import emulated
 from .ampere import GemmArgs, Product, random
-from .emulated import Bordered
+from .emulated import Bordered, Matrix
 
 SEED = 2**40 + 12345
 THRESHOLD = 13107
@@ -123,3 +123,31 @@ def call(outputs: Sequence[Output], **gpu: Any) -> int:
         status = int(lib.deltaops_cuda_hopper_gemm(args, len(outputs)))
     assert all(one.intact() for one in operands)
     return status
+
+
+class Module:
+    """As much of ``deltaops._cuda`` as the plan calls, on the emulated grid."""
+
+    @staticmethod
+    def archs() -> str:
+        return "90a"
+
+    @staticmethod
+    def hopper_gemm(device: int, dtype: int, outputs: Any, seed: int, stream: int) -> None:
+        def view(t: Any) -> Matrix:
+            return Matrix() if t is None else Matrix(*t, dtype, 0)
+
+        found = []
+        for out, bias, terms in outputs:
+            products = [Product(view(left), view(right), drop, 0) for left, right, drop in terms]
+            count = len(products)
+            found.append(
+                GemmArgs(
+                    *(ctypes.sizeof(GemmArgs), device, (Product * count)(*products), count, 0),
+                    *(view(bias), view(out), seed, stream),
+                )
+            )
+        with emulated.grid(capability=90) as lib:
+            status = lib.deltaops_cuda_hopper_gemm((GemmArgs * len(found))(*found), len(found))
+        if status:
+            raise RuntimeError(emulated.error())

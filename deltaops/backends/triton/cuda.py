@@ -2,7 +2,7 @@
 
 They take what the persistent kernels take, of Hopper alone; see csrc/cuda/hopper/gemm.h. S and dS
 are rounded to the model's dtype by a kernel of torch. How fast they are no GPU has said: no table
-that ships names them, so only a GPU on which ``deltaops tune-kernels`` found them fastest gets them.
+that ships names them, so they run only where ``deltaops tune-kernels`` found them fastest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from . import core
 
 HOPPER = "90a"
 """As the library names the architecture of its products: no other runs them."""
+ABI_VERSION = 2
+"""DELTAOPS_CUDA_ABI_VERSION of csrc/include/deltaops_cuda.h."""
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 """deltaops_dtype of csrc/include/deltaops.h."""
 
@@ -29,14 +31,20 @@ Product = tuple[Tensor, Tensor, float]
 
 
 def native() -> ModuleType | str:
-    """The compiled module ``deltaops._cuda``, or why it is not there, in words."""
+    """The compiled module ``deltaops._cuda``, or why it cannot be used, in words."""
     try:
-        return importlib.import_module("deltaops._cuda")
+        module = importlib.import_module("deltaops._cuda")
     except ImportError as error:
         return (
             f"deltaops._cuda could not be imported ({error}); "
             "reinstall deltaops with nvcc on the PATH and DELTAOPS_CUDA=1"
         )
+    if (found := module.abi_version()) != ABI_VERSION:
+        return (
+            f"deltaops._cuda is of another build (version {found} of its C ABI, not "
+            f"{ABI_VERSION}); reinstall deltaops"
+        )
+    return module
 
 
 def state() -> str:

@@ -9,9 +9,9 @@
 Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is
 expected to be the faster one. Which outweighs the other is a matter of measurement
 (:mod:`tables`). Where nothing was measured, :func:`start` decides by the break-even rule, and never
-for persistent or cuda, of whose speed nothing is known. Either way a choice follows from the call, how its
-matrices lie and the tables alone, which are read once a GPU and process: nothing is timed in a
-call, nor under graph capture.
+for persistent or cuda, of whose speed nothing is known. Either way a choice follows from the call,
+how its matrices lie and the tables alone, which are read once a GPU and process: nothing is timed
+in a call, nor under graph capture.
 """
 
 from __future__ import annotations
