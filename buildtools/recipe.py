@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from .toolchain import (
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 INCLUDE = CSRC / "include"
+CUDA = CSRC / "cuda"
+CUDA_READS = (CUDA, CUDA / "primitives", CUDA / "ampere", CUDA / "hopper", INCLUDE)
+HOPPER = "90a"  # wgmma and setmaxnreg are of this architecture alone, not of its successors
 
 CPU_LIBRARY = "libdeltaops.so"
 CUDA_LIBRARY = "libdeltaops_cuda.so"
@@ -39,6 +43,11 @@ CUDA_FLAGS = (
     "-O3",
     "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+)
+# longjmp between fibers is no error here, though a fortified one takes it for that.
+EMULATED_FLAGS = (
+    *("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
 )
 
 
@@ -76,16 +85,37 @@ def cpu_units(compiler: Compiler, extra: tuple[str, ...] = ()) -> list[Unit]:
 
 
 def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
-    """The CUDA library, one unit per .cu file of csrc/cuda."""
-    folder = CSRC / "cuda"
+    """The CUDA library, one unit per .cu file of csrc/cuda; those of hopper/ for sm_90a alone."""
     archs = ";".join(toolkit.archs)
+    hopper = HOPPER in toolkit.archs
+    defines = (f'-DDELTAOPS_CUDA_ARCHS="{archs}"', f"-DDELTAOPS_HOPPER={int(hopper)}")
+
+    def units(folder: Path, gencode: tuple[str, ...]) -> list[Unit]:
+        command = (
+            *(str(toolkit.nvcc), *gencode, *CUDA_FLAGS, f"-I{INCLUDE}", f"-I{CUDA}", *defines),
+            *extra,
+        )
+        sources = sorted(folder.glob("*.cu"))
+        return [Unit(source, command, CUDA_READS, toolkit.version) for source in sources]
+
+    found = units(CUDA, toolkit.gencode)
+    if hopper:
+        found += units(CUDA / "hopper", (f"-gencode=arch=compute_{HOPPER},code=sm_{HOPPER}",))
+    return found
+
+
+def emulated_cuda_units(compiler: Compiler, others: Sequence[Path] = ()) -> list[Unit]:
+    """The CUDA library for a GPU that the CPU plays (csrc/cuda/emulation), for tests alone."""
+    emulation = CUDA / "emulation"
     command = (
-        *(str(toolkit.nvcc), *toolkit.gencode, *CUDA_FLAGS, f"-I{INCLUDE}", f"-I{folder}"),
-        *(f'-DDELTAOPS_CUDA_ARCHS="{archs}"', *extra),
+        *(*compiler.command, *EMULATED_FLAGS, f"-I{emulation}", f"-I{INCLUDE}", f"-I{CUDA}"),
+        *("-DDELTAOPS_EMULATED", '-DDELTAOPS_CUDA_ARCHS="emulated"', "-DDELTAOPS_HOPPER=1"),
+        *("-x", "c++"),
     )
+    sources = [*CUDA.glob("*.cu"), *(CUDA / "hopper").glob("*.cu"), emulation / "emulation.cpp"]
+    reads = (*CUDA_READS, emulation)
     return [
-        Unit(source, command, (folder, INCLUDE), toolkit.version)
-        for source in sorted(folder.glob("*.cu"))
+        Unit(source, command, reads, compiler.version) for source in (*sorted(sources), *others)
     ]
 
 

@@ -1,8 +1,11 @@
 /* cuda_module.cpp: deltaops._cuda. Integers that are pointers in, calls of deltaops_cuda.h out. */
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
+#include <tuple>
+#include <vector>
 
 #include "deltaops_cuda.h"
 
@@ -83,6 +86,45 @@ void dropout_apply(int32_t device, int32_t dtype, int64_t M, int64_t K, std::uin
   raise_if(status);
 }
 
+/* (address, rows, cols, row stride, column stride), or None for absent. */
+deltaops_matrix matrix(const py::handle &view, int32_t dtype) {
+  if (view.is_none()) return {};
+  const auto [data, rows, cols, row_stride, col_stride] =
+      view.cast<std::tuple<std::uintptr_t, int64_t, int64_t, int64_t, int64_t>>();
+  return {pointer<void>(data), rows, cols, row_stride, col_stride, dtype, 0};
+}
+
+void hopper_gemm(int32_t device, int32_t dtype, const py::list &outputs, std::uintptr_t seed,
+                 std::uintptr_t stream) {
+  std::vector<std::vector<deltaops_cuda_product>> products;
+  std::vector<deltaops_cuda_gemm_args> args;
+  for (const py::handle &output : outputs) {
+    const auto [out, bias, terms] = output.cast<std::tuple<py::object, py::object, py::list>>();
+    std::vector<deltaops_cuda_product> &list = products.emplace_back();
+    for (const py::handle &term : terms) {
+      const auto [left, right, threshold] =
+          term.cast<std::tuple<py::object, py::object, uint32_t>>();
+      list.push_back({matrix(left, dtype), matrix(right, dtype), threshold, 0});
+    }
+    deltaops_cuda_gemm_args one = {};
+    one.struct_size = sizeof one;
+    one.device = device;
+    one.num_products = static_cast<int32_t>(list.size());
+    one.bias = matrix(bias, dtype);
+    one.out = matrix(out, dtype);
+    one.seed = pointer<const uint64_t>(seed);
+    one.stream = pointer<void>(stream);
+    args.push_back(one);
+  }
+  for (size_t i = 0; i < args.size(); ++i) args[i].products = products[i].data();
+  deltaops_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = deltaops_cuda_hopper_gemm(args.data(), static_cast<int32_t>(args.size()));
+  }
+  raise_if(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -107,4 +149,9 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("seed"), py::arg("branch_stream"), py::arg("drop_threshold"),
              py::arg("stream"),
              "y = dropped-out x, scaled; dtype 0 = f32, 1 = bf16; all pointers on the GPU.");
+  module.def("hopper_gemm", &hopper_gemm, py::arg("device"), py::arg("dtype"), py::arg("outputs"),
+             py::arg("seed"), py::arg("stream"),
+             "For each (out, bias, products) of outputs: out = bias + the sum of mask * (left "
+             "right^T) over its (left, right, drop_threshold). Matrices are (address, rows, cols, "
+             "row stride, column stride) on the GPU, a bias may be None; dtype 1 = bf16, 2 = f16.");
 }

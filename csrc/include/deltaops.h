@@ -41,7 +41,11 @@
 extern "C" {
 #endif
 
-typedef enum { DELTAOPS_F32 = 0, DELTAOPS_BF16 = 1 } deltaops_dtype;
+typedef enum {
+  DELTAOPS_F32 = 0,
+  DELTAOPS_BF16 = 1,
+  DELTAOPS_F16 = 2 /* taken by deltaops_cuda.h alone */
+} deltaops_dtype;
 
 typedef enum {
   DELTAOPS_OK = 0,

@@ -1,7 +1,7 @@
 /* deltaops_cuda.h: the C ABI of the CUDA library (libdeltaops_cuda.so).
  *
- * Holds so far: what CUDA finds here, and the dropout stream of csrc/include/philox.h on a GPU,
- * which the other backends are held against. There is no delta_linear in it yet.
+ * What CUDA finds here; the dropout stream of csrc/include/philox.h on a GPU, which the other
+ * backends are held against; and the parts of delta_linear (deltaops.h), a launch or two each.
  *
  * The library loads on a machine without a driver; each call then returns DELTAOPS_UNSUPPORTED and
  * says what is missing. Pointers named "device" lie in the memory of GPU number `device`; `stream`
@@ -14,7 +14,7 @@
 
 #include "deltaops.h"
 
-#define DELTAOPS_CUDA_ABI_VERSION 1
+#define DELTAOPS_CUDA_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -55,6 +55,115 @@ DELTAOPS_API deltaops_status deltaops_cuda_dropout_apply(int32_t device, const d
                                                          const uint64_t *seed,
                                                          uint32_t branch_stream,
                                                          uint32_t drop_threshold, void *stream);
+
+/* ---- the products of delta_linear on any GPU from sm_80 on (mma.sync, cp.async)
+ *
+ *     out = sum_i mask_i * (left_i right_i^T) + bias          one accumulator, one rounding
+ *
+ * Forward: left x and S_i, right W [N, K] and B_i [N, R_i]. Gradient of x: left dy and dS_i, right
+ * the views W^T [K, N] and A_i^T [K, R_i], with the masks of dropout. S and dS are those that
+ * project and grad_up round to the dtype of x. Products with several dy and W give the gradient of
+ * a group of layers. At most 16 rows go straight from global memory, as decoding wants it. */
+typedef struct {
+  deltaops_matrix left;    /* [M, L] bf16 or f16, col_stride 1 */
+  deltaops_matrix right;   /* [N, L] of that dtype; one stride is 1, the same in all products */
+  uint32_t drop_threshold; /* p * 65536 of the mask, which includes its scale; 0: no mask */
+  uint32_t branch_stream;
+} deltaops_cuda_product;
+
+#define DELTAOPS_CUDA_MAX_PRODUCTS 16
+
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  const deltaops_cuda_product *products; /* on the host */
+  int32_t num_products;
+  int32_t reserved;
+  deltaops_matrix bias; /* [1, N] of the same dtype, or absent */
+  deltaops_matrix out;  /* [M, N] of the same dtype, col_stride 1 */
+  const uint64_t *seed; /* device; one value; NULL where nothing is masked */
+  void *stream;
+} deltaops_cuda_gemm_args;
+
+DELTAOPS_API deltaops_status deltaops_cuda_ampere_gemm(const deltaops_cuda_gemm_args *args);
+
+/* The same on Hopper (compute capability 9.0) by its copy engine and warpgroup products, of up to
+ * DELTAOPS_CUDA_MAX_OUTPUTS outputs in one launch: q, k and v; gate and up. Their outs have the
+ * same rows, dtype, device and stream, and their products together are at most
+ * DELTAOPS_CUDA_MAX_HOPPER. Rows begin on 16 bytes, data and strides both; lengths are at least 1,
+ * and sizes at most 2^31 - 512. One product of an output may have a mask, with right matrices of
+ * row_stride 1. */
+#define DELTAOPS_CUDA_MAX_OUTPUTS 4
+#define DELTAOPS_CUDA_MAX_HOPPER 8
+DELTAOPS_API deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
+                                                       int32_t count);
+
+/* ---- the passes of delta_linear on any GPU from sm_80 on, for one branch
+ *
+ * x and dy are bf16 or f16; A, B and the *_narrow matrices have their dtype; matrices have
+ * col_stride 1. Sums are fp32, in an order that depends on shapes alone. The workspace (device, on
+ * 16 bytes) belongs to the caller, who may use it again once the call's work is done; where 0 bytes
+ * are asked for it may be NULL. Matrices with data == NULL are absent. */
+
+/* S = scaling * drop(x) A^T. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix x;        /* [M, K] */
+  deltaops_matrix a;        /* [R, K] */
+  deltaops_matrix s;        /* [M, R] f32, written; or absent */
+  deltaops_matrix s_narrow; /* [M, R], written; or absent */
+  float scaling;
+  uint32_t drop_threshold; /* p * 65536 */
+  uint32_t branch_stream;
+  uint32_t reserved;
+  const uint64_t *seed; /* device; NULL where nothing is dropped */
+  void *workspace;
+  uint64_t workspace_bytes;
+  void *stream;
+} deltaops_cuda_project_args;
+
+/* dS = scaling * dy B,  dB = dy^T S,  db = sum of the rows of dy: those that are wanted. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix grad_y;        /* [M, N] */
+  deltaops_matrix b;             /* [N, R]; may be absent where dS is not wanted */
+  deltaops_matrix s_narrow;      /* [M, R]; may be absent where dB is not wanted */
+  deltaops_matrix grad_s;        /* [M, R] f32, written; or absent */
+  deltaops_matrix grad_s_narrow; /* [M, R], written; or absent */
+  deltaops_matrix grad_b;        /* [N, R] of dy's dtype or f32, written; or absent */
+  deltaops_matrix grad_bias;     /* [1, N] of dy's dtype or f32, written; or absent */
+  float scaling;
+  uint32_t reserved;
+  void *workspace;
+  uint64_t workspace_bytes;
+  void *stream;
+} deltaops_cuda_grad_up_args;
+
+/* dA = dS^T drop(x). */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix grad_s_narrow; /* [M, R] */
+  deltaops_matrix x;             /* [M, K] */
+  deltaops_matrix grad_a;        /* [R, K] of x's dtype or f32, written */
+  uint32_t drop_threshold;
+  uint32_t branch_stream;
+  const uint64_t *seed; /* device; NULL where nothing is dropped */
+  void *workspace;
+  uint64_t workspace_bytes;
+  void *stream;
+} deltaops_cuda_grad_down_args;
+
+/* Bytes of workspace that the call wants. */
+DELTAOPS_API uint64_t deltaops_cuda_project_workspace(int64_t M, int64_t K, int64_t R);
+DELTAOPS_API uint64_t deltaops_cuda_grad_up_workspace(int64_t M, int64_t N, int64_t R);
+DELTAOPS_API uint64_t deltaops_cuda_grad_down_workspace(int64_t M, int64_t K, int64_t R);
+
+DELTAOPS_API deltaops_status deltaops_cuda_project(const deltaops_cuda_project_args *args);
+DELTAOPS_API deltaops_status deltaops_cuda_grad_up(const deltaops_cuda_grad_up_args *args);
+DELTAOPS_API deltaops_status deltaops_cuda_grad_down(const deltaops_cuda_grad_down_args *args);
 
 #ifdef __cplusplus
 }

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deltaops.backends import cpu, cuda
+from deltaops.backends import cpu
+from deltaops.backends.triton import cuda
 from deltaops.dispatch import backends
 from deltaops.errors import BuildError
 from deltaops.measure.machine import processor, versions
@@ -34,13 +35,12 @@ def doctor(
 
 def examine() -> dict[str, Any]:
     """All findings, as JSON."""
-    module = cuda.native()
     return {
         "processor": processor(),
         "versions": versions(),
         "core": _core(),
         "backends": backends(),
-        "cuda_module": module if isinstance(module, str) else "built",
+        "cuda_module": cuda.state(),
     }
 
 

@@ -55,7 +55,7 @@ def draws(rows: int, columns: int, seed: Tensor, stream: int) -> Tensor:
     c2, c3 = (row >> 32).expand_as(c1), torch.full_like(c1, stream)
     words = torch.stack(philox((c0, c1, c2, c3), seed.reshape(())), dim=-1)  # [rows, groups, 4]
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # low half first
-    return halves.reshape(rows, -1)[:, :columns]
+    return halves.reshape(rows, 8 * group.shape[1])[:, :columns]
 
 
 def dropout_scale(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaops.backends import PrefixAttentionCall
-from deltaops.backends.triton import TritonBackend, core, planner
+from deltaops.backends.triton import TritonBackend, core, cuda, planner
 from deltaops.backends.triton.tables import PLANS
 from deltaops.reference import delta_linear as reference
 from deltaops.reference import prefix_attention as prefix_reference
@@ -58,6 +58,15 @@ def test_the_persistent_plan_matches_fp64_and_repeats(
         pytest.skip("needs tensor descriptors: sm_90 or sm_100")
     t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
     check_plans(t, grad_y, "persistent", "persistent")
+
+
+@pytest.mark.parametrize("case", PERSISTENT, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_cuda_plan_matches_fp64_and_repeats(case: DeltaLinearCase, dtype: torch.dtype) -> None:
+    if not cuda.runs_on("cuda"):
+        pytest.skip(f"needs a Hopper and the CUDA library for it: {cuda.state()}")
+    t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
+    check_plans(t, grad_y, "cuda", "cuda")
 
 
 def check_plans(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str, back: str) -> None:

@@ -92,6 +92,11 @@ def _name(index: int) -> str:
 _stand_in: Target | None = None
 
 
+def standing_in_for() -> Target | None:
+    """The GPU that is not there, inside :func:`standing_in`."""
+    return _stand_in
+
+
 @contextmanager
 def standing_in(target: Target) -> Iterator[None]:
     """Tensors on "meta" are taken for tensors on ``target``: what would be launched can then be

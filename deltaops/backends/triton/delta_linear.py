@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaops.backends.calls import DeltaLinearCall
 from deltaops.errors import DataError
 
-from . import branches, core, planner
+from . import branches, core, cuda, planner
 from .planner import Choice
 
 MOST_MIXED = 128
@@ -121,6 +121,9 @@ def _write_outputs(
             x, weight, bias, s, b[0], y,
             capability=core.capability(x), multiprocessors=core.multiprocessors(x),
         )  # fmt: skip
+        return
+    if plan == "cuda":
+        cuda.outputs(y, x, weight, bias, s, b[0])
         return
     core.kernels("forward").forward_gemm(
         x, weight, bias, s, list(b), y,
@@ -239,6 +242,9 @@ def _write_grad_input(
             capability=core.capability(grad_y), multiprocessors=core.multiprocessors(grad_y),
         )  # fmt: skip
         return
+    if plan == "cuda":
+        cuda.grad_input(grad_x, grad_y, weight, grad_s, a[0], dropout[0], seed)
+        return
     kernels = core.kernels("grad_input")
     kernels.grad_input_gemm(
         grad_y, weight, kernels.Downs.of_layer(grad_s, a, dropout, seed), grad_x,
@@ -297,7 +303,9 @@ def _choice(
     setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, dropout)
     plain = core.kernels("configs").is_plain(rows, weight, ranks)
     able = described(direction, rows, weight, factors, ranks, device)
-    return planner.choose(setting, direction, device, plain, able)
+    return planner.choose(
+        setting, direction, device, plain, able, native=able and cuda.runs_on(device)
+    )
 
 
 def _add_products(

@@ -1,0 +1,52 @@
+/* arguments.h: what a launch of the Hopper products is told, and who launches them. */
+#ifndef DELTAOPS_CUDA_HOPPER_ARGUMENTS_H
+#define DELTAOPS_CUDA_HOPPER_ARGUMENTS_H
+
+#include "core.h"
+#include "hopper/schedule.h"
+#include "primitives/tensor_copy.h"
+
+namespace deltaops::hopper {
+
+constexpr int kMaxSegments = DELTAOPS_CUDA_MAX_HOPPER;
+static_assert(kMaxOutputs == DELTAOPS_CUDA_MAX_OUTPUTS, "the C ABI says the same");
+
+/* Elements below `threshold` of 65536 are dropped, the others multiplied by `scale`. */
+struct Mask {
+  const uint64_t *seed;       /* on the device */
+  uint32_t stream, threshold; /* 0: no mask */
+  float scale;
+};
+
+struct Output {
+  void *data;         /* [M, columns], rows on 16 bytes */
+  const void *bias;   /* [columns] of the same type; or NULL */
+  int64_t row_stride; /* in elements */
+  int32_t columns;
+  int32_t first_segment, segments; /* at least one */
+  Mask mask;                       /* of the first segment */
+};
+
+/* By value: the copy engine reads the maps from the kernel's parameters. */
+struct GemmArguments {
+  TensorMap left[kMaxSegments], right[kMaxSegments]; /* of each product that is summed */
+  int32_t length[kMaxSegments];                      /* its contracted elements, at least one */
+  Output output[kMaxOutputs];
+  Schedule schedule;
+  int32_t rows;
+};
+
+/* Which kernel: see Gemm in gemm.h. */
+struct Shape {
+  bool wide;  /* tiles of 256 columns, else of 128 */
+  bool outer; /* the right matrices have their columns side by side */
+};
+
+deltaops_status launch_hopper_bf16(const GemmArguments &arguments, Shape shape,
+                                   int32_t multiprocessors, void *stream);
+deltaops_status launch_hopper_f16(const GemmArguments &arguments, Shape shape,
+                                  int32_t multiprocessors, void *stream);
+
+}  // namespace deltaops::hopper
+
+#endif

@@ -1,0 +1,289 @@
+/* gemm.h: the two products of delta_linear on Hopper, each output in one accumulator.
+ *
+ *     forward       y  = x W^T + S B^T + bias            x [M,K]  W [N,K]  S [M,R]  B [N,R]
+ *     input grad    dx = mask * (dS A) + sum_i dy_i W_i  dy [M,N] W [N,K]  dS [M,R] A [R,K]
+ *
+ * fp16 or bf16, accumulated in fp32, rounded once. Both are sums of products left right over
+ * segments of contracted elements, and one loop runs through all of them; edges that are no whole
+ * tile arrive as zeros from the copy engine. Forward, the right operand has the contracted
+ * dimension contiguous (Major::kInner), for the gradient the other one (kOuter). The mask, Philox
+ * draws of csrc/include/philox.h times 65536 / (65536 - threshold), acts on the first segment's sum
+ * in registers, before the second is added. Several outputs of the same left rows go in one launch.
+ *
+ * A block of three warpgroups stays on its SM and takes tiles of 128 x kColumns as schedule.h says.
+ * One thread of the first asks the copy engine for chunks of 64 contracted elements, into a ring of
+ * stages; the other two warpgroups multiply 64 rows each. Traffic of a tile: (128 + kColumns) * 2
+ * bytes for each contracted element, read through L2, and 256 * kColumns bytes written.
+ */
+#ifndef DELTAOPS_CUDA_GEMM_H
+#define DELTAOPS_CUDA_GEMM_H
+
+#include "hopper/arguments.h"
+#include "philox.h"
+#include "primitives/element.h"
+#include "primitives/mbarrier.h"
+#include "primitives/warpgroup.h"
+#include "primitives/wgmma.h"
+
+namespace deltaops::hopper {
+
+template <typename T, int kColumns_, Major kRight_>
+struct Gemm {
+  using Element = T;                         /* __nv_bfloat16 or __half */
+  static constexpr int kColumns = kColumns_; /* of a tile */
+  static constexpr Major kRight = kRight_;
+  static constexpr int kGroupRows = 64; /* of a warpgroup */
+  static constexpr int kRows = 2 * kGroupRows;
+  static constexpr int kChunk = 64; /* contracted elements of a stage: 128 bytes */
+  static constexpr int kThreads = 3 * 128;
+  static constexpr uint32_t kLeftBytes = kRows * kChunk * 2;
+  static constexpr uint32_t kRightBytes = kColumns * kChunk * 2;
+  static constexpr uint32_t kBoxBytes = 64 * kSwizzleRow; /* of kOuter: 64 columns */
+  static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes;
+  static constexpr int kStages = kColumns == 256 ? 4 : 6;
+  static constexpr uint32_t kBarrierBytes = 2 * kStages * sizeof(uint64_t);
+  /* Of dynamic shared memory; the first is for the alignment of the swizzle. */
+  static constexpr uint32_t kSharedBytes = kSwizzleAtom + kStages * kStageBytes + kBarrierBytes;
+  /* 65536 registers: 40 * 128 + 232 * 256 are 64512. */
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  /* Rows of the box that fills the right tile; kOuter takes kColumns / 64 boxes. */
+  static constexpr int kRightBoxRows = kRight == Major::kInner ? kColumns : kChunk;
+};
+
+/* The stages in shared memory and whose turn it is. */
+template <class G>
+struct Ring {
+  uint8_t *tiles;
+  uint64_t *full, *empty; /* barriers, a pair for each stage */
+  int stage = 0;
+  uint32_t parity = 0; /* of the phase of `full` that this round waits for */
+
+  __device__ __forceinline__ explicit Ring(uint8_t *shared) {
+    const uint32_t over = shared_address(shared) % kSwizzleAtom;
+    tiles = shared + (over ? kSwizzleAtom - over : 0);
+    full = reinterpret_cast<uint64_t *>(tiles + G::kStages * G::kStageBytes);
+    empty = full + G::kStages;
+  }
+  __device__ __forceinline__ uint8_t *left() const { return tiles + stage * G::kStageBytes; }
+  __device__ __forceinline__ uint8_t *right() const { return left() + G::kLeftBytes; }
+  __device__ __forceinline__ void advance() {
+    if (++stage == G::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/* Calls body(tile) for the tiles of this block, in order. */
+template <typename Body>
+__device__ __forceinline__ void for_each_tile(const Schedule &schedule, Body body) {
+  const int64_t tiles = schedule.tiles();
+  for (int64_t number = blockIdx.x; number < tiles; number += gridDim.x) body(schedule.at(number));
+}
+
+/* One thread: keeps the ring filled. */
+template <class G>
+__device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> ring) {
+  for_each_tile(arguments.schedule, [&](const Tile &tile) {
+    const Output &output = arguments.output[tile.output];
+    const int32_t row = tile.row * G::kRows, column = tile.column * G::kColumns;
+    for (int32_t s = output.first_segment; s < output.first_segment + output.segments; ++s) {
+      const TensorMap *left = &arguments.left[s], *right = &arguments.right[s];
+      for (int32_t k = 0; k < arguments.length[s]; k += G::kChunk) {
+        uint64_t *full = &ring.full[ring.stage];
+        mbarrier_wait(&ring.empty[ring.stage], ring.parity ^ 1);
+        mbarrier_arrive_expecting(full, G::kStageBytes);
+        tensor_copy(ring.left(), left, row, k, full);
+        if constexpr (G::kRight == Major::kInner) {
+          tensor_copy(ring.right(), right, column, k, full);
+        } else {
+#pragma unroll
+          for (int box = 0; box < G::kColumns / 64; ++box)
+            tensor_copy(ring.right() + box * G::kBoxBytes, right, k, column + 64 * box, full);
+        }
+        ring.advance();
+      }
+    }
+  });
+}
+
+/* Lane q of each four gets what the four hold in words[q]; word i of the result is lane i's. */
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[i] : words[i + 1], 1);
+    words[i] = odd ? got : words[i];
+    words[i + 1] = odd ? words[i + 1] : got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, upper ? words[i] : words[i + 2], 2);
+    words[i] = upper ? got : words[i];
+    words[i + 2] = upper ? words[i + 2] : got;
+  }
+}
+
+/* Where this thread's accumulators lie in the output; see wgmma.h. */
+struct Fragment {
+  int64_t row;    /* of acc[4 j] and acc[4 j + 1]; 8 more for the next two */
+  int32_t column; /* of the tile's first; a block j of eight begins 8 j further on */
+  int32_t quad;   /* this thread has columns 2 quad and 2 quad + 1 of each block */
+};
+
+/* Drops and scales the accumulators. The draws of eight columns are one Philox call, of which a
+ * thread needs one word: four threads make four calls and exchange words. */
+template <int kCount>
+__device__ __forceinline__ void apply_mask(float (&acc)[kCount], const Fragment &at,
+                                           const Mask &mask, uint64_t seed) {
+#pragma unroll
+  for (int j = 0; j < kCount / 4; j += 4) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint64_t row = static_cast<uint64_t>(at.row) + 8 * half;
+      uint32_t draws[4] = {static_cast<uint32_t>(at.column / 8 + j + at.quad),
+                           static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32),
+                           mask.stream};
+      deltaops_philox(draws, seed);
+      transpose_quad(draws);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float *pair = &acc[4 * (j + i) + 2 * half];
+        pair[0] = (draws[i] & 0xFFFFu) >= mask.threshold ? pair[0] * mask.scale : 0.0f;
+        pair[1] = (draws[i] >> 16) >= mask.threshold ? pair[1] * mask.scale : 0.0f;
+      }
+    }
+  }
+}
+
+/* Adds the bias, rounds, and stores what lies inside: four threads exchange words so that each has
+ * the 16 bytes of a row's eight columns. */
+template <typename T, int kCount>
+__device__ __forceinline__ void store(const float (&acc)[kCount], const Fragment &at,
+                                      const Output &output, int32_t rows) {
+  const auto *bias = static_cast<const T *>(output.bias);
+  auto *data = static_cast<uint16_t *>(output.data);
+#pragma unroll
+  for (int j = 0; j < kCount / 4; j += 4) {
+    float add[4][2] = {};
+    if (bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t column = at.column + 8 * (j + i) + 2 * at.quad;
+        if (column < output.columns) add[i][0] = to_float(bias[column]);
+        if (column + 1 < output.columns) add[i][1] = to_float(bias[column + 1]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float *pair = &acc[4 * (j + i) + 2 * half];
+        words[i] = pack_rounded<T>(pair[0] + add[i][0], pair[1] + add[i][1]);
+      }
+      transpose_quad(words);
+      const int64_t row = at.row + 8 * half;
+      const int32_t column = at.column + 8 * (j + at.quad);
+      if (row >= rows) continue;
+      uint16_t *to = data + row * output.row_stride + column;
+      if (column + 8 <= output.columns) {
+        *reinterpret_cast<uint4 *>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (column + i < output.columns)
+            to[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      }
+    }
+  }
+}
+
+/* Two warpgroups: 64 rows of each tile are this one's, `group` 0 or 1. */
+template <class G>
+__device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> ring, int group) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const auto release = [&](int stage) {
+    if (lane == 0) mbarrier_arrive(&ring.empty[stage]);
+  };
+  for_each_tile(arguments.schedule, [&](const Tile &tile) {
+    const Output &output = arguments.output[tile.output];
+    const Fragment at = {static_cast<int64_t>(tile.row) * G::kRows + group * G::kGroupRows +
+                             thread / 32 * 16 + lane / 4,
+                         tile.column * G::kColumns, lane % 4};
+    float acc[G::kColumns / 2];
+    bool more = false; /* acc holds something */
+    int running = -1;  /* the stage that the batch before this one reads */
+    for (int32_t s = 0; s < output.segments; ++s) {
+      const int32_t length = arguments.length[output.first_segment + s];
+      for (int32_t k = 0; k < length; k += G::kChunk) {
+        mbarrier_wait(&ring.full[ring.stage], ring.parity);
+        const uint64_t left = wgmma_tile<Major::kInner>(
+            shared_address(ring.left()) + group * G::kGroupRows * kSwizzleRow, 0);
+        const uint64_t right = wgmma_tile<G::kRight>(shared_address(ring.right()), G::kBoxBytes);
+        const auto multiply = [&](int step) {
+          wgmma<typename G::Element, G::kColumns, G::kRight>(
+              acc, left + step * kWgmmaStep<Major::kInner>, right + step * kWgmmaStep<G::kRight>,
+              more);
+          more = true;
+        };
+        wgmma_touch(acc);
+        if (length - k >= G::kChunk) {
+          wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < G::kChunk / 16; ++step) multiply(step);
+          wgmma_commit();
+        } else { /* beyond the end are zeros only */
+#pragma unroll 1
+          for (int step = 0; k + 16 * step < length; ++step) {
+            wgmma_fence();
+            multiply(step);
+            wgmma_commit();
+          }
+        }
+        wgmma_touch(acc);
+        wgmma_wait<1>();
+        if (running >= 0) release(running);
+        running = ring.stage;
+        ring.advance();
+      }
+      if constexpr (G::kRight == Major::kOuter) {
+        if (s == 0 && output.mask.threshold) {
+          wgmma_wait<0>();
+          wgmma_touch(acc);
+          apply_mask(acc, at, output.mask, *output.mask.seed);
+        }
+      }
+    }
+    wgmma_wait<0>();
+    wgmma_touch(acc);
+    release(running);
+    store<typename G::Element>(acc, at, output, arguments.rows);
+  });
+}
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, 1)
+    gemm_kernel(const __grid_constant__ GemmArguments arguments) {
+  const Ring<G> ring(dynamic_shared());
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < G::kStages; ++stage) {
+      mbarrier_init(&ring.full[stage], 1);  /* the producer, with its bytes */
+      mbarrier_init(&ring.empty[stage], 8); /* the warps that multiply */
+    }
+    mbarrier_init_done();
+  }
+  __syncthreads();
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    registers_down<G::kProducerRegisters>();
+    if (threadIdx.x == 0) produce<G>(arguments, ring);
+  } else {
+    registers_up<G::kConsumerRegisters>();
+    consume<G>(arguments, ring, warpgroup - 1);
+  }
+}
+
+}  // namespace deltaops::hopper
+
+#endif

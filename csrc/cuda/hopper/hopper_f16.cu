@@ -1,0 +1,11 @@
+/* hopper_f16.cu: the Hopper products of f16. Compiled for sm_90a alone. */
+#include "hopper/launch.h"
+
+namespace deltaops::hopper {
+
+deltaops_status launch_hopper_f16(const GemmArguments &arguments, Shape shape,
+                                  int32_t multiprocessors, void *stream) {
+  return launch_hopper<__half>(arguments, shape, multiprocessors, stream);
+}
+
+}  // namespace deltaops::hopper

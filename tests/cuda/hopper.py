@@ -1,0 +1,153 @@
+"""The Hopper launcher of deltaops_cuda.h, called on the emulated grid."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaops.reference.philox import draws, keep_scale
+
+from . import emulated
+from .ampere import GemmArgs, Product, random
+from .emulated import Bordered, Matrix
+
+SEED = 2**40 + 12345
+THRESHOLD = 13107
+"""Of dropout, p = 0.2."""
+
+
+@dataclass
+class Term:
+    """``mask * (left rightᵀ)``."""
+
+    left: Bordered
+    right: Bordered
+    """As it lies: ``[N, L]``, or where its output is ``across``, ``[L, N]``."""
+    threshold: int = 0
+    stream: int = 0
+
+
+@dataclass
+class Output:
+    """``bias`` plus the sum of ``terms``; all matrices amid NaN."""
+
+    terms: list[Term]
+    out: Bordered
+    bias: Bordered | None = None
+    across: bool = False
+    seed: Tensor = field(default_factory=lambda: torch.tensor([SEED]))
+
+    def operands(self) -> list[Bordered]:
+        found = [self.out, *(one for t in self.terms for one in (t.left, t.right))]
+        return found if self.bias is None else [*found, self.bias]
+
+    def rights(self) -> list[Tensor]:
+        """``[N, L]`` of each term."""
+        return [t.right.t.t() if self.across else t.right.t for t in self.terms]
+
+    def wide(self) -> Tensor:
+        """What it should be, in float64."""
+        total = torch.zeros(self.out.t.shape, dtype=torch.float64)
+        for term, right in zip(self.terms, self.rights(), strict=True):
+            part = term.left.t.double() @ right.double().t()
+            if term.threshold:
+                kept = draws(*part.shape, self.seed, term.stream) >= term.threshold
+                part = part * kept * keep_scale(term.threshold)
+            total += part
+        return total if self.bias is None else total + self.bias.t.double()
+
+    def args(self) -> GemmArgs:
+        products = [
+            Product(emulated.view(t.left.t), emulated.view(right), t.threshold, t.stream)
+            for t, right in zip(self.terms, self.rights(), strict=True)
+        ]
+        count = len(products)
+        return GemmArgs(
+            *(ctypes.sizeof(GemmArgs), 0, (Product * count)(*products), count, 0),
+            *(emulated.view(None if self.bias is None else self.bias.t), emulated.view(self.out.t)),
+            *(self.seed.data_ptr(), None),
+        )
+
+
+def matrix(rows: int, cols: int, dtype: torch.dtype, seed: int) -> Bordered:
+    """Random, with rows on 16 bytes."""
+    return Bordered(random(rows, cols, dtype=dtype, seed=seed), -cols % 8)
+
+
+def forward(
+    m: int, k: int, outputs: Sequence[int], ranks: Sequence[int], dtype: torch.dtype,
+    bias: bool = True,
+) -> list[Output]:  # fmt: skip
+    """``x Wᵀ + S Bᵀ + bias`` of layers that share x; no branch where the rank is 0."""
+    x = matrix(m, k, dtype, 1)
+    found = []
+    for i, (n, rank) in enumerate(zip(outputs, ranks, strict=True)):
+        terms = [Term(x, matrix(n, k, dtype, 2 + i))] if k else []
+        if rank:
+            terms.append(Term(matrix(m, rank, dtype, 12 + i), matrix(n, rank, dtype, 22 + i)))
+        out = Bordered.empty(m, n, dtype, -n % 8)
+        found.append(Output(terms, out, matrix(1, n, dtype, 32 + i) if bias else None))
+    return found
+
+
+def gradient(
+    m: int, k: int, outputs: Sequence[int], ranks: Sequence[int], dtype: torch.dtype,
+    threshold: int = 0, stream: int = 0,
+) -> Output:  # fmt: skip
+    """The sum of ``dy W + mask * (dS A)`` of layers; the mask is of each."""
+    terms = []
+    for i, (n, rank) in enumerate(zip(outputs, ranks, strict=True)):
+        terms.append(Term(matrix(m, n, dtype, 1 + i), matrix(n, k, dtype, 11 + i)))
+        if rank:
+            pair = matrix(m, rank, dtype, 21 + i), matrix(rank, k, dtype, 31 + i)
+            terms.append(Term(*pair, threshold, stream))
+    return Output(terms, Bordered.empty(m, k, dtype, -k % 8), across=True)
+
+
+def call(outputs: Sequence[Output], **gpu: Any) -> int:
+    """The status; primitives may touch the operands alone, and nothing around them changes.
+
+    Args:
+        gpu: as for :func:`emulated.grid`.
+    """
+    args = (GemmArgs * len(outputs))(*(one.args() for one in outputs))
+    operands = [b for one in outputs for b in one.operands()]
+    with emulated.grid(**({"capability": 90} | gpu)) as lib:
+        for one in operands:
+            one.allow()
+        status = int(lib.deltaops_cuda_hopper_gemm(args, len(outputs)))
+    assert all(one.intact() for one in operands)
+    return status
+
+
+class Module:
+    """As much of ``deltaops._cuda`` as the plan calls, on the emulated grid."""
+
+    @staticmethod
+    def archs() -> str:
+        return "90a"
+
+    @staticmethod
+    def hopper_gemm(device: int, dtype: int, outputs: Any, seed: int, stream: int) -> None:
+        def view(t: Any) -> Matrix:
+            return Matrix() if t is None else Matrix(*t, dtype, 0)
+
+        found = []
+        for out, bias, terms in outputs:
+            products = [Product(view(left), view(right), drop, 0) for left, right, drop in terms]
+            count = len(products)
+            found.append(
+                GemmArgs(
+                    *(ctypes.sizeof(GemmArgs), device, (Product * count)(*products), count, 0),
+                    *(view(bias), view(out), seed, stream),
+                )
+            )
+        with emulated.grid(capability=90) as lib:
+            status = lib.deltaops_cuda_hopper_gemm((GemmArgs * len(found))(*found), len(found))
+        if status:
+            raise RuntimeError(emulated.error())

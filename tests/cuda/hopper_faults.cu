@@ -1,0 +1,132 @@
+/* hopper_faults.cu: Hopper kernels with one mistake each, and their right twins; and the schedule.
+ *
+ * Each kernel multiplies [64, 128] by [128, 128] transposed in one warpgroup; the copy engine
+ * brings the tiles in two rounds of one stage.
+ */
+#include "core.h"
+#include "hopper/schedule.h"
+#include "hopper/tensor_map.h"
+#include "primitives/wgmma.h"
+
+namespace deltaops::hopper {
+namespace {
+
+constexpr uint32_t kLeftBytes = 64 * kSwizzleRow, kRightBytes = 128 * kSwizzleRow;
+constexpr uint32_t kBytes = kLeftBytes + kRightBytes;
+constexpr int kColumns = 128;
+
+enum Fault : int32_t {
+  kNone,
+  kNoWaitForBytes,    /* reads a stage before it is full */
+  kRefilledEarly,     /* fills it again while products read it */
+  kReadWhileRunning,  /* reads accumulators of products that run */
+  kNoFence,           /* products follow a change of their accumulators */
+  kNoInit,            /* an mbarrier that nobody initialised */
+  kNotVisible,        /* that the copy engine may not see yet */
+  kTooFewBytes,       /* announces fewer bytes than arrive */
+  kTooManyBytes,      /* more, and waits for ever */
+  kArrivesTwice,      /* more arrivals than were promised */
+  kDescriptorsDiffer, /* among the lanes of a warp */
+  kTileOffItsPlace,   /* amid the 1024 bytes that the swizzle permutes */
+  kWrongStride,       /* a descriptor that skips rows of eight */
+  kLanesApart,        /* lanes of a warp at different instructions */
+};
+
+struct FaultArguments {
+  TensorMap left, right;
+  float *out; /* [64, 128] */
+  Fault fault;
+};
+
+/* out = left right^T */
+__global__ void fault_kernel(const __grid_constant__ FaultArguments arguments) {
+  const Fault fault = arguments.fault;
+  unsigned char *left = dynamic_shared(), *right = left + kLeftBytes;
+  auto *full = reinterpret_cast<uint64_t *>(left + kBytes);
+  const auto fill = [&](int32_t k) {
+    const uint32_t off = fault == kTooFewBytes ? -128 : fault == kTooManyBytes ? 128 : 0;
+    mbarrier_arrive_expecting(full, kBytes + off);
+    if (fault == kArrivesTwice) mbarrier_arrive(full);
+    tensor_copy(left, &arguments.left, 0, k, full);
+    tensor_copy(right, &arguments.right, 0, k, full);
+  };
+  if (threadIdx.x == 0) {
+    if (fault != kNoInit) mbarrier_init(full, 1);
+    if (fault != kNotVisible) mbarrier_init_done();
+    fill(0);
+  }
+  __syncthreads();
+  if (fault != kNoWaitForBytes || threadIdx.x >= 64) mbarrier_wait(full, 0);
+  float acc[kColumns / 2];
+  uint64_t of_left = wgmma_tile<Major::kInner>(shared_address(left), 0);
+  if (fault == kDescriptorsDiffer && threadIdx.x == 3) of_left += 2;
+  if (fault == kTileOffItsPlace) of_left += kSwizzleRow >> 4;
+  if (fault == kWrongStride) of_left += uint64_t{1} << 32;
+  const uint64_t of_right = wgmma_tile<Major::kInner>(shared_address(right), 0);
+  const auto multiply = [&](bool more) {
+    for (int step = 0; step < 4; ++step)
+      wgmma<__nv_bfloat16, kColumns, Major::kInner>(acc, of_left + 2 * step, of_right + 2 * step,
+                                                    more || step > 0);
+    wgmma_commit();
+  };
+  if (fault == kLanesApart && threadIdx.x % 32 == 5)
+    wgmma_wait<0>();
+  else
+    wgmma_fence();
+  multiply(false);
+  if (fault != kRefilledEarly) wgmma_wait<0>();
+  __syncthreads();
+  if (threadIdx.x == 0) fill(64);
+  if (fault != kNoWaitForBytes || threadIdx.x >= 64) mbarrier_wait(full, 1);
+  if (fault != kNoFence) wgmma_fence();
+  multiply(true);
+  if (fault != kReadWhileRunning) wgmma_wait<0>();
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  for (int i = 0; i < kColumns / 2; ++i)
+    arguments.out[(row + i % 4 / 2 * 8) * kColumns + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2] =
+        acc[i];
+}
+
+}  // namespace
+}  // namespace deltaops::hopper
+
+using namespace deltaops;
+using namespace deltaops::hopper;
+
+extern "C" {
+
+/* out [64, 128] = left [64, 128] right [128, 128]^T of bf16, with fault `which`. */
+DELTAOPS_API deltaops_status deltaops_test_hopper_fault(int32_t which, const deltaops_matrix *left,
+                                                        const deltaops_matrix *right, float *out) {
+  FaultArguments arguments = {};
+  const MapMaker maps;
+  if (maps.make(&arguments.left, *left, 64) != DELTAOPS_OK ||
+      maps.make(&arguments.right, *right, 128) != DELTAOPS_OK)
+    return DELTAOPS_UNSUPPORTED;
+  arguments.out = out;
+  arguments.fault = static_cast<Fault>(which);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(128);
+  config.dynamicSmemBytes = kBytes + sizeof(uint64_t);
+  return cuda_check(cudaLaunchKernelEx(&config, fault_kernel, arguments), "running a fault");
+}
+
+/* Writes output, row and column of each tile in the order of their numbers; returns their number,
+ * and writes nothing where `found` is NULL. */
+DELTAOPS_API int64_t deltaops_test_schedule(int32_t rows, int32_t outputs, const int32_t *columns,
+                                            int32_t *found) {
+  Schedule schedule = {};
+  schedule.rows = rows;
+  schedule.outputs = outputs;
+  for (int32_t i = 0; i < outputs; ++i) schedule.columns[i] = columns[i];
+  const int64_t tiles = schedule.tiles();
+  for (int64_t number = 0; found != nullptr && number < tiles; ++number) {
+    const Tile tile = schedule.at(number);
+    found[3 * number] = tile.output;
+    found[3 * number + 1] = tile.row;
+    found[3 * number + 2] = tile.column;
+  }
+  return tiles;
+}
+}

@@ -1,0 +1,56 @@
+"""The emulated copy engine, mbarriers and wgmma tell a mistake from its right twin."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from . import emulated
+from .hopper import matrix
+
+FAULTS = {
+    "no_wait_for_bytes": None,
+    "refilled_early": None,
+    "read_while_running": None,
+    "no_fence": "no wgmma_fence since registers may have been written",
+    "no_init": "mbarrier: used before mbarrier_init",
+    "not_visible": "its barrier was not followed by mbarrier_init_done",
+    "too_few_bytes": "bytes landed that nobody announced",
+    "too_many_bytes": "deadlock: threads 0-127 wait at an mbarrier",
+    "arrives_twice": "more arrivals than were promised",
+    "descriptors_differ": "the lanes of warp 0 pass different descriptors",
+    "tile_off_its_place": "a tile starts amid the 1024 bytes of its permutation",
+    "wrong_stride": None,
+    "lanes_apart": "is at wgmma.wait_group, and earlier lanes are at wgmma.fence",
+}
+"""The faults of the enum, in its order: what is said of each; None: the numbers are wrong."""
+
+
+def run(fault: str | None, order: int) -> tuple[int, bool]:
+    """The status, and whether the output is right."""
+    left, right = matrix(64, 128, torch.bfloat16, 1), matrix(128, 128, torch.bfloat16, 2)
+    out = emulated.Bordered.empty(64, 128, torch.float32)
+    number = 0 if fault is None else 1 + list(FAULTS).index(fault)
+    with emulated.grid(order, seed=5, capability=90) as lib:
+        left.allow(), right.allow()
+        views = (ctypes.byref(emulated.view(one.t)) for one in (left, right))
+        status = lib.deltaops_test_hopper_fault(number, *views, ctypes.c_void_p(out.t.data_ptr()))
+    oracle = left.t.double() @ right.t.double().t()
+    return status, torch.allclose(out.t.double(), oracle, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
+def test_the_right_kernel_runs(order: int) -> None:
+    assert run(None, order) == (0, True), emulated.error()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_mistakes_are_seen(fault: str) -> None:
+    says = FAULTS[fault]
+    if says is None:
+        assert not all(run(fault, order)[1] for order in range(3))
+    else:
+        assert run(fault, emulated.ASCENDING)[0] != 0
+        assert says in emulated.error()

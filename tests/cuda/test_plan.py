@@ -1,0 +1,159 @@
+"""The plan "cuda" of the Triton backend: who gets it, and what it gives, on the emulated grid."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from deltaops.backends.triton import core, cuda, delta_linear, planner, tables, targets
+from deltaops.reference import delta_linear as reference
+from deltaops.testing import assert_accurate
+
+from . import hopper
+
+GPU = "sm_90"
+SETTING = tables.Setting(8192, 4096, 4096, 16, "bfloat16", "bfloat16", False)
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A GPU stands in, and its table lies there."""
+    monkeypatch.setenv("DELTAOPS_CACHE", str(tmp_path))
+    planner.forget()
+    with core.standing_in(targets.TARGETS[GPU]):
+        yield tables.own(GPU)
+    planner.forget()
+
+
+def plan(native: bool) -> str:
+    return planner.choose(SETTING, "forward", "meta", described=True, native=native).plan
+
+
+def test_no_gpu_gets_it_unmeasured(tuned: Path) -> None:
+    assert "cuda" in planner.possible(SETTING, "forward", True, True)
+    assert plan(native=True) == plan(native=False) != "cuda"
+    assert not list(tables.SHIPPED.glob("*")) or all(
+        '"cuda"' not in path.read_text() for path in tables.SHIPPED.glob("*.json")
+    )
+
+
+def test_it_is_taken_where_it_was_measured_as_fastest(tuned: Path) -> None:
+    timed = {"fused": 3.0, "split": 2.0, "cuda": 1.0}
+    tables.add(tuned, GPU, [tables.Entry(SETTING, {"forward": timed})], {"date": "a day"})
+    assert plan(native=True) == "cuda"
+    assert plan(native=False) == "split"
+
+
+def test_forcing_it_where_it_cannot_run_raises(tuned: Path) -> None:
+    with planner.forced("cuda", "cuda"):
+        assert plan(native=True) == "cuda"
+        with pytest.raises(ValueError, match="'cuda' is forced"):
+            plan(native=False)
+
+
+def test_it_runs_on_no_processor_and_for_no_stand_in(tuned: Path) -> None:
+    assert not cuda.runs_on("cpu")
+    assert not cuda.runs_on("cuda")
+
+
+@pytest.fixture
+def emulated_plan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls on the processor go to the emulated library."""
+    monkeypatch.setattr(cuda, "native", hopper.Module)
+    monkeypatch.setattr(cuda, "_place", lambda t: (0, 0))
+    monkeypatch.setattr(cuda, "runs_on", lambda device: True)
+    monkeypatch.setattr(delta_linear, "described", lambda *args: True)
+    with planner.forced("cuda", "cuda"):
+        yield
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.usefixtures("emulated_plan")
+def test_y_and_dx_match_float64(dtype: torch.dtype, dropout: float) -> None:
+    m, n, k, rank = 140, 136, 72, 16
+    x, weight, bias = (normal(*shape, dtype=dtype, seed=1) for shape in ((m, k), (n, k), (n,)))
+    a, b = normal(rank, k, dtype=dtype, seed=2), normal(n, rank, dtype=dtype, seed=3)
+    seed, settings = torch.tensor([2**50 + 7]), ([0.5], [dropout], ["identity"])
+
+    def forward(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        given = [t.to(dtype) for t in (x, weight, bias, a, b)]
+        y, s = reference.forward(*given[:3], [given[3]], [given[4]], [None], *settings, seed)
+        return y, s
+
+    y64, _ = forward(torch.float64)
+    y, s = forward(dtype)
+    got = delta_linear.outputs(x, weight, bias, [a], [b], s.float(), [dropout])
+    assert_accurate(got, y64, y, "y")
+
+    def backward(dtype: torch.dtype) -> Tensor:
+        given = [t.to(dtype) for t in (grad_y, x, weight, a, b)]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        needs = [True, False, False, False, False]
+        found = reference.backward(
+            *given[:3], [given[3]], [given[4]], s.to(wide), *settings, seed, needs
+        )
+        return found[0]
+
+    grad_y, grad_x = normal(m, n, dtype=dtype, seed=4), torch.empty_like(x)
+    grad_s = 0.5 * (grad_y.float() @ b.float())
+    delta_linear._write_grad_input(grad_x, grad_y, weight, [a], grad_s, [dropout], seed)
+    assert_accurate(grad_x, backward(torch.float64), backward(dtype), "grad x")
+
+
+@pytest.mark.usefixtures("emulated_plan")
+def test_what_the_library_refuses_is_an_error() -> None:
+    x = normal(8, 9, dtype=torch.bfloat16, seed=1)
+    with pytest.raises(RuntimeError, match="must have rows on 16 bytes"):
+        cuda.outputs(torch.empty(8, 8, dtype=x.dtype), x, x[:, :9], None, x[:, :8].float(), x)
+
+
+@pytest.mark.parametrize(
+    ("archs", "says"),
+    [
+        ("80;90a", "built for sm_80, sm_90a; its products for Hopper run where `deltaops tune-"),
+        ("80;100", "built for sm_80, sm_100; without sm_90a it has no products for Hopper"),
+    ],
+)
+def test_what_doctor_says(archs: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper.Module, "archs", staticmethod(lambda: archs))
+    monkeypatch.setattr(cuda, "native", hopper.Module)
+    assert cuda.state().startswith(says)
+
+
+def test_a_module_of_another_build_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = types.SimpleNamespace(abi_version=lambda: 1)
+    monkeypatch.setitem(sys.modules, "deltaops._cuda", stale)
+    assert cuda.state() == (
+        "deltaops._cuda is of another build (version 1 of its C ABI, not 2); reinstall deltaops"
+    )
+
+
+# -------------------------------------------------------------------------- the module as it ships
+
+
+def test_the_module_checks_before_it_looks_for_a_gpu() -> None:
+    module = cuda.native()
+    if isinstance(module, str):
+        pytest.skip(module)
+    t = torch.zeros(8, 16, dtype=torch.bfloat16)
+    view, other = cuda._view(t), cuda._view(t[:, :8])
+    with pytest.raises(ValueError, match=r"right of product 0 of out 0 must be \[16, 16\]"):
+        module.hopper_gemm(0, 1, [(view, None, [(view, view, 0)])], 0, 0)
+    with pytest.raises(ValueError, match="takes 1 to 4 outputs, got 0"):
+        module.hopper_gemm(0, 1, [], 0, 0)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"no NVIDIA driver|no GPU"):
+            module.hopper_gemm(0, 1, [(other, None, [(view, view, 0)])], 0, 0)
