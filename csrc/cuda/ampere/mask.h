@@ -6,6 +6,7 @@
 
 #include "ampere/tile.h"
 #include "philox.h"
+#include "primitives/quad.h"
 
 namespace deltaops::ampere {
 
@@ -50,23 +51,6 @@ __device__ __forceinline__ void drop_own_chunks(const Tile<kRows, kChunks> &tile
   });
 }
 
-/* Word i of lane j of each four lanes becomes word j of lane i. */
-__device__ __forceinline__ void transpose_four(uint32_t (&words)[4], int lane) {
-  const bool odd = lane & 1, upper = lane & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[i] : words[i + 1], 1);
-    words[i] = odd ? got : words[i]; /* no index that is known only at run time: registers */
-    words[i + 1] = odd ? words[i + 1] : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, upper ? words[i] : words[i + 2], 2);
-    words[i] = upper ? got : words[i];
-    words[i + 2] = upper ? words[i + 2] : got;
-  }
-}
-
 /* Which of this lane's accumulators are kept in one row of four fragments [16, 8] side by side,
  * from column group `group` on: bits 2 j and 2 j + 1 for fragment j. The four lanes that share the
  * row make the draws of one fragment each; lane q of them then needs word q of each. */
@@ -74,7 +58,7 @@ __device__ __forceinline__ uint32_t kept_in_row(int64_t row, int64_t group, cons
                                                 uint64_t seed, int lane) {
   uint32_t words[4];
   draw_group(words, row, group + lane % 4, mask.stream, seed);
-  transpose_four(words, lane);
+  transpose_quad(words, lane);
   uint32_t bits = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) bits |= kept(words[j], mask.threshold) << (2 * j);

@@ -22,6 +22,7 @@
 #include "philox.h"
 #include "primitives/element.h"
 #include "primitives/mbarrier.h"
+#include "primitives/quad.h"
 #include "primitives/warpgroup.h"
 #include "primitives/wgmma.h"
 
@@ -107,23 +108,6 @@ __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> 
   });
 }
 
-/* Lane q of each four gets what the four hold in words[q]; word i of the result is lane i's. */
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[i] : words[i + 1], 1);
-    words[i] = odd ? got : words[i];
-    words[i + 1] = odd ? words[i + 1] : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, upper ? words[i] : words[i + 2], 2);
-    words[i] = upper ? got : words[i];
-    words[i + 2] = upper ? words[i + 2] : got;
-  }
-}
-
 /* Where this thread's accumulators lie in the output; see wgmma.h. */
 struct Fragment {
   int64_t row;    /* of acc[4 j] and acc[4 j + 1]; 8 more for the next two */
@@ -145,7 +129,7 @@ __device__ __forceinline__ void apply_mask(float (&acc)[kCount], const Fragment 
                            static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32),
                            mask.stream};
       deltaops_philox(draws, seed);
-      transpose_quad(draws);
+      transpose_quad(draws, threadIdx.x % 32);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float *pair = &acc[4 * (j + i) + 2 * half];
@@ -182,7 +166,7 @@ __device__ __forceinline__ void store(const float (&acc)[kCount], const Fragment
         const float *pair = &acc[4 * (j + i) + 2 * half];
         words[i] = pack_rounded<T>(pair[0] + add[i][0], pair[1] + add[i][1]);
       }
-      transpose_quad(words);
+      transpose_quad(words, threadIdx.x % 32);
       const int64_t row = at.row + 8 * half;
       const int32_t column = at.column + 8 * (j + at.quad);
       if (row >= rows) continue;
