@@ -265,6 +265,12 @@ class Attend:
     stages: int
 
 
+def all_registers() -> dict[str, int]:
+    """Options of a launch of up to eight warps: a thread may have all 255 registers. Left to itself
+    NVIDIA's assembler stops at 168 to fit a third program beside two, and spills a few for that."""
+    return {} if precision.AMD else {"maxnreg": 255}
+
+
 def head_lanes(d: int) -> int:
     """Lanes for the elements of a head: a power of two from 16."""
     return max(16, triton.next_power_of_2(d))
