@@ -14,6 +14,7 @@ was compiled; the exit code is 1 where there is one.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -122,11 +123,13 @@ def linears() -> Iterator[Call]:
 
 
 def attention() -> Iterator[Call]:
-    """Every count of a head's lanes."""
+    """Every count of a head's lanes, filled and not, where 16 divides all and nothing."""
     for d, (dtype, prefix), causal, masked in itertools.product(
-        (16, 32, 64, 80, 128, 256), TYPES, (False, True), (False, True)
+        (256, 128, 64, 32, 16, 80, 200, 100, 60, 30, 15), TYPES, (False, True), (False, True)
     ):
         one = ahead.Attention(d, dtype, prefix, causal=causal, masked=masked)
+        if d % 16:
+            one = dataclasses.replace(one, length=1001, heads=(6, 3))
         if one.supported():
             yield partial(ahead.launch_attention, one)
 

@@ -61,8 +61,8 @@ class Names(launched.Recorder):
 
 @pytest.mark.parametrize("plan", ["fused", "split", "persistent"])
 def test_alpha_and_p_are_run_time_arguments(plan: str) -> None:
-    # of p, also thresholds that 16 divides, that are 1, and that drop everything
-    values = [(2.0, 0.1), (1.0, 0.5), (0.25, 2**-16), (3e-5, 1.0), (-1.0, 0.3)]
+    # of p, also thresholds that 16 divides, and that are 1
+    values = [(2.0, 0.1), (1.0, 0.5), (3e-5, 2**-16)]
     recorder, counts = Names(TARGETS["sm_90"]), []
     with launched.compiling(recorder, TARGETS["sm_90"], plan):
         for value in values:
