@@ -252,4 +252,5 @@ def attention(
         BLOCK_D=configs.head_lanes(d),
         num_warps=config.warps,
         num_stages=config.stages,
+        **configs.all_registers(),
     )

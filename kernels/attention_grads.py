@@ -349,6 +349,7 @@ def grad_query(
         BLOCK_D=configs.head_lanes(d),
         num_warps=config.warps,
         num_stages=config.stages,
+        **configs.all_registers(),
     )
 
 
@@ -464,4 +465,5 @@ def _launch(
         BLOCK_D=configs.head_lanes(d),
         num_warps=config.warps,
         num_stages=config.stages,
+        **configs.all_registers(),
     )

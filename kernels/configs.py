@@ -4,10 +4,11 @@ Nothing is tuned while a program runs, so a call under graph capture behaves lik
 same shapes, strides and dtypes give the same bits. The tests compile the calls that
 tests/kernels/ahead.py, rows_ahead.py and linears_ahead.py list ahead of time, most rows of the
 tables but not each with every rank, norm and bias, and hold them to no spills and to the shared
-memory of their architecture. Beyond the lists prefix attention spills on NVIDIA's GPUs, up to 88
-bytes a thread, for heads of up to 32 elements and for float32: no tiles were found that do so on
-none of them (tests/kernels/every_variant.py TARGET attention). The numbers are starting points from
-register and shared-memory counts; none has been measured on a GPU yet.
+memory of their architecture. Beyond the lists (tests/kernels/every_variant.py), where not all has
+been compiled, prefix attention is known to spill on NVIDIA's GPUs: up to 244 bytes a thread forward
+for heads of 256 elements, and 440 in dq for heads of more than 64 that 16 does not divide. The
+numbers are starting points from register and shared-memory counts; none has been measured on a GPU
+yet.
 """
 
 from __future__ import annotations
@@ -263,6 +264,12 @@ class Attend:
     cols: int
     warps: int
     stages: int
+
+
+def all_registers() -> dict[str, int]:
+    """Options of a launch of up to eight warps: a thread may have all 255 registers. Left to itself
+    NVIDIA's assembler stops at 168 to fit a third program beside two, and spills a few for that."""
+    return {} if precision.AMD else {"maxnreg": 255}
 
 
 def head_lanes(d: int) -> int:

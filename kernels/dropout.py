@@ -7,6 +7,8 @@ columns 8g … 8g+7 of a row, from counter (g, m mod 2³², m div 2³², stream)
 No memory traffic: about 7 integer instructions an element, against 2 bytes of x read.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -25,10 +27,17 @@ def keep_scale(threshold: int) -> float:
     return 0.0 if threshold >= DRAWS else DRAWS / (DRAWS - threshold)
 
 
+def each_threshold(thresholds: Sequence[int]) -> tuple[float, ...]:
+    """For a kernel that takes a tuple of them. Whole numbers in a tuple are specialised whatever
+    do_not_specialize says: a kernel would be compiled again for a p whose threshold 16 divides."""
+    return tuple(map(float, thresholds))
+
+
 @triton.jit
 def keep_mask(seed, row, first_col, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS] of int1 for the rows ``row`` and the columns from ``first_col``,
-    a multiple of 8. Groups lie along columns, so a thread keeps the eight draws of one call."""
+    a multiple of 8. Groups lie along columns, so a thread keeps the eight draws of one call.
+    ``threshold`` is a whole number, of whichever type."""
     group = (first_col // 8 + tl.arange(0, COLS // 8))[None, :].to(tl.uint32)
     wide = row.to(tl.int64)
     low = wide.to(tl.uint32)[:, None]  # keeps the low word
@@ -38,7 +47,7 @@ def keep_mask(seed, row, first_col, stream, threshold, ROWS: tl.constexpr, COLS:
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(words, [ROWS, COLS // 2])
     draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS, COLS])
-    return draws.to(tl.int32) >= threshold
+    return draws.to(tl.int32) >= tl.cast(threshold, tl.int32)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])

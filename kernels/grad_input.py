@@ -22,13 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .dropout import drop_threshold, keep_scale
+from .dropout import drop_threshold, each_threshold, keep_scale
 from .precision import Precision
 from .segments import masked_downs
 from .tiles import grouped_tile, load_tile, store_tile
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit
 def _grad_input_kernel(
     grad_y,
     weight,
@@ -116,7 +116,8 @@ class Downs:
 
     def masks(self) -> tuple[Any, ...]:
         """Streams, thresholds and factors of what is kept."""
-        return self.stream, self.threshold, tuple(keep_scale(t) for t in self.threshold)
+        scales = tuple(keep_scale(t) for t in self.threshold)
+        return self.stream, each_threshold(self.threshold), scales
 
     def constants(self) -> dict[str, Any]:
         """What is known when a kernel is compiled."""

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .dropout import drop_threshold, keep_mask, keep_scale
+from .dropout import drop_threshold, each_threshold, keep_mask, keep_scale
 from .grad_down import grad_down
 from .grad_input import Downs, launch_grad_input
 from .precision import Precision
@@ -61,7 +61,7 @@ class Part:
         return self.a.shape[0]
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit
 def _project_group_kernel(
     x,
     a,
@@ -155,7 +155,7 @@ def project_group(x: Tensor, parts: Sequence[Part], s: Tensor) -> None:
             *sums.stride()[:2],
             tuple(one.scaling * keep_scale(t) for one, t in zip(some, thresholds, strict=True)),
             tuple(one.stream for one in some),
-            thresholds,
+            each_threshold(thresholds),
             RANKS=tuple(one.rank for one in some),
             LANES=lanes,
             DROPOUT=tuple(t > 0 for t in thresholds),
@@ -170,7 +170,7 @@ def project_group(x: Tensor, parts: Sequence[Part], s: Tensor) -> None:
             sum_partials(sums, target)
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit
 def _grad_down_group_kernel(
     grad_s,
     x,
@@ -273,7 +273,7 @@ def grad_down_group(
             tuple(keep_scale(t) for t in thresholds),
             tuple(columns[here]),
             tuple(one.stream for one in some),
-            thresholds,
+            each_threshold(thresholds),
             RANKS=tuple(one.rank for one in some),
             LANES=lanes,
             DROPOUT=tuple(t > 0 for t in thresholds),

@@ -176,7 +176,7 @@ def forward_quantized(
     )
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit
 def _grad_input_quantized_kernel(
     grad_y,
     codes,

@@ -78,16 +78,16 @@ def impossible(call: Counted, gpu: str, plan: str | None) -> list[str]:
         return [d for d in (FORWARD, BACKWARD) if plan not in call.plans(d)]
 
 
-def totals(
-    calls: Iterable[Counted],
-    gpus: Sequence[str],
-    plans: Sequence[str] = ("fused", "split", "persistent"),
-) -> dict[str, dict[str, int]]:
+PLANS = ("fused", "split", "persistent")
+"""Those of ``tables.PLANS`` in which a kernel of ours has a product."""
+
+
+def totals(calls: Iterable[Counted], gpus: Sequence[str]) -> dict[str, dict[str, int]]:
     """What is committed: "gpu | call | plan | direction" → launches, bytes and operations."""
     found = {}
     for gpu in gpus:
         for call in calls:
-            for plan in _plans(call, plans):
+            for plan in plans_of(call):
                 for one in count(call, gpu, plan):
                     total = one.total
                     name = [gpu, one.call, *([plan] if plan else []), one.direction]
@@ -102,11 +102,11 @@ def totals(
     return found
 
 
-def _plans(call: Counted, plans: Sequence[str]) -> Sequence[str | None]:
-    """Those of ``plans`` that are counted of ``call``; None where it has one way."""
+def plans_of(call: Counted) -> Sequence[str | None]:
+    """Those of :data:`PLANS` that are counted of ``call``; None where it has one way."""
     if isinstance(call, Linear):
-        return plans
-    return [p for p in plans if p in ("fused", "split")] if isinstance(call, Group) else [None]
+        return PLANS
+    return PLANS[:2] if isinstance(call, Group) else [None]
 
 
 def regressions(

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from deltaops.backends.base import GroupMember
-from deltaops.backends.triton import TritonBackend, delta_linear, planner
+from deltaops.backends.triton import TritonBackend, core, delta_linear, planner
 from deltaops.backends.triton.group import TritonDeltaLinear
 from deltaops.backends.triton.tables import Setting
 from deltaops.reference.quantized import QuantizedWeight
+
+from . import published
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -386,6 +388,153 @@ class Quantized:
         return Floor(moved, dense.operations)
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """``delta_linear`` of a batch that mixes adapters, each row with one of them; every gradient is
+    wanted."""
+
+    m: int
+    n: int
+    k: int
+    rank: int
+    adapters: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"{self.m}×{self.n}×{self.k} r={self.rank}"
+        return f"delta_linear {shape} {self.adapters} adapters by row {dtype}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run, count = TritonBackend(), self.adapters
+        x, weight, y = (
+            _meta(self.dtype, *shape)
+            for shape in ((self.m, self.k), (self.n, self.k), (self.m, self.n))
+        )
+        a = [_meta(self.dtype, self.rank, self.k) for _ in range(count)]
+        b = [_meta(self.dtype, self.n, self.rank) for _ in range(count)]
+        settings = [2.0] * count, [0.0] * count, ["identity"] * count, None
+        adapter = _meta(torch.int32, self.m)
+        if direction == FORWARD:
+            run.forward(x, weight, None, a, b, [None] * count, *settings, adapter)
+        else:
+            s = _meta(torch.float32, self.m, count * self.rank)
+            needs = [True, False, *[True] * (2 * count), *[False] * count]
+            run.backward(y, x, weight, a, b, s, *settings, needs, adapter)
+
+    def floor(self, direction: str) -> Floor:
+        """As that of :class:`Linear`, with every adapter read and written, and one multiplied for
+        each row."""
+        one = Linear(self.m, self.n, self.k, self.rank, dtype=self.dtype, adapter=self.dtype)
+        least, ways = one.floor(direction), 1 if direction == FORWARD else 2
+        more = (self.adapters - 1) * self.rank * (self.n + self.k) * self.dtype.itemsize
+        return Floor(least.bytes + ways * more + 4 * self.m, least.operations)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """``gated``; both gradients are wanted."""
+
+    m: int
+    k: int
+    activation: str = "silu"
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"gated {self.activation} {self.m}×{self.k} {str(self.dtype).removeprefix('torch.')}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run, (gate, up) = TritonBackend(), (_meta(self.dtype, self.m, self.k) for _ in range(2))
+        if direction == FORWARD:
+            run.gated_forward(gate, up, self.activation)
+        else:
+            run.gated_backward(_meta(self.dtype, self.m, self.k), gate, up, self.activation,
+                               [True, True])  # fmt: skip
+
+    def floor(self, direction: str) -> Floor:
+        """Forward: gate, up and y. Backward: those two, dy and two gradients."""
+        matrices = 3 if direction == FORWARD else 5
+        return Floor(self.dtype.itemsize * matrices * self.m * self.k, 0)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """``rotary`` of H heads, with tables of float32."""
+
+    b: int
+    h: int
+    length: int
+    d: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"rotary B={self.b} H={self.h} L={self.length} D={self.d} {dtype}"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        run, x = TritonBackend(), _meta(self.dtype, self.b, self.h, self.length, self.d)
+        cos, sin = (_meta(torch.float32, 1, self.length, self.d) for _ in range(2))
+        (run.rotary_forward if direction == FORWARD else run.rotary_backward)(x, cos, sin, True)
+
+    def floor(self, direction: str) -> Floor:
+        """x and y, or dy and dx, and the angles."""
+        heads, angles = 2 * self.b * self.h, 2 * torch.float32.itemsize
+        return Floor((self.dtype.itemsize * heads + angles) * self.length * self.d, 0)
+
+
+@dataclass(frozen=True)
+class LoraFusion:
+    """The plan of :mod:`.published`; every gradient is wanted."""
+
+    m: int
+    n: int
+    k: int
+    rank: int
+    dropout: float
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"LoRAFusion's plan {self.m}×{self.n}×{self.k} r={self.rank} {dtype} dropout"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        x, weight, y = (
+            _meta(self.dtype, *shape)
+            for shape in ((self.m, self.k), (self.n, self.k), (self.m, self.n))
+        )
+        a, b = _meta(self.dtype, self.rank, self.k), _meta(self.dtype, self.n, self.rank)
+        seed, context = _meta(torch.int64, 1), _Context()
+        if direction == FORWARD:
+            published.LoraFusion.forward(context, x, weight, a, b, 2.0, self.dropout, seed)
+            return
+        precision = core.kernels("precision").rank_precision(self.dtype, [a])
+        keep, s = _meta(torch.uint8, self.m, self.k), _meta(torch.float32, self.m, self.rank)
+        context.save_for_backward(x, keep, s, weight, a, b)
+        context.settings = 2.0, self.dropout, precision
+        published.LoraFusion.backward(context, y)
+
+    def floor(self, direction: str) -> Floor:
+        """That of :class:`Linear`."""
+        return Linear(
+            self.m, self.n, self.k, self.rank, self.dropout, self.dtype, self.dtype
+        ).floor(direction)
+
+
+class _Context:
+    """What autograd keeps from a forward pass."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    settings: tuple[object, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """For the backward pass."""
+        self.saved_tensors = tensors
+
+
 CALLS: tuple[Counted, ...] = (
     *(Linear(8192, 4096, 4096, r) for r in (16, 64, 128)),
     Linear(8192, 4096, 4096, 16, dropout=0.1),
@@ -408,6 +557,13 @@ CALLS: tuple[Counted, ...] = (
     Adapter(8192, 4096, 64, "layer"),
     Adapter(512, 4096, 64),
     Norm(8192, 4096),
+    Norm(8192, 14336),
+    # its rank takes two programs
+    Adapter(8192, 4096, 256, "layer"),
+    Mixed(8192, 4096, 4096, 16, 8),
+    Gated(8192, 14336),
+    Rotary(4, 32, 2048, 128),
+    LoraFusion(8192, 4096, 4096, 16, 0.1),
 )
 """Whose numbers are committed; a new op is one more entry."""
 

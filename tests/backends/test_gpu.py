@@ -117,3 +117,54 @@ def test_prefix_attention_matches_fp64_and_repeats(
     for i, (got, again, eager, want) in enumerate(zip(*results, *plain, strict=True)):
         assert_accurate(got, want, eager, f"result {i}")
         assert torch.equal(got, again)
+
+
+def results(device: str, plan: str) -> tuple[DeltaLinearTensors, list[torch.Tensor]]:
+    """Arguments of a call, and y and every gradient."""
+    case = DeltaLinearCase(300, 96, 128, (16,))
+    t = case.tensors(torch.bfloat16, device=device)
+    return t, call(t, case.grad_y(torch.bfloat16, device=device), plan)
+
+
+def call(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str) -> list[torch.Tensor]:
+    """As :func:`results`."""
+    with planner.forced(plan, plan):
+        y, s = TritonBackend().forward(*t.forward_arguments())
+        given = t.backward_arguments(grad_y, s)
+        return [y, *TritonBackend().backward(*given, t.all_needed())]
+
+
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_a_captured_call_has_the_same_bits(plan: str) -> None:
+    t, wanted = results("cuda", plan)
+    grad_y = DeltaLinearCase(300, 96, 128, (16,)).grad_y(torch.bfloat16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call(t, grad_y, plan)
+    for out in found:
+        out.fill_(float("nan"))
+    graph.replay()
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_a_call_waits_for_its_own_stream_alone(plan: str) -> None:
+    t, wanted = results("cuda", plan)
+    grad_y = DeltaLinearCase(300, 96, 128, (16,)).grad_y(torch.bfloat16, device="cuda")
+    right, side = t.x.clone(), torch.cuda.Stream()
+    t.x.fill_(float("nan"))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # a call on another stream would read NaN
+        t.x.copy_(right)
+        found = call(t, grad_y, plan)
+    side.synchronize()
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds no second GPU here")
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_a_call_runs_on_the_gpu_of_its_tensors(plan: str) -> None:
+    here, there = results("cuda:0", plan)[1], results("cuda:1", plan)[1]
+    assert {out.device.index for out in there} == {1}
+    assert all(torch.equal(a, b.to(a.device)) for a, b in zip(here, there, strict=True))

@@ -62,6 +62,7 @@ class Setting:
     """Gradients: of x, of each A, of each B."""
     activation: str = "identity"
     """Of parallel adapters, which have an inner bias too."""
+    scaling: float = 2.0
 
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -117,6 +118,7 @@ class Attention:
     length: int = 1024
     causal: bool = True
     masked: bool = False
+    scale: float = 0.125
 
     def supported(self) -> bool:
         """Whether the backend takes it."""
@@ -176,10 +178,14 @@ class Recorder:
             key += f" {signature} {constexprs} {attrs} {options}"
         if key not in self.found:
             source = ASTSource(fn, signature, constexprs, attrs)
-            log = io.StringIO()
-            with contextlib.redirect_stdout(log):
-                kernel = triton.compile(source, target=self.target, options=options.__dict__)
-            self.found[key] = self.entry(fn.__name__, bound, kernel, log.getvalue())
+            self.found[key] = self.compile(source, options, bound)
+
+    def compile(self, source: ASTSource, options: Any, bound: dict[str, Any]) -> dict[str, Any]:
+        """What the compiler makes of it."""
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = triton.compile(source, target=self.target, options=options.__dict__)
+        return self.entry(source.fn.__name__, bound, kernel, log.getvalue())
 
     @staticmethod
     def configuration(bound: dict[str, Any]) -> str:
@@ -244,7 +250,7 @@ def launch(setting: Setting) -> None:
     bias = empty(setting.n) if setting.bias else None
     a = [empty(r, setting.k, dtype=setting.adapter) for r in setting.ranks]
     b = [empty(setting.n, r, dtype=setting.adapter) for r in setting.ranks]
-    scaling, dropout = [2.0] * len(a), [setting.dropout] * len(a)
+    scaling, dropout = [setting.scaling] * len(a), [setting.dropout] * len(a)
     seed = empty(1, dtype=torch.int64)
     by_row = (empty(setting.m, dtype=torch.int32),) if setting.routed else ()
     run = TritonBackend()
@@ -272,7 +278,7 @@ def launch_attention(setting: Attention) -> None:
     mask = None
     if setting.masked:
         mask = empty(2, 1, length, length, dtype=torch.bool).expand(-1, heads, -1, -1)
-    run, rest = TritonBackend(), (mask, 0.125, setting.causal)
+    run, rest = TritonBackend(), (mask, setting.scale, setting.causal)
     y, lse = run.prefix_attention_forward(q, k, v, *prefix, *rest)
     run.prefix_attention_backward(y, q, k, v, *prefix, y, lse, *rest, [True] * 5)
 

@@ -1,7 +1,7 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
 Usage: TRITON_INTERPRET=1 python interpreted.py NUMBER routed:NUMBER prefix:NUMBER tuning rows:I/N
-linears:I/N persistent:NUMBER …
+linears:I/N persistent:NUMBER typed:NUMBER …
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from deltaops.testing import (
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
 import linears
 import rows
+from rows import bordered, guarded
 
 
 def mend_interpreter() -> None:
@@ -122,12 +123,38 @@ def other_plan(number: int, mask: bool) -> tuple[str, str] | None:
     return forward, "split" if mask else backward
 
 
-def check_case(number: int, cases: tuple[DeltaLinearCase, ...] = DELTA_LINEAR_CASES) -> None:
-    """Forward and every gradient against float64, twice, into poisoned memory; then once more by
-    another plan."""
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+TYPED = (
+    # the model's dtype and the adapter's; all lanes of a rank, and several blocks of them
+    (DeltaLinearCase(20, 33, 40, (128,), (0.3,)), FULL, FULL),
+    (DeltaLinearCase(17, 40, 24, (130,), bias=False), FULL, FULL),
+    (DeltaLinearCase(40, 48, 64, (16,), (0.2,)), HALF, HALF),
+    (DeltaLinearCase(35, 30, 43, (24, 3), (0.2, 0.0), padding=5), HALF, FULL),
+    (DeltaLinearCase(40, 48, 64, (8,), (0.2,), layout="col"), BRAIN, FULL),
+    (DeltaLinearCase(33, 41, 64, (16, 5), routed="mixed"), BRAIN, BRAIN),
+)
+
+
+def check_case(
+    number: int,
+    cases: tuple[DeltaLinearCase, ...] = DELTA_LINEAR_CASES,
+    dtype: torch.dtype = FULL,
+    adapter: torch.dtype = FULL,
+) -> None:
+    """Forward and every gradient against float64, twice, between borders of NaN and into poisoned
+    memory; then once more by another plan."""
     case, run = cases[number], TritonBackend()
-    t = case.tensors(torch.float32)
-    wide, grad_y = t.to(torch.float64), case.grad_y(torch.float32)
+    t = case.tensors(dtype, adapter_dtype=adapter)
+    wide, grad_y = t.to(torch.float64), case.grad_y(dtype)
+    between = replace(
+        t,
+        x=bordered(t.x),
+        weight=bordered(t.weight),
+        bias=bordered(t.bias),
+        a=[*map(bordered, t.a)],
+        b=[*map(bordered, t.b)],
+        branch_bias=[*map(bordered, t.branch_bias)],
+    )
     needs = t.all_needed()
     y64, s64 = reference.forward(*wide.forward_arguments())
     y32, s32 = reference.forward(*t.forward_arguments())
@@ -140,8 +167,10 @@ def check_case(number: int, cases: tuple[DeltaLinearCase, ...] = DELTA_LINEAR_CA
     baseline = [y32, s32, *t.joined(reference.backward(*t.backward_arguments(grad_y, s32), *rest))]
 
     def results() -> list[torch.Tensor]:
-        y, s = run.forward(*t.forward_arguments())
-        return [y, s, *t.joined(run.backward(*t.backward_arguments(grad_y, s), *rest))]
+        with guarded():
+            y, s = run.forward(*between.forward_arguments())
+            given = between.backward_arguments(bordered(grad_y), bordered(s))
+            return [y, s, *t.joined(run.backward(*given, *rest))]
 
     def check(found: list[torch.Tensor], what: str) -> None:
         for i, (got, want, low) in enumerate(zip(found, oracle, baseline, strict=True)):
@@ -152,7 +181,8 @@ def check_case(number: int, cases: tuple[DeltaLinearCase, ...] = DELTA_LINEAR_CA
     check(found, str(case))
     for i, (got, same) in enumerate(zip(found, again, strict=True)):
         assert torch.equal(got, same), f"{case}: result {i} changed its bits"
-    if plan := other_plan(number, any(case.dropout)):
+    mixed = dtype != adapter and bool(case.ranks)
+    if (plan := other_plan(number, any(case.dropout))) and not mixed:
         by_bytes = configs.reads_dy_twice
         configs.reads_dy_twice = lambda *args: True  # bytes would decide so for half types only
         with planner.forced(*plan):
@@ -213,12 +243,16 @@ def check_published(dropout: float) -> None:
         assert_accurate(got, want, low, f"LoRAFusion's plan {case}: result {i}")
 
 
-def check_prefix_attention(number: int) -> None:
+HALVES = {3: BRAIN, 5: HALF}
+"""Cases of prefix attention that go in a half type too; of one the prefix is float32."""
+
+
+def check_prefix_attention(number: int, dtype: torch.dtype = FULL) -> None:
     """As :func:`check_case`, of the other table; of many keys, some tiles say all."""
     case, run = PREFIX_ATTENTION_CASES[number], TritonBackend()
     if case.rest.l_kv > 170:
         case = replace(case, rest=replace(case.rest, l_kv=170))
-    t, grad_y = case.tensors(torch.float32), case.grad_y(torch.float32)
+    t, grad_y = case.tensors(dtype), case.grad_y(dtype)
 
     def results(forward: Any, backward: Any, t: Any, grad_y: torch.Tensor) -> list[torch.Tensor]:
         y, lse = forward(*t.forward_arguments())
@@ -229,8 +263,9 @@ def check_prefix_attention(number: int) -> None:
 
     kernels = run.prefix_attention_forward, run.prefix_attention_backward
     plain = prefix_reference.forward, prefix_reference.backward
-    found = as_modelled(lambda: results(*kernels, t, grad_y), str(case))
-    again = results(*kernels, t, grad_y)
+    with guarded():
+        found = as_modelled(lambda: results(*kernels, t, grad_y), str(case))
+        again = results(*kernels, t, grad_y)
     oracle = results(*plain, t.to(torch.float64), grad_y.double())
     for i, (got, same, want, low) in enumerate(
         zip(found, again, oracle, results(*plain, t, grad_y), strict=True)
@@ -275,6 +310,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     mend_interpreter()
     tally_interpreter()
+    rows.mend_bfloat16()
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -296,7 +332,12 @@ if __name__ == "__main__":
         elif kind == "routed":
             check_case(int(number), ROUTED_CASES)
         elif kind == "persistent":
-            rows.mend_bfloat16()
             check_persistent(int(number))
+        elif kind == "typed":
+            case, dtype, adapter = TYPED[int(number)]
+            check_case(0, (case,), dtype, adapter)
+        elif kind == "prefix" and int(number) in HALVES:
+            check_prefix_attention(int(number))
+            check_prefix_attention(int(number), HALVES[int(number)])
         else:
             (check_prefix_attention if kind else check_case)(int(number))

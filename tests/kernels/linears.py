@@ -3,13 +3,15 @@ lengths that DoRA gives to rows, and quantised weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from rows import BRAIN, FULL, HALF, Modelled, bordered, hold, mend_bfloat16
+from rows import BRAIN, FULL, HALF, Modelled, bordered, far, hold
 from torch import Tensor
 
 from deltaops.backends.base import GroupMember
@@ -288,7 +290,71 @@ def apart(t: Tensor) -> Tensor:
     return room[64:-64].view(t.dtype).view(t.shape).copy_(t)
 
 
+FAR = DeltaLinearCase(5, 6, 24, (4, 3), (0.3, 0.0))
+
+
+def check_far(_number: int, _as_modelled: Modelled) -> None:
+    """Rows so far apart that their offsets need 64 bits, of what is read and of what is written:
+    the same bits as beside each other."""
+    t, grad_y = FAR.tensors(HALF), FAR.grad_y(HALF)
+    columns = far(t.weight.t().contiguous()).t()
+    a, b = [*map(far, t.a)], [*map(far, t.b)]
+    away = [replace(t, x=far(t.x), weight=w, a=a, b=b) for w in (far(t.weight), columns)]
+
+    def layer(t: DeltaLinearTensors, grad_y: Tensor) -> list[Tensor]:
+        y, s = RUN.forward(*t.forward_arguments())
+        return [y, s, *RUN.backward(*t.backward_arguments(grad_y, s), t.all_needed())]
+
+    def group(t: DeltaLinearTensors, grad_y: Tensor) -> list[Tensor]:
+        plan = RUN.prepare(t.weight, t.a, t.b, t.branch_bias, t.scaling, t.dropout, t.activation)
+        one = GroupMember(plan, t.weight, t.bias, [*t.a, *t.b, *t.branch_bias], t.seed, None)
+        ys, ss = zip(*plan.forward_group(t.x, [one, one], True), strict=True)
+        lists = plan.backward_group([grad_y] * 2, t.x, [one, one], ss, [t.all_needed()] * 2)
+        return [*ys, *ss, *lists[0], *lists[1]]
+
+    for plan, results in itertools.product(("fused", "split"), (layer, group)):
+        with planner.forced(plan, plan):
+            near = results(t, grad_y)
+            for other in away:
+                with far_outputs((FAR.m, FAR.n), (FAR.m, FAR.k)):
+                    found = results(other, far(grad_y))
+                for i, (got, want) in enumerate(zip(found, near, strict=True)):
+                    assert torch.equal(got, want), f"{plan} {results.__name__}: result {i}"
+    weight = quantize_int8(t.weight)
+    plan, operands = RUN.prepare(*t.forward_arguments()[1:2], t.a, t.b, t.branch_bias, t.scaling,
+                                 t.dropout, t.activation), [*t.a, *t.b, None, None]  # fmt: skip
+    got, want = (
+        plan.forward_quantized(x, weight, None, operands, t.seed) for x in (away[0].x, t.x)
+    )
+    assert all(map(torch.equal, got, want))
+    got, want = (
+        plan.backward_quantized(g, None, weight, operands, want[1], t.seed, [True, *[False] * 7])
+        for g in (far(grad_y), grad_y)
+    )
+    assert torch.equal(*got, *want)
+    norms = [RUN.dora_norm(u.weight, u.a[0], u.b[0], 0.7) for u in (t, *away)]
+    assert torch.equal(norms[0], norms[1])
+    assert torch.equal(norms[0], norms[2])
+
+
+@contextlib.contextmanager
+def far_outputs(*shapes: tuple[int, int]) -> Iterator[None]:
+    """Matrices of these shapes are allocated with their rows far apart."""
+    empty = torch.empty
+
+    def spread(*shape: Any, **kwargs: Any) -> Tensor:
+        made = empty(*shape, **kwargs)
+        return far(made) if tuple(made.shape) in shapes else made
+
+    torch.empty = spread  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
 CHECKS = [
+    (check_far, 0),
     *((check_quantized, i) for i in range(len(QUANTIZED))),
     *((check_group, i) for i in range(len(GROUPS))),
     (check_op, 0),
@@ -300,6 +366,5 @@ CHECKS = [
 def check_share(which: str, as_modelled: Modelled) -> None:
     """``"i/n"``: every n-th check from the i-th on."""
     first, step = map(int, which.split("/"))
-    mend_bfloat16()
     for check, number in CHECKS[first::step]:
         check(number, as_modelled)

@@ -31,6 +31,7 @@ class Group:
     dropout: float = 0.1
     rows: tuple[int, ...] = (4096, 1024, 1024)
     k: int = 4096
+    scaling: float = 2.0
 
     def __call__(self) -> None:
         """Forward and every gradient."""
@@ -38,7 +39,8 @@ class Group:
         for n, r in zip(self.rows, self.ranks, strict=True):
             weight = _empty(n, self.k, dtype=self.dtype)
             a, b = _empty(r, self.k, dtype=self.adapter), _empty(n, r, dtype=self.adapter)
-            plan = run.prepare(weight, [a], [b], [None], [2.0], [self.dropout], linear)
+            settings = [self.scaling], [self.dropout], linear
+            plan = run.prepare(weight, [a], [b], [None], *settings)
             seed = _empty(1, dtype=torch.int64)
             members.append(GroupMember(plan, weight, None, [a, b, None], seed, None))
         x, plan = _empty(self.m, self.k, dtype=self.dtype), members[0].plan
@@ -55,12 +57,13 @@ class DoraNorm:
     adapter: torch.dtype = FULL
     n: int = 4096
     k: int = 4096
+    scaling: float = 2.0
 
     def __call__(self) -> None:
         """There is no gradient."""
         weight = _empty(self.n, self.k, dtype=self.dtype)
         a, b = (_empty(*s, dtype=self.adapter) for s in ((self.r, self.k), (self.n, self.r)))
-        TritonBackend().dora_norm(weight, a, b, 2.0)
+        TritonBackend().dora_norm(weight, a, b, self.scaling)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Quantized:
     adapter: torch.dtype = FULL
     n: int = 4096
     k: int = 4096
+    scaling: float = 2.0
+    dropout: float = 0.1
 
     def __call__(self) -> None:
         """Forward, and dx with a mask."""
@@ -90,7 +95,8 @@ class Quantized:
             codes, scales = _empty(*shape, dtype=torch.int8), _empty(self.n, dtype=FULL)
             weight = QuantizedWeight(codes, scales, shape, "int8", self.k)
         bias = _empty(self.n, dtype=self.dtype)
-        plan = TritonBackend().prepare(a, [a], [b], [None], [2.0], [0.1], ["identity"])
+        settings = [self.scaling], [self.dropout], ["identity"]
+        plan = TritonBackend().prepare(a, [a], [b], [None], *settings)
         assert plan.fuses(self.m, weight)
         seed, needs = _empty(1, dtype=torch.int64), [True, *[False] * 4]
         y, s = plan.forward_quantized(x, weight, bias, [a, b, None], seed)

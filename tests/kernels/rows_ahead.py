@@ -38,6 +38,7 @@ class Adapter:
     activation: str = "gelu"
     padding: int = 0
     bare: bool = False
+    scaling: float = 0.5
 
     def __call__(self) -> None:
         """Forward and every gradient."""
@@ -50,10 +51,20 @@ class Adapter:
         affine = (gamma, beta) if normed else (None, None)
         biases = (down_bias, up_bias) if full else (None, None)
         y, h, stats = run.bottleneck_forward(
-            x, x, *affine, down, biases[0], up, biases[1], 0.5, 1e-5, self.activation, self.norm
+            x,
+            x,
+            *affine,
+            down,
+            biases[0],
+            up,
+            biases[1],
+            self.scaling,
+            1e-5,
+            self.activation,
+            self.norm,
         )
         run.bottleneck_backward(
-            y, x, h, stats, *affine, down, up, 0.5, self.activation, self.norm, True,
+            y, x, h, stats, *affine, down, up, self.scaling, self.activation, self.norm, True,
             [True, normed, normed, True, full, True, full],
         )  # fmt: skip
 

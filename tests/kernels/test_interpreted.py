@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter: no GPU needed, nothing said about speed.
 
 In processes of their own: TRITON_INTERPRET must be set before the kernels are first imported.
-The GEMMs and attention in float32 only, but for the persistent ones, which take half types: the
-interpreter keeps bfloat16 as integers, whose products are wrong where rows.py does not mend them.
+Mostly in float32, and each kernel in a half type somewhere: the interpreter keeps bfloat16 as
+integers, whose products are wrong where rows.py does not mend them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
         if case.k < 100 and (case.m < 140 or any(case.activation))
     ][share::SHARES]
     numbers += [f"{kind}:{share}/{SHARES}" for kind in ("rows", "linears")]
-    numbers += [f"persistent:{i}" for i in range(3)][share::SHARES]
+    numbers += [f"{kind}:{i}" for kind, n in (("persistent", 3), ("typed", 6)) for i in range(n)][
+        share::SHARES
+    ]
     numbers += ["tuning"] if share == 0 else []
     return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],

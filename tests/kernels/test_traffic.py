@@ -70,6 +70,17 @@ def test_every_kernel_has_an_entry() -> None:
     assert kernels - UNCOUNTED == set(entries.ENTRIES)
 
 
+def test_every_kernel_is_in_a_call_whose_bytes_are_committed() -> None:
+    counted = {
+        f"_{name}_kernel"
+        for call in traffic_calls.CALLS
+        for plan in traffic.plans_of(call)
+        for one in traffic.count(call, "sm_90", plan)
+        for name, _ in one.kernels
+    }
+    assert set(entries.ENTRIES) - counted == set()
+
+
 def test_a_kernel_without_an_entry_is_refused() -> None:
     with pytest.raises(ConfigError, match="the traffic of _new_kernel is not modelled"):
         entries.traffic(record.Launch("_new_kernel", (1,), {}, {}))
