@@ -48,7 +48,7 @@ test: $(STAMP) ## the whole test suite
 	$(RUN)/pytest
 
 .PHONY: matrix
-matrix: $(STAMP) ## every method on every architecture by every property of the contract (half an hour)
+matrix: $(STAMP) ## every method on every architecture by every property of the contract (long)
 	$(RUN)/pytest --everything tests/methods/test_contract.py tests/methods/test_training.py \
 		tests/methods/test_distributed.py tests/methods/test_defaults.py tests/methods/test_files.py
 
