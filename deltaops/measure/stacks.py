@@ -84,11 +84,11 @@ def measure_stack(
     ratio = over_dearest(cell)
     if ratio is None or ratio <= LIMIT:
         return cell
-    steps = {
-        name: stepper(peers[name][0], timed_optimizer(peers[name][1]), batch)
+    slow, fast = (
+        stepper(peers[name][0], timed_optimizer(peers[name][1]), batch)
         for name in (STACK, dearest(cell))
-    }
-    return replace(cell, note=difference(*steps.values(), against=f"the {dearest(cell)}'s"))
+    )
+    return replace(cell, note=difference(slow, fast, against=f"the {dearest(cell)}'s"))
 
 
 def dearest(cell: Cell) -> str:

@@ -88,7 +88,8 @@ def search_on_ray(
         with chdir(study.folder):  # Ray puts where it starts on its workers' path, kernels/ and all
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    keeper = Keeper.options(scheduling_strategy=here).remote(str(study.folder.resolve()), trials)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Keeper)
+    keeper = actor.remote(str(study.folder.resolve()), trials)
     # a worker runs in a folder of Ray's
     named = {"model": _absolute(model), "data": _absolute(data)}
     facts = {
@@ -122,9 +123,8 @@ def search_on_ray(
     return Found(left == 0, study, front[0] if front else None, tuple(front))
 
 
-@ray.remote(num_cpus=0)
 class Keeper:
-    """The only one that touches the study's folder while Ray's workers train."""
+    """An actor: the only one that touches the study's folder while Ray's workers train."""
 
     def __init__(self, folder: str, trials: int) -> None:
         self.study = shown(Path(folder))
