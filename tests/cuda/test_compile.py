@@ -126,7 +126,7 @@ def test_hopper_kernels_are_of_hopper_s_instructions(compiled: Compiled) -> None
     tool = disassembler(compiled.tools)
     if tool is None:
         pytest.skip("there is no cuobjdump")
-    objects = sorted(compiled.objects.glob("hopper_*.o"))
+    objects = sorted(compiled.objects.glob("hopper_*f16.o"))
     assert len(objects) == 2
     for path in objects:
         run = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True)
