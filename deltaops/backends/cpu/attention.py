@@ -34,7 +34,8 @@ def forward(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.AttentionBackend`, and :mod:`.prefix_attention`."""
-    more = _placed_prefix(_adjacent(prefix)) if prefix else ()
+    held = _adjacent(prefix) if prefix else None  # a copy must outlive the call
+    more = _placed_prefix(held) if held else ()
     q, k, v, mask, bias = as_heads(q), as_heads(k), as_heads(v), _bytes(mask), _floats(bias)
     y = empty_heads(q.shape, True, q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
