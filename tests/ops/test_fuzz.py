@@ -104,3 +104,12 @@ def test_no_tensor_crashes_it(op: str) -> None:
         assert all(torch.equal(t, before[name]) for name, t in odd.items())
 
     check()
+
+
+def test_a_prefix_whose_elements_lie_apart_is_read_whole() -> None:
+    """The forward pass once read its copy after that was freed."""
+    apart = {name: HOWS["elements apart"](t) for name, t in PREFIX.items()}
+    expected = ops.prefix_attention(**HEADS, **PREFIX, backend="cpu")
+    for _ in range(20):
+        got = ops.prefix_attention(**HEADS, **apart, backend="cpu")
+        assert torch.equal(got, expected)

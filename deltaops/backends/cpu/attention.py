@@ -37,7 +37,8 @@ def forward(
     tables: Tables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.AttentionBackend`, and :mod:`.prefix_attention`."""
-    more = _placed_prefix(_adjacent(prefix)) if prefix else ()
+    held = _adjacent(prefix) if prefix else None  # a copy must outlive the call
+    more = _placed_prefix(held) if held else ()
     tables = as_tables(*tables) if tables else None
     q, k, v, mask, bias = as_heads(q), as_heads(k), as_heads(v), _bytes(mask), _floats(bias)
     y = empty_heads(q.shape, True, q.dtype)
