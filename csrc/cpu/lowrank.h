@@ -139,9 +139,13 @@ DELTAOPS_INLINE void narrow_columns(const float *a, ptrdiff_t a_row, int64_t row
   }
 }
 
-/* Zeroes the dropped elements of a copied row; bits are those of this block. */
-DELTAOPS_INLINE void apply_mask(float *row, const uint8_t *bits, int64_t steps) {
-  for (int64_t k = 0; k < steps; k += kLanes) store(row + k, keep(load(row + k), bits, k));
+/* Copies ks elements of a row, dropped ones as zeros; whole vectors. bits are those of this block.
+ */
+template <class T>
+DELTAOPS_INLINE void pack_kept(float *to, const T *x, const uint8_t *bits, int64_t ks) {
+  int64_t k = 0;
+  for (; k + kLanes <= ks; k += kLanes) store(to + k, keep(load(x + k), bits, k));
+  if (k < ks) store(to + k, keep(load_units_partial<float>(x + k, ks - k), bits, k));
 }
 
 /* The bias of kLanes columns from q on, times what the product's factor has of s_i. */

@@ -74,6 +74,13 @@ void keep_bits(uint8_t *bits, int64_t m, int64_t first, int64_t count, uint64_t 
     VecL byte = ((VecL)(lo >= limit) & weight_lo) | ((VecL)(hi >= limit) & weight_hi);
     byte |= byte >> 32;
     byte |= byte >> 16;
+#if DELTAOPS_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    if (g + kGroups <= count) {  // eight bytes at once
+      _mm_storel_epi64(reinterpret_cast<__m128i *>(bits + g),
+                       _mm512_maskz_cvtepi64_epi8(0xFF, (__m512i)byte));
+      continue;
+    }
+#endif
     for (int i = 0; i < kGroups && g + i < count; ++i) bits[g + i] = static_cast<uint8_t>(byte[i]);
   }
 }
@@ -87,12 +94,18 @@ DELTAOPS_INLINE VecF keep(VecF v, const uint8_t *bits, int64_t k) {
 #elif DELTAOPS_VECTOR_BYTES == 32
   const uint32_t word = bits[k / 8];
   const VecU lane = {1, 2, 4, 8, 16, 32, 64, 128};
+#elif defined(__AVX512F__)
+  uint16_t word;  // a mask register as it lies
+  memcpy(&word, bits + k / 8, sizeof word);
+  return (VecF)_mm512_maskz_mov_ps(word, (__m512)v);
 #else
   const uint32_t word = bits[k / 8] | static_cast<uint32_t>(bits[k / 8 + 1]) << 8;
   const VecU lane = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
 #endif
+#if DELTAOPS_VECTOR_BYTES < 64 || !defined(__AVX512F__)
   const VecU kept = (VecU)(((word - VecU{}) & lane) == lane);
   return (VecF)((VecU)v & kept);
+#endif
 }
 
 }  // namespace

@@ -94,11 +94,15 @@ class RowsAhead {
   int64_t rows_ = 0, lines_ = 0, left_ = 0, skip_ = 0, each_ = 0;
 };
 
-/* sum[q][:] += sum over rows of g[row][q] * panel[row][:]. Copying: the panel is x[row][:], copied
- * on the way; loads and stores hide under the products. */
-template <int MR, bool Copying, class T>
+/* Where a tile's panel comes from: it lies there, or is copied from x on the way, all of it or what
+ * keep-bits say; loads and stores hide under the products. */
+enum class Panel { lies, copied, kept };
+
+/* sum[q][:] += sum over rows of g[row][q] * panel[row][:]. bits: of the panel's first column. */
+template <int MR, Panel From, class T>
 __attribute__((noinline)) void outer_tile_ahead(const float *g, ptrdiff_t g_row, const T *x,
-                                                ptrdiff_t x_row, float *panel, int64_t rows,
+                                                ptrdiff_t x_row, const uint8_t *bits,
+                                                ptrdiff_t bits_row, float *panel, int64_t rows,
                                                 float *sum, RowsAhead *state) {
   RowsAhead ahead = *state;  // in registers
   VecF acc[MR][kTileVectors];
@@ -111,8 +115,9 @@ __attribute__((noinline)) void outer_tile_ahead(const float *g, ptrdiff_t g_row,
       VecF column[kTileVectors];
       DELTAOPS_UNROLL
       for (int j = 0; j < kTileVectors; ++j) {
-        if constexpr (Copying) {
+        if constexpr (From != Panel::lies) {
           column[j] = load(x + j * kLanes);
+          if constexpr (From == Panel::kept) column[j] = keep(column[j], bits, j * kLanes);
           store(panel + j * kLanes, column[j]);
         } else {
           column[j] = load(panel + j * kLanes);
@@ -123,7 +128,8 @@ __attribute__((noinline)) void outer_tile_ahead(const float *g, ptrdiff_t g_row,
       for (int j = 0; j < kTileVectors; ++j) acc[i][j] = multiply_add(acc[i][j], g[i], column[j]);
       g += g_row;
       panel += kTileColumns;
-      if constexpr (Copying) x += x_row;
+      if constexpr (From != Panel::lies) x += x_row;
+      if constexpr (From == Panel::kept) bits += bits_row;
     }
   }
   DELTAOPS_UNROLL
@@ -140,7 +146,7 @@ template <int MR>
 DELTAOPS_INLINE void outer_tile(const float *g, ptrdiff_t g_row, float *panel, int64_t rows,
                                 float *sum) {
   RowsAhead nothing;
-  outer_tile_ahead<MR, false>(g, g_row, panel, 0, panel, rows, sum, &nothing);
+  outer_tile_ahead<MR, Panel::lies>(g, g_row, panel, 0, nullptr, 0, panel, rows, sum, &nothing);
 }
 
 /* sum[q][:] += sum over some rows of g[row][q] * panel[row - m][:]. */
@@ -286,10 +292,10 @@ void outer_columns(const OuterInput &in, Range segment, int64_t n0, int64_t grou
                         least(kOuterColumns, C - right), tiles);
     for (int64_t p = 0; p < group; ++p) {
       const int64_t n = n0 + p * kTileColumns, columns = least(kTileColumns, C - n);
-      const T *from = x + m * x_row + n;
       float *sum = sums + p * sum_rows * kTileColumns;
-      bool copied = in.bias_grad || columns < kTileColumns;
-      if (in.bias_grad || (copied && plain > 0))
+      const bool whole = columns == kTileColumns;
+      bool copied = in.bias_grad || (!whole && plain > 0);  // the panel holds these columns
+      if (copied)
         outer_panel(panel, x, x_row, m, rows, n, columns, nullptr, 0,
                     in.bias_grad ? sum + in.ranks * kTileColumns : nullptr, &ahead);
       const uint8_t *bits = nullptr;                // of the panel
@@ -299,33 +305,50 @@ void outer_columns(const OuterInput &in, Range segment, int64_t n0, int64_t grou
           const Outer &outer = in.outers[j];
           if ((outer.bits != nullptr) != (masked == 1)) continue;
           Rows own = {nullptr, 0};
+          Range read = {0, rows};
           if (outer.own) {
             own = rows_between(*outer.own, m, m + rows);
             if (own.count == 0) continue;
+            read = {own.list[0] - m, own.list[own.count - 1] + 1 - m};
           }
-          if (outer.bits != bits || (outer.own && !masked && !copied)) {
+          const bool gathered = outer.own && read.end - read.begin != own.count;
+          bool lies = copied && outer.bits == bits;
+          if (!lies && (gathered || !whole)) {
             outer_panel(panel, x, x_row, m, rows, n, columns, outer.bits, outer.bits_row, nullptr,
                         &ahead);
             bits = outer.bits;
-            copied = true;
+            lies = copied = true;
           }
+          const bool ready = lies;
+          const int64_t top = m + read.begin, count = read.end - read.begin;
+          const T *from = x + top * x_row + n;
+          const uint8_t *kept = outer.bits ? outer.bits + top * outer.bits_row + n / 8 : nullptr;
+          float *panel_top = panel + read.begin * kTileColumns;
           // Tiles of about the same height: one of few rows waits for its own sums.
           const int64_t heights = ceil_div(outer.rank, kTileRows);
           for (int64_t t = 0; t < heights; ++t) {
             const Range q = share(outer.rank, t, heights);
-            const float *g = outer.g + m * outer.g_row + q.begin;
+            const float *g = outer.g + top * outer.g_row + q.begin;
             float *to = sum + (rank + q.begin) * kTileColumns;
             with_rows<kTileRows>(q.end - q.begin, [&](auto size) {
               constexpr int MR = decltype(size)::value;
-              if (outer.own)
+              if (gathered)
                 outer_tile_of<MR>(outer.g + q.begin, outer.g_row, own, m, panel, to, &ahead);
-              else if (copied || masked)
-                outer_tile_ahead<MR, false>(g, outer.g_row, from, x_row, panel, rows, to, &ahead);
+              else if (lies)
+                outer_tile_ahead<MR, Panel::lies>(g, outer.g_row, from, x_row, kept, outer.bits_row,
+                                                  panel_top, count, to, &ahead);
+              else if (kept)
+                outer_tile_ahead<MR, Panel::kept>(g, outer.g_row, from, x_row, kept, outer.bits_row,
+                                                  panel_top, count, to, &ahead);
               else
-                outer_tile_ahead<MR, true>(g, outer.g_row, from, x_row, panel, rows, to, &ahead);
+                outer_tile_ahead<MR, Panel::copied>(g, outer.g_row, from, x_row, kept,
+                                                    outer.bits_row, panel_top, count, to, &ahead);
             });
-            copied = true;
+            lies = true;
           }
+          if (ready) continue;
+          copied = !outer.own;  // else its rows alone
+          bits = outer.bits;
         }
       }
     }

@@ -307,10 +307,8 @@ void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t
     for (int64_t t = p.mask_x ? p.num_plain : p.num_terms; t < p.num_terms; ++t) {
       const Term &term = p.terms[t];
       for (int64_t r = 0; r < count; ++r) {
-        float *row = few + r * cut.x_row;
-        pack_row<float>(row, x + (i + r) * p.x_row, ks, ks);
         keep_bits(bits, m + i + r, k0 / 8, ceil_div(ks, 8), p.seed, term.stream, term.threshold);
-        apply_mask(row, bits, ks);
+        pack_kept(few + r * cut.x_row, x + (i + r) * p.x_row, bits, ks);
       }
       const int64_t begin = term.segment.column;
       narrow_columns(few, cut.x_row, count, cut.packed_p, cut.k_padded, k0, ks, begin,
@@ -319,11 +317,11 @@ void lowrank_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t
   }
 }
 
-/* The same where each row has one branch, whose rows are gathered a few at a time. All branches
- * have the same columns. */
+/* The same where each row has one branch, whose rows are gathered a few at a time unless they are
+ * neighbours that lie as floats. All branches have the same columns. */
 template <class T>
 void lowrank_own_rows(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
-                      int64_t k0, int64_t ks, float *s) {
+                      int64_t k0, int64_t ks, const float *floats, int64_t floats_row, float *s) {
   float *few = cut.rows + self * cut.rows_each, *sums = few + kNarrowRows * cut.x_row;
   uint8_t *bits = cut.bits + self * cut.bits_each;
   const T *x = static_cast<const T *>(p.x) + k0;
@@ -331,23 +329,40 @@ void lowrank_own_rows(const Product &p, const Cut &cut, int self, int64_t m, int
     const Term &term = p.terms[t];
     const Rows own = rows_between(term.rows, m, m + rows);
     const int64_t width = round_up(term.segment.rank, kLanes);
-    for (int64_t i = 0; i < own.count; i += kNarrowRows) {
-      const int64_t count = least(kNarrowRows, own.count - i);
+    const float *packed = cut.packed_p + term.p_column * cut.k_padded;
+    const bool masked = p.mask_x && term.threshold > 0;
+    for (int64_t i = 0, count; i < own.count; i += count) {
+      const int64_t from = own.list[i] - m;
+      float *to = s + from * p.s_columns;
+      count = masked || !floats ? 0 : neighbours(own, i);
+      if (count >= kNarrowRows) {
+        narrow_columns(floats + from * floats_row, floats_row, count, packed, cut.k_padded, k0, ks,
+                       0, width, to, p.s_columns, k0 == 0);
+        continue;
+      }
+      count = least(kNarrowRows, own.count - i);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = own.list[i + r];
         float *copy = few + r * cut.x_row;
-        pack_row<float>(copy, x + row * p.x_row, ks, ks);
-        if (!p.mask_x || term.threshold == 0) continue;
+        if (!masked) {
+          pack_row<float>(copy, x + row * p.x_row, ks, ks);
+          continue;
+        }
         keep_bits(bits, row, k0 / 8, ceil_div(ks, 8), p.seed, term.stream, term.threshold);
-        apply_mask(copy, bits, ks);
+        pack_kept(copy, x + row * p.x_row, bits, ks);
       }
-      narrow_columns(few, cut.x_row, count, cut.packed_p + term.p_column * cut.k_padded,
-                     cut.k_padded, k0, ks, 0, width, sums, width, true);
+      if (own.list[i + count - 1] - own.list[i] == count - 1) {
+        narrow_columns(few, cut.x_row, count, packed, cut.k_padded, k0, ks, 0, width, to,
+                       p.s_columns, k0 == 0);
+        continue;
+      }
+      narrow_columns(few, cut.x_row, count, packed, cut.k_padded, k0, ks, 0, width, sums, width,
+                     true);
       for (int64_t r = 0; r < count; ++r) {
-        float *to = s + (own.list[i + r] - m) * p.s_columns;
+        float *row = s + (own.list[i + r] - m) * p.s_columns;
         for (int64_t c = 0; c < width; c += kLanes) {
           const VecF sum = load(sums + r * width + c);
-          store(to + c, k0 == 0 ? sum : load(to + c) + sum);
+          store(row + c, k0 == 0 ? sum : load(row + c) + sum);
         }
       }
     }
@@ -371,25 +386,38 @@ inline void finish_rows(const Product &p, float *s, int64_t m, int64_t rows) {
   }
 }
 
-/* sum = S_i Q_i for a tile of rows, each with its own branch, masked where that has dropout; 0 for
- * rows without one. n: the first of the tile's columns. Branches are read row by row: neighbours
- * may have any, and one's NaN is not another's. */
+/* sum = bias + S_i Q_i for a tile of rows, each with its own branch, masked where that has dropout;
+ * the bias (or 0) for rows without one. n: the first of the tile's columns. Branches are read row
+ * by row: neighbours may have any, and one's NaN is not another's. Sums as a tile of one branch
+ * does. */
 inline void own_tile(const Product &p, int64_t m, int64_t rows, const float *s, const float *q,
-                     int64_t n, float *sum) {
+                     int64_t n, const float *bias, float *sum) {
   for (int64_t i = 0; i < rows; ++i, sum += kTileColumns) {
-    VecF acc[1][kTileVectors] = {};
+    VecF acc[1][kTileVectors] = {}, start[kTileVectors];
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) start[j] = bias ? load(bias + j * kLanes) : VecF{};
     const int32_t own = p.adapter[m + i];
-    const uint8_t *bits = nullptr;
+    const bool masked = own >= 0 && !p.mask_x && p.terms[own].threshold > 0;
+    if (!masked) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) acc[0][j] = start[j];
     if (own >= 0) {
       const Term &term = p.terms[own];
       accumulate(acc, s + i * p.s_columns, 0, 1, q + term.segment.step * kTileColumns,
                  term.segment.rank);
-      if (!p.mask_x && term.threshold > 0) bits = term.bits + (m + i) * p.bits_row;
     }
+    const uint8_t *bits = masked ? p.terms[own].bits + (m + i) * p.bits_row : nullptr;
     DELTAOPS_UNROLL
     for (int j = 0; j < kTileVectors; ++j)
-      store(sum + j * kLanes, bits ? keep(acc[0][j], bits, n + j * kLanes) : acc[0][j]);
+      store(sum + j * kLanes,
+            masked ? start[j] + keep(acc[0][j], bits, n + j * kLanes) : acc[0][j]);
   }
+}
+
+/* Whether some rows from m on have the same branch, or none. */
+DELTAOPS_INLINE bool same_branch(const Product &p, int64_t m, int64_t rows) {
+  for (int64_t i = 1; i < rows; ++i)
+    if (p.adapter[m + i] != p.adapter[m]) return false;
+  return true;
 }
 
 /* So few tiles would each ask for so many lines of the next panel at once that they wait for them
@@ -416,7 +444,9 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
   t.q = q;
   t.segments = p.segments;
   t.num_segments = num_direct;
-  t.bias = p.bias && first ? bias : nullptr;
+  const float *starts = p.bias && first ? bias : nullptr;
+  t.bias = starts;
+  t.bits_row = p.bits_row;
   t.y_row = p.out_row;
 
   for (int64_t index = range.begin; index < range.end; ++index) {
@@ -439,7 +469,7 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
           pack_panel(to, kTileColumns, typed<float>(term.q).at(n, 0), t.columns, term.segment.rank,
                      term.segment.rank);
       }
-    if (t.bias) pack_row(bias, static_cast<const T *>(p.bias) + n, t.columns, kTileColumns);
+    if (starts) pack_row(bias, static_cast<const T *>(p.bias) + n, t.columns, kTileColumns);
     Prefetch<T> next;
     const bool another = index + 1 < range.end;
     const int64_t tiles = ceil_div(rows, kTileRows);
@@ -483,18 +513,36 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
       with_rows<kTileRows>(count, [&](auto size) {
         constexpr int MR = decltype(size)::value;
         t.start = nullptr;
+        t.masked = nullptr;
+        const auto mask = [&](const Term &term) {
+          t.masked = &term.segment;
+          t.bits = term.bits + (m + i) * p.bits_row + n / 8;
+        };
         if (last && p.adapter) {
-          own_tile(p, m + i, MR, t.s, q, n, start);
-          t.start = start;
+          const int32_t own = p.adapter[m + i];
+          t.num_segments = 0;
+          t.bias = starts;
+          if (!same_branch(p, m + i, MR)) {
+            own_tile(p, m + i, MR, t.s, q, n, starts, start);
+            t.start = start;
+            t.bias = nullptr;
+          } else if (own >= 0 && !p.mask_x && p.terms[own].threshold > 0) {
+            mask(p.terms[own]);
+          } else if (own >= 0) {
+            t.segments = p.segments + own;
+            t.num_segments = 1;
+          }
         } else if (last && num_direct < p.num_terms) {
-          for (int64_t j = num_direct; j < p.num_terms; ++j) {
+          // the last one in the tile's own registers
+          for (int64_t j = num_direct; j + 1 < p.num_terms; ++j) {
             const Term &term = p.terms[j];
             masked_tile<MR>(t.s + term.segment.column, p.s_columns,
                             q + term.segment.step * kTileColumns, term.segment.rank,
                             term.bits + (m + i) * p.bits_row, p.bits_row, n, start,
                             j == num_direct);
+            t.start = start;
           }
-          t.start = start;
+          mask(p.terms[p.num_terms - 1]);
         }
         tile<MR>(t);
       });
@@ -552,11 +600,11 @@ void row_block(const Part *parts, int64_t count, int self, int64_t block, int64_
         int64_t at = k0;
         do {
           const int64_t some = least(part->cut.s_k, k0 + ks - at);
+          const float *here = floats ? floats + (at - k0) : nullptr;
           if (p.adapter)
-            lowrank_own_rows<T>(p, part->cut, self, first, count, at, some, s_mine);
+            lowrank_own_rows<T>(p, part->cut, self, first, count, at, some, here, x_row, s_mine);
           else
-            lowrank_rows<T>(p, part->cut, self, first, count, at, some,
-                            floats ? floats + (at - k0) : nullptr, x_row, s_mine);
+            lowrank_rows<T>(p, part->cut, self, first, count, at, some, here, x_row, s_mine);
           at += some;
         } while (at < k0 + ks);
         if (k0 + ks == p.K) finish_rows(p, s_mine, first, count);

@@ -37,6 +37,13 @@ inline Rows rows_between(const Rows &rows, int64_t begin, int64_t end) {
   return {rows.list + first, rows_below(rows, end) - first};
 }
 
+/* How many of them from the i-th on follow one another. */
+inline int64_t neighbours(const Rows &rows, int64_t i) {
+  int64_t count = 1;
+  while (i + count < rows.count && rows.list[i + count] == rows.list[i] + count) ++count;
+  return count;
+}
+
 /* The rows of branch i are order[ends[i - 1]] ... order[ends[i] - 1], from order[0] for the first.
  * adapter: M numbers of branches, or -1. */
 inline void sort_rows(const int32_t *adapter, int64_t M, int64_t branches, int64_t *order,

@@ -17,6 +17,7 @@
 #ifndef DELTAOPS_CPU_TILE_H
 #define DELTAOPS_CPU_TILE_H
 
+#include "mask.h"
 #include "pack.h"
 
 namespace deltaops {
@@ -112,6 +113,9 @@ struct Tile {
   const float *q;  // [sum of ranks][kTileColumns]
   const Segment *segments;
   int64_t num_segments;
+  const Segment *masked;  // a branch whose product is masked; or NULL
+  const uint8_t *bits;    // its keep-bits from the tile's first column on; row i at i * bits_row
+  int64_t bits_row;
   const float *start;  // [rows][kTileColumns], added; or NULL
   const float *bias;   // [kTileColumns], added; or NULL
   float *c;            // running sum; row i at c + i * c_row
@@ -130,11 +134,26 @@ __attribute__((noinline)) void tile(const Tile<Unit, T> &t) {
     for (int i = 0; i < MR; ++i)
       for (int j = 0; j < kTileColumns; j += 16) __builtin_prefetch(t.c + i * t.c_row + j, 1);
   VecF acc[MR][kTileVectors];
-  DELTAOPS_UNROLL
-  for (int j = 0; j < kTileVectors; ++j) {
-    const VecF value = t.bias ? load(t.bias + j * kLanes) : VecF{};
+  if (t.masked) {
     DELTAOPS_UNROLL
-    for (int i = 0; i < MR; ++i) acc[i][j] = value;
+    for (int i = 0; i < MR; ++i) DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) acc[i][j] = VecF{};
+    accumulate(acc, t.s + t.masked->column, t.s_row, 1, t.q + t.masked->step * kTileColumns,
+               t.masked->rank);
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) {
+      const VecF value = t.bias ? load(t.bias + j * kLanes) : VecF{};
+      DELTAOPS_UNROLL
+      for (int i = 0; i < MR; ++i)
+        acc[i][j] = value + keep(acc[i][j], t.bits + i * t.bits_row, j * kLanes);
+    }
+  } else {
+    DELTAOPS_UNROLL
+    for (int j = 0; j < kTileVectors; ++j) {
+      const VecF value = t.bias ? load(t.bias + j * kLanes) : VecF{};
+      DELTAOPS_UNROLL
+      for (int i = 0; i < MR; ++i) acc[i][j] = value;
+    }
   }
   if (t.start) {
     DELTAOPS_UNROLL

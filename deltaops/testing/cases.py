@@ -96,8 +96,9 @@ class DeltaLinearCase:
     activation: tuple[str, ...] = ()
     branch_bias: tuple[bool, ...] = ()
     routed: str = ""
-    """How rows have one branch each: "mixed" in any order, some with none; "one" all have the first
-    branch; "none" all have none. Else every row has all branches."""
+    """How rows have one branch each: "mixed" in any order, some with none; "samples" by runs of
+    neighbours; "one" all have the first branch; "none" all have none. Else every row has all
+    branches."""
 
     def __str__(self) -> str:
         parts = [f"{self.m}x{self.n}x{self.k}", "r" + "+".join(map(str, self.ranks or (0,)))]
@@ -153,6 +154,8 @@ class DeltaLinearCase:
         if not self.routed:
             return None
         ids = torch.full((self.m,), -1 if self.routed == "none" else 0, dtype=torch.int32)
+        if self.routed == "samples":  # runs of a seventh, the first and another with none
+            ids = (torch.arange(self.m) * 7 // self.m % (len(self.ranks) + 1) - 1).int()
         if self.routed == "mixed":  # branch 1 has no rows where there are more than two
             ids = torch.randint(-1, len(self.ranks), (self.m,), generator=generator).int()
             if len(self.ranks) > 2:
@@ -228,5 +231,7 @@ ROUTED_CASES = (
         150, 37, 53, (4, 9, 8), dropout=(0.3, 0.0, 0.25), routed="mixed",
         activation=("identity", "gelu", "silu"), branch_bias=(False, True, True),
     ),
+    DeltaLinearCase(290, 130, 100, (5, 16, 8), dropout=(0.1, 0.0, 0.3), routed="samples"),
+    DeltaLinearCase(150, 128, 192, (16, 4, 20), bias=False, routed="samples"),
 )  # fmt: skip
 """A batch that mixes adapters; a backend is held to them where it takes ``call.routed``."""
