@@ -4,8 +4,9 @@
     csrc/cuda  ->  deltaops/libdeltaops_cuda.so  <-  deltaops/_cuda*.so  of bindings/cuda_*.cpp
 
 Where jaxlib is installed, deltaops/_xla*.so of bindings/xla_*.cpp stands beside the first, and
-deltaops/_xla_cuda*.so of bindings/cudaxla_*.cpp beside the second. The libraries hold no Python symbols, so C programs can link them; the modules find them beside
-themselves ($ORIGIN). No torch header is read.
+deltaops/_xla_cuda*.so of bindings/cudaxla_*.cpp beside the second. The libraries hold no Python
+symbols, so C programs can link them; the modules find them beside themselves ($ORIGIN). No torch
+header is read.
 """
 
 from __future__ import annotations
