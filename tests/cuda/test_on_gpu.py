@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
 ]
+Given = dict[str, Tensor | int | float | None]
 DTYPES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 
 
@@ -77,7 +78,7 @@ def test_products(
     expected = x.double() @ terms[0].right.double().t()
     expected += dropped(s.double() @ terms[1].right.double().t(), terms[1].threshold)
     expected += 0.0 if bias is None else bias.double()
-    found = []
+    found: list[Tensor] = []
     for _ in range(2):
         out = Bordered(torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE), 2)
         status = ampere.gemm(lib, terms, bias, out.t, seed())
@@ -91,11 +92,11 @@ def test_passes(lib: ctypes.CDLL, m: int, k: int, rank: int, dtype: torch.dtype)
     x, s = (random(m, c, dtype=dtype, seed=c).to(DEVICE) for c in (k, rank))
     a = random(rank, k, dtype=dtype, seed=3).to(DEVICE)
     b = a.t().contiguous()
-    draw = {"drop_threshold": THRESHOLD, "branch_stream": STREAM, "seed": seed()}
+    draw: Given = {"drop_threshold": THRESHOLD, "branch_stream": STREAM, "seed": seed()}
     wide = dropped(x, THRESHOLD)
-    calls = {
+    calls: dict[str, tuple[Given, dict[str, Tensor]]] = {
         "project": (
-            {"x": x, "a": a, "scaling": 0.5} | draw,
+            {"x": x, "a": a, "scaling": 0.5, **draw},
             {"s_narrow": 0.5 * wide @ a.double().t()},
         ),
         "grad_up": (
@@ -106,7 +107,7 @@ def test_passes(lib: ctypes.CDLL, m: int, k: int, rank: int, dtype: torch.dtype)
                 "grad_bias": x.double().sum(0, keepdim=True),
             },
         ),
-        "grad_down": ({"x": x, "grad_s_narrow": s} | draw, {"grad_a": s.double().t() @ wide}),
+        "grad_down": ({"x": x, "grad_s_narrow": s, **draw}, {"grad_a": s.double().t() @ wide}),
     }
     for name, (given, wanted) in calls.items():
         found = []
@@ -118,7 +119,7 @@ def test_passes(lib: ctypes.CDLL, m: int, k: int, rank: int, dtype: torch.dtype)
                 for key, t in wanted.items()
             }
             space = on_gpu(ampere.workspace(lib, name, m, k, rank))
-            fields = given | {key: out.t for key, out in outs.items()}
+            fields: Given = {**given, **{key: out.t for key, out in outs.items()}}
             status = ampere.run_pass(lib, name, space, fields)
             found.append(check(lib, status, [(outs[key], t) for key, t in wanted.items()]))
             assert space.intact()
