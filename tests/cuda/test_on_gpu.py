@@ -57,7 +57,7 @@ def check(lib: ctypes.CDLL, status: int, pairs: Sequence[tuple[Bordered, Tensor]
 
 
 def dropped(x: Tensor, threshold: int) -> Tensor:
-    kept = philox.draws(*x.shape, seed(), STREAM) >= threshold
+    kept = philox.draws(x.shape[0], x.shape[1], seed(), STREAM) >= threshold
     return torch.where(kept, x.double() * philox.keep_scale(threshold), 0.0)
 
 
