@@ -1,7 +1,8 @@
 """Compile and link: objects are named by the hash of everything that goes into them.
 
 So a changed flag, compiler, source or header makes another object, and an unchanged one is used
-again; setuptools' own check looks at a module's sources only, and would keep a stale link.
+again; setuptools' own check looks at a module's sources only, and would keep a stale link. What a
+compiler said lies beside its object, as .log.
 """
 
 from __future__ import annotations
@@ -59,9 +60,12 @@ def _compile(unit: Unit, folder: Path, say: Say) -> Path:
     if target.exists():
         return target
     fresh = folder / f"{target.stem}.{os.getpid()}.tmp.o"
-    run_tool((*unit.command, "-c", str(unit.source), "-o", str(fresh)), say)
-    for old in folder.glob(f"{stem}-{'?' * KEY_LENGTH}.o"):
-        old.unlink(missing_ok=True)
+    said = run_tool((*unit.command, "-c", str(unit.source), "-o", str(fresh)), say)
+    for suffix in (".o", ".log"):
+        for old in folder.glob(f"{stem}-{'?' * KEY_LENGTH}{suffix}"):
+            old.unlink(missing_ok=True)
+    if said:
+        target.with_suffix(".log").write_text(said + "\n", encoding="utf-8")
     fresh.rename(target)  # only now: an interrupted compiler leaves no object that looks whole
     return target
 
@@ -72,19 +76,21 @@ def link(command: Sequence[str], target: Path, say: Say) -> None:
     A process that has the old library mapped keeps it: overwriting in place would crash it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(target.name + ".tmp")
+    fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     run_tool((*command, "-o", str(fresh)), say)
     fresh.replace(target)
 
 
-def run_tool(command: Sequence[str], say: Say) -> None:
-    """Run a compiler or linker; its warnings are shown, its failure stops the build."""
+def run_tool(command: Sequence[str], say: Say) -> str:
+    """Run a compiler or linker; what it says is shown and returned, its failure stops the build."""
     say(shlex.join(command))
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if run.stdout.strip():
-        say(run.stdout.strip())
+    said = run.stdout.strip()
+    if said:
+        say(said)
     if run.returncode != 0:
         raise BuildFailure(
             f"building deltaops failed (exit status {run.returncode}) at:\n"
-            f"  {shlex.join(command)}\n{run.stdout.strip()}"
+            f"  {shlex.join(command)}\n{said}"
         )
+    return said

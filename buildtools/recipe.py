@@ -33,6 +33,7 @@ INCLUDE = CSRC / "include"
 CUDA = CSRC / "cuda"
 CUDA_READS = (CUDA, CUDA / "primitives", CUDA / "ampere", CUDA / "hopper", INCLUDE)
 HOPPER = "90a"  # wgmma and setmaxnreg are of this architecture alone, not of its successors
+FOR_EACH = {"dropout.cu"}  # of csrc/cuda, gets machine code for every architecture
 
 CPU_LIBRARY = "libdeltaops.so"
 CUDA_LIBRARY = "libdeltaops_cuda.so"
@@ -43,6 +44,7 @@ CUDA_FLAGS = (
     "-std=c++17",
     "-O3",
     "-lineinfo",
+    "-Xptxas=-v",  # registers and spills, which tests look at
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 )
 # longjmp between fibers is no error here, though a fortified one takes it for that.
@@ -68,7 +70,7 @@ def jobs() -> int:
     return max(1, int(asked)) if asked.isdigit() else len(os.sched_getaffinity(0))
 
 
-def cpu_units(compiler: Compiler, extra: tuple[str, ...] = ()) -> list[Unit]:
+def cpu_units(compiler: Compiler) -> list[Unit]:
     """The native CPU core, one unit per file of csrc/cpu/flags.json for this machine."""
     folder = CSRC / "cpu"
     flags = json.loads((folder / "flags.json").read_text(encoding="utf-8"))
@@ -77,7 +79,7 @@ def cpu_units(compiler: Compiler, extra: tuple[str, ...] = ()) -> list[Unit]:
     return [
         Unit(
             source=folder / name,
-            command=(*compiler.command, *flags["common"], *flags["files"][name], *includes, *extra),
+            command=(*compiler.command, *flags["common"], *flags["files"][name], *includes),
             reads=(folder, INCLUDE),
             compiler_version=compiler.version,
         )
@@ -85,23 +87,28 @@ def cpu_units(compiler: Compiler, extra: tuple[str, ...] = ()) -> list[Unit]:
     ]
 
 
-def cuda_units(toolkit: CudaToolkit, extra: tuple[str, ...] = ()) -> list[Unit]:
-    """The CUDA library, one unit per .cu file of csrc/cuda; those of hopper/ for sm_90a alone."""
+def cuda_units(toolkit: CudaToolkit) -> list[Unit]:
+    """The CUDA library, one unit per .cu file of csrc/cuda; those of hopper/ for sm_90a alone.
+
+    The sm_80 products take longest to compile and are not what Python launches; newer GPUs than the
+    oldest architecture translate their PTX when they first run them. The launchers of hopper/ are
+    host code.
+    """
     archs = ";".join(toolkit.archs)
     hopper = HOPPER in toolkit.archs
     defines = (f'-DDELTAOPS_CUDA_ARCHS="{archs}"', f"-DDELTAOPS_HOPPER={int(hopper)}")
 
-    def units(folder: Path, gencode: tuple[str, ...]) -> list[Unit]:
-        command = (
-            *(str(toolkit.nvcc), *gencode, *CUDA_FLAGS, f"-I{INCLUDE}", f"-I{CUDA}", *defines),
-            *extra,
-        )
-        sources = sorted(folder.glob("*.cu"))
-        return [Unit(source, command, CUDA_READS, toolkit.version) for source in sources]
+    def unit(source: Path, gencode: tuple[str, ...]) -> Unit:
+        flags = (*gencode, *CUDA_FLAGS, f"-I{INCLUDE}", f"-I{CUDA}", *defines)
+        return Unit(source, (str(toolkit.nvcc), *flags), CUDA_READS, toolkit.version)
 
-    found = units(CUDA, toolkit.gencode)
+    found = [
+        unit(source, toolkit.gencode if source.name in FOR_EACH else toolkit.gencode_by_ptx)
+        for source in sorted(CUDA.glob("*.cu"))
+    ]
     if hopper:
-        found += units(CUDA / "hopper", (f"-gencode=arch=compute_{HOPPER},code=sm_{HOPPER}",))
+        gencode = (f"-gencode=arch=compute_{HOPPER},code=sm_{HOPPER}",)
+        found += [unit(source, gencode) for source in sorted((CUDA / "hopper").glob("*.cu"))]
     return found
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +43,31 @@ class CudaToolkit:
     cudart: Path
 
     @property
-    def include(self) -> Path:
-        return self.root / "include"
+    def gencode(self) -> tuple[str, ...]:
+        """Machine code for each architecture, and PTX of the oldest for chips newer than all."""
+        return self._gencode(self.archs)
 
     @property
-    def gencode(self) -> tuple[str, ...]:
-        """One machine code per architecture, and PTX of the first for chips newer than them all."""
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
-        plain = [arch for arch in self.archs if arch.isdigit()]
-        if plain:
-            oldest = min(plain, key=int)
-            flags.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+    def gencode_by_ptx(self) -> tuple[str, ...]:
+        """The same without what that PTX serves too: such a GPU translates it at its first use."""
+        oldest = self._oldest
+        kept = [a for a in self.archs if oldest is None or a == oldest or _number(a) < int(oldest)]
+        return self._gencode(kept)
+
+    @property
+    def _oldest(self) -> str | None:
+        """Of the architectures whose PTX runs on later ones: not of 90a or 100f."""
+        return min((arch for arch in self.archs if arch.isdigit()), key=int, default=None)
+
+    def _gencode(self, archs: Sequence[str]) -> tuple[str, ...]:
+        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        if self._oldest is not None:
+            flags.append(f"-gencode=arch=compute_{self._oldest},code=compute_{self._oldest}")
         return tuple(flags)
+
+
+def _number(arch: str) -> int:
+    return int(arch.rstrip("af"))
 
 
 def _output(*command: str) -> str:

@@ -30,9 +30,10 @@ struct Pieces {
   }
 };
 
-/* Tiles that a pass has anyway: at least one, so that nothing is divided by 0. */
+/* Tiles that a pass has anyway: at least one, so that nothing is divided by 0. Without ranks there
+ * are the totals. */
 int64_t tiles_of(int64_t length, int64_t step, int64_t ranks) {
-  const int64_t tiles = divide_up(length, step) * divide_up(ranks, kLanes);
+  const int64_t tiles = divide_up(length, step) * (ranks > 0 ? divide_up(ranks, kLanes) : 1);
   return tiles > 0 ? tiles : 1;
 }
 

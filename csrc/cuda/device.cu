@@ -47,10 +47,17 @@ deltaops_status cuda_check(cudaError_t error, const char *doing) {
           "nvidia-smi and CUDA_VISIBLE_DEVICES",
           doing);
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction: /* what an attribute of such a kernel gives */
       return cuda_fail(DELTAOPS_UNSUPPORTED,
                        "%s: this library was compiled for sm_%s and not for this GPU; rebuild with "
                        "DELTAOPS_CUDA_ARCHS set to its architecture",
                        doing, deltaops_cuda_archs());
+    case cudaErrorUnsupportedPtxVersion:
+      return cuda_fail(DELTAOPS_UNSUPPORTED,
+                       "%s: this library was built with CUDA %d.%d, and the older NVIDIA driver "
+                       "cannot translate its PTX for this GPU; update the driver, or rebuild with "
+                       "DELTAOPS_CUDA_ARCHS set to its architecture alone",
+                       doing, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     case cudaErrorMemoryAllocation:
       return cuda_fail(DELTAOPS_OUT_OF_MEMORY, "%s: the GPU has no memory left for it", doing);
     default:

@@ -31,7 +31,9 @@ typedef struct {
 
 DELTAOPS_API uint32_t deltaops_cuda_abi_version(void);
 DELTAOPS_API const char *deltaops_cuda_last_error(void);
-/* The architectures this library was compiled for: "80;90a;100". */
+/* The architectures this library was compiled for: "80;90a;100". The ampere_ products and the
+ * passes have machine code for the oldest alone, and PTX, which newer GPUs translate at its first
+ * use. */
 DELTAOPS_API const char *deltaops_cuda_archs(void);
 
 /* How many GPUs there are. UNSUPPORTED without a driver, or with one too old for this library. */

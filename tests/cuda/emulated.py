@@ -20,7 +20,7 @@ MARGIN = 64
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, built once (objects are kept in build/objects)."""
+    """The library, built once (objects are kept in build/emulated)."""
     sys.path.insert(0, str(ROOT))
     try:
         from buildtools import objects, recipe, toolchain
@@ -28,14 +28,16 @@ def library() -> ctypes.CDLL:
         sys.path.remove(str(ROOT))
     compiler = toolchain.find_compiler()
     units = recipe.emulated_cuda_units(compiler, sorted((ROOT / "tests" / "cuda").glob("*.cu")))
-    folder = ROOT / "build" / "objects"
+    folder = (
+        ROOT / "build" / "emulated"
+    )  # not beside the objects of nvcc, which have the same names
 
     def say(text: str) -> None:
         if "warning:" in text:
             raise AssertionError(text)
 
     built = objects.compile_all(units, folder, recipe.jobs(), say)
-    target = folder.parent / "emulated" / recipe.CUDA_LIBRARY
+    target = folder / recipe.CUDA_LIBRARY
     command = (*compiler.command, "-shared", *map(str, built), "-Wl,--no-undefined")
     objects.link(command, target, lambda text: None)
     found = ctypes.CDLL(str(target))
@@ -92,8 +94,8 @@ class Bordered:
         """``value [rows, cols]``; ``pad`` NaN follow each row."""
         rows, cols = value.shape
         # whatever the dtype, 16 bytes are 8 elements or fewer: the matrix begins on 64
-        self._room = torch.full((rows * (cols + pad) + 2 * MARGIN + 64,), float("nan"))
-        self._room = self._room.to(value.dtype)
+        size = rows * (cols + pad) + 2 * MARGIN + 64
+        self._room = torch.full((size,), float("nan"), dtype=value.dtype, device=value.device)
         start = MARGIN
         while (self._room.data_ptr() + start * value.element_size()) % 64:
             start += 1

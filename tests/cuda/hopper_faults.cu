@@ -26,8 +26,9 @@ enum Fault : int32_t {
   kTooFewBytes,       /* announces fewer bytes than arrive */
   kTooManyBytes,      /* more, and waits for ever */
   kArrivesTwice,      /* more arrivals than were promised */
-  kDescriptorsDiffer, /* among the lanes of a warp */
+  kDescriptorsDiffer, /* among the threads of a warpgroup */
   kTileOffItsPlace,   /* amid the 1024 bytes that the swizzle permutes */
+  kBaseOffset,        /* a descriptor with more in it than addresses */
   kWrongStride,       /* a descriptor that skips rows of eight */
   kLanesApart,        /* lanes of a warp at different instructions */
 };
@@ -61,6 +62,7 @@ __global__ void fault_kernel(const __grid_constant__ FaultArguments arguments) {
   uint64_t of_left = wgmma_tile<Major::kInner>(shared_address(left), 0);
   if (fault == kDescriptorsDiffer && threadIdx.x == 3) of_left += 2;
   if (fault == kTileOffItsPlace) of_left += kSwizzleRow >> 4;
+  if (fault == kBaseOffset) of_left += uint64_t{1} << 49;
   if (fault == kWrongStride) of_left += uint64_t{1} << 32;
   const uint64_t of_right = wgmma_tile<Major::kInner>(shared_address(right), 0);
   const auto multiply = [&](bool more) {

@@ -20,8 +20,9 @@ FAULTS = {
     "too_few_bytes": "bytes landed that nobody announced",
     "too_many_bytes": "deadlock: threads 0-127 wait at an mbarrier",
     "arrives_twice": "more arrivals than were promised",
-    "descriptors_differ": "the lanes of warp 0 pass different descriptors",
+    "descriptors_differ": "warp 0 passes other descriptors than its warpgroup",
     "tile_off_its_place": "a tile starts amid the 1024 bytes of its permutation",
+    "base_offset": "the descriptor has a base offset, or bits that mean nothing",
     "wrong_stride": None,
     "lanes_apart": "is at wgmma.wait_group, and earlier lanes are at wgmma.fence",
 }

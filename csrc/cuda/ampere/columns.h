@@ -39,6 +39,7 @@ using SideTile = Tile<kStripRows, kLanes / kChunk>;
 using UpTile = Tile<kStripColumns, kLanes / kChunk>;
 constexpr int kStripStageBytes = TallTile::kBytes + SideTile::kBytes;
 constexpr int kStripShared = UpTile::kBytes + kStripStages * kStripStageBytes;
+static_assert(kStripShared <= kLeastShared);
 
 /* Writes sums[j][e], of rows `row`, `row` + 8 and ranks from first_rank on, where they exist. */
 __device__ __forceinline__ void store_lanes(float *to, int64_t row_step, int64_t rank_step,

@@ -83,6 +83,7 @@ __device__ __forceinline__ void fetch_step(unsigned char *stage, const Segment &
 
 /* Bytes of shared memory: the stages, and the mask of each masked segment. */
 constexpr int gemm_shared(int masked) { return kStagesBytes + masked * 4 * kKeepWords; }
+static_assert(gemm_shared(kMaxMasked) <= kLeastShared);
 
 /* What a warp sums, from (row, column) of the block's tile on. */
 template <typename T, bool kAcross, bool kMasked>

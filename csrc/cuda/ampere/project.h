@@ -32,6 +32,7 @@ struct ProjectArguments {
 
 using ProjectTile = Tile<kProjectRows, kProjectStep / kChunk>;
 constexpr int kProjectShared = kProjectStages * 2 * ProjectTile::kBytes;
+static_assert(kProjectShared <= kLeastShared);
 
 /* Blocks: (rows / 64, ranks / 64, pieces). */
 template <typename T>

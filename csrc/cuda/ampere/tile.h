@@ -15,6 +15,7 @@ namespace deltaops::ampere {
 constexpr int kChunk = 8;                         /* elements in 16 bytes */
 constexpr int64_t kMostColumns = INT32_MAX - 256; /* and contracted elements: they are counted in
                                                      32 bits, rows in 64 */
+constexpr int kLeastShared = 99 * 1024;           /* what every GPU from sm_80 on gives a block */
 
 /* [rows, cols] of 16-bit elements with neighbouring columns side by side. */
 struct Matrix {

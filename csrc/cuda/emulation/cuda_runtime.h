@@ -125,6 +125,8 @@ enum cudaError_t {
   cudaErrorNoDevice,
   cudaErrorInvalidDevice,
   cudaErrorNoKernelImageForDevice,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorUnsupportedPtxVersion,
   cudaErrorLaunchFailure
 };
 using cudaStream_t = void *;

@@ -373,7 +373,8 @@ DELTAOPS_API void deltaops_emulation_configure(int32_t capability, int32_t multi
                                                int32_t which, uint64_t seed) {
   device().capability = capability;
   device().multiprocessors = multiprocessors;
-  device().shared_memory = (capability >= 90 ? 227 : capability == 80 ? 163 : 99) * 1024;
+  const int32_t major = capability / 10;
+  device().shared_memory = (major == 9 || major == 10 ? 227 : capability == 80 ? 163 : 99) * 1024;
   order = static_cast<Order>(which);
   random_state = seed | 1;
 }

@@ -29,7 +29,9 @@ inline MapMaker::MapMaker() = default;
 /* Refuses what cuTensorMapEncodeTiled refuses. */
 inline deltaops_status MapMaker::make(TensorMap *map, const deltaops_matrix &matrix,
                                       int32_t box_rows) const {
+  constexpr int64_t kMost = int64_t{1} << 32, kStrideEnd = int64_t{1} << 39;
   if (reinterpret_cast<uintptr_t>(matrix.data) % 16 != 0 || matrix.row_stride % 8 != 0 ||
+      matrix.row_stride >= kStrideEnd || matrix.rows > kMost || matrix.cols > kMost ||
       matrix.rows < 1 || matrix.cols < 1 || box_rows < 1 || box_rows > 256)
     return cuda_fail(DELTAOPS_UNSUPPORTED, "describing a matrix: the emulated driver refuses it");
   *map = {static_cast<const uint16_t *>(matrix.data), matrix.rows, matrix.cols, matrix.row_stride,

@@ -79,6 +79,10 @@ inline ProductOperands wgmma_operands(const Product &product, unsigned warp) {
           leading(static_cast<uint32_t>(d >> 16 & 0x3FFF) << 4),
           stride(static_cast<uint32_t>(d >> 32 & 0x3FFF) << 4) {
       if (d >> 62 != 1) emulation::fail("wgmma: only the 128-byte swizzle is emulated");
+      constexpr uint64_t kFields =
+          uint64_t{3} << 62 | 0x3FFFull << 32 | 0x3FFFull << 16 | 0x3FFFull;
+      if ((d & ~kFields) != 0)
+        emulation::fail("wgmma: the descriptor has a base offset, or bits that mean nothing");
       if (start % kSwizzleAtom >= kSwizzleRow)
         emulation::fail("wgmma: a tile starts amid the 1024 bytes of its permutation");
     }
@@ -106,13 +110,10 @@ inline ProductOperands wgmma_operands(const Product &product, unsigned warp) {
   return found;
 }
 
-/* The products of a warp in their order; operands once they were read. */
-struct WarpProducts {
-  std::map<uint64_t, Product> issued;
-  std::map<uint64_t, ProductOperands> read;
-};
+/* The products of the warpgroups in their order, and the operands that each warp has read. */
 struct BlockProducts {
-  WarpProducts warps[32];
+  std::map<uint64_t, Product> issued[8];
+  std::map<uint64_t, ProductOperands> read[32];
 };
 
 struct ThreadProducts {
@@ -141,13 +142,14 @@ inline void wgmma_commit() {
 }
 
 inline void wgmma_finish(ThreadProducts &mine, uint64_t number) {
-  WarpProducts &warp = emulation::of_block<BlockProducts>().warps[emulation::warp()];
-  const Product product = warp.issued.at(number);
-  if (warp.read.count(number) == 0) {
-    warp.read[number] = wgmma_operands(product, emulation::warp() % 4);
-    warp.read.erase(warp.read.begin(), warp.read.lower_bound(number < 64 ? 0 : number - 64));
+  auto &block = emulation::of_block<BlockProducts>();
+  auto &read = block.read[emulation::warp()];
+  const Product product = block.issued[emulation::warp() / 4].at(number);
+  if (read.count(number) == 0) {
+    read[number] = wgmma_operands(product, emulation::warp() % 4);
+    read.erase(read.begin(), read.lower_bound(number < 64 ? 0 : number - 64));
   }
-  const ProductOperands &operands = warp.read.at(number);
+  const ProductOperands &operands = read.at(number);
   const unsigned row = emulation::lane() / 4, quad = emulation::lane() % 4;
   const size_t count = static_cast<size_t>(product.columns) / 4;
   for (unsigned half = 0; half < 2; ++half) {
@@ -190,9 +192,10 @@ inline void wgmma(float (&acc)[kColumns / 2], uint64_t left, uint64_t right, boo
     emulation::fail("wgmma: only one set of accumulators at a time is emulated");
   }
   const Product product = {left, right, kColumns, kRight, __is_same(T, __half), accumulate};
-  auto &issued = emulation::of_block<BlockProducts>().warps[emulation::warp()].issued;
+  auto &issued = emulation::of_block<BlockProducts>().issued[emulation::warp() / 4];
   if (!(issued.emplace(mine.issued, product).first->second == product))
-    emulation::fail("wgmma: the lanes of warp %u pass different descriptors", emulation::warp());
+    emulation::fail("wgmma: warp %u passes other descriptors than its warpgroup",
+                    emulation::warp());
   mine.open.push_back(mine.issued++);
 }
 

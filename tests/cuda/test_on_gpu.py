@@ -1,0 +1,159 @@
+"""The C ABI of the CUDA library on a real GPU, against float64. `make gpu` runs these."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import deltaops
+from deltaops.reference import philox
+
+from . import ampere, hopper
+from .ampere import GemmArgs, Term, random
+from .emulated import Bordered
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+DEVICE = "cuda"
+STREAM, THRESHOLD = 3, 13107
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+]
+Given = dict[str, Tensor | int | float | None]
+DTYPES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+
+
+@pytest.fixture(scope="module")
+def lib() -> ctypes.CDLL:
+    path = Path(deltaops.__file__).with_name("libdeltaops_cuda.so")
+    if not path.exists():
+        pytest.skip(f"{path} was not built")
+    found = ctypes.CDLL(str(path))
+    found.deltaops_cuda_last_error.restype = ctypes.c_char_p
+    return found
+
+
+def seed() -> Tensor:
+    return torch.tensor([0x1234_5678_9ABC_DEF0], device=DEVICE)
+
+
+def on_gpu(one: Bordered) -> Bordered:
+    return Bordered(one.t.to(DEVICE), one.t.stride(0) - one.t.shape[1])
+
+
+def check(lib: ctypes.CDLL, status: int, pairs: Sequence[tuple[Bordered, Tensor]]) -> list[Tensor]:
+    """Within the rounding of the output and of sums in float32, and nothing around it written."""
+    assert status == 0, lib.deltaops_cuda_last_error().decode()
+    for out, expected in pairs:
+        bound = expected.abs() * torch.finfo(out.t.dtype).eps + 2e-5 * expected.abs().max()
+        assert bool(((out.t.double() - expected).abs() <= bound).all())
+        assert out.intact()
+    return [out.t.clone() for out, _ in pairs]
+
+
+def dropped(x: Tensor, threshold: int) -> Tensor:
+    kept = philox.draws(x.shape[0], x.shape[1], seed(), STREAM) >= threshold
+    return torch.where(kept, x.double() * philox.keep_scale(threshold), 0.0)
+
+
+@DTYPES
+@pytest.mark.parametrize("across", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("m", [1, 16, 300, 4099])
+@pytest.mark.parametrize(("n", "k", "rank"), [(520, 1096, 16), (1030, 333, 5)])
+def test_products(
+    lib: ctypes.CDLL, m: int, n: int, k: int, rank: int, across: bool, dtype: torch.dtype
+) -> None:
+    def right(length: int, seed: int) -> Tensor:
+        t = random(n, length, dtype=dtype, seed=seed).to(DEVICE)
+        return t.t().contiguous().t() if across else t
+
+    x, s = (random(m, c, dtype=dtype, seed=c).to(DEVICE) for c in (k, rank))
+    terms = [Term(x, right(k, 2)), Term(s, right(rank, 3), across * THRESHOLD, STREAM)]
+    bias = None if across else random(n, dtype=dtype, seed=4).to(DEVICE)
+    expected = x.double() @ terms[0].right.double().t()
+    expected += dropped(s.double() @ terms[1].right.double().t(), terms[1].threshold)
+    expected += 0.0 if bias is None else bias.double()
+    found: list[Tensor] = []
+    for _ in range(2):
+        out = Bordered(torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE), 2)
+        status = ampere.gemm(lib, terms, bias, out.t, seed())
+        found += check(lib, status, [(out, expected)])
+    assert torch.equal(*found)
+
+
+@DTYPES
+@pytest.mark.parametrize(("m", "k", "rank"), [(7, 1101, 20), (4099, 520, 16), (500, 264, 100)])
+def test_passes(lib: ctypes.CDLL, m: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    x, s = (random(m, c, dtype=dtype, seed=c).to(DEVICE) for c in (k, rank))
+    a = random(rank, k, dtype=dtype, seed=3).to(DEVICE)
+    b = a.t().contiguous()
+    draw: Given = {"drop_threshold": THRESHOLD, "branch_stream": STREAM, "seed": seed()}
+    wide = dropped(x, THRESHOLD)
+    calls: dict[str, tuple[Given, dict[str, Tensor]]] = {
+        "project": (
+            {"x": x, "a": a, "scaling": 0.5, **draw},
+            {"s_narrow": 0.5 * wide @ a.double().t()},
+        ),
+        "grad_up": (
+            {"grad_y": x, "b": b, "s_narrow": s, "scaling": 0.5},
+            {
+                "grad_s": 0.5 * x.double() @ b.double(),
+                "grad_b": x.double().t() @ s.double(),
+                "grad_bias": x.double().sum(0, keepdim=True),
+            },
+        ),
+        "grad_down": ({"x": x, "grad_s_narrow": s, **draw}, {"grad_a": s.double().t() @ wide}),
+    }
+    for name, (given, wanted) in calls.items():
+        found = []
+        for _ in range(2):
+            outs = {
+                key: Bordered(
+                    torch.full_like(t, float("nan"), dtype=F32 if key == "grad_s" else dtype)
+                )
+                for key, t in wanted.items()
+            }
+            space = on_gpu(ampere.workspace(lib, name, m, k, rank))
+            fields: Given = {**given, **{key: out.t for key, out in outs.items()}}
+            status = ampere.run_pass(lib, name, space, fields)
+            found.append(check(lib, status, [(outs[key], t) for key, t in wanted.items()]))
+            assert space.intact()
+        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def call_hopper(lib: ctypes.CDLL, outputs: Sequence[hopper.Output]) -> None:
+    found = []
+    for _ in range(2):
+        given = [
+            hopper.Output(
+                [
+                    hopper.Term(on_gpu(t.left), on_gpu(t.right), t.threshold, t.stream)
+                    for t in one.terms
+                ],
+                on_gpu(one.out),
+                None if one.bias is None else on_gpu(one.bias),
+                one.across,
+                seed(),
+            )
+            for one in outputs
+        ]
+        args = (GemmArgs * len(given))(*(one.args() for one in given))
+        status = lib.deltaops_cuda_hopper_gemm(args, len(given))
+        found.append(check(lib, status, [(one.out, one.wide()) for one in given]))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 130, 5000])
+def test_hopper_products(lib: ctypes.CDLL, m: int, dtype: torch.dtype) -> None:
+    """A group of outputs in one launch; their gradient in one accumulator; a mask."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper")
+    call_hopper(lib, hopper.forward(m, 328, [1032, 136, 72], [8, 24, 0], dtype))
+    call_hopper(lib, [hopper.gradient(m, 1032, [136, 72, 65], [8, 24, 0], dtype)])
+    call_hopper(lib, [hopper.gradient(m, 520, [328], [24], dtype, THRESHOLD, STREAM)])
