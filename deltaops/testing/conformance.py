@@ -172,7 +172,8 @@ def _delta_linear_group(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> P
             )
             for t in given
         ]  # fmt: skip
-        plan, x, needs = members[0].plan, given[0].x, [t.all_needed() for t in given]
+        plan: Any = members[0].plan  # one that knows groups
+        x, needs = given[0].x, [t.all_needed() for t in given]
         made = plan.forward_group(x, members, True)
         found = plan.backward_group(grads, x, members, [s for _, s in made], needs)
         results = {

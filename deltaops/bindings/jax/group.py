@@ -93,7 +93,9 @@ def backward(
 ) -> Operands:
     """The gradients of ``wanted``; layers whose y nobody used (None) take no part."""
     used = [(i, grad) for i, grad in enumerate(grad_y) if grad is not None]
-    some = [list(_own(dict.fromkeys(wanted), i)) for i, _ in used]
+    some = [
+        [name.removeprefix(f"{i}.") for name in wanted if name.startswith(f"{i}.")] for i, _ in used
+    ]
     if "x" not in wanted and not any(some):
         return {}
     grad_x, found = native.backward(
