@@ -45,9 +45,9 @@ GROUP_CASES = (
     )),
     GroupCase((
         _One(33, 19, 23, (3, 5), routed="mixed"),
-        _One(33, 8, 23, (2,), layout="col", activation=("gelu",), branch_bias=(True,)),
+        _One(33, 8, 23, (17,), layout="col", activation=("gelu",), branch_bias=(True,)),
     )),
-    GroupCase((_One(1, 33, 71, (3,)), _One(1, 17, 71, (1,), bias=False))),
+    GroupCase((_One(1, 33, 71, (30,)), _One(1, 17, 71, (8,), bias=False))),
     GroupCase((_One(0, 16, 16, (4,)), _One(0, 5, 16, ()))),
     GroupCase((_One(401, 48, 1100, (16,)),) * 2),
 )  # fmt: skip
