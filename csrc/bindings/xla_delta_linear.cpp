@@ -1,4 +1,4 @@
-// xla_delta_linear.cpp: delta_linear for XLA's CPU client, of one layer or of several of the same x.
+// xla_delta_linear.cpp: delta_linear for XLA's CPU client: one layer, or several of the same x.
 //
 // Operands come in the order of the functions' comments; deltaops/bindings/jax/layers.py
 // builds them, and has checked shapes and dtypes.
