@@ -11,6 +11,8 @@ from deltaops.errors import BuildError
 # of csrc/include/deltaops.h
 ABI_VERSION = 8
 F32, BF16 = 0, 1
+MAX_GROUP = 16
+"""Layers of the same x in one call."""
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NORMS = {"none": 0, "layer": 1, "rms": 2}
 REDUCTIONS = {"sum": 0, "mean": 1}

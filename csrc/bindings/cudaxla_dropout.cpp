@@ -1,5 +1,5 @@
 // cudaxla_dropout.cpp: csrc/cuda/dropout.cu for XLA's CUDA client, from
-// deltaops/bindings/jax/dropout.py. XLA aligns buffers to more than the 8 bytes that a seed, read
+// deltaops/bindings/jax/draws.py. XLA aligns buffers to more than the 8 bytes that a seed, read
 // as one number when the kernel runs, needs.
 
 #include "cudaxla_module.h"

@@ -1,6 +1,6 @@
 // xla_elementwise.cpp: gated, cross_entropy and the dropout stream for XLA's CPU client. Operands
 // come in the order of the functions' comments, from
-// deltaops/bindings/jax/{elementwise,dropout}.py.
+// deltaops/bindings/jax/{elementwise,draws}.py.
 
 #include "xla_module.h"
 #include "xla_views.h"

@@ -1,5 +1,5 @@
 // xla_heads.cpp: rotary and attention, with a prefix and without, for XLA's CPU client. Operands
-// come in the order of the functions' comments, from deltaops/bindings/jax/{rotary,attention}.py.
+// come in the order of the functions' comments, from deltaops/bindings/jax/heads.py.
 
 #include "xla_module.h"
 #include "xla_views.h"

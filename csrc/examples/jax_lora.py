@@ -1,7 +1,7 @@
 """Tune a LoRA adapter of PEFT's in JAX:  python jax_lora.py base.safetensors in-folder out-folder
 
 The model is two linear layers ("0" and "2") with a relu between, as torch saves an nn.Sequential;
-the adapter's files go in and come out as PEFT writes them, and no torch is needed.
+the adapter's files go in and come out as PEFT writes them, and torch takes no part.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from .cases import DELTA_LINEAR_CASES, ROUTED_CASES, DeltaLinearCase, DeltaLinea
 from .compare import assert_accurate, relative_error
 from .cross_entropy_cases import CROSS_ENTROPY_CASES, CrossEntropyCase
 from .gated_cases import GATED_CASES, GatedCase
+from .group_cases import GROUP_CASES, GroupCase
+from .grouped import GroupedPlan, Grouping
 from .prefix_attention_cases import (
     BIASED_PREFIX_CASES,
     PREFIX_ATTENTION_CASES,
@@ -28,6 +30,7 @@ __all__ = [
     "CROSS_ENTROPY_CASES",
     "DELTA_LINEAR_CASES",
     "GATED_CASES",
+    "GROUP_CASES",
     "NORM_BIAS_CASES",
     "PREFIX_ATTENTION_CASES",
     "ROTARY_CASES",
@@ -40,6 +43,9 @@ __all__ = [
     "DeltaLinearCase",
     "DeltaLinearTensors",
     "GatedCase",
+    "GroupCase",
+    "GroupedPlan",
+    "Grouping",
     "NormBiasCase",
     "PrefixAttentionCase",
     "PrefixAttentionTensors",

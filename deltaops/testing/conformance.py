@@ -15,7 +15,7 @@ alone and give the same bits again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from deltaops.backends import (
     Call,
     CrossEntropyCall,
     GatedCall,
+    GroupMember,
     NormBiasCall,
     PrefixAttentionCall,
     RotaryCall,
@@ -49,6 +50,8 @@ from .cases import DELTA_LINEAR_CASES, ROUTED_CASES
 from .compare import assert_accurate
 from .cross_entropy_cases import CROSS_ENTROPY_CASES
 from .gated_cases import GATED_CASES
+from .group_cases import GROUP_CASES
+from .grouped import Grouping
 from .prefix_attention_cases import BIASED_PREFIX_CASES, PREFIX_ATTENTION_CASES
 from .rotary_cases import ROTARY_CASES
 
@@ -68,6 +71,10 @@ class Prepared:
     inputs: dict[str, Tensor | None]
     run: Callable[[Any, bool], Results]
     """(implementation, whether in float64) → forward results and gradients by name."""
+    more: tuple[Call, ...] = ()
+    """Calls of the other layers of a group."""
+    plan: Callable[[Any], Any] | None = None
+    """Implementation → a plan that has to know groups."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,12 @@ class Check:
         prepared = self._prepared()
         if not hasattr(backend, METHODS[self.op]):
             return f"{backend.name} has no {self.op}"
-        reason: str | None = backend.unsupported(prepared.call) or backend.unavailable()
-        return reason
+        asked = map(backend.unsupported, (prepared.call, *prepared.more))
+        reason: str | None = next(filter(None, asked), None) or backend.unavailable()
+        if reason or prepared.plan is None:
+            return reason
+        known = hasattr(prepared.plan(backend), "forward_group")
+        return None if known else f"{backend.name} has no {self.op}"
 
     def results(self, backend: Any) -> Results:
         """What ``backend`` gives, forward and backward, by name."""
@@ -142,6 +153,46 @@ def _delta_linear(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepare
     inputs |= {f"a.{i}": a for i, a in enumerate(t.a)} | {f"b.{i}": b for i, b in enumerate(t.b)}
     inputs |= {f"bias.{i}": bias for i, bias in enumerate(t.branch_bias)}
     return Prepared(t.call(), inputs, run)
+
+
+def _delta_linear_group(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
+    layers, grad_y = case.tensors(dtype, adapter_dtype=narrow), case.grad_y(dtype)
+
+    def plan_of(backend: Any, t: Any) -> Any:
+        settings = t.scaling, t.dropout, t.activation
+        return backend.prepare(t.weight, t.a, t.b, t.branch_bias, *settings)
+
+    def run(backend: Any, widen: bool) -> Results:
+        given = [t.to(torch.float64) if widen else t for t in layers]
+        grads = [grad.double() if widen else grad for grad in grad_y]
+        members = [
+            GroupMember(
+                plan_of(backend, t), t.weight, t.bias, [*t.a, *t.b, *t.branch_bias], t.seed,
+                t.adapter,
+            )
+            for t in given
+        ]  # fmt: skip
+        plan: Any = members[0].plan  # one that knows groups
+        x, needs = given[0].x, [t.all_needed() for t in given]
+        made = plan.forward_group(x, members, True)
+        found = plan.backward_group(grads, x, members, [s for _, s in made], needs)
+        results = {
+            f"{kind}.{i}": made[i][j] for i in range(len(made)) for j, kind in enumerate("ys")
+        }
+        for i, (t, mine) in enumerate(zip(given, found, strict=True)):
+            parts = [f"{kind}.{j}" for kind in ("a", "b", "bias") for j in range(len(t.a))]
+            names = zip(["x", "bias", *parts], needs[i], strict=True)
+            wanted = [n for n, need in names if need and (n != "x" or i == 0)]
+            results |= _named([n if n == "x" else f"{i}.{n}" for n in wanted], mine)
+        return results
+
+    inputs: dict[str, Tensor | None] = {"x": layers[0].x}
+    for i, t in enumerate(layers):
+        inputs |= {f"{i}.weight": t.weight, f"{i}.bias": t.bias, f"{i}.grad_y": grad_y[i]}
+        inputs |= {f"{i}.a.{j}": a for j, a in enumerate(t.a)}
+        inputs |= {f"{i}.b.{j}": b for j, b in enumerate(t.b)}
+    first, *more = [t.call() for t in layers]
+    return Prepared(first, inputs, run, tuple(more), lambda backend: plan_of(backend, layers[0]))
 
 
 def _bottleneck(case: Any, dtype: torch.dtype, narrow: torch.dtype) -> Prepared:
@@ -265,7 +316,7 @@ def _named(names: Iterable[str], grads: list[Tensor]) -> Results:
     return {f"grad of {name}": g for name, g in zip(names, grads, strict=True)}
 
 
-class _Reference:
+class _Reference(Grouping):
     """The reference with the names of a backend's methods."""
 
     forward = staticmethod(delta_linear.forward)
@@ -285,10 +336,32 @@ class _Reference:
     cross_entropy_forward = staticmethod(cross_entropy.forward)
     cross_entropy_backward = staticmethod(cross_entropy.backward)
 
+    def forward_group(self, x: Tensor, members: Sequence[GroupMember]) -> list[Any]:
+        return [
+            m.plan.forward(x, m.weight, m.bias, m.operands, m.seed, True, m.adapter)
+            for m in members
+        ]
+
+    def backward_group(
+        self,
+        grad_y: Sequence[Tensor],
+        x: Tensor,
+        members: Sequence[GroupMember],
+        s: Sequence[Tensor],
+        needs: Sequence[Sequence[bool]],
+    ) -> list[list[Tensor]]:
+        found = [
+            m.plan.backward(grad, x, m.weight, m.operands, s_i, m.seed, need, m.adapter)
+            for grad, m, s_i, need in zip(grad_y, members, s, needs, strict=True)
+        ]
+        found[0].insert(0, torch.stack([grads.pop(0) for grads in found]).sum(0))
+        return found
+
 
 _REFERENCE = _Reference()
 METHODS = {
     "delta_linear": "forward",
+    "delta_linear_group": "prepare",
     "bottleneck": "bottleneck_forward",
     "norm_bias": "norm_bias_forward",
     "prefix_attention": "prefix_attention_forward",
@@ -297,9 +370,11 @@ METHODS = {
     "rotary": "rotary_forward",
     "cross_entropy": "cross_entropy_forward",
 }
-"""Op → the method that a backend has for it, beside its backward one."""
+"""Op → the method that a backend has for it, beside its backward one; a group goes by the plans of
+:class:`deltaops.backends.base.GroupingPlan`."""
 _PREPARE: dict[str, Callable[..., Prepared]] = {
     "delta_linear": _delta_linear,
+    "delta_linear_group": _delta_linear_group,
     "bottleneck": _bottleneck,
     "norm_bias": _norm_bias,
     "prefix_attention": _prefix_attention,
@@ -310,6 +385,7 @@ _PREPARE: dict[str, Callable[..., Prepared]] = {
 }
 _CASES: dict[str, tuple[Any, ...]] = {
     "delta_linear": (*DELTA_LINEAR_CASES, *ROUTED_CASES),
+    "delta_linear_group": GROUP_CASES,
     "bottleneck": BOTTLENECK_CASES,
     "norm_bias": NORM_BIAS_CASES,
     "prefix_attention": (*PREFIX_ATTENTION_CASES, *BIASED_PREFIX_CASES),
@@ -318,5 +394,7 @@ _CASES: dict[str, tuple[Any, ...]] = {
     "rotary": ROTARY_CASES,
     "cross_entropy": CROSS_ENTROPY_CASES,
 }
-_WITH_PARAMETERS = ("delta_linear", "bottleneck", "norm_bias", "prefix_attention")
+_WITH_PARAMETERS = (
+    "delta_linear", "delta_linear_group", "bottleneck", "norm_bias", "prefix_attention",
+)  # fmt: skip
 """Ops of which parameters may have a dtype of their own."""

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaops.backends import Call
-from deltaops.bindings.jax import adapters, elementwise, heads, linear
+from deltaops.backends import Call, GroupMember
+from deltaops.backends.plain import thirds
+from deltaops.bindings.jax import adapters, elementwise, group, heads, layers, linear
 from deltaops.bindings.jax.autodiff import Op
 from deltaops.bindings.settings import drop_threshold
 from deltaops.native import ACTIVATIONS, NORMS, REDUCTIONS
 
+from .grouped import Grouping
 from .on_numpy import array, pairs, refusal, tensor
 
 
@@ -57,11 +59,11 @@ def _gradients(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     wanted = tuple(name for name, need in zip(names, needs, strict=True) if need)
-    found = _backward(op, settings, operands, jnp.asarray(grad_y), wanted)
+    found = _backward(op, settings, operands, jax.tree.map(jnp.asarray, grad_y), wanted)
     return [_tensor(found[name]) for name in wanted]
 
 
-class JaxBackend:
+class JaxBackend(Grouping):
     """Each call through a compiled XLA program, with torch's thread count."""
 
     name = "jax"
@@ -122,14 +124,64 @@ class JaxBackend:
         names = ["x", "bias", *(n for kind in ("a", "b", "bias") for n in settings.names(kind))]
         return _gradients(linear.DELTA_LINEAR, settings, operands, array(grad_y), names, needs)
 
+    def forward_group(
+        self, x: Tensor, members: Sequence[GroupMember]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """See :class:`.grouped.GroupedPlan`."""
+        settings, operands = self._group(members)
+        for i, m in enumerate(members):
+            inner = thirds(m.operands)[2]
+            named = {f"{i}.bias": array(m.bias)}
+            named |= {f"{i}.bias.{j}": array(t) for j, t in enumerate(inner)}
+            operands |= _operands(**named)
+        operands |= _operands(x=array(x))
+        y, kept = _forward(group.DELTA_LINEAR_GROUP, settings, operands)
+        return [(_tensor(one), _tensor(kept[f"{i}.s"])) for i, one in enumerate(y)]
+
+    def backward_group(
+        self,
+        grad_y: Sequence[Tensor],
+        x: Tensor | None,
+        members: Sequence[GroupMember],
+        s: Sequence[Tensor],
+        needs: Sequence[Sequence[bool]],
+    ) -> list[list[Tensor]]:
+        """See :class:`.grouped.GroupedPlan`."""
+        settings, operands = self._group(members)
+        operands |= _operands(x=array(x), **{f"{i}.s": array(one) for i, one in enumerate(s)})
+        names, flags = ["x"], [needs[0][0]]
+        for i, (mine, need) in enumerate(zip(settings, needs, strict=True)):
+            own = ("bias", *(n for kind in ("a", "b", "bias") for n in mine.names(kind)))
+            names += [f"{i}.{name}" for name in own]
+            flags += need[1:]
+        grads = tuple(map(array, grad_y))
+        found = _gradients(group.DELTA_LINEAR_GROUP, settings, operands, grads, names, flags)
+        left = iter(found)
+        counts = [sum(need) - (i > 0 and need[0]) for i, need in enumerate(needs)]
+        return [[next(left) for _ in range(count)] for count in counts]
+
+    def _group(
+        self, members: Sequence[GroupMember]
+    ) -> tuple[tuple[layers.Settings, ...], dict[str, jax.Array]]:
+        made = []
+        operands: dict[str, jax.Array] = {}
+        for i, m in enumerate(members):
+            plan: Any = m.plan
+            settings = self._settings(m.weight, plan.scaling, plan.dropout, plan.activation)
+            a, b, _ = thirds(m.operands)
+            own = self._layer(m.weight, a, b, m.seed, m.adapter, settings)
+            made.append(settings)
+            operands |= {f"{i}.{name}": value for name, value in own.items()}
+        return tuple(made), operands
+
     @staticmethod
     def _settings(
         weight: Tensor,
         scaling: Sequence[float],
         dropout: Sequence[float],
         activation: Sequence[str],
-    ) -> linear.Settings:
-        return linear.Settings(
+    ) -> layers.Settings:
+        return layers.Settings(
             tuple(scaling),
             tuple(drop_threshold("delta_linear", p) for p in dropout),
             tuple(ACTIVATIONS[name] for name in activation),
@@ -144,7 +196,7 @@ class JaxBackend:
         b: Sequence[Tensor],
         seed: Tensor | None,
         adapter: Tensor | None,
-        settings: linear.Settings,
+        settings: layers.Settings,
     ) -> dict[str, jax.Array]:
         whole = int(seed) & 0xFFFFFFFFFFFFFFFF if seed is not None else 0
         return _operands(

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaops.backends import Call, DoraNormCall, PromptEmbeddingCall
+from deltaops.backends import Call, DoraNormCall, GroupMember, PromptEmbeddingCall
+from deltaops.backends.plain import thirds
 from deltaops.bindings import numpy as on_numpy
+
+from .grouped import Grouping
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -54,7 +57,7 @@ def adjacent(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-class NumpyBackend:
+class NumpyBackend(Grouping):
     """Each call through NumPy arrays over the tensors' memory, with torch's thread count."""
 
     name = "numpy"
@@ -134,6 +137,55 @@ class NumpyBackend:
             num_threads=torch.get_num_threads(),
         )
         return [tensor(grad) for grad in found.values()]
+
+    def forward_group(
+        self, x: Tensor, members: Sequence[GroupMember]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """See :class:`.grouped.GroupedPlan`."""
+        layers = [self._member(m, m.operands) for m in members]
+        threads = torch.get_num_threads()
+        found = on_numpy.delta_linear_group_forward(array(x), layers, num_threads=threads)
+        return [(tensor(y), tensor(s)) for y, s in found]
+
+    def backward_group(
+        self,
+        grad_y: Sequence[Tensor],
+        x: Tensor | None,
+        members: Sequence[GroupMember],
+        s: Sequence[Tensor],
+        needs: Sequence[Sequence[bool]],
+    ) -> list[list[Tensor]]:
+        """See :class:`.grouped.GroupedPlan`."""
+        layers, names = [], []
+        for i, (member, need) in enumerate(zip(members, needs, strict=True)):
+            a, b, _ = thirds(member.operands)
+            # as in backward
+            biases = [
+                t.new_empty(t.shape[0]) if there else None
+                for t, there in zip(a, need[2 + 2 * len(a) :], strict=True)
+            ]
+            layers.append(self._member(member, [*a, *b, *biases]))
+            parts = [f"{kind}.{j}" for kind in ("a", "b", "bias") for j in range(len(a))]
+            own = [f"{i}.{name}" for name in ("bias", *parts)]
+            wanted = [name for name, there in zip(own, need[1:], strict=True) if there]
+            names.append(["x", *wanted] if i == 0 and need[0] else wanted)
+        found = on_numpy.delta_linear_group_backward(
+            [array(grad) for grad in grad_y],
+            array(x),
+            layers,
+            [array(state) for state in s],
+            wanted=[name for mine in names for name in mine],
+            num_threads=torch.get_num_threads(),
+        )
+        return [[tensor(found[name]) for name in mine] for mine in names]
+
+    def _member(self, member: GroupMember, operands: Sequence[Tensor | None]) -> on_numpy.Layer:
+        plan: Any = member.plan
+        settings = plan.scaling, plan.dropout, plan.activation
+        branches = self._branches(*thirds(operands), *settings)
+        seed = 0 if member.seed is None else int(member.seed)
+        arrays = array(member.weight), array(member.bias)
+        return on_numpy.Layer(*arrays, branches, seed, array(member.adapter))
 
     @staticmethod
     def _branches(*parts: Sequence[Any]) -> list[on_numpy.Branch]:

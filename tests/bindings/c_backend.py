@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaops.backends import Call, DoraNormCall, PromptEmbeddingCall
+from deltaops.backends import Call, DoraNormCall, GroupMember, PromptEmbeddingCall
+from deltaops.backends.plain import thirds
 from deltaops.native import ACTIVATIONS, NORMS, REDUCTIONS
 from deltaops.reference.philox import drop_threshold
+from deltaops.testing import Grouping
 
 from .c_header import Header
 
@@ -38,7 +40,12 @@ def lengths(t: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True))
 
 
-class CBackend:
+def settings(member: GroupMember) -> tuple[Any, ...]:
+    plan: Any = member.plan
+    return plan.scaling, plan.dropout, plan.activation
+
+
+class CBackend(Grouping):
     """Every op through the structs of the header."""
 
     name = "c"
@@ -72,17 +79,56 @@ class CBackend:
 
     # ------------------------------------------------------------------------- delta_linear
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    def forward(self, *given: Any) -> Any:
+        y, s, layer = self._forward(*given)
+        self.call("delta_linear_forward", **layer)
+        return y, s
+
+    def backward(self, *given: Any) -> list[Tensor]:
+        grads, layer = self._backward(*given)
+        self.call("delta_linear_backward", **layer)
+        return grads
+
+    def forward_group(self, x: Tensor, members: Sequence[GroupMember]) -> list[Any]:
+        made = [
+            self._forward(x, m.weight, m.bias, *thirds(m.operands), *settings(m), m.seed, m.adapter)
+            for m in members
+        ]
+        self._group("forward", [layer for *_, layer in made])
+        return [(y, s) for y, s, _ in made]
+
+    def backward_group(
+        self, grad_y: Any, x: Tensor, members: Sequence[GroupMember], s: Any, needs: Any
+    ) -> list[list[Tensor]]:
+        made = []
+        for i, (m, grad, state, need) in enumerate(zip(members, grad_y, s, needs, strict=True)):
+            given = grad, x, m.weight, *thirds(m.operands)[:2], state, *settings(m), m.seed
+            # the sum over all layers is the first one's
+            made.append(self._backward(*given, [need[0] and i == 0, *need[1:]], m.adapter))
+        self._group("backward", [layer for _, layer in made])
+        return [grads for grads, _ in made]
+
+    def _group(self, direction: str, layers: Sequence[dict[str, Any]]) -> None:
+        threads = torch.get_num_threads()
+        structs = [
+            self.header.arguments(f"delta_linear_{direction}", num_threads=threads, **layer)
+            for layer in layers
+        ]
+        call = getattr(self.header.library, f"deltaops_cpu_delta_linear_group_{direction}")
+        status = call((type(structs[0]) * len(structs))(*structs), len(structs))
+        assert status == 0, self.header.library.deltaops_last_error().decode()
+        self.alive.clear()
+
+    def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
         a, b, branch_bias, scaling, dropout, activation, seed, *adapter = rest
         y = x.new_empty((x.shape[0], weight.shape[0]))
         s = torch.empty((x.shape[0], sum(t.shape[0] for t in a)))
         layer = self._layer(a, b, branch_bias, scaling, dropout, activation, seed, *adapter)
         views = {"x": x, "weight": weight, "bias": bias, "y": y, "s": s}
         layer |= {name: self.matrix(t) for name, t in views.items()}
-        self.call("delta_linear_forward", **layer)
-        return y, s
+        return y, s, layer
 
-    def backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
+    def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
         a, b, s, scaling, dropout, activation, seed, needs, *adapter = rest
         none, n = [None] * len(a), len(a)
         layer = self._layer(a, b, none, scaling, dropout, activation, seed, *adapter)
@@ -98,10 +144,10 @@ class CBackend:
         layer |= {name: self.matrix(t) for name, t in views.items()}
         parts = grads[2 : 2 + n], grads[2 + n : 2 + 2 * n], grads[2 + 2 * n :]
         lists = [self.matrices(part) for part in parts]
+        self.alive += lists
         names = ("grad_a", "grad_b", "grad_branch_bias")
         layer |= {k: ctypes.addressof(v) for k, v in zip(names, lists, strict=True)}
-        self.call("delta_linear_backward", **layer)
-        return [g for g in grads if g is not None]
+        return [g for g in grads if g is not None], layer
 
     def _layer(self, a: Any, b: Any, bias: Any, *settings: Any) -> dict[str, Any]:
         scaling, dropout, activation, seed, *adapter = settings

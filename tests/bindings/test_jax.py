@@ -126,6 +126,43 @@ def test_vmap_of_vmap_and_scan_and_remat() -> None:
     close(jax.jit(jax.grad(scanned, (0, 1)))(A, B), every(A, B))
 
 
+def test_a_group_is_its_layers_with_one_gradient_of_x() -> None:
+    conv, packed, key = W.T, dj.pack_weight(2 * W), jax.random.key(6)
+
+    def layers(a: Any, bias: Any) -> list[dj.Layer]:
+        return [
+            dj.Layer(W, bias, [dj.Branch(a, B, 2.0, dropout=0.5)], key),
+            dj.Layer(packed, None, [dj.Branch(a, B, bias=a[:, 0])]),
+            dj.Layer(conv, transposed=True),
+        ]
+
+    def together(x: Any, a: Any, bias: Any) -> list[Any]:
+        return dj.delta_linear_group(x, layers(a, bias))
+
+    def apart(x: Any, a: Any, bias: Any) -> list[Any]:
+        return [
+            dj.delta_linear(x, one.weight, one.bias, one.branches, key=one.key,
+                            transposed=one.transposed)
+            for one in layers(a, bias)
+        ]  # fmt: skip
+
+    def total(of: Any) -> Any:
+        return lambda *given: sum(jnp.sin(y).sum() for y in of(*given))
+
+    given = (X, A, BIAS)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(together)(*given), jax.jit(apart)(*given))
+    got, want = (jax.jit(jax.grad(total(of), (0, 1, 2)))(*given) for of in (together, apart))
+    close(got, want)
+    twice = [jnp.stack([array, array]) for array in given]
+    both = jax.vmap(jax.grad(total(together), (0, 1, 2)))(*twice)
+    close(both, jax.tree.map(lambda g: jnp.stack([g, g]), got))
+
+    program = jax.make_jaxpr(jax.grad(lambda x: together(x, A, BIAS)[2].sum()))(X)
+    (backward,) = [eqn for eqn in program.eqns if "backward" in str(eqn.params.get("target_name"))]
+    shapes = [tuple(v.aval.shape) for v in backward.invars]
+    assert shapes == [(2 * M, N), (K, N), (2 * M, 0)]  # of the layer alone whose y is used
+
+
 def test_dropout_is_of_its_key_and_replayed_backward() -> None:
     def value(x: Any, key: Any) -> Any:
         branch = dj.Branch(jnp.eye(K), jnp.eye(K), dropout=0.5)
@@ -314,9 +351,14 @@ def attend(q: tuple[int, ...] = (2, 4, 5, 8), **settings: Any) -> Any:
         (lambda: dj.delta_linear(X, W, None, [dj.Branch(B, A)]), ShapeError, r"\[0\].a must be"),
         (lambda: dj.delta_linear(X, W, None, [dj.Branch(A, B, dropout=0.1)]), ConfigError, "key"),
         (lambda: dj.delta_linear(X, W, num_threads=0), ConfigError, "num_threads must be"),
+        (lambda: dj.delta_linear_group(X, []), ShapeError, "layers must be 1 to 16, got 0"),
+        (lambda: dj.delta_linear_group(X, [dj.Layer(W), dj.Layer(A.T)]), ShapeError,
+         r"x \(for layers\[1\]\.weight\) must be \[2, 6, 3\], got \[2, 6, 7\]"),
         (lambda: dj.bottleneck(X, A, A), ShapeError, r"up must be \[7, 3\]"),
         (lambda: attend(q=(2, 3, 5, 8)), ShapeError, "multiple of the heads of k, got 3 and 2"),
         (lambda: attend(causal=True), ShapeError, "as many queries as keys, got 5 and 9"),
+        (lambda: attend(scale=float("nan")), ConfigError, "scale must be finite, got nan"),
+        (lambda: dj.attention(*[jnp.zeros((2, 2, 3, 0))] * 3), ShapeError, "D ≥ 1"),
         (lambda: dj.norm_bias(X, norm="batch"), ConfigError, "norm must be one of layer, rms"),
         (lambda: dj.gated(X, X[0]), ShapeError, r"up must be \[2, 6, 7\], got \[6, 7\]"),
         (lambda: dj.gated(X, X, activation="swish"), ConfigError, "must be one of identity"),
@@ -400,6 +442,9 @@ def test_a_file_that_says_more_is_refused(tmp_path: Path) -> None:
         dj.load_lora(tmp_path)
     with pytest.raises(CheckpointError, match="could not be read"):
         dj.load_lora(tmp_path / "nowhere")
+    (tmp_path / "adapter_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="must be an object, and is a list"):
+        dj.load_lora(tmp_path)
 
 
 def test_a_file_whose_matrices_do_not_fit_is_refused(tmp_path: Path) -> None:

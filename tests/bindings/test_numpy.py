@@ -76,7 +76,7 @@ def test_packed_weights_follow_their_weight(order: Any) -> None:
 
 def test_packed_memory_outlives_its_renewal_while_it_is_read() -> None:
     packed = dn.PackedWeight(W)
-    layer = linear._Layer(packed, [])
+    layer = linear.Checked(packed, [])
     layer.packed_memory(False)
     alive = weakref.ref(packed.memory(False))
     packed.renew()  # as another thread may
@@ -90,6 +90,32 @@ def test_rows_may_lie_apart_and_weights_be_transposed() -> None:
     expected = dn.delta_linear(wide[:, :K].copy(), W, BIAS, [BRANCH])
     got = dn.delta_linear(wide[:, :K], conv, BIAS, [BRANCH])
     np.testing.assert_allclose(got, expected, rtol=1e-5)  # few rows add in the order of the memory
+
+
+def test_a_group_is_its_layers_with_one_gradient_of_x() -> None:
+    layers = [
+        dn.Layer(W, BIAS, [BRANCH._replace(dropout=0.5)], seed=3),
+        dn.Layer(dn.PackedWeight(np.asfortranarray(draw(9, K)))),
+    ]
+    out = [(np.full((M, N), np.nan, np.float32), None), (None, None)]
+    found = dn.delta_linear_group_forward(X, layers, out=out)
+    assert found[0][0] is out[0][0]
+    y, s = zip(*found, strict=True)
+    grads = dn.delta_linear_group_backward(y, X, layers, s)
+    assert list(grads) == ["x", "0.bias", "0.a.0", "0.b.0", "1.bias"]
+    total = np.zeros_like(X)
+    for i, (layer, mine) in enumerate(zip(layers, found, strict=True)):
+        weight, bias, branches, seed, _ = layer
+        alone = dn.delta_linear_forward(X, weight, bias, branches, seed=seed)
+        for one, other in zip(mine, alone, strict=True):
+            np.testing.assert_array_equal(one, other)
+        own = dn.delta_linear_backward(y[i], X, weight, s[i], branches, seed=seed)
+        total += own.pop("x")
+        for name, grad in own.items():
+            np.testing.assert_array_equal(grads[f"{i}.{name}"], grad)
+    np.testing.assert_allclose(grads["x"], total, rtol=1e-4, atol=1e-5)
+    alone = dn.delta_linear_group_backward(y, None, layers, s, wanted=["1.bias"])
+    np.testing.assert_array_equal(alone["1.bias"], grads["1.bias"])
 
 
 def test_elementwise_and_heads() -> None:
@@ -136,8 +162,19 @@ def test_elementwise_and_heads() -> None:
         (lambda: dn.delta_linear(X, W, adapter=np.zeros(M, np.int64)), DtypeError, "int32"),
         (lambda: dn.delta_linear(X, W, adapter=np.ones(M, np.int32)), LayoutError, "adapter"),
         (lambda: dn.delta_linear(X, W, num_threads=0), ConfigError, "num_threads"),
+        (lambda: dn.delta_linear_group_forward(X, []), ShapeError, "layers must be 1 to 16, got 0"),
+        (lambda: dn.delta_linear_group_forward(X, [(W,), (draw(N, 9),)]), ShapeError,
+         r"layers\[1\]\.weight must be \[any, 8\], got \[5, 9\]"),
+        (lambda: dn.delta_linear_group_backward([X], X, [(W,), (W,)], [None]), ShapeError,
+         "grad_y must be one for each of 2 layers, got 1"),
+        (lambda: dn.delta_linear_group_forward(X, [(draw(8, K),)], out=[(X, None)]), LayoutError,
+         "overlap"),
         (lambda: dn.gated(X, X, activation="swish"), ConfigError, "must be one of identity"),
         (lambda: dn.cross_entropy_forward(X, np.full(M, 9)), LayoutError, "target"),
+        (lambda: dn.attention_forward(*[draw(2, 2, 3, 0)] * 3), ShapeError, "D ≥ 1"),
+        (lambda: dn.rotary(draw(1, 1, 2, 5), draw(1, 2, 5), draw(1, 2, 5)), ShapeError, "D even"),
+        (lambda: dn.attention_forward(draw(2, 3, 5, 8), *HEADS[1:]), ShapeError, "multiple of the"),
+        (lambda: dn.attention_forward(*HEADS, scale=np.inf), ConfigError, "scale must be finite"),
         (lambda: dn.norm_bias_backward(X, X, draw(M, 2), wanted=["gamma"]), ConfigError, "gamma"),
     ],
 )  # fmt: skip

@@ -1,21 +1,34 @@
-"""README and docs/: commands that are there, links that lead somewhere, figures out of results."""
+"""README, docs/ and the pages of benchmarks/: commands and options that are there, links that lead
+somewhere, figures out of results."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
+
+import deltaops
+from deltaops.cli import app
+from deltaops.strategy import parse_parts
+from deltaops.tuning.spec import parse_delta
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+GUIDES = (*PAGES, *sorted((ROOT / "benchmarks").glob("**/README.md")))
 
 
 def commands(page: Path) -> list[str]:
     """Of the shell blocks, without comments and lines that go on with one."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line.split("#")[0].strip() for line in "\n".join(blocks).splitlines()]
+    whole = "\n".join(blocks).replace("\\\n", " ")
+    lines = [line.split("#")[0].strip() for line in whole.splitlines()]
     return [line for line in lines if line]
 
 
@@ -29,7 +42,7 @@ def test_readme_begins_with_the_two_commands() -> None:
     assert commands(README)[:2] == ["make demo", "make test"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_targets_and_commands_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
@@ -40,9 +53,53 @@ def test_targets_and_commands_exist(page: Path) -> None:
             assert rest.split()[0] in targets, command
         if program == "deltaops":
             assert rest.split()[0].replace("-", "_") in known, command
+            options_exist(command)
+
+
+def options_exist(command: str) -> None:
+    """Of a command of deltaops; what they name by words of ours is looked at, too."""
+    found, (_, *words) = get_command(app), shlex.split(command)
+    while words and words[0] in getattr(found, "commands", {}):
+        found = found.commands[words.pop(0)]
+    known = {name for option in found.params for name in (*option.opts, *option.secondary_opts)}
+    for word, value in zip(words, [*words[1:], ""], strict=False):
+        assert not word.startswith("--") or word in known, command
+        if word == "--delta":
+            parse_delta(value)
+        if word == "--controller":
+            parse_parts(value)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_in_python_exist(page: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block))]
+    homes: dict[str, Any] = {"deltaops": deltaops}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name == "deltaops.jax":
+                    pytest.importorskip("jax")
+                if name.name.startswith("deltaops."):
+                    homes[name.asname or "deltaops"] = importlib.import_module(name.name)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("deltaops"):
+            module = importlib.import_module(str(node.module))
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            home = homes.get(node.value.id)
+            assert home is None or hasattr(home, node.attr), f"{node.value.id}.{node.attr}"
+
+
+def test_the_table_of_methods_has_specs_that_are_read() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    specs = [row[1].strip("`") for row in rows(text)[2:]]
+    assert len(specs) > 15
+    for spec in specs:
+        parse_delta(spec)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     for target in targets:

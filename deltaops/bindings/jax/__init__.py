@@ -13,17 +13,20 @@ where jaxlib is installed beside deltaops; ``deltaops._xla_cuda``, where nvcc is
 from .adapters import bottleneck, norm_bias
 from .draws import dropout, dropout_mask
 from .elementwise import cross_entropy, gated
+from .group import Layer, delta_linear_group
 from .heads import attention, prefix_attention, rotary
 from .linear import Branch, PackedWeight, delta_linear, pack_weight
 from .peft import load_lora, save_lora
 
 __all__ = [
     "Branch",
+    "Layer",
     "PackedWeight",
     "attention",
     "bottleneck",
     "cross_entropy",
     "delta_linear",
+    "delta_linear_group",
     "dropout",
     "dropout_mask",
     "gated",

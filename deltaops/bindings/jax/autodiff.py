@@ -24,10 +24,11 @@ class Op(NamedTuple):
     """One op; settings are hashable and static."""
 
     name: str
-    forward: Callable[[Any, Operands, bool], tuple[Array, Operands]]
-    """(settings, operands, whether to keep) → y, and what the backward pass wants of it."""
-    backward: Callable[[Any, Operands, Array, tuple[str, ...]], Operands]
-    """(settings, operands and what was kept, grad_y, names) → the gradients of these names."""
+    forward: Callable[[Any, Operands, bool], tuple[Any, Operands]]
+    """(settings, operands, whether to keep) → y, or several, and what the backward pass wants."""
+    backward: Callable[[Any, Operands, Any, tuple[str, ...]], Operands]
+    """(settings, operands and what was kept, grad_y, names) → the gradients of these names.
+    Of several y, grad_y has None for those that nobody used."""
     saved: Callable[[Any, Collection[str], tuple[str, ...]], Collection[str]]
     """(settings, operands there are, names wanted) → operands that the backward pass reads."""
     frozen: frozenset[str]
@@ -43,14 +44,15 @@ class _Names:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def apply(op: Op, settings: Any, operands: Operands) -> Array:
-    """The op's result.
+    """The op's result; of an op that has several a tuple of them, whatever the type says.
 
     Raises: GradientError where somebody differentiates for a frozen operand.
     """
-    return op.forward(settings, operands, False)[0]
+    y: Array = op.forward(settings, operands, False)[0]
+    return y
 
 
-def _forward(op: Op, settings: Any, operands: dict[str, Any]) -> tuple[Array, Any]:
+def _forward(op: Op, settings: Any, operands: dict[str, Any]) -> tuple[Any, Any]:
     wanted = tuple(name for name, operand in operands.items() if operand.perturbed)
     for name in wanted:
         if name in op.frozen:
@@ -65,11 +67,16 @@ def _forward(op: Op, settings: Any, operands: dict[str, Any]) -> tuple[Array, An
     return y, (_Names(wanted, tuple(values)), saved)
 
 
+def _unless_zero(grad: Any) -> Any:
+    return None if isinstance(grad, jax.custom_derivatives.SymbolicZero) else grad
+
+
 def _backward(op: Op, settings: Any, residuals: Any, grad_y: Any) -> tuple[Any]:
     names, saved = residuals
     found: Operands = {}
-    if names.wanted and not isinstance(grad_y, jax.custom_derivatives.SymbolicZero):
-        found = op.backward(settings, saved, grad_y, names.wanted)
+    used = jax.tree.map(_unless_zero, grad_y)
+    if names.wanted and jax.tree.leaves(used):
+        found = op.backward(settings, saved, used, names.wanted)
     return ({name: found.get(name) for name in names.all},)
 
 

@@ -17,7 +17,7 @@ from deltaops.bindings.settings import DRAWS, drop_threshold
 from deltaops.errors import ConfigError, ShapeError
 
 from .autodiff import Op, Operands, apply
-from .ffi import Array, as_rows, ffi_call, like
+from .ffi import Array, as_array, as_rows, ffi_call, like
 
 
 class Settings(NamedTuple):
@@ -116,18 +116,18 @@ def _saved(settings: Settings, there: Collection[str], wanted: tuple[str, ...]) 
 DROPOUT = Op("dropout", forward, backward, _saved, frozenset({"seed"}))
 
 
-def seed_of(op: str, key: Array | None) -> Array:
+def seed_of(op: str, key: Array | None, name: str = "key") -> Array:
     """64 bits of a key, as two words."""
     if key is None:
         raise ConfigError(
-            f"{op}: key must be a key of jax.random where a branch has dropout, got None. Pass "
+            f"{op}: {name} must be a key of jax.random where a branch has dropout, got None. Pass "
             "one, or branches with dropout=0 where nothing trains."
         )
-    key = jnp.asarray(key)
+    key = as_array(op, name, key)
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     if data.ndim != 1 or data.shape[0] < 2 or data.dtype != jnp.uint32:
         raise ConfigError(
-            f"{op}: key must be one key of jax.random of at least 64 bits, got "
+            f"{op}: {name} must be one key of jax.random of at least 64 bits, got "
             f"{data.dtype}{list(data.shape)}."
         )
     return data[:2]

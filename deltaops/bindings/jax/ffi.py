@@ -4,6 +4,7 @@ with JAX once, and calls of them."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -19,8 +20,8 @@ Array = jax.Array
 
 @cache
 def _register() -> None:
-    """Raises: ImportError where the CPU's module is not there; BuildError for one of another build,
-    or for one of CUDA that cannot be loaded."""
+    """Raises: ImportError where the CPU's module is not there or CUDA's cannot be loaded;
+    BuildError for one of another build."""
     try:
         module: Any = importlib.import_module("deltaops._xla")
     except ImportError as error:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from deltaops.bindings.settings import threads
+from deltaops.bindings.settings import attention_scale, check_heads, threads
 from deltaops.errors import ShapeError
 
 from .autodiff import Op, Operands, apply
@@ -66,7 +66,7 @@ def attention(
     """
     op = "attention"
     operands = _operands(op, q, k, v, None, mask, causal)
-    return apply(ATTENTION, _settings(operands, causal, scale, num_threads), operands)
+    return apply(ATTENTION, _settings(op, operands, causal, scale, num_threads), operands)
 
 
 def prefix_attention(
@@ -99,7 +99,7 @@ def prefix_attention(
     """
     op = "prefix_attention"
     operands = _operands(op, q, k, v, (prefix_k, prefix_v), mask, causal)
-    settings = _settings(operands, causal, scale, num_threads)
+    settings = _settings(op, operands, causal, scale, num_threads)
     if bias is not None:
         start = operands["prefix_k"].shape[1]
         bias = check(op, "bias", bias, (None,) * 4)
@@ -130,16 +130,7 @@ def _operands(
     q = check(op, "q", q, (None,) * 4)
     batch, heads, length, d = q.shape
     k = check(op, "k", k, (batch, None, None, d), q.dtype)
-    if k.shape[1] < 1 or heads % k.shape[1]:
-        raise ShapeError(
-            f"{op}: q must have a multiple of the heads of k, got {heads} and {k.shape[1]}. Heads "
-            "of keys are shared by equally many heads of queries."
-        )
-    if causal and length != k.shape[2]:
-        raise ShapeError(
-            f"{op}: causal needs as many queries as keys, got {length} and {k.shape[2]}. Pass a "
-            "mask that says which query sees which key."
-        )
+    check_heads(op, q.shape, k.shape, causal)
     operands = {"q": q, "k": k, "v": check(op, "v", v, k.shape, q.dtype)}
     if prefix is not None:
         first = check(op, "prefix_k", prefix[0], (k.shape[1], None, d))
@@ -157,10 +148,9 @@ def _operands(
 
 
 def _settings(
-    operands: Operands, causal: bool, scale: float | None, num_threads: int | None
+    op: str, operands: Operands, causal: bool, scale: float | None, num_threads: int | None
 ) -> Attention:
-    d = operands["q"].shape[3]
-    own = d**-0.5 if scale is None else float(scale)
+    own = attention_scale(op, scale, operands["q"].shape)
     return Attention(own, bool(causal), threads(num_threads))
 
 

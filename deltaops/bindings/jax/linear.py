@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,13 @@ from deltaops.bindings import numpy as on_numpy
 from deltaops.bindings.settings import code, drop_threshold, threads
 from deltaops.native import ACTIVATIONS
 
+from . import layers
 from .autodiff import Op, Operands, apply
 from .draws import seed_of
-from .ffi import Array, as_rows, check, ffi_call, like
+from .ffi import Array, as_rows, check
+from .layers import Settings
 
 OP = "delta_linear"
-BIAS, SEED, ADAPTER, PACKED, X, S = 1, 2, 4, 8, 16, 32  # as csrc/bindings/xla_delta_linear.cpp
 
 
 @partial(
@@ -77,30 +77,6 @@ def pack_weight(
     return PackedWeight(weight, forward, backward, transposed)
 
 
-class Settings(NamedTuple):
-    """What is static of a call."""
-
-    scaling: tuple[float, ...]
-    threshold: tuple[int, ...]
-    activation: tuple[int, ...]
-    transposed: bool
-    num_threads: int
-
-    def attributes(self) -> dict[str, Any]:
-        """As the handlers take them."""
-        return {
-            "scaling": np.array(self.scaling, np.float32),
-            "threshold": np.array(self.threshold, np.int32),
-            "activation": np.array(self.activation, np.int32),
-            "transposed": self.transposed,
-            "num_threads": np.int32(self.num_threads),
-        }
-
-    def names(self, kind: str) -> list[str]:
-        """Of the operands of all branches: "a.0", "a.1", …"""
-        return [f"{kind}.{i}" for i in range(len(self.scaling))]
-
-
 def delta_linear(
     x: Array,
     weight: Array | PackedWeight,
@@ -150,24 +126,29 @@ def prepare(
     adapter: Array | None,
     transposed: bool,
     num_threads: int | None,
+    where: str = "",
 ) -> tuple[Settings, Operands, tuple[int, ...]]:
-    """The checked call, rows flattened, and the shape of its result."""
+    """The checked call, rows flattened, and the shape of its result.
+
+    where: of a group, before the names in errors.
+    """
     packed = weight if isinstance(weight, PackedWeight) else None
     plain, transposed = (packed.weight, packed.transposed) if packed else (weight, transposed)
     x = as_rows(OP, "x", x)
-    w = check(OP, "weight", plain, (None, None), x.dtype)
+    w = check(OP, f"{where}weight", plain, (None, None), x.dtype)
     n, k = w.shape[::-1] if transposed else w.shape
-    x = check(OP, "x", x, (*x.shape[:-1], k))
+    x = check(OP, f"x (for {where}weight)" if where else "x", x, (*x.shape[:-1], k))
     rows = math.prod(x.shape[:-1])
     operands = {"x": x.reshape(rows, k), "weight": w}
     if bias is not None:
-        operands["bias"] = check(OP, "bias", bias, (n,), x.dtype)
+        operands["bias"] = check(OP, f"{where}bias", bias, (n,), x.dtype)
     for i, branch in enumerate(branches):
-        a = check(OP, f"branches[{i}].a", branch.a, (None, k))
+        a = check(OP, f"{where}branches[{i}].a", branch.a, (None, k))
         operands[f"a.{i}"] = a
-        operands[f"b.{i}"] = check(OP, f"branches[{i}].b", branch.b, (n, a.shape[0]), a.dtype)
+        b = check(OP, f"{where}branches[{i}].b", branch.b, (n, a.shape[0]), a.dtype)
+        operands[f"b.{i}"] = b
         if branch.bias is not None:
-            inner = check(OP, f"branches[{i}].bias", branch.bias, a.shape[:1], a.dtype)
+            inner = check(OP, f"{where}branches[{i}].bias", branch.bias, a.shape[:1], a.dtype)
             operands[f"bias.{i}"] = inner
     settings = Settings(
         tuple(float(b.scaling) for b in branches),
@@ -177,9 +158,9 @@ def prepare(
         threads(num_threads),
     )
     if any(settings.threshold):
-        operands["seed"] = seed_of(OP, key)
+        operands["seed"] = seed_of(OP, key, f"{where}key")
     if adapter is not None:
-        ids = check(OP, "adapter", adapter, x.shape[:-1], jnp.int32)
+        ids = check(OP, f"{where}adapter", adapter, x.shape[:-1], jnp.int32)
         operands["adapter"] = ids.reshape(rows)
     if packed:
         operands |= {"packed": packed.forward, "packed_backward": packed.backward}
@@ -188,23 +169,7 @@ def prepare(
 
 def forward(settings: Settings, operands: Operands, keep: bool) -> tuple[Array, Operands]:
     """y ``[M, N]``, and where ``keep`` says so S ``[M, ΣR]``."""
-    x, weight = operands["x"], operands["weight"]
-    n = weight.shape[1 if settings.transposed else 0]
-    ranks = sum(operands[name].shape[0] for name in settings.names("a"))
-    results = [like((x.shape[0], n), x.dtype)]
-    if keep:
-        results.append(like((x.shape[0], ranks), jnp.float32))
-    biases = settings.names("bias")
-    order = ["bias", "seed", "adapter", "packed", *settings.names("a"), *settings.names("b")]
-    bits = {"bias": BIAS, "seed": SEED, "adapter": ADAPTER, "packed": PACKED}
-    y, *s = ffi_call(
-        "delta_linear_forward",
-        results,
-        [x, weight, *[operands[name] for name in [*order, *biases] if name in operands]],
-        present=_present(operands, bits, S if keep else 0),
-        biased=np.array([name in operands for name in biases], np.int32),
-        **settings.attributes(),
-    )
+    (y,), s = layers.forward([settings], operands["x"], [operands], keep)
     return y, {"s": s[0]} if keep else {}
 
 
@@ -212,46 +177,15 @@ def backward(
     settings: Settings, operands: Operands, grad_y: Array, wanted: tuple[str, ...]
 ) -> Operands:
     """The gradients of ``wanted``."""
-    weight = operands["weight"]
-    n, k = weight.shape[::-1] if settings.transposed else weight.shape
-    m = grad_y.shape[0]
-    known = {"x": like((m, k), grad_y.dtype), "bias": like((n,), grad_y.dtype)}
-    for kind in ("a", "b"):
-        known |= {x: like(operands[x].shape, operands[x].dtype) for x in settings.names(kind)}
-    for name, a in zip(settings.names("bias"), settings.names("a"), strict=True):
-        known[name] = like(operands[a].shape[:1], operands[a].dtype)
-    order = ["x", "s", "seed", "adapter", *settings.names("a"), *settings.names("b")]
-    bits = {"x": X, "s": S, "seed": SEED, "adapter": ADAPTER}
-    packed = [operands["packed_backward"]] if "packed_backward" in operands else []
-    given = [operands[name] for name in order[:4] if name in operands]
-    grads = ffi_call(
-        "delta_linear_backward",
-        [shape for name, shape in known.items() if name in wanted],
-        [grad_y, weight, *given, *packed, *[operands[name] for name in order[4:]]],
-        present=_present(operands, bits, PACKED if packed else 0),
-        wanted=np.array([name in wanted for name in known], np.int32),
-        **settings.attributes(),
-    )
-    return dict(zip([name for name in known if name in wanted], grads, strict=True))
+    x, wants_x = operands.get("x"), "x" in wanted
+    grad_x, (found,) = layers.backward([settings], [grad_y], x, [operands], [wanted], wants_x)
+    return found if grad_x is None else found | {"x": grad_x}
 
 
 def _saved(settings: Settings, there: Collection[str], wanted: tuple[str, ...]) -> list[str]:
-    names = ["weight", "seed", "adapter", *settings.names("a"), *settings.names("b")]
-    if any(name.startswith("a.") for name in wanted):
-        names.append("x")
-    if "x" in wanted:
-        names.append("packed_backward")
-    return names
+    names = layers.saved(settings, "x" in wanted)
+    return [*names, "x"] if any(name.startswith("a.") for name in wanted) else names
 
 
-def _present(operands: Operands, bits: dict[str, int], more: int) -> np.int32:
-    return np.int32(more | sum(bit for name, bit in bits.items() if name in operands))
-
-
-DELTA_LINEAR = Op(
-    OP,
-    forward,
-    backward,
-    _saved,
-    frozenset({"weight", "seed", "adapter", "packed", "packed_backward"}),
-)
+FROZEN = frozenset({"weight", "seed", "adapter", "packed", "packed_backward"})
+DELTA_LINEAR = Op(OP, forward, backward, _saved, FROZEN)

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's files, to and from branches in JAX; torch is not needed for it."""
+"""LoRA adapters in PEFT's files, to and from branches in JAX; torch takes no part."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def load_lora(folder: str | Path) -> tuple[dict[str, Branch], dict[str, Any]]:
     _refuse(folder, config)
     branches = {}
     for key, a in tensors.items():
-        layer, is_a, _ = key.removeprefix(PREFIX).partition(".lora_A.weight")
+        layer = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         partner = f"{PREFIX}{layer}.lora_B.weight"
-        if is_a and key.startswith(PREFIX) and partner in tensors:
+        if key == f"{PREFIX}{layer}.lora_A.weight" and partner in tensors:
             rank, b = a.shape[0], tensors[partner]
             if a.ndim != 2 or b.ndim != 2 or b.shape[1] != rank or rank != config["r"]:
                 raise CheckpointError(
@@ -122,7 +122,10 @@ def _check(name: str, branch: Branch, config: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse(folder: Path, config: Mapping[str, Any]) -> None:
+def _refuse(folder: Path, config: Any) -> None:
+    if not isinstance(config, Mapping):
+        kind = type(config).__name__
+        raise CheckpointError(f"{folder}: {CONFIG} must be an object, and is a {kind}.")
     more = [
         f"{name}={value!r}"
         for name, value in config.items()

@@ -20,12 +20,14 @@ from .adapters import (
     norm_bias_forward,
 )
 from .elementwise import cross_entropy_backward, cross_entropy_forward, gated, gated_backward
+from .group import Layer, delta_linear_group_backward, delta_linear_group_forward
 from .heads import attention_backward, attention_forward, rotary
 from .linear import Branch, delta_linear, delta_linear_backward, delta_linear_forward
 from .packed import PackedWeight
 
 __all__ = [
     "Branch",
+    "Layer",
     "PackedWeight",
     "attention_backward",
     "attention_forward",
@@ -36,6 +38,8 @@ __all__ = [
     "delta_linear",
     "delta_linear_backward",
     "delta_linear_forward",
+    "delta_linear_group_backward",
+    "delta_linear_group_forward",
     "gated",
     "gated_backward",
     "norm_bias_backward",

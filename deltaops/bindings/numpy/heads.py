@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaops.bindings.settings import threads
+from deltaops.bindings.settings import attention_scale, check_heads, threads
 from deltaops.errors import ShapeError
 
 from .arrays import (
@@ -52,7 +52,10 @@ def rotary(
     op = "rotary"
     x = check(op, "x", x, (None,) * 4, strided=True)
     batch, _, length, d = x.shape
-    cos = check(op, "cos", cos, (None, length, d))
+    if d < 2 or d % 2:
+        raise ShapeError(f"{op}: x must be [B, H, L, D] with D even, got {list(x.shape)}.")
+    like = "float32" if x.dtype == np.float32 else None  # or that of x
+    cos = check(op, "cos", cos, (None, length, d), like)
     sin = check(op, "sin", sin, cos.shape, cos)
     if cos.shape[0] not in (1, batch):
         raise ShapeError(f"{op}: cos must be [{batch} or 1, {length}, {d}], got {list(cos.shape)}.")
@@ -105,10 +108,10 @@ def attention_forward(
         out: y and lse, contiguous, either of them None.
     Returns: y ``[B, H, Lq, D]`` in the dtype of ``q``; lse ``[B, H, Lq]`` float32, for the backward
         pass.
-    Raises: DtypeError, ShapeError, LayoutError.
+    Raises: DtypeError, ShapeError, LayoutError, ConfigError.
     """
     op = "attention"
-    q, k, v, sizes = _heads(op, q, k, v)
+    q, k, v, sizes = _heads(op, q, k, v, causal)
     given = out or (None, None)
     y = output(op, "out", given[0], q.shape, q.dtype)
     lse = output(op, "out", given[1], q.shape[:3], np.float32)
@@ -122,7 +125,7 @@ def attention_forward(
         *_mask(op, mask, q, k),
         *_placed(y),
         address(lse),
-        _scale(scale, q),
+        attention_scale(op, scale, q.shape),
         causal,
         threads(num_threads),
         *_prefix(op, prefix, k),
@@ -161,7 +164,7 @@ def attention_backward(
     Raises: DtypeError, ShapeError, LayoutError, ConfigError.
     """
     op = "attention"
-    q, k, v, sizes = _heads(op, q, k, v)
+    q, k, v, sizes = _heads(op, q, k, v, causal)
     grad_y = check(op, "grad_y", grad_y, q.shape, q, strided=True)
     y = check(op, "y", y, q.shape, q, strided=True)
     lse = check(op, "lse", lse, q.shape[:3], "float32")
@@ -185,7 +188,7 @@ def attention_backward(
         *_placed(found.get("q")),
         *_placed(found.get("k")),
         *_placed(found.get("v")),
-        _scale(scale, q),
+        attention_scale(op, scale, q.shape),
         causal,
         threads(num_threads),
         *before,
@@ -195,11 +198,14 @@ def attention_backward(
     return found
 
 
-def _heads(op: str, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array, tuple[int, ...]]:
+def _heads(
+    op: str, q: Array, k: Array, v: Array, causal: bool
+) -> tuple[Array, Array, Array, tuple[int, ...]]:
     """The three, checked, and B, H, Hkv, Lq, Lk, D."""
     q = check(op, "q", q, (None,) * 4, strided=True)
     batch, heads, length, d = q.shape
     k = check(op, "k", k, (batch, None, None, d), q, strided=True)
+    check_heads(op, q.shape, k.shape, causal)
     v = check(op, "v", v, k.shape, q, strided=True)
     return q, k, v, (batch, heads, k.shape[1], length, k.shape[2], d)
 
@@ -254,7 +260,3 @@ def _prefix(op: str, prefix: tuple[Array, Array] | None, k: Array) -> tuple[Any,
     second = check(op, "prefix[1]", prefix[1], first.shape, first)
     where = [x for a in (first, second) for x in (address(a), strides(a)[:2])]
     return (code(first), first.shape[1], *where)
-
-
-def _scale(scale: float | None, q: Array) -> float:
-    return q.shape[3] ** -0.5 if scale is None else float(scale)

@@ -48,21 +48,32 @@ class Branch(NamedTuple):
     """``[R]``, dtype of ``a``, or None."""
 
 
-class _Layer:
-    """The checked weight and branches, and the core's object for them."""
+class Checked:
+    """The checked weight and branches of a layer, and the core's object for them.
 
-    def __init__(self, weight: Array | PackedWeight, branches: Sequence[Branch]) -> None:
+    where: before the names in errors; k and like: inputs and dtype that a weight must have; all for
+    a group.
+    """
+
+    def __init__(
+        self,
+        weight: Array | PackedWeight,
+        branches: Sequence[Branch],
+        where: str = "",
+        k: int | None = None,
+        like: Array | None = None,
+    ) -> None:
         self.packed = weight if isinstance(weight, PackedWeight) else None
         plain = weight.weight if isinstance(weight, PackedWeight) else weight
-        self.weight = check_oriented(OP, "weight", plain, (None, None), None)
+        self.weight = check_oriented(OP, f"{where}weight", plain, (None, k), like)
         self.branches = [Branch(*b) for b in branches]
         (self.n, self.k), settings = self.weight.shape, []
         for i, b in enumerate(self.branches):
-            a = check_oriented(OP, f"branches[{i}].a", b.a, (None, self.k), None)
+            a = check_oriented(OP, f"{where}branches[{i}].a", b.a, (None, self.k), None)
             rank = a.shape[0]
-            check_oriented(OP, f"branches[{i}].b", b.b, (self.n, rank), a)
-            optional(OP, f"branches[{i}].bias", b.bias, (rank,), a)
-            activation = word(OP, f"branches[{i}].activation", ACTIVATIONS, b.activation)
+            check_oriented(OP, f"{where}branches[{i}].b", b.b, (self.n, rank), a)
+            optional(OP, f"{where}branches[{i}].bias", b.bias, (rank,), a)
+            activation = word(OP, f"{where}branches[{i}].activation", ACTIVATIONS, b.activation)
             drop = drop_threshold(OP, b.dropout)
             steps = (*strides(a), *strides(b.b))
             settings.append((*steps, rank, code(a), float(b.scaling), drop, activation))
@@ -83,9 +94,15 @@ class _Layer:
         self.read = self.packed.memory(transposed)
         return memory(self.read)
 
-
-def _rows(adapter: Array | None, m: int) -> Array | None:
-    return optional(OP, "adapter", adapter, (m,), "int32")
+    def known(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shapes and dtypes of the gradients that there are beside that of x."""
+        kinds = ("a", "b", "bias")
+        named = {
+            f"{kind}.{i}": getattr(b, kind) for kind in kinds for i, b in enumerate(self.branches)
+        }
+        arrays = {name: a for name, a in named.items() if a is not None}
+        own: dict[str, tuple[tuple[int, ...], Any]] = {"bias": ((self.n,), self.weight.dtype)}
+        return own | {name: (a.shape, a.dtype) for name, a in arrays.items()}
 
 
 def delta_linear_forward(
@@ -114,7 +131,7 @@ def delta_linear_forward(
     Returns: y ``[M, N]`` in the dtype of ``x``; s ``[M, ΣR]`` float32.
     Raises: DtypeError, ShapeError, LayoutError, ConfigError.
     """
-    layer = _Layer(weight, branches)
+    layer = Checked(weight, branches)
     y, s = _forward(layer, x, bias, seed, adapter, num_threads, out or (None, None), True)
     assert s is not None  # kept, as asked
     return y, s
@@ -132,27 +149,49 @@ def delta_linear(
     out: Array | None = None,
 ) -> Array:
     """y alone; everything else as :func:`delta_linear_forward`."""
-    layer = _Layer(weight, branches)
+    layer = Checked(weight, branches)
     return _forward(layer, x, bias, seed, adapter, num_threads, (out, None), False)[0]
 
 
+Outputs = tuple[Array | None, Array | None]
+Given = tuple[Any, ...]
+"""What the core takes: addresses, of arrays that the caller holds meanwhile."""
+
+
 def _forward(
-    layer: _Layer,
+    layer: Checked,
     x: Array,
     bias: Array | None,
     seed: int,
     adapter: Array | None,
     num_threads: int | None,
-    out: tuple[Array | None, Array | None],
+    out: Outputs,
     keep: bool,
 ) -> tuple[Array, Array | None]:
+    y, s, given = forward_of(layer, x, bias, seed, adapter, num_threads, out, keep)
+    call(layer.native.forward, *given)
+    return y, s
+
+
+def forward_of(
+    layer: Checked,
+    x: Array,
+    bias: Array | None,
+    seed: int,
+    adapter: Array | None,
+    num_threads: int | None,
+    out: Outputs,
+    keep: bool,
+    where: str = "",
+) -> tuple[Array, Array | None, Given]:
+    """y, s where it is kept, and the arguments of the call that fills them."""
     x = check(OP, "x", x, (None, layer.k), layer.weight, strided=True)
-    bias = optional(OP, "bias", bias, (layer.n,), x)
+    bias = optional(OP, f"{where}bias", bias, (layer.n,), x)
     m = x.shape[0]
-    y = output(OP, "out", out[0], (m, layer.n), x.dtype)
-    s = output(OP, "out", out[1], (m, layer.ranks), np.float32) if keep else None
-    call(
-        layer.native.forward,
+    adapter = optional(OP, f"{where}adapter", adapter, (m,), "int32")
+    y = output(OP, f"{where}out", out[0], (m, layer.n), x.dtype)
+    s = output(OP, f"{where}out", out[1], (m, layer.ranks), np.float32) if keep else None
+    given = (
         rows(x),
         memory(layer.weight),
         memory(bias),
@@ -162,9 +201,9 @@ def _forward(
         seed & 0xFFFFFFFFFFFFFFFF,
         threads(num_threads),
         layer.packed_memory(False),
-        memory(_rows(adapter, m)),
+        memory(adapter),
     )
-    return y, s
+    return y, s, given
 
 
 def delta_linear_backward(
@@ -196,29 +235,40 @@ def delta_linear_backward(
         out: arrays for some of the gradients, by name, contiguous.
     Raises: DtypeError, ShapeError, LayoutError, ConfigError.
     """
-    layer = _Layer(weight, branches)
+    layer = Checked(weight, branches)
     grad_y = check(OP, "grad_y", grad_y, (None, layer.n), layer.weight, strided=True)
+    m = grad_y.shape[0]
+    found = gradients(OP, {"x": ((m, layer.k), grad_y.dtype)} | layer.known(), wanted, out)
+    given = backward_of(layer, grad_y, x, s, seed, adapter, num_threads, found)
+    call(layer.native.backward, *given)
+    return found
+
+
+def backward_of(
+    layer: Checked,
+    grad_y: Array,
+    x: Array | None,
+    s: Array | None,
+    seed: int,
+    adapter: Array | None,
+    num_threads: int | None,
+    found: Mapping[str, Array],
+    where: str = "",
+    grad_x: bool | None = None,
+) -> Given:
+    """The arguments of the call that fills ``found``.
+
+    grad_x: whether the gradient of x is wanted of a group; None: where ``found`` has it.
+    """
     m, count = grad_y.shape[0], len(layer.branches)
     if x is not None:
         x = check(OP, "x", x, (m, layer.k), grad_y, strided=True)
-    s = optional(OP, "s", s, (m, layer.ranks), "float32")
-    known: dict[str, tuple[tuple[int, ...], Any]] = {
-        "x": ((m, layer.k), grad_y.dtype),
-        "bias": ((layer.n,), grad_y.dtype),
-        **{f"a.{i}": (b.a.shape, b.a.dtype) for i, b in enumerate(layer.branches)},
-        **{f"b.{i}": (b.b.shape, b.b.dtype) for i, b in enumerate(layer.branches)},
-        **{
-            f"bias.{i}": (b.bias.shape, b.bias.dtype)
-            for i, b in enumerate(layer.branches)
-            if b.bias is not None
-        },
-    }
-    found = gradients(OP, known, wanted, out)
-    if x is None and any(name.startswith("a.") for name in found):
+    elif any(name.startswith("a.") for name in found):
         raise ShapeError(f"{OP}: x must be given where the gradient of a branch's a is wanted.")
+    s = optional(OP, f"{where}s", s, (m, layer.ranks), "float32")
+    adapter = optional(OP, f"{where}adapter", adapter, (m,), "int32")
     kinds = ("a", "b", "bias")
-    call(
-        layer.native.backward,
+    return (
         rows(grad_y),
         rows(x),
         memory(layer.weight),
@@ -229,7 +279,6 @@ def delta_linear_backward(
         memory(found.get("x")),
         memory(found.get("bias")),
         [memory(found.get(f"{kind}.{i}")) for kind in kinds for i in range(count)],
-        layer.packed_memory(True) if "x" in found else None,
-        memory(_rows(adapter, m)),
+        layer.packed_memory(True) if ("x" in found if grad_x is None else grad_x) else None,
+        memory(adapter),
     )
-    return found
