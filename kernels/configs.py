@@ -53,6 +53,12 @@ WIDE_ARCHITECTURES = (80, 90, 100)
 """NVIDIA's data-centre GPUs: at least 163 KB of shared memory a block. Its others have 99 KB, and
 AMD's 64 KB, with warps of 64 lanes."""
 
+
+def is_narrow(capability: int) -> bool:
+    """Whether this is one of NVIDIA's GPUs with 99 KB."""
+    return not precision.AMD and capability not in WIDE_ARCHITECTURES
+
+
 # By the rows of the output: the first table whose bound is not below M. Tiles of fewer than 64 rows
 # cannot use Hopper's wgmma and need not: at such M the weight's bytes are the limit.
 _GEMM_WGMMA = (
@@ -94,10 +100,10 @@ _GEMM_MIXED = (
 )
 
 
-def is_aligned(*matrices: Tensor) -> bool:
+def is_aligned(*tensors: Tensor) -> bool:
     """Whether Triton can read these in 16-byte pieces: it knows of a number that it divides by 16,
     or that it is 1, and of nothing else. Rows may be any number: they only end a mask."""
-    return all(n == 1 or n % 16 == 0 for t in matrices for n in (*t.stride(), t.shape[1]))
+    return all(n == 1 or n % 16 == 0 for t in tensors for n in (*t.stride(), t.shape[-1]))
 
 
 def is_plain(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> bool:
@@ -289,18 +295,24 @@ def attention(d: int, wide: bool) -> Attend:
     return _for_amd(Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3))
 
 
-def grad_query(d: int, wide: bool) -> Attend:
-    """dQ and δ."""
+def grad_query(d: int, wide: bool, aligned: bool, capability: int) -> Attend:
+    """dQ and δ. Rows that cannot be read in 16-byte pieces need an address for each element, and
+    the widest heads in 99 KB leave no room for a second stage."""
     lanes = head_lanes(d)
     if wide:
         return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 4, 1))
-    return _for_amd(Attend(64, 64, 4, 2) if lanes <= 64 else Attend(64, 32, 8, 2))
+    if lanes <= 64:
+        return _for_amd(Attend(64, 64, 4, 2))
+    stages = 1 if lanes > 128 and is_narrow(capability) else 2
+    return _for_amd(Attend(64 if aligned else 32, 32, 8, stages))
 
 
 def grad_keys(d: int, wide: bool) -> Attend:
     """dK and dV; a program keeps both for ``cols`` keys in registers."""
     lanes = head_lanes(d)
     if wide:
+        if lanes == 32:  # eight warps spill on sm_90
+            return _for_amd(Attend(16, 32, 4, 1))
         return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 8, 1))
     if lanes > 128:
         return _for_amd(Attend(32, 32, 8, 1))
