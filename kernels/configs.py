@@ -4,11 +4,10 @@ Nothing is tuned while a program runs, so a call under graph capture behaves lik
 same shapes, strides and dtypes give the same bits. The tests compile the calls that
 tests/kernels/ahead.py, rows_ahead.py and linears_ahead.py list ahead of time, most rows of the
 tables but not each with every rank, norm and bias, and hold them to no spills and to the shared
-memory of their architecture. Beyond the lists (tests/kernels/every_variant.py), where not all has
-been compiled, prefix attention is known to spill on sm_90: 440 bytes a thread in dq for heads of 65
-to 128 elements that 16 does not divide, 36 in dk and dv of a float32 prefix for heads of 17 to 32.
-The numbers are starting points from register and shared-memory counts; none has been measured on a
-GPU yet.
+memory of their architecture; for GPUs with 99 KB (sm_89) the largest tiles are. Beyond the lists
+(tests/kernels/every_variant.py) not all has been compiled. The
+numbers are starting points from register and shared-memory counts; none has been measured on a GPU
+yet.
 """
 
 from __future__ import annotations
@@ -232,10 +231,13 @@ def grad_down_group(lanes: int, wide: bool) -> Skinny:
     return _for_amd(replace(grad_down(lanes, wide), warps=8 if lanes > 32 else 4))
 
 
-def row_norms(rank: int, wide: bool, aligned: bool) -> Skinny:
-    """DoRA's pass over W: W Aᵀ, and the squares beside it."""
+def row_norms(rank: int, wide: bool, aligned: bool, capability: int) -> Skinny:
+    """DoRA's pass over W: W Aᵀ, and the squares beside it. A may be float32 beside a half W, of
+    whose widest block 99 KB have no room for two."""
     tiles = project(32, rank, wide, aligned)
-    return replace(tiles, rank=min(tiles.rank, 64)) if precision.AMD else tiles
+    if precision.AMD:
+        return replace(tiles, rank=min(tiles.rank, 64))
+    return replace(tiles, stages=2) if tiles.rank > 64 and is_narrow(capability) else tiles
 
 
 def row_norms_finish() -> Skinny:
@@ -300,7 +302,12 @@ def grad_query(d: int, wide: bool, aligned: bool, capability: int) -> Attend:
     the widest heads in 99 KB leave no room for a second stage."""
     lanes = head_lanes(d)
     if wide:
-        return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 4, 1))
+        if lanes <= 64:
+            return _for_amd(Attend(32, 32, 8, 1))
+        if aligned:
+            return _for_amd(Attend(16, 32, 4, 1))
+        # by compiling: either spills a few bytes on the GPUs of the other
+        return _for_amd(Attend(16, 32, 8, 1) if capability in (90, 100) else Attend(16, 16, 4, 1))
     if lanes <= 64:
         return _for_amd(Attend(64, 64, 4, 2))
     stages = 1 if lanes > 128 and is_narrow(capability) else 2

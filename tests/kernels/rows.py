@@ -86,7 +86,7 @@ def mend_bfloat16() -> None:
 
 
 def bordered(t: Any) -> Any:
-    """The same values between NaN, which are between those of a vector too; the rows of a matrix lie
+    """The same values between NaN, a vector's between each two as well; the rows of a matrix lie
     further apart than they are long, by a number that leaves those aligned that would be."""
     if not isinstance(t, Tensor):
         return t
