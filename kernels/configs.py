@@ -7,8 +7,8 @@ tables but not each with every rank, norm and bias, and hold them to no spills a
 memory of their architecture; for GPUs with 99 KB (sm_89) the largest tiles are. Beyond the lists
 (tests/kernels/every_variant.py) not all has been compiled; known to spill is attention with a
 float32 prefix, forward, for heads of 65 to 128 elements that 16 does not divide: 68 bytes a thread
-on sm_80, 92 on sm_90, 204 on sm_100. The numbers are starting points from register and shared-memory counts;
-none has been measured on a GPU yet.
+on sm_80, 92 on sm_90, 204 on sm_100. The numbers are starting points from register and
+shared-memory counts; none has been measured on a GPU yet.
 """
 
 from __future__ import annotations
