@@ -4,11 +4,11 @@ Nothing is tuned while a program runs, so a call under graph capture behaves lik
 same shapes, strides and dtypes give the same bits. The tests compile the calls that
 tests/kernels/ahead.py, rows_ahead.py and linears_ahead.py list ahead of time, most rows of the
 tables but not each with every rank, norm and bias, and hold them to no spills and to the shared
-memory of their architecture. Beyond the lists (tests/kernels/every_variant.py), where not all has
-been compiled, prefix attention is known to spill on sm_90: 440 bytes a thread in dq for heads of 65
-to 128 elements that 16 does not divide, 36 in dk and dv of a float32 prefix for heads of 17 to 32.
-The numbers are starting points from register and shared-memory counts; none has been measured on a
-GPU yet.
+memory of their architecture; for GPUs with 99 KB (sm_89) the largest tiles are. Beyond the lists
+(tests/kernels/every_variant.py) not all has been compiled; known to spill is attention with a
+float32 prefix, forward, for heads of 65 to 128 elements that 16 does not divide: 68 bytes a thread
+on sm_80, 92 on sm_90, 204 on sm_100. The numbers are starting points from register and
+shared-memory counts; none has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ WIDE_ARCHITECTURES = (80, 90, 100)
 """NVIDIA's data-centre GPUs: at least 163 KB of shared memory a block. Its others have 99 KB, and
 AMD's 64 KB, with warps of 64 lanes."""
 
+
+def is_narrow(capability: int) -> bool:
+    """Whether this is one of NVIDIA's GPUs with 99 KB."""
+    return not precision.AMD and capability not in WIDE_ARCHITECTURES
+
+
 # By the rows of the output: the first table whose bound is not below M. Tiles of fewer than 64 rows
 # cannot use Hopper's wgmma and need not: at such M the weight's bytes are the limit.
 _GEMM_WGMMA = (
@@ -94,10 +100,10 @@ _GEMM_MIXED = (
 )
 
 
-def is_aligned(*matrices: Tensor) -> bool:
+def is_aligned(*tensors: Tensor) -> bool:
     """Whether Triton can read these in 16-byte pieces: it knows of a number that it divides by 16,
     or that it is 1, and of nothing else. Rows may be any number: they only end a mask."""
-    return all(n == 1 or n % 16 == 0 for t in matrices for n in (*t.stride(), t.shape[1]))
+    return all(n == 1 or n % 16 == 0 for t in tensors for n in (*t.stride(), t.shape[-1]))
 
 
 def is_plain(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> bool:
@@ -226,10 +232,13 @@ def grad_down_group(lanes: int, wide: bool) -> Skinny:
     return _for_amd(replace(grad_down(lanes, wide), warps=8 if lanes > 32 else 4))
 
 
-def row_norms(rank: int, wide: bool, aligned: bool) -> Skinny:
-    """DoRA's pass over W: W Aᵀ, and the squares beside it."""
+def row_norms(rank: int, wide: bool, aligned: bool, capability: int) -> Skinny:
+    """DoRA's pass over W: W Aᵀ, and the squares beside it. A may be float32 beside a half W, of
+    whose widest block 99 KB have no room for two."""
     tiles = project(32, rank, wide, aligned)
-    return replace(tiles, rank=min(tiles.rank, 64)) if precision.AMD else tiles
+    if precision.AMD:
+        return replace(tiles, rank=min(tiles.rank, 64))
+    return replace(tiles, stages=2) if tiles.rank > 64 and is_narrow(capability) else tiles
 
 
 def row_norms_finish() -> Skinny:
@@ -289,18 +298,29 @@ def attention(d: int, wide: bool) -> Attend:
     return _for_amd(Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3))
 
 
-def grad_query(d: int, wide: bool) -> Attend:
-    """dQ and δ."""
+def grad_query(d: int, wide: bool, aligned: bool, capability: int) -> Attend:
+    """dQ and δ. Rows that cannot be read in 16-byte pieces need an address for each element, and
+    the widest heads in 99 KB leave no room for a second stage."""
     lanes = head_lanes(d)
     if wide:
-        return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 4, 1))
-    return _for_amd(Attend(64, 64, 4, 2) if lanes <= 64 else Attend(64, 32, 8, 2))
+        if lanes <= 64:
+            return _for_amd(Attend(32, 32, 8, 1))
+        if aligned:
+            return _for_amd(Attend(16, 32, 4, 1))
+        # by compiling: either spills a few bytes on the GPUs of the other
+        return _for_amd(Attend(16, 32, 8, 1) if capability in (90, 100) else Attend(16, 16, 4, 1))
+    if lanes <= 64:
+        return _for_amd(Attend(64, 64, 4, 2))
+    stages = 1 if lanes > 128 and is_narrow(capability) else 2
+    return _for_amd(Attend(64 if aligned else 32, 32, 8, stages))
 
 
 def grad_keys(d: int, wide: bool) -> Attend:
     """dK and dV; a program keeps both for ``cols`` keys in registers."""
     lanes = head_lanes(d)
     if wide:
+        if lanes == 32:  # eight warps spill on sm_90
+            return _for_amd(Attend(16, 32, 4, 1))
         return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 8, 1))
     if lanes > 128:
         return _for_amd(Attend(32, 32, 8, 1))

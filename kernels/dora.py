@@ -112,6 +112,7 @@ def row_norms(
     scaling: float,
     precision: Precision,
     exact: Precision,
+    capability: int,
 ) -> None:
     """Write ``norms [N]`` (fp32, side by side).
 
@@ -120,7 +121,8 @@ def row_norms(
     (n, k), rank = weight.shape, a.shape[0]
     gram = torch.empty((rank, rank), dtype=torch.float32, device=a.device)
     project(a, a, gram, scaling=1.0, precision=exact)
-    config = configs.row_norms(rank, precision.wide, configs.is_aligned(weight, a))
+    aligned = configs.is_aligned(weight, a)
+    config = configs.row_norms(rank, precision.wide, aligned, capability)
     grid_n, grid_r = triton.cdiv(n, config.rows), triton.cdiv(rank, config.rank)
     pieces, chunk = configs.split(k, config.cols, grid_n * grid_r)
     sums = torch.empty((pieces * grid_r, n), dtype=torch.float32, device=a.device)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs
+
 BLOCK = 1024
 
 
@@ -32,7 +34,15 @@ def sum_partials(partials: Tensor, out: Tensor) -> None:
     """``out [rows, cols] = partials [P, rows, cols].sum(0)``, in the order of p."""
     parts, rows, cols = partials.shape
     _sum_partials_kernel[(triton.cdiv(rows * cols, BLOCK),)](
-        partials, out, parts, rows * cols, cols, out.stride(0), out.stride(1), BLOCK_SIZE=BLOCK
+        partials,
+        out,
+        parts,
+        rows * cols,
+        cols,
+        out.stride(0),
+        out.stride(1),
+        BLOCK_SIZE=BLOCK,
+        **configs.all_registers(),
     )
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 def traffic(
     gpu: str | None = typer.Option(
-        None, help="Whose tiles: sm_80, sm_90, sm_100 or gfx942; sm_90 by default."
+        None, help="Whose tiles: sm_80, sm_89, sm_90, sm_100 or gfx942; sm_90 by default."
     ),
     shape: str | None = typer.Option(None, help="One layer, MxNxK, instead of the usual calls."),
     rank: int | None = typer.Option(None, min=1, help="With --shape; 16 by default."),
@@ -44,7 +44,6 @@ def traffic(
 
     Example:  deltaops traffic --out benchmarks/traffic.json
     """
-    from deltaops.backends.triton.tables import PLANS
     from deltaops.errors import ConfigError
     from deltaops.files import write_json
     from deltaops.measure import traffic as model
@@ -69,8 +68,8 @@ def traffic(
             write_json(out, found)
             Console().print(f"wrote {out}", highlight=False)
         return
-    if plan is not None and plan not in PLANS:
-        raise ConfigError(f"--plan must be {', '.join(PLANS)}, got {plan!r}.")
+    if plan is not None and plan not in model.COUNTED:
+        raise ConfigError(f"--plan must be {', '.join(model.COUNTED)}, got {plan!r}.")
     calls: tuple[Any, ...] = CALLS
     if shape is not None:
         calls = (Linear(*_shape(shape, "--shape"), rank or 16, dropout or 0.0),)

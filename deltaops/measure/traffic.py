@@ -43,7 +43,7 @@ def count(call: Counted, gpu: str, plan: str | None = None) -> list[Count]:
 
     Args:
         gpu: a name of ``deltaops.backends.triton.targets.TARGETS``.
-        plan: of the GEMMs, one of ``tables.PLANS``; a direction that it cannot run is left out, see
+        plan: of the GEMMs, one of :data:`COUNTED`; a direction that it cannot run is left out, see
             :func:`impossible`. None for the one that would be chosen.
     Raises: ConfigError for another name, or where Triton's interpreter is on.
     """
@@ -79,7 +79,9 @@ def impossible(call: Counted, gpu: str, plan: str | None) -> list[str]:
 
 
 PLANS = ("fused", "split", "persistent")
-"""Those of ``tables.PLANS`` in which a kernel of ours has a product."""
+"""Those of ``tables.PLANS`` in which a kernel of Triton has a product."""
+COUNTED = (*PLANS, "torch")
+"""Those whose launches are counted: of "cuda" none is Triton's."""
 
 
 def totals(calls: Iterable[Counted], gpus: Sequence[str]) -> dict[str, dict[str, int]]:

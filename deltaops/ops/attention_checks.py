@@ -21,7 +21,7 @@ def checked_scale(op: str, scale: float | None, q: Tensor) -> float:
         return float(q.shape[3] ** -0.5)
     if not math.isfinite(scale):
         raise ConfigError(f"{op}: scale must be finite, got {scale}.")
-    return scale
+    return float(scale)  # of a whole number a kernel would be compiled anew for each
 
 
 def check_heads(

@@ -137,12 +137,16 @@ ATTENTIONS = (
     Attention(64, HALF, FULL, masked=True),
     Attention(128, HALF, FULL, masked=True),
 )
+# GPUs with 99 KB of shared memory: their own rows of the tables, and the largest of the others.
+NARROW = (SETTINGS[0], SETTINGS[3], SETTINGS[4])
+NARROW_ATTENTIONS = (Attention(128), Attention(256, causal=False))
 # The same rows with other types and strides; not for AMD, whose compiler is the slowest.
 MORE_ATTENTIONS = (
     Attention(64, FULL, FULL, masked=True),
-    # nothing divides by 16, and half of the lanes are empty
-    Attention(80, length=1001, heads=(6, 3), masked=True),
+    # lanes are empty, and 16 divides the strides; nothing of the one behind it
     Attention(80, HALF, FULL, length=1001, heads=(6, 3), masked=True),
+    Attention(100, length=1001, heads=(6, 3), masked=True),
+    Attention(32, HALF, FULL, masked=True),
 )
 
 
@@ -285,6 +289,12 @@ def launch_attention(setting: Attention) -> None:
 
 def calls(target: Target) -> Iterator[Callable[[], None]]:
     """All calls whose configurations are compiled."""
+    if target.name == "sm_89":
+        yield from (partial(launch, setting) for setting in NARROW)
+        yield from (partial(launch_attention, attention) for attention in NARROW_ATTENTIONS)
+        yield from rows_ahead.NARROW
+        yield from linears_ahead.NARROW
+        return
     for setting in SETTINGS + (VARIATIONS if target.name == "sm_90" else ()):
         yield partial(launch, setting)
     for attention in ATTENTIONS + (() if target.amd else MORE_ATTENTIONS):

@@ -2,7 +2,7 @@
 
 Usage: python tests/kernels/every_variant.py TARGET [AREA …]
 
-    TARGET   sm_80, sm_90, sm_100 or gfx942
+    TARGET   sm_80, sm_89, sm_90, sm_100 or gfx942
     AREA     gemms, passes, persistent, published, linears, attention, rows; all without one.
              AREA:I/N is every N-th call of it, from the I-th on: a piece of a long run.
 

@@ -243,7 +243,7 @@ def check_quantized(number: int, as_modelled: Modelled) -> None:
     def run() -> list[Tensor]:
         made = plan.dequantize(weight, dtype)
         if plan.fuses(m, weight):
-            y, s = plan.forward_quantized(x, weight, t.bias, operands, t.seed)
+            y, s = plan.forward_quantized(x, weight, bordered(t.bias), operands, t.seed)
             grads = plan.backward_quantized(grad_y, x, weight, operands, s, t.seed, needs)
         else:
             y, s = plan.forward(x, made, t.bias, operands, t.seed, True)

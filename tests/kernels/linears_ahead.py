@@ -124,6 +124,9 @@ VARIATIONS: tuple[Callable[[], None], ...] = (
     Quantized(8, True, 16, FULL, n=1003),
 )
 
+# The largest tiles, for GPUs with 99 KB of shared memory.
+NARROW = CALLS[1:4]
+
 
 def calls(target: Target) -> tuple[Callable[[], None], ...]:
     """All whose configurations are compiled for this GPU."""

@@ -86,11 +86,14 @@ def mend_bfloat16() -> None:
 
 
 def bordered(t: Any) -> Any:
-    """The same values between NaN; the rows of a matrix lie further apart than they are long, by a
-    number that leaves those aligned that would be."""
+    """The same values between NaN, a vector's between each two as well; the rows of a matrix lie
+    further apart than they are long, by a number that leaves those aligned that would be."""
     if not isinstance(t, Tensor):
         return t
-    if t.dim() != 2:
+    if t.dim() == 1:
+        padded = torch.full((2 * t.numel() + 6,), float("nan"), dtype=t.dtype)
+        inner = padded[3:-3:2]
+    elif t.dim() != 2:
         padded = torch.full((t.numel() + 6,), float("nan"), dtype=t.dtype)
         inner = padded[3:-3].view(t.shape)
     elif t.stride(1) == 1 or t.shape[1] == 1:
@@ -102,13 +105,17 @@ def bordered(t: Any) -> Any:
     return inner.copy_(t)
 
 
+def mapped(size: int) -> mmap.mmap:
+    """So many bytes of zeros, of which only those are there that are touched."""
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python 3.11 does not name
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+
+
 def far(t: Tensor) -> Tensor:
     """The same values in rows of which each lies 2³⁰ elements behind the one before: from the third
     on an offset needs 64 bits."""
     apart, rows = 1 << 30, t.numel() // t.shape[-1]
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python 3.11 does not name
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    room = mmap.mmap(-1, rows * apart * t.element_size(), flags=flags)  # what is touched is there
+    room = mapped(rows * apart * t.element_size())
     strides = [s // t.shape[-1] * apart for s in t.contiguous().stride()[:-1]]
     return torch.frombuffer(room, dtype=t.dtype).as_strided(t.shape, (*strides, 1)).copy_(t)
 
@@ -306,10 +313,7 @@ def check_far(number: int, as_modelled: Modelled) -> None:
     """Rows, and halves of a head, so far apart that their offsets need 64 bits: the same bits as
     beside each other."""
     rows, apart, halves = 34, 1 << 26, 1 << 30  # elements
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python 3.11 does not name
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    length = 2 * max(rows * apart, 3 * halves + rows)
-    room = mmap.mmap(-1, length, flags=flags)  # only what is touched is there
+    room = mapped(2 * max(rows * apart, 3 * halves + rows))
     t = BottleneckCase(rows, 16, 4, "silu", "layer").tensors(BRAIN)
     far = torch.frombuffer(room, dtype=BRAIN).as_strided(t.x.shape, (apart, 1)).copy_(t.x)
     turn = [torch.rand(1, rows, 16) for _ in range(2)]

@@ -167,6 +167,9 @@ VARIATIONS: tuple[Callable[[], None], ...] = (
     Prompt(4001),
 )
 
+# The largest tiles, for GPUs with 99 KB of shared memory.
+NARROW = (CALLS[0],)
+
 
 def calls(target: Target) -> tuple[Callable[[], None], ...]:
     """All whose configurations are compiled for this GPU."""

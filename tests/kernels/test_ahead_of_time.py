@@ -46,6 +46,8 @@ DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
 QUANTIZED = ("_dequantize_kernel",)
 KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
 ALSO = {"sm_90": {*PERSISTENT}, "sm_100": {*PERSISTENT}}
+# of it the largest tiles, and those that it has for itself
+NARROW = {*GEMMS[:2], *SKINNY[:3], *ATTENTION, *GROUP[:1], *DORA, "_bottleneck_kernel"}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {
@@ -120,7 +122,8 @@ def prepare(ahead: Any, fixtures: set[str]) -> None:
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_configuration_compiles_within_the_limits(ahead: Any, arch: str) -> None:
     found = ahead.result("ahead_of_time")[arch,]
-    assert {kernel["kernel"] for kernel in found} >= KERNELS | ALSO.get(arch, set())
+    due = NARROW if arch == "sm_89" else KERNELS | ALSO.get(arch, set())
+    assert {kernel["kernel"] for kernel in found} >= due
     assert problems(found, arch) == []
 
 

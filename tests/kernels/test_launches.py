@@ -17,10 +17,12 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 from torch import Tensor
 
 from deltaops.backends.triton import core
 from deltaops.backends.triton.targets import TARGETS
+from deltaops.ops.attention_checks import checked_scale
 
 sys.path.append(str(Path(__file__).parent))
 import ahead as launched
@@ -71,6 +73,10 @@ def test_alpha_and_p_are_run_time_arguments(plan: str) -> None:
             counts.append(len(recorder.found))
     assert counts[0] > 1
     assert counts == counts[:1] * len(values)
+
+
+def test_a_whole_number_as_scale_is_one_too() -> None:
+    assert isinstance(checked_scale("attention", 1, torch.empty(1, 1, 1, 64)), float)
 
 
 class Guarded(Names):

@@ -81,6 +81,13 @@ def test_every_kernel_is_in_a_call_whose_bytes_are_committed() -> None:
     assert set(entries.ENTRIES) - counted == set()
 
 
+def test_a_tensor_in_another_shape_moves_nothing() -> None:
+    # the result of a rotation is made with as_strided_
+    for one in traffic.count(traffic_calls.Rotary(1, 2, 8, 16), "sm_90"):
+        assert [name for name, _ in one.kernels] == ["rotary"]
+        assert one.total.once == one.floor.bytes
+
+
 def test_a_kernel_without_an_entry_is_refused() -> None:
     with pytest.raises(ConfigError, match="the traffic of _new_kernel is not modelled"):
         entries.traffic(record.Launch("_new_kernel", (1,), {}, {}))
@@ -120,8 +127,9 @@ def test_the_command_shows_kernels_beside_the_floor() -> None:
         assert wanted in shown, shown
     assert "not measured" in shown
     assert "deltaops traffic --gpu gfx942" in CliRunner().invoke(app, ["traffic", "--help"]).output
-    refused = CliRunner().invoke(app, ["traffic", "--plan", "magic"]).exception
-    assert isinstance(refused, ConfigError)
+    for other in ("magic", "cuda"):
+        refused = CliRunner().invoke(app, ["traffic", "--plan", other]).exception
+        assert isinstance(refused, ConfigError)
 
 
 def test_a_plan_that_cannot_run_a_direction_is_said_to() -> None:

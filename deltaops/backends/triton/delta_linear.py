@@ -113,6 +113,7 @@ def _write_outputs(
     dropout: Sequence[float],
 ) -> None:
     plan = _plan("forward", x, weight, a, b, dropout)
+    bias = None if bias is None else bias.contiguous()  # as the kernels read it
     if plan == "torch":
         _add_products(y, bias, s, [t.t() for t in b], x, weight.t())
         return

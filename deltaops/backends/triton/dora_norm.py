@@ -32,5 +32,6 @@ def forward(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
                 scaling=scaling,
                 precision=precision.rank_precision(weight.dtype, []),
                 exact=precision.rank_precision(weight.dtype, [norms]),
+                capability=core.capability(weight),
             )
     return norms

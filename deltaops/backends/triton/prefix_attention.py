@@ -103,7 +103,7 @@ def backward(
         kernels = core.kernels("attention_grads")
         kernels.grad_query(
             grad_y, q, k, v, prefix_k, prefix_v, mask, y, lse, delta, grad_q,
-            scale=scale, causal=causal, **precisions,
+            scale=scale, causal=causal, **precisions, capability=core.capability(q),
         )  # fmt: skip
         if (grad_k is not None or grad_v is not None) and k.numel():
             kernels.grad_keys(

@@ -51,7 +51,8 @@ def forward(
         if y.numel():
             codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
             core.kernels("quantized").forward_quantized(
-                x, codes, scales, _table(weight), bias, u, list(b), y,
+                x, codes, scales, _table(weight),
+                None if bias is None else bias.contiguous(), u, list(b), y,
                 nf4=weight.kind == "nf4", block=weight.block, precision=precision,
             )  # fmt: skip
     return y, s
