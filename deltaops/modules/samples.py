@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deltaops.errors import ConfigError
 
 SAMPLES = "_deltaops_samples"
-"""In the ``__dict__`` of a place: the :class:`Samples` while its batches are told apart, else None. It
-is there all the time, since a compiled place does not hear of a new name."""
+"""In the ``__dict__`` of a place: the :class:`Samples` while its batches are told apart, else None.
+It is there all the time, since a compiled place does not hear of a new name."""
 
 
 def told_apart(model: nn.Module) -> bool:
