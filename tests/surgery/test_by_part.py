@@ -20,9 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 
 NAMES = ["b", "__base__", "a", "wide", "b"]
 PARTS = {
-    "a": LoRA(r=4, target_modules=["q_proj", "v_proj"]),
-    "b": LoRA(r=2, target_modules=["q_proj", "o_proj", "down_proj"]),
-    "wide": LoRA(r=7, target_modules=["q_proj", "down_proj"]),
+    "a": LoRA(r=4, target_modules=("q_proj", "v_proj")),
+    "b": LoRA(r=2, target_modules=("q_proj", "o_proj", "down_proj")),
+    "wide": LoRA(r=7, target_modules=("q_proj", "down_proj")),
 }
 
 
@@ -130,7 +130,7 @@ def test_a_compiled_place_hears_the_names(case: Any) -> None:
     place = case.model.model.layers[0].mlp.down_proj
     x = torch.randn(5, 7, place.in_features)
     torch.compiler.reset()
-    compiled = torch.compile(place, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(place, backend="eager", fullgraph=True)
     everything = place(x)
     torch.testing.assert_close(compiled(x), everything)
     for names in (NAMES, NAMES[::-1]):
