@@ -102,7 +102,7 @@ from .prompt_pool import (
 )
 from .router import WEIGHT as ROUTER_WEIGHT
 from .router import DeltaRouter, become_router, is_router, unbecome_router
-from .samples import SAMPLES, Samples
+from .samples import SAMPLES, Samples, told_apart
 from .sharing import APART, sharing
 from .switched import Switched
 
@@ -218,6 +218,7 @@ __all__ = [
     "start_values",
     "switch",
     "token_table",
+    "told_apart",
     "told_of_prefix",
     "train_copies",
     "unbecome",

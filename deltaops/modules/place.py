@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deltaops.errors import AttachError
 from deltaops.ops import Branch, Layer, delta_linear
 from deltaops.packing import PACKING, Policy
 from deltaops.reference.activation import activate
@@ -156,8 +157,10 @@ class DeltaPlace(Switched, LinearPlace):
         """See :class:`LinearPlace`; where samples are told apart, each has its own branch."""
         layer = super().layer(x)
         samples: Samples | None = self.__dict__.get(SAMPLES)
-        if samples is None or layer is None:
+        if samples is None:
             return layer
+        if layer is None:
+            raise AttachError(f"adapters_by_sample: {UNFROZEN}. Freeze it.")
         off = self.off | self.gated
         names = tuple([name for name in (*self.lora, *self.beside) if name not in off])
         kept, adapter = samples.route(x, names)
@@ -326,7 +329,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[
 
 _ATTRIBUTES = (
     "backend", "strict", "pack", "off", "gated", "delta_kind", "lora", "around", "beside",
-    "starts", ALTERS_INPUT,
+    "starts", ALTERS_INPUT, SAMPLES,
 )  # fmt: skip
 """What a place has in its ``__dict__`` beside what the layer had."""
 
@@ -345,6 +348,7 @@ def become(
         module.__dict__["off"] = module.__dict__["gated"] = frozenset()
         module.__dict__["lora"] = {}
         module.__dict__["around"] = module.__dict__["beside"] = ()
+        module.__dict__[SAMPLES] = None
     module.__class__ = place
 
 

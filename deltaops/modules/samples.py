@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaops.errors import ConfigError
 
 SAMPLES = "_deltaops_samples"
-"""In the ``__dict__`` of a place while its batches are told apart."""
+"""In the ``__dict__`` of a place: the :class:`Samples` while its batches are told apart, else None.
+It is there all the time, since a compiled place does not hear of a new name."""
+
+
+def told_apart(model: nn.Module) -> bool:
+    """Whether the batches of ``model`` are told apart now."""
+    return any(module.__dict__.get(SAMPLES) is not None for module in model.modules())
 
 
 class Route(NamedTuple):
@@ -33,6 +39,9 @@ class Samples:
         self.names = tuple(names)
         self._routes: dict[tuple[Any, ...], Route] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy or pickle of the model is of no open context
+
     def check(self, x: Tensor) -> None:
         """Raises: ConfigError where x is not ``[samples, ..., K]`` of these samples."""
         if x.dim() < 2 or x.shape[0] != len(self.names):
@@ -45,10 +54,13 @@ class Samples:
     def route(self, x: Tensor, branches: tuple[str, ...]) -> Route:
         """For x and the names of a place's branches. Raises: as :meth:`check`."""
         self.check(x)
+        if torch.compiler.is_compiling():  # its tensors are of the graph
+            return self._made(x, branches)
         key = branches, x.shape[:-1], x.device
         found = self._routes.get(key)
         if found is None:
-            found = self._routes[key] = self._made(x, branches)
+            with torch.inference_mode(False):  # a later batch may be one of training
+                found = self._routes[key] = self._made(x, branches)
         return found
 
     def _made(self, x: Tensor, branches: tuple[str, ...]) -> Route:

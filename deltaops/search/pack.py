@@ -296,7 +296,7 @@ def _routed(handle: Handle, dropout: bool) -> Iterator[Rows]:
         yield rows
     finally:
         for place in places:
-            place.__dict__.pop(SAMPLES, None)
+            place.__dict__[SAMPLES] = None
             place.__dict__.pop("forward", None)
 
 

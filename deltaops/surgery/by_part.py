@@ -8,29 +8,35 @@ from contextlib import contextmanager
 from torch import nn
 
 from deltaops.errors import AttachError
-from deltaops.methods import Delta, parts_of
-from deltaops.modules import SAMPLES, DeltaPlace, Samples, has_copies
+from deltaops.modules import SAMPLES, DeltaPlace, Samples, has_copies, told_apart
 
-from .record import Record, read
-
-
-def attached_to(model: nn.Module) -> Record | None:
-    """The record of ``model``, or of what it wraps; None where nothing is attached."""
-    return next((found for m in model.modules() if (found := read(m)) is not None), None)
+from .handle import Handle
+from .record import read
 
 
-def parts_by_name(record: Record) -> dict[str, Delta]:
-    """Name → delta; a single one has the adapter's name."""
-    return {part or record.name: delta for part, delta in parts_of(record.delta).items()}
+def attached_to(model: nn.Module) -> Handle | None:
+    """The handle of ``model``, or of what it wraps; None where nothing is attached.
+
+    Raises: AttachError where several parts of it have deltas of their own.
+    """
+    found = [Handle(m, record) for m in model.modules() if (record := read(m)) is not None]
+    if len(found) > 1:
+        kinds = " and ".join(type(handle.model).__name__ for handle in found)
+        raise AttachError(
+            f"adapters_by_sample: {kinds} have a delta each. Attach one to the model as a whole, "
+            "with the others as its parts."
+        )
+    return found[0] if found else None
 
 
 @contextmanager
-def parts_by_sample(model: nn.Module, record: Record, names: Sequence[str]) -> Iterator[None]:
+def parts_by_sample(handle: Handle, names: Sequence[str]) -> Iterator[None]:
     """While it is open, sample i of each batch runs with the part ``names[i]`` alone.
 
-    Raises: AttachError for a part that is on and is more than branches of linear layers.
+    Raises: AttachError for a part that is on and is more than branches of linear layers, and for
+        one of ``names`` that is off.
     """
-    places = _places(model, record)
+    places = _places(handle, set(names))
     samples = Samples(names)
     for place in places:
         place.__dict__[SAMPLES] = samples
@@ -38,26 +44,33 @@ def parts_by_sample(model: nn.Module, record: Record, names: Sequence[str]) -> I
         yield
     finally:
         for place in places:
-            place.__dict__.pop(SAMPLES, None)
+            if SAMPLES in place.__dict__:  # not reverted inside
+                place.__dict__[SAMPLES] = None
 
 
-def _places(model: nn.Module, record: Record) -> list[DeltaPlace]:
+def _places(handle: Handle, names: set[str]) -> list[DeltaPlace]:
     """Those of the parts that are on. Raises: AttachError, before anything changes."""
+    record = handle._record
     if record.merged or record.disabled is not None:
         what = "merged into the weights" if record.merged else "disabled"
         raise AttachError(
             f"adapters_by_sample: the delta is {what}, for all samples alike. "
             "Call handle.unmerge() or leave handle.disabled() first."
         )
-    if any(SAMPLES in module.__dict__ for module in model.modules()):
+    if told_apart(handle.model):
         raise AttachError("adapters_by_sample: one is open already. Leave it first.")
-    root = next(m for m in model.modules() if read(m) is record)
+    off = sorted(names & (handle.parts.keys() - set(handle.enabled)))
+    if off:
+        raise AttachError(
+            f"adapters_by_sample: {off[0]!r} is switched off. Call handle.enable({off[0]!r}) "
+            "first, or name its samples '__base__'."
+        )
     found: dict[str, DeltaPlace] = {}
     for site in record.sites:
         name = site.part or record.name
         if site.part in record.off:
             continue
-        module = root.get_submodule(site.path)
+        module = handle.model.get_submodule(site.path)
         if not isinstance(module, DeltaPlace) or not _is_branch(module, name):
             raise AttachError(
                 f"adapters_by_sample: {name!r} is at {site.path!r} more than a branch of a linear "

@@ -17,7 +17,7 @@ from torch import nn
 
 from deltaops.errors import AttachError, ConfigError, TargetError
 
-from .by_part import attached_to, parts_by_name, parts_by_sample
+from .by_part import attached_to, parts_by_sample
 
 BASE = "__base__"
 """PEFT's name for no adapter."""
@@ -42,13 +42,14 @@ def adapters_by_sample(model: nn.Module, names: Sequence[str]) -> Iterator[None]
         list of its adapters; AttachError under gradient checkpointing in training, whose second
         forward pass would come when this has closed; and, in a layer, PEFT's ValueError for
         another number of samples, merged adapters or DoRA. Of an attached model: AttachError for
-        parts that go by no sample, and, in a layer, ConfigError for another number of samples.
+        parts that go by no sample or are off, and, in a layer, ConfigError for another number of
+        samples.
     """
-    record = attached_to(model)
-    if record is not None:
-        check_names(names, set(parts_by_name(record)), "parts")
+    handle = attached_to(model)
+    if handle is not None:
+        check_names(names, set(handle.parts), "parts")
         check_checkpointing(model)
-        with parts_by_sample(model, record, names):
+        with parts_by_sample(handle, names):
             yield
         return
     tell = partial(_adapter_names_pre_forward_hook, adapter_names=_checked(model, names))
@@ -74,8 +75,8 @@ def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:
     layers: list[Any] = [m for m in model.modules() if _is_peft(m, "LoraLayer")]
     if not layers:
         raise TargetError(
-            "adapters_by_sample: the model has no LoRA layer of PEFT. Call "
-            "peft.get_peft_model(model, LoraConfig(...)) first."
+            "adapters_by_sample: the model has no LoRA layer of PEFT, and none of deltaops.attach. "
+            "Call peft.get_peft_model(model, LoraConfig(...)) or deltaops.attach first."
         )
     known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
     check_names(names, known, "adapters")

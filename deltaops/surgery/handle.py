@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltaops.errors import AttachError, ConfigError
 from deltaops.methods import Combined, Delta, parts_of
 from deltaops.methods.base import BY_PARAMETER, MODEL, NORM, STACK, Site
-from deltaops.modules import unbecome
+from deltaops.modules import told_apart, unbecome
 
 from .blocks import restore_blocks
 from .gates import NO_MERGE, gate_tensors
@@ -246,6 +246,11 @@ class Handle:
         self._check_enabled("merge")
         if self.merged:
             raise AttachError("handle.merge: already merged. Call handle.unmerge() first.")
+        if told_apart(self.model):
+            raise AttachError(
+                "handle.merge: adapters_by_sample is open, and one weight is for all samples. "
+                "Leave it first."
+            )
         if self._record.off:
             raise AttachError(
                 f"handle.merge: {', '.join(sorted(set(self.parts) - set(self.enabled)))} is "

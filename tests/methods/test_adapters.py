@@ -167,9 +167,11 @@ def test_an_adapter_beside_one_layer_runs_in_its_op(monkeypatch: pytest.MonkeyPa
 
     real, seen = place.delta_linear, list[Any]()
 
-    def spy(x: Tensor, weight: Tensor, bias: Any, branches: Any, **settings: Any) -> Tensor:
+    def spy(
+        x: Tensor, weight: Tensor, bias: Any, branches: Any, *rest: Any, **named: Any
+    ) -> Tensor:
         seen.extend(branches)
-        return real(x, weight, bias, branches, **settings)
+        return real(x, weight, bias, branches, *rest, **named)
 
     monkeypatch.setattr(place, "delta_linear", spy)
     model = nn.ModuleDict({"only": nn.Linear(8, 6, bias=False)})

@@ -202,9 +202,9 @@ def calls_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[int, in
     single: list[int] = []
     groups: list[int] = []
 
-    def alone(x: Any, weight: Any, bias: Any, branches: Any, **named: Any) -> Any:
+    def alone(x: Any, weight: Any, bias: Any, branches: Any, *rest: Any, **named: Any) -> Any:
         single.append(len(branches))
-        return op(x, weight, bias, branches, **named)
+        return op(x, weight, bias, branches, *rest, **named)
 
     def together(x: Any, layers: Any, **named: Any) -> Any:
         groups.append(sum(len(layer.branches) for layer in layers))

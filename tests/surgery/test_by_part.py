@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import deltaops
 from deltaops import Combined, LoRA
@@ -18,9 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 
 NAMES = ["b", "__base__", "a", "wide", "b"]
 PARTS = {
-    "a": LoRA(r=4, target_modules=["q_proj", "v_proj"]),
-    "b": LoRA(r=2, target_modules=["q_proj", "o_proj", "down_proj"]),
-    "wide": LoRA(r=7, target_modules=["q_proj", "down_proj"]),
+    "a": LoRA(r=4, target_modules=("q_proj", "v_proj")),
+    "b": LoRA(r=2, target_modules=("q_proj", "o_proj", "down_proj")),
+    "wide": LoRA(r=7, target_modules=("q_proj", "down_proj")),
 }
 
 
@@ -100,3 +102,61 @@ def test_what_does_not_fit_is_told_before_anything_runs(
     deltaops.attach(other, LoRA(r=2)).merge()
     with pytest.raises(AttachError, match="merged into the weights"):
         deltaops.adapters_by_sample(other, ["default"]).__enter__()
+
+
+def test_a_batch_of_training_after_one_of_inference(case: Any) -> None:
+    with deltaops.adapters_by_sample(case.model, NAMES):
+        with torch.inference_mode():
+            expected = case.model(case.ids).logits
+        logits = case.model(case.ids).logits
+        logits.square().sum().backward()
+    assert torch.equal(logits, expected)
+    assert None not in grads(case).values()
+
+
+@torch.no_grad()
+def test_a_copy_made_meanwhile_is_of_no_context(case: Any) -> None:
+    expected = case.model(case.ids).logits
+    with deltaops.adapters_by_sample(case.model, NAMES):
+        twins = copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))
+    for twin in twins:
+        assert torch.equal(twin(case.ids).logits, expected)
+        with deltaops.adapters_by_sample(twin, ["a"] * 5):
+            assert not torch.equal(twin(case.ids).logits, expected)
+
+
+@torch.no_grad()
+def test_a_compiled_place_hears_the_names(case: Any) -> None:
+    place = case.model.model.layers[0].mlp.down_proj
+    x = torch.randn(5, 7, place.in_features)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(place, backend="eager", fullgraph=True)
+    everything = place(x)
+    torch.testing.assert_close(compiled(x), everything)
+    for names in (NAMES, NAMES[::-1]):
+        with deltaops.adapters_by_sample(case.model, names):
+            torch.testing.assert_close(compiled(x), place(x))
+            assert not torch.equal(place(x), everything)
+    torch.testing.assert_close(compiled(x), everything)
+
+
+def test_what_would_be_in_all_samples_is_refused(tiny: Callable[..., Any], case: Any) -> None:
+    with (
+        case.handle.disabled("b"),
+        pytest.raises(AttachError, match="'b' is switched off"),
+        deltaops.adapters_by_sample(case.model, NAMES),
+    ):
+        pass
+    with deltaops.adapters_by_sample(case.model, NAMES):
+        with pytest.raises(AttachError, match="one weight is for all samples"):
+            case.handle.merge()
+        case.model.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+        with pytest.raises(AttachError, match="requires a gradient"):
+            case.model(case.ids)
+        case.handle.revert()
+    assert not any("_deltaops_samples" in vars(module) for module in case.model.modules())
+    pair = nn.ModuleList([case.model, tiny("llama").model])
+    for model in pair:
+        deltaops.attach(model, LoRA(r=2))
+    with pytest.raises(AttachError, match="a delta each"):
+        deltaops.adapters_by_sample(pair, ["default"]).__enter__()
