@@ -222,7 +222,7 @@ class TokensAhead {
   const char *line_ = nullptr;
   int64_t left_ = 0, token_ = 0;
   int at_ = 0, used_ = 0;
-  Run list_[8];
+  Run list_[8] = {};  // copied with the rest
   int64_t total_ = 0;
 };
 

@@ -11,10 +11,10 @@
  *
  * A segment's columns are gone down kOuterColumns at a time, in blocks of rows. Of each block a
  * panel of kTileColumns columns is copied (widened, masked) into L1, by the first tile that reads
- * it, or before where a mask or a column sum is taken on the way; the micro-kernel runs with S as
- * the broadcast side (its ranks are neighbours in memory) and the panel as the vector side. While
- * it runs, the lines of the next block are asked for. dy is read once for dB of every branch and
- * db.
+ * it, or before: where columns are summed on the way, hang over the edge, or rows are gathered. The
+ * micro-kernel runs with S as the broadcast side (its ranks are neighbours in memory) and the panel
+ * as the vector side. While it runs, the lines of the next block are asked for. dy is read once for
+ * dB of every branch and db.
  */
 #ifndef DELTAOPS_CPU_OUTER_H
 #define DELTAOPS_CPU_OUTER_H

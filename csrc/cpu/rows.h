@@ -1,7 +1,8 @@
 /* rows.h: the rows that a branch applies to, where each row of a batch has an adapter of its own.
  *
  * Rows are sorted by branch once a call, by counting, and ascend within a branch: its rows in any
- * block are a slice of its list. No row is moved in memory; passes over a branch's rows gather.
+ * block are a slice of its list. No row is moved in memory; passes over a branch's rows gather
+ * those that are no neighbours.
  */
 #ifndef DELTAOPS_CPU_ROWS_H
 #define DELTAOPS_CPU_ROWS_H

@@ -27,6 +27,7 @@ namespace {
 constexpr int kTileRows = DELTAOPS_TILE_ROWS;
 constexpr int kTileVectors = DELTAOPS_TILE_VECTORS;
 constexpr int kTileColumns = kTileVectors * kLanes;
+static_assert(kTileColumns % 8 == 0, "a tile's keep-bits are whole bytes");
 constexpr int64_t kChain = 256;  // torch's products, the yardstick of accuracy, block k alike
 
 DELTAOPS_INLINE VecF multiply_add(VecF acc, float a, VecF b) { return acc + splat(a) * b; }

@@ -232,7 +232,7 @@ def _stacks(settings: Settings, dtype: str) -> Iterator[Part]:
     for first, second in pairs():
         yield Part(
             f"stack {titled(first, second)} on {workload.title} {dtype}", 1.5,
-            _stack(settings, first, second, workload, dtype),
+            _stack(settings, first, second, workload, dtype), METHOD,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import linecache
+import warnings
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -18,15 +19,20 @@ CACHE = "past_key_values"
 
 @cache
 def hands_over(function: Any, rotary: str, table: str) -> bool:
-    """Whether without a cache the results of ``rotary`` are arguments of a function of ``table``,
-    and nothing else.
+    """Whether without a cache the results of ``rotary`` are query and key of a function of
+    ``table``, and nothing else.
 
     Args:
         function: an attention's ``forward``.
         rotary: global that is called once, for both.
-        table: global whose results are called with them.
+        table: global whose results are called: ``(module, query, key, …)``.
     """
     body = _body(function)
+    known = [node for step in body for node in ast.walk(step) if isinstance(node, ast.Name)]
+    if [node.id for node in known].count(rotary) != 1:
+        return False
+    if any([node.id == CACHE and not isinstance(node.ctx, ast.Load) for node in known]):
+        return False  # a cache that was not given
     turns = [at for at, step in enumerate(body) if _results(step, rotary)]
     if len(turns) != 1:
         return False
@@ -37,7 +43,7 @@ def hands_over(function: Any, rotary: str, table: str) -> bool:
         allowed |= _under_cache(step)
         for node in ast.walk(step):
             if isinstance(node, ast.Call) and _is_attend(node.func, body, table):
-                allowed |= {id(argument) for argument in node.args}
+                allowed |= _both(node, names)
     uses = [node for step in after for node in ast.walk(step) if _is_name(node, names)]
     return bool(uses) and all([id(use) in allowed for use in uses])
 
@@ -57,18 +63,28 @@ def _body(function: Any) -> list[ast.stmt]:
         return []
     # the whole file: what a file imports decides how a call is compiled
     source = "".join(linecache.getlines(code.co_filename, function.__globals__))
-    tree = ast.parse(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the file: they came when it was imported
+            tree = ast.parse(source)
+            whole = compile(tree, code.co_filename, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):  # changed since, or a notebook's
+        return []
     found = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef)
         and (node.name, _first_line(node)) == (code.co_name, code.co_firstlineno)
     ]
-    compiled = _inside(compile(tree, code.co_filename, "exec", dont_inherit=True))
-    same = [(each.co_code, each.co_names) == (code.co_code, code.co_names)
-            for each in compiled if (each.co_name, each.co_firstlineno)
+    same = [_words(each) == _words(code) for each in _inside(whole)
+            if (each.co_name, each.co_firstlineno)
             == (code.co_name, code.co_firstlineno)]  # fmt: skip
     return found[0].body if len(found) == 1 and same == [True] else []
+
+
+def _words(code: CodeType) -> tuple[Any, ...]:
+    """All that the source says in it."""
+    return code.co_code, code.co_names, code.co_varnames, code.co_consts
 
 
 def _first_line(function: ast.FunctionDef) -> int:
@@ -107,6 +123,13 @@ def _under_cache(step: ast.stmt) -> set[int]:
         and test.comparators[0].value is None
     )
     return {id(node) for inside in step.body for node in ast.walk(inside)} if known else set()
+
+
+def _both(call: ast.Call, names: tuple[str, ...]) -> set[int]:
+    """The nodes of query and key in ``(module, query, key, …)``, where they are ``names``."""
+    pair = call.args[1:3]
+    straight = len(pair) == 2 and all(map(_is_name, pair, [(name,) for name in names]))
+    return {id(node) for node in pair} if straight else set()
 
 
 def _is_attend(function: ast.expr, body: list[ast.stmt], table: str) -> bool:

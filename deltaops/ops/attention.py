@@ -51,7 +51,7 @@ def attention(
             queries reads head h // (H / Hkv).
         v: values, shape and dtype of ``k``.
         tables: cos and sin, as :func:`deltaops.ops.rotary` takes them: q and k are turned by them
-            first; wants Lq = Lk.
+            first; wants Lq = Lk. Rounded in between only where no backend does both in one pass.
         mask: bool, ``[B or 1, H or 1, Lq or 1, Lk or 1]``, True where a query sees a key; it gets
             no gradient.
         causal: whether query i sees keys 0 … i alone (of those that ``mask`` lets it see); wants

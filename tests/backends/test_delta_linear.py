@@ -145,3 +145,24 @@ def test_not_a_number_propagates(backend: str) -> None:
     assert not y[7].isfinite().any()
     clean = [i for i in range(20) if i not in (3, 7)]
     assert y[clean].isfinite().all()
+
+
+@every
+@pytest.mark.parametrize("routed", ["", "mixed", "samples"])
+@pytest.mark.parametrize("dropout", [(0.5, 0.0), (0.5, 0.25)], ids=str)
+def test_what_is_dropped_is_gone_and_not_multiplied_by_zero(
+    backend: str, dropout: tuple[float, ...], routed: str
+) -> None:
+    case = DeltaLinearCase(300, 70, 150, (4, 4), dropout=dropout, routed=routed)
+    t, grad_y = case.tensors(torch.float32), case.grad_y(torch.float32)
+    t.x[3, 5] = t.x[200, 140] = t.a[0][1, 7] = t.a[0][3, 149] = float("nan")
+    results = []
+    for run, by in ((registered()[backend], t), (reference, t.to(torch.float64))):
+        y, s = run.forward(*by.forward_arguments())
+        given = by.backward_arguments(grad_y.to(by.x.dtype), s)
+        results.append([y, s, *run.backward(*given, t.all_needed(), *by.by_row())])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+    of_x = results[0][2].isnan()
+    assert 0 < of_x[:, 7].sum() < 300
+    assert not of_x[:, 8].any()

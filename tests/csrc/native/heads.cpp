@@ -98,24 +98,29 @@ class Rotary final : public Op {
 
 // --------------------------------------------------------------------------------- attention
 
-deltaops_status attention_forward(const void *args) {
-  return deltaops_cpu_attention_forward(static_cast<const deltaops_attention_forward_args *>(args));
+// Without tables nothing is turned.
+deltaops_status attention(const deltaops_attention_forward_args *args,
+                          const deltaops_rotary_tables *tables) {
+  return tables ? deltaops_cpu_rotary_attention_forward(args, tables)
+                : deltaops_cpu_attention_forward(args);
 }
-deltaops_status attention_backward(const void *args) {
-  return deltaops_cpu_attention_backward(
-      static_cast<const deltaops_attention_backward_args *>(args));
+deltaops_status attention(const deltaops_attention_backward_args *args,
+                          const deltaops_rotary_tables *tables) {
+  return tables ? deltaops_cpu_rotary_attention_backward(args, tables)
+                : deltaops_cpu_attention_backward(args);
 }
 
 class Attention final : public Op {
  public:
   explicit Attention(const OpCase &given) : Op(given) {
     const auto small = [this] { return c.whole || !rng_.one_in(15) ? 1 + rng_.below(3) : 0; };
-    causal_ = rng_.one_in(3);
+    causal_ = rng_.one_in(3), turned_ = rng_.one_in(3);
     B_ = small(), Hkv_ = small(), group_ = 1 + rng_.below(3), H_ = Hkv_ * group_;
-    Lq_ = c.M, Lk_ = causal_ ? c.M : c.K, D_ = c.R;
+    Lq_ = c.M, Lk_ = causal_ || turned_ ? c.M : c.K, D_ = c.R + (turned_ ? c.R % 2 : 0);
     P_ = rng_.one_in(3) ? 0 : 1 + rng_.below(rng_.one_in(8) ? 140 : 12);
     dtype_ = any_dtype(), prefix_dtype_ = any_dtype();
     scale_ = static_cast<float>(rng_.one_in(3) ? rng_.unit() * 2 : 1 / std::sqrt(D_));
+    if (turned_) angles();
     const int64_t queries[] = {B_, H_, Lq_, D_}, keys[] = {B_, Hkv_, Lk_, D_},
                   prefix[] = {1, Hkv_, P_, D_};
     q_ = tensor(queries, dtype_, Tensor::Use::kRead);
@@ -138,12 +143,12 @@ class Attention final : public Op {
     if (P_ > 0 && wanted(3)) grad_prefix_k_ = tensor(prefix, prefix_dtype_, Tensor::Use::kWritten);
     if (P_ > 0 && wanted(3)) grad_prefix_v_ = tensor(prefix, prefix_dtype_, Tensor::Use::kWritten);
 
-    forward = common(&f_, attention_forward);
+    forward = common(&f_);
     add(&forward, &f_.y, y_, f_.sizes, true, true);
     f_.lse = static_cast<float *>(lse_->matrix().data);
     add_lse(&forward, &f_.lse, f_.sizes, true);
 
-    backward = common(&b_, attention_backward);
+    backward = common(&b_);
     add(&backward, &b_.grad_y, grad_y_, b_.sizes, true, false);
     add(&backward, &b_.y, y_, b_.sizes, true, false);
     b_.lse = static_cast<const float *>(lse_->matrix().data);
@@ -218,23 +223,37 @@ class Attention final : public Op {
         const Sum ds = times(times(p[at], plus(dp[at], times(delta, -1))), scale_);
         for (int64_t d = 0; d < D_; ++d) {
           const size_t to = place(b, kv, j, d);
-          dq[static_cast<size_t>(d)].add(ds, key(b, kv, j, d));
-          dk[to].add(ds, q_->at(b, h, i, d));
+          Sum &of_query = dq[static_cast<size_t>(d)];
+          of_query = plus(of_query, times(ds, key(b, kv, j, d)));
+          dk[to] = plus(dk[to], times(ds, turned(*q_, b, h, i, d)));
           dv[to].add(p[at], grad_y_->at(b, h, i, d));
         }
       }
       for (int64_t d = 0; grad_q_ && d < D_; ++d)
-        check(*grad_q_, {b, h, i, d}, dq[static_cast<size_t>(d)], "grad_q");
+        check(*grad_q_, {b, h, i, d},
+              turned_back(b, i, d, [&](int64_t e) { return dq[static_cast<size_t>(e)]; }),
+              "grad_q");
     });
-    check_keys(dk, grad_prefix_k_, grad_k_, "grad_prefix_k", "grad_k");
-    check_keys(dv, grad_prefix_v_, grad_v_, "grad_prefix_v", "grad_v");
+    check_keys(dk, true, grad_prefix_k_, grad_k_, "grad_prefix_k", "grad_k");
+    check_keys(dv, false, grad_prefix_v_, grad_v_, "grad_prefix_v", "grad_v");
   }
 
  private:
+  // Of each token, by which queries and keys are turned.
+  void angles() {
+    const int32_t dtype = dtype_ == DELTAOPS_BF16 ? any_dtype() : DELTAOPS_F32;
+    const int64_t table[] = {B_, 1, Lq_, D_};
+    cos_ = tensor(table, dtype, Tensor::Use::kRead), sin_ = tensor_like(*cos_);
+    tables_ = {cos_->data(), sin_->data(), {cos_->strides()[0], cos_->strides()[2]}, dtype, 0};
+  }
+
   // The sizes, and what both directions read.
   template <class Args>
-  Pass common(Args *args, deltaops_status (*function)(const void *)) {
-    Pass pass = pass_of(args, function, c.threads);
+  Pass common(Args *args) {
+    const auto call = [this](const void *given) {
+      return attention(static_cast<const Args *>(given), turned_ ? &tables_ : nullptr);
+    };
+    Pass pass = pass_of(args, call, c.threads);
     int64_t *const s = args->sizes;
     const int64_t sizes[] = {B_, H_, Hkv_, Lq_, Lk_, D_};
     std::copy(sizes, sizes + 6, s);
@@ -242,7 +261,8 @@ class Attention final : public Op {
     pass.numbers = {{&args->causal, 0, 1}, {&args->dtype, 0, 1}, {&args->prefix_dtype, 0, 1}};
     pass.sizes = {s, s + 1, s + 2, s + 3, s + 4, s + 5};
     pass.misfits = {[s] { s[5] = 0; }, [s] { s[2] = s[1] + 2, ++s[1]; }};
-    if (causal_) pass.misfits.push_back([s] { ++s[3]; });
+    if (causal_ || turned_) pass.misfits.push_back([s] { ++s[3]; });
+    if (turned_) add_tables(&pass, s);
     add(&pass, &args->q, q_, s, true, false);
     add(&pass, &args->k, k_, s, false, false);
     add(&pass, &args->v, v_, s, false, false);
@@ -257,6 +277,20 @@ class Attention final : public Op {
     *from = P_;
     pass.misfits.push_back([from] { *from = -1; });
     return pass;
+  }
+
+  void add_tables(Pass *pass, int64_t *s) {
+    pass->numbers.push_back({&tables_.dtype, 0, dtype_});
+    pass->numbers.push_back({&tables_.reserved, 0, 0});
+    pass->misfits.push_back([s] { ++s[5]; });
+    int64_t *const strides = tables_.strides;
+    for (const void **table : {&tables_.cos, &tables_.sin})
+      pass->heads.push_back({{table, false},
+                             H_ > 0,
+                             {s, nullptr, s + 3, s + 5},
+                             {strides, nullptr, strides + 1},
+                             &tables_.dtype,
+                             0});
   }
 
   template <class T>
@@ -316,16 +350,37 @@ class Attention final : public Op {
     return (!causal_ || j - P_ <= i) && (mask_ == nullptr || mask_->at(b, h, i, j - P_) != 0);
   }
 
-  double key(int64_t b, int64_t kv, int64_t j, int64_t d) const {
-    return j < P_ ? prefix_k_->at(0, kv, j, d) : k_->at(b, kv, j - P_, d);
+  Sum key(int64_t b, int64_t kv, int64_t j, int64_t d) const {
+    return j < P_ ? of(prefix_k_->at(0, kv, j, d)) : turned(*k_, b, kv, j - P_, d);
   }
   double value(int64_t b, int64_t kv, int64_t j, int64_t d) const {
     return j < P_ ? prefix_v_->at(0, kv, j, d) : v_->at(b, kv, j - P_, d);
   }
 
+  // A query's or a key's element as scores have it.
+  Sum turned(const Tensor &x, int64_t b, int64_t h, int64_t l, int64_t d) const {
+    if (!turned_) return of(x.at(b, h, l, d));
+    const int64_t other = d < D_ / 2 ? d + D_ / 2 : d - D_ / 2;
+    const double sin = sin_->at(b, 0, l, d);
+    Sum y;
+    y.add(x.at(b, h, l, d), cos_->at(b, 0, l, d));
+    y.add(x.at(b, h, l, other), d < D_ / 2 ? -sin : sin);
+    return y;
+  }
+
+  // A gradient's element, of what was not turned yet; element e of the turned one is grad(e).
+  template <class F>
+  Sum turned_back(int64_t b, int64_t l, int64_t d, const F &grad) const {
+    if (!turned_) return grad(d);
+    const int64_t other = d < D_ / 2 ? d + D_ / 2 : d - D_ / 2;
+    const double sin = sin_->at(b, 0, l, other);
+    return plus(times(grad(d), cos_->at(b, 0, l, d)), times(grad(other), d < D_ / 2 ? sin : -sin));
+  }
+
   Sum score(int64_t b, int64_t h, int64_t i, int64_t j) const {
     Sum s;
-    for (int64_t d = 0; d < D_; ++d) s.add(q_->at(b, h, i, d) * scale_, key(b, h / group_, j, d));
+    for (int64_t d = 0; d < D_; ++d)
+      s = plus(s, times(times(turned(*q_, b, h, i, d), scale_), key(b, h / group_, j, d)));
     if (bias_ && j >= P_) s.add(1, bias_->at(b, h, i, j - P_));
     return s;
   }
@@ -335,18 +390,20 @@ class Attention final : public Op {
     return static_cast<size_t>(((b * Hkv_ + kv) * keys() + j) * D_ + d);
   }
 
-  void check_keys(const std::vector<Sum> &want, const Tensor *prefix, const Tensor *rest,
+  // back: what `want` is of was turned, but for that of the prefix.
+  void check_keys(const std::vector<Sum> &want, bool back, const Tensor *prefix, const Tensor *rest,
                   const char *prefix_name, const char *rest_name) const {
     for (int64_t kv = 0; kv < Hkv_; ++kv)
       for (int64_t j = 0; j < keys(); ++j)
         for (int64_t d = 0; d < D_; ++d) {
           Sum all;
           for (int64_t b = 0; b < B_; ++b) {
-            const Sum one = want[place(b, kv, j, d)];
+            const auto at = [&](int64_t e) { return want[place(b, kv, j, e)]; };
             if (j < P_)
-              all = plus(all, one);
+              all = plus(all, at(d));
             else if (rest)
-              check(*rest, {b, kv, j - P_, d}, one, rest_name);
+              check(*rest, {b, kv, j - P_, d}, back ? turned_back(b, j - P_, d, at) : at(d),
+                    rest_name);
           }
           if (j < P_ && prefix) check(*prefix, {0, kv, j, d}, all, prefix_name);
         }
@@ -360,14 +417,16 @@ class Attention final : public Op {
   }
 
   int64_t B_, Hkv_, group_, H_, Lq_, Lk_, D_, P_;
-  bool causal_;
+  bool causal_, turned_;
   int dtype_, prefix_dtype_;
   float scale_;
   Tensor *q_, *k_, *v_, *y_, *grad_y_;
+  Tensor *cos_ = nullptr, *sin_ = nullptr;
   Tensor *prefix_k_ = nullptr, *prefix_v_ = nullptr, *mask_ = nullptr, *bias_ = nullptr;
   Tensor *grad_q_ = nullptr, *grad_k_ = nullptr, *grad_v_ = nullptr, *grad_prefix_k_ = nullptr,
          *grad_prefix_v_ = nullptr;
   Array *lse_;
+  deltaops_rotary_tables tables_ = {};
   deltaops_attention_forward_args f_ = {};
   deltaops_attention_backward_args b_ = {};
 };

@@ -9,6 +9,7 @@
 
 #include <deque>
 #include <functional>
+#include <utility>
 
 #include "layer.h"
 
@@ -63,7 +64,7 @@ struct HeadsSlot {
 struct Pass {
   void *args;  // struct_size and num_threads come first
   size_t size;
-  deltaops_status (*function)(const void *args);
+  std::function<deltaops_status(const void *args)> function;
   std::vector<Slot> slots;
   std::vector<Number> numbers;
   std::vector<Pointer> pointers;
@@ -83,7 +84,7 @@ constexpr Kind kKinds[] = {Kind::kBottleneck, Kind::kNormBias, Kind::kCrossEntro
 struct OpCase {
   Kind kind;
   // cross_entropy: K classes, no R. gated: no R. rotary: M tokens, 2 R elements, K for the heads.
-  // attention: M queries, K keys, R elements; mostly with a prefix.
+  // attention: M queries, K keys, R elements; mostly with a prefix, some turned: M keys then.
   int64_t M, K, R;
   int threads;
   bool whole;  // nothing that may be absent is
@@ -181,10 +182,10 @@ inline Sum plus(Sum a, Sum b) { return {a.value + b.value, a.size + b.size}; }
 inline Sum times(Sum a, double b) { return times(a, of(b)); }
 
 template <class Args>
-Pass pass_of(Args *args, deltaops_status (*function)(const void *), int threads) {
+Pass pass_of(Args *args, std::function<deltaops_status(const void *)> function, int threads) {
   args->struct_size = sizeof *args;
   args->num_threads = threads;
-  return {args, sizeof *args, function, {}, {}, {}, {}, {}, {}};
+  return {args, sizeof *args, std::move(function), {}, {}, {}, {}, {}, {}};
 }
 
 }  // namespace test
