@@ -41,7 +41,8 @@ def loss_share(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | float:
             labels = moved
         elif name in CAUSAL:
             labels = labels[..., 1:]
-    return labels.ne(-100).sum() / items
+    share: Tensor = labels.ne(-100).sum() / items
+    return share
 
 
 def uses_loss_function(kind: type) -> bool:

@@ -153,6 +153,15 @@ def _cluster() -> Iterator[None]:
             "and so would be the study's folder. Search on a machine of the cluster, with "
             "RAY_ADDRESS=auto."
         )
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():  # Ray itself would end this process after a minute
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise ConfigError(
+                f"--ray: no cluster answers at RAY_ADDRESS={address} ({error}). Start one there by "
+                "`ray start --head`, or unset RAY_ADDRESS."
+            ) from error
     with tempfile.TemporaryDirectory() as elsewhere:
         try:
             # Ray puts where it starts on its workers' path, kernels/ and all

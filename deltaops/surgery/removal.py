@@ -1,10 +1,9 @@
-"""Take LoRA off single places of a live model: they are frozen layers again, run by the same op; and
-put it back there, for a run that goes back to an earlier step."""
+"""Take LoRA off single places of a live model, which are frozen layers again, run by the same op;
+and put it back there, for a run that goes back to an earlier step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +19,12 @@ from deltaops.modules import (
     unbecome,
     unbecome_embedding,
 )
+from deltaops.packing import Policy
 
 from .components import Sized
 from .handle import Handle
+
+USUAL: Policy = "auto"
 
 
 class Removal:
@@ -89,15 +91,15 @@ def put_back(
     modules = dict(handle.model.named_modules())
     for site in sites:
         module, name = modules[site.path], site.part or handle.name
-        settings: tuple[Any, ...] = ("auto", False, "auto")
+        backend, strict, pack = "auto", False, USUAL  # an embedding has none of these
         if isinstance(module, LinearPlace):
-            settings = module.backend, module.strict, module.pack
+            backend, strict, pack = module.backend, module.strict, module.pack
         if site.path in record.frozen:
             unbecome(module)
             record.frozen = tuple(path for path in record.frozen if path != site.path)
         delta = deltas[name]
         anything = torch.Generator()  # the numbers come later
-        delta.bind(site, modules, Binding(name, *settings, anything, {}))
+        delta.bind(site, modules, Binding(name, backend, strict, pack, anything, {}))
         if site.part in record.off:
             delta.activate(module, False, name)
         record.sites = tuple(one for one in record.once if one in (*record.sites, site))

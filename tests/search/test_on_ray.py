@@ -147,4 +147,7 @@ def test_what_ray_cannot_do_is_told(
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with pytest.raises(ConfigError, match="RAY_ADDRESS=auto"):
         run()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match="no cluster answers"):
+        run()
     assert not (tmp_path / "out").exists()
