@@ -187,7 +187,8 @@ def _show(console: Console, results: Any, quick: bool, goals_only: bool = False)
         console.print(goal_table(outcomes))
         _say_why(console, outcomes)
     lines = lost(results)
-    console.print("We lose nowhere here." if not lines else "[yellow]We lose here:[/]")
+    if any(cell.group != "stack" for cell in results.cells):  # a stack has no peers
+        console.print("We lose nowhere here." if not lines else "[yellow]We lose here:[/]")
     for line in lines:
         console.print(f"  {line}", highlight=False, markup=False)
     for what, why in results.left_out.items():

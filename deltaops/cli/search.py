@@ -97,23 +97,29 @@ def begin(
             eval_fraction=eval_fraction, text_column=text_column, label_column=label_column,
             answers=answers,
         )  # fmt: skip
-    _ended(found)
+    _ended(found, ray)
 
 
 @search.command()
 def resume(
     study: Path = STUDY,
     trials: int | None = typer.Option(None, help="Of the study in all, where it is to have more."),
+    ray: int = typer.Option(0, help="As of `deltaops search`; the study may have begun without."),
 ) -> None:
     """Finish the trials that were not finished, and go on to --trials.
 
     Example:  deltaops search resume study --trials 60
     """
-    from deltaops.search import resume as run
+    from deltaops.search import resume as here
 
+    run: Callable[..., Found] = here
+    if ray:
+        from deltaops.search.on_ray import resume_on_ray
+
+        run = partial(resume_on_ray, workers=ray)
     with _live(trials) as watch:
         found = run(study, trials=trials, watch=watch)
-    _ended(found)
+    _ended(found, ray)
 
 
 @search.command()
@@ -245,7 +251,7 @@ def _table(study: Study, trials: Any, title: str) -> Table:
     return table
 
 
-def _ended(found: Found) -> None:
+def _ended(found: Found, ray: int) -> None:
     from deltaops.search.report import write_report
 
     console = Console()
@@ -253,8 +259,9 @@ def _ended(found: Found) -> None:
     report = write_report(study)
     _told(console, study)
     if not found.finished:
+        on_ray = f" --ray {ray}" if ray else ""
         console.print(
-            f"stopped; go on with  deltaops search resume {study.folder}",
+            f"stopped; go on with  deltaops search resume {study.folder}{on_ray}",
             highlight=False, markup=False,
         )  # fmt: skip
         raise typer.Exit(INTERRUPTED)

@@ -50,6 +50,7 @@ from .kept import (
 from .kinds import delta_class, frozen_class, is_conv1d
 from .kronecker import KroneckerSum, start_rule, start_sum
 from .linear import DeltaLinear, FrozenLinear
+from .loss_share import uses_loss_function
 from .norm import BiasedNorm, allow_bias, disallow_bias, is_norm, lacks_bias
 from .place import (
     UNFROZEN,
@@ -225,5 +226,6 @@ __all__ = [
     "unbecome_embedding",
     "unbecome_experts",
     "unbecome_router",
+    "uses_loss_function",
     "zeros_for",
 ]

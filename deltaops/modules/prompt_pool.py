@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .draws import no_autocast
+from .loss_share import loss_share
 
 TEMPERATURE = 0.1
 """Of the softmax over cosines in the balance term."""
@@ -179,15 +180,12 @@ class AddsToLoss:
         if not self.pool.due or extra is None:
             return None
         self.pool.due = False
-        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-        if items is not None and isinstance(labels, Tensor):
-            # a loss that was summed and divided by the labels of all micro-batches of a step
-            extra = extra * (labels.ne(-100).sum() / items)
+        extra = extra * loss_share(module, kwargs)
         if isinstance(out, dict) and isinstance(out.get("loss"), Tensor):
             out["loss"] = out["loss"] + extra
         elif isinstance(out, tuple) and isinstance(getattr(out, "loss", None), Tensor):
             return out._replace(loss=out.loss + extra)  # type: ignore[attr-defined]  # a NamedTuple
-        elif type(out) is tuple and labels is not None and out[0].dim() == 0:
+        elif type(out) is tuple and kwargs.get("labels") is not None and out[0].dim() == 0:
             return (out[0] + extra, *out[1:])  # return_dict=False
         return None
 

@@ -268,23 +268,17 @@ class Controller:
         write_state(Path(path), self.state_dict())
 
     def recall(self, path: str | os.PathLike[str]) -> None:
-        """Have the ranks, switches and weights of when ``path`` was saved, for a training loop that
+        """Have the places, ranks, switches and weights of when ``path`` was saved, for a loop that
         ends with an earlier step's parameters: call it before those are loaded, since the places of
         what is off hold parameters of the base.
 
-        Raises: CheckpointError, with nothing changed, also where places were taken out since.
+        Raises: CheckpointError, with nothing changed.
         """
         run = self._running("recall")
         state = read_state(Path(path))
         facts = state["facts"]
         form = Form.read(facts["form"], run.handle)
-        try:
-            form.apply(run.handle, run.optimizer)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"Controller.recall: {error} Places that were taken out do not come back in a live "
-                "model; Controller.reshape gives a fresh handle the form of this checkpoint."
-            ) from error
+        form.apply(run.handle, run.optimizer)
         form.switch(run.handle)
         _put_outside(run.handle, state["tensors"])
         self._objects = None

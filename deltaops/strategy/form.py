@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.methods import Delta, LoRA
+from deltaops.methods import Combined, Delta, LoRA
 from deltaops.surgery import Handle, resize
 from deltaops.surgery.components import AXES, sized_places
+from deltaops.surgery.removal import put_back, taken_out
 from deltaops.surgery.resize import put_settings
 
 Shapes = dict[str, tuple[int, ...]]
@@ -82,6 +83,13 @@ class Form:
         for part in handle.parts:
             with contextlib.suppress(ConfigError):  # its size is fixed, and must be the same
                 sized[part] = sized_places(handle, part, "Controller")
+        gated = isinstance(handle.delta, Combined) and handle.delta.gated
+        back = [
+            site
+            for site in (() if gated else taken_out(handle))
+            if any(site.key(suffix) in self.shapes for suffix in AXES)
+        ]
+        theirs = tuple(site.key("") for site in back)
         axes = {
             place.site.key(suffix): AXES.get(suffix)
             for places in sized.values()
@@ -91,7 +99,8 @@ class Form:
         odd = sorted(
             key
             for key in found.keys() | self.shapes.keys()
-            if not (key in axes and _fits(found[key], self.shapes.get(key), axes[key]))
+            if not key.startswith(theirs)
+            and not (key in axes and _fits(found[key], self.shapes.get(key), axes[key]))
             and found.get(key) != self.shapes.get(key)
         )
         if odd:
@@ -108,6 +117,7 @@ class Form:
                 ranks[path] = 0 if shape is None else shape[AXES[suffix]]
             anything = torch.Generator()  # the numbers come later
             resize(handle, ranks, part=part, optimizer=optimizer, generator=anything)
+        put_back(handle, back, self.deltas, optimizer)
 
     # ---------------------------------------------------------------------------------- saving
 

@@ -9,7 +9,6 @@ so is a loss of the user's; the report says so.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaops.backends import CrossEntropyCall
 from deltaops.dispatch import LAST_RESORT, explain_call, select
+from deltaops.modules import uses_loss_function
 from deltaops.ops import cross_entropy
 
 _LEFT_ALONE = "_deltaops_loss_left_alone"
@@ -178,27 +178,14 @@ def _language_models(model: nn.Module) -> Iterator[Any]:
     inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, loaded.PreTrainedModel):
-            if id(module) not in inside or _uses_loss_function(type(module)):
+            if id(module) not in inside or uses_loss_function(type(module)):
                 yield module
             inside.update(id(m) for m in module.modules())
 
 
-def _uses_loss_function(kind: type) -> bool:
-    """Whether ``forward`` goes through ``self.loss_function``, itself or by ``super().forward``."""
-    for base in kind.__mro__:
-        if "forward" in vars(base):
-            code = getattr(inspect.unwrap(vars(base)["forward"]), "__code__", None)
-            names = () if code is None else code.co_names
-            if "loss_function" in names:
-                return True
-            if "super" not in names:
-                return False
-    return False
-
-
 def _why_not(module: Any) -> str | None:
     """Why this model's loss is left alone; None where it is one that we have."""
-    if not _uses_loss_function(type(module)):
+    if not uses_loss_function(type(module)):
         return f"{type(module).__name__}.forward computes its loss itself, if any"
     loss = module.loss_function
     if _fused(loss) is None:

@@ -59,6 +59,8 @@ class Record:
     """Inside ``handle.disabled()``."""
     off: set[str] = field(default_factory=set)
     """Names of the parts that are switched off by themselves; the empty one of a single delta."""
+    once: tuple[Site, ...] = ()
+    """The places that there were before one was taken out, in their order; none before that."""
     weights: dict[str, float] = field(default_factory=dict)
     """Part → how many times what it adds is added, where that is not once."""
     history: list[dict[str, Any]] = field(default_factory=list)

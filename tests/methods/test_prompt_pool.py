@@ -92,15 +92,29 @@ def test_the_term_joins_whatever_loss_the_model_returns() -> None:
     model.bert(IDS)  # a pass in training that no loss came of
     torch.testing.assert_close(model.eval()(**inputs).loss, plain)
     model.train()
-    halves = [{k: v[:2] for k, v in inputs.items()}, {k: v[2:] for k, v in inputs.items()}]
-    shares = torch.stack(
-        [_added(model, rows | {"num_items_in_batch": torch.tensor(3)}) for rows in halves]
-    )
-    alone = torch.stack([_added(model, rows) for rows in halves])
-    torch.testing.assert_close(shares, alone * torch.tensor([2 / 3, 1 / 3]))
     logits = model(input_ids=IDS).logits
     assert logits.requires_grad  # without a loss, nothing joins, and the term is there to be asked
     assert deltaops.auxiliary_loss(model).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("gpt2", "LMHeadModel"), ("bert", "ForMaskedLM"), ("bert", "ForSequenceClassification")],
+)
+def test_the_term_is_scaled_as_the_loss_of_a_micro_batch_is(kind: str, head: str) -> None:
+    """Whether that takes notice of the step's labels, and whichever it counts."""
+    model: Any = build(kind, head=head)
+    pooled(model)
+    model.train()
+    labels = LABELS if head.endswith("Classification") else IDS.masked_fill(MASK == 0, -100)
+    items = {"num_items_in_batch": torch.tensor(11)}
+    for rows in (slice(2), slice(2, 3)):
+        inputs = {"input_ids": IDS[rows], "attention_mask": MASK[rows], "labels": labels[rows]}
+        found = _added(model, inputs | items)
+        model.eval()
+        share = (model(**inputs, **items).loss / model(**inputs).loss).detach()
+        model.train()
+        torch.testing.assert_close(found, _added(model, inputs) * share)
 
 
 def _added(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from deltaops.errors import CheckpointError
+from deltaops import LoRA
+from deltaops.modules import FrozenLinear
 from deltaops.strategy import Controller, ShiftedSigmoid
 from deltaops.strategy.budget import sigmoid
+from deltaops.strategy.form import Form
+from deltaops.surgery import resize
 
-from .conftest import STEPS, Loop, bits, loss_of, same
+from .conftest import STEPS, Loop, attached, bits, loss_of, same, validation
 
 
 def made(loss: Any = loss_of) -> Controller:
@@ -86,14 +91,47 @@ def test_what_is_not_given_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-def test_places_that_were_taken_out_are_not_recalled(tmp_path: Path) -> None:
+def test_places_that_were_taken_out_are_recalled(tmp_path: Path) -> None:
     loop = Loop(made()).begin().train(3)
     loop.controller.save(tmp_path / "three")
+    saved, delta, places = copy.deepcopy(loop.saved()), loop.handle.delta, loop.handle.places
+    with torch.no_grad():
+        wanted = validation(loop.handle.model)
     loop.train(7)
-    with pytest.raises(CheckpointError, match="taken out do not come back"):
-        loop.controller.recall(tmp_path / "three")
+    assert loop.handle.places != places
     loop.controller.save(tmp_path / "seven")
+    loop.controller.recall(tmp_path / "three")
+    assert (loop.handle.delta, loop.handle.places) == (delta, places)
+    with torch.no_grad():
+        for key, parameter in loop.handle.named_parameters():
+            parameter.copy_(saved["parameters"][key])
+        assert validation(loop.handle.model) == wanted
+    held = [p for group in loop.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in loop.handle.parameters()}
     loop.controller.recall(tmp_path / "seven")
+    assert loop.handle.places != places
+    loop.controller.recall(tmp_path / "three")
+    loop.train(8)
+    loop.handle.revert()
+    assert [type(one) for one in (loop.handle.model.one, loop.handle.model.two)] == [nn.Linear] * 2
+
+
+def test_a_place_without_another_delta_comes_back() -> None:
+    handle = attached(LoRA(r=3, alpha=6, target_modules=["one", "two"]))
+    form, places, delta = Form.of(handle), handle.places, handle.delta
+    with torch.no_grad():
+        handle.model.one.lora_B["default"].weight.normal_()
+        values = {key: p.clone() for key, p in handle.named_parameters()}
+        wanted = validation(handle.model)
+        resize(handle, {"one": 0, "two": 2})
+        assert type(handle.model.one) is FrozenLinear
+        form.apply(handle, None)
+        for key, parameter in handle.named_parameters():
+            parameter.copy_(values[key])
+        assert validation(handle.model) == wanted
+    assert (handle.places, handle.delta) == (places, delta)
+    handle.revert()
+    assert type(handle.model.one) is nn.Linear
 
 
 def test_a_run_that_ends_before_the_choice_gives_every_place_its_own_scale() -> None:

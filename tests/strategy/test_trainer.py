@@ -27,6 +27,7 @@ from deltaops.strategy import (
     weigh,
 )
 from deltaops.strategy.controller import handle_on
+from deltaops.surgery import resize
 from deltaops.testing.architectures import build
 
 from .conftest import Watcher
@@ -132,10 +133,23 @@ def test_a_run_goes_on_from_each_checkpoint_to_the_same_bits(tmp_path: Path) -> 
         broken.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
 
 
-def test_the_best_checkpoint_comes_back_with_ranks_and_switches(tmp_path: Path) -> None:
+class TakeOut:
+    """Off one place, as budgets do."""
+
+    place = "transformer.h.0.mlp.c_fc"
+
+    def names(self) -> tuple[str, ...]:
+        return ("lora",)
+
+    def __call__(self, run: Run, reason: str) -> list[Action]:
+        resize(run.handle, {self.place: 0}, part="lora", optimizer=run.optimizer)
+        return [Action("take out", "lora", reason, self.place)]
+
+
+def test_the_best_checkpoint_comes_back_with_places_ranks_and_switches(tmp_path: Path) -> None:
     """A bias that is off at the end has left its place to the base's, which stays as it is."""
     grown = grow("lora", places=["transformer.h.0.attn.c_attn"])
-    controller = Controller([Policy(When(at(2), [grown, disable("bitfit")]))])
+    controller = Controller([Policy(When(at(2), [grown, TakeOut(), disable("bitfit")]))])
     run = trainer(
         tmp_path, controller, max_steps=2, save_strategy="steps", save_steps=1,
         eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
@@ -146,7 +160,9 @@ def test_the_best_checkpoint_comes_back_with_ranks_and_switches(tmp_path: Path) 
         base = {key: value.clone() for key, value in run.model.state_dict().items()}
     run.train()
     assert run.state.best_global_step == 1
-    assert [event["kind"] for event in handle.history] == ["grow", "disable", "roll back"]
+    assert [event["kind"] for event in handle.history] == [
+        "grow", "take out", "disable", "roll back",
+    ]  # fmt: skip
     assert handle.enabled == ("lora", "bitfit")
     wanted = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     found = run.model.state_dict()
