@@ -20,6 +20,7 @@ from pathlib import Path
 from .objects import Say, Unit, compile_all, link
 from .toolchain import (
     FFI_HEADERS,
+    BuildFailure,
     Compiler,
     CudaToolkit,
     machine,
@@ -65,9 +66,19 @@ class Build:
 
 
 def jobs() -> int:
-    """How many compilers run at once: $DELTAOPS_JOBS, else one per processor we may use."""
+    """How many compilers run at once: $DELTAOPS_JOBS, else one per processor we may use.
+
+    Raises: BuildFailure for anything but a whole number from 1 on.
+    """
     asked = os.environ.get("DELTAOPS_JOBS", "")
-    return max(1, int(asked)) if asked.isdigit() else len(os.sched_getaffinity(0))
+    if not asked:
+        return len(os.sched_getaffinity(0))
+    if not (asked.isascii() and asked.isdigit() and int(asked)):
+        raise BuildFailure(
+            f"DELTAOPS_JOBS must be a whole number from 1 on, got {asked!r}. "
+            "Unset it for one compiler per processor."
+        )
+    return int(asked)
 
 
 def cpu_units(compiler: Compiler) -> list[Unit]:

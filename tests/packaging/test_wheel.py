@@ -206,3 +206,18 @@ def test_jax_asked_for_without_jaxlib_stops(tmp_path: Path) -> None:
     ):
         done = run(sys.executable, "-c", code, cwd=ROOT, DELTAOPS_JAX=wish)
         assert done.stdout.startswith(said), done.stdout + done.stderr
+
+
+def test_jobs_that_are_no_number_stop_the_build() -> None:
+    code = (
+        "from buildtools import recipe, toolchain\n"
+        "try:\n    print(recipe.jobs())\n"
+        "except toolchain.BuildFailure as failure:\n    print(failure)\n"
+    )
+    for wish, said in (
+        ("3", "3\n"),
+        ("0", "DELTAOPS_JOBS must be a whole number from 1 on, got '0'."),
+        ("many", "DELTAOPS_JOBS must be a whole number from 1 on, got 'many'."),
+    ):
+        done = run(sys.executable, "-c", code, cwd=ROOT, DELTAOPS_JOBS=wish)
+        assert done.stdout.startswith(said), done.stdout + done.stderr
