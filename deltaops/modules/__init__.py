@@ -52,6 +52,7 @@ from .kronecker import KroneckerSum, start_rule, start_sum
 from .linear import DeltaLinear, FrozenLinear
 from .loss_share import uses_loss_function
 from .norm import BiasedNorm, allow_bias, disallow_bias, is_norm, lacks_bias
+from .own_loss import OwnLossModel, computes_own_loss
 from .place import (
     UNFROZEN,
     DeltaPlace,
@@ -144,6 +145,7 @@ __all__ = [
     "KroneckerSum",
     "LinearPlace",
     "LoraSettings",
+    "OwnLossModel",
     "PooledPrompts",
     "PrefixEncoder",
     "Program",
@@ -171,6 +173,7 @@ __all__ = [
     "become_experts",
     "become_router",
     "check_attention",
+    "computes_own_loss",
     "copies",
     "delta_class",
     "disallow_bias",

@@ -22,6 +22,7 @@ from deltaops.modules import (
     BiasedNorm,
     Block,
     GatedMlpBlock,
+    OwnLossModel,
     Program,
     RmsNormBlock,
     activation_of,
@@ -57,7 +58,7 @@ def restore_blocks(model: nn.Module) -> None:
 def block_rows(model: nn.Module, tokens: int) -> Iterator[tuple[str, str, str, str]]:
     """A report's rows of blocks: path, kind, what runs it, why."""
     for path, module in model.named_modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block) and not isinstance(module, OwnLossModel):  # a row of losses
             yield path, module.kind, *module.told(tokens)
 
 

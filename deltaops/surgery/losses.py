@@ -3,8 +3,9 @@
 transformers' models compute their loss by ``self.loss_function``, a property that can be set. Where
 it is transformers' own loss of a causal or masked language model, one that gives the same number
 from :func:`deltaops.ops.cross_entropy` is set instead: the logits are not converted to float32, and
-their log-softmax is not kept. Models that compute their loss inside ``forward`` are left alone, and
-so is a loss of the user's; the report says so.
+their log-softmax is not kept. Language models that compute their loss inside ``forward``, as BERT
+and T5 do, become an :class:`~deltaops.modules.OwnLossModel`. The report says of a loss of the user's
+that it is left alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from deltaops.backends import CrossEntropyCall
 from deltaops.dispatch import LAST_RESORT, explain_call, select
-from deltaops.modules import uses_loss_function
+from deltaops.modules import Block, OwnLossModel, computes_own_loss, uses_loss_function
 from deltaops.ops import cross_entropy
 
 _LEFT_ALONE = "_deltaops_loss_left_alone"
@@ -128,6 +129,11 @@ def swap_losses(model: nn.Module, backend: str, strict: bool, *, tell: bool = Tr
     found = False
     for module in _language_models(model):
         found = True
+        if _counts_itself(module):
+            module.__dict__.update(backend=backend, strict=strict)
+            base = module.base_class if isinstance(module, Block) else type(module)
+            module.__class__ = OwnLossModel.over(base, backend, strict)
+            continue
         current = vars(module).get("_loss_function")
         ours: Callable[..., Tensor] | None = current.func if _is_ours(current) else None
         reason = None if ours else _why_not(module)
@@ -148,6 +154,10 @@ def restore_losses(model: nn.Module) -> None:
     """Undo :func:`swap_losses`; what it did not touch stays."""
     for module in model.modules():
         module.__dict__.pop(_LEFT_ALONE, None)
+        if isinstance(module, OwnLossModel):
+            module.__class__ = module.base_class  # type: ignore[assignment]  # its class of before
+            del module.backend, module.strict
+            continue
         current = vars(module).get("_loss_function")
         if _is_ours(current):
             del module._loss_function
@@ -166,6 +176,8 @@ def loss_rows(model: nn.Module, tokens: int) -> Iterator[tuple[str, str, str, st
             told = explain_call(call, settings["backend"])
             eager = told.chosen == LAST_RESORT and settings["backend"] != LAST_RESORT
             yield name, "loss", "torch" if eager else told.chosen or "none", told.reason
+        elif isinstance(module, OwnLossModel):
+            yield name, module.kind, *module.told(tokens)
         elif _LEFT_ALONE in vars(module):
             yield name, "left alone", "torch", vars(module)[_LEFT_ALONE]
 
@@ -183,10 +195,17 @@ def _language_models(model: nn.Module) -> Iterator[Any]:
             inside.update(id(m) for m in module.modules())
 
 
+def _counts_itself(module: Any) -> bool:
+    """Whether it is, or can become, an :class:`~deltaops.modules.OwnLossModel`."""
+    if isinstance(module, OwnLossModel):
+        return True
+    return not uses_loss_function(type(module)) and computes_own_loss(module)
+
+
 def _why_not(module: Any) -> str | None:
     """Why this model's loss is left alone; None where it is one that we have."""
     if not uses_loss_function(type(module)):
-        return f"{type(module).__name__}.forward computes its loss itself, if any"
+        return f"{type(module).__name__}.forward computes its loss itself, if any, behind no head"
     loss = module.loss_function
     if _fused(loss) is None:
         name = getattr(loss, "__qualname__", type(loss).__name__)

@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def masked() -> nn.Module:
-    """A masked language model; BERT's own computes its loss inside ``forward``."""
+    """A masked language model; for BERT's, which computes its loss itself, see test_own_loss."""
     from transformers import EuroBertConfig, EuroBertForMaskedLM
 
     config = EuroBertConfig(
@@ -244,7 +244,6 @@ def test_a_users_loss_is_left_alone(tiny: Callable[..., Any]) -> None:
     ("kind", "reason"),
     [
         ("bert", "BertForSequenceClassification.forward computes its loss itself"),
-        ("t5", "T5ForConditionalGeneration.forward computes its loss itself"),
         ("vit", "its loss is ForSequenceClassificationLoss, not transformers' own of a language"),
     ],
 )
