@@ -418,7 +418,7 @@ deltaops_status check(const GatedForwardArgs *args) {
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
   activation_kind(&c, args->activation);
   c.rows_of("gate", args->gate, "[M, K]", M, K, -1);
-  c.rows_of("up", args->up, "[M, K] with M and K from gate", M, K, dtype);
+  if (args->up.data) c.rows_of("up", args->up, "[M, K] with M and K from gate", M, K, dtype);
   c.output("y", args->y, "[M, K] with M and K from gate", M, K, dtype);
   c.work(M, 0, K, 0);
   return c.disjoint();
@@ -436,8 +436,9 @@ deltaops_status check(const GatedBackwardArgs *args) {
   c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
   c.rows_of("gate", args->gate, "[M, K] with M and K from grad_y", M, K, dtype);
   if (args->grad_gate.data) {
-    c.rows_of("up (needed for grad_gate)", args->up, "[M, K] with M and K from grad_y", M, K,
-              dtype);
+    if (args->up.data || args->grad_up.data)  // with neither it is the activation alone
+      c.rows_of("up (needed for grad_gate)", args->up, "[M, K] with M and K from grad_y", M, K,
+                dtype);
     c.output("grad_gate", args->grad_gate, "[M, K] with M and K from grad_y", M, K, dtype);
   }
   if (args->grad_up.data)

@@ -2,6 +2,8 @@
  *
  *     y = act(g) u,    dg = dy u act'(g),    du = dy act(g)
  *
+ * Without u, NULL then, it is the activation alone: y = act(g), dg = dy act'(g).
+ *
  * Bound by memory: forward reads g and u and writes y once, backward reads dy, g and u and writes
  * dg and du once, with one exponential for the value and the slope together. A row belongs to one
  * thread, so the bits are the same for any team.
@@ -59,11 +61,11 @@ DELTAOPS_INLINE void gated_row(const float *g, const float *u, int64_t K, float 
   each_vector(K, [&](int64_t k, int64_t count) {
     VecF unused;  // costs nothing: the compiler drops it
     const VecF value = activate_and_slope<kind>(load_lanes(g + k, count), &unused);
-    store_lanes(y + k, value * load_lanes(u + k, count), count);
+    store_lanes(y + k, u ? value * load_lanes(u + k, count) : value, count);
   });
 }
 
-/* dg and du may be NULL where they are not wanted; u is read for dg alone. */
+/* dg and du may be NULL where they are not wanted; u is read for dg only. */
 template <int kind>
 DELTAOPS_INLINE void gated_row_backward(const float *dy, const float *g, const float *u, int64_t K,
                                         float *dg, float *du) {
@@ -71,7 +73,7 @@ DELTAOPS_INLINE void gated_row_backward(const float *dy, const float *g, const f
     VecF slope;
     const VecF value = activate_and_slope<kind>(load_lanes(g + k, count), &slope);
     const VecF d = load_lanes(dy + k, count);
-    if (dg) store_lanes(dg + k, d * load_lanes(u + k, count) * slope, count);
+    if (dg) store_lanes(dg + k, (u ? d * load_lanes(u + k, count) : d) * slope, count);
     if (du) store_lanes(du + k, d * value, count);
   });
 }
@@ -94,8 +96,8 @@ DELTAOPS_INLINE void gated_row(const Bf16 *g, const Bf16 *u, int64_t K, Bf16 *y)
   for (int64_t k = 0; k < K; k += kPiece) {
     const int64_t count = least(kPiece, K - k);
     widen_piece(g + k, count, a);
-    widen_piece(u + k, count, b);
-    gated_row<kind>(a, b, round_up(count, kLanes), a);
+    if (u) widen_piece(u + k, count, b);
+    gated_row<kind>(a, u ? b : nullptr, round_up(count, kLanes), a);
     narrow_piece(a, count, y + k);
   }
 }
@@ -108,8 +110,9 @@ DELTAOPS_INLINE void gated_row_backward(const Bf16 *dy, const Bf16 *g, const Bf1
     const int64_t count = least(kPiece, K - k);
     widen_piece(dy + k, count, a);
     widen_piece(g + k, count, b);
-    if (dg) widen_piece(u + k, count, c);
-    gated_row_backward<kind>(a, b, c, round_up(count, kLanes), dg ? c : nullptr, du ? a : nullptr);
+    if (dg && u) widen_piece(u + k, count, c);
+    gated_row_backward<kind>(a, b, u ? c : nullptr, round_up(count, kLanes), dg ? c : nullptr,
+                             du ? a : nullptr);
     if (dg) narrow_piece(c, count, dg + k);
     if (du) narrow_piece(a, count, du + k);
   }
@@ -120,8 +123,8 @@ void gated_forward_as(const GatedForwardArgs &args) {
   const int64_t M = args.gate.rows, K = args.gate.cols;
   with_activation(args.activation, [&](auto kind) {
     each_row_of(M, K, args.num_threads, 8, [&](int64_t m) {
-      gated_row<decltype(kind)::value>(row_of<const T>(args.gate, m), row_of<const T>(args.up, m),
-                                       K, row_of<T>(args.y, m));
+      const T *up = args.up.data ? row_of<const T>(args.up, m) : nullptr;
+      gated_row<decltype(kind)::value>(row_of<const T>(args.gate, m), up, K, row_of<T>(args.y, m));
     });
   });
 }
@@ -134,7 +137,7 @@ void gated_backward_as(const GatedBackwardArgs &args) {
       const bool want_gate = args.grad_gate.data, want_up = args.grad_up.data;
       gated_row_backward<decltype(kind)::value>(
           row_of<const T>(args.grad_y, m), row_of<const T>(args.gate, m),
-          want_gate ? row_of<const T>(args.up, m) : nullptr, K,
+          want_gate && args.up.data ? row_of<const T>(args.up, m) : nullptr, K,
           want_gate ? row_of<T>(args.grad_gate, m) : nullptr,
           want_up ? row_of<T>(args.grad_up, m) : nullptr);
     });

@@ -238,7 +238,7 @@ class CrossEntropyBackend(Backend, Protocol):
 class GatedBackend(Backend, Protocol):
     """One that also has ``gated``. gate and up come flattened, ``[M, K]``."""
 
-    def gated_forward(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    def gated_forward(self, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
         """``y [M, K]``; see :mod:`deltaops.reference.gated`."""
 
     def gated_backward(

@@ -175,6 +175,8 @@ class GatedCall(NamedTuple):
     m: int
     k: int
     activation: str
+    alone: bool = False
+    """Without ``up``: the activation, and no product."""
 
     @property
     def op(self) -> str:
@@ -184,7 +186,8 @@ class GatedCall(NamedTuple):
     @property
     def title(self) -> str:
         """One line for people."""
-        return f"gated {self.activation} M={self.m} K={self.k} {self.dtype} on {self.device}"
+        alone = " alone" if self.alone else ""
+        return f"gated {self.activation}{alone} M={self.m} K={self.k} {self.dtype} on {self.device}"
 
 
 class RotaryCall(NamedTuple):

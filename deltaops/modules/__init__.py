@@ -7,7 +7,14 @@ from .adapter import AdapterSettings, Bottleneck, near_zero
 from .around import Relay
 from .attention_block import AttentionBlock
 from .attention_functions import stand_ins
-from .block import Block, GatedMlpBlock, RmsNormBlock, activation_of
+from .block import (
+    ActivationBlock,
+    Block,
+    GatedMlpBlock,
+    RmsNormBlock,
+    activation_of,
+    named_activation,
+)
 from .decoded_adapter import (
     DecodedAdapters,
     DecodedBottleneck,
@@ -122,6 +129,7 @@ __all__ = [
     "STATES",
     "TEMPERATURE",
     "UNFROZEN",
+    "ActivationBlock",
     "AdapterSettings",
     "AttentionBlock",
     "BiasedNorm",
@@ -198,6 +206,7 @@ __all__ = [
     "join_encoder",
     "know_tables",
     "lacks_bias",
+    "named_activation",
     "near_zero",
     "no_autocast",
     "nonzero",

@@ -1,4 +1,6 @@
-"""Modules of transformers between the linear layers that run as one op: RMSNorm, the gated MLP.
+"""Modules of transformers between the linear layers that run as one op.
+
+RMSNorm, the gated MLP, and the GELU of a plain one.
 
 Surgery swaps ``__class__`` for a subclass of the module's own, so parameters, names, hooks and
 ``isinstance`` stay what they were. What no fused backend takes, and what is compiled (the compiler
@@ -19,6 +21,9 @@ from deltaops.ops.paths import PLAIN
 
 from .replicas import refuse_replicas
 from .sharing import sharing
+
+SMALL = 1 << 16
+"""Elements below which an activation alone stays torch's: an autograd.Function costs more."""
 
 _ACTIVATIONS = {
     (nn.ReLU.__module__, "ReLU"): "relu",
@@ -141,11 +146,47 @@ class GatedMlpBlock(Block):
         return out
 
 
+class ActivationBlock(Block):
+    """GELU, by erf or by tanh; some of transformers' are eight steps of eager torch."""
+
+    kind = "activation"
+
+    def told_beside(self, parent: nn.Module, tokens: int) -> tuple[str, str]:
+        """As ``told``, in the dtype of the weights of the module around it: it has none itself."""
+        weight = next(parent.parameters(), torch.empty(1, 1))
+        columns = max(weight.shape)
+        if tokens * columns < SMALL:
+            return "torch", f"fewer than {SMALL} elements: an autograd.Function would cost more"
+        return told(self._call(weight, tokens, columns), self.backend)
+
+    def _call(self, like: Tensor, rows: int, columns: int) -> GatedCall:
+        name = named_activation(self) or ""
+        return GatedCall(like.device.type, like.dtype, rows, columns, name, alone=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.gated`."""
+        elements = x.numel()
+        if elements >= SMALL and plain(x):
+            call = self._call(x, elements // x.shape[-1], x.shape[-1])
+            if takes(call, self.backend, self.strict):
+                return gated(x, None, call.activation, backend=self.backend, strict=self.strict)
+        out: Tensor = super().forward(x)
+        return out
+
+
+def named_activation(module: nn.Module) -> str | None:
+    """The op's name for an activation module; None for another."""
+    kind = module.base_class if isinstance(module, Block) else type(module)
+    if kind is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return _ACTIVATIONS.get((kind.__module__, kind.__name__))
+
+
 def activation_of(module: nn.Module) -> str | None:
-    """The op's name for an activation module; None for another, and for one that has hooks."""
+    """As :func:`named_activation`, but None for one that has hooks: then it has to be called."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return None
-    return _ACTIVATIONS.get((type(module).__module__, type(module).__name__))
+    return named_activation(module)
 
 
 def plain(*tensors: Tensor) -> bool:

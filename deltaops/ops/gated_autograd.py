@@ -19,11 +19,11 @@ from .paths import shaped
 from .registered import register
 
 
-def call_of(gate: Tensor, activation: str) -> GatedCall:
+def call_of(gate: Tensor, up: Tensor | None, activation: str) -> GatedCall:
     """The call of these tensors; gate ``[..., K]``."""
     k = gate.shape[-1]
     device = "cpu" if gate.is_cpu else gate.device.type
-    return GatedCall(device, gate.dtype, gate.numel() // k, k, activation)
+    return GatedCall(device, gate.dtype, gate.numel() // k, k, activation, up is None)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -36,8 +36,10 @@ def _like(rows: Tensor, gate: Tensor) -> Tensor:
     return shaped(rows.contiguous(), gate.shape)
 
 
-def run_forward(gate: Tensor, up: Tensor, activation: str, runner: Backend) -> Tensor:
-    y = cast(GatedBackend, runner).gated_forward(_rows(gate), _rows(up), activation)
+def run_forward(gate: Tensor, up: Tensor | None, activation: str, runner: Backend) -> Tensor:
+    y = cast(GatedBackend, runner).gated_forward(
+        _rows(gate), None if up is None else _rows(up), activation
+    )
     return _like(y, gate)
 
 
@@ -59,7 +61,9 @@ class GatedFunction(torch.autograd.Function):
     """The eager path."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, runner: Backend) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor | None, activation: str, runner: Backend
+    ) -> Tensor:
         ctx.save_for_backward(gate, up if ctx.needs_input_grad[0] else None)
         ctx.settings = activation, runner
         return run_forward(gate, up, activation, runner)
@@ -77,8 +81,8 @@ class GatedFunction(torch.autograd.Function):
 # --------------------------------------------------------------------------------- registered op
 
 
-def _op_forward(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
-    return run_forward(gate, up, activation, select(call_of(gate, activation), backend))
+def _op_forward(gate: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
+    return run_forward(gate, up, activation, select(call_of(gate, up, activation), backend))
 
 
 def _op_backward(
@@ -89,11 +93,12 @@ def _op_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    runner = select(call_of(gate, activation), backend)
+    alone = up is None and not needs[1]  # else it was not kept: nobody wants a gradient of gate
+    runner = select(call_of(gate, None if alone else gate, activation), backend)
     return run_backward(grad_y, gate, up, activation, needs, runner)
 
 
-def _fake_forward(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
+def _fake_forward(gate: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
@@ -123,7 +128,7 @@ def _op_autograd(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 
 
 register(
-    "gated(Tensor gate, Tensor up, str activation, str backend) -> Tensor",
+    "gated(Tensor gate, Tensor? up, str activation, str backend) -> Tensor",
     "gated_backward(Tensor grad_y, Tensor gate, Tensor? up, str activation, bool[] needs, "
     "str backend) -> Tensor[]",
     forward=_op_forward,

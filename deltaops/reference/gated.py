@@ -2,8 +2,9 @@
 
     y = φ(gate) · up,    dgate = dy · up · φ'(gate),    dup = dy · φ(gate)
 
-gate, up, y [M,K]; φ is silu in Llama's SwiGLU, gelu in GEGLU. Element by element, nothing else is
-kept. Computed in float32 at least and rounded once: eager torch rounds φ(gate) too.
+Without up it is the activation alone, y = φ(gate). gate, up, y [M,K]; φ is silu in Llama's SwiGLU,
+gelu in GEGLU. Element by element, nothing else is kept. Computed in float32 at least and rounded
+once: eager torch rounds φ(gate) too.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 from .activation import activate, activate_slope
 
 
-def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """``y [M, K]`` in the dtype of ``gate``."""
     work = torch.promote_types(gate.dtype, torch.float32)
-    return (activate(activation, gate.to(work)) * up.to(work)).to(gate.dtype)
+    y = activate(activation, gate.to(work))
+    return (y if up is None else y * up.to(work)).to(gate.dtype)
 
 
 def backward(
@@ -27,15 +29,16 @@ def backward(
 ) -> list[Tensor]:
     """The wanted ones of ``[grad_gate, grad_up]``, in the dtype of ``gate``.
 
-    ``up`` may be None when only ``grad_up`` is wanted.
+    ``up`` may be None when only ``grad_up`` is wanted, or where there was none.
     """
     work = torch.promote_types(gate.dtype, torch.float32)
     grad, h = grad_y.to(work), gate.to(work)
     grads = []
     if needs[0]:
-        if up is None:
+        if up is None and needs[1]:
             raise ValueError("grad_gate needs up")
-        grads.append((grad * up.to(work) * activate_slope(activation, h)).to(gate.dtype))
+        scaled = grad if up is None else grad * up.to(work)
+        grads.append((scaled * activate_slope(activation, h)).to(gate.dtype))
     if needs[1]:
         grads.append((grad * activate(activation, h)).to(gate.dtype))
     return grads

@@ -18,6 +18,7 @@ from torch import nn
 
 from deltaops.modules import (
     APART,
+    ActivationBlock,
     AttentionBlock,
     BiasedNorm,
     Block,
@@ -26,6 +27,7 @@ from deltaops.modules import (
     Program,
     RmsNormBlock,
     activation_of,
+    named_activation,
     program_of,
     stand_ins,
 )
@@ -35,10 +37,13 @@ from deltaops.reference.norm_bias import forward as norm_bias
 
 def swap_blocks(model: nn.Module, backend: str, strict: bool) -> None:
     """Let every block of ``model`` that we know run on its op; again, for other settings."""
+    within: set[nn.Module] = set()
     for module in model.modules():
         mixin = _mixin(module)
-        if mixin is None:
+        if mixin is None or module in within:
             continue
+        if mixin is GatedMlpBlock:
+            within.add(module.act_fn)  # type: ignore[arg-type]  # a module; the block computes it
         base = module.base_class if isinstance(module, Block) else type(module)
         module.__dict__["backend"] = backend
         module.__dict__["strict"] = strict
@@ -58,7 +63,10 @@ def restore_blocks(model: nn.Module) -> None:
 def block_rows(model: nn.Module, tokens: int) -> Iterator[tuple[str, str, str, str]]:
     """A report's rows of blocks: path, kind, what runs it, why."""
     for path, module in model.named_modules():
-        if isinstance(module, Block) and not isinstance(module, OwnLossModel):  # a row of losses
+        if isinstance(module, ActivationBlock):
+            parent = model.get_submodule(path.rpartition(".")[0])
+            yield path, module.kind, *module.told_beside(parent, tokens)
+        elif isinstance(module, Block) and not isinstance(module, OwnLossModel):  # a row of losses
             yield path, module.kind, *module.told(tokens)
 
 
@@ -73,6 +81,8 @@ def _mixin(module: Any) -> type[Block] | None:
     kind = module.base_class if isinstance(module, Block) else type(module)
     if "forward" in module.__dict__ or "transformers.modeling_utils" not in sys.modules:
         return otherwise  # its forward is replaced already, or nothing here is of transformers
+    if named_activation(module) in ("gelu", "gelu_tanh"):
+        return ActivationBlock
     forward = kind.forward
     program = program_of(forward)
     if program is None:

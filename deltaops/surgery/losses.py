@@ -4,8 +4,8 @@ transformers' models compute their loss by ``self.loss_function``, a property th
 it is transformers' own loss of a causal or masked language model, one that gives the same number
 from :func:`deltaops.ops.cross_entropy` is set instead: the logits are not converted to float32, and
 their log-softmax is not kept. Language models that compute their loss inside ``forward``, as BERT
-and T5 do, become an :class:`~deltaops.modules.OwnLossModel`. The report says of a loss of the user's
-that it is left alone.
+and T5 do, become an :class:`~deltaops.modules.OwnLossModel`. A loss of the user's is left alone, as
+the report says.
 """
 
 from __future__ import annotations

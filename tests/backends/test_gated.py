@@ -141,6 +141,33 @@ def test_halves_of_a_merged_projection_are_not_copied(monkeypatch: pytest.Monkey
 
 
 @every
+@activations
+@dtypes
+@pytest.mark.parametrize("k", [1, 37, 600])
+def test_an_activation_alone_is_one_times_it(
+    backend: str, activation: str, dtype: torch.dtype, k: int
+) -> None:
+    gate, up = GatedCase(19, k, layout="merged").tensors(dtype)
+    run, ones = named(backend), torch.ones_like(up)
+    if run.unsupported(ON_CPU._replace(alone=True)):
+        pytest.skip("it has none, and says so")
+    y = run.gated_forward(gate, None, activation)
+    assert torch.equal(y, run.gated_forward(gate, ones, activation))
+    assert_accurate(
+        y,
+        reference.forward(gate.double(), None, activation),
+        reference.forward(gate, None, activation),
+        "y",
+    )
+    grad_y = GatedCase(19, k).grad_y(dtype)
+    (got,) = run.gated_backward(grad_y, gate, None, activation, [True, False])
+    assert torch.equal(got, run.gated_backward(grad_y, gate, ones, activation, [True, False])[0])
+    (want,) = reference.backward(grad_y.double(), gate.double(), None, activation, [True, False])
+    (low,) = reference.backward(grad_y, gate, None, activation, [True, False])
+    assert_accurate(got, want, low, "grad_gate")
+
+
+@every
 @dtypes
 @pytest.mark.parametrize("wanted", range(2), ids=["gate", "up"])
 def test_each_gradient_alone(backend: str, wanted: int, dtype: torch.dtype) -> None:

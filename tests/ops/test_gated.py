@@ -45,6 +45,20 @@ def test_equals_eager_torch(layout: str) -> None:
 def test_gradcheck(activation: str) -> None:
     leaves = trainable(GatedCase(4, 5), torch.float64)
     assert torch.autograd.gradcheck(lambda *t: gated(*t, activation), leaves)
+    assert torch.autograd.gradcheck(lambda t: gated(t, None, activation), leaves[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["cpu", "reference"])
+def test_without_up_it_is_the_activation(dtype: torch.dtype) -> None:
+    leaf = trainable(GatedCase(6, 12, layout="merged"), dtype)[0]
+    want = silu(leaf)
+    (grad,) = torch.autograd.grad(want.square().sum(), leaf)
+    backend = "cpu" if dtype == torch.float32 else "reference"
+    for y in (gated(leaf, None), torch.ops.deltaops.gated(leaf, None, "silu", backend)):
+        torch.testing.assert_close(y, want)
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaf)[0], grad)
+    opcheck(torch.ops.deltaops.gated, (leaf, None, "silu", backend))
+    torch.testing.assert_close(torch.vmap(lambda g: gated(g, None))(leaf), want)
 
 
 def test_through_one_merged_projection() -> None:
@@ -184,9 +198,10 @@ def test_dispatch_says_why() -> None:
     with pytest.raises(NoBackendError, match="strict=True"):
         gated(wide, wide, strict=True)
     assert gated(X, X, strict=True).shape == (4, 12)
-    call = call_of(X, "silu")
+    call = call_of(X, X, "silu")
     assert str(explain_call(call)).startswith("gated silu M=4 K=12 torch.float32 on cpu → cpu")
-    assert explain_call(call_of(X.half(), "silu")).chosen == "reference"
+    assert explain_call(call_of(X.half(), X.half(), "silu")).chosen == "reference"
+    assert str(explain_call(call_of(X, None, "gelu"))).startswith("gated gelu alone M=4")
     on_gpu, triton = call._replace(device="cuda"), registered()["triton"]
     assert triton.unsupported(on_gpu) is None
     assert "not torch.float64" in str(triton.unsupported(on_gpu._replace(dtype=torch.float64)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import deltaops
 from deltaops import LoRA
 from deltaops.errors import NoBackendError
-from deltaops.modules import Block, GatedMlpBlock, RmsNormBlock
+from deltaops.modules import ActivationBlock, Block, GatedMlpBlock, RmsNormBlock, block
 from deltaops.surgery import blocks
 
 from .families import answer, kinds, model_of, rows
@@ -39,7 +39,7 @@ ALL = ["AttentionBlock", "GatedMlpBlock", "RmsNormBlock"]
         ("Qwen2", ALL),
         ("Phi3", ["AttentionBlock", "RmsNormBlock"]),  # gate and up are one projection
         ("Gemma", ["AttentionBlock", "GatedMlpBlock"]),  # its norm multiplies by 1 + weight
-        ("GPTNeoX", ["AttentionBlock"]),
+        ("GPTNeoX", ["ActivationBlock", "AttentionBlock"]),
     ],
 )
 def test_families_by_their_programs(name: str, expected: list[str]) -> None:
@@ -134,6 +134,52 @@ def test_hooks_on_the_activation_still_fire() -> None:
     handle.remove()
     torch.testing.assert_close(answer(model)[0], want)
     assert len(seen) == 1
+
+
+def mlp(name: str) -> nn.Module:
+    """A model whose MLP has a GELU between two layers, and three linear layers in a row."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+    if name == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=2))
+    config = BertConfig(
+        vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=40, hidden_act="gelu" if name == "bert" else "gelu_pytorch_tanh",
+    )  # fmt: skip
+    return BertModel(config)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-tanh", "gpt2"])
+def test_an_activation_between_two_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "SMALL", 1)
+    model = mlp(name).eval()
+    plain = copy.deepcopy(model)
+    handle = deltaops.attach(model, LoRA(r=4))
+    (first, second) = rows(model, "activation")
+    assert (first.backend, first.reason) == ("cpu", "fused by cpu")
+    assert "LoRA" not in second.kind
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    for each in (plain, copy.deepcopy(model)):
+        torch.testing.assert_close(each(ids)[0], model(ids)[0], rtol=1e-4, atol=1e-5)
+    calls: list[str] = []
+    act = next(m for m in model.modules() if isinstance(m, ActivationBlock))
+    x = torch.randn(3, 40, requires_grad=True)
+    real = block.gated
+    monkeypatch.setattr(
+        block, "gated", lambda x, up, name, **more: calls.append(name) or real(x, up, name, **more)
+    )
+    got, want = act(x), act.base_class.forward(act, x)
+    assert calls == ["gelu" if name == "bert" else "gelu_tanh"]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), x), torch.autograd.grad(want.square().sum(), x)
+    )
+    monkeypatch.setattr(block, "SMALL", 1 << 20)
+    act(x)
+    assert len(calls) == 1
+    assert "fewer than 1048576 elements" in rows(model, "activation")[0].reason
+    handle.revert()
+    assert kinds(model) == []
 
 
 def test_what_is_not_known_is_left_alone() -> None:

@@ -10,9 +10,11 @@ from torch import Tensor
 from .core import ACTIVATIONS, DTYPES, as_rows, core, empty, pointer
 
 
-def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """See :class:`deltaops.backends.base.GatedBackend`."""
-    gate, up = as_rows(gate), as_rows(up)
+    gate = as_rows(gate)
+    if up is not None:
+        up = as_rows(up)
     m, k = gate.shape
     y = empty(m, k, gate.dtype)
     core().gated_forward(
@@ -21,8 +23,8 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         k,
         gate.data_ptr(),
         gate.stride(0),
-        up.data_ptr(),
-        up.stride(0),
+        pointer(up),
+        0 if up is None else up.stride(0),
         y.data_ptr(),
         ACTIVATIONS[activation],
         torch.get_num_threads(),

@@ -19,11 +19,13 @@ def unsupported(call: GatedCall) -> str | None:
     """None, or what the kernels do not take."""
     if call.dtype not in core.DTYPES:
         return f"takes float32, float16 and bfloat16, not {call.dtype}"
+    if call.alone:
+        return "has no kernel for an activation alone: torch's own is one pass, too"
     return f"takes at most {_MOST} columns, not {call.k}" if call.k > _MOST else None
 
 
-def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """See :class:`deltaops.backends.base.GatedBackend`."""
+def forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """See :class:`deltaops.backends.base.GatedBackend`; ``up`` is there."""
     y = torch.empty(torch.Size(gate.shape), dtype=gate.dtype, device=gate.device)
     if y.numel():
         with core.device_of(gate):
