@@ -274,7 +274,7 @@ def attend_with_prefix(
         settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **named}
         given = module, query, key, value, attention_mask
         backend = module.__dict__.get("backend")
-        if backend is None:
+        if backend is None or torch.compiler.is_compiling():  # as a block of ours has it then
             out: tuple[Tensor, Tensor | None] = theirs(*given, **settings)
             return out
         return attend(theirs, backend, module.__dict__.get("strict", False), *given, **settings)
