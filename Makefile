@@ -48,9 +48,10 @@ test: $(STAMP) ## the whole test suite
 	$(RUN)/pytest
 
 .PHONY: matrix
-matrix: $(STAMP) ## every method on every architecture by every property of the contract (long)
+matrix: $(STAMP) ## every method on every architecture, every pair of them, by every property (long)
 	$(RUN)/pytest --everything tests/methods/test_contract.py tests/methods/test_training.py \
-		tests/methods/test_distributed.py tests/methods/test_defaults.py tests/methods/test_files.py
+		tests/methods/test_distributed.py tests/methods/test_defaults.py tests/methods/test_files.py \
+		tests/methods/test_pairs.py
 
 .PHONY: check
 check: $(STAMP) ## format, lint, types, import rules: what CI runs besides the tests

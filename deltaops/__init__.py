@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         LoRA,
         ParallelAdapter,
         Prefix,
+        PrefixPool,
         Prompt,
         PromptPool,
     )
@@ -50,6 +51,7 @@ __all__ = [
     "LoRA",
     "ParallelAdapter",
     "Prefix",
+    "PrefixPool",
     "Prompt",
     "PromptPool",
     "__version__",
@@ -89,6 +91,7 @@ _HOMES = {
     "LoRA": "methods",
     "ParallelAdapter": "methods",
     "Prefix": "methods",
+    "PrefixPool": "methods",
     "Prompt": "methods",
     "PromptPool": "methods",
     "accelerate": "surgery",

@@ -7,7 +7,7 @@
     (IA)³            the output, or a feed-forward's inner activation, times a gain
     Compacter        Adapter, its matrices formed of their Kronecker factors
     IntrinsicAdapter Adapter, all parameters decoded once a pass
-    Prompt, PromptPool, Prefix, IntrinsicPrompt   see :mod:`.eager_tokens`
+    Prompt, PromptPool, Prefix, PrefixPool, IntrinsicPrompt   see :mod:`.eager_tokens`
 
 What is trained comes under the keys of ``handle.state()``, so that losses and gradients can be held
 to ours one by one. Adding a method is one function and one entry of :data:`EAGER`.
@@ -30,7 +30,7 @@ from deltaops.modules import STATES, DecodedAdapters, DecodedBottleneck
 from deltaops.surgery import Handle
 
 from .eager_decoded import Decoded, decoding
-from .eager_tokens import intrinsic_prompt, prefix, prompt, prompt_pool
+from .eager_tokens import intrinsic_prompt, prefix, prefix_pool, prompt, prompt_pool
 
 _DECODED = "eager_decoded"
 """In the ``__dict__`` of the model: its :class:`.eager_decoded.Decoded`."""
@@ -210,6 +210,7 @@ EAGER: dict[str, Callable[[nn.Module, Any, Site, Leaves, nn.Module], None]] = {
     "prefix": prefix,
     "prompt": prompt,
     "prompt-pool": prompt_pool,
+    "prefix-pool": prefix_pool,
     "intrinsic-prompt": intrinsic_prompt,
 }
 """Kind of a delta → what gives a place of the plain model its eager form: of the model, the delta,

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear, one_hot
 
 from deltaops.methods import Site
-from deltaops.methods.base import MODEL
-from deltaops.modules import PROMPTS, TEMPERATURE, PooledPrompts
+from deltaops.methods.base import MODEL, STACK
+from deltaops.modules import PREFIX_POOL, PROMPTS, TEMPERATURE, Pool, PooledPrompts
 
 from .eager_decoded import decoding
 
 _NAME = "deltaops_eager_prefix"
 _HELD = "eager_prefix"
 """In the ``__dict__`` of an attention: what returns its keys and values."""
+_CHOSEN = "eager_prefix_chosen"
+"""In the ``__dict__`` of the model: the rows that each sample of a pass chose ``[B, P]``."""
 _ROWS = "eager_prefix_rows"
 """In the ``__dict__`` of the model: its :class:`_Rows`."""
 
@@ -57,8 +59,20 @@ def prompt_pool(
     """As :func:`prompt`, of the prompts whose keys are nearest to a sample's mean embedding."""
     (pool,) = bound.get_submodule(PROMPTS).children()
     assert isinstance(pool, PooledPrompts)
-    prompts, keys = t["prompt_pool.prompts"], t["prompt_pool.keys"]
-    stack, term = model.get_submodule(site.path), list[Tensor]()
+    prompts, stack = t["prompt_pool.prompts"], model.get_submodule(site.path)
+    chosen = _chooser(model, stack, delta, pool, t["prompt_pool.keys"])
+
+    def choose(embeds: Tensor, mask: Tensor) -> Tensor:
+        return prompts[chosen(embeds, mask)].flatten(1, 2).to(embeds.dtype)
+
+    _lengthen(stack, choose)
+
+
+def _chooser(
+    model: nn.Module, stack: nn.Module, delta: Any, pool: Pool, keys: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What chooses ``[B, k]`` by embeddings and mask, and adds its term to the model's loss."""
+    term = list[Tensor]()
 
     def choose(embeds: Tensor, mask: Tensor) -> Tensor:
         wide = torch.promote_types(embeds.dtype, torch.float32)
@@ -72,7 +86,7 @@ def prompt_pool(
             pulled = (1 - cosines.gather(1, chosen)).mean()
             balance = delta.size * (shares * chances).sum() - 1
             term.append(delta.key_loss * pulled + delta.balance * balance)
-        return prompts[chosen].flatten(1, 2).to(embeds.dtype)
+        return chosen
 
     def join(module: nn.Module, args: Any, out: Any) -> Any:
         if not term:
@@ -82,8 +96,8 @@ def prompt_pool(
         out["loss"] = out["loss"] + term.pop()
         return out
 
-    _lengthen(stack, choose)
     model.register_forward_hook(join)
+    return choose
 
 
 def _lengthen(stack: nn.Module, made: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -119,6 +133,38 @@ def prefix(
         held[_HELD] = lambda: both
     else:
         held[_HELD] = model.__dict__[_ROWS].next(site)
+
+
+def prefix_pool(
+    model: nn.Module, delta: Any, site: Site, t: dict[str, nn.Parameter], bound: nn.Module
+) -> None:
+    """As :func:`prefix`, of those that the stack, which comes first, chose for each sample."""
+    if site.place != STACK:
+        _attend_by_name(model)
+        both = tuple(t.values())
+        held = model.__dict__[_CHOSEN]
+        model.get_submodule(site.path).__dict__[_HELD] = lambda: tuple(
+            _of_each(whole, held[0]) for whole in both
+        )
+        return
+    pool = bound.get_submodule(PREFIX_POOL)
+    assert isinstance(pool, Pool)
+    stack = model.get_submodule(site.path)
+    choose = _chooser(model, stack, delta, pool, t["prefix_pool.keys"])
+    chosen = model.__dict__[_CHOSEN] = list[Tensor]()
+
+    def begin(module: Any, args: Any, named: dict[str, Any]) -> None:
+        ids = args[0] if args else named["input_ids"]
+        items = choose(module.get_input_embeddings()(ids), named["attention_mask"])
+        positions = torch.arange(delta.length, device=items.device)
+        chosen[:] = [(items[..., None] * delta.length + positions).flatten(1)]
+
+    stack.register_forward_pre_hook(begin, with_kwargs=True)
+
+
+def _of_each(whole: Tensor, rows: Tensor) -> Tensor:
+    """``[Hkv, N·L, D]`` and ``[B, P]`` → ``[B, Hkv, P, D]``."""
+    return whole[:, rows].transpose(0, 1)
 
 
 class _Rows:
@@ -173,7 +219,7 @@ def _attend(
             for own, given in zip(held, (k, v), strict=True)
         )
         if attention_mask is not None:
-            seen = attention_mask.new_ones(*attention_mask.shape[:3], held[0].shape[1])
+            seen = attention_mask.new_ones(*attention_mask.shape[:3], held[0].shape[-2])
             attention_mask = torch.cat([seen, attention_mask], 3)
     run: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
     return run(module, q, k, v, attention_mask, **named)

@@ -12,6 +12,7 @@ from .ln_tuning import LNTuning
 from .lora import LoRA
 from .parallel_adapter import ParallelAdapter
 from .prefix import Prefix
+from .prefix_pool import PrefixPool
 from .prompt import Prompt
 from .prompt_pool import PromptPool
 from .targets import ALL_LINEAR
@@ -33,6 +34,7 @@ __all__ = [
     "LoRA",
     "ParallelAdapter",
     "Prefix",
+    "PrefixPool",
     "Promise",
     "Prompt",
     "PromptPool",
@@ -43,7 +45,7 @@ __all__ = [
 
 _ALL: tuple[type[Delta], ...] = (
     LoRA, Adapter, Compacter, ParallelAdapter, Prefix, Prompt, IntrinsicPrompt, BitFit, IA3,
-    LNTuning, IntrinsicAdapter, PromptPool,
+    LNTuning, IntrinsicAdapter, PromptPool, PrefixPool,
 )  # fmt: skip
 
 METHODS: dict[str, type[Delta]] = {method.kind: method for method in _ALL}

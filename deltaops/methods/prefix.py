@@ -33,27 +33,21 @@ from deltaops.modules import (
     activate_prefix,
     add_prefix,
     check_attention,
-    draws_on,
     drop_hooks,
     encode,
     has_prefix,
-    head_width,
     join_encoder,
     know_tables,
     remove_prefix,
-    restore,
     shift_positions,
-    switch,
 )
 
-from .base import ATTENTION, MODEL, Binding, Delta, Promise, Site, Stored, adapter_dtype
+from .attentions import SPREAD_OF_VALUES, PrefixDelta, drawn, spread_of_keys
+from .base import MODEL, Binding, Delta, Site, Stored
 from .peft_config import PROMPT_TENSOR, UNWRAPPED_PREFIX, listed, refuse_unknown
 from .targets import ATTENTIONS, DECODER_ATTENTIONS, check_flags, is_count, normalise
 from .tasks import task_of
 
-SPREAD_OF_VALUES = 0.02
-"""Standard deviation of the start values."""
-NO_MERGE = "keys and values before those of the tokens are part of no weight"
 _ENCODER = "prefix_encoder"
 """The encoder's name on the model, and its part of keys."""
 _PARTS = ("embedding", "down", "down_bias", "up", "up_bias")
@@ -61,7 +55,7 @@ _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "
 
 
 @dataclass(frozen=True, repr=False)
-class Prefix(Delta):
+class Prefix(PrefixDelta):
     """Settings of prefix tuning.
 
     Args:
@@ -107,11 +101,6 @@ class Prefix(Delta):
     peft_sizes: ClassVar[tuple[str, ...]] = (
         "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules",
     )  # fmt: skip
-    places: ClassVar[frozenset[str]] = frozenset({ATTENTION})
-    once: ClassVar[str | None] = "the prefix of its attentions"
-    promises: ClassVar[frozenset[Promise]] = frozenset(
-        {Promise.STATED_AT_START, Promise.REVERT_RESTORES_BITS}
-    )
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
@@ -140,21 +129,14 @@ class Prefix(Delta):
 
     # ------------------------------------------------------------------------------- binding
 
-    def enter(self, model: nn.Module) -> None:
-        """See :meth:`Delta.enter`: the function that attends."""
-        switch(model)
-
     def leave(self, model: nn.Module) -> None:
         """See :meth:`Delta.leave`."""
-        restore(model)
+        super().leave(model)
         drop_hooks(model)
 
     def switch(self, model: nn.Module, active: bool) -> None:
-        """See :meth:`Delta.switch`: without a prefix, the model attends by what it had."""
-        if active:
-            switch(model)
-        else:
-            restore(model)
+        """See :meth:`Delta.switch`."""
+        super().switch(model, active)
         activate_hooks(model, active, PrefixEncoder)
 
     def on_model(self, sites: tuple[Site, ...]) -> tuple[int, int] | None:
@@ -162,12 +144,6 @@ class Prefix(Delta):
         if not self.reparameterised:
             return None
         return sites[0].out_features, 2 * sum(site.out_features for site in sites)
-
-    def unbindable(self, module: nn.Module) -> str | None:
-        """See :meth:`Delta.unbindable`."""
-        if head_width(module) is None:
-            return f"{type(module).__name__} does not say how wide its heads are"
-        return None
 
     def gate_width(self, site: Site) -> int | None:
         """See :meth:`Delta.gate_width`."""
@@ -220,16 +196,7 @@ class Prefix(Delta):
     def _drawn(
         self, shape: tuple[int, ...], spread: float, beside: nn.Module, binding: Binding
     ) -> Tensor:
-        """N(0, spread²), where and in the dtype of which the parameters of ``beside`` are."""
-        known = next((p for p in beside.parameters() if p.is_floating_point()), torch.empty(0))
-        dtype = adapter_dtype(known, self.autocast_adapter_dtype)
-        if known.device.type == "meta":
-            return torch.empty(shape, dtype=dtype, device=known.device)
-        generator = binding.generator
-        drawn = torch.randn(
-            shape, generator=generator, device=draws_on(generator), dtype=torch.float32
-        )
-        return (drawn * spread).to(device=known.device, dtype=dtype)
+        return drawn(shape, spread, beside, binding, self.autocast_adapter_dtype)
 
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
@@ -243,16 +210,6 @@ class Prefix(Delta):
         """See :meth:`Delta.activate`."""
         if has_prefix(module):  # not the model, of which :meth:`switch` sees to the encoder
             activate_prefix(module, active)
-
-    # ------------------------------------------------------------------------------- merging
-
-    def unmergeable(self, module: nn.Module) -> str | None:
-        """See :meth:`Delta.unmergeable`."""
-        return NO_MERGE
-
-    def merged(self, module: nn.Module, name: str) -> dict[str, Tensor]:
-        """Never asked; see :meth:`unmergeable`."""
-        raise NotImplementedError(NO_MERGE)
 
     # ----------------------------------------------------------------------------------- files
 
@@ -410,12 +367,6 @@ class Prefix(Delta):
             )
         except ConfigError as error:
             raise CheckpointError(f"adapter_config.json: {error}") from error
-
-
-def spread_of_keys(attention: Any, width: int) -> float:
-    """With which scores of a query of N(0, 1) are N(0, 1); T5 has no scale of D^-½."""
-    scale = getattr(attention, "scaling", None)
-    return float(width**-0.5 / scale) if isinstance(scale, float) and scale > 0.0 else 1.0
 
 
 def _window(attention: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Prompts [N, L, d] and keys [N, e] are trained; a sample has k·L positions more, whatever N is. What
 a sample is known by is frozen: the mean of its tokens' embeddings, or of the states that the model
-returns for it without a prompt. :mod:`deltaops.modules.prompt_pool` has the choice and the term of
+returns for it without a prompt. :mod:`deltaops.modules.pool` has the choice and the term of
 the loss by which keys learn, which joins the loss that the model returns in training: a Trainer
 needs no more. A loss of your own needs ``+ deltaops.auxiliary_loss(model)``, without which keys
 stay as they start. ``deltaops.choices(model)`` tells what was chosen.
@@ -15,34 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from deltaops.errors import ConfigError
-from deltaops.modules import (
-    EMBEDDINGS,
-    STATES,
-    PooledPrompts,
-    add_no_more,
-    add_to_loss,
-    draws_on,
-    token_table,
-)
+from deltaops.modules import EMBEDDINGS, PooledPrompts, add_no_more, add_to_loss, token_table
+from deltaops.modules import PROMPTS as PROMPT_MODULES
 
 from . import stack
 from .base import Binding, Site
-from .causal import is_causal
-from .targets import STACKS, check_flags, is_count, is_number, normalise
+from .pool import check_pool, known_by, settings_of, start_keys
+from .targets import STACKS, check_flags, normalise
 
 PROMPTS, KEYS = "prompt_pool.prompts", "prompt_pool.keys"
 STARTS = ("sample_vocab", "random")
-SOURCES = (EMBEDDINGS, STATES)
-FIRST = 16
-"""Tokens that choose in a causal stack, where ``query_tokens`` says nothing."""
-_WORDS = 16
-"""Tokens drawn for the start of a key, which is the mean of their embeddings, as a query is."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,25 +82,12 @@ class PromptPool(stack.PromptDelta):
 
     def __post_init__(self) -> None:
         """Check every value; lists become tuples."""
-        for name in ("size", "length", "top_k", "query_tokens"):
-            value = getattr(self, name)
-            if not is_count(value) and not (name == "query_tokens" and value is None):
-                raise ConfigError(f"PromptPool: {name} must be an integer ≥ 1, got {value!r}.")
-        if self.top_k > self.size:
+        check_pool(self)
+        if self.prompt_tuning_init not in (*STARTS, None):
             raise ConfigError(
-                f"PromptPool: top_k must be at most size={self.size}, got {self.top_k}. A sample "
-                "cannot have more prompts than there are."
+                f"PromptPool: prompt_tuning_init must be {' or '.join(STARTS)} or None, got "
+                f"{self.prompt_tuning_init!r}."
             )
-        for name, known in (("query", SOURCES), ("prompt_tuning_init", (*STARTS, None))):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"PromptPool: {name} must be {' or '.join(map(str, known))}, got "
-                    f"{getattr(self, name)!r}."
-                )
-        for name in ("key_loss", "balance"):
-            value = getattr(self, name)
-            if not is_number(value) or value < 0:
-                raise ConfigError(f"PromptPool: {name} must be a number ≥ 0, got {value!r}.")
         check_flags(self, "autocast_adapter_dtype")
         stack.refuse_layers(self)
         normalise(self)
@@ -141,31 +115,18 @@ class PromptPool(stack.PromptDelta):
         device, dtype = stack.beside(module, self.autocast_adapter_dtype)
         pool = PooledPrompts(
             rows.view(shapes[PROMPTS]).to(device=device, dtype=dtype),
-            self._keys(shapes[KEYS], table, random).to(device=device, dtype=dtype),
-            top_k=self.top_k,
-            source=self.query,
-            tokens=FIRST if self.query_tokens is None and is_causal(module) else self.query_tokens,
-            key_loss=self.key_loss,
-            balance=self.balance,
+            start_keys(self, shapes[KEYS], table, random).to(device=device, dtype=dtype),
+            **settings_of(self, module),
         ).train(module.training)
         stack.put(site, modules, binding, pool, pool.positions, self.task_type)
         add_to_loss(modules[""], pool)
 
-    def _keys(
-        self, shape: tuple[int, ...], table: nn.Embedding | None, random: torch.Generator | None
-    ) -> Tensor:
-        """Where queries lie, as far as that is known; an entry is about 1, whose rate is small."""
-        if self.query == EMBEDDINGS and table is not None:
-            ids = stack.drawn(table, shape[0] * _WORDS, random)
-            words = stack.start_rows(table, ids, len(ids), shape[1], random)
-            keys = words.view(shape[0], _WORDS, -1).mean(1)
-            return keys / keys.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
-        return torch.randn(shape, generator=random, device=draws_on(random))
-
     def unbind(self, site: Site, modules: Mapping[str, nn.Module]) -> None:
         """See :meth:`Delta.unbind`."""
+        prompts: Any = modules[site.path]._modules.get(PROMPT_MODULES, {})
+        for pool in prompts.values():
+            add_no_more(modules[""], pool)
         super().unbind(site, modules)
-        add_no_more(modules[""])
 
     def tensors(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """See :meth:`Delta.tensors`."""
@@ -176,5 +137,5 @@ class PromptPool(stack.PromptDelta):
     def shapes(self, site: Site, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """See :meth:`Delta.shapes`."""
         width = stack.width_of(site, module)
-        known = width if self.query == EMBEDDINGS else site.out_features
-        return {PROMPTS: (self.size, self.length, width), KEYS: (self.size, known)}
+        keys = (self.size, known_by(self, site, module))
+        return {PROMPTS: (self.size, self.length, width), KEYS: keys}

@@ -78,12 +78,12 @@ def check_length(delta: Any) -> None:
         )
 
 
-def refuse_layers(delta: Any) -> None:
+def refuse_layers(delta: Any, why: str = "a prompt stands before the first layer") -> None:
     """Raises: ConfigError where ``layers_to_transform`` is set."""
     if delta.layers_to_transform is not None:
         raise ConfigError(
             f"{type(delta).__name__}: layers_to_transform must be None, got "
-            f"{delta.layers_to_transform!r}: a prompt stands before the first layer."
+            f"{delta.layers_to_transform!r}: {why}."
         )
 
 

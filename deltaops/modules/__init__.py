@@ -71,6 +71,7 @@ from .place import (
     plain_linear,
     unbecome,
 )
+from .pool import EMBEDDINGS, STATES, TEMPERATURE, Choice, Pool, add_no_more, add_to_loss
 from .prefix import KEYS as PREFIX_KEYS
 from .prefix import VALUES as PREFIX_VALUES
 from .prefix import (
@@ -86,6 +87,7 @@ from .prefix import (
     told_of_prefix,
 )
 from .prefix_encoder import PrefixEncoder, encode
+from .prefix_pool import PREFIX_POOL, PooledPrefixes, add_pool, remove_pool
 from .prefix_positions import shift_positions
 from .prefix_switch import activate_hooks, check_attention, drop_hooks, restore, switch
 from .program import Program, program_of
@@ -100,15 +102,7 @@ from .prompt import (
     room_of,
     token_table,
 )
-from .prompt_pool import (
-    EMBEDDINGS,
-    STATES,
-    TEMPERATURE,
-    Choice,
-    PooledPrompts,
-    add_no_more,
-    add_to_loss,
-)
+from .prompt_pool import PooledPrompts
 from .router import WEIGHT as ROUTER_WEIGHT
 from .router import DeltaRouter, become_router, is_router, unbecome_router
 from .samples import SAMPLES, Samples, told_apart
@@ -122,6 +116,7 @@ __all__ = [
     "FITTED",
     "GATE_UP",
     "PREFIX_KEYS",
+    "PREFIX_POOL",
     "PREFIX_VALUES",
     "PROMPTS",
     "ROUTER_WEIGHT",
@@ -154,6 +149,8 @@ __all__ = [
     "LinearPlace",
     "LoraSettings",
     "OwnLossModel",
+    "Pool",
+    "PooledPrefixes",
     "PooledPrompts",
     "PrefixEncoder",
     "Program",
@@ -172,6 +169,7 @@ __all__ = [
     "activation_of",
     "adapter_rows",
     "add_no_more",
+    "add_pool",
     "add_prefix",
     "add_prompt",
     "add_to_loss",
@@ -216,6 +214,7 @@ __all__ = [
     "program_of",
     "read_prompt",
     "reads_prefix",
+    "remove_pool",
     "remove_prefix",
     "remove_prompt",
     "restore",

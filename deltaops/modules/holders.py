@@ -11,11 +11,13 @@ from .kept import has_copies
 from .place import LinearPlace
 from .prefix import has_prefix
 from .prefix_encoder import PrefixEncoder
+from .prefix_pool import PooledPrefixes
 from .prompt import has_prompt
 from .router import DeltaRouter
 
 _CLASSES = (
     LinearPlace, DeltaEmbedding, DeltaExperts, DeltaRouter, PrefixEncoder, DecodedAdapters,
+    PooledPrefixes,
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from .attention_functions import BIAS, SDPA, attend, attends, known_sdpa, visibl
 from .gate import GATES, Gate, add_gate
 from .prefix_bias import TABLE, makes_zeros, tables_of, trains, without_unread_gradient
 from .prefix_encoder import PrefixEncoder
+from .prefix_pool import PooledPrefixes
 from .rows import Rows, rows_of
 
 NAME = "deltaops"
@@ -79,6 +80,8 @@ class Held:
         self.strict = strict
         self.encoded = encoded
         """None where the prefix is parameters of the module."""
+        self.pool: PooledPrefixes | None = None
+        """Chooses which parts of the prefix each sample sees; None where it sees all."""
         self.gate: Relay | None = None
         """Carries what the prefix's gate says of this call, where it has one."""
         self.active = True
@@ -92,7 +95,13 @@ class Held:
 
 
 def add_prefix(
-    module: nn.Module, keys: Tensor, values: Tensor, *, backend: str = "auto", strict: bool = False
+    module: nn.Module,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    pool: PooledPrefixes | None = None,
+    backend: str = "auto",
+    strict: bool = False,
 ) -> None:
     """Give an attention module a prefix.
 
@@ -100,6 +109,7 @@ def add_prefix(
         module: an attention of a model that attends by :data:`NAME`, or will.
         keys: ``[Hkv, P, D]``, which become a parameter.
         values: as ``keys``.
+        pool: of the stack around it, where they are all that this has.
         backend: passed to the op.
         strict: passed to the op.
     Raises: ConfigError where it has one, or these are not two of one shape.
@@ -109,7 +119,9 @@ def add_prefix(
             f"prefix: keys and values must both be [Hkv, P, D], got {list(keys.shape)} and "
             f"{list(values.shape)}."
         )
-    _hold(module, Held(backend, strict, None))
+    held = Held(backend, strict, None)
+    held.pool = pool
+    _hold(module, held)
     module.register_parameter(KEYS, nn.Parameter(keys))
     module.register_parameter(VALUES, nn.Parameter(values))
 
@@ -207,7 +219,9 @@ def _hold(module: nn.Module, held: Held) -> None:
 
 def _active(module: Any) -> Held | None:
     held: Held | None = module.__dict__.get(_HELD)
-    return held if held is not None and held.active else None
+    if held is None or not held.active or (held.pool is not None and held.pool.asleep):
+        return None
+    return held
 
 
 def _both(module: Any, held: Held) -> tuple[Tensor, Tensor]:
@@ -260,7 +274,7 @@ def attend_with_prefix(
         settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **named}
         given = module, query, key, value, attention_mask
         backend = module.__dict__.get("backend")
-        if backend is None:
+        if backend is None or torch.compiler.is_compiling():  # as a block of ours has it then
             out: tuple[Tensor, Tensor | None] = theirs(*given, **settings)
             return out
         return attend(theirs, backend, module.__dict__.get("strict", False), *given, **settings)
@@ -274,6 +288,7 @@ def attend_with_prefix(
     groups = max(getattr(module, "num_key_value_groups", 1), 1)
     reason = _beyond(dropout, named) or _unfit(module, bias, query, k, prefix_k)
     own_k, own_v = prefix_k, prefix_v
+    seen = None if held.pool is None else held.pool.seen(query.shape[0])
     if held.gate is not None:
         reason = GATED
         opened = held.gate.take()[..., None]  # [B, 1, 1, 1]
@@ -281,6 +296,8 @@ def attend_with_prefix(
     if reason is None and not attends(query, k, v, attention_mask, groups, causal):
         reason = "these tensors, or their mask of numbers"
     if reason is None:
+        if seen is not None:
+            bias = _hiding(seen, k, bias)
         y = prefix_attention(
             query, k, v, prefix_k, prefix_v, mask=attention_mask, causal=causal,
             bias=bias, scale=scaling, backend=held.backend, strict=held.strict,
@@ -297,6 +314,8 @@ def attend_with_prefix(
         mask = mask_of_both(query, k, prefix_k, mask, causal)
     else:
         mask = _grown(mask, prefix_k)
+    if seen is not None:
+        mask = _narrowed(mask, seen, k)
     if bias is not None and bias.shape[-1] == k.shape[2]:
         named[BIAS] = _grown(bias, prefix_k)
     out = theirs(
@@ -337,6 +356,25 @@ def _grown(added: Tensor, prefix: Tensor) -> Tensor:
     return torch.cat([added.new_zeros((*added.shape[:3], prefix.shape[1])), added], 3)
 
 
+def _hiding(seen: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias ``[B, …, P + Lk]`` that leaves a sample those of the prefix that it chose."""
+    hidden = torch.zeros(seen.shape, dtype=k.dtype, device=k.device).masked_fill(~seen, -torch.inf)
+    hidden = torch.cat([hidden, hidden.new_zeros(*seen.shape[:3], k.shape[2])], 3)
+    if bias is None:
+        return hidden
+    if bias.shape[3] == k.shape[2]:
+        bias = torch.cat([bias.new_zeros(*bias.shape[:3], seen.shape[3]), bias], 3)
+    return bias + hidden
+
+
+def _narrowed(mask: Tensor | None, seen: Tensor, k: Tensor) -> Tensor:
+    """``mask``, of P + Lk columns, without those of the prefix that a sample did not choose."""
+    own = torch.cat([seen, seen.new_ones(*seen.shape[:3], k.shape[2])], 3)
+    if mask is None:
+        return own
+    return mask & own if mask.dtype is torch.bool else mask.masked_fill(~own, -torch.inf)
+
+
 # ---------------------------------------------------------------------------------- reporting
 
 
@@ -363,12 +401,13 @@ def told_of_prefix(module: Any, tokens: int) -> tuple[str, str]:
     query = next(p for child in module.children() for p in child.parameters())
     base = getattr(type(module), "base_class", type(module))
     biased = BIAS in words(unwrap(base.forward).__code__)
+    pooled = held.pool is not None  # whose choice is a bias
     if biased and trains(module):
         return "torch", f"prefix_attention does not take {WANTS_GRADIENT}: its {TABLE} is trained"
     h_kv, length, width = prefix.shape
     call = PrefixAttentionCall(
         prefix.device.type, query.dtype, prefix.dtype, 1, max(heads_of(module), h_kv), h_kv, tokens,
-        tokens, length, width, False, bool(getattr(module, "is_causal", True)), biased,
+        tokens, length, width, False, bool(getattr(module, "is_causal", True)), biased or pooled,
     )  # fmt: skip
     explanation = explain_call(call, held.backend)
     eager = explanation.chosen == LAST_RESORT and held.backend != LAST_RESORT

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from deltaops.errors import ShapeError
 from deltaops.ops import prompt_embedding
 
-from .prompt_pool import STATES, PooledPrompts, evaluated, mean_of
+from .pool import query_of, returns_dict
+from .prompt_pool import PooledPrompts
 from .replicas import refuse_replicas
 
 PROMPTS = "prompt_encoder"
@@ -106,7 +107,7 @@ class PromptedStack(_Swapped):
         elif self.prompt_room is not None:
             self._check_room(length, _tokens(given), past - length)
         _lengthen(given, length, begins)
-        as_tuple = not _returns_dict(self, given)
+        as_tuple = not returns_dict(self, given)
         if as_tuple:  # whose items have no names
             given["return_dict"] = True
         found = self.base_forward(given)
@@ -243,21 +244,8 @@ def _chosen(stack: Any, pool: PooledPrompts, given: dict[str, Any]) -> Tensor:
     if embeds is None:
         embeds = stack.get_input_embeddings()(given["input_ids"])
         assert embeds is not None
-    states, mask = embeds, given.get("attention_mask")
-    if pool.source == STATES:
-        asked = {name: given[name] for name in _READ if name in given}
-        asked |= {"use_cache": False} if "use_cache" in stack.names else {}
-        asked |= {} if _returns_dict(stack, asked) else {"return_dict": True}
-        with evaluated(stack):
-            states = stack.base_forward(asked).last_hidden_state
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        mask = None  # refused where it is lengthened, unless there is none
-    query = mean_of(states.detach(), mask, pool.tokens)
+    query = query_of(pool, stack, embeds, given, stack.names, stack.base_forward)
     return torch.cat([pool(query).to(embeds.dtype), embeds], 1)
-
-
-_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
-"""What a stack is given to know its tokens by."""
 
 
 def _only_looks_up(table: Any, ids: Tensor) -> bool:
@@ -332,14 +320,6 @@ def _cut(found: Any, length: int) -> Any:
     if states is not None:
         found.hidden_states = tuple(h if h is None else h[:, length:] for h in states)
     return found
-
-
-def _returns_dict(stack: Any, given: dict[str, Any]) -> bool:
-    """Whether the forward of ``stack`` is to return its results by name."""
-    asked = given.get("return_dict")
-    if asked is None:
-        asked = getattr(getattr(stack, "config", None), "return_dict", True)
-    return bool(asked)
 
 
 class _TokenCache:

@@ -1,9 +1,9 @@
-"""What the pools of a model choose: the last batch, how often each prompt was chosen, a picture."""
+"""What the pools of a model choose: the last batch, how often each item was chosen, a picture."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from deltaops.errors import AttachError, ShapeError
 from deltaops.files import write_atomically
-from deltaops.modules import PooledPrompts
+from deltaops.modules import Pool, PooledPrefixes, PooledPrompts
 
 BAR = 30
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a pool chose. Print it for a table of its prompts.
+    """What a pool chose. Print it for a table of its items.
 
     Attributes:
-        indices: of the last batch, the chosen prompts of each sample, rising ``[B, k]``.
+        indices: of the last batch, the chosen items of each sample, rising ``[B, k]``.
         similarities: of the last batch, cosines of each sample with all keys ``[B, N]``.
-        usage: how often each prompt was chosen since the record began, int64 ``[N]``.
+        usage: how often each was chosen since the record began, int64 ``[N]``.
     """
 
     indices: Tensor
@@ -32,7 +32,7 @@ class Choices:
     usage: Tensor
 
     def counts(self, groups: Sequence[str]) -> dict[str, Tensor]:
-        """Group → how often its samples of the last batch chose each prompt, int64 ``[N]``.
+        """Group → how often its samples of the last batch chose each item, int64 ``[N]``.
 
         Args:
             groups: a name for each sample of the last batch.
@@ -53,10 +53,10 @@ class Choices:
         }
 
     def __str__(self) -> str:
-        """A line for each prompt: how often it was chosen, and its cosines in the last batch."""
+        """A line for each item: how often it was chosen, and its cosines in the last batch."""
         total, most = max(1, int(self.usage.sum())), max(1, int(self.usage.max()))
         means = self.similarities.mean(0).tolist()
-        lines = ["prompt   chosen          mean cosine"]
+        lines = ["number   chosen          mean cosine"]
         for i, (used, mean) in enumerate(zip(self.usage.tolist(), means, strict=True)):
             bar = "█" * round(BAR * used / most)
             lines.append(f"{i:>6} {used:>8} {used / total:>6.1%} {mean:>12.3f}  {bar}".rstrip())
@@ -80,7 +80,7 @@ class Choices:
         axes.scatter(
             self.indices.flatten().tolist(), rows.tolist(), s=6, color="#c0392b", label="chosen"
         )
-        axes.set_xlabel("prompt (below: how often it was chosen)")
+        axes.set_xlabel("number (below: how often it was chosen)")
         axes.set_xticks(
             range(len(self.usage)), [f"{i}\n{n}" for i, n in enumerate(self.usage.tolist())],
             fontsize=7,
@@ -91,15 +91,16 @@ class Choices:
         write_atomically(Path(path), lambda part: canvas.savefig(part, format="png"))
 
 
-def choices(model: nn.Module, *, reset: bool = False) -> Choices:
+def choices(model: nn.Module, *, of: str | None = None, reset: bool = False) -> Choices:
     """What the pool of ``model`` chose. A compiled model keeps no record.
 
     Args:
-        model: with a :class:`deltaops.PromptPool`.
+        model: with a :class:`deltaops.PromptPool` or a :class:`deltaops.PrefixPool`.
+        of: "prompts" or "prefixes"; where it has both, one must be named.
         reset: begin the record anew after this; then an empty record is no error.
     Raises: AttachError where there is no pool, or it has chosen nothing yet.
     """
-    pool = _pool(model)
+    pool = _pool(model, of)
     last, usage = pool.last, pool.usage
     if last is None or usage is None:
         if not reset:
@@ -123,24 +124,37 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     A loss that the model returned holds it already.
     Raises: AttachError where there is no pool, or no pass in training yet.
     """
-    found = _pool(model).auxiliary
-    if found is None:
+    found = [pool.auxiliary for pool in _pools(model, "auxiliary_loss").values()]
+    terms = [term for term in found if term is not None]
+    if not terms:
         raise AttachError(
             "auxiliary_loss: there was no pass in training yet. Call model.train() and the model "
             "on a batch first."
         )
-    return found
+    return sum(terms[1:], terms[0])
 
 
-def _pool(model: nn.Module) -> PooledPrompts:
-    found = next(_pools(model), None)
-    if found is None:
+def _pool(model: nn.Module, of: str | None) -> Pool:
+    pools = _pools(model, "choices")
+    if of is None and len(pools) == 1:
+        return next(iter(pools.values()))
+    if of not in pools:
         raise AttachError(
-            f"choices: {type(model).__name__} has no pool of prompts. Attach "
-            "deltaops.PromptPool() first."
+            f"choices: of must be one of the pools of {type(model).__name__}, "
+            f"{' or '.join(map(repr, pools))}, got {of!r}."
+        )
+    return pools[of]
+
+
+def _pools(model: nn.Module, subject: str) -> dict[str, Pool]:
+    """By what they hold. Raises: AttachError where there is none."""
+    found = {_HOLDS[type(m)]: m for m in model.modules() if isinstance(m, Pool)}
+    if not found:
+        raise AttachError(
+            f"{subject}: {type(model).__name__} has no pool of prompts or prefixes. Attach "
+            "deltaops.PromptPool() or deltaops.PrefixPool() first."
         )
     return found
 
 
-def _pools(model: nn.Module) -> Iterator[PooledPrompts]:
-    yield from (m for m in model.modules() if isinstance(m, PooledPrompts))
+_HOLDS: dict[type[Pool], str] = {PooledPrompts: "prompts", PooledPrefixes: "prefixes"}

@@ -35,7 +35,7 @@ from deltaops.surgery import Handle, handle_of
 from .form import Form
 from .journal import Journal
 from .parts import Action, Part, Run
-from .saved import read_state, write_state
+from .saved import FILE, read_state, state_of, write_state
 from .snapshot import Objects, Snapshot
 
 _METHODS = (
@@ -297,7 +297,7 @@ class Controller:
             path: ``controller.safetensors`` of the checkpoint.
         Raises: CheckpointError.
         """
-        Form.read(read_state(Path(path))["facts"]["form"], handle).apply(handle, None)
+        Form.read(read_state(_there(Path(path)))["facts"]["form"], handle).apply(handle, None)
 
     def _resume(self, run: Run, state: Mapping[str, Any]) -> None:
         facts, tensors = state["facts"], state["tensors"]
@@ -391,7 +391,7 @@ class Controller:
 
     def _fail(self, part: Part, moment: str, error: Exception) -> None:
         assert self._run is not None
-        told = f"{type(error).__name__}: {error}"
+        told = _named(error)
         self.failed[part.name] = f"{told} (step {self._run.step}, {moment})"
         self._run.parts = self._live()
         undone = self._leave(part)
@@ -409,7 +409,7 @@ class Controller:
         try:
             leave(self._run)
         except Exception as error:  # as in _ask
-            return f"not all undone ({type(error).__name__}: {error})"
+            return f"not all undone ({_named(error)})"
         return "undone"
 
     def _live(self) -> tuple[Part, ...]:
@@ -542,6 +542,19 @@ def _put_outside(handle: Handle, tensors: Mapping[str, Tensor]) -> None:
         for key, parameter in handle.named_parameters():
             if f"outside/{key}" in tensors:
                 parameter.copy_(tensors[f"outside/{key}"])
+
+
+def _there(path: Path) -> Path:
+    """``path``, or what waits for it beside a checkpoint that was not finished."""
+    return state_of(path.parent) if path.name == FILE else path
+
+
+def _named(error: Exception) -> str:
+    """Its class and message; one whose message raises is told without."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as other:  # whatever a part does wrong, the run goes on without it
+        return f"{type(error).__name__}, whose message raises {type(other).__name__}"
 
 
 def _kept(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.methods import Combined, Delta, LoRA
+from deltaops.methods import Delta, LoRA
 from deltaops.surgery import Handle, resize
 from deltaops.surgery.components import AXES, sized_places
 from deltaops.surgery.removal import put_back, taken_out
@@ -83,10 +83,9 @@ class Form:
         for part in handle.parts:
             with contextlib.suppress(ConfigError):  # its size is fixed, and must be the same
                 sized[part] = sized_places(handle, part, "Controller")
-        gated = isinstance(handle.delta, Combined) and handle.delta.gated
         back = [
             site
-            for site in (() if gated else taken_out(handle))
+            for site in taken_out(handle)
             if any(site.key(suffix) in self.shapes for suffix in AXES)
         ]
         theirs = tuple(site.key("") for site in back)

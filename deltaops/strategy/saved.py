@@ -18,6 +18,21 @@ FILE = "controller.safetensors"
 _KEY = "deltaops_controller"
 
 
+def ahead_of(checkpoint: Path) -> Path:
+    """Where the state waits while ``checkpoint`` is written, beside its folder.
+
+    A Trainer writes its files, deletes older checkpoints and only then tells its callbacks: a
+    process that is killed in between has the state there.
+    """
+    return checkpoint.with_name(f"{checkpoint.name}-{FILE}")
+
+
+def state_of(checkpoint: Path) -> Path:
+    """The file with the state that belongs to ``checkpoint``; where it would be, without one."""
+    inside, ahead = checkpoint / FILE, ahead_of(checkpoint)
+    return ahead if ahead.is_file() and not inside.is_file() else inside
+
+
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write ``state`` atomically. Raises: CheckpointError."""
     head = {_KEY: json.dumps(state["facts"], ensure_ascii=False, allow_nan=False)}

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from deltaops.errors import CheckpointError
 
-from .saved import FILE
+from .saved import FILE, ahead_of, state_of
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -52,7 +52,7 @@ class ControllerCallback(TrainerCallback):
         model = kwargs["model"]
         resume = None
         if state.global_step:
-            resume = _checkpoint(args, state) / FILE
+            resume = state_of(_checkpoint(args, state))
             if not resume.is_file():
                 raise CheckpointError(
                     f"Controller: {resume} does not exist, and the decisions before step "
@@ -90,6 +90,7 @@ class ControllerCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped."""
         self.controller.after_step()
+        self._save_ahead(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Validation metrics; those of another set than the validation's are not its business."""
@@ -97,15 +98,23 @@ class ControllerCallback(TrainerCallback):
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.controller.run is not None and numbers:
             self.controller.after_evaluation(numbers)
+            self._save_ahead(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the state beside the checkpoint that has just been written."""
-        self.controller.save(_checkpoint(args, state) / FILE)
+        checkpoint = _checkpoint(args, state)
+        self.controller.save(checkpoint / FILE)
+        ahead_of(checkpoint).unlink(missing_ok=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks away."""
         self._release()
         self.controller.close()
+
+    def _save_ahead(self, args: Any, state: Any, control: Any) -> None:
+        """The state of the checkpoint that comes next, if one does; see :func:`ahead_of`."""
+        if control.should_save:
+            self.controller.save(ahead_of(_checkpoint(args, state)))
 
     # --------------------------------------------------------------------------------- hooks
 
@@ -125,7 +134,7 @@ class ControllerCallback(TrainerCallback):
         over = control.should_training_stop or state.global_step >= state.max_steps
         if over and best is not None and self.controller.run is not None and not self._recalled:
             self._recalled = True  # of several files the first
-            self.controller.recall(Path(best) / FILE)
+            self.controller.recall(state_of(Path(best)))
 
     def _see_loss(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Of a forward pass in training."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from deltaops.methods import Delta, parts_of
+from deltaops.methods import Combined, Delta, parts_of
 from deltaops.methods.base import Binding, Site
 from deltaops.modules import (
     DeltaEmbedding,
@@ -22,6 +22,7 @@ from deltaops.modules import (
 from deltaops.packing import Policy
 
 from .components import Sized
+from .gates import bind_gate
 from .handle import Handle
 
 USUAL: Policy = "auto"
@@ -100,6 +101,8 @@ def put_back(
         delta = deltas[name]
         anything = torch.Generator()  # the numbers come later
         delta.bind(site, modules, Binding(name, backend, strict, pack, anything, {}))
+        if isinstance(record.delta, Combined) and record.delta.gated:
+            bind_gate(site, delta, module, name)
         if site.part in record.off:
             delta.activate(module, False, name)
         record.sites = tuple(one for one in record.once if one in (*record.sites, site))

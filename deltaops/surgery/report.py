@@ -14,14 +14,16 @@ from deltaops.dispatch import explain_call
 from deltaops.errors import AttachError
 from deltaops.memory import idle
 from deltaops.methods import parts_of
-from deltaops.methods.base import ATTENTION, EMBEDDING, NORM, ROUTER
+from deltaops.methods.base import ATTENTION, EMBEDDING, NORM, ROUTER, STACK
 from deltaops.modules import (
+    PREFIX_POOL,
     Block,
     DeltaEmbedding,
     DeltaExperts,
     DeltaPlace,
     DeltaRouter,
     LinearPlace,
+    PooledPrefixes,
     PromptedStack,
     holds_experts,
     told_of_prefix,
@@ -166,6 +168,11 @@ def _rows(model: nn.Module, tokens: int) -> Iterable[Row]:
             elif site.place == ROUTER:
                 reason = "its small weight and the branch are summed in torch once a pass"
                 yield Row(site.path, kind, "torch", reason + _off(module))
+            elif site.place == STACK and PREFIX_POOL in module._modules and kind == "prefix-pool":
+                pool = module._modules[PREFIX_POOL]
+                assert isinstance(pool, PooledPrefixes)
+                off = "" if pool.active else "; the delta is disabled"
+                yield Row(site.path, kind, "torch", f"its prefixes are {pool.told}{off}")
             elif isinstance(module, PromptedStack):
                 yield Row(site.path, kind, "torch", module.told())
             elif site.place == ATTENTION and not isinstance(module, Block):

@@ -27,7 +27,7 @@ def workload(name: str) -> Workload:
     return Workload(name, lambda: reader(name), 60, 3, 8, classes=20)
 
 
-@pytest.mark.parametrize("name", ["dora", "prefix-mlp", "intrinsic"])
+@pytest.mark.parametrize("name", ["dora", "prefix-mlp", "prefix-pool", "intrinsic"])
 def test_a_decoder_agrees_with_its_eager_form(name: str) -> None:
     cell = methods.measure_method(ALL[name], workload("llama"), "f32", rounds=1)
     assert set(cell.timings) == set(cell.saved) == {OURS, EAGER}

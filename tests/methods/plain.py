@@ -23,10 +23,12 @@ from deltaops import (
     LoRA,
     ParallelAdapter,
     Prefix,
+    PrefixPool,
     Prompt,
     PromptPool,
 )
 from deltaops.methods import Delta, Site
+from deltaops.methods.base import STACK
 
 _PHI: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -205,9 +207,7 @@ def _pool(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> Non
     def vectors(embeds: Tensor) -> Tensor:
         rows = []
         for sample in embeds:
-            query = sample[: delta.query_tokens].mean(0)
-            cosines = functional.cosine_similarity(query[None], keys, dim=1)
-            rows.append(torch.cat([prompts[i] for i in sorted(cosines.topk(delta.top_k).indices)]))
+            rows.append(torch.cat([prompts[i] for i in _chosen(delta, sample, keys)]))
         return torch.stack(rows)
 
     _before_tokens(model, site, delta.top_k * delta.length, vectors)
@@ -264,18 +264,52 @@ def _prefix(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> N
     model.get_submodule(site.path).__dict__["plain_prefix"] = t["prefix_k"], t["prefix_v"]
 
 
+def _prefix_pool(model: nn.Module, delta: Any, site: Site, t: dict[str, Tensor]) -> None:
+    """Each sample's prefixes are picked out, and stand alone before its tokens."""
+    if site.place != STACK:
+        _prefix(model, delta, site, t)
+        attention = model.get_submodule(site.path).__dict__
+        whole = attention["plain_prefix"]
+        attention["plain_prefix"] = lambda: (
+            torch.stack([part[:, rows] for rows in model.__dict__["plain_choice"]])
+            for part in whole
+        )
+        return
+    keys = t["prefix_pool.keys"]
+
+    def choose(stack: Any, args: Any, named: dict[str, Any]) -> None:
+        embeds = named.get("inputs_embeds")
+        if embeds is None:
+            ids = args[0] if args else named["input_ids"]
+            embeds = stack.get_input_embeddings()(ids)
+        positions = torch.arange(delta.size * delta.length).view(delta.size, -1)
+        model.__dict__["plain_choice"] = [
+            positions[_chosen(delta, sample, keys)].flatten() for sample in embeds
+        ]
+
+    model.get_submodule(site.path).register_forward_pre_hook(choose, with_kwargs=True)
+
+
+def _chosen(delta: Any, sample: Tensor, keys: Tensor) -> list[int]:
+    query = sample[: delta.query_tokens].mean(0)
+    cosines = functional.cosine_similarity(query[None], keys, dim=1)
+    return sorted(cosines.topk(delta.top_k).indices.tolist())
+
+
 def _attend(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float,
     is_causal: bool | None = None, position_bias: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """All scores written out, those of the prefix in front."""
+    prefix = module.__dict__.get("plain_prefix", (k[0, :, :0], v[0, :, :0]))
+    prefix = tuple(prefix() if callable(prefix) else prefix)
     k, v = (
         torch.cat([shared.expand(len(q), -1, -1, -1), own], 2)
         .repeat_interleave(q.shape[1] // own.shape[1], 1)
-        for shared, own in zip(module.plain_prefix, (k, v), strict=True)
+        for shared, own in zip(prefix, (k, v), strict=True)
     )  # fmt: skip
     scores = scaling * q @ k.mT
-    tokens = scores[..., k.shape[2] - (own := k.shape[2] - module.plain_prefix[0].shape[-2]) :]
+    tokens = scores[..., k.shape[2] - (own := k.shape[2] - prefix[0].shape[-2]) :]
     if position_bias is not None:
         tokens += position_bias
     if mask is None and (module.is_causal if is_causal is None else is_causal):
@@ -303,4 +337,5 @@ _PLAIN: dict[type[Delta], Callable[[nn.Module, Any, Site, dict[str, Tensor]], No
     IntrinsicPrompt: _intrinsic,
     IntrinsicAdapter: _adapter,
     Prefix: _prefix,
+    PrefixPool: _prefix_pool,
 }

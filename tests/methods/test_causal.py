@@ -11,7 +11,7 @@ from torch import Tensor
 import deltaops
 from deltaops import Prompt, PromptPool
 from deltaops.methods.causal import is_causal
-from deltaops.methods.prompt_pool import FIRST
+from deltaops.methods.pool import FIRST
 from deltaops.modules import PooledPrompts
 from deltaops.testing.architectures import build
 

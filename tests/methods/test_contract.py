@@ -29,6 +29,7 @@ from deltaops import (
     LoRA,
     ParallelAdapter,
     Prefix,
+    PrefixPool,
     Prompt,
     PromptPool,
 )
@@ -65,6 +66,7 @@ METHODS: dict[str, Callable[[], Delta]] = {
     "pool": lambda: PromptPool(
         5, 2, top_k=2, query_tokens=3, balance=0.0, prompt_tuning_init="random"
     ),
+    "prefix-pool": lambda: PrefixPool(5, 2, top_k=2, query_tokens=3, balance=0.0),
     "intrinsic": lambda: IntrinsicPrompt(intrinsic_dim=4, num_virtual_tokens=5, seed=7),
     "intrinsic-adapter": lambda: IntrinsicAdapter(intrinsic_dim=4, size=5, seed=7),
     "prefix": lambda: Prefix(num_virtual_tokens=5),
@@ -72,7 +74,7 @@ METHODS: dict[str, Callable[[], Delta]] = {
 }
 REFUSED = {
     (method, "vit"): "no module around them takes inputs_embeds"
-    for method in ("prompt", "pool", "intrinsic")
+    for method in ("prompt", "pool", "prefix-pool", "intrinsic")
 }
 """What cannot be, and why, in the words of the error."""
 FEW = ("bert", "gpt2", "llama", "t5")

@@ -25,7 +25,7 @@ WIDTH: dict[str, dict[str, Any]] = {
 """What the default sizes divide; of the others' hidden_size."""
 
 
-REFUSED = ("prompt", "prompt-pool", "intrinsic-prompt")
+REFUSED = ("prompt", "prompt-pool", "prefix-pool", "intrinsic-prompt")
 """What a ViT cannot have; test_contract has the reason."""
 
 

@@ -1,14 +1,19 @@
 """Two methods on one model keep what both promise; every kind of place that two can share is here.
 
-The oracle is that of the single methods, :mod:`.plain`, one after the other on one plain model.
+Every two of ``test_contract.METHODS`` are, with --everything (``make matrix``), or are refused. The
+oracle is that of the single methods, :mod:`.plain`, one after the other on one plain model.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +37,14 @@ from deltaops import (
 )
 from deltaops.errors import AttachError
 from deltaops.methods import Promise
+from deltaops.modules import LinearPlace, place
 from deltaops.surgery import Handle
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import answer, build
 
 from .oracle import assert_like_plain, grad_of, loss_of
 from .plain import apply_plainly
+from .test_contract import METHODS
 
 # transformers renames gradient checkpointing between the versions that we support
 pytestmark = [
@@ -71,21 +78,64 @@ PAIRS: dict[str, Callable[[], Combined]] = {
         Prompt(num_virtual_tokens=5, prompt_tuning_init="random") + LoRA(r=3, alpha=5)
     ),
 }
-NEAREST = ("prompt", "prefix", "lora", "bitfit", "lntuning", "ia3", "parallel")
+ONCE = (
+    {"prompt", "pool", "intrinsic"}, {"prefix", "prefix-mlp", "prefix-pool"}, {"intrinsic-adapter"},
+)  # fmt: skip
+"""Of each of these sets a model has one, once."""
+ALONE: tuple[tuple[set[str], set[str]], ...] = (
+    # lengths of rows are those of W and of what trains beside it; a start takes W apart
+    ({"dora", "pissa"}, {"lora", "dora", "pissa", "parallel-layer", "ia3"}),
+    ({"bitfit", "parallel-layer"}, {"bitfit", "parallel-layer"}),
+    ({"bitfit", "lntuning"}, {"lntuning"}),
+)
+"""One of the first and one of the second would change the same parameter, on a BERT at least."""
+
+
+def refusal(one: str, other: str) -> str | None:
+    """Why ``one`` and ``other`` of METHODS cannot be together, as the error says it; or None."""
+    if any({one, other} <= kinds for kinds in ONCE):
+        return "both want to be"
+    pairs = ((one, other), (other, one))
+    if any(a in first and b in second for first, second in ALONE for a, b in pairs):
+        return "change the same parameter"
+    return None
+
+
+def both(one: str, other: str) -> Combined:
+    return Combined({one: METHODS[one](), other if other != one else "twin": METHODS[other]()})
+
+
+REFUSED = [pair for pair in combinations_with_replacement(METHODS, 2) if refusal(*pair)]
+EVERY = {
+    f"{one} and {other}": partial(both, one, other)
+    for one, other in combinations_with_replacement(METHODS, 2)
+    if not refusal(one, other)
+}
+ALL = PAIRS | EVERY
+LEFT = [pytest.param(pair, marks=pytest.mark.everything) for pair in EVERY]
+NEAREST = (
+    "prefix-pool", "prompt", "prefix", "lora", "beside a layer", "bitfit", "lntuning", "ia3",
+    "parallel",
+)  # fmt: skip
 """The order in which hooks make the function; what comes after a sub-layer is last."""
 
-for_each_pair = pytest.mark.parametrize("pair", PAIRS)
+for_each_pair = pytest.mark.parametrize("pair", [*PAIRS, *LEFT])
 on_two = pytest.mark.parametrize("name", ["bert", "llama"])
 on_bert_and_where_llama_differs = pytest.mark.parametrize(
     ("pair", "name"),
     [(pair, "bert") for pair in PAIRS]
-    + [(pair, "llama") for pair in ("lora+bitfit", "prefix+parallel", "compacter+lntuning")],
+    + [(pair, "llama") for pair in ("lora+bitfit", "prefix+parallel", "compacter+lntuning")]
+    + [
+        pytest.param(pair, name, marks=pytest.mark.everything)
+        for pair in EVERY
+        for name in ("bert", "llama")
+    ],
 )
 
 
 def attached(pair: str, model: nn.Module) -> Handle:
     """Both on ``model``, with parameters far from their start."""
-    handle = deltaops.attach(model, PAIRS[pair](), generator=torch.Generator().manual_seed(5))
+    handle = deltaops.attach(model, ALL[pair](), generator=torch.Generator().manual_seed(5))
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in handle.parameters():
@@ -98,6 +148,8 @@ def plainly(model: nn.Module, handle: Handle, state: dict[str, Tensor]) -> None:
 
     def place(part: str) -> int:
         kind = handle.parts[part].kind
+        if kind == "parallel" and not any(s.entry for s in handle.places if s.part == part):
+            kind = "beside a layer"
         return NEAREST.index(kind) if kind in NEAREST else len(NEAREST)
 
     for part in sorted(handle.parts, key=place):
@@ -107,9 +159,51 @@ def plainly(model: nn.Module, handle: Handle, state: dict[str, Tensor]) -> None:
         apply_plainly(model, handle.parts[part], sites, own)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(*pair, marks=() if i % 10 == 0 else pytest.mark.everything)
+        for i, pair in enumerate(REFUSED)
+    ],
+)
+def test_two_that_cannot_be_together_are_refused_and_nothing_changes(one: str, other: str) -> None:
+    model = build("bert")
+    before = [(type(m), sorted(vars(m)), m.training) for m in model.modules()]
+    reason = refusal(one, other)
+    assert reason is not None
+    with pytest.raises(AttachError, match=reason) as found:
+        deltaops.attach(model, both(one, other))
+    assert all(repr(name) in str(found.value) for name in both(one, other).by_name)
+    assert [(type(m), sorted(vars(m)), m.training) for m in model.modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@for_each_pair
+def test_each_linear_is_one_call_of_the_op(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    attached(pair, model)
+    weights: Counter[int] = Counter()
+
+    def alone(x: Any, weight: Tensor, *rest: Any, **named: Any) -> Any:
+        weights[weight.data_ptr()] += 1
+        return op(x, weight, *rest, **named)
+
+    def together(x: Any, layers: Any, **named: Any) -> Any:
+        weights.update(layer.weight.data_ptr() for layer in layers)
+        return group(x, layers, **named)
+
+    sharing = importlib.import_module("deltaops.modules.sharing")  # a function has its name
+    op, group = place.delta_linear, sharing.delta_linear_group
+    monkeypatch.setattr(place, "delta_linear", alone)
+    monkeypatch.setattr(sharing, "delta_linear_group", together)
+    answer("llama", model)
+    assert set(weights.values()) == {1}
+    assert len(weights) == sum(isinstance(m, LinearPlace) for m in model.modules()) == 14
+
+
 @on_bert_and_where_llama_differs
 def test_start(pair: str, name: str) -> None:
-    model, delta = build(name), PAIRS[pair]()
+    model, delta = build(name), ALL[pair]()
     before = answer(name, model.requires_grad_(False))
     deltaops.attach(model, delta)
     promised = [part.promises for part in delta.by_name.values()]

@@ -350,3 +350,16 @@ def test_a_file_that_is_no_state_is_refused(tmp_path: Path) -> None:
     loop = Loop(Controller([Monitor()]))
     with pytest.raises(CheckpointError, match="state of a controller"):
         loop.controller.begin(loop.handle, loop.optimizer, resume=tmp_path / "state.safetensors")
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no message")
+
+
+def test_an_error_whose_message_raises_is_one_more_error(steered: Any) -> None:
+    def do(run: Run) -> list[Action]:
+        raise Unspeakable
+
+    loop = Loop(steered(Watcher(do))).begin().train()
+    assert "off: Unspeakable, whose message raises RuntimeError" in loop.controller.report()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaops import LoRA
+from deltaops import Combined, LoRA
 from deltaops.modules import FrozenLinear
 from deltaops.strategy import Controller, ShiftedSigmoid
 from deltaops.strategy.budget import sigmoid
@@ -91,8 +91,12 @@ def test_what_is_not_given_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-def test_places_that_were_taken_out_are_recalled(tmp_path: Path) -> None:
-    loop = Loop(made()).begin().train(3)
+GATED = Combined([LoRA(r=3, alpha=6, target_modules=["one", "two"])], gated=True)
+
+
+@pytest.mark.parametrize("wished", [None, GATED], ids=["plain", "gated"])
+def test_places_that_were_taken_out_are_recalled(wished: Any, tmp_path: Path) -> None:
+    loop = Loop(made(), wished).begin().train(3)
     loop.controller.save(tmp_path / "three")
     saved, delta, places = copy.deepcopy(loop.saved()), loop.handle.delta, loop.handle.places
     with torch.no_grad():

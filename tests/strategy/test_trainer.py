@@ -27,6 +27,7 @@ from deltaops.strategy import (
     weigh,
 )
 from deltaops.strategy.controller import handle_on
+from deltaops.strategy.saved import FILE
 from deltaops.surgery import resize
 from deltaops.testing.architectures import build
 
@@ -202,3 +203,38 @@ def test_a_trainer_without_a_delta_is_refused(tmp_path: Path) -> None:
     handle_on(run.model).revert()
     with pytest.raises(AttachError, match="no delta is attached to the GPT2LMHeadModel"):
         run.train()
+
+
+class Killed(BaseException):
+    """What nothing catches; the files are as a signal would have left them."""
+
+
+def test_a_run_that_is_killed_while_a_checkpoint_is_written_goes_on(tmp_path: Path) -> None:
+    """When that of step 4 is whole, and that of step 2 is deleted already."""
+    saving = {
+        "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1,
+        "save_total_limit": 1,
+    }  # fmt: skip
+    log, out = tmp_path / "log.jsonl", tmp_path / "out"
+    straight = trainer(tmp_path / "straight", Controller(parts(), log=tmp_path / "one"), **saving)
+    straight.train()
+    killed = trainer(out, Controller(parts(), log=log), **saving)
+    written = killed._save_checkpoint
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        written(*args, **kwargs)
+        if killed.state.global_step == 4:
+            raise Killed
+
+    killed._save_checkpoint = save
+    with pytest.raises(Killed):
+        killed.train()
+    last = out / "checkpoint-4"
+    assert [p.name for p in out.glob("checkpoint-*") if p.is_dir()] == [last.name]
+    assert not (last / FILE).exists()
+    again = trainer(out, Controller(parts(), log=log), **saving)
+    Controller.reshape(handle_on(again.model), last / FILE)
+    again.train(resume_from_checkpoint=str(last))
+    assert log.read_bytes() == (tmp_path / "one").read_bytes()
+    wanted = straight.model.state_dict()
+    assert all(torch.equal(wanted[key], now) for key, now in again.model.state_dict().items())

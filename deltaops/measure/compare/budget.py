@@ -99,6 +99,7 @@ _SIZES: Mapping[str, Callable[[Any], tuple[str, int, Callable[[int], dict[str, A
     "prefix": _prefix,
     "prompt": _prompt,
     "prompt-pool": _pool,
+    "prefix-pool": _pool,
     "intrinsic-prompt": _intrinsic,
     "intrinsic-adapter": _intrinsic,
 }

@@ -83,6 +83,10 @@ _LINES = (
         "pool", "PromptPool, 4 of N = 10", "prompt-pool:size=10,length=4,top_k=4",
         3e-2, "as the prompt's",
     ),
+    Contender(  # as many positions as the prefix's
+        "prefix-pool", "PrefixPool, 4 of N = 10", "prefix-pool:size=10,length=4,top_k=4",
+        1e-2, "as the prefix's",
+    ),
     Contender(
         "intrinsic", "IntrinsicPrompt, q = 5",
         "intrinsic-prompt:num_virtual_tokens=16,intrinsic_dim=5", 3e-2, "few numbers",
@@ -115,6 +119,7 @@ _NAMED: dict[str, tuple[float, str]] = {
     "prefix": (3e-2, "on held-out training texts better than 0.01"),
     "prefix-mlp": (3e-3, _FASTER),
     "prompt": (1e-2, "on held-out training texts the best of 0.003, 0.01, 0.03 and 0.1"),
+    "prefix-pool": (3e-2, "as the prefix's"),
     "pool": (1e-2, "on held-out training texts no worse than 0.03, and as the prompt's"),
     "intrinsic": (1e-1, _FASTER),
     "intrinsic-adapter": (1e-1, "names stand still: twice that beside a trained head"),

@@ -18,7 +18,7 @@ from .point_labels import Box, label_points
 PEERS = {OURS: COLOURS[OURS], EAGER: OTHER, FULL_TUNING: "#b9c4d6"}
 FAMILIES = {
     "addition": ("#2457a7", "houlsby", "pfeiffer", "parallel", "compacter", "prefix", "prefix-mlp",
-                 "prompt", "pool"),
+                 "prefix-pool", "prompt", "pool"),
     "specification": ("#c08a4a", "bitfit", "ia3", "lntuning"),
     "reparameterisation": ("#3c8a5a", "lora", "dora", "intrinsic", "intrinsic-adapter",
                            "intrinsic-250", "intrinsic-adapter-250"),
