@@ -20,7 +20,7 @@ dropout   each member has a generator of its own, seeded by the study, and draws
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,15 +117,12 @@ def train_pack(
         as it was.
     """
     seed = shop.settings.seed
-    starts = [_start(shop, candidate) for candidate, _ in candidates]
     named = {f"c{i}": candidate.delta for i, (candidate, _) in enumerate(candidates)}
-    handle = attach(shop.model, Combined(named))  # type: ignore[arg-type]  # each is a LoRA
+    drawn_by = {name: torch.Generator().manual_seed(seed) for name in named}
+    handle = attach(shop.model, Combined(named), generator=drawn_by)  # type: ignore[arg-type]  # each is a LoRA
     try:
         members = []
-        for (name, _), (candidate, on_rung), start in zip(
-            named.items(), candidates, starts, strict=True
-        ):
-            _put(handle, name, start)
+        for name, (candidate, on_rung) in zip(named, candidates, strict=True):
             trained = _joined(groups(handle, candidate, name))
             members.append(
                 Member(
@@ -156,6 +153,7 @@ def _train(
 ) -> None:
     judges = {step: number for number, step in enumerate(rungs(steps, count), 1)}
     live = list(members)
+    task.reader.train()  # once: a walk through all modules takes as long as a layer
     for step in range(steps):
         if shop.should_stop():
             raise Stopped
@@ -188,7 +186,6 @@ def _step(task: Task, live: Sequence[Member], rows: Rows, step: int, steps: int)
     lengths = [max(len(task.fit.ids[i]) for i in own) for own in picked]
     batch = task.fit.batch([i for own in picked for i in own])
     rows.share(live, [len(own) for own in picked], lengths)
-    task.reader.train()
     device = next(task.reader.parameters()).device
     placed = to_device(batch, device)
     logits: Tensor = task.reader(**placed).logits
@@ -317,21 +314,3 @@ def _joined(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             first = last
         joined.append(group | {"params": [whole]})
     return joined
-
-
-def _start(shop: Workshop, candidate: Candidate) -> Mapping[str, Tensor]:
-    """What the candidate's tensors are when it is attached by itself."""
-    seed = shop.settings.seed
-    handle = attach(shop.model, candidate.delta, generator=torch.Generator().manual_seed(seed))
-    try:
-        return {name: tensor.detach().clone() for name, tensor in handle.state().items()}
-    finally:
-        handle.revert()
-
-
-@torch.no_grad()
-def _put(handle: Handle, name: str, start: Mapping[str, Tensor]) -> None:
-    for key, tensor in handle.state().items():
-        part, _, rest = key.partition("/")
-        if part == name:
-            tensor.copy_(start[rest])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 
 from deltaops.methods import Combined, Delta, as_delta
@@ -13,7 +12,7 @@ from deltaops.packing import Policy
 from .blocks import swap_blocks
 from .handle import Handle
 from .losses import swap_losses
-from .plan import plan
+from .plan import Generators, plan
 
 
 def attach(
@@ -27,7 +26,7 @@ def attach(
     pack: Policy = "auto",
     loss: bool | None = None,
     blocks: bool = True,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> Handle:
     """Freeze ``model`` and bind ``delta`` to it; only that and its ``modules_to_save`` train.
 
@@ -51,7 +50,8 @@ def attach(
             :func:`deltaops.ops.norm_bias`, :func:`deltaops.ops.gated` and
             :func:`deltaops.ops.rotary`, in models that have Llama's under any name, and what its
             implementation "sdpa" computes by :func:`deltaops.ops.attention`.
-        generator: draws the start values; torch's global CPU generator without one.
+        generator: draws the start values, or one for each part of a combination by its name, which
+            then starts as it would alone; torch's global CPU generator without one.
     Returns: a :class:`Handle`; ``print`` it, ``revert()``, ``merge()``, ``save(path)``.
     Raises: TargetError, AttachError, ConfigError, NoBackendError; the model is as it was then.
     """

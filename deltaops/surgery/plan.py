@@ -5,7 +5,7 @@ plan = surgery.plan(model, LoRA(r=16)); print(plan); handle = plan.apply()
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,10 @@ from .match import Match, inside, match, refuse_second_delta
 from .places import foreign, frozen_linears, place_of, size_of, unswappable
 from .record import Record, exchange, take_over, write
 from .tree import Leaf, draw
+
+Generators = torch.Generator | Mapping[str, torch.Generator]
+"""One that draws the start values of all parts in turn, or one for each part by its name: a part
+then starts as it would alone."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,18 @@ class Plan:
         leaves += [Leaf(p, "trained whole", f"{_count(self.model, p):,}") for p in self.saved]
         return f"{self.delta} on {type(self.model).__name__}\n{draw(leaves)}"
 
-    def apply(self, *, generator: torch.Generator | None = None) -> Handle:
+    def apply(self, *, generator: Generators | None = None) -> Handle:
         """Change the model and return the handle. If anything fails the model is as it was.
 
         Args:
             generator: draws the start values; torch's global CPU generator without one.
-        Raises: AttachError when the model changed since the plan was made, or has a delta now.
+        Raises: AttachError when the model changed since the plan was made, or has a delta now;
+            ConfigError for generators of other parts than the delta has.
         """
         modules = dict(self.model.named_modules())
         self._check_unchanged(modules)
         parts = parts_of(self.delta)
+        drawn_by = _by_part(generator, [part or self.name for part in parts])
         parameters = dict(self.model.named_parameters())
         trained = frozenset(n for n, p in parameters.items() if p.requires_grad)
         originals: dict[str, dict[str, torch.Tensor]] = {}
@@ -85,7 +91,12 @@ class Plan:
                 delta.enter(self.model)
             bindings = {
                 part: Binding(
-                    part or self.name, self.backend, self.strict, self.pack, generator, {}
+                    part or self.name,
+                    self.backend,
+                    self.strict,
+                    self.pack,
+                    drawn_by[part or self.name],
+                    {},
                 )
                 for part in parts
             }
@@ -313,6 +324,20 @@ def check_backend(backend: str) -> None:
     Raises: NoBackendError.
     """
     explain_call(DeltaLinearCall("cpu", torch.float32, (), 1, 1, 1, (), False, "row"), backend)
+
+
+def _by_part(
+    generator: Generators | None, parts: Sequence[str]
+) -> Mapping[str, torch.Generator | None]:
+    """What draws each part's start values. Raises: ConfigError."""
+    if not isinstance(generator, Mapping):
+        return dict.fromkeys(parts, generator)
+    if generator.keys() != set(parts):
+        raise ConfigError(
+            f"attach: generator must have one for each of {', '.join(parts)}, got "
+            f"{', '.join(generator) or 'none'}. Name them as the parts are, or give one for all."
+        )
+    return generator
 
 
 def _count(model: nn.Module, path: str) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 import deltaops
 from deltaops import BitFit, LNTuning, LoRA, Prefix, Prompt, surgery
 from deltaops.errors import AttachError, ConfigError, NoBackendError
+from deltaops.methods import Combined
 from deltaops.methods.base import Delta, Site
 from deltaops.modules import LinearPlace
 from deltaops.testing.architectures import build
@@ -172,6 +173,27 @@ def test_generator_decides_the_start(tiny: Callable[..., Any]) -> None:
         handle = deltaops.attach(case.model, LoRA(r=4), generator=generator)
         starts.append([p.detach().clone() for p in handle.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+
+
+def test_a_generator_of_its_own_starts_a_part_as_it_would_alone(tiny: Callable[..., Any]) -> None:
+    parts: dict[str, Delta] = {"one": LoRA(r=2), "other": LoRA(r=3, target_modules=["query"])}
+    case = tiny("bert")
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    handle = surgery.attach(
+        case.model, Combined(parts), generator={name: seeded() for name in parts}
+    )
+    together = {key: tensor.clone() for key, tensor in handle.state().items()}
+    handle.revert()
+    for name, delta in parts.items():
+        handle = surgery.attach(case.model, delta, generator=seeded())
+        for key, tensor in handle.state().items():
+            assert torch.equal(together[f"{name}/{key}"], tensor)
+        handle.revert()
+    with pytest.raises(ConfigError, match="one for each of one, other, got one"):
+        surgery.attach(case.model, Combined(parts), generator={"one": seeded()})
 
 
 def test_only_the_delta_and_the_head_train(tiny: Callable[..., Any]) -> None:
