@@ -146,6 +146,8 @@ MORE_ATTENTIONS = (
     # lanes are empty, and 16 divides the strides; nothing of the one behind it
     Attention(80, HALF, FULL, length=1001, heads=(6, 3), masked=True),
     Attention(100, length=1001, heads=(6, 3), masked=True),
+    # rows that cannot be read in pieces beside float32 products
+    Attention(100, HALF, FULL, length=1001, heads=(6, 3), masked=True),
     Attention(32, HALF, FULL, masked=True),
 )
 
