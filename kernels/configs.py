@@ -5,9 +5,9 @@ same shapes, strides and dtypes give the same bits. The tests compile the calls 
 tests/kernels/ahead.py, rows_ahead.py and linears_ahead.py list ahead of time, most rows of the
 tables but not each with every rank, norm and bias, and hold them to no spills and to the shared
 memory of their architecture; for GPUs with 99 KB (sm_89) the largest tiles are. What
-tests/kernels/every_variant.py compiles beyond the lists, and what of it spills, is in
-benchmarks/results/triton-variants.md. The numbers are starting points from register and
-shared-memory counts; none has been measured on a GPU yet.
+tests/kernels/every_variant.py has compiled beyond the lists, what of it spills, and what it has not
+reached is in benchmarks/results/triton-variants.md. The numbers are starting points from counts of
+registers and shared memory; none has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -291,9 +291,9 @@ def head_lanes(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def attention(d: int, wide: bool, aligned: bool) -> Attend:
-    """The forward pass; ``wide`` where products with the prefix work in fp32, which leaves wide
-    heads no registers for an address of each element."""
+def attention(d: int, wide: bool, aligned: bool, masked: bool) -> Attend:
+    """The forward pass; ``wide`` where products with the prefix work in fp32. An address for each
+    element of a row, or of a mask, is what the largest tiles leave no registers for."""
     lanes = head_lanes(d)
     if wide:
         if lanes > 64 and not aligned and not precision.AMD:
@@ -303,12 +303,13 @@ def attention(d: int, wide: bool, aligned: bool) -> Attend:
         return _for_amd(Attend(64 if precision.AMD else 32, 32, 4, 2))
     if lanes > 128:
         return _for_amd(Attend(64, 32, 8, 2))
-    return _for_amd(Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3))
+    roomy = lanes <= 64 and aligned and not masked
+    return _for_amd(Attend(128, 64, 4, 3) if roomy else Attend(64, 32, 8, 3))
 
 
-def grad_query(d: int, wide: bool, aligned: bool, capability: int) -> Attend:
-    """dQ and δ. Rows that cannot be read in 16-byte pieces need an address for each element, and
-    the widest heads in 99 KB leave no room for a second stage."""
+def grad_query(d: int, wide: bool, aligned: bool, masked: bool, capability: int) -> Attend:
+    """dQ and δ. Masks, and rows that cannot be read in 16-byte pieces, need an address for each
+    element, and the widest heads in 99 KB leave no room for a second stage."""
     lanes = head_lanes(d)
     if wide:
         if lanes <= 64:
@@ -317,7 +318,7 @@ def grad_query(d: int, wide: bool, aligned: bool, capability: int) -> Attend:
             return _for_amd(Attend(16, 32, 4, 1))
         # by compiling: either spills a few bytes on the GPUs of the other
         return _for_amd(Attend(16, 32, 8, 1) if capability in (90, 100) else Attend(16, 16, 4, 1))
-    if lanes <= 64:
+    if lanes < 64 and aligned and not masked:
         return _for_amd(Attend(64, 64, 4, 2))
     stages = 1 if lanes > 128 and is_narrow(capability) else 2
     return _for_amd(Attend(64 if aligned else 32, 32, 8, stages))

@@ -91,10 +91,10 @@ class PrefixCase:
         wanted = []
         with torch.no_grad():
             for kind in (torch.float64, q.dtype):
-                tensors = [t.to(kind) for t in (*parts, copy.prefix_k, copy.prefix_v)]
-                rest = (None, self.d**-0.5, True)
-                y, lse = reference.forward(*tensors, *rest)
-                grads = reference.backward(grad_y.to(kind), *tensors, y, lse, *rest, [True] * 5)
+                q_, k_, v_, pk, pv = (t.to(kind) for t in (q, k, v, copy.prefix_k, copy.prefix_v))
+                scale, needs, dy = self.d**-0.5, [True] * 5, grad_y.to(kind)
+                y, lse = reference.forward(q_, k_, v_, pk, pv, None, scale, True)
+                grads = reference.backward(dy, q_, k_, v_, pk, pv, y, lse, None, scale, True, needs)
                 wanted.append([y, *grads])
         for peer, got in ((OURS, ours(backend, one)), (JOINED, joined(one))):
             for name, value, oracle, low in zip(names, got, *wanted, strict=True):
