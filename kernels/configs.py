@@ -321,7 +321,8 @@ def grad_query(d: int, wide: bool, aligned: bool, masked: bool, capability: int)
     if lanes < 64 and aligned and not masked:
         return _for_amd(Attend(64, 64, 4, 2))
     stages = 1 if lanes > 128 and is_narrow(capability) else 2
-    return _for_amd(Attend(64 if aligned else 32, 32, 8, stages))
+    crowded = not aligned or (masked and lanes > 128)
+    return _for_amd(Attend(32 if crowded and not precision.AMD else 64, 32, 8, stages))
 
 
 def grad_keys(d: int, wide: bool) -> Attend:

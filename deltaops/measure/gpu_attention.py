@@ -84,9 +84,9 @@ class PrefixCase:
 
     def gate(self, copy: Attended, backend: str) -> None:
         """See :class:`Subject`. One sequence: the scores of all would be gigabytes in float64."""
-        q, k, v, grad_y = (t[:1].detach() for t in (copy.q, copy.k, copy.v, copy.grad_y))
-        parts = [t.requires_grad_() for t in (q, k, v)]
-        one = Attended(*parts, copy.prefix_k, copy.prefix_v, grad_y)
+        q, k, v = (t[:1].detach().requires_grad_() for t in (copy.q, copy.k, copy.v))
+        grad_y = copy.grad_y[:1]
+        one = Attended(q, k, v, copy.prefix_k, copy.prefix_v, grad_y)
         names = ("y", "grad q", "grad k", "grad v", "grad prefix k", "grad prefix v")
         wanted = []
         with torch.no_grad():
