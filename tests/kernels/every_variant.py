@@ -10,7 +10,7 @@ Usage: python -P tests/kernels/every_variant.py TARGET [AREA …] [--seconds S] 
 
 test_ahead_of_time.py compiles in CI what ahead.py, linears_ahead.py and rows_ahead.py list; this
 goes on to every row of the tables with every count of rank lanes, every set of gradients, mask,
-bias, norm and type: some 2500 variants for each of NVIDIA's, a quarter of a second each on an idle
+bias, norm and type: some 2200 variants for each of NVIDIA's, a quarter of a second each on an idle
 processor. Prints each problem, and the count of what was compiled; the exit code is 1 where there
 is one. What was found is kept in build/every-variant, so a run that is cut off goes on where it
 ended, and after a change only what it touches is compiled.
