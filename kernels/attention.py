@@ -216,7 +216,8 @@ def attention(
         prefix: of those with the prefix.
     """
     (b, h, l_q, d), h_kv, l_kv = q.shape, k.shape[1], k.shape[2]
-    config = configs.attention(d, prefix.wide)
+    aligned = configs.is_aligned(q, k, v, prefix_k, prefix_v)
+    config = configs.attention(d, prefix.wide, aligned, mask is not None)
     masks = (0, 0, 0, 0) if mask is None else mask.stride()
     _attention_kernel[(triton.cdiv(l_q, config.rows), b * h)](
         q,

@@ -308,7 +308,7 @@ def grad_query(
     """Write ``delta [B, H, Lq]`` (fp32, contiguous) and, where given, ``grad_q``; see attention."""
     (b, h, l_q, d), h_kv, l_kv = q.shape, k.shape[1], k.shape[2]
     aligned = configs.is_aligned(grad_y, q, k, v, prefix_k, prefix_v, y)
-    config = configs.grad_query(d, prefix.wide, aligned, capability)
+    config = configs.grad_query(d, prefix.wide, aligned, mask is not None, capability)
     target = q if grad_q is None else grad_q
     masks = (0, 0, 0, 0) if mask is None else mask.stride()
     _grad_query_kernel[(triton.cdiv(l_q, config.rows), b * h)](

@@ -541,5 +541,5 @@ def bottleneck(
     _bottleneck_outer_kernel[(grid_m, triton.cdiv(k, config.cols))](
         partials, moments, residual, tilt, shift, up, up_bias, y, h, stats, m, k, rank,
         len(partials), chunk, partials.stride(0), *beside, *up.stride(), y.stride(0), scaling, eps,
-        **settings,
+        **settings, **configs.all_registers(),
     )  # fmt: skip

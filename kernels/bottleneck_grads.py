@@ -341,6 +341,7 @@ def grad_rows(
     _bottleneck_grad_outer_kernel[(grid_m, tiles)](
         grad_y, read, h, stats, products, across, down, tilt, grad_x, grad_h, s, m, k, rank,
         len(products), products.stride(0), *strides, k, scaling, **settings,
+        **configs.all_registers(),
     )  # fmt: skip
 
 
@@ -479,7 +480,7 @@ def grad_parameters(
     (m, rank), k = grad_h.shape, down.shape[1]
     product_wanted = grad_gamma is not None or grad_down is not None
     read = x if product_wanted and x is not None else grad_h
-    config = configs.grad_down(rank, precision.wide)
+    config = configs.bottleneck_down(rank, precision.wide, configs.is_aligned(read))
     grid_k = triton.cdiv(k, config.cols) if product_wanted else 1
     grid_r = triton.cdiv(rank, config.rank)
     # as for the product also where only sums are wanted: the bits must not hang on that

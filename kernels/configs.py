@@ -4,11 +4,10 @@ Nothing is tuned while a program runs, so a call under graph capture behaves lik
 same shapes, strides and dtypes give the same bits. The tests compile the calls that
 tests/kernels/ahead.py, rows_ahead.py and linears_ahead.py list ahead of time, most rows of the
 tables but not each with every rank, norm and bias, and hold them to no spills and to the shared
-memory of their architecture; for GPUs with 99 KB (sm_89) the largest tiles are. Beyond the lists
-(tests/kernels/every_variant.py) not all has been compiled; known to spill is attention with a
-float32 prefix, forward, for heads of 65 to 128 elements that 16 does not divide: 68 bytes a thread
-on sm_80, 92 on sm_90, 204 on sm_100. The numbers are starting points from register and
-shared-memory counts; none has been measured on a GPU yet.
+memory of their architecture; for GPUs with 99 KB (sm_89) the largest tiles are. What
+tests/kernels/every_variant.py has compiled beyond the lists, what of it spills, and what it has not
+reached is in benchmarks/results/triton-variants.md. The numbers are starting points from counts of
+registers and shared memory; none has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -87,6 +86,11 @@ _GEMM_FLOAT = (
     (16, Gemm(16, 64, 32, 16, 1, 4, 2)),
     (None, Gemm(64, 32, 32, 16, 8, 4, 2)),
 )
+# Its other calls: with several branches, or a rank that ends within a block, four warps spill.
+_GEMM_FLOAT_CROWDED = (
+    (16, Gemm(16, 64, 32, 16, 1, 4, 2)),
+    (None, Gemm(64, 32, 32, 16, 8, 8, 2)),
+)
 # Rows that cannot be read in 16-byte pieces need an address for each element, and branches beside
 # each other a second accumulator: only small tiles leave registers for that.
 _GEMM_CROWDED = (
@@ -118,7 +122,7 @@ def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -
     ``wide`` where the rank terms work in fp32; ``plain`` as :func:`is_plain` finds the call."""
     table: tuple[tuple[int | None, Gemm], ...]
     if dtype == torch.float32:
-        table = _GEMM_FLOAT
+        table = _GEMM_FLOAT if plain or precision.AMD else _GEMM_FLOAT_CROWDED
     elif wide:
         table = _GEMM_MIXED
     elif not plain:
@@ -277,7 +281,8 @@ class Attend:
 
 def all_registers() -> dict[str, int]:
     """Options of a launch of up to eight warps: a thread may have all 255 registers. Left to itself
-    NVIDIA's assembler stops at 168 to fit a third program beside two, and spills a few for that."""
+    NVIDIA's assembler stops at 168 to fit a third program beside two, and spills a few for that:
+    in attention, sums of partial sums, and a sequential adapter in two launches."""
     return {} if precision.AMD else {"maxnreg": 255}
 
 
@@ -286,21 +291,25 @@ def head_lanes(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def attention(d: int, wide: bool) -> Attend:
-    """The forward pass; ``wide`` where products with the prefix work in fp32."""
+def attention(d: int, wide: bool, aligned: bool, masked: bool) -> Attend:
+    """The forward pass; ``wide`` where products with the prefix work in fp32. An address for each
+    element of a row, or of a mask, is what the largest tiles leave no registers for."""
     lanes = head_lanes(d)
     if wide:
+        if lanes > 64 and not aligned and not precision.AMD:
+            return Attend(16, 16, 4, 1)
         # Triton 3.6 fails on AMD where 32 rows are shared by several warps
         # (github.com/triton-lang/triton/pull/10666)
         return _for_amd(Attend(64 if precision.AMD else 32, 32, 4, 2))
     if lanes > 128:
         return _for_amd(Attend(64, 32, 8, 2))
-    return _for_amd(Attend(128, 64, 4, 3) if lanes <= 64 else Attend(64, 32, 8, 3))
+    roomy = lanes <= 64 and aligned and not masked
+    return _for_amd(Attend(128, 64, 4, 3) if roomy else Attend(64, 32, 8, 3))
 
 
-def grad_query(d: int, wide: bool, aligned: bool, capability: int) -> Attend:
-    """dQ and δ. Rows that cannot be read in 16-byte pieces need an address for each element, and
-    the widest heads in 99 KB leave no room for a second stage."""
+def grad_query(d: int, wide: bool, aligned: bool, masked: bool, capability: int) -> Attend:
+    """dQ and δ. Masks, and rows that cannot be read in 16-byte pieces, need an address for each
+    element, and the widest heads in 99 KB leave no room for a second stage."""
     lanes = head_lanes(d)
     if wide:
         if lanes <= 64:
@@ -309,10 +318,11 @@ def grad_query(d: int, wide: bool, aligned: bool, capability: int) -> Attend:
             return _for_amd(Attend(16, 32, 4, 1))
         # by compiling: either spills a few bytes on the GPUs of the other
         return _for_amd(Attend(16, 32, 8, 1) if capability in (90, 100) else Attend(16, 16, 4, 1))
-    if lanes <= 64:
+    if lanes < 64 and aligned and not masked:
         return _for_amd(Attend(64, 64, 4, 2))
     stages = 1 if lanes > 128 and is_narrow(capability) else 2
-    return _for_amd(Attend(64 if aligned else 32, 32, 8, stages))
+    crowded = not aligned or (masked and lanes > 128)
+    return _for_amd(Attend(32 if crowded and not precision.AMD else 64, 32, 8, stages))
 
 
 def grad_keys(d: int, wide: bool) -> Attend:
@@ -431,6 +441,13 @@ def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     elif crowded:
         warps = 4
     return _for_amd(replace(config, cols=min(config.cols, 32 if crowded else 64), warps=warps))
+
+
+def bottleneck_down(rank: int, wide: bool, aligned: bool) -> Skinny:
+    """G and its sums, as :func:`grad_down`; an address for each element of x is what four warps
+    have no room for."""
+    config = grad_down(rank, wide)
+    return config if aligned else _for_amd(replace(config, warps=8))
 
 
 def bottleneck_finish() -> Skinny:

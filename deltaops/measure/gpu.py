@@ -5,7 +5,8 @@
 Each case passes a gate against float64 first, ours and the plans of :mod:`.published` alike. Then
 the peers run in turns: each as one CUDA graph over enough copies of its operands that none is found
 in the cache, timed with CUDA events. A run in which the frozen layer drifts is thrown away and
-repeated. bf16, adapters too.
+repeated. What a call needs at its peak, beyond what was there, is taken once for each peer, before
+the timing. bf16, adapters too. Groups and attention: :mod:`.gpu_group`, :mod:`.gpu_attention`.
 
 What has no number has a reason, in the JSON and in the table: a peer that is no CUDA graph, or for
 which there is too little memory; a case that drifts in every attempt, does not fit, fails or is
@@ -15,14 +16,14 @@ wrong. After each case the JSON is written.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,29 +35,40 @@ from deltaops.reference import delta_linear as reference
 from deltaops.testing import assert_accurate
 
 from . import published
+from .gpu_attention import PrefixCase
+from .gpu_group import GroupCase
+from .gpu_subject import (
+    COMPILED,
+    FROZEN,
+    LORA_FUSION,
+    OURS,
+    PEFT,
+    SCALING,
+    UNSLOTH,
+    Call,
+    Peers,
+    Subject,
+    how_many,
+)
 from .interleave import Timing
-
-FROZEN, PEFT, COMPILED, OURS = "frozen", "PEFT", "PEFT compiled", "deltaops"
-UNSLOTH, LORA_FUSION = "Unsloth's arithmetic", "LoRAFusion's plan"
 
 CACHE_BYTES = 180e6
 """What the rotated operands hold at least: more than any L2 cache."""
 DRIFT = 0.02
 """How far the frozen layer may move between the halves of a run."""
 ATTEMPTS = 3
-SCALING = 2.0
 CASE = "case"
 """In what was left out: all of it."""
 CONTEXT_LOST = 3
 """An exit code: a kernel left the GPU's context unusable, in a new process the rest may go on."""
 NO_MEMORY = "too little memory on the GPU"
 
-Call = Callable[[], object]
-
 
 @dataclass(frozen=True)
 class Case:
     """M tokens, N outputs, K inputs. Forward alone for few tokens (decoding), else both ways."""
+
+    op: ClassVar[str] = "delta_linear"
 
     m: int
     n: int
@@ -73,14 +85,31 @@ class Case:
         dropout = f" p={self.dropout:g}" if self.dropout else ""
         return f"{self.m}×{self.n}×{self.k} r={self.rank}{dropout}"
 
+    def facts(self) -> dict[str, Any]:
+        """See :class:`Subject`."""
+        shape = [self.m, self.n, self.k]
+        return {
+            "shape": shape, "rank": self.rank, "dropout": self.dropout, "backward": self.backward
+        }  # fmt: skip
 
-CASES = (
-    *(Case(m, 4096, 4096, r) for r in (16, 64) for m in (8192, 512, 1, 16, 32768)),
-    Case(8192, 4096, 4096, 16, dropout=0.1),
-    *(Case(m, n, k, r) for r in (16, 64) for n, k in ((14336, 4096), (4096, 14336))
-      for m in (8192, 512, 1, 16, 32768)),
-)  # fmt: skip
-"""The most telling first: the time may run out."""
+    def operands(self, device: str, cache_bytes: float) -> list[Operands]:
+        """See :class:`Subject`."""
+        return operands(self, device, cache_bytes)
+
+    def gate(self, copy: Operands, backend: str) -> None:
+        """See :class:`Subject`."""
+        gate(self, copy, backend)
+
+    def peers(
+        self, copies: list[Operands], backend: str, compile_peft: bool
+    ) -> tuple[Peers, dict[str, str]]:
+        """See :class:`Subject`."""
+        return make_peers(self, copies, backend, compile_peft)
+
+    def plan(self, copy: Operands, backend: str) -> str | None:
+        """See :class:`Subject`."""
+        branch = Branch(copy.a, copy.b, SCALING, self.dropout)
+        return explain(copy.x, copy.weight, None, [branch], backend=backend).plan
 
 
 @dataclass(frozen=True)
@@ -98,7 +127,7 @@ class Operands:
 class Result:
     """Seconds of each peer for one copy, and how they were taken."""
 
-    case: Case
+    case: Subject
     timings: dict[str, Timing] = field(default_factory=dict)
     """Empty where the case was left out."""
     drift: float | None = None
@@ -109,6 +138,8 @@ class Result:
     """How the backend goes, in its words."""
     wrong: bool = False
     """Whether the gate or another failure ended it."""
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    """Peer → what one call allocates at its peak, beyond its operands."""
 
     def ratio(self, above: str, below: str) -> float | None:
         """Median over median; None where a peer is missing."""
@@ -118,16 +149,13 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """Shape, setting, every timing in seconds, and what has none for which reason."""
-        case = self.case
         return {
-            "shape": [case.m, case.n, case.k],
-            "rank": case.rank,
-            "dropout": case.dropout,
-            "backward": case.backward,
+            **self.case.facts(),
             "dtype": "bf16",
             "seconds": {name: t.as_json() for name, t in self.timings.items()},
             "frozen_drift": self.drift,
             "runs_discarded": self.discarded,
+            "peak_bytes": self.peak_bytes,
             "left_out": self.left_out,
             "plan": self.plan,
             "wrong": self.wrong,
@@ -202,6 +230,18 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
+def cuda_peak(call: Call) -> int:
+    """Bytes that ``call`` holds at most beyond what is allocated before it, what it returns too."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    most = torch.cuda.max_memory_allocated()
+    del kept
+    return most - before
+
+
 def ceilings(
     device: str = "cuda",
     *,
@@ -245,32 +285,29 @@ def operands(case: Case, device: str, cache_bytes: float) -> list[Operands]:
             normal(case.rank, case.k, scale=case.k**-0.5).requires_grad_(case.backward),
             normal(case.n, case.rank, scale=case.rank**-0.5).requires_grad_(case.backward),
         )
-        for _ in range(max(2, math.ceil(cache_bytes / one)))
+        for _ in range(how_many(one, cache_bytes))
     ]
 
 
 def make_peers(
     case: Case, copies: list[Operands], backend: str, compile_peft: bool = True
-) -> tuple[dict[str, Call], dict[str, str]]:
-    """Each peer as a call that goes over all copies, and why a peer is missing."""
+) -> tuple[Peers, dict[str, str]]:
+    """Each peer as a call for each copy, and why a peer is missing."""
 
     def frozen(o: Operands) -> object:
         y = functional.linear(o.x, o.weight)
         return torch.autograd.grad(y, o.x, o.grad_y) if case.backward else y
 
-    def over_copies(one: Callable[[Operands], object]) -> Call:
-        return lambda: [one(o) for o in copies]
+    def over_copies(one: Callable[[Operands], object]) -> list[Call]:
+        return [partial(one, o) for o in copies]
 
-    peers: dict[str, Call] = {FROZEN: over_copies(frozen)}
+    peers: Peers = {FROZEN: over_copies(frozen)}
     gated, missing = gated_peers(case, copies[0].x.device, backend)
     peers |= {name: over_copies(one) for name, one in gated.items()}
     layers = [_peft_layer(case, o) for o in copies]
     if None in layers:
         return peers, missing | dict.fromkeys((PEFT, COMPILED), "peft is not installed")
-    peers[PEFT] = lambda: [
-        _there_and_back(case, layer(o.x), o, list(_trained(layer).values()))
-        for layer, o in zip(layers, copies, strict=True)
-    ]
+    peers[PEFT] = [partial(_peft, case, layer, o) for layer, o in zip(layers, copies, strict=True)]
     if compile_peft:
         states = [dict(layer.named_parameters()) for layer in layers]
 
@@ -280,11 +317,16 @@ def make_peers(
             return y
 
         compiled = torch.compile(functionally, dynamic=False)
-        peers[COMPILED] = lambda: [
-            _there_and_back(case, compiled(state, o.x), o, list(_trained(layer).values()))
+        peers[COMPILED] = [
+            partial(_peft, case, layer, o, partial(compiled, state))
             for layer, state, o in zip(layers, states, copies, strict=True)
         ]
     return peers, missing
+
+
+def _peft(case: Case, layer: Any, o: Operands, forward: Any = None) -> object:
+    y = (layer if forward is None else forward)(o.x)
+    return _there_and_back(case, y, o, list(_trained(layer).values()))
 
 
 def gated_peers(
@@ -374,7 +416,7 @@ def gate(case: Case, o: Operands, backend: str) -> None:
 
 
 def measure(
-    case: Case,
+    case: Subject,
     *,
     device: str = "cuda",
     backend: str = "triton",
@@ -382,6 +424,7 @@ def measure(
     clock: Callable[[Call], float] = cuda_clock,
     capture: Callable[[Call], Call] = captured,
     compile_peft: bool = True,
+    peak: Callable[[Call], int] = cuda_peak,
     cache_bytes: float = CACHE_BYTES,
 ) -> Result:
     """Gate, then time what can be captured. Raises: AssertionError where numbers are wrong; nothing
@@ -392,39 +435,44 @@ def measure(
         capture: turns a call into one without launch costs; a peer for which it raises RuntimeError
             is left out, since its launches would be timed beside others' replays. So is the case
             where that is the frozen layer or ours.
+        peak: runs a call, once it has run before, and says how many bytes it took at most.
     """
-    copies = operands(case, device, cache_bytes)
-    gate(case, copies[0], backend)
-    calls, left_out = make_peers(case, copies, backend, compile_peft)
-    o = copies[0]
-    branch = Branch(o.a, o.b, SCALING, case.dropout)
-    plan = explain(o.x, o.weight, None, [branch], backend=backend).plan
-    peers = {}
-    for name, call in calls.items():
+    copies = case.operands(device, cache_bytes)
+    case.gate(copies[0], backend)
+    calls, left_out = case.peers(copies, backend, compile_peft)
+    plan = case.plan(copies[0], backend)
+    peers, peaks = {}, {}
+    for name, by_copy in calls.items():
         try:
-            peers[name] = capture(call)
+            by_copy[0]()
+            peaks[name] = peak(by_copy[0])
+            peers[name] = capture(partial(_all, by_copy))
         except torch.OutOfMemoryError as error:
             left_out[name] = f"{NO_MEMORY}: {first_line(error)}"
         except RuntimeError as error:
-            if o.x.is_cuda:
+            if device == "cuda":
                 torch.cuda.synchronize()  # raises where the context is lost: none can go on
             left_out[name] = f"not captured as a graph: {first_line(error)}"
     for name in (FROZEN, OURS):
         if name not in peers:
             left_out[CASE] = f"nothing to compare without {name}"
-            return Result(case, left_out=left_out, plan=plan)
+            return Result(case, left_out=left_out, plan=plan, peak_bytes=peaks)
     seconds, moved, discarded = steady(peers, clock, rounds)
     if moved > DRIFT:
         left_out[CASE] = (
             f"the frozen layer drifted by {moved:.1%}, in each of {ATTEMPTS} runs more "
         )
         left_out[CASE] += f"than {DRIFT:.0%}"
-        return Result(case, drift=moved, discarded=discarded + 1, left_out=left_out, plan=plan)
+        return Result(case, {}, moved, discarded + 1, left_out, plan, peak_bytes=peaks)
     timings = {
         name: Timing.of([value / len(copies) for value in values])
         for name, values in seconds.items()
     }
-    return Result(case, timings, moved, discarded, left_out, plan)
+    return Result(case, timings, moved, discarded, left_out, plan, peak_bytes=peaks)
+
+
+def _all(calls: Sequence[Call]) -> list[object]:
+    return [call() for call in calls]
 
 
 def first_line(error: BaseException) -> str:
@@ -434,6 +482,23 @@ def first_line(error: BaseException) -> str:
 
 # --------------------------------------------------------------------------------------- program
 
+
+CASES: tuple[Subject, ...] = (
+    *(Case(m, 4096, 4096, 16) for m in (8192, 512, 1, 16, 32768)),
+    GroupCase(8192, (4096, 1024, 1024), 4096, 16),
+    GroupCase(8192, (14336, 14336), 4096, 16),
+    PrefixCase(2, 32, 8, 2048, 128, 32),
+    *(Case(m, 4096, 4096, 64) for m in (8192, 512, 1, 16, 32768)),
+    Case(8192, 4096, 4096, 16, dropout=0.1),
+    GroupCase(8192, (4096, 1024, 1024), 4096, 16, dropout=0.1),
+    PrefixCase(8, 32, 8, 512, 128, 32),
+    *(Case(m, n, k, r) for r in (16, 64) for n, k in ((14336, 4096), (4096, 14336))
+      for m in (8192, 512, 1, 16, 32768)),
+)  # fmt: skip
+"""The most telling first: the time may run out."""
+
+OPS = (Case.op, GroupCase.op, PrefixCase.op)
+"""Keys of the JSON, a list of results each."""
 
 PEERS = (PEFT, COMPILED, UNSLOTH, LORA_FUSION)
 """Whose time is told over ours."""
@@ -445,7 +510,9 @@ def table(results: Sequence[Result]) -> str:
     heads = [f"{name}/ours" for name in ("PEFT", "compiled", "Unsloth", "LoRAFusion")]
     lines = [
         f"{'M×N×K, forward (+ backward from M=512)':40} {'frozen µs':>10} {'ours µs':>10} "
-        f"{'quartiles':>17} {'ours/frozen':>12}" + "".join(f" {head:>15}" for head in heads)
+        f"{'quartiles':>17} {'ours/frozen':>12}"
+        + "".join(f" {head:>15}" for head in heads)
+        + "  peak MB, ours and frozen"
     ]
     for r in results:
         if CASE in r.left_out:
@@ -454,6 +521,13 @@ def table(results: Sequence[Result]) -> str:
         ours = r.timings[OURS]
         ratios = [r.ratio(name, OURS) for name in PEERS]
         shown = "".join(f" {'—' if ratio is None else f'{ratio:.3f}':>15}" for ratio in ratios)
+        peaks = [r.peak_bytes[name] / 1e6 for name in (OURS, FROZEN) if name in r.peak_bytes]
+        shown += "  " + ", ".join(f"{peak:.1f}" for peak in peaks)
+        shown += "".join(
+            f"; {name}/ours {r.ratio(name, OURS):.3f}"
+            for name in r.timings
+            if name not in (FROZEN, OURS, *PEERS)
+        )
         span = f"{1e6 * ours.low:.1f}–{1e6 * ours.high:.1f}"
         lines.append(
             f"{r.case!s:40} {1e6 * r.timings[FROZEN].median:10.1f} {1e6 * ours.median:10.1f} "
@@ -491,8 +565,8 @@ def run(
     out: Path,
     budget: float,
     device: str,
-    cases: Sequence[Case],
-    measure_one: Callable[[Case], Result],
+    cases: Sequence[Subject],
+    measure_one: Callable[[Subject], Result],
     now: Callable[[], float] = time.monotonic,
     best: Mapping[str, float] | None = None,
 ) -> int:
@@ -523,8 +597,10 @@ def run(
         # after each case: a run that is stopped has not been in vain
         over = [str(left) for left in cases[len(results) :]]
         content = {
-            "machine": facts, "delta_linear": [r.as_json() for r in results], "not_reached": over,
-        }  # fmt: skip
+            "machine": facts,
+            **{op: [r.as_json() for r in results if r.case.op == op] for op in OPS},
+            "not_reached": over,
+        }
         write_json(path, content)
         if lost:
             break

@@ -25,6 +25,7 @@ from deltaops.reference import delta_linear as reference
 from deltaops.testing import assert_accurate
 
 from . import gpu
+from .gpu_subject import FROZEN, SCALING, Call
 from .interleave import Timing
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -71,8 +72,8 @@ def measure(
     *,
     device: str = "cuda",
     rounds: int = 20,
-    clock: Callable[[gpu.Call], float] = gpu.cuda_clock,
-    capture: Callable[[gpu.Call], gpu.Call] = gpu.captured,
+    clock: Callable[[Call], float] = gpu.cuda_clock,
+    capture: Callable[[Call], Call] = gpu.captured,
     cache_bytes: float = gpu.CACHE_BYTES,
 ) -> Measured:
     """Seconds of each plan, in both directions: of those that were captured, in a steady run.
@@ -88,10 +89,10 @@ def measure(
     _gate(setting, copies[0], run)
     seconds, frozen, notes = {}, {}, []
     for direction in DIRECTIONS:
-        calls = {gpu.FROZEN: _frozen(direction, copies)}
+        calls = {FROZEN: _frozen(direction, copies)}
         for plan in _possible(setting, direction, copies[0]):
             calls[plan] = _planned(direction, plan, copies, run)
-        peers: dict[str, gpu.Call] = {}
+        peers: dict[str, Call] = {}
         for name, call in calls.items():
             try:
                 peers[name] = capture(call)
@@ -99,14 +100,14 @@ def measure(
                 raise
             except RuntimeError as error:  # its launches would be timed beside others' replays
                 notes.append(f"{direction}, {name}: left out, not captured as a graph: {error}")
-        if gpu.FROZEN not in peers or len(peers) == 1:
+        if FROZEN not in peers or len(peers) == 1:
             continue
         taken, moved, _ = gpu.steady(peers, clock, rounds)
         if moved > gpu.DRIFT:
             notes.append(f"{direction}: left out, the frozen layer drifted by {moved:.1%}")
             continue
         medians = {name: Timing.of(t).median / len(copies) for name, t in taken.items()}
-        frozen[direction] = medians.pop(gpu.FROZEN)
+        frozen[direction] = medians.pop(FROZEN)
         seconds[direction] = medians
     return Measured(Entry(setting, seconds), frozen, tuple(notes))
 
@@ -150,7 +151,7 @@ class _Operands:
     dropout: float
 
     def settings(self) -> tuple[Any, ...]:
-        return [gpu.SCALING], [self.dropout], ["identity"], self.seed
+        return [SCALING], [self.dropout], ["identity"], self.seed
 
     def double(self) -> _Operands:
         changes: dict[str, Any] = {
@@ -215,7 +216,7 @@ def _possible(setting: Setting, direction: str, o: _Operands) -> tuple[str, ...]
     return planner.possible(setting, direction, described, native)
 
 
-def _planned(direction: str, plan: str, copies: list[_Operands], run: Backend) -> gpu.Call:
+def _planned(direction: str, plan: str, copies: list[_Operands], run: Backend) -> Call:
     def call() -> object:
         with _forcing(direction, plan):
             return [_CALLS[direction](o, run) for o in copies]
@@ -223,7 +224,7 @@ def _planned(direction: str, plan: str, copies: list[_Operands], run: Backend) -
     return call
 
 
-def _frozen(direction: str, copies: list[_Operands]) -> gpu.Call:
+def _frozen(direction: str, copies: list[_Operands]) -> Call:
     if direction == "forward":
         return lambda: [functional.linear(o.x, o.weight) for o in copies]
     return lambda: [o.grad_y @ o.weight for o in copies]

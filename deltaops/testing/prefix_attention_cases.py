@@ -108,6 +108,8 @@ PREFIX_ATTENTION_CASES = (
     PrefixAttentionCase(4, AttentionCase(2, 2, 3, 8, l_kv=0)),
     PrefixAttentionCase(4, AttentionCase(0, 2, 5, 8)),
     PrefixAttentionCase(4, AttentionCase(2, 2, 0, 8, causal=True), wide=True),
+    # wide heads whose rows nothing divides
+    PrefixAttentionCase(9, AttentionCase(1, 3, 19, 67, h_kv=1, causal=True), wide=True),
 )
 BIASED_PREFIX_CASES = (
     PrefixAttentionCase(12, AttentionCase(2, 4, 45, 16, l_kv=150, mask="rows"), bias="heads"),

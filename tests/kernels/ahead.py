@@ -143,9 +143,14 @@ NARROW_ATTENTIONS = (Attention(128), Attention(256, causal=False))
 # The same rows with other types and strides; not for AMD, whose compiler is the slowest.
 MORE_ATTENTIONS = (
     Attention(64, FULL, FULL, masked=True),
+    # a mask, and rows that cannot be read in pieces, of the heads with the largest tiles otherwise
+    Attention(60, length=1001, heads=(6, 3), masked=True),
+    Attention(64, length=1001, heads=(6, 3), masked=True),
     # lanes are empty, and 16 divides the strides; nothing of the one behind it
     Attention(80, HALF, FULL, length=1001, heads=(6, 3), masked=True),
     Attention(100, length=1001, heads=(6, 3), masked=True),
+    # rows that cannot be read in pieces beside float32 products
+    Attention(100, HALF, FULL, length=1001, heads=(6, 3), masked=True),
     Attention(32, HALF, FULL, masked=True),
 )
 

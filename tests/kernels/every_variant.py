@@ -1,14 +1,16 @@
 """Run by hand: all variants of all kernels compiled for one GPU, and what the gate says of them.
 
-Usage: python tests/kernels/every_variant.py TARGET [AREA …]
+Usage: python -P tests/kernels/every_variant.py TARGET [AREA …] [--seconds S] [--out FOLDER]
 
     TARGET   sm_80, sm_89, sm_90, sm_100 or gfx942
     AREA     gemms, passes, persistent, published, linears, attention, rows; all without one.
              AREA:I/N is every N-th call of it, from the I-th on: a piece of a long run.
+    S        after these nothing more is compiled, and what is left is counted; 0: what is known
+    FOLDER   gets triton-variants.json and .md, the counts of all areas: benchmarks/results
 
 test_ahead_of_time.py compiles in CI what ahead.py, linears_ahead.py and rows_ahead.py list; this
 goes on to every row of the tables with every count of rank lanes, every set of gradients, mask,
-bias, norm and type: some 1900 variants for each of NVIDIA's, a quarter of a second each on an idle
+bias, norm and type: some 2200 variants for each of NVIDIA's, a quarter of a second each on an idle
 processor. Prints each problem, and the count of what was compiled; the exit code is 1 where there
 is one. What was found is kept in build/every-variant, so a run that is cut off goes on where it
 ended, and after a change only what it touches is compiled.
@@ -16,6 +18,7 @@ ended, and after a change only what it touches is compiled.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -23,7 +26,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ sys.path.append(str(Path(__file__).parent))
 import ahead
 import linears_ahead
 import rows_ahead
+import sweep_summary
 import test_ahead_of_time as limits
 
 FOUND = Path(__file__).parents[2] / "build" / "every-variant"
@@ -125,15 +130,16 @@ def linears() -> Iterator[Call]:
 
 
 def attention() -> Iterator[Call]:
-    """Every count of a head's lanes, filled and not, where 16 divides all and nothing."""
+    """Every count of a head's lanes, filled and not, where 16 divides rows and lengths, and not."""
     for d, (dtype, prefix), causal, masked in itertools.product(
         (256, 128, 64, 32, 16, 80, 200, 100, 60, 30, 15), TYPES, (False, True), (False, True)
     ):
         one = ahead.Attention(d, dtype, prefix, causal=causal, masked=masked)
-        if d % 16:
-            one = dataclasses.replace(one, length=1001, heads=(6, 3))
-        if one.supported():
-            yield partial(ahead.launch_attention, one)
+        odd = dataclasses.replace(one, length=1001, heads=(6, 3))
+        usual, other = (odd, one) if d % 16 else (one, odd)
+        for call in (usual, other) if causal and masked else (usual,):
+            if call.supported():
+                yield partial(ahead.launch_attention, call)
 
 
 def rows() -> Iterator[Call]:
@@ -143,7 +149,7 @@ def rows() -> Iterator[Call]:
     ):
         yield rows_ahead.Adapter(m, 4096, rank, *types, norm=norm)
     for m, rank, types, activation in itertools.product(
-        (8, 8191), (13, 100), TYPES, ("relu", "gelu", "gelu_tanh", "silu")
+        (8, 8191), (13, 30, 60, 100), TYPES, ("relu", "gelu", "gelu_tanh", "silu")
     ):
         yield rows_ahead.Adapter(m, 4001, rank, *types, activation=activation, padding=3)
         yield rows_ahead.Adapter(m, 4096, rank, *types, activation=activation, bare=True)
@@ -160,14 +166,23 @@ def rows() -> Iterator[Call]:
 
 
 class Remembering(ahead.Recorder):
-    """Compiles what no earlier run has, with this compiler and of this source."""
+    """Compiles what no earlier run has, with this compiler and of this source, while there is
+    time."""
+
+    def __init__(self, target: Target, seconds: float) -> None:
+        super().__init__(target)
+        self.until = time.monotonic() + seconds
+        self.left: list[str] = []  # names of the kernels of what was not reached
 
     def compile(self, source: ASTSource, options: Any, bound: dict[str, Any]) -> dict[str, Any]:
-        """As it was found then, or now."""
+        """As it was found then, or now; nothing where the time is over."""
         key = get_cache_key(source, self.backend, options, env_vars={})
         path = FOUND / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
+        if time.monotonic() >= self.until:
+            self.left.append(source.fn.__name__)
+            return {}
         found = super().compile(source, options, bound)
         half = path.with_suffix(f".{os.getpid()}.tmp")
         half.write_text(json.dumps(found), encoding="utf-8")
@@ -209,33 +224,48 @@ def plans(area: str, target: Target) -> tuple[str, ...]:
     return ("fused", "split") if area in ("gemms", "linears") else ("fused",)
 
 
-def main(name: str, *areas: str) -> int:
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("areas", nargs="*", metavar="AREA")
+    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S")
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    asked = parser.parse_args(arguments)
+    if asked.areas and asked.out is not None:
+        parser.error("--out takes the counts of all areas; name none")
     knobs.nvidia.dump_ptxas_log = True
-    target, bad = TARGETS[name], 0
-    recorder = Remembering(target)
+    target = TARGETS[asked.target]
+    recorder = Remembering(target, asked.seconds)
     FOUND.mkdir(parents=True, exist_ok=True)
-    for wanted in areas or AREAS:
+    covered: dict[str, int] = {}
+    refused: dict[str, list[str]] = {}
+    for wanted in asked.areas or AREAS:
         area, _, share = wanted.partition(":")
         first, step = map(int, (share or "0/1").split("/"))
-        before = len(recorder.found)
+        before, left = len(recorder.found), len(recorder.left)
         recorder.only = ONLY.get(area, "")
         for plan in plans(area, target):
             with ahead.compiling(recorder, target, plan):
                 for call in itertools.islice(AREAS[area](), first, None, step):
                     call()
-        found = list(recorder.found.items())[before:]
+                    covered[area] = covered.get(area, 0) + 1
+        found = [item for item in list(recorder.found.items())[before:] if item[1]]
         for key, kernel in found:
-            lines = limits.problems([kernel], name)
-            bad += bool(lines)
-            for line in lines:
+            refused[key] = limits.problems([kernel], target.name)
+            for line in refused[key]:
                 print(f"{line}\n    {key}", flush=True)
-        print(f"{name} {wanted}: {len(found)} variants compiled", flush=True)
-    return 1 if bad else 0
+        over = f", {len(recorder.left) - left} left" if len(recorder.left) > left else ""
+        print(f"{target.name} {wanted}: {len(found)} variants compiled{over}", flush=True)
+    if asked.out is not None:
+        pairs = [(kernel, refused[key]) for key, kernel in recorder.found.items() if kernel]
+        summary = sweep_summary.of_target(target.name, pairs, recorder.left, covered)
+        sweep_summary.write(asked.out, target.name, summary)
+    return 1 if any(refused.values()) else 0
 
 
 if __name__ == "__main__":
     # an empty cache, so that everything is compiled and reported on
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        code = main(*sys.argv[1:])
+        code = main(sys.argv[1:])
     raise SystemExit(code)

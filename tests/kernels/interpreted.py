@@ -243,8 +243,8 @@ def check_published(dropout: float) -> None:
         assert_accurate(got, want, low, f"LoRAFusion's plan {case}: result {i}")
 
 
-HALVES = {3: BRAIN, 5: HALF}
-"""Cases of prefix attention that go in a half type too; of one the prefix is float32."""
+HALVES = {3: BRAIN, 5: HALF, 12: HALF}
+"""Cases of prefix attention that go in a half type too; of the last two the prefix is float32."""
 
 
 def check_prefix_attention(number: int, dtype: torch.dtype = FULL) -> None:

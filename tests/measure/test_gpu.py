@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from deltaops.measure import gpu, published
+from deltaops.measure import gpu, gpu_attention, gpu_group, published
 from deltaops.measure.interleave import Timing
 from deltaops.reference import delta_linear as reference
 from deltaops.testing import DeltaLinearCase, assert_accurate
@@ -24,10 +25,10 @@ def one_second(call: gpu.Call) -> float:
     return 1.0
 
 
-def measure(case: gpu.Case, capture: Callable[[gpu.Call], gpu.Call] = lambda c: c) -> gpu.Result:
+def measure(case: gpu.Subject, capture: Callable[[gpu.Call], gpu.Call] = lambda c: c) -> gpu.Result:
     return gpu.measure(
         case, device="cpu", backend="auto", rounds=4, clock=one_second, capture=capture,
-        compile_peft=False, cache_bytes=1e4,
+        compile_peft=False, cache_bytes=1e4, peak=lambda call: 7,
     )  # fmt: skip
 
 
@@ -40,6 +41,40 @@ def test_every_peer_passes_and_is_timed_a_copy(case: gpu.Case) -> None:
     assert {t.median for t in result.timings.values()} == {1 / copies}
     # its kernels are Triton's, which tests/kernels/interpreted.py runs
     assert set(result.as_json()["left_out"]) == {gpu.LORA_FUSION, gpu.UNSLOTH} - plain
+
+
+OTHERS: list[tuple[gpu.Subject, set[str]]] = [
+    (gpu.GroupCase(24, (32, 16), 48, 4), {gpu.PEFT, "deltaops, layer by layer"}),
+    (gpu.GroupCase(24, (32, 16), 48, 4, 0.1), {gpu.PEFT, "deltaops, layer by layer"}),
+    (gpu.PrefixCase(2, 4, 2, 24, 16, 5), {"joined and masked"}),
+]
+
+
+@pytest.mark.parametrize(("case", "peers"), OTHERS, ids=str)
+def test_groups_and_attention_pass_their_gates_and_are_timed(
+    case: gpu.Subject, peers: set[str]
+) -> None:
+    result = measure(case)
+    assert set(result.timings) == {gpu.FROZEN, gpu.OURS} | peers
+    assert set(result.peak_bytes.values()) == {7}
+    written = result.as_json()
+    assert (written["backward"], set(written["peak_bytes"])) == (True, set(result.timings))
+    shown = gpu.table([result])
+    assert all(name in shown for name in peers - {gpu.PEFT})
+
+
+@pytest.mark.parametrize(
+    ("case", "module", "name"),
+    [(OTHERS[0][0], gpu_group, "delta_linear_group"), (OTHERS[2][0], gpu_attention, "joined")],
+    ids=str,
+)
+def test_their_gates_can_fail(
+    case: gpu.Subject, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: [1.1 * t for t in right(*a, **k)])
+    with pytest.raises(AssertionError, match="relative error"):
+        measure(case)
 
 
 def test_operands_outgrow_the_cache() -> None:
@@ -124,7 +159,7 @@ def test_a_case_that_drifts_ever_has_no_seconds() -> None:
     ever = iter(range(1, 1000))
     result = gpu.measure(
         TINY, device="cpu", backend="auto", rounds=4, clock=lambda call: float(next(ever)),
-        capture=lambda call: call, compile_peft=False, cache_bytes=1e4,
+        capture=lambda call: call, compile_peft=False, cache_bytes=1e4, peak=lambda call: 7,
     )  # fmt: skip
     assert result.timings == {}
     assert "the frozen layer drifted by" in result.left_out[gpu.CASE]
