@@ -1,6 +1,6 @@
 """The native calls of ``delta_linear``: one layer, or several of the same x in one pass over it.
 
-One call each way on the CPU; on CUDA, what :mod:`.on_cuda` puts together, where it takes the layers.
+One call each way on the CPU; on CUDA what :mod:`.on_cuda` puts together, where it takes the layers.
 """
 
 from __future__ import annotations

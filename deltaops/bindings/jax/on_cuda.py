@@ -151,9 +151,7 @@ def _gemm(
     return out
 
 
-def _project(
-    mine: Settings, i: int, x: Array, a: Array, seed: Array | None
-) -> tuple[Array, Array]:
+def _project(mine: Settings, i: int, x: Array, a: Array, seed: Array | None) -> tuple[Array, Array]:
     (m, k), r, threshold = x.shape, a.shape[0], mine.threshold[i]
     s, narrow, _ = ffi_call(
         "project",
