@@ -3,20 +3,10 @@
 // as one number when the kernel runs, needs.
 
 #include "cudaxla_module.h"
-#include "xla_views.h"
 
 namespace deltaops_bindings {
 
 namespace {
-
-const uint64_t *seed_on_gpu(const Item &item, const View &seed) {
-  return static_cast<const uint64_t *>(item.pointer(seed));
-}
-
-void expect_seed(Buffers *buffers, const View &seed) {
-  buffers->expect(!buffers->error().success() || (seed.width == 4 && seed.size(0) == 2),
-                  "dropout: seed must be two words.");
-}
 
 // seed [2] -> keep [M, K], a byte each
 ffi::Error mask(Gpu gpu, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t branch,

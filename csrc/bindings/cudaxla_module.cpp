@@ -16,8 +16,13 @@ PYBIND11_MODULE(_xla_cuda, m) {
         "Rebuild deltaops.");
   Targets targets;
   add_dropout(&targets);
+  add_products(&targets);
   py::dict capsules;
   for (const Target &target : targets)
     capsules[target.name] = py::capsule(target.handler, "xla._CUSTOM_CALL_TARGET");
   m.attr("TARGETS") = capsules;
+  // bytes that a part wants as its workspace
+  m.def("project_workspace", &deltaops_cuda_project_workspace);
+  m.def("grad_up_workspace", &deltaops_cuda_grad_up_workspace);
+  m.def("grad_down_workspace", &deltaops_cuda_grad_down_workspace);
 }

@@ -8,6 +8,7 @@
 
 #include "deltaops_cuda.h"
 #include "xla_handlers.h"
+#include "xla_views.h"
 
 namespace deltaops_bindings {
 
@@ -53,8 +54,18 @@ void add_on_gpu(Targets *targets, const char *name, Names... attributes) {
   targets->push_back({name, reinterpret_cast<void *>(&GpuHandler<function>::call)});
 }
 
+// A seed that the kernel reads when it runs: two words.
+inline const uint64_t *seed_on_gpu(const Item &item, const View &seed) {
+  return static_cast<const uint64_t *>(item.pointer(seed));
+}
+
+inline void expect_seed(Buffers *buffers, const View &seed) {
+  buffers->expect(!seed || (seed.width == 4 && seed.size(0) == 2), "seed must be two words.");
+}
+
 // Each op family of csrc/cuda adds its handlers.
 void add_dropout(Targets *targets);
+void add_products(Targets *targets);
 
 }  // namespace deltaops_bindings
 

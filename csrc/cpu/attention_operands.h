@@ -1,4 +1,4 @@
-/* attention_operands.h: heads of queries, keys and values, packed as attention.h multiplies them.
+/* attention_operands.h: heads of queries, keys and values, packed as attention_block.h takes them.
  *
  * Tokens of a head lie a stride apart; they become rows of floats, or panels of them transposed.
  * Keys and values of a prefix are joined with those of the sequence on the way; queries and the

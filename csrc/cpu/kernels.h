@@ -2,7 +2,8 @@
 #ifndef DELTAOPS_CPU_KERNELS_H
 #define DELTAOPS_CPU_KERNELS_H
 
-#include "attention.h"
+#include "attention_backward.h"
+#include "attention_forward.h"
 #include "bottleneck.h"
 #include "cross_entropy.h"
 #include "delta_linear.h"

@@ -12,9 +12,9 @@
  * Threads form a grid of row groups x column shares. A thread walks its rows in blocks, and each
  * block through k in blocks: copy the block of x (L2) where the tiles cannot read it as it lies,
  * add its part of S, then for each panel of W: pack it (L2) and run the tiles down the block.
- * Threads that share rows share the copy and S, double buffered, with one barrier a step where
- * there is either; with one thread a row group there is no barrier at all.
- * How a product is cut never changes the order of one element's sum: the same bits for any team.
+ * Threads that share rows share the copy and S, double buffered, with a barrier where a copy is
+ * made and before S is read; with one thread a row group there is no barrier at all. How a product
+ * is cut never changes the order of one element's sum: the same bits for any team.
  */
 #ifndef DELTAOPS_CPU_PRODUCT_H
 #define DELTAOPS_CPU_PRODUCT_H
@@ -127,10 +127,11 @@ struct Group {
 };
 
 /* The grid with the least work on its busiest thread, in multiply-adds per k: a column packed
- * costs about as much as kPackRows rows of it. Rows that are copied decide nothing: threads that
- * share rows share their copy, so that each copies M / threads of them in any grid. */
+ * costs about as much as kPackRows rows of it, and one read where it lies packed as kReadRows,
+ * which hide behind those that it is multiplied with. Rows that are copied decide nothing: threads
+ * that share rows share their copy, so that each copies M / threads of them in any grid. */
 inline void choose_grid(const Group &group, Cut *cut) {
-  constexpr int64_t kPackRows = 8, kBarrier = 6144;
+  constexpr int64_t kPackRows = 8, kReadRows = 16, kBarrier = 6144;
   const int64_t passes = group.sum ? group.count : 1, M = group.parts[0].p.M;
   int64_t least_cost = -1;
   for (int shares = 1; shares <= cut->threads; ++shares) {
@@ -139,7 +140,7 @@ inline void choose_grid(const Group &group, Cut *cut) {
     int64_t cost = shares > 1 ? passes * kBarrier : 0;
     for (const Part &part : group) {
       const int64_t columns = ceil_div(part.cut.panels, shares) * kTileColumns;
-      cost += (rows + (part.p.packed ? 0 : kPackRows)) * columns;
+      cost += (part.p.packed ? most(rows, kReadRows) : rows + kPackRows) * columns;
     }
     if (least_cost >= 0 && cost >= least_cost) continue;
     least_cost = cost;
@@ -152,8 +153,9 @@ inline void choose_grid(const Group &group, Cut *cut) {
  * the same way, which is the way that they go alone. */
 inline bool by_dots(const Product &p) { return p.M <= kDotRows && p.w.col_stride == 1; }
 
-/* Rows this many bytes apart share cache sets: a block of them would evict itself from L2. */
-constexpr int64_t kConflict = 2048;
+/* Rows this many bytes apart share cache sets: a block of them would evict itself from L2, unless
+ * they are at most kFewRows. */
+constexpr int64_t kConflict = 2048, kFewRows = 32;
 
 /* Whether rows of x lie as the tiles read them: whole units, each where a unit may stand. */
 template <class T>
@@ -202,7 +204,8 @@ void plan(const Group &group, int threads) {
     // Floats sum up in y itself; bf16 needs a place for the sums between blocks of k.
     cut.scratch_c = sizeof(T) != 4 && (cut.k_blocks > 1 || group.sums()) && !cut.dot;
     cut.k_padded = round_up(p.K, kLanes);
-    const bool conflict = p.x_row * static_cast<int64_t>(sizeof(T)) % kConflict == 0;
+    const bool conflict =
+        cut.block_rows > kFewRows && p.x_row * static_cast<int64_t>(sizeof(T)) % kConflict == 0;
     // Dots read floats.
     cut.copy_x = !lies_ready<T>(p) || (sizeof(T) != 4 && cut.dot) || (cut.k_blocks > 1 && conflict);
     part.cut = cut;
@@ -420,9 +423,9 @@ DELTAOPS_INLINE bool same_branch(const Product &p, int64_t m, int64_t rows) {
   return true;
 }
 
-/* So few tiles would each ask for so many lines of the next panel at once that they wait for them
- * themselves: there the lines are asked for while a tile runs, a few at a time. */
-constexpr int64_t kFewTiles = 6;
+/* At most so many tiles would each ask for so many lines of the next panel at once that they wait
+ * for them themselves: there the lines are asked for while a tile runs, a few at a time. */
+constexpr int64_t kFewTiles = 16;
 
 /* The panels of one thread over one block of rows and k. */
 template <class T, class Unit>
@@ -609,7 +612,8 @@ void row_block(const Part *parts, int64_t count, int self, int64_t block, int64_
         } while (at < k0 + ks);
         if (k0 + ks == p.K) finish_rows(p, s_mine, first, count);
       }
-    if (cut.shares > 1 && (cut.copy_x || terms)) barrier();
+    const bool needs_s = terms && k0 + ks == one.K;
+    if (cut.shares > 1 && (cut.copy_x || needs_s)) barrier();
     if (rows > 0)
       for (const Part *part = parts; part != parts + count; ++part)
         panels<T, Unit>(part->p, part->cut, self, m, rows, x, x_row, s_of(*part), k0, ks,

@@ -19,6 +19,12 @@ Array = jax.Array
 
 
 @cache
+def cuda_built() -> bool:
+    """Whether deltaops was built with handlers for CUDA."""
+    return importlib.util.find_spec("deltaops._xla_cuda") is not None
+
+
+@cache
 def _register() -> None:
     """Raises: ImportError where the CPU's module is not there or CUDA's cannot be loaded;
     BuildError for one of another build."""
@@ -34,7 +40,7 @@ def _register() -> None:
     check_abi("deltaops._xla", module.abi_version())
     for name, capsule in module.TARGETS.items():
         jax.ffi.register_ffi_target(f"deltaops_{name}", capsule, platform="cpu")
-    if importlib.util.find_spec("deltaops._xla_cuda") is not None:
+    if cuda_built():
         cuda: Any = importlib.import_module("deltaops._xla_cuda")
         for name, capsule in cuda.TARGETS.items():
             jax.ffi.register_ffi_target(f"deltaops_{name}", capsule, platform="CUDA")

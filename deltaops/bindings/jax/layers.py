@@ -1,15 +1,21 @@
-"""The native calls of ``delta_linear``: one layer, or several of the same x in one pass over it."""
+"""The native calls of ``delta_linear``: one layer, or several of the same x in one pass over it.
+
+One call each way on the CPU; on CUDA what :mod:`.on_cuda` puts together, where it takes the layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import on_cuda
 from .autodiff import Operands
-from .ffi import Array, ffi_call, like
+from .ffi import Array, cuda_built, ffi_call, like
 
 # as csrc/bindings/xla_delta_linear.cpp
 BIAS, SEED, ADAPTER, PACKED, X, S = 1, 2, 4, 8, 16, 32
@@ -52,6 +58,23 @@ def forward(
     settings: Sequence[Settings], x: Array, layers: Sequence[Operands], keep: bool
 ) -> tuple[list[Array], list[Array]]:
     """Each layer's y ``[M, N]``, and where ``keep`` says so its S ``[M, ΣR]``."""
+
+    def on_gpu(x: Array, layers: Sequence[Operands]) -> tuple[list[Array], list[Array]]:
+        y, s = on_cuda.forward(settings, x, layers)
+        return y, s if keep else []
+
+    on_cpu = partial(_forward_on_cpu, settings, keep)
+    if not cuda_built() or not on_cuda.takes(settings, [x], layers):
+        return on_cpu(x, layers)
+    found: tuple[list[Array], list[Array]] = jax.lax.platform_dependent(
+        x, list(layers), cpu=on_cpu, cuda=on_gpu
+    )
+    return found
+
+
+def _forward_on_cpu(
+    settings: Sequence[Settings], keep: bool, x: Array, layers: Sequence[Operands]
+) -> tuple[list[Array], list[Array]]:
     m, operands, present, biased = x.shape[0], [x], [], []
     results, states = [], []
     for mine, layer in zip(settings, layers, strict=True):
@@ -83,6 +106,34 @@ def backward(
     wants_x: bool,
 ) -> tuple[Array | None, list[Operands]]:
     """The gradient of x, summed over the layers, where it is wanted; each layer's ``wanted``."""
+
+    def on_cpu(
+        grad_y: Sequence[Array], x: Array | None, layers: Sequence[Operands]
+    ) -> tuple[Array | None, list[Operands]]:
+        return _backward_on_cpu(settings, grad_y, x, layers, wanted, wants_x)
+
+    def on_gpu(
+        grad_y: Sequence[Array], x: Array | None, layers: Sequence[Operands]
+    ) -> tuple[Array | None, list[Operands]]:
+        return on_cuda.backward(settings, grad_y, x, layers, wanted, wants_x)
+
+    names = {name for some in wanted for name in some}
+    if not cuda_built() or not on_cuda.takes(settings, grad_y, layers, names):
+        return on_cpu(grad_y, x, layers)
+    found: tuple[Array | None, list[Operands]] = jax.lax.platform_dependent(
+        list(grad_y), x, list(layers), cpu=on_cpu, cuda=on_gpu
+    )
+    return found
+
+
+def _backward_on_cpu(
+    settings: Sequence[Settings],
+    grad_y: Sequence[Array],
+    x: Array | None,
+    layers: Sequence[Operands],
+    wanted: Sequence[Collection[str]],
+    wants_x: bool,
+) -> tuple[Array | None, list[Operands]]:
     m, dtype = grad_y[0].shape[0], grad_y[0].dtype
     operands, present, flags = [*grad_y, *([] if x is None else [x])], [], [wants_x]
     results = [like((m, settings[0].sizes(layers[0])[1]), dtype)] if wants_x else []
