@@ -14,7 +14,7 @@
 
 #include "deltaops.h"
 
-#define DELTAOPS_CUDA_ABI_VERSION 2
+#define DELTAOPS_CUDA_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -166,6 +166,59 @@ DELTAOPS_API uint64_t deltaops_cuda_grad_down_workspace(int64_t M, int64_t K, in
 DELTAOPS_API deltaops_status deltaops_cuda_project(const deltaops_cuda_project_args *args);
 DELTAOPS_API deltaops_status deltaops_cuda_grad_up(const deltaops_cuda_grad_up_args *args);
 DELTAOPS_API deltaops_status deltaops_cuda_grad_down(const deltaops_cuda_grad_down_args *args);
+
+/* ---- x and its down-projections in one pass, where x is made, on any GPU from sm_80 on
+ *
+ *     S_i = scaling_i * drop_i(y) A_i^T
+ *
+ * for the branches of the layers that read y: q, k and v; gate and up; down. S is that of y as
+ * rounded, as deltaops_cuda_project would give it, summed in another order; the same bits every
+ * time. Matrices have col_stride 1. The ranks of all branches, each rounded up to 64, are at most
+ * DELTAOPS_CUDA_MAX_PRODUCED together. */
+#define DELTAOPS_CUDA_MAX_PRODUCED 1024
+
+typedef struct {
+  deltaops_matrix a;        /* [R, K] of the dtype of y */
+  deltaops_matrix s;        /* [M, R] f32, written; or absent */
+  deltaops_matrix s_narrow; /* [M, R] of the dtype of y, written; or absent */
+  float scaling;
+  uint32_t drop_threshold; /* p * 65536 */
+  uint32_t branch_stream;
+  uint32_t reserved;
+  const uint64_t *seed; /* device; NULL where nothing is dropped */
+} deltaops_cuda_branch;
+
+/* y = x / sqrt(mean of the row's x^2 + eps) * gamma, rounded once. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix x;     /* [M, K] bf16 or f16 */
+  deltaops_matrix gamma; /* [1, K] of that dtype; or absent: ones */
+  deltaops_matrix y;     /* [M, K] of that dtype, written */
+  deltaops_matrix rstd;  /* [M, 1] f32, written: 1 / sqrt(mean x^2 + eps); or absent */
+  float eps;
+  int32_t num_branches;
+  const deltaops_cuda_branch *branches; /* on the host */
+  void *stream;
+} deltaops_cuda_rms_norm_project_args;
+
+/* y = gate / (1 + exp(-gate)) * up, rounded once. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix gate; /* [M, K] bf16 or f16 */
+  deltaops_matrix up;   /* [M, K] of that dtype */
+  deltaops_matrix y;    /* [M, K] of that dtype, written */
+  int32_t num_branches;
+  uint32_t reserved;
+  const deltaops_cuda_branch *branches; /* on the host */
+  void *stream;
+} deltaops_cuda_swiglu_project_args;
+
+DELTAOPS_API deltaops_status
+deltaops_cuda_rms_norm_project(const deltaops_cuda_rms_norm_project_args *args);
+DELTAOPS_API deltaops_status
+deltaops_cuda_swiglu_project(const deltaops_cuda_swiglu_project_args *args);
 
 #ifdef __cplusplus
 }

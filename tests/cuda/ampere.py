@@ -163,3 +163,65 @@ def run_pass(
     args.struct_size = ctypes.sizeof(args)
     args.workspace, args.workspace_bytes = space.t.data_ptr(), space.t.numel() * 4
     return int(getattr(lib, f"deltaops_cuda_{name}")(ctypes.byref(args)))
+
+
+class Branch(ctypes.Structure):
+    """deltaops_cuda_branch."""
+
+    _fields_ = (
+        ("a", Matrix),
+        ("s", Matrix),
+        ("s_narrow", Matrix),
+        ("scaling", ctypes.c_float),
+        ("drop_threshold", ctypes.c_uint32),
+        ("branch_stream", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("seed", ctypes.c_void_p),
+    )
+
+
+class RmsNormArgs(ctypes.Structure):
+    """deltaops_cuda_rms_norm_project_args."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("device", ctypes.c_int32),
+        ("x", Matrix),
+        ("gamma", Matrix),
+        ("y", Matrix),
+        ("rstd", Matrix),
+        ("eps", ctypes.c_float),
+        ("num_branches", ctypes.c_int32),
+        ("branches", ctypes.POINTER(Branch)),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+class SwiGluArgs(ctypes.Structure):
+    """deltaops_cuda_swiglu_project_args."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("device", ctypes.c_int32),
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("y", Matrix),
+        ("num_branches", ctypes.c_int32),
+        ("reserved", ctypes.c_uint32),
+        ("branches", ctypes.POINTER(Branch)),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def produce(
+    lib: ctypes.CDLL, kind: str, rows: dict[str, Tensor], branches: Sequence[Branch], eps: float
+) -> int:
+    """The status of ``kind``, "rms_norm" or "swiglu"; eps is the former's."""
+    args = RmsNormArgs() if kind == "rms_norm" else SwiGluArgs()
+    for name, t in rows.items():
+        setattr(args, name, emulated.view(t))
+    if isinstance(args, RmsNormArgs):
+        args.eps = eps
+    args.struct_size, args.num_branches = ctypes.sizeof(args), len(branches)
+    args.branches = (Branch * len(branches))(*branches)
+    return int(getattr(lib, f"deltaops_cuda_{kind}_project")(ctypes.byref(args)))

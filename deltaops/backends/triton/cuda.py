@@ -21,7 +21,7 @@ from . import core
 
 HOPPER = "90a"
 """As the library names the architecture of its products: no other runs them."""
-ABI_VERSION = 2
+ABI_VERSION = 3
 """DELTAOPS_CUDA_ABI_VERSION of csrc/include/deltaops_cuda.h."""
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 """deltaops_dtype of csrc/include/deltaops.h."""
