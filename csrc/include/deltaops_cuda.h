@@ -89,6 +89,40 @@ typedef struct {
 
 DELTAOPS_API deltaops_status deltaops_cuda_ampere_gemm(const deltaops_cuda_gemm_args *args);
 
+/* The same, with x W^T of a quantised W before the sum, for at most DELTAOPS_CUDA_MAX_DECODED rows
+ * and products without masks, whose right matrices have col_stride 1:
+ *
+ *     int8   W[n, k] = codes[n, k] * scales[n]
+ *     NF4    W.flat[i] = value of code i * scales[i div block];  two codes a byte, the first in the
+ *            upper half, as bitsandbytes has them
+ *
+ * Each element is rounded to the dtype of x, as one that was made ahead would be. Fastest where
+ * codes begin on 16 bytes and K (of NF4 the block too) is a multiple of 16 (of NF4 32). */
+#define DELTAOPS_CUDA_MAX_DECODED 16
+#define DELTAOPS_CUDA_INT8 1
+#define DELTAOPS_CUDA_NF4 2
+
+typedef struct {
+  const void *codes;   /* device; int8 [N, K], or of NF4 [(N K + 1) div 2] bytes */
+  const float *scales; /* device; [N], or of NF4 one for each block */
+  int64_t rows;        /* N */
+  int64_t cols;        /* K */
+  int64_t block;       /* elements that share a scale, of NF4; at least 1 */
+  int32_t kind;        /* DELTAOPS_CUDA_INT8 or DELTAOPS_CUDA_NF4 */
+  int32_t reserved;
+} deltaops_cuda_quantized;
+
+typedef struct {
+  uint32_t struct_size;
+  uint32_t reserved;
+  deltaops_matrix x; /* [M, K] of the dtype of out, col_stride 1 */
+  deltaops_cuda_quantized weight;
+  deltaops_cuda_gemm_args rest; /* products (S and B), bias, out and where; seed is not read */
+} deltaops_cuda_quantized_gemv_args;
+
+DELTAOPS_API deltaops_status
+deltaops_cuda_ampere_quantized_gemv(const deltaops_cuda_quantized_gemv_args *args);
+
 /* The same on Hopper (compute capability 9.0) by its copy engine and warpgroup products, of up to
  * DELTAOPS_CUDA_MAX_OUTPUTS outputs in one launch: q, k and v; gate and up. Their outs have the
  * same rows, dtype, device and stream, and their products together are at most

@@ -134,7 +134,8 @@ def test_hopper_kernels_are_of_hopper_s_instructions(compiled: Compiled) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("unit", "kernels"), [("ampere_gemm", 8), ("ampere_passes", 4), ("ampere_produce", 4)]
+    ("unit", "kernels"),
+    [("ampere_gemm", 8), ("ampere_passes", 4), ("ampere_produce", 4), ("ampere_quantized", 4)],
 )
 def test_sm_80_kernels_multiply_by_tensor_cores(
     compiled: Compiled, unit: str, kernels: int
@@ -149,7 +150,7 @@ def test_sm_80_kernels_multiply_by_tensor_cores(
     missing = [name for name in lacking(run.stdout, "HMMA.16816", "LDSM", "LDGSTS")
                if "reduce_kernel" not in name]  # fmt: skip
     # of few rows, kernels read global memory themselves
-    few = ("gemv_kernel", "produce_kernel")
+    few = ("gemv_kernel", "produce_kernel", "quantized_kernel")
     assert [name for name in missing if "HMMA" in name or not any(k in name for k in few)] == []
 
 
