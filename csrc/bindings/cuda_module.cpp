@@ -94,33 +94,54 @@ deltaops_matrix matrix(const py::handle &view, int32_t dtype) {
   return {pointer<void>(data), rows, cols, row_stride, col_stride, dtype, 0};
 }
 
-void hopper_gemm(int32_t device, int32_t dtype, const py::list &outputs, std::uintptr_t seed,
-                 std::uintptr_t stream) {
-  std::vector<std::vector<deltaops_cuda_product>> products;
-  std::vector<deltaops_cuda_gemm_args> args;
-  for (const py::handle &output : outputs) {
+/* One output: (out, bias, its products). */
+struct Gemm {
+  std::vector<deltaops_cuda_product> products;
+  deltaops_cuda_gemm_args args = {};
+
+  Gemm(int32_t device, int32_t dtype, const py::handle &output, std::uintptr_t seed,
+       std::uintptr_t stream) {
     const auto [out, bias, terms] = output.cast<std::tuple<py::object, py::object, py::list>>();
-    std::vector<deltaops_cuda_product> &list = products.emplace_back();
     for (const py::handle &term : terms) {
       const auto [left, right, threshold] =
           term.cast<std::tuple<py::object, py::object, uint32_t>>();
-      list.push_back({matrix(left, dtype), matrix(right, dtype), threshold, 0});
+      products.push_back({matrix(left, dtype), matrix(right, dtype), threshold, 0});
     }
-    deltaops_cuda_gemm_args one = {};
-    one.struct_size = sizeof one;
-    one.device = device;
-    one.num_products = static_cast<int32_t>(list.size());
-    one.bias = matrix(bias, dtype);
-    one.out = matrix(out, dtype);
-    one.seed = pointer<const uint64_t>(seed);
-    one.stream = pointer<void>(stream);
-    args.push_back(one);
+    args.struct_size = sizeof args;
+    args.device = device;
+    args.num_products = static_cast<int32_t>(products.size());
+    args.bias = matrix(bias, dtype);
+    args.out = matrix(out, dtype);
+    args.seed = pointer<const uint64_t>(seed);
+    args.stream = pointer<void>(stream);
   }
-  for (size_t i = 0; i < args.size(); ++i) args[i].products = products[i].data();
+};
+
+void hopper_gemm(int32_t device, int32_t dtype, const py::list &outputs, std::uintptr_t seed,
+                 std::uintptr_t stream) {
+  std::vector<Gemm> gemms;
+  for (const py::handle &output : outputs) gemms.emplace_back(device, dtype, output, seed, stream);
+  std::vector<deltaops_cuda_gemm_args> args;
+  for (const Gemm &gemm : gemms) {
+    args.push_back(gemm.args);
+    args.back().products = gemm.products.data();
+  }
   deltaops_status status;
   {
     py::gil_scoped_release unlocked;
     status = deltaops_cuda_hopper_gemm(args.data(), static_cast<int32_t>(args.size()));
+  }
+  raise_if(status);
+}
+
+void ampere_gemm(int32_t device, int32_t dtype, const py::tuple &output, std::uintptr_t seed,
+                 std::uintptr_t stream) {
+  Gemm gemm(device, dtype, output, seed, stream);
+  gemm.args.products = gemm.products.data();
+  deltaops_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = deltaops_cuda_ampere_gemm(&gemm.args);
   }
   raise_if(status);
 }
@@ -154,4 +175,7 @@ PYBIND11_MODULE(_cuda, module) {
              "For each (out, bias, products) of outputs: out = bias + the sum of mask * (left "
              "right^T) over its (left, right, drop_threshold). Matrices are (address, rows, cols, "
              "row stride, column stride) on the GPU, a bias may be None; dtype 1 = bf16, 2 = f16.");
+  module.def("ampere_gemm", &ampere_gemm, py::arg("device"), py::arg("dtype"), py::arg("output"),
+             py::arg("seed"), py::arg("stream"),
+             "As hopper_gemm, of one (out, bias, products) and on any GPU from sm_80 on.");
 }

@@ -15,8 +15,6 @@ constexpr int64_t kBlocks = 256;
 constexpr int64_t kLeastSteps = 4; /* of a piece, so that its pipeline fills */
 constexpr int64_t kMostBlocksAcross = 65535;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* How `length` is cut: `count` pieces of `size`, a multiple of `step`; none where it is empty. */
 struct Pieces {
   int64_t count, size;
@@ -57,30 +55,6 @@ struct GradUpSpace {
     floats = through + divide_up(N, kStripColumns) * M * R;
   }
 };
-
-float scale_of_kept(uint32_t threshold) {
-  return threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f;
-}
-
-template <class Args>
-deltaops_status check_args(const char *who, const Args *args) {
-  if (args != nullptr && args->struct_size == sizeof *args) return DELTAOPS_OK;
-  return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                   "%s: args must be given, with struct_size = %zu; were caller and library "
-                   "compiled from the same deltaops_cuda.h?",
-                   who, sizeof *args);
-}
-
-deltaops_status check_half(const char *who, const char *name, const deltaops_matrix &m) {
-  if (is_half(m.dtype)) return check_rows(who, name, m, m.rows, m.cols, m.dtype);
-  return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: %s must be bf16 (1) or f16 (2), got %d", who, name,
-                   m.dtype);
-}
-
-deltaops_status check_if_there(const char *who, const char *name, const deltaops_matrix &m,
-                               int64_t rows, int64_t cols, int32_t dtype) {
-  return m.data == nullptr ? DELTAOPS_OK : check_rows(who, name, m, rows, cols, dtype);
-}
 
 /* A gradient: of the dtype of activations, or f32. */
 deltaops_status check_gradient(const char *who, const char *name, const deltaops_matrix &m,

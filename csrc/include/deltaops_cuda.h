@@ -14,7 +14,7 @@
 
 #include "deltaops.h"
 
-#define DELTAOPS_CUDA_ABI_VERSION 2
+#define DELTAOPS_CUDA_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -88,6 +88,40 @@ typedef struct {
 } deltaops_cuda_gemm_args;
 
 DELTAOPS_API deltaops_status deltaops_cuda_ampere_gemm(const deltaops_cuda_gemm_args *args);
+
+/* The same, with x W^T of a quantised W before the sum, for at most DELTAOPS_CUDA_MAX_DECODED rows
+ * and products without masks, whose right matrices have col_stride 1:
+ *
+ *     int8   W[n, k] = codes[n, k] * scales[n]
+ *     NF4    W.flat[i] = value of code i * scales[i div block];  two codes a byte, the first in the
+ *            upper half, as bitsandbytes has them
+ *
+ * Each element is rounded to the dtype of x, as one that was made ahead would be. Fastest where
+ * codes begin on 16 bytes and K (of NF4 the block too) is a multiple of 16 (of NF4 32). */
+#define DELTAOPS_CUDA_MAX_DECODED 16
+#define DELTAOPS_CUDA_INT8 1
+#define DELTAOPS_CUDA_NF4 2
+
+typedef struct {
+  const void *codes;   /* device; int8 [N, K], or of NF4 [(N K + 1) div 2] bytes */
+  const float *scales; /* device; [N], or of NF4 one for each block */
+  int64_t rows;        /* N */
+  int64_t cols;        /* K */
+  int64_t block;       /* elements that share a scale, of NF4; at least 1 */
+  int32_t kind;        /* DELTAOPS_CUDA_INT8 or DELTAOPS_CUDA_NF4 */
+  int32_t reserved;
+} deltaops_cuda_quantized;
+
+typedef struct {
+  uint32_t struct_size;
+  uint32_t reserved;
+  deltaops_matrix x; /* [M, K] of the dtype of out, col_stride 1 */
+  deltaops_cuda_quantized weight;
+  deltaops_cuda_gemm_args rest; /* products (S and B), bias, out and where; seed is not read */
+} deltaops_cuda_quantized_gemv_args;
+
+DELTAOPS_API deltaops_status
+deltaops_cuda_ampere_quantized_gemv(const deltaops_cuda_quantized_gemv_args *args);
 
 /* The same on Hopper (compute capability 9.0) by its copy engine and warpgroup products, of up to
  * DELTAOPS_CUDA_MAX_OUTPUTS outputs in one launch: q, k and v; gate and up. Their outs have the
@@ -166,6 +200,59 @@ DELTAOPS_API uint64_t deltaops_cuda_grad_down_workspace(int64_t M, int64_t K, in
 DELTAOPS_API deltaops_status deltaops_cuda_project(const deltaops_cuda_project_args *args);
 DELTAOPS_API deltaops_status deltaops_cuda_grad_up(const deltaops_cuda_grad_up_args *args);
 DELTAOPS_API deltaops_status deltaops_cuda_grad_down(const deltaops_cuda_grad_down_args *args);
+
+/* ---- x and its down-projections in one pass, where x is made, on any GPU from sm_80 on
+ *
+ *     S_i = scaling_i * drop_i(y) A_i^T
+ *
+ * for the branches of the layers that read y: q, k and v; gate and up; down. S is that of y as
+ * rounded, as deltaops_cuda_project would give it, summed in another order; the same bits every
+ * time. Matrices have col_stride 1. The ranks of all branches, each rounded up to 64, are at most
+ * DELTAOPS_CUDA_MAX_PRODUCED together. */
+#define DELTAOPS_CUDA_MAX_PRODUCED 1024
+
+typedef struct {
+  deltaops_matrix a;        /* [R, K] of the dtype of y */
+  deltaops_matrix s;        /* [M, R] f32, written; or absent */
+  deltaops_matrix s_narrow; /* [M, R] of the dtype of y, written; or absent */
+  float scaling;
+  uint32_t drop_threshold; /* p * 65536 */
+  uint32_t branch_stream;
+  uint32_t reserved;
+  const uint64_t *seed; /* device; NULL where nothing is dropped */
+} deltaops_cuda_branch;
+
+/* y = x / sqrt(mean of the row's x^2 + eps) * gamma, rounded once. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix x;     /* [M, K] bf16 or f16 */
+  deltaops_matrix gamma; /* [1, K] of that dtype; or absent: ones */
+  deltaops_matrix y;     /* [M, K] of that dtype, written */
+  deltaops_matrix rstd;  /* [M, 1] f32, written: 1 / sqrt(mean x^2 + eps); or absent */
+  float eps;
+  int32_t num_branches;
+  const deltaops_cuda_branch *branches; /* on the host */
+  void *stream;
+} deltaops_cuda_rms_norm_project_args;
+
+/* y = gate / (1 + exp(-gate)) * up, rounded once. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix gate; /* [M, K] bf16 or f16 */
+  deltaops_matrix up;   /* [M, K] of that dtype */
+  deltaops_matrix y;    /* [M, K] of that dtype, written */
+  int32_t num_branches;
+  uint32_t reserved;
+  const deltaops_cuda_branch *branches; /* on the host */
+  void *stream;
+} deltaops_cuda_swiglu_project_args;
+
+DELTAOPS_API deltaops_status
+deltaops_cuda_rms_norm_project(const deltaops_cuda_rms_norm_project_args *args);
+DELTAOPS_API deltaops_status
+deltaops_cuda_swiglu_project(const deltaops_cuda_swiglu_project_args *args);
 
 #ifdef __cplusplus
 }

@@ -34,8 +34,9 @@ def tune_kernels(
     """Measure this machine's GPU and keep the result: how each layer's products go fastest.
 
     The Triton backend has several ways for a layer: one fused kernel, a kernel and the library's
-    product, the library's products alone, on Hopper and later a persistent kernel, and on Hopper
-    a hand-written one. Each is held to float64 first; then they are timed in turns, as CUDA graphs.
+    product, the library's products alone, on Hopper and later a persistent kernel, and where nvcc
+    built them a hand-written one for Hopper and one for sm_80 and later. Each is held to float64
+    first; then they are timed in turns, as CUDA graphs.
     A call takes what was fastest for the most similar layer, in every process that starts from then
     on. Without a table it follows a rule, and `deltaops.explain` says so. What is measured is kept
     after each layer: Ctrl-C loses one. A layer that fails is named, and the exit code is 1.

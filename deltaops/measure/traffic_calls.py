@@ -70,7 +70,7 @@ class Linear:
         rows, factor = (
             (self.k, (self.n, self.rank)) if direction == FORWARD else (self.n, (self.rank, self.k))
         )
-        described = delta_linear.described(
+        special = delta_linear.special(
             direction,
             _meta(self.dtype, self.m, rows),
             _meta(self.dtype, self.n, self.k),
@@ -78,7 +78,7 @@ class Linear:
             [self.rank],
             "meta",
         )
-        return planner.possible(self.setting, direction, described)
+        return planner.possible(self.setting, direction, special)
 
     def run(self, direction: str) -> None:
         """See :class:`Counted`."""

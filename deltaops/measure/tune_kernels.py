@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaops.backends import Backend
-from deltaops.backends.triton import cuda, delta_linear, planner
+from deltaops.backends.triton import delta_linear, planner
 from deltaops.backends.triton.tables import DIRECTIONS, Entry, Setting
 from deltaops.errors import DataError
 from deltaops.reference import delta_linear as reference
@@ -209,11 +209,8 @@ def _forcing(direction: str, plan: str) -> AbstractContextManager[None]:
 
 def _possible(setting: Setting, direction: str, o: _Operands) -> tuple[str, ...]:
     rows, factor = (o.x, o.b) if direction == "forward" else (o.grad_y, o.a)
-    described = delta_linear.described(
-        direction, rows, o.weight, [factor], [setting.rank], rows.device
-    )
-    native = described and cuda.runs_on(rows.device)
-    return planner.possible(setting, direction, described, native)
+    special = delta_linear.special(direction, rows, o.weight, [factor], [setting.rank], rows.device)
+    return planner.possible(setting, direction, special)
 
 
 def _planned(direction: str, plan: str, copies: list[_Operands], run: Backend) -> Call:

@@ -44,8 +44,8 @@ def need(plan: str) -> None:
     """Skips where this GPU cannot run it."""
     if plan == "persistent" and not core.persists("cuda"):
         pytest.skip("needs tensor descriptors: sm_90 or sm_100")
-    if plan == "cuda" and not cuda.runs_on("cuda"):
-        pytest.skip(f"needs a Hopper and the CUDA library for it: {cuda.state()}")
+    if plan in cuda.PLANS and not cuda.runs_on("cuda", plan):
+        pytest.skip(f"needs another GPU or CUDA library: {cuda.state()}")
 
 
 # Ragged in every length; M past one tile a multiprocessor; a rank of two steps; a mask.

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltaops.reference.quantized import QuantizedWeight
+
 from . import emulated
 from .emulated import Bordered, Matrix
 
@@ -49,14 +51,14 @@ class Term(NamedTuple):
     stream: int = 0
 
 
-def gemm(
-    lib: ctypes.CDLL, terms: Sequence[Term], bias: Tensor | None, out: Tensor, seed: Tensor | None
-) -> int:
-    """The status."""
+def gemm_args(
+    terms: Sequence[Term], bias: Tensor | None, out: Tensor, seed: Tensor | None
+) -> GemmArgs:
+    """The call; it keeps no tensor alive."""
     products = [
         Product(emulated.view(t.left), emulated.view(t.right), t.threshold, t.stream) for t in terms
     ]
-    args = GemmArgs(
+    return GemmArgs(
         ctypes.sizeof(GemmArgs),
         0,
         (Product * len(products))(*products),
@@ -67,7 +69,55 @@ def gemm(
         None if seed is None else seed.data_ptr(),
         None,
     )
-    return int(lib.deltaops_cuda_ampere_gemm(ctypes.byref(args)))
+
+
+def gemm(
+    lib: ctypes.CDLL, terms: Sequence[Term], bias: Tensor | None, out: Tensor, seed: Tensor | None
+) -> int:
+    """The status."""
+    return int(lib.deltaops_cuda_ampere_gemm(ctypes.byref(gemm_args(terms, bias, out, seed))))
+
+
+class Quantized(ctypes.Structure):
+    """deltaops_cuda_quantized."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight, codes: Tensor) -> Quantized:
+        """``weight``, whose codes lie in ``codes``."""
+        kind = 2 if weight.kind == "nf4" else 1
+        return cls(codes.data_ptr(), weight.scales.data_ptr(), *weight.shape, weight.block, kind, 0)
+
+
+class QuantizedArgs(ctypes.Structure):
+    """deltaops_cuda_quantized_gemv_args."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("x", Matrix),
+        ("weight", Quantized),
+        ("rest", GemmArgs),
+    )
+
+
+def quantized_gemv(
+    lib: ctypes.CDLL, x: Tensor, weight: Quantized, terms: Sequence[Term], bias: Tensor | None,
+    out: Tensor, seed: Tensor | None = None,
+) -> int:  # fmt: skip
+    """The status."""
+    rest = gemm_args(terms, bias, out, seed)
+    args = QuantizedArgs(ctypes.sizeof(QuantizedArgs), 0, emulated.view(x), weight, rest)
+    return int(lib.deltaops_cuda_ampere_quantized_gemv(ctypes.byref(args)))
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -163,3 +213,65 @@ def run_pass(
     args.struct_size = ctypes.sizeof(args)
     args.workspace, args.workspace_bytes = space.t.data_ptr(), space.t.numel() * 4
     return int(getattr(lib, f"deltaops_cuda_{name}")(ctypes.byref(args)))
+
+
+class Branch(ctypes.Structure):
+    """deltaops_cuda_branch."""
+
+    _fields_ = (
+        ("a", Matrix),
+        ("s", Matrix),
+        ("s_narrow", Matrix),
+        ("scaling", ctypes.c_float),
+        ("drop_threshold", ctypes.c_uint32),
+        ("branch_stream", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("seed", ctypes.c_void_p),
+    )
+
+
+class RmsNormArgs(ctypes.Structure):
+    """deltaops_cuda_rms_norm_project_args."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("device", ctypes.c_int32),
+        ("x", Matrix),
+        ("gamma", Matrix),
+        ("y", Matrix),
+        ("rstd", Matrix),
+        ("eps", ctypes.c_float),
+        ("num_branches", ctypes.c_int32),
+        ("branches", ctypes.POINTER(Branch)),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+class SwiGluArgs(ctypes.Structure):
+    """deltaops_cuda_swiglu_project_args."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("device", ctypes.c_int32),
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("y", Matrix),
+        ("num_branches", ctypes.c_int32),
+        ("reserved", ctypes.c_uint32),
+        ("branches", ctypes.POINTER(Branch)),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def produce(
+    lib: ctypes.CDLL, kind: str, rows: dict[str, Tensor], branches: Sequence[Branch], eps: float
+) -> int:
+    """The status of ``kind``, "rms_norm" or "swiglu"; eps is the former's."""
+    args = RmsNormArgs() if kind == "rms_norm" else SwiGluArgs()
+    for name, t in rows.items():
+        setattr(args, name, emulated.view(t))
+    if isinstance(args, RmsNormArgs):
+        args.eps = eps
+    args.struct_size, args.num_branches = ctypes.sizeof(args), len(branches)
+    args.branches = (Branch * len(branches))(*branches)
+    return int(getattr(lib, f"deltaops_cuda_{kind}_project")(ctypes.byref(args)))

@@ -134,20 +134,28 @@ class Module:
 
     @staticmethod
     def hopper_gemm(device: int, dtype: int, outputs: Any, seed: int, stream: int) -> None:
-        def view(t: Any) -> Matrix:
-            return Matrix() if t is None else Matrix(*t, dtype, 0)
-
-        found = []
-        for out, bias, terms in outputs:
-            products = [Product(view(left), view(right), drop, 0) for left, right, drop in terms]
-            count = len(products)
-            found.append(
-                GemmArgs(
-                    *(ctypes.sizeof(GemmArgs), device, (Product * count)(*products), count, 0),
-                    *(view(bias), view(out), seed, stream),
-                )
-            )
+        found = [_args(device, dtype, output, seed, stream) for output in outputs]
         with emulated.grid(capability=90) as lib:
             status = lib.deltaops_cuda_hopper_gemm((GemmArgs * len(found))(*found), len(found))
         if status:
             raise RuntimeError(emulated.error())
+
+    @staticmethod
+    def ampere_gemm(device: int, dtype: int, output: Any, seed: int, stream: int) -> None:
+        with emulated.grid() as lib:
+            args = _args(device, dtype, output, seed, stream)
+            status = lib.deltaops_cuda_ampere_gemm(ctypes.byref(args))
+        if status:
+            raise RuntimeError(emulated.error())
+
+
+def _args(device: int, dtype: int, output: Any, seed: int, stream: int) -> GemmArgs:
+    def view(t: Any) -> Matrix:
+        return Matrix() if t is None else Matrix(*t, dtype, 0)
+
+    out, bias, terms = output
+    products = [Product(view(left), view(right), drop, 0) for left, right, drop in terms]
+    return GemmArgs(
+        *(ctypes.sizeof(GemmArgs), device, (Product * len(products))(*products), len(products)),
+        *(0, view(bias), view(out), seed, stream),
+    )

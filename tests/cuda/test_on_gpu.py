@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import deltaops
-from deltaops.reference import philox
+from deltaops.reference import philox, quantized
 
-from . import ampere, hopper
+from . import ampere, emulated, hopper
 from .ampere import GemmArgs, Term, random
 from .emulated import Bordered
 
@@ -124,6 +124,59 @@ def test_passes(lib: ctypes.CDLL, m: int, k: int, rank: int, dtype: torch.dtype)
             found.append(check(lib, status, [(outs[key], t) for key, t in wanted.items()]))
             assert space.intact()
         assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize(("kind", "m", "k"), [("rms_norm", 500, 4096), ("swiglu", 37, 9001)])
+def test_producers(lib: ctypes.CDLL, kind: str, m: int, k: int, dtype: torch.dtype) -> None:
+    names = {"rms_norm": ("x", "gamma"), "swiglu": ("gate", "up")}[kind]
+    one = random(m, k, dtype=dtype, seed=1).to(DEVICE)
+    other = random(1 if kind == "rms_norm" else m, k, dtype=dtype, seed=2).to(DEVICE)
+    wide, by = one.double(), other.double()
+    if kind == "rms_norm":
+        wide = wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * by
+    else:
+        wide = wide * wide.sigmoid() * by
+    a = [random(rank, k, dtype=dtype, seed=3).to(DEVICE) for rank in (16, 72)]
+    drop, found = seed(), []
+    for _ in range(2):
+        y = Bordered(torch.full((m, k), float("nan"), dtype=dtype, device=DEVICE))
+        s = [Bordered(torch.full((m, len(t)), float("nan"), device=DEVICE)) for t in a]
+        branches = [
+            ampere.Branch(
+                *map(emulated.view, (t, out.t, None)), 0.5, i * THRESHOLD, STREAM, 0,
+                drop.data_ptr(),
+            )
+            for i, (t, out) in enumerate(zip(a, s, strict=True))
+        ]  # fmt: skip
+        rows = dict(zip(names, (one, other), strict=True)) | {"y": y.t}
+        status = ampere.produce(lib, kind, rows, branches, 1e-5)
+        found.append(check(lib, status, [(y, wide)]))
+        expected = [0.5 * dropped(y.t, i * THRESHOLD) @ t.double().t() for i, t in enumerate(a)]
+        found[-1] += check(lib, status, list(zip(s, expected, strict=True)))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 520, 4096), (16, 333, 1001)])
+def test_decoding_with_codes(
+    lib: ctypes.CDLL, kind: str, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    make = quantized.quantize_nf4 if kind == "nf4" else quantized.quantize_int8
+    weight = make(random(n, k, dtype=F32, seed=1))
+    weight = weight._replace(codes=weight.codes.to(DEVICE), scales=weight.scales.to(DEVICE))
+    x, s = (random(m, c, dtype=dtype, seed=2).to(DEVICE) for c in (k, 16))
+    b = random(n, 16, dtype=dtype, seed=3).to(DEVICE)
+    expected = x.double() @ quantized.dequantize(weight, dtype).double().t()
+    expected += s.double() @ b.double().t()
+    found: list[Tensor] = []
+    for _ in range(2):
+        out = Bordered(torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE), 2)
+        described = ampere.Quantized.of(weight, weight.codes)
+        status = ampere.quantized_gemv(lib, x, described, [Term(s, b)], None, out.t)
+        found += check(lib, status, [(out, expected)])
+    assert torch.equal(*found)
 
 
 def call_hopper(lib: ctypes.CDLL, outputs: Sequence[hopper.Output]) -> None:

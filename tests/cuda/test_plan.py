@@ -1,4 +1,5 @@
-"""The plan "cuda" of the Triton backend: who gets it, and what it gives, on the emulated grid."""
+"""The plans "cuda" and "ampere" of the Triton backend: who gets them, and what they give, on the
+emulated grid."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from deltaops.testing import assert_accurate
 from . import hopper
 
 GPU = "sm_90"
+PLANS = pytest.mark.parametrize("name", cuda.PLANS)
 SETTING = tables.Setting(8192, 4096, 4096, 16, "bfloat16", "bfloat16", False)
 
 
@@ -34,44 +36,76 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def plan(native: bool) -> str:
-    return planner.choose(SETTING, "forward", "meta", described=True, native=native).plan
+    special = ("persistent", *cuda.PLANS) if native else ("persistent",)
+    return planner.choose(SETTING, "forward", "meta", special=special).plan
 
 
 def test_no_gpu_gets_it_unmeasured(tuned: Path) -> None:
-    assert "cuda" in planner.possible(SETTING, "forward", True, True)
-    assert plan(native=True) == plan(native=False) != "cuda"
-    assert not list(tables.SHIPPED.glob("*")) or all(
-        '"cuda"' not in path.read_text() for path in tables.SHIPPED.glob("*.json")
-    )
+    assert set(cuda.PLANS) < set(planner.possible(SETTING, "forward", cuda.PLANS))
+    assert plan(native=True) == plan(native=False)
+    assert plan(native=True) not in cuda.PLANS
+    shipped = [path.read_text() for path in tables.SHIPPED.glob("*.json")]
+    assert not any(f'"{name}"' in text for text in shipped for name in cuda.PLANS)
 
 
-def test_it_is_taken_where_it_was_measured_as_fastest(tuned: Path) -> None:
-    timed = {"fused": 3.0, "split": 2.0, "cuda": 1.0}
+@PLANS
+def test_it_is_taken_where_it_was_measured_as_fastest(tuned: Path, name: str) -> None:
+    timed = {"fused": 3.0, "split": 2.0, name: 1.0}
     tables.add(tuned, GPU, [tables.Entry(SETTING, {"forward": timed})], {"date": "a day"})
-    assert plan(native=True) == "cuda"
+    assert plan(native=True) == name
     assert plan(native=False) == "split"
 
 
-def test_forcing_it_where_it_cannot_run_raises(tuned: Path) -> None:
-    with planner.forced("cuda", "cuda"):
-        assert plan(native=True) == "cuda"
-        with pytest.raises(ValueError, match="'cuda' is forced"):
+@PLANS
+def test_forcing_it_where_it_cannot_run_raises(tuned: Path, name: str) -> None:
+    with planner.forced(name, name):
+        assert plan(native=True) == name
+        with pytest.raises(ValueError, match=f"'{name}' is forced"):
             plan(native=False)
 
 
-def test_it_runs_on_no_processor_and_for_no_stand_in(tuned: Path) -> None:
-    assert not cuda.runs_on("cpu")
-    assert not cuda.runs_on("cuda")
+@PLANS
+def test_it_runs_on_no_processor_and_for_no_stand_in(tuned: Path, name: str) -> None:
+    assert not cuda.runs_on("cpu", name)
+    assert not cuda.runs_on("cuda", name)
 
 
-@pytest.fixture
-def emulated_plan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Calls on the processor go to the emulated library."""
+@pytest.mark.parametrize(
+    ("plan", "archs", "runs"),
+    [
+        ("cuda", "80;90a;100", {90}),
+        ("cuda", "80;90", set()),
+        ("ampere", "80;90a;100", {80, 86, 89, 90, 100, 120}),
+        ("ampere", "86", {86, 89, 90, 100, 120}),
+        ("ampere", "90a;100", {90, 100, 120}),
+        ("ampere", "90a", {90}),
+    ],
+)
+def test_which_gpus_a_build_is_for(plan: str, archs: str, runs: set[int]) -> None:
+    known = (70, 75, 80, 86, 89, 90, 100, 120)
+    assert {gpu for gpu in known if cuda.compiled_for(plan, gpu, archs)} == runs
+
+
+def test_which_matrices_ampere_takes() -> None:
+    t = torch.empty(6, 9, dtype=torch.float16)
+    assert cuda.takes(t, t[:, 1:8])
+    assert not cuda.takes(t, t.t())
+    assert not cuda.takes(t, t.bfloat16())
+    assert not cuda.takes(t.float())
+    assert not cuda.takes(t[:0])
+    assert not cuda.takes(t[:1].expand(6, 9))
+
+
+@pytest.fixture(params=cuda.PLANS)
+def emulated_plan(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Calls on the processor go to the emulated library, by one plan or the other."""
     monkeypatch.setattr(cuda, "native", hopper.Module)
     monkeypatch.setattr(cuda, "_place", lambda t: (0, 0))
-    monkeypatch.setattr(cuda, "runs_on", lambda device: True)
+    monkeypatch.setattr(cuda, "runs_on", lambda device, plan: True)
     monkeypatch.setattr(delta_linear, "described", lambda *args: True)
-    with planner.forced("cuda", "cuda"):
+    with planner.forced(request.param, request.param):
         yield
 
 
@@ -117,14 +151,16 @@ def test_y_and_dx_match_float64(dtype: torch.dtype, dropout: float) -> None:
 def test_what_the_library_refuses_is_an_error() -> None:
     x = normal(8, 9, dtype=torch.bfloat16, seed=1)
     with pytest.raises(RuntimeError, match="must have rows on 16 bytes"):
-        cuda.outputs(torch.empty(8, 8, dtype=x.dtype), x, x[:, :9], None, x[:, :8].float(), x)
+        cuda.outputs(
+            "cuda", torch.empty(8, 8, dtype=x.dtype), x, x[:, :9], None, x[:, :8].float(), x
+        )
 
 
 @pytest.mark.parametrize(
     ("archs", "says"),
     [
-        ("80;90a", "built for sm_80, sm_90a; its products for Hopper run where `deltaops tune-"),
-        ("80;100", "built for sm_80, sm_100; without sm_90a it has no products for Hopper"),
+        ("80;90a", "built for sm_80, sm_90a; its products run where `deltaops tune-kernels` found"),
+        ("80;100", "built for sm_80, sm_100; its products for sm_80 and later run where"),
     ],
 )
 def test_what_doctor_says(archs: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +173,7 @@ def test_a_module_of_another_build_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     stale = types.SimpleNamespace(abi_version=lambda: 1)
     monkeypatch.setitem(sys.modules, "deltaops._cuda", stale)
     assert cuda.state() == (
-        "deltaops._cuda is of another build (version 1 of its C ABI, not 2); reinstall deltaops"
+        "deltaops._cuda is of another build (version 1 of its C ABI, not 3); reinstall deltaops"
     )
 
 
@@ -152,6 +188,8 @@ def test_the_module_checks_before_it_looks_for_a_gpu() -> None:
     view, other = cuda._view(t), cuda._view(t[:, :8])
     with pytest.raises(ValueError, match=r"right of product 0 of out 0 must be \[16, 16\]"):
         module.hopper_gemm(0, 1, [(view, None, [(view, view, 0)])], 0, 0)
+    with pytest.raises(ValueError, match=r"ampere_gemm: right of product 0 must be \[16, 16\]"):
+        module.ampere_gemm(0, 1, (view, None, [(view, view, 0)]), 0, 0)
     with pytest.raises(ValueError, match="takes 1 to 4 outputs, got 0"):
         module.hopper_gemm(0, 1, [], 0, 0)
     if not torch.cuda.is_available():

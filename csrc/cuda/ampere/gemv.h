@@ -2,37 +2,17 @@
  *
  *     y = x W^T + S B^T + bias        x [M,K]  W [N,K]  S [M,R]  B [N,R]  y [M,N];  M <= 16
  *
- * Bound by reading W once: 2 N K bytes. A warp multiplies the 16 rows by 8 columns with
- * mma.m16n8k16, straight from global memory. The order of contracted elements within a product is
- * free, so lane (g, q) loads 16 bytes of row g of either matrix, elements 8 q ... 8 q + 7 of a step
- * of 32, and takes their pairs as they come for the fragments of two products: whole sectors, no
- * shared memory. x comes from L1. The eight warps of a block take every eighth step of all segments
- * each, and their sums are added in the order of the warps.
+ * Bound by reading W once: 2 N K bytes, straight from global memory as few_rows.h has it: whole
+ * sectors, no shared memory. x comes from L1. A block makes 16 columns; its warps share the steps
+ * of all segments.
  */
 #ifndef DELTAOPS_CUDA_AMPERE_GEMV_H
 #define DELTAOPS_CUDA_AMPERE_GEMV_H
 
+#include "ampere/few_rows.h"
 #include "ampere/gemm.h"
 
 namespace deltaops::ampere {
-
-constexpr int kGemvRows = 16, kGemvColumns = 16, kGemvStep = 32, kGemvWarps = 8;
-constexpr int kGemvThreads = 32 * kGemvWarps;
-constexpr int kGemvShared = kGemvWarps * kGemvRows * kGemvColumns * 4;
-
-/* Elements col ... col + 7 of a row, zeros where the matrix has none. */
-__device__ __forceinline__ uint4 chunk_at_edge(const Matrix &from, int64_t row, int col) {
-  const uint16_t *source;
-  const int count = inside(from, row, col, &source);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = 2 * i < count ? source[2 * i] : 0;
-    const uint32_t high = 2 * i + 1 < count ? source[2 * i + 1] : 0;
-    words[i] = low | high << 16;
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
 
 /* What a warp sums: 16 rows, 16 columns. */
 template <typename T>
@@ -44,14 +24,8 @@ struct FewRows {
   /* Adds a step of 32: this lane's chunks of rows g and g + 8 of left, and of a column of each
    * fragment of right. */
   __device__ __forceinline__ void add(const uint4 (&left)[2], const uint4 (&right)[kSideways]) {
-    const uint32_t low[4] = {left[0].x, left[1].x, left[0].y, left[1].y};
-    const uint32_t high[4] = {left[0].z, left[1].z, left[0].w, left[1].w};
 #pragma unroll
-    for (int j = 0; j < kSideways; ++j) {
-      const uint32_t first[2] = {right[j].x, right[j].y}, second[2] = {right[j].z, right[j].w};
-      multiply<T>(sums[j], low, first);
-      multiply<T>(sums[j], high, second);
-    }
+    for (int j = 0; j < kSideways; ++j) multiply_chunks<T>(sums[j], left, right[j]);
   }
 
   /* Adds the steps of a segment that are this warp's. */
@@ -88,6 +62,17 @@ struct FewRows {
       add(l, r);
     }
   }
+
+  /* Adds up the warps, and writes columns first_col ... first_col + 15 of out. */
+  __device__ __forceinline__ void finish(const GemmArguments &g, int first_col, int warp,
+                                         int lane) const {
+    add_up_warps(sums[0], sums[1], warp, lane, [&](int row, int col, float sum) {
+      col += first_col;
+      if (row >= g.rows || col >= g.columns) return;
+      if (g.bias != nullptr) sum += to_float(static_cast<const T *>(g.bias)[col]);
+      static_cast<T *>(g.out)[row * g.out_stride + col] = from_float<T>(sum);
+    });
+  }
 };
 
 /* One block for 16 columns. */
@@ -98,25 +83,7 @@ __global__ void __launch_bounds__(kGemvThreads)
   const int first_col = static_cast<int>(blockIdx.x) * kGemvColumns;
   FewRows<T> tile;
   for (int s = 0; s < g.count; ++s) tile.add(g.segments[s], first_col, warp, lane);
-
-  auto *shared = reinterpret_cast<float *>(dynamic_shared());
-#pragma unroll
-  for (int j = 0; j < kGemvColumns / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = lane / 4 + e / 2 * 8, col = 8 * j + 2 * (lane % 4) + e % 2;
-      shared[(warp * kGemvRows + row) * kGemvColumns + col] = tile.sums[j][e];
-    }
-  __syncthreads();
-  static_assert(kGemvThreads == kGemvRows * kGemvColumns, "a thread for each element of out");
-  const int row = static_cast<int>(threadIdx.x) / kGemvColumns;
-  const int col = first_col + static_cast<int>(threadIdx.x) % kGemvColumns;
-  if (row >= g.rows || col >= g.columns) return;
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kGemvWarps; ++i) sum += shared[i * kGemvThreads + threadIdx.x];
-  if (g.bias != nullptr) sum += to_float(static_cast<const T *>(g.bias)[col]);
-  static_cast<T *>(g.out)[row * g.out_stride + col] = from_float<T>(sum);
+  tile.finish(g, first_col, warp, lane);
 }
 
 }  // namespace deltaops::ampere

@@ -7,6 +7,12 @@
 
 namespace deltaops::ampere {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline float scale_of_kept(uint32_t threshold) {
+  return threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f;
+}
+
 inline bool is_half(int32_t dtype) { return dtype == DELTAOPS_BF16 || dtype == DELTAOPS_F16; }
 
 /* DELTAOPS_OK where `m` is [rows, cols] of `dtype`, with data unless it is empty. */
@@ -50,6 +56,26 @@ inline deltaops_status check_draws(const char *who, uint32_t threshold, const ui
                      "dropped, got NULL",
                      who);
   return DELTAOPS_OK;
+}
+
+template <class Args>
+deltaops_status check_args(const char *who, const Args *args) {
+  if (args != nullptr && args->struct_size == sizeof *args) return DELTAOPS_OK;
+  return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
+                   "%s: args must be given, with struct_size = %zu; were caller and library "
+                   "compiled from the same deltaops_cuda.h?",
+                   who, sizeof *args);
+}
+
+inline deltaops_status check_half(const char *who, const char *name, const deltaops_matrix &m) {
+  if (is_half(m.dtype)) return check_rows(who, name, m, m.rows, m.cols, m.dtype);
+  return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: %s must be bf16 (1) or f16 (2), got %d", who, name,
+                   m.dtype);
+}
+
+inline deltaops_status check_if_there(const char *who, const char *name, const deltaops_matrix &m,
+                                      int64_t rows, int64_t cols, int32_t dtype) {
+  return m.data == nullptr ? DELTAOPS_OK : check_rows(who, name, m, rows, cols, dtype);
 }
 
 inline bool starts_on_16_bytes(const void *data, int64_t stride) {

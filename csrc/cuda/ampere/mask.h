@@ -32,6 +32,19 @@ __device__ __forceinline__ uint32_t kept(uint32_t word, uint32_t threshold) {
          static_cast<uint32_t>((word >> 16) >= threshold) << 1;
 }
 
+/* Eight elements of a row, those that are dropped as 0: columns 8 group ... 8 group + 7. */
+__device__ __forceinline__ uint4 dropped(const uint4 &values, int64_t row, int64_t group,
+                                         const Mask &mask, uint64_t seed) {
+  uint32_t words[4];
+  draw_group(words, row, group, mask.stream, seed);
+  const auto dropped_to_0 = [&](uint32_t pair, uint32_t word) {
+    const uint32_t keep = kept(word, mask.threshold);
+    return pair & ((keep & 1 ? 0xFFFFu : 0u) | (keep & 2 ? 0xFFFF0000u : 0u));
+  };
+  return make_uint4(dropped_to_0(values.x, words[0]), dropped_to_0(values.y, words[1]),
+                    dropped_to_0(values.z, words[2]), dropped_to_0(values.w, words[3]));
+}
+
 /* Zeros what is dropped among the chunks of a tile of x that this thread brought, before the
  * barrier that shows them to the others. */
 template <int kRows, int kChunks, int kThreads>
@@ -39,15 +52,8 @@ __device__ __forceinline__ void drop_own_chunks(const Tile<kRows, kChunks> &tile
                                                 int64_t first_col, const Mask &mask,
                                                 uint64_t seed) {
   for_own_chunks<kRows, kChunks, kThreads>([&](int row, int chunk) {
-    uint32_t words[4];
-    draw_group(words, first_row + row, first_col / kChunk + chunk, mask.stream, seed);
     uint4 *values = tile.at(row, chunk);
-    const auto dropped_to_0 = [&](uint32_t pair, uint32_t word) {
-      const uint32_t keep = kept(word, mask.threshold);
-      return pair & ((keep & 1 ? 0xFFFFu : 0u) | (keep & 2 ? 0xFFFF0000u : 0u));
-    };
-    *values = make_uint4(dropped_to_0(values->x, words[0]), dropped_to_0(values->y, words[1]),
-                         dropped_to_0(values->z, words[2]), dropped_to_0(values->w, words[3]));
+    *values = dropped(*values, first_row + row, first_col / kChunk + chunk, mask, seed);
   });
 }
 

@@ -1,8 +1,10 @@
-"""The CUDA library's GEMMs, the plan ``cuda`` of :mod:`planner`: hand-written, for Hopper.
+"""The CUDA library's GEMMs, hand-written: the plans ``cuda`` and ``ampere`` of :mod:`planner`.
 
-They take what the persistent kernels take, of Hopper alone; see csrc/cuda/hopper/gemm.h. S and dS
-are rounded to the model's dtype by a kernel of torch. How fast they are no GPU has said: no table
-that ships names them, so they run only where ``deltaops tune-kernels`` found them fastest.
+``cuda`` takes what the persistent kernels take, of Hopper alone (csrc/cuda/hopper/gemm.h);
+``ampere`` takes rows whose elements lie side by side, of any GPU from sm_80 on
+(csrc/cuda/ampere/gemm.h, and of at most 16 rows gemv.h). S and dS are rounded to the model's dtype
+by a kernel of torch. How fast they are no GPU has said: no table that ships names them, so they run
+only where ``deltaops tune-kernels`` found them fastest.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from deltaops.reference.philox import drop_threshold
 
 from . import core
 
+PLANS = ("cuda", "ampere")
 HOPPER = "90a"
-"""As the library names the architecture of its products: no other runs them."""
-ABI_VERSION = 2
+"""As the library names the architecture of the products of ``cuda``: no other runs them."""
+AMPERE = 80
+"""The oldest architecture of those of ``ampere``, as in sm_80."""
+ABI_VERSION = 3
 """DELTAOPS_CUDA_ABI_VERSION of csrc/include/deltaops_cuda.h."""
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 """deltaops_dtype of csrc/include/deltaops.h."""
@@ -53,41 +58,68 @@ def state() -> str:
     if isinstance(module, str):
         return module
     built = f"built for sm_{module.archs().replace(';', ', sm_')}"
+    rest = "where `deltaops tune-kernels` found them fastest"
     if missing := _missing(module):
-        return f"{built}; {missing}"
-    return f"{built}; its products for Hopper run where `deltaops tune-kernels` found them fastest"
+        return f"{built}; its products for sm_80 and later run {rest}; {missing}"
+    return f"{built}; its products run {rest}"
 
 
 def _missing(module: ModuleType) -> str | None:
     if HOPPER in module.archs().split(";"):
         return None
-    return f"without sm_{HOPPER} it has no products for Hopper; set DELTAOPS_CUDA_ARCHS and rebuild"
+    return f"without sm_{HOPPER} it has none for Hopper; set DELTAOPS_CUDA_ARCHS and rebuild"
 
 
-def runs_on(device: torch.device | str) -> bool:
-    """Whether the products run there: on a Hopper, of which a library for it was built."""
+def runs_on(device: torch.device | str, plan: str) -> bool:
+    """Whether the products of ``plan`` run there: the library was built for that GPU."""
     if core.standing_in_for() is not None:
         return False
     found = torch.device(device)
     if found.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(found) == (9, 0) and _compiled()
+    major, minor = torch.cuda.get_device_capability(found)
+    return _has(plan, 10 * major + minor)
 
 
 @cache
-def _compiled() -> bool:
+def _has(plan: str, capability: int) -> bool:
     module = native()
-    return not isinstance(module, str) and _missing(module) is None
+    return not isinstance(module, str) and compiled_for(plan, capability, module.archs())
+
+
+def compiled_for(plan: str, capability: int, archs: str) -> bool:
+    """Whether a library of ``archs``, as in "80;90a;100", has ``plan`` for a GPU of ``capability``,
+    as in 89: machine code for it, or PTX of an older one, which "90a" is for none."""
+    built = archs.split(";")
+    if plan == "cuda":
+        return capability == int(HOPPER[:-1]) and HOPPER in built
+    if capability < AMPERE:
+        return False
+    older = any(arch.isdecimal() and int(arch) <= capability for arch in built)
+    return older or f"{capability}a" in built
+
+
+def takes(*matrices: Tensor) -> bool:
+    """Whether ``ampere`` takes these: of one half type, with the elements of a row side by side."""
+    return all(
+        t.dtype in DTYPES
+        and t.dtype == matrices[0].dtype
+        and t.numel() > 0
+        and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        for t in matrices
+    )
 
 
 def outputs(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor
+    plan: str, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor
 ) -> None:
-    """Write ``y [M, N] = x Wᵀ + S Bᵀ + bias``; S ``[M, R]`` in fp32."""
-    _gemm(y, bias, [(x, weight, 0.0), (s.to(x.dtype), b, 0.0)], None)
+    """Write ``y [M, N] = x Wᵀ + S Bᵀ + bias`` by ``plan``; S ``[M, R]`` in fp32."""
+    _gemm(plan, y, bias, [(x, weight, 0.0), (s.to(x.dtype), b, 0.0)], None)
 
 
 def grad_input(
+    plan: str,
     grad_x: Tensor,
     grad_y: Tensor,
     weight: Tensor,
@@ -96,12 +128,14 @@ def grad_input(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    """Write ``grad_x [M, K] = dy W + mask ⊙ (dS A)``; dS ``[M, R]`` in fp32."""
+    """Write ``grad_x [M, K] = dy W + mask ⊙ (dS A)`` by ``plan``; dS ``[M, R]`` in fp32."""
     narrow = grad_s.to(grad_y.dtype)
-    _gemm(grad_x, None, [(grad_y, weight.t(), 0.0), (narrow, a.t(), dropout)], seed)
+    _gemm(plan, grad_x, None, [(grad_y, weight.t(), 0.0), (narrow, a.t(), dropout)], seed)
 
 
-def _gemm(out: Tensor, bias: Tensor | None, products: list[Product], seed: Tensor | None) -> None:
+def _gemm(
+    plan: str, out: Tensor, bias: Tensor | None, products: list[Product], seed: Tensor | None
+) -> None:
     module, (device, stream) = native(), _place(out)
     assert not isinstance(module, str)  # planned for where it is there
     terms = [
@@ -109,7 +143,10 @@ def _gemm(out: Tensor, bias: Tensor | None, products: list[Product], seed: Tenso
     ]
     wanted = (_view(out), None if bias is None else _view(bias.unsqueeze(0)), terms)
     pointer = 0 if seed is None else seed.data_ptr()
-    module.hopper_gemm(device, DTYPES[out.dtype], [wanted], pointer, stream)
+    if plan == "cuda":
+        module.hopper_gemm(device, DTYPES[out.dtype], [wanted], pointer, stream)
+    else:
+        module.ampere_gemm(device, DTYPES[out.dtype], wanted, pointer, stream)
 
 
 def _place(t: Tensor) -> tuple[int, int]:

@@ -123,8 +123,8 @@ def _write_outputs(
             capability=core.capability(x), multiprocessors=core.multiprocessors(x),
         )  # fmt: skip
         return
-    if plan == "cuda":
-        cuda.outputs(y, x, weight, bias, s, b[0])
+    if plan in cuda.PLANS:
+        cuda.outputs(plan, y, x, weight, bias, s, b[0])
         return
     core.kernels("forward").forward_gemm(
         x, weight, bias, s, list(b), y,
@@ -243,8 +243,8 @@ def _write_grad_input(
             capability=core.capability(grad_y), multiprocessors=core.multiprocessors(grad_y),
         )  # fmt: skip
         return
-    if plan == "cuda":
-        cuda.grad_input(grad_x, grad_y, weight, grad_s, a[0], dropout[0], seed)
+    if plan in cuda.PLANS:
+        cuda.grad_input(plan, grad_x, grad_y, weight, grad_s, a[0], dropout[0], seed)
         return
     kernels = core.kernels("grad_input")
     kernels.grad_input_gemm(
@@ -277,6 +277,23 @@ def described(
     return taken
 
 
+def special(
+    direction: str,
+    rows: Tensor,
+    weight: Tensor,
+    factors: Sequence[Tensor],
+    ranks: Sequence[int],
+    device: torch.device | str,
+) -> tuple[str, ...]:
+    """The plans from ``persistent`` on that take the GEMM of a direction on ``device``."""
+    found: tuple[str, ...] = ()
+    if described(direction, rows, weight, factors, ranks, device):
+        found = ("persistent", "cuda") if cuda.runs_on(device, "cuda") else ("persistent",)
+    if len(ranks) == 1 and cuda.takes(rows, weight, *factors) and cuda.runs_on(device, "ampere"):
+        found += ("ampere",)
+    return found
+
+
 def _plan(
     direction: str,
     rows: Tensor,
@@ -303,10 +320,8 @@ def _choice(
     n, k = weight.shape
     setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, dropout)
     plain = core.kernels("configs").is_plain(rows, weight, ranks)
-    able = described(direction, rows, weight, factors, ranks, device)
-    return planner.choose(
-        setting, direction, device, plain, able, native=able and cuda.runs_on(device)
-    )
+    able = special(direction, rows, weight, factors, ranks, device)
+    return planner.choose(setting, direction, device, plain, able)
 
 
 def _add_products(

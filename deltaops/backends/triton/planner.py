@@ -5,11 +5,12 @@
     torch   the library computes both
     persistent   the fused kernel whose programs stay, with tensor descriptors: Hopper and later
     cuda    the same, hand-written in CUDA C++ (:mod:`cuda`): Hopper
+    ampere  another of CUDA C++, of any shape, few rows among them: sm_80 and later
 
 Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is
 expected to be the faster one. Which outweighs the other is a matter of measurement
 (:mod:`tables`). Where nothing was measured, :func:`start` decides by the break-even rule, and never
-for persistent or cuda, of whose speed nothing is known. Either way a choice follows from the call,
+for the last three, of whose speed nothing is known. Either way a choice follows from the call,
 how its matrices lie and the tables alone, which are read once a GPU and process: nothing is timed
 in a call, nor under graph capture.
 """
@@ -86,20 +87,17 @@ def setting_of(
     return Setting(m, n, k, sum(ranks), _NAMES[dtype], _NAMES[wide], dropout)
 
 
-def possible(
-    setting: Setting, direction: str, described: bool = False, native: bool = False
-) -> tuple[str, ...]:
+def possible(setting: Setting, direction: str, special: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The plans that can run a call.
 
     Args:
-        described: the persistent kernels take its matrices on its GPU.
-        native: the CUDA library's do.
+        special: those from ``persistent`` on that take its matrices on its GPU.
     """
     mixed = setting.rank > 0 and setting.adapter != setting.dtype
     masked = setting.dropout and direction == "backward"
     # the library rounds S to the model's dtype, and knows no mask
     plans = PLANS[:2] if mixed or masked else PLANS[:3]
-    return plans + PLANS[3:4] * described + PLANS[4:5] * native
+    return plans + special
 
 
 def break_even(setting: Setting, direction: str) -> float:
@@ -169,35 +167,34 @@ def choose(
     direction: str,
     device: torch.device | str,
     plain: bool = True,
-    described: bool = False,
-    native: bool = False,
+    special: tuple[str, ...] = (),
 ) -> Choice:
     """How one direction of a call on ``device`` goes.
 
     Args:
         direction: of :data:`tables.DIRECTIONS`.
         plain: the large tiles take it, as ``configs.is_plain`` finds.
-        described, native: as :func:`possible`.
+        special: as :func:`possible`.
     Raises: DataError for a table that cannot be used.
     """
     if _forced is not None:
-        plan, able = _forced[direction], possible(setting, direction, described, native)
+        plan, able = _forced[direction], possible(setting, direction, special)
         if plan not in able:
             raise ValueError(
                 f"{setting}: {direction} must be one of {', '.join(able)}, {plan!r} is forced"
             )
         return Choice(plan, "as forced")
-    return _chosen(setting, direction, core.gpu(device), plain, described, native)
+    return _chosen(setting, direction, core.gpu(device), plain, special)
 
 
 @lru_cache(maxsize=4096)
 def _chosen(
-    setting: Setting, direction: str, gpu: str | None, plain: bool, described: bool, native: bool
+    setting: Setting, direction: str, gpu: str | None, plain: bool, special: tuple[str, ...]
 ) -> Choice:
     if gpu is None:
         return Choice("fused", "Triton's interpreter shows the kernels")
     found = _found(gpu)
-    able = possible(setting, direction, described, native)
+    able = possible(setting, direction, special)
     # tables are of aligned operands and one branch: others have other tiles
     for table, path in found.tables if plain else ():
         entry = table.nearest(setting, direction)
