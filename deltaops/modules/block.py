@@ -155,9 +155,13 @@ class ActivationBlock(Block):
         """As ``told``, in the dtype of the weights of the module around it: it has none itself."""
         weight = next(parent.parameters(), torch.empty(1, 1))
         columns = max(weight.shape)
-        if tokens * columns < SMALL:
+        if self._stays(tokens * columns):
             return "torch", f"fewer than {SMALL} elements: an autograd.Function would cost more"
         return told(self._call(weight, tokens, columns), self.backend)
+
+    def _stays(self, elements: int) -> bool:
+        """Whether so few stay with torch; not where a backend was named, or anything fused."""
+        return elements < SMALL and self.backend == "auto" and not self.strict
 
     def _call(self, like: Tensor, rows: int, columns: int) -> GatedCall:
         name = named_activation(self) or ""
@@ -166,7 +170,7 @@ class ActivationBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.gated`."""
         elements = x.numel()
-        if elements >= SMALL and plain(x):
+        if plain(x) and elements and not self._stays(elements):
             call = self._call(x, elements // x.shape[-1], x.shape[-1])
             if takes(call, self.backend, self.strict):
                 return gated(x, None, call.activation, backend=self.backend, strict=self.strict)

@@ -123,6 +123,27 @@ def test_matches_float64_for_any_team(
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_without_up_it_is_the_activation(
+    gated: Any, core_module: ModuleType, dtype: str
+) -> None:
+    for shape in SHAPES:
+        grad_y, gate, _ = make(core_module, shape, dtype)
+        one = np.full(shape, 0x3F80, np.uint16) if dtype == "bf16" else np.ones(shape, np.float32)
+        for activation in range(5):
+            y, grad_gate, same_y, same_grad = (poisoned(shape, dtype) for _ in range(4))
+            kind: dict[str, Any] = {"activation": activation}
+            assert gated("forward", gate, None, y, **kind) == 0, gated.core.error()
+            assert gated("forward", gate, one, same_y, **kind) == 0
+            assert gated("backward", grad_y, gate, None, grad_gate, None, **kind) == 0
+            assert gated("backward", grad_y, gate, one, same_grad, None, **kind) == 0
+            assert y.tobytes() == same_y.tobytes()
+            assert grad_gate.tobytes() == same_grad.tobytes()
+    grads = poisoned(gate.shape, dtype), poisoned(gate.shape, dtype)
+    assert gated("backward", grad_y, gate, None, *grads) == 1
+    assert "up (needed for grad_gate)" in gated.core.error()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_rows_apart_and_nothing_around_them_is_touched(
     gated: Any, core_module: ModuleType, dtype: str
 ) -> None:
