@@ -1,7 +1,8 @@
 """Attention with a prefix on a GPU, beside attention without one and the prefix copied before.
 
 The latter is what prefix tuning costs in plain torch: keys and values are written anew, expanded
-over the batch, and a mask lets every query see the prefix.
+over the batch, and a mask lets every query see the prefix. Beside a mask each query's head gets its
+keys repeated, as transformers does: torch has grouped heads with a mask in its slowest kernel only.
 """
 
 from __future__ import annotations
@@ -132,13 +133,13 @@ def ours(backend: str, copy: Attended) -> list[Tensor]:
 
 def joined(copy: Attended) -> list[Tensor]:
     """The prefix copied before the keys and values of each sequence, and a mask."""
-    b, length = copy.q.shape[0], copy.q.shape[2]
+    (b, h, length, _), h_kv = copy.q.shape, copy.k.shape[1]
     k, v = (
-        torch.cat([prefix.expand(b, -1, -1, -1), rest], 2)
+        torch.cat([prefix.expand(b, -1, -1, -1), rest], 2).repeat_interleave(h // h_kv, 1)
         for prefix, rest in ((copy.prefix_k, copy.k), (copy.prefix_v, copy.v))
     )
     mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=k.device)
     y = functional.scaled_dot_product_attention(
-        copy.q, k, v, attn_mask=mask.tril(k.shape[2] - length), enable_gqa=True
+        copy.q, k, v, attn_mask=mask.tril(k.shape[2] - length)
     )
     return copy.back(y, copy.prefix_k, copy.prefix_v)

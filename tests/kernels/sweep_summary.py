@@ -80,12 +80,14 @@ def write(folder: Path, name: str, summary: dict[str, Any]) -> None:
 
 def tables(known: dict[str, dict[str, Any]]) -> str:
     """A page of all targets."""
+    without = [target for target in TARGETS if target not in known]
     lines = [
         "# Every variant of the Triton kernels, compiled ahead of time",
         "",
         "Written by `tests/kernels/every_variant.py`; nothing ran on a GPU. A cell: variants, the",
         "most bytes of shared memory, and, where there are any, how many the gate refuses and how",
-        "many were left when the time was over.",
+        "many were left when the time was over. The command compiles those: it goes on from what",
+        "`build/every-variant` has, and compiles all where that is empty.",
         "",
         f"| {' | '.join(HEADS)} |",
         f"|{' --- |' * len(HEADS)}",
@@ -96,6 +98,10 @@ def tables(known: dict[str, dict[str, Any]]) -> str:
         shared = f"{max(r['worst_shared'] for r in rows)}, {one['shared_limit']}"
         facts = *sums, shared, one["triton"], one["kernel_sources"]
         lines.append(f"| {target} | {' | '.join(map(str, facts))} | `{one['command']}` |")
+    if without:
+        names = ", ".join(without)
+        told = f"No run for {names}: of these the lists of the tests alone are compiled."
+        lines += ["", told]
     lines += ["", f"| kernel | {' | '.join(known)} |", f"| --- |{' --- |' * len(known)}"]
     for kernel in sorted({kernel for one in known.values() for kernel in one["kernels"]}):
         cells = [_cell(one["kernels"].get(kernel)) for one in known.values()]

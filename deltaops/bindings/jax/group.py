@@ -1,5 +1,5 @@
 """Several frozen layers of the same x in one pass over it, and one gradient of it, for JAX on the
-CPU."""
+CPU; on CUDA what :mod:`.on_cuda` takes, layer by layer but for that gradient."""
 
 from __future__ import annotations
 

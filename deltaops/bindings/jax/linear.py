@@ -1,4 +1,4 @@
-"""``delta_linear`` for JAX on the CPU."""
+"""``delta_linear`` for JAX on the CPU, and on CUDA what :mod:`.on_cuda` takes."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def delta_linear(
         transposed: the weight is ``[K, N]``, as Flax has its kernels. A packed weight knows.
         num_threads: None: all processors. Results depend on it in their last bits.
     Returns: ``[…, N]`` in the dtype of ``x``.
-    Raises: DtypeError, ShapeError, ConfigError, GradientError; what JAX raises for a platform other
-        than the CPU.
+    Raises: DtypeError, ShapeError, ConfigError, GradientError; what JAX raises for a platform that
+        has no such call.
     Gradients: x, bias, and all arrays of the branches; first order, reverse mode. The weight has
         none.
     Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3.

@@ -76,7 +76,7 @@ def backward(
     wanted: Sequence[Collection[str]],
     wants_x: bool,
 ) -> tuple[Array | None, list[Operands]]:
-    """The gradient of x where it is wanted; each layer's ``wanted``."""
+    """The gradient of x where it is wanted; each layer's ``wanted``, in which "x" is nothing."""
     masked = any(number for mine in settings for number in mine.threshold)
     # all right matrices lie alike, and those of masked products across
     across = masked or not all(mine.transposed for mine in settings)
@@ -114,7 +114,7 @@ def backward(
             numbers.append(i)
         if "bias" in some and not mine.scaling:
             grads["bias"] = _grad_up(1.0, dy, None, None, True)[2]
-        found.append({name: grads[name] for name in some})
+        found.append(grads)
     if not wants_x:
         return None, found
     _, k = settings[0].sizes(layers[0])
