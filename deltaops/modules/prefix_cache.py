@@ -51,13 +51,14 @@ class _Keeper:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the class of before; the subclass is made where it is wanted."""
-        plain = self.below.__new__(self.below)
+        plain: Any = object.__new__(self.below)
         plain.__dict__.update(self.__dict__)
         return _keeping, (plain,)
 
 
 def _keeping(cache: Any) -> Any:
-    cache.__class__ = _over(type(cache))
+    kind: Any = type(cache)
+    cache.__class__ = _over(kind)
     return cache
 
 

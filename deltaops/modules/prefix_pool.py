@@ -99,8 +99,8 @@ class PooledPrefixes(Pool):
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ShapeError(
                 f"prefix pool: attention_mask must be [B, T], of tokens, got {found}. What is made "
-                "for every pair of tokens, or for a cache of fixed size, does not say which of them "
-                'are padding: pass that of the tokens; to generate cache_implementation="dynamic".'
+                "for every pair of tokens, or for a cache of fixed size, does not say which are "
+                'padding: pass that of the tokens; to generate cache_implementation="dynamic".'
             )
         self._of_pass = self._chosen(module, given, names)
         if cache is not None:
@@ -126,11 +126,14 @@ class PooledPrefixes(Pool):
         chosen, self._of_pass = self._of_pass, None
         if chosen is None:
             return
+        if torch.compiler.is_compiling():  # which runs no block again
+            cache = out.get("past_key_values") if isinstance(out, dict) else None
+            if cache is not None:
+                keep_choice(cache, chosen)
+            return
         for found in _values(out):
             if hasattr(found, "get_seq_length"):
                 keep_choice(found, chosen)
-            elif torch.compiler.is_compiling():
-                continue  # a compiler runs no block again
             elif isinstance(found, Tensor) and found.requires_grad:
                 # several passes may come before their backward passes, which begin here
                 self._of_graph = chosen
