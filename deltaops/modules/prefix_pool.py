@@ -11,7 +11,7 @@ sequences in it have chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -23,11 +23,12 @@ from deltaops.errors import AttachError, ShapeError
 
 from .backward import backward_runs, check_backward_runs
 from .pool import Pool, query_of
+from .prefix_cache import CHOICE, keep_choice
+from .prompt import PromptedStack
+from .replicas import refuse_replicas
 
 PREFIX_POOL = "prefix_pool"
 """The pool's name on its stack."""
-_CHOICE = "_deltaops_prefix_choice"
-"""On a cache: what its sequences chose."""
 
 
 class PooledPrefixes(Pool):
@@ -35,6 +36,8 @@ class PooledPrefixes(Pool):
 
     A stack calls :meth:`begin` and :meth:`end` around its forward pass.
     """
+
+    _replicate_for_data_parallel = refuse_replicas
 
     def __init__(self, keys: Tensor, length: int, **settings: Any) -> None:
         """Hold ``keys [N, e]``.
@@ -83,7 +86,7 @@ class PooledPrefixes(Pool):
         given = dict(zip(names, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
         if cache is not None and bool(cache.get_seq_length() > 0):
-            self._of_pass = getattr(cache, _CHOICE, None)
+            self._of_pass = getattr(cache, CHOICE, None)
             if self._of_pass is None:
                 raise AttachError(
                     "prefix pool: past_key_values must come from a pass of the model with its "
@@ -96,17 +99,18 @@ class PooledPrefixes(Pool):
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ShapeError(
                 f"prefix pool: attention_mask must be [B, T], of tokens, got {found}. What is made "
-                "for every pair of tokens does not say which of them are padding."
+                "for every pair of tokens, or for a cache of fixed size, does not say which are "
+                'padding: pass that of the tokens; to generate cache_implementation="dynamic".'
             )
         self._of_pass = self._chosen(module, given, names)
         if cache is not None:
-            setattr(cache, _CHOICE, self._of_pass)
+            setattr(cache, CHOICE, self._of_pass)  # also where the stack does not return it
 
     def _chosen(self, stack: Any, given: dict[str, Any], names: tuple[str, ...]) -> Tensor:
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = stack.get_input_embeddings()(given["input_ids"])
-        forward = partial(_named, stack)
+        forward = _without_prompt(stack)
         self.asleep = True
         try:
             query = query_of(self, stack, embeds, given, names, forward)
@@ -120,11 +124,16 @@ class PooledPrefixes(Pool):
     def end(self, module: Any, args: Any, out: Any) -> None:
         """Forget it, also after an error, but for a cache, and for blocks that run again."""
         chosen, self._of_pass = self._of_pass, None
-        if chosen is None or torch.compiler.is_compiling():
+        if chosen is None:
+            return
+        if torch.compiler.is_compiling():  # which runs no block again
+            cache = out.get("past_key_values") if isinstance(out, dict) else None
+            if cache is not None:
+                keep_choice(cache, chosen)
             return
         for found in _values(out):
             if hasattr(found, "get_seq_length"):
-                setattr(found, _CHOICE, chosen)
+                keep_choice(found, chosen)
             elif isinstance(found, Tensor) and found.requires_grad:
                 # several passes may come before their backward passes, which begin here
                 self._of_graph = chosen
@@ -138,8 +147,14 @@ class PooledPrefixes(Pool):
         return super().__getstate__() | {"_of_pass": None, "_of_graph": None, "asleep": False}
 
 
+def _without_prompt(stack: Any) -> Callable[[dict[str, Any]], Any]:
+    """The stack's own forward, without hooks, and without a prompt that it may have."""
+    if isinstance(stack, PromptedStack):
+        return stack.base_forward
+    return partial(_named, stack)
+
+
 def _named(stack: Any, given: dict[str, Any]) -> Any:
-    """The stack's own forward, without hooks."""
     return type(stack).forward(stack, **given)
 
 

@@ -16,6 +16,8 @@ from deltaops.files import write_atomically
 FILE = "controller.safetensors"
 """Its name beside a Trainer's checkpoint, and in the --out of ``deltaops tune``."""
 _KEY = "deltaops_controller"
+_LAST = "trainer_state.json"
+"""What a Trainer writes last into a checkpoint."""
 
 
 def ahead_of(checkpoint: Path) -> Path:
@@ -28,9 +30,31 @@ def ahead_of(checkpoint: Path) -> Path:
 
 
 def state_of(checkpoint: Path) -> Path:
-    """The file with the state that belongs to ``checkpoint``; where it would be, without one."""
-    inside, ahead = checkpoint / FILE, ahead_of(checkpoint)
-    return ahead if ahead.is_file() and not inside.is_file() else inside
+    """The file with the state that belongs to ``checkpoint``; where it would be, without one.
+
+    A run that was resumed from an older checkpoint writes later ones again. Killed meanwhile, it
+    leaves two states: the one that waits is of the checkpoint if that was whole after it.
+    """
+    inside, ahead, last = checkpoint / FILE, ahead_of(checkpoint), checkpoint / _LAST
+    if not ahead.is_file():
+        return inside
+    if not inside.is_file():
+        return ahead
+    whole = last.is_file() and last.stat().st_mtime_ns >= ahead.stat().st_mtime_ns
+    return ahead if whole else inside
+
+
+def tidy(folder: Path, but: Path | None = None) -> None:
+    """Delete states that wait in ``folder`` for checkpoints that never came or are deleted.
+
+    Args:
+        folder: that a Trainer writes checkpoints into.
+        but: a checkpoint that is still to come.
+    """
+    for ahead in folder.glob(f"checkpoint-*-{FILE}"):
+        checkpoint = ahead.with_name(ahead.name.removesuffix(f"-{FILE}"))
+        if checkpoint != but and not checkpoint.is_dir():
+            ahead.unlink(missing_ok=True)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from deltaops.errors import CheckpointError
 
-from .saved import FILE, ahead_of, state_of
+from .saved import FILE, ahead_of, state_of, tidy
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -90,7 +90,11 @@ class ControllerCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped."""
         self.controller.after_step()
-        self._save_ahead(args, state, control)
+        self._save_ahead(args, state, control.should_save)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint of the epoch may come."""
+        self._save_ahead(args, state, control.should_save)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Validation metrics; those of another set than the validation's are not its business."""
@@ -98,23 +102,28 @@ class ControllerCallback(TrainerCallback):
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.controller.run is not None and numbers:
             self.controller.after_evaluation(numbers)
-            self._save_ahead(args, state, control)
+            # a Trainer says whether it is the best only as it begins that checkpoint
+            self._save_ahead(args, state, control.should_save or args.save_strategy == "best")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the state beside the checkpoint that has just been written."""
         checkpoint = _checkpoint(args, state)
         self.controller.save(checkpoint / FILE)
         ahead_of(checkpoint).unlink(missing_ok=True)
+        tidy(checkpoint.parent)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks away."""
         self._release()
         self.controller.close()
+        tidy(Path(args.output_dir))
 
-    def _save_ahead(self, args: Any, state: Any, control: Any) -> None:
+    def _save_ahead(self, args: Any, state: Any, due: bool) -> None:
         """The state of the checkpoint that comes next, if one does; see :func:`ahead_of`."""
-        if control.should_save:
-            self.controller.save(ahead_of(_checkpoint(args, state)))
+        if due:
+            checkpoint = _checkpoint(args, state)
+            self.controller.save(ahead_of(checkpoint))
+            tidy(checkpoint.parent, but=checkpoint)
 
     # --------------------------------------------------------------------------------- hooks
 

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import deltaops
-from deltaops import Compacter, IntrinsicAdapter, IntrinsicPrompt, LoRA, Prefix, Prompt, PromptPool
+from deltaops import (
+    Compacter,
+    IntrinsicAdapter,
+    IntrinsicPrompt,
+    LoRA,
+    Prefix,
+    PrefixPool,
+    Prompt,
+    PromptPool,
+)
 from deltaops.errors import AttachError
 from deltaops.methods import Delta
 from deltaops.testing.architectures import answer, build
@@ -25,6 +34,7 @@ DELTAS: dict[str, Delta] = {
     "random": Prompt(num_virtual_tokens=3, prompt_tuning_init="random"),
     "ids": Prompt(num_virtual_tokens=3, prompt_tuning_init=[5, 6]),
     "pool": PromptPool(4, 2, top_k=2),
+    "prefix-pool": PrefixPool(4, 2, top_k=2),
     "intrinsic": IntrinsicPrompt(num_virtual_tokens=3),
     "intrinsic-adapter": IntrinsicAdapter(size=4),
 }

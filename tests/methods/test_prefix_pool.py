@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -24,11 +25,12 @@ pytestmark = [
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [0] * 3 + [1] * 4])
 SIZE, LENGTH, TOP = 5, 2, 2
+PROMPT = Prompt(3, prompt_tuning_init="random")
 
 
 def pooled(model: nn.Module, more: Any = None, **settings: Any) -> Handle:
     """A pool far from its start."""
-    delta = PrefixPool(SIZE, LENGTH, top_k=TOP, **settings)
+    delta = PrefixPool(SIZE, LENGTH, **{"top_k": TOP} | settings)
     handle = deltaops.attach(model, delta if more is None else delta + more)
     with torch.no_grad():
         for parameter in handle.parameters():
@@ -41,16 +43,17 @@ def states(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     return found
 
 
-def test_a_sample_sees_what_a_prefix_of_its_choice_would_be_alone() -> None:
+@pytest.mark.parametrize("top", [TOP, SIZE])
+def test_a_sample_sees_what_a_prefix_of_its_choice_would_be_alone(top: int) -> None:
     model: Any = build("bert")
     base = copy.deepcopy(model)
-    handle = pooled(model)
+    handle = pooled(model, top_k=top)
     y = states(model, IDS, MASK)
     indices = deltaops.choices(model).indices
-    assert len(indices.unique(dim=0)) > 1
+    assert (len(indices.unique(dim=0)) > 1) == (top < SIZE)
     for sample, items in enumerate(indices):
         twin = copy.deepcopy(base)
-        alone = deltaops.attach(twin, Prefix(num_virtual_tokens=TOP * LENGTH))
+        alone = deltaops.attach(twin, Prefix(num_virtual_tokens=top * LENGTH))
         rows = torch.cat([torch.arange(LENGTH) + i * LENGTH for i in items])
         with torch.no_grad():
             for key, parameter in alone.named_parameters():
@@ -101,10 +104,60 @@ def test_a_cache_keeps_the_choice_of_its_sequences() -> None:
     again = model(input_ids=IDS[:, :4], use_cache=True)
     twin = model(input_ids=IDS[:, 4:], past_key_values=again.past_key_values)
     assert torch.equal(rest.logits, twin.logits)
-    cache = model(input_ids=IDS, use_cache=True).past_key_values
-    cache.batch_select_indices(torch.tensor([0]))
+    for layer in again.past_key_values.layers:  # behind the back of the cache
+        layer.batch_select_indices(torch.tensor([0]))
     with pytest.raises(ShapeError, match="chosen for 3 samples, and an attention was called with"):
-        model(input_ids=IDS[:1, :1], past_key_values=cache)
+        model(input_ids=IDS[:1, :1], past_key_values=again.past_key_values)
+
+
+@pytest.mark.parametrize("more", [None, PROMPT], ids=["alone", "behind a prompt"])
+def test_what_a_cache_does_to_its_sequences_it_does_to_what_they_chose(more: Any) -> None:
+    model: Any = build("gpt2")
+    pooled(model, more)
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
+        chosen = deltaops.choices(model).indices
+        assert not torch.equal(chosen[order], chosen)
+        whole = model(input_ids=IDS[:, 5:], past_key_values=copy.deepcopy(cache)).last_hidden_state
+        for change, by, rows in (
+            ("reorder_cache", order, order),
+            ("batch_select_indices", order[:2], order[:2]),
+            ("batch_repeat_interleave", 2, torch.arange(3).repeat_interleave(2)),
+        ):
+            changed = pickle.loads(pickle.dumps(cache))
+            getattr(changed, change)(by)
+            y = model(input_ids=IDS[rows, 5:], past_key_values=changed).last_hidden_state
+            torch.testing.assert_close(y, whole[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_generation_by_beams_and_in_chunks() -> None:
+    model: Any = build("llama", head="ForCausalLM")
+    pooled(model, query_tokens=3)
+    ids = IDS.masked_fill(MASK[[0, 2, 2]] == 0, 0)
+    settings: dict[str, Any] = {
+        "attention_mask": MASK[[0, 2, 2]], "max_new_tokens": 5, "do_sample": False,
+        "eos_token_id": None,
+    }  # fmt: skip
+    straight = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=6, **settings), straight)
+    beams = [model.generate(ids, num_beams=3, use_cache=c, **settings) for c in (True, False)]
+    assert torch.equal(*beams)
+    with pytest.raises(ShapeError, match='to generate cache_implementation="dynamic"'):
+        model.generate(ids, cache_implementation="static", **settings)
+
+
+def test_a_compiled_model_keeps_the_choice_in_the_cache_that_it_makes() -> None:
+    model: Any = build("llama")
+    pooled(model)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        caches = [run(input_ids=IDS[:, :5]).past_key_values for run in (compiled, model)]
+        y, expected = (
+            model(input_ids=IDS[:, 5:], past_key_values=cache).last_hidden_state for cache in caches
+        )
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_sequence_of_tokens_is_refused() -> None:
@@ -142,13 +195,14 @@ def test_prompts_and_prefixes_of_two_pools_are_told_apart() -> None:
     assert not model._forward_hooks
 
 
-def test_by_states_a_sample_is_known_without_prefixes() -> None:
-    model: Any = build("bert")
-    handle = pooled(model, LoRA(r=2), query="states")
-    states(model, IDS, MASK)
+@pytest.mark.parametrize("more", [LoRA(r=2), PROMPT], ids=["with lora", "without prompt"])
+def test_by_states_a_sample_is_known_without_prefixes(more: Any) -> None:
+    model: Any = build("bert", head="ForSequenceClassification")  # which has a prompt's states too
+    handle = pooled(model, more, query="states")
+    states(model.bert, IDS, MASK)
     found = deltaops.choices(model).similarities
-    with handle.disabled("prefix-pool"):
-        y = states(model, IDS, MASK)
+    with handle.disabled(*(part for part in handle.parts if part != "lora")):
+        y = states(model.bert, IDS, MASK)
     keys = next(p for key, p in handle.named_parameters() if key.endswith("prefix_pool.keys"))
     means = torch.stack([y[b, MASK[b] == 1].mean(0) for b in range(3)])
     expected = nn.functional.cosine_similarity(means[:, None], keys[None], dim=-1)
@@ -170,6 +224,6 @@ def test_settings_that_cannot_be(
     model = build("bert")
     with pytest.raises(error, match=message):
         deltaops.attach(model, PrefixPool(**settings))
-    with pytest.raises(AttachError, match="can have no gate"):
-        deltaops.attach(model, (PrefixPool() + Prompt(4)).with_gates())
+    with pytest.raises(AttachError, match="the part 'prefix-pool' can have no gate"):
+        deltaops.attach(model, (PrefixPool() + LoRA()).with_gates())
     assert all(p.requires_grad for p in model.parameters())

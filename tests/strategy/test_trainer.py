@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from deltaops.strategy import (
     weigh,
 )
 from deltaops.strategy.controller import handle_on
-from deltaops.strategy.saved import FILE
+from deltaops.strategy.saved import FILE, ahead_of, state_of, tidy
 from deltaops.surgery import resize
 from deltaops.testing.architectures import build
 
@@ -235,6 +237,56 @@ def test_a_run_that_is_killed_while_a_checkpoint_is_written_goes_on(tmp_path: Pa
     again = trainer(out, Controller(parts(), log=log), **saving)
     Controller.reshape(handle_on(again.model), last / FILE)
     again.train(resume_from_checkpoint=str(last))
+    assert not list(out.glob(f"*-{FILE}"))  # its checkpoint is deleted
     assert log.read_bytes() == (tmp_path / "one").read_bytes()
     wanted = straight.model.state_dict()
     assert all(torch.equal(wanted[key], now) for key, now in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        {"save_strategy": "epoch"},
+        # a loss that falls is the best but once
+        {
+            "save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": True,
+            "eval_strategy": "steps", "eval_steps": 1,
+        },
+    ],
+    ids=["epoch", "best"],
+)  # fmt: skip
+def test_the_state_is_there_before_a_checkpoint_whatever_asks_for_it(
+    saving: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"max_steps": 2, "per_device_train_batch_size": 8, **saving}
+    run = trainer(tmp_path, Controller([Monitor()]), **settings)
+    written, there = run._save_checkpoint, list[bool]()
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        there.append(ahead_of(tmp_path / f"checkpoint-{run.state.global_step}").is_file())
+        written(*args, **kwargs)
+
+    run._save_checkpoint = save
+    run.train()
+    assert there == [True]
+    assert not list(tmp_path.glob(f"*-{FILE}"))
+
+
+def test_of_two_states_a_checkpoint_has_that_of_the_run_that_wrote_it(tmp_path: Path) -> None:
+    """One that exists, and that a run from an older one is about to write again."""
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    inside, last, ahead = checkpoint / FILE, checkpoint / "trainer_state.json", ahead_of(checkpoint)
+    assert state_of(checkpoint) == inside
+    for second, file in enumerate((last, inside, ahead)):
+        file.touch()
+        os.utime(file, (second, second))
+    assert state_of(checkpoint) == inside
+    os.utime(last, (3, 3))
+    assert state_of(checkpoint) == ahead
+    tidy(tmp_path)
+    shutil.rmtree(checkpoint)
+    tidy(tmp_path, but=checkpoint)
+    assert ahead.is_file()
+    tidy(tmp_path)
+    assert not ahead.exists()

@@ -60,6 +60,7 @@ class Contender:
         return _saving(self.sized, modules_to_save)
 
 
+_CARRIED = "the prefix's, not tried for a pool of them"
 _LINES = (
     Contender(FULL, "full tuning", "", 1e-4, "every weight moves: small steps"),
     Contender(HEAD, "frozen features + head", "", 0.03, "nothing else changes what it reads"),
@@ -85,7 +86,7 @@ _LINES = (
     ),
     Contender(  # as many positions as the prefix's
         "prefix-pool", "PrefixPool, 4 of N = 10", "prefix-pool:size=10,length=4,top_k=4",
-        1e-2, "as the prefix's",
+        1e-2, _CARRIED,
     ),
     Contender(
         "intrinsic", "IntrinsicPrompt, q = 5",
@@ -119,7 +120,7 @@ _NAMED: dict[str, tuple[float, str]] = {
     "prefix": (3e-2, "on held-out training texts better than 0.01"),
     "prefix-mlp": (3e-3, _FASTER),
     "prompt": (1e-2, "on held-out training texts the best of 0.003, 0.01, 0.03 and 0.1"),
-    "prefix-pool": (3e-2, "as the prefix's"),
+    "prefix-pool": (3e-2, _CARRIED),
     "pool": (1e-2, "on held-out training texts no worse than 0.03, and as the prompt's"),
     "intrinsic": (1e-1, _FASTER),
     "intrinsic-adapter": (1e-1, "names stand still: twice that beside a trained head"),
