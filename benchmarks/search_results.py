@@ -48,16 +48,21 @@ def facts_of(study: Study, machine_facts: dict[str, Any]) -> dict[str, Any]:
             "parameters": best.user_attrs[RESULT]["parameters"],
             "held_out": dict(zip(study.settings.objectives, best.values, strict=True)),
         },
-        "test": _test(study.folder / BEST / TESTED),
+        "test": _test(study.folder / BEST / TESTED, best.number),
         **log,
     }
 
 
-def _test(path: Path) -> dict[str, Any] | None:
-    """What the best scored on unseen texts; None where it was not asked."""
+def _test(path: Path, best: int) -> dict[str, Any] | None:
+    """What the best scored on unseen texts; None where it was not asked. Raises: ConfigError."""
     if not path.is_file():
         return None
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if found["trial"] != best:
+        raise ConfigError(
+            f"{path} is of trial {found['trial']}, and trial {best} is the best. Run `deltaops "
+            "search test` again."
+        )
     return found | {"data": Path(found["data"]).name}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -166,7 +165,7 @@ def export(
     Example:  deltaops search export study --out adapter
     """
     from deltaops.errors import ConfigError
-    from deltaops.search.study import BEST, shown
+    from deltaops.search.study import shown
 
     opened = shown(study)
     numbers = [one.number for one in opened.front()]
@@ -179,8 +178,7 @@ def export(
         )
     if out.exists():
         raise ConfigError(f"--out {out} exists. Choose another folder.")
-    best = trial is None or trial == numbers[0]
-    shutil.copytree(study / BEST if best else opened.adapter(trial or 0), out)
+    opened.copy(numbers[0] if trial is None else trial, out)
     Console().print(f'load it:  deltaops.load(model, "{out}")', highlight=False, markup=False)
 
 

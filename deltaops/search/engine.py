@@ -13,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial, Trial
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.files import remove_leftovers, write_json
+from deltaops.files import write_json
 from deltaops.surgery import load
 from deltaops.tuning.answers import AnswerSet
 from deltaops.tuning.named import NamedSet
@@ -25,7 +25,7 @@ from .candidate import Candidate
 from .pack import NotByRows, check_packs, train_pack, unpackable
 from .settings import Settings
 from .space import load_space
-from .study import BEST, TESTED, Study, best_number, create, read_facts, reopen
+from .study import BEST, TESTED, Study, best_number, create, read_facts, reopen, shown
 from .trainer import EVALUATED, NotFinite, train_alone
 from .workers import working
 
@@ -100,7 +100,18 @@ def resume(out: str | Path, *, trials: int | None = None, watch: Watch | None = 
     settings, space = reopen(folder)
     shop, task, watch = loaded(settings, watch)
     study = create(folder, settings, space.resolved(shop.model), shop, task)
-    return _run(study, shop, task, max(study.wanted, trials or 0), watch)
+    return _run(study, shop, task, wanted(study, trials), watch)
+
+
+def wanted(study: Study, trials: int | None) -> int:
+    """How many trials a resumption is for. Raises: ConfigError where nobody has said."""
+    found = max(study.wanted, trials or 0)
+    if not found:
+        raise ConfigError(
+            f"{study.folder}: the search was killed before it noted how many trials it is for. "
+            "Pass --trials."
+        )
+    return found
 
 
 def score_best(out: str | Path, data: str) -> dict[str, float]:
@@ -109,7 +120,8 @@ def score_best(out: str | Path, data: str) -> dict[str, float]:
     Args:
         out: the study's folder.
         data: a file as the search had one, of the same labels.
-    Raises: ConfigError, DataError, CheckpointError.
+    Raises: ConfigError, DataError; CheckpointError, also where another trial became the best
+        meanwhile.
     """
     folder = Path(out)
     settings, _ = reopen(folder)
@@ -119,13 +131,26 @@ def score_best(out: str | Path, data: str) -> dict[str, float]:
     texts = shop.answering.texts(shop.examples("test", data), settings.seq_len)
     if label_names(texts) != label_names(task.held):
         raise ConfigError(f"{data} has other labels than {settings.data}. Give one of that task.")
-    handle = load(shop.model, folder / BEST)
+    study = shown(folder)
+    study.settle()  # one that was killed before it did left an older best
+    with study.one_at_a_time():
+        number = best_number(folder)
+        if number is None:
+            raise ConfigError(f"{folder}: no trial is complete yet. Run `deltaops search resume`.")
+        handle = load(shop.model, folder / BEST)
     try:
         scores = shop.answering.score(task.reader, texts, EVALUATED)
     finally:
         handle.revert()
-    facts = {"data": data, "texts": len(texts), "trial": best_number(folder), **scores}
-    write_json(folder / BEST / TESTED, facts)
+    facts = {"data": data, "texts": len(texts), "trial": number, **scores}
+    with study.one_at_a_time():
+        now = best_number(folder)
+        if now != number:
+            raise CheckpointError(
+                f"{folder}: trial {now} became the best while trial {number} was scored. Score it "
+                "by the same command."
+            )
+        write_json(folder / BEST / TESTED, facts)
     return scores
 
 
@@ -178,7 +203,6 @@ def _run(study: Study, shop: Workshop, task: Task, trials: int, watch: Watch) ->
                 finished = True
                 break
     study.settle()
-    remove_leftovers(study.folder)
     front = study.front()
     return Found(finished, study, front[0] if front else None, tuple(front))
 
@@ -237,6 +261,7 @@ def _alone(study: Study, shop: Workshop, task: Task, trial: Trial, candidate: Ca
 def _pack(study: Study, shop: Workshop, task: Task, group: Sequence[Drawn]) -> None:
     settings = study.settings
     members = [(candidate, partial(study.report, trial)) for trial, candidate in group]
+    odd = broken = ""
     try:
         found, handle = train_pack(shop, task, members, settings.steps, settings.rungs)
     except Stopped:
@@ -244,14 +269,19 @@ def _pack(study: Study, shop: Workshop, task: Task, group: Sequence[Drawn]) -> N
     except CheckpointError:
         raise
     except NotByRows as error:
+        odd = f"the model does not compute row by row: {error}"
+    except Exception as error:  # as above
+        broken = reason(error)
+    # behind the error, which holds all that the pack had in memory
+    if odd:
         for trial, candidate in group:
-            study.note_alone(trial, f"the model does not compute row by row: {error}")
+            study.note_alone(trial, odd)
             _alone(study, shop, task, trial, candidate)
         return
-    except Exception as error:  # as above
-        if len(group) == 1:
-            study.fail(group[0][0], reason(error))
-            return
+    if broken and len(group) == 1:
+        study.fail(group[0][0], broken)
+        return
+    if broken:
         for one in group:  # whose fault it was, each shows by itself
             _pack(study, shop, task, [one])
         return

@@ -51,6 +51,7 @@ class Journal(BaseJournalBackend):
             number = max(n for n in self._offsets if n <= log_number_from)
         try:
             with self.path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)  # no line that a full disk takes back
                 file.seek(self._offsets[number])
                 rest = file.read()
         except OSError as error:

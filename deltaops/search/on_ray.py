@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from deltaops.errors import CheckpointError, ConfigError, DeltaopsError
-from deltaops.files import remove_leftovers
 from deltaops.surgery import Handle
 from deltaops.tuning.workshop import Task, Workshop
 
@@ -40,7 +39,7 @@ except ImportError as error:
     ) from error
 
 from .candidate import Candidate
-from .engine import WAIT, Found, Watch, check_trials, loaded, reason
+from .engine import WAIT, Found, Watch, check_trials, loaded, reason, wanted
 from .settings import Settings
 from .space import Space, load_space
 from .study import Study, create, reopen, shown
@@ -124,8 +123,8 @@ def _search(
     fitting = space.resolved(shop.model)
     with _cluster():
         study = create(out, asked, fitting, shop, task)
-        wanted = max(study.wanted, trials) if resumed else trials
-        study.want(wanted)
+        asked_for = wanted(study, trials) if resumed else trials
+        study.want(asked_for)
         # a worker runs in a folder of Ray's
         named = {"model": _absolute(asked.model), "data": _absolute(asked.data)}
         facts = {
@@ -133,9 +132,8 @@ def _search(
             "model": shop.fingerprint,
             "data": task.fingerprint,
         }
-        left = _train(study, wanted, workers, cpus, facts, seen)
+        left = _train(study, asked_for, workers, cpus, facts, seen)
     study.settle()
-    remove_leftovers(study.folder)
     front = study.front()
     return Found(left == 0, study, front[0] if front else None, tuple(front))
 

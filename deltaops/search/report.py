@@ -25,6 +25,11 @@ _STYLE = (
 
 def write_report(study: Study) -> Path:
     """Draw the pictures and write report and log, beside the study. Raises: CheckpointError."""
+    with study.one_at_a_time():  # who settles meanwhile deletes half-written files
+        return _write_report(study)
+
+
+def _write_report(study: Study) -> Path:
     write_log(study)
     figures = draw_all(study, study.folder)
     parts = [

@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from deltaops.errors import CheckpointError, ConfigError
-from deltaops.files import MARK, locked, publishing, write_json
+from deltaops.files import MARK, locked, publishing, remove_leftovers, write_json
 from deltaops.strategy.features import Task as Texts
 from deltaops.tuning.workshop import Task, Workshop
 
@@ -80,7 +80,7 @@ class Study:
 
         Numbers n·room to n·room + room − 1 go together, after a kill as before.
         """
-        with self._one_at_a_time():
+        with self.one_at_a_time():
             orphans = self._orphans()
             begun = len(self.optuna.get_trials(deepcopy=False, states=(*DONE, TrialState.RUNNING)))
             block = (orphans[0].number if orphans else begun) // room
@@ -124,7 +124,7 @@ class Study:
     def begin(self, starts: Sequence[str]) -> None:
         """Queue the start points, once."""
         wanted = [params_of(self.space, start) for start in starts]
-        with self._one_at_a_time():
+        with self.one_at_a_time():
             queued = [
                 trial.system_attrs.get("fixed_params")
                 for trial in self.optuna.get_trials(deepcopy=False)
@@ -179,14 +179,15 @@ class Study:
             self.optuna.tell(trial, state=TrialState.PRUNED)
             return
         values = [result.value(goal) for goal in self.settings.objectives]
-        if not any(self._better(other.values, values) for other in self.complete()):
-            folder = self.adapter(trial.number)
-            with publishing(folder, TRIAL) as scratch:
-                save(scratch)
-                write_json(scratch / TRIAL, self._facts(trial, result))
-        self._note(trial, result)
-        self.optuna.tell(trial, values)
-        self.settle()
+        with self.one_at_a_time():  # or who settles meanwhile would take the adapter for a loser's
+            if not any(self._better(other.values, values) for other in self.complete()):
+                folder = self.adapter(trial.number)
+                with publishing(folder, TRIAL) as scratch:
+                    save(scratch)
+                    write_json(scratch / TRIAL, self._facts(trial, result))
+            self._note(trial, result)
+            self.optuna.tell(trial, values)
+            self._settle()
 
     def note_alone(self, trial: Trial, reason: str) -> None:
         """Record why a trial has no part in a pack."""
@@ -235,29 +236,50 @@ class Study:
         return self.folder / TRIALS / f"{number:04d}"
 
     def settle(self) -> None:
-        """Have ``best/`` be the best trial's, and keep the adapters of the front alone."""
-        with self._one_at_a_time():
-            front = self.front()
-            if not front:
-                return
+        """Have ``best/`` be the best trial's, keep the adapters of the front alone, and delete what
+        killed processes were writing."""
+        with self.one_at_a_time():
+            self._settle()
+
+    def _settle(self) -> None:
+        front = self.front()
+        if front:
             best = front[0]
             if best_number(self.folder) != best.number:
                 self._publish(best)
             self._tidy(best)
             kept = {f"{trial.number:04d}" for trial in front}
             busy = {f"{t.number:04d}" for t in self.trials() if t.state == TrialState.RUNNING}
-            for folder in (self.folder / TRIALS).iterdir():
+            for folder in (self.folder / TRIALS).glob("*"):
                 if folder.name.isdigit() and folder.name not in kept | busy:
                     shutil.rmtree(folder)
+        for folder in (self.folder, self.folder / TRIALS):
+            remove_leftovers(folder)
+
+    def copy(self, number: int, out: Path) -> None:
+        """Copy the adapter of a trial on the front to a new folder; that of the best with the
+        command that makes it again. Raises: CheckpointError."""
+        with self.one_at_a_time():
+            self._settle()  # one that was killed before it did left an older best
+            best = number == best_number(self.folder)
+            source = self.folder / BEST if best else self._whole(number)
+            with publishing(out, TRIAL) as scratch:
+                for file in source.iterdir():
+                    shutil.copy2(file, scratch / file.name)
+
+    def _whole(self, number: int) -> Path:
+        """The adapter of a trial on the front. Raises: CheckpointError."""
+        source = self.adapter(number)
+        if not (source / TRIAL).is_file():
+            raise CheckpointError(
+                f"{source}: the adapter of trial {number} is missing. Put the folder back."
+            )
+        return source
 
     def _publish(self, best: FrozenTrial) -> None:
         import yaml
 
-        source = self.adapter(best.number)
-        if not (source / TRIAL).is_file():
-            raise CheckpointError(
-                f"{source}: the adapter of the best trial is missing. Put the folder back."
-            )
+        source = self._whole(best.number)
         target = self.folder / BEST
         with publishing(target, TRIAL) as scratch:
             for file in source.iterdir():
@@ -323,7 +345,8 @@ class Study:
         return max(gaps) <= 0 and min(gaps) < 0
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
+    def one_at_a_time(self) -> Iterator[None]:
+        """Inside, no other process claims trials, ends one or writes results beside the study."""
         with locked(self.folder / FACTS):
             yield
 

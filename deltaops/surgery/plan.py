@@ -66,7 +66,8 @@ class Plan:
         """Change the model and return the handle. If anything fails the model is as it was.
 
         Args:
-            generator: draws the start values; torch's global CPU generator without one.
+            generator: draws the start values, or one for each part by its name; torch's global CPU
+                generator without one.
         Raises: AttachError when the model changed since the plan was made, or has a delta now;
             ConfigError for generators of other parts than the delta has.
         """

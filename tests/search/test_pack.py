@@ -20,8 +20,8 @@ from deltaops.testing import relative_error
 from deltaops.tuning.workshop import Settings, Task, Workshop
 
 STEPS, RUNGS = 6, 3
-CLOSE = 1e-4
-"""Training amplifies the rounding of float32, 1e-7, step by step."""
+CLOSE, EXACT = 1e-4, 1e-10
+"""Training amplifies the rounding of float32, 1e-7, and of float64, 1e-16, step by step."""
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,21 @@ def assert_same(got: Found, wanted: Found) -> None:
 def test_a_pack_of_mixed_ranks_has_the_losses_of_each_alone(shop: Workshop, task: Task) -> None:
     for got, one in zip(packed(shop, task, MIXED), MIXED, strict=True):
         assert_same(got, alone(shop, task, one))
+
+
+def test_in_float64_what_is_left_is_rounding(encoder: str, data: str) -> None:
+    """Training amplifies 1e-16 as it does 1e-7; a fault would be as large as ever. Batches of one
+    text are padded to the longest of all members."""
+    shop = Workshop(encoder, Settings(seq_len=16))
+    task = shop.task("data", shop.examples("data", data))
+    task.reader.double()  # and the encoder in it
+    ones = [candidate(LoRA(r=r, alpha=2 * r), 0.05, 1) for r in (4, 1, 2, 3)]
+    for got, one in zip(packed(shop, task, ones), ones, strict=True):
+        curve, state = alone(shop, task, one)[1:]
+        torch.testing.assert_close(got[1], curve, rtol=EXACT, atol=0)
+        for name, tensor in got[2].items():
+            assert tensor.dtype == torch.float64
+            assert relative_error(tensor, state[name]) < EXACT, name
 
 
 def test_dropout_does_not_depend_on_the_pack(shop: Workshop, task: Task) -> None:
