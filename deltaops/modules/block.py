@@ -154,7 +154,7 @@ class ActivationBlock(Block):
     def told_beside(self, parent: nn.Module, tokens: int) -> tuple[str, str]:
         """As ``told``, in the dtype of the weights of the module around it: it has none itself."""
         weight = next(parent.parameters(), torch.empty(1, 1))
-        columns = max(weight.shape)
+        columns = max(weight.shape, default=1)
         if tokens * columns < SMALL:
             return "torch", f"fewer than {SMALL} elements: an autograd.Function would cost more"
         return told(self._call(weight, tokens, columns), self.backend)
@@ -165,9 +165,9 @@ class ActivationBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.gated`."""
-        elements = x.numel()
-        if elements >= SMALL and plain(x):
-            call = self._call(x, elements // x.shape[-1], x.shape[-1])
+        # of a compiler's sizes nothing is asked: each question would be a graph of its own
+        if not torch.compiler.is_compiling() and x.numel() >= SMALL and plain(x):
+            call = self._call(x, x.numel() // x.shape[-1], x.shape[-1])
             if takes(call, self.backend, self.strict):
                 return gated(x, None, call.activation, backend=self.backend, strict=self.strict)
         out: Tensor = super().forward(x)

@@ -21,7 +21,8 @@ def forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """``y [M, K]`` in the dtype of ``gate``."""
     work = torch.promote_types(gate.dtype, torch.float32)
     y = activate(activation, gate.to(work))
-    return (y if up is None else y * up.to(work)).to(gate.dtype)
+    y = (y if up is None else y * up.to(work)).to(gate.dtype)
+    return y.clone() if y is gate else y  # the identity alone
 
 
 def backward(

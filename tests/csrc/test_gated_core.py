@@ -160,6 +160,24 @@ def test_what_is_absent_is_not_looked_at(gated: Any, core_module: ModuleType, dt
     assert gated("backward", grad_y, gate, None, None, None) == 0
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_without_up_it_is_the_activation_alone(
+    gated: Any, core_module: ModuleType, dtype: str
+) -> None:
+    for shape in [(0, 3), (1, 1), (7, 33), (3, 600)]:
+        grad_y, gate, _ = make(core_module, shape, dtype)
+        ones = np.ones(shape, np.float32)
+        ones = core_module.to_bf16(ones) if dtype == "bf16" else ones
+        found = [[poisoned(shape, dtype) for _ in range(2)] for _ in range(2)]
+        for up, (y, grad_gate) in zip((None, ones), found, strict=True):
+            assert gated("forward", gate, up, y) == 0, gated.core.error()
+            assert gated("backward", grad_y, gate, up, grad_gate, None) == 0, gated.core.error()
+        for alone, times_one in zip(*found, strict=True):
+            np.testing.assert_array_equal(alone, times_one)
+    assert gated("backward", grad_y, gate, None, *found[0]) == 1
+    assert gated.core.error().startswith("gated_backward: up (needed for grad_gate) must")
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "struct_size": ({"struct_size": 8}, "struct_size must be"),
     "threads": ({"num_threads": 0}, "num_threads must be 1"),

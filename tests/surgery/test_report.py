@@ -24,13 +24,15 @@ def test_rows_and_text_cover_every_site(tiny: Callable[..., Any]) -> None:
         "lm_head": "frozen",
         "loss_function": "loss",
         "transformer.h.0.attn": "attention",
+        "transformer.h.0.mlp.act": "activation",
         "transformer.h.1.attn": "attention",
+        "transformer.h.1.mlp.act": "activation",
     }
     assert {row.backend for row in report.rows} == {"reference"}
     assert report.fused == 0
     lines = str(report).splitlines()
-    assert len([line for line in lines if "transformer.h" in line]) == len(handle.sites) + 2
-    assert lines[-1] == "0 of 12 layers run on a fused backend"
+    assert len([line for line in lines if "transformer.h" in line]) == len(handle.sites) + 4
+    assert lines[-1] == "0 of 14 layers run on a fused backend"
 
 
 def test_states_show(tiny: Callable[..., Any]) -> None:
