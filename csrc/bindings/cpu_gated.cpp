@@ -26,7 +26,7 @@ void gated_backward(int dtype, int64_t M, int64_t K, Address grad_y, int64_t ldg
   args.num_threads = num_threads;
   args.grad_y = matrix(grad_y, M, K, ldg, 1, dtype);
   args.gate = matrix(gate, M, K, ld_gate, 1, dtype);
-  if (up) args.up = matrix(up, M, K, ld_up, 1, dtype);
+  if (up || grad_up) args.up = matrix(up, M, K, ld_up, 1, dtype);
   args.grad_gate = matrix(grad_gate, M, K, K, 1, dtype);
   args.grad_up = matrix(grad_up, M, K, K, 1, dtype);
   args.activation = activation;

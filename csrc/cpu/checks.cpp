@@ -408,10 +408,12 @@ deltaops_status check(const NormBiasBackwardArgs *args) {
 
 // ------------------------------------------------------------------------------------------ gated
 
-/* All zeros. A shape without data is an error, not the wish for an activation alone. */
-static bool left_out(const deltaops_matrix &matrix) {
-  return !matrix.data && matrix.rows == 0 && matrix.cols == 0;
-}
+namespace {
+
+// One of some size and no data was meant to be there: without it another op would run.
+bool given(const deltaops_matrix &m) { return m.data || m.rows || m.cols; }
+
+}  // namespace
 
 deltaops_status check(const GatedForwardArgs *args) {
   Checker c("gated_forward");
@@ -423,7 +425,7 @@ deltaops_status check(const GatedForwardArgs *args) {
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
   activation_kind(&c, args->activation);
   c.rows_of("gate", args->gate, "[M, K]", M, K, -1);
-  if (!left_out(args->up)) c.rows_of("up", args->up, "[M, K] with M and K from gate", M, K, dtype);
+  if (given(args->up)) c.rows_of("up", args->up, "[M, K] with M and K from gate", M, K, dtype);
   c.output("y", args->y, "[M, K] with M and K from gate", M, K, dtype);
   c.work(M, 0, K, 0);
   return c.disjoint();
@@ -441,7 +443,7 @@ deltaops_status check(const GatedBackwardArgs *args) {
   c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
   c.rows_of("gate", args->gate, "[M, K] with M and K from grad_y", M, K, dtype);
   if (args->grad_gate.data) {
-    if (!left_out(args->up) || args->grad_up.data)  // else it is the activation alone
+    if (given(args->up) || args->grad_up.data)  // with neither it is the activation alone
       c.rows_of("up (needed for grad_gate)", args->up, "[M, K] with M and K from grad_y", M, K,
                 dtype);
     c.output("grad_gate", args->grad_gate, "[M, K] with M and K from grad_y", M, K, dtype);

@@ -313,7 +313,7 @@ DELTAOPS_API void deltaops_cpu_advise_huge_pages(void *data, int64_t bytes);
  *
  *     y = act(gate) * up,    grad_gate = grad_y * up * act'(gate),    grad_up = grad_y * act(gate)
  *
- * With up all zeros, its shape too, it is the activation alone: y = act(gate).
+ * Without up, all zeros then: y = act(gate), grad_gate = grad_y * act'(gate).
  *
  * NaN and the infinities give what torch gives, not the limits that the other ops take: infinity *
  * 0 is NaN in gelu and silu of -infinity, and in their slopes at both infinities. The result does
@@ -333,7 +333,7 @@ typedef struct {
   int32_t num_threads;
   deltaops_matrix grad_y;    /* [M, K] f32 or bf16 */
   deltaops_matrix gate;      /* [M, K] dtype of grad_y */
-  deltaops_matrix up;        /* [M, K]; absent when only grad_up is wanted; or all zeros, see above */
+  deltaops_matrix up;        /* [M, K]; absent where forward had none, or only grad_up is wanted */
   deltaops_matrix grad_gate; /* [M, K] dtype of grad_y, or absent; so the next */
   deltaops_matrix grad_up;   /* [M, K] */
   int32_t activation;

@@ -236,7 +236,8 @@ class CrossEntropyBackend(Backend, Protocol):
 
 
 class GatedBackend(Backend, Protocol):
-    """One that also has ``gated``. gate and up come flattened, ``[M, K]``."""
+    """One that also has ``gated``. gate and up come flattened, ``[M, K]``; up is None where the
+    call is ``alone``."""
 
     def gated_forward(self, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
         """``y [M, K]``; see :mod:`deltaops.reference.gated`."""

@@ -154,14 +154,14 @@ class ActivationBlock(Block):
     def told_beside(self, parent: nn.Module, tokens: int) -> tuple[str, str]:
         """As ``told``, in the dtype of the weights of the module around it: it has none itself."""
         weight = next(parent.parameters(), torch.empty(1, 1))
-        columns = max(weight.shape)
+        columns = max(weight.shape, default=1)
         if self._stays(tokens * columns):
             return "torch", f"fewer than {SMALL} elements: an autograd.Function would cost more"
         return told(self._call(weight, tokens, columns), self.backend)
 
     def _stays(self, elements: int) -> bool:
         """Whether so few stay with torch; not where a backend was named, or anything fused."""
-        return elements < SMALL and self.backend == "auto" and not self.strict
+        return not elements or (elements < SMALL and self.backend == "auto" and not self.strict)
 
     def _call(self, like: Tensor, rows: int, columns: int) -> GatedCall:
         name = named_activation(self) or ""
@@ -169,9 +169,9 @@ class ActivationBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., K]``; see :func:`deltaops.ops.gated`."""
-        elements = x.numel()
-        if plain(x) and elements and not self._stays(elements):
-            call = self._call(x, elements // x.shape[-1], x.shape[-1])
+        # of a compiler's sizes nothing is asked: each question would be a graph of its own
+        if not torch.compiler.is_compiling() and plain(x) and not self._stays(x.numel()):
+            call = self._call(x, x.numel() // max(x.shape[-1], 1), x.shape[-1])
             if takes(call, self.backend, self.strict):
                 return gated(x, None, call.activation, backend=self.backend, strict=self.strict)
         out: Tensor = super().forward(x)

@@ -32,6 +32,8 @@ class OwnLossModel(Block):
     """Mixin of a model of transformers with a head over a vocabulary and a loss of its own."""
 
     kind = "loss"
+    met: bool
+    """Whether the last forward with labels had a loss for the op."""
 
     @classmethod
     def over(cls, base: type[nn.Module], backend: str, strict: bool) -> type[Block]:
@@ -54,7 +56,15 @@ class OwnLossModel(Block):
         head: Any = self._head()
         answered = AnsweredLoss(head.weight.shape[0], self.backend, self.strict)
         with _after(head, answered):
-            return self.base_class.forward(self, *args, **kwargs)
+            out = self.base_class.forward(self, *args, **kwargs)
+        self.__dict__["met"] = answered.met
+        return out
+
+    def told(self, tokens: int) -> tuple[str, str]:
+        """See :class:`Block`."""
+        if not self.__dict__.get("met", True):
+            return "torch", "its forward computes no loss for the op from what its head returns"
+        return super().told(tokens)
 
     def _head(self) -> nn.Module:
         head: nn.Module = self.get_output_embeddings()  # type: ignore[operator]  # transformers' method
@@ -70,9 +80,13 @@ class AnsweredLoss(TorchFunctionMode):
         strict: see :func:`deltaops.ops.cross_entropy`.
     """
 
+    met: bool
+    """Whether there was a call for the op."""
+
     def __init__(self, vocabulary: int, backend: str, strict: bool) -> None:
         super().__init__()
         self.vocabulary, self.backend, self.strict = vocabulary, backend, strict
+        self.met = False
 
     def __torch_function__(
         self,
@@ -113,6 +127,7 @@ class AnsweredLoss(TorchFunctionMode):
             or label_smoothing
         ):
             return None
+        self.met = True
         chosen = select(CrossEntropyCall.of(logits), self.backend, self.strict).name
         if chosen == LAST_RESORT != self.backend:
             return None  # torch's own loss is faster than the reference
@@ -124,7 +139,8 @@ class AnsweredLoss(TorchFunctionMode):
             backend=self.backend,
             strict=self.strict,
         )
-        return loss.to(logits.dtype)
+        wide = torch.is_autocast_enabled(logits.device.type)  # torch's own is float32 then
+        return loss if wide else loss.to(logits.dtype)
 
 
 def computes_own_loss(model: Any) -> bool:
@@ -148,9 +164,11 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
     place = list(inspect.signature(theirs).parameters).index(_LABELS) - 1  # less ``self``
 
     @functools.wraps(theirs)
-    def forward(self: OwnLossModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = args[place] if len(args) > place else kwargs.get(_LABELS)
-        if labels is None or torch.compiler.is_compiling():  # which fuses the loss as well
+        # accelerate may have put this function on an instance, where it outlives the class
+        ours = labels is not None and isinstance(self, OwnLossModel)
+        if not ours or torch.compiler.is_compiling():  # a compiler fuses the loss as well
             return theirs(self, *args, **kwargs)
         return self.run(*args, **kwargs)
 

@@ -156,7 +156,8 @@ def restore_losses(model: nn.Module) -> None:
         module.__dict__.pop(_LEFT_ALONE, None)
         if isinstance(module, OwnLossModel):
             module.__class__ = module.base_class  # type: ignore[assignment]  # its class of before
-            del module.backend, module.strict
+            for name in ("backend", "strict", "met"):
+                module.__dict__.pop(name, None)
             continue
         current = vars(module).get("_loss_function")
         if _is_ours(current):
@@ -205,6 +206,8 @@ def _counts_itself(module: Any) -> bool:
 def _why_not(module: Any) -> str | None:
     """Why this model's loss is left alone; None where it is one that we have."""
     if not uses_loss_function(type(module)):
+        if "forward" in vars(module):
+            return "its forward was replaced on the instance"
         return f"{type(module).__name__}.forward computes its loss itself, if any, behind no head"
     loss = module.loss_function
     if _fused(loss) is None:

@@ -48,8 +48,8 @@ class Row(NamedTuple):
 
     path: str
     kind: str
-    """A method's, such as "lora"; or "frozen", "peft lora", "norm", "gated mlp", "attention",
-    "loss", "left alone"."""
+    """A method's, such as "lora"; or "frozen", "peft lora", "norm", "gated mlp", "activation",
+    "attention", "loss", "left alone"."""
     backend: str
     """What runs it now: a backend's name, or "peft", "torch" where the op does not."""
     reason: str

@@ -361,6 +361,7 @@ def attend(q: tuple[int, ...] = (2, 4, 5, 8), **settings: Any) -> Any:
         (lambda: dj.attention(*[jnp.zeros((2, 2, 3, 0))] * 3), ShapeError, "D ≥ 1"),
         (lambda: dj.norm_bias(X, norm="batch"), ConfigError, "norm must be one of layer, rms"),
         (lambda: dj.gated(X, X[0]), ShapeError, r"up must be \[2, 6, 7\], got \[6, 7\]"),
+        (lambda: dj.gated(X, None), DtypeError, "up must be an array for JAX, got NoneType"),
         (lambda: dj.gated(X, X, activation="swish"), ConfigError, "must be one of identity"),
         (lambda: dj.gated(object(), X), DtypeError, "gate must be an array for JAX, got object"),
         (lambda: dj.cross_entropy(X[0], IDS[:2]), ShapeError, r"target must be \[6\]"),

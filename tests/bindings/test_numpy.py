@@ -124,6 +124,11 @@ def test_elementwise_and_heads() -> None:
     np.testing.assert_allclose(dn.gated(gate, up), act * up, rtol=1e-5)
     found = dn.gated_backward(grad, gate, up, wanted=["up"])
     np.testing.assert_allclose(found["up"], grad * act, rtol=1e-5)
+    np.testing.assert_allclose(dn.gated(gate, None), act, rtol=1e-5)
+    alone = dn.gated_backward(grad, gate, None)
+    ones = dn.gated_backward(grad, gate, np.ones_like(gate), wanted=["gate"])
+    assert list(alone) == ["gate"]
+    np.testing.assert_array_equal(alone["gate"], ones["gate"])
     target = np.array([0, 1, -100, 3, 2, 7])
     loss, state = dn.cross_entropy_forward(X, target)
     rows = np.arange(M)[target >= 0]
@@ -169,6 +174,7 @@ def test_elementwise_and_heads() -> None:
          "grad_y must be one for each of 2 layers, got 1"),
         (lambda: dn.delta_linear_group_forward(X, [(draw(8, K),)], out=[(X, None)]), LayoutError,
          "overlap"),
+        (lambda: dn.gated_backward(X, X, None, wanted=["gate", "up"]), LayoutError, r"up \(needed"),
         (lambda: dn.gated(X, X, activation="swish"), ConfigError, "must be one of identity"),
         (lambda: dn.cross_entropy_forward(X, np.full(M, 9)), LayoutError, "target"),
         (lambda: dn.attention_forward(*[draw(2, 2, 3, 0)] * 3), ShapeError, "D ≥ 1"),

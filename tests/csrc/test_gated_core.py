@@ -123,9 +123,7 @@ def test_matches_float64_for_any_team(
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_without_up_it_is_the_activation(
-    gated: Any, core_module: ModuleType, dtype: str
-) -> None:
+def test_without_up_it_is_the_activation(gated: Any, core_module: ModuleType, dtype: str) -> None:
     for shape in SHAPES:
         grad_y, gate, _ = make(core_module, shape, dtype)
         one = np.full(shape, 0x3F80, np.uint16) if dtype == "bf16" else np.ones(shape, np.float32)

@@ -251,3 +251,49 @@ def test_beside_a_prompt_and_in_a_model_of_pefts(calls: list[torch.dtype]) -> No
     assert type(base).__mro__[0] is type(bert())
     wrapped(**given)
     assert len(calls) == 2
+
+
+def test_under_autocast_the_loss_is_float32_as_torchs(calls: list[torch.dtype]) -> None:
+    model = bert()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(**batch(model)).loss
+        deltaops.attach(model, LoRA(r=4))
+        got = model(**batch(model)).loss
+    assert calls == [torch.bfloat16]
+    assert got.dtype == want.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=0)
+
+
+def test_a_forward_that_the_instance_keeps(calls: list[torch.dtype]) -> None:
+    model = bert()
+    given = batch(model)
+    want = model(**given).loss
+    handle = deltaops.attach(model, LoRA(r=4))
+    model.forward = model.forward  # as accelerate does in mixed precision, and leaves it
+    torch.testing.assert_close(model(**given).loss, want)
+    assert len(calls) == 1
+    handle.revert()
+    assert torch.equal(model(**given).loss, want)
+    deltaops.attach(model, LoRA(r=4), loss=True)
+    torch.testing.assert_close(model(**given).loss, want)
+    assert len(calls) == 1
+    row = loss_row(model)
+    assert (row.kind, row.reason) == ("left alone", "its forward was replaced on the instance")
+
+
+def test_a_head_that_is_only_read_is_told() -> None:
+    from transformers import MobileBertConfig, MobileBertForMaskedLM
+
+    model = MobileBertForMaskedLM(
+        MobileBertConfig(**SIZES, intermediate_size=40, embedding_size=16, intra_bottleneck_size=24)
+    ).eval()
+    given = batch(model)
+    want = model(**given).loss
+    handle = deltaops.attach(model, LoRA(r=4), loss=True)
+    torch.testing.assert_close(model(**given).loss, want)
+    row = loss_row(model)
+    assert row.backend == "torch"
+    assert row.reason == "its forward computes no loss for the op from what its head returns"
+    before = set(vars(model))
+    handle.revert()
+    assert before - set(vars(model)) >= {"backend", "strict", "met"}

@@ -24,8 +24,8 @@ def test_rows_and_text_cover_every_site(tiny: Callable[..., Any]) -> None:
         "lm_head": "frozen",
         "loss_function": "loss",
         "transformer.h.0.attn": "attention",
-        "transformer.h.1.attn": "attention",
         "transformer.h.0.mlp.act": "activation",
+        "transformer.h.1.attn": "attention",
         "transformer.h.1.mlp.act": "activation",
     }
     assert {row.backend for row in report.rows} == {"reference"}

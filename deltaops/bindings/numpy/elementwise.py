@@ -15,7 +15,7 @@ from .arrays import Array, address, call, check, code, core, gradients, output, 
 
 def gated(
     gate: Array,
-    up: Array,
+    up: Array | None,
     *,
     activation: str = "silu",
     num_threads: int | None = None,
@@ -25,7 +25,7 @@ def gated(
 
     Args:
         gate: ``[M, K]`` float32 or bfloat16; rows may lie apart.
-        up: alike.
+        up: alike; None: the activation alone.
         activation: "silu", "gelu", "gelu_tanh", "relu" or "identity".
         num_threads: None: all processors.
         out: ``[M, K]``, contiguous, or None.
@@ -33,7 +33,8 @@ def gated(
     """
     op = "gated"
     gate = check(op, "gate", gate, (None, None), strided=True)
-    up = check(op, "up", up, gate.shape, gate, strided=True)
+    if up is not None:
+        up = check(op, "up", up, gate.shape, gate, strided=True)
     y = output(op, "out", out, gate.shape, gate.dtype)
     call(
         core().gated_forward,
@@ -65,9 +66,9 @@ def gated_backward(
     Args:
         grad_y: ``[M, K]``; rows may lie apart.
         gate: as in the forward pass.
-        up: so too; None where "gate" is not wanted.
+        up: so too; it may be None as well where "gate" is not wanted.
         activation: as in the forward pass.
-        wanted: names; None: both.
+        wanted: names; None: both, of the activation alone that of "gate".
         num_threads: None: all processors.
         out: arrays for some of the gradients, by name.
     Raises: DtypeError, ShapeError, LayoutError, ConfigError.
@@ -78,6 +79,8 @@ def gated_backward(
     if up is not None:
         up = check(op, "up", up, grad_y.shape, grad_y, strided=True)
     like = (grad_y.shape, grad_y.dtype)
+    if up is None and wanted is None:
+        wanted = ("gate",)
     found = gradients(op, {"gate": like, "up": like}, wanted, out)
     call(
         core().gated_backward,

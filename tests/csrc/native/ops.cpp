@@ -466,18 +466,19 @@ class Gated final : public Op {
     activation_ = static_cast<int32_t>(rng_.below(5));
     gate_ = input(M, K, dtype);
     gate_->fill(&rng_, 6);
-    up_ = input(M, K, dtype);
+    const bool alone = rng_.one_in(4);  // the activation, without up
+    if (!alone) up_ = input(M, K, dtype);
     y_ = output(M, K, dtype);
     grad_y_ = input(M, K, dtype);
     if (wanted()) grad_gate_ = output(M, K, dtype);
-    if (wanted()) grad_up_ = output(M, K, dtype);
+    if (!alone && wanted()) grad_up_ = output(M, K, dtype);
 
     f_.gate = view(gate_), f_.up = view(up_), f_.y = view(y_);
     f_.activation = activation_;
     forward = pass_of(&f_, gated_forward, c.threads);
     forward.numbers = {{&f_.activation, 0, 4}, {&f_.reserved, 0, 0}};
     add(&forward, &f_.gate, kRead);
-    add(&forward, &f_.up, kRead);
+    if (up_) add(&forward, &f_.up, kRead);
     add(&forward, &f_.y, kWritten);
 
     b_.grad_y = view(grad_y_), b_.gate = f_.gate;
@@ -488,7 +489,7 @@ class Gated final : public Op {
     backward.numbers = {{&b_.activation, 0, 4}, {&b_.reserved, 0, 0}};
     add(&backward, &b_.grad_y, kRead);
     add(&backward, &b_.gate, kRead);
-    if (grad_gate_) add(&backward, &b_.up, kRead);
+    if (grad_gate_ && up_) add(&backward, &b_.up, kRead);
     add(&backward, &b_.grad_gate, kMaybeWritten);
     add(&backward, &b_.grad_up, kMaybeWritten);
   }
@@ -496,7 +497,7 @@ class Gated final : public Op {
   void check_forward() const override {
     for (int64_t m = 0; m < c.M; ++m)
       for (int64_t k = 0; k < c.K; ++k)
-        check(*y_, m, k, times(activated(activation_, gate_->at(m, k)), up_->at(m, k)), "y");
+        check(*y_, m, k, times(activated(activation_, gate_->at(m, k)), at(up_, m, k, 1)), "y");
   }
 
   void check_backward() const override {
@@ -505,7 +506,7 @@ class Gated final : public Op {
         const double gate = gate_->at(m, k), dy = grad_y_->at(m, k);
         if (grad_up_) check(*grad_up_, m, k, times(activated(activation_, gate), dy), "grad_up");
         if (grad_gate_)
-          check(*grad_gate_, m, k, times(times(slope(activation_, gate), up_->at(m, k)), dy),
+          check(*grad_gate_, m, k, times(times(slope(activation_, gate), at(up_, m, k, 1)), dy),
                 "grad_gate");
       }
   }
