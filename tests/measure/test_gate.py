@@ -152,6 +152,7 @@ def test_a_batch_that_takes_too_long_is_made_smaller(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
+@pytest.mark.everything
 def test_compiled_peers_are_gated_and_timed() -> None:
     pytest.importorskip("peft")
     (found,) = layers.measure_layer("lora", SHAPE, "f32", rounds=1, compiled=True)

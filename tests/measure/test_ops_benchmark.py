@@ -13,6 +13,7 @@ pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.everything
 def test_each_op_runs_beside_its_peers() -> None:
     command = [sys.executable, "-P", "-m", "pytest", "-q", "--benchmark-disable", "-rs"]
     result = subprocess.run(

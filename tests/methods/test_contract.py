@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +88,22 @@ UNREAD = dict.fromkeys(HEADS, "nothing") | {"clip vision": "post_layernorm"}
 everywhere = pytest.mark.parametrize(("method", "name"), PAIRS)
 
 
-def on(*names: str, of: tuple[str, ...] = ARCHITECTURES) -> pytest.MarkDecorator:
-    """All pairs with an architecture in ``of``; beside ``names``, with --everything alone."""
+def on(
+    *names: str, of: tuple[str, ...] = ARCHITECTURES, methods: Collection[str] = METHODS
+) -> pytest.MarkDecorator:
+    """All pairs with an architecture in ``of``; beside ``methods`` on ``names``, with --everything
+    alone."""
     pairs = [pair for pair in PAIRS if pair[1] in of]
     left = pytest.mark.everything
     return pytest.mark.parametrize(
         ("method", "name"),
-        [pytest.param(m, n, marks=() if n in names else left) for m, n in pairs],
+        [pytest.param(m, n, marks=() if n in names and m in methods else left) for m, n in pairs],
     )
 
 
 on_a_few = on(*FEW)
+COMPILED = ("lora", "dora", "houlsby", "bitfit", "ia3", "prefix", "prompt", "prefix-pool")
+"""One of each way that a delta takes in a compiled model."""
 
 
 def attached(method: str, model: nn.Module, **settings: Any) -> Handle:
@@ -309,7 +314,7 @@ def test_generation_with_a_cache_equals_without(method: str, name: str) -> None:
     assert torch.equal(with_cache, without)
 
 
-@on("llama")
+@on("llama", methods=COMPILED)
 def test_torch_compile(method: str, name: str) -> None:
     model = build(name)
     handle = attached(method, model)
