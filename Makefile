@@ -51,7 +51,8 @@ test: $(STAMP) ## the whole test suite
 matrix: $(STAMP) ## every method on every architecture, every pair of them, by every property (long)
 	$(RUN)/pytest --everything tests/methods/test_contract.py tests/methods/test_training.py \
 		tests/methods/test_distributed.py tests/methods/test_defaults.py tests/methods/test_files.py \
-		tests/methods/test_pairs.py tests/measure/test_gate.py tests/measure/test_ops_benchmark.py
+		tests/methods/test_pairs.py tests/measure/test_gate.py tests/measure/test_ops_benchmark.py \
+		tests/cli/test_commands.py
 
 .PHONY: check
 check: $(STAMP) ## format, lint, types, import rules: what CI runs besides the tests

@@ -184,6 +184,7 @@ def inside(*arguments: object) -> Any:
     return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
 
 
+@pytest.mark.everything
 def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     arguments = ["demo", "--base-steps", 2, "--tune-steps", 2, "--rounds", 0]
     result = call(*arguments, cache=tmp_path)
