@@ -24,7 +24,8 @@ from deltaops.errors import DataError
 from deltaops.reference import delta_linear as reference
 from deltaops.testing import assert_accurate
 
-from . import gpu
+from .gpu import CACHE_BYTES
+from .gpu_clock import DRIFT, captured, cuda_clock, steady
 from .gpu_subject import FROZEN, SCALING, Call
 from .interleave import Timing
 
@@ -72,9 +73,9 @@ def measure(
     *,
     device: str = "cuda",
     rounds: int = 20,
-    clock: Callable[[Call], float] = gpu.cuda_clock,
-    capture: Callable[[Call], Call] = gpu.captured,
-    cache_bytes: float = gpu.CACHE_BYTES,
+    clock: Callable[[Call], float] = cuda_clock,
+    capture: Callable[[Call], Call] = captured,
+    cache_bytes: float = CACHE_BYTES,
 ) -> Measured:
     """Seconds of each plan, in both directions: of those that were captured, in a steady run.
 
@@ -102,8 +103,8 @@ def measure(
                 notes.append(f"{direction}, {name}: left out, not captured as a graph: {error}")
         if FROZEN not in peers or len(peers) == 1:
             continue
-        taken, moved, _ = gpu.steady(peers, clock, rounds)
-        if moved > gpu.DRIFT:
+        taken, moved, _ = steady(peers, clock, rounds)
+        if moved > DRIFT:
             notes.append(f"{direction}: left out, the frozen layer drifted by {moved:.1%}")
             continue
         medians = {name: Timing.of(t).median / len(copies) for name, t in taken.items()}

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from deltaops.measure import gpu, gpu_attention, gpu_group, published
+from deltaops.measure import gpu, gpu_attention, gpu_clock, gpu_group, gpu_linear, published
 from deltaops.measure.interleave import Timing
 from deltaops.reference import delta_linear as reference
 from deltaops.testing import DeltaLinearCase, assert_accurate
@@ -34,7 +34,7 @@ def measure(case: gpu.Subject, capture: Callable[[gpu.Call], gpu.Call] = lambda 
 
 @pytest.mark.parametrize("case", [TINY, gpu.Case(2, 32, 48, 4), gpu.Case(24, 32, 48, 4, 0.1)])
 def test_every_peer_passes_and_is_timed_a_copy(case: gpu.Case) -> None:
-    copies = len(gpu.operands(case, "cpu", 1e4))
+    copies = len(gpu_linear.operands(case, "cpu", 1e4))
     result = measure(case)
     plain = set() if case.dropout else {gpu.UNSLOTH}
     assert set(result.timings) == {gpu.FROZEN, gpu.PEFT, gpu.OURS} | plain
@@ -78,21 +78,21 @@ def test_their_gates_can_fail(
 
 
 def test_operands_outgrow_the_cache() -> None:
-    copies = gpu.operands(TINY, "cpu", 1e5)
+    copies = gpu_linear.operands(TINY, "cpu", 1e5)
     assert sum(2 * (o.x.numel() + o.weight.numel() + o.grad_y.numel()) for o in copies) >= 1e5
     assert not torch.equal(copies[0].x, copies[1].x)
 
 
 def test_peft_computes_what_ours_does() -> None:
-    (o, *_) = gpu.operands(TINY, "cpu", 0)
-    theirs = gpu._peft_layer(TINY, o)(o.x)
-    ours = gpu._ours(TINY, o, "auto")[0]
+    (o, *_) = gpu_linear.operands(TINY, "cpu", 0)
+    theirs = gpu_linear._peft_layer(TINY, o)(o.x)
+    ours = gpu_linear._ours(TINY, o, "auto")[0]
     torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05)
 
 
 def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu.delta_linear
-    monkeypatch.setattr(gpu, "delta_linear", lambda *a, **k: right(*a, **k) * 1.1)
+    right = gpu_linear.delta_linear
+    monkeypatch.setattr(gpu_linear, "delta_linear", lambda *a, **k: right(*a, **k) * 1.1)
     with pytest.raises(AssertionError, match="deltaops: y: relative error"):
         measure(TINY)
 
@@ -164,23 +164,27 @@ def test_a_case_that_drifts_ever_has_no_seconds() -> None:
     assert result.timings == {}
     assert "the frozen layer drifted by" in result.left_out[gpu.CASE]
     written = result.as_json()
-    assert (written["seconds"], written["runs_discarded"]) == ({}, gpu.ATTEMPTS)
-    assert written["frozen_drift"] > gpu.DRIFT
+    assert (written["seconds"], written["runs_discarded"]) == ({}, gpu_clock.ATTEMPTS)
+    assert written["frozen_drift"] > gpu_clock.DRIFT
 
 
 def test_a_run_that_drifts_is_discarded() -> None:
-    assert gpu.drift([1.0, 1.0, 1.03, 1.03]) == pytest.approx(0.03)
+    assert gpu_clock.drift([1.0, 1.0, 1.03, 1.03]) == pytest.approx(0.03)
     slow = iter([1.0, 1.0, 1.0, 1.5, 1.5] + [1.0] * 5)  # the first run drifts, the second does not
-    seconds, moved, discarded = gpu.steady({gpu.FROZEN: lambda: None}, lambda call: next(slow), 4)
+    seconds, moved, discarded = gpu_clock.steady(
+        {gpu.FROZEN: lambda: None}, lambda call: next(slow), 4
+    )
     assert (seconds[gpu.FROZEN], moved, discarded) == ([1.0] * 4, 0.0, 1)
     ever = iter(range(1, 100))
-    _, moved, discarded = gpu.steady({gpu.FROZEN: lambda: None}, lambda call: float(next(ever)), 4)
-    assert moved > gpu.DRIFT
-    assert discarded == gpu.ATTEMPTS - 1
+    _, moved, discarded = gpu_clock.steady(
+        {gpu.FROZEN: lambda: None}, lambda call: float(next(ever)), 4
+    )
+    assert moved > gpu_clock.DRIFT
+    assert discarded == gpu_clock.ATTEMPTS - 1
 
 
 def test_ceilings_count_operations_and_bytes_both_ways() -> None:
-    assert gpu.ceilings("cpu", size=16, rounds=2, clock=one_second) == {
+    assert gpu_clock.ceilings("cpu", size=16, rounds=2, clock=one_second) == {
         "operations_per_second": 2 * 16**3, "copy_bytes_per_second": 2 * 2 * 8 * 16**2
     }  # fmt: skip
 
@@ -188,7 +192,7 @@ def test_ceilings_count_operations_and_bytes_both_ways() -> None:
 def test_peers_take_turns() -> None:
     calls: list[str] = []
     peers = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    gpu.take_turns(peers, one_second, 2)
+    gpu_clock.take_turns(peers, one_second, 2)
     assert "".join(calls) == "ab" + "ab" + "ba"
 
 
