@@ -9,8 +9,23 @@ namespace deltaops_bindings {
 
 namespace {
 
-uint64_t bytes_of(const View &workspace) {
-  return static_cast<uint64_t>(workspace.elements * workspace.width);
+// The arguments of a launch where the handler runs, all else of them zero.
+template <class Args>
+Args arguments_on(const Gpu &gpu) {
+  Args call = {};
+  call.struct_size = sizeof call;
+  call.device = gpu.device;
+  call.stream = gpu.stream;
+  return call;
+}
+
+// The same of one that needs a workspace.
+template <class Args>
+Args arguments_on(const Gpu &gpu, const Item &item, const View &workspace) {
+  Args call = arguments_on<Args>(gpu);
+  call.workspace = item.pointer(workspace);
+  call.workspace_bytes = static_cast<uint64_t>(workspace.elements * workspace.width);
+  return call;
 }
 
 // left [M, L_i]..., right [N, L_i]... or where they lie across [L_i, N]..., [bias [N]], [seed [2]]
@@ -33,15 +48,12 @@ ffi::Error gemm(Gpu gpu, ffi::RemainingArgs args, ffi::RemainingRets rets, Numbe
           products[i] = {item.matrix(left[i]),
                          across ? item.transposed(right[i]) : item.matrix(right[i]),
                          static_cast<uint32_t>(threshold[i]), static_cast<uint32_t>(branch[i])};
-        deltaops_cuda_gemm_args call = {};
-        call.struct_size = sizeof call;
-        call.device = gpu.device;
+        auto call = arguments_on<deltaops_cuda_gemm_args>(gpu);
         call.products = products.data();
         call.num_products = static_cast<int32_t>(products.size());
         call.bias = item.row(bias);
         call.out = item.matrix(out);
         call.seed = seed_on_gpu(item, seed);
-        call.stream = gpu.stream;
         return deltaops_cuda_ampere_gemm(&call);
       },
       deltaops_cuda_last_error);
@@ -58,9 +70,7 @@ ffi::Error project(Gpu gpu, ffi::RemainingArgs args, ffi::RemainingRets rets, fl
   return for_each_item(
       buffers,
       [&](const Item &item) {
-        deltaops_cuda_project_args call = {};
-        call.struct_size = sizeof call;
-        call.device = gpu.device;
+        auto call = arguments_on<deltaops_cuda_project_args>(gpu, item, workspace);
         call.x = item.matrix(x);
         call.a = item.matrix(a);
         call.s = item.matrix(s);
@@ -69,9 +79,6 @@ ffi::Error project(Gpu gpu, ffi::RemainingArgs args, ffi::RemainingRets rets, fl
         call.drop_threshold = static_cast<uint32_t>(threshold);
         call.branch_stream = static_cast<uint32_t>(branch);
         call.seed = seed_on_gpu(item, seed);
-        call.workspace = item.pointer(workspace);
-        call.workspace_bytes = bytes_of(workspace);
-        call.stream = gpu.stream;
         return deltaops_cuda_project(&call);
       },
       deltaops_cuda_last_error);
@@ -91,9 +98,7 @@ ffi::Error grad_up(Gpu gpu, ffi::RemainingArgs args, ffi::RemainingRets rets, Nu
   return for_each_item(
       buffers,
       [&](const Item &item) {
-        deltaops_cuda_grad_up_args call = {};
-        call.struct_size = sizeof call;
-        call.device = gpu.device;
+        auto call = arguments_on<deltaops_cuda_grad_up_args>(gpu, item, workspace);
         call.grad_y = item.matrix(grad_y);
         call.b = item.matrix(b);
         call.s_narrow = item.matrix(s);
@@ -101,9 +106,6 @@ ffi::Error grad_up(Gpu gpu, ffi::RemainingArgs args, ffi::RemainingRets rets, Nu
         call.grad_b = item.matrix(grad_b);
         call.grad_bias = item.row(grad_bias);
         call.scaling = scaling;
-        call.workspace = item.pointer(workspace);
-        call.workspace_bytes = bytes_of(workspace);
-        call.stream = gpu.stream;
         return deltaops_cuda_grad_up(&call);
       },
       deltaops_cuda_last_error);
@@ -120,18 +122,13 @@ ffi::Error grad_down(Gpu gpu, ffi::RemainingArgs args, ffi::RemainingRets rets, 
   return for_each_item(
       buffers,
       [&](const Item &item) {
-        deltaops_cuda_grad_down_args call = {};
-        call.struct_size = sizeof call;
-        call.device = gpu.device;
+        auto call = arguments_on<deltaops_cuda_grad_down_args>(gpu, item, workspace);
         call.grad_s_narrow = item.matrix(grad_s);
         call.x = item.matrix(x);
         call.grad_a = item.matrix(grad_a);
         call.drop_threshold = static_cast<uint32_t>(threshold);
         call.branch_stream = static_cast<uint32_t>(branch);
         call.seed = seed_on_gpu(item, seed);
-        call.workspace = item.pointer(workspace);
-        call.workspace_bytes = bytes_of(workspace);
-        call.stream = gpu.stream;
         return deltaops_cuda_grad_down(&call);
       },
       deltaops_cuda_last_error);

@@ -95,7 +95,7 @@ def test_parts_make_what_the_cpu_computes(
     kept = [layer | {"s": state} for layer, state in zip(given, want_s, strict=True)]
     wanted = [["x", "bias", "a.0", "b.0", "a.1", "b.1"], ["bias", "b.0"]]
     got_x, got = on_cuda.backward(settings, grads, x, kept, wanted, True)
-    want_x, want = layers._backward_on_cpu(settings, grads, x, kept, wanted, True)
+    want_x, want = layers._backward_on_cpu(settings, wanted, True, grads, x, kept)
     assert [set(one) for one in got] == [{*names} - {"x"} for names in wanted]
     close([got_x, *(g[n] for g in got for n in sorted(g))],
           [want_x, *(g[n] for g in want for n in sorted(g))])  # fmt: skip

@@ -107,10 +107,7 @@ def backward(
 ) -> tuple[Array | None, list[Operands]]:
     """The gradient of x, summed over the layers, where it is wanted; each layer's ``wanted``."""
 
-    def on_cpu(
-        grad_y: Sequence[Array], x: Array | None, layers: Sequence[Operands]
-    ) -> tuple[Array | None, list[Operands]]:
-        return _backward_on_cpu(settings, grad_y, x, layers, wanted, wants_x)
+    on_cpu = partial(_backward_on_cpu, settings, wanted, wants_x)
 
     def on_gpu(
         grad_y: Sequence[Array], x: Array | None, layers: Sequence[Operands]
@@ -128,11 +125,11 @@ def backward(
 
 def _backward_on_cpu(
     settings: Sequence[Settings],
+    wanted: Sequence[Collection[str]],
+    wants_x: bool,
     grad_y: Sequence[Array],
     x: Array | None,
     layers: Sequence[Operands],
-    wanted: Sequence[Collection[str]],
-    wants_x: bool,
 ) -> tuple[Array | None, list[Operands]]:
     m, dtype = grad_y[0].shape[0], grad_y[0].dtype
     operands, present, flags = [*grad_y, *([] if x is None else [x])], [], [wants_x]
