@@ -101,9 +101,9 @@ def cpu_units(compiler: Compiler) -> list[Unit]:
 def cuda_units(toolkit: CudaToolkit) -> list[Unit]:
     """The CUDA library, one unit per .cu file of csrc/cuda; those of hopper/ for sm_90a alone.
 
-    The sm_80 products take longest to compile and are not what Python launches; newer GPUs than the
-    oldest architecture translate their PTX when they first run them. The launchers of hopper/ are
-    host code.
+    The sm_80 products take longest to compile, and Python launches them only where a table of
+    measurements says so; newer GPUs than the oldest architecture translate their PTX when they
+    first run them. The launchers of hopper/ are host code.
     """
     archs = ";".join(toolkit.archs)
     hopper = HOPPER in toolkit.archs

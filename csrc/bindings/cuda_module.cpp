@@ -152,6 +152,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() =
       "The CUDA library behind deltaops: raw pointers and strides in elements; see "
       "deltaops_cuda.h.";
+  if (deltaops_cuda_abi_version() != DELTAOPS_CUDA_ABI_VERSION)
+    throw py::import_error(
+        "deltaops._cuda and libdeltaops_cuda.so must be of one build. Rebuild deltaops.");
   module.def("abi_version", &deltaops_cuda_abi_version, "The version of deltaops_cuda.h.");
   module.def("archs", &deltaops_cuda_archs,
              "The architectures compiled for, such as '80;90a;100'.");

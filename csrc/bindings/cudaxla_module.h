@@ -60,7 +60,8 @@ inline const uint64_t *seed_on_gpu(const Item &item, const View &seed) {
 }
 
 inline void expect_seed(Buffers *buffers, const View &seed) {
-  buffers->expect(!seed || (seed.width == 4 && seed.size(0) == 2), "seed must be two words.");
+  buffers->expect(!seed || (seed.width == 4 && seed.size(0) == 2),
+                  "deltaops: seed must be two words, as jax.random.key_data gives.");
 }
 
 // Each op family of csrc/cuda adds its handlers.

@@ -84,8 +84,8 @@ deltaops_status run(const char *doing, ProduceArguments<Source> g, const deltaop
   g.aligned = g.aligned && g.y.aligned;
   const OnDevice here(device);
   if (here.status() != DELTAOPS_OK) return here.status();
+  int most = 0;
   if (again) {
-    int most = 0;
     const deltaops_status status = shared_of(device, &most);
     if (status != DELTAOPS_OK) return status;
     const int64_t rounds = divide_up(y.cols, kRound), room = (most - kGemvShared) / kRoundBytes;
@@ -94,7 +94,7 @@ deltaops_status run(const char *doing, ProduceArguments<Source> g, const deltaop
   auto *kernel = y.dtype == DELTAOPS_BF16 ? produce_kernel<__nv_bfloat16, Source>
                                           : produce_kernel<__half, Source>;
   return launch(doing, kernel, g, dim3(static_cast<unsigned>(blocks)), kGemvThreads,
-                kGemvShared + g.kept * kRoundBytes, stream);
+                kGemvShared + g.kept * kRoundBytes, stream, most);
 }
 
 }  // namespace

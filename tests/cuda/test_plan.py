@@ -18,7 +18,7 @@ from deltaops.backends.triton import core, cuda, delta_linear, planner, tables, 
 from deltaops.reference import delta_linear as reference
 from deltaops.testing import assert_accurate
 
-from . import hopper
+from . import emulated, hopper
 
 GPU = "sm_90"
 PLANS = pytest.mark.parametrize("name", cuda.PLANS)
@@ -175,6 +175,12 @@ def test_a_module_of_another_build_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert cuda.state() == (
         "deltaops._cuda is of another build (version 1 of its C ABI, not 3); reinstall deltaops"
     )
+
+
+def test_its_version_is_the_header_s() -> None:
+    header = emulated.ROOT / "csrc" / "include" / "deltaops_cuda.h"
+    line = f"#define DELTAOPS_CUDA_ABI_VERSION {cuda.ABI_VERSION}"
+    assert line in header.read_text(encoding="utf-8").splitlines()
 
 
 # -------------------------------------------------------------------------- the module as it ships

@@ -93,13 +93,16 @@ inline Matrix columns_of(const deltaops_matrix &m) {
           starts_on_16_bytes(m.data, m.col_stride)};
 }
 
-/* Launches `kernel`, which may need more shared memory than the 48 KB that come unasked. */
+/* Launches `kernel`, which may need more shared memory than the 48 KB that come unasked. `most` is
+ * for kernels that need more in some calls than in others: the limit is the kernel's, so a call
+ * that set it to its own would take it from one that another thread is about to launch. */
 template <class Argument>
 deltaops_status launch(const char *doing, void (*kernel)(Argument), const Argument &argument,
-                       dim3 grid, int threads, int shared, void *stream) {
-  if (shared > 48 * 1024) {
+                       dim3 grid, int threads, int shared, void *stream, int most = 0) {
+  if (most < shared) most = shared;
+  if (most > 48 * 1024) {
     const deltaops_status status = cuda_check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), doing);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), doing);
     if (status != DELTAOPS_OK) return status;
   }
   cudaLaunchConfig_t config = {};
