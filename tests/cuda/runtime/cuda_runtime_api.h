@@ -24,5 +24,9 @@ static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, i
   (void)kind;
   return memcpy(to, from, bytes), cudaSuccess;
 }
+static inline cudaError_t cudaMemset(void *data, int value, size_t bytes) {
+  return memset(data, value, bytes), cudaSuccess;
+}
+static inline cudaError_t cudaDeviceSynchronize(void) { return cudaSuccess; }
 
 #endif
