@@ -1,4 +1,4 @@
-"""``delta_linear`` of ``deltaops.jax`` on a real GPU beside the CPU's calls. `make gpu` runs these."""
+"""``delta_linear`` of ``deltaops.jax`` on a real GPU beside the CPU. `make gpu` runs these."""
 
 from __future__ import annotations
 
