@@ -78,7 +78,7 @@ def grad_down(
     config = configs.grad_down(rank, precision.wide)
     threshold = drop_threshold(dropout)
     grid_k, grid_r = triton.cdiv(k, config.cols), triton.cdiv(rank, config.rank)
-    parts, chunk = configs.split(m, config.rows, grid_k * grid_r)
+    parts, chunk = configs.split(m, config.rows, grid_k * grid_r, configs.OF_GRAD_DOWN)
     target = partials_or(grad_a, parts)
     _grad_down_kernel[(grid_k, grid_r, parts)](
         grad_s,

@@ -257,7 +257,7 @@ def grad_down_group(
         lanes = tuple(configs.grad_down(one.rank, precision.wide).rank for one in some)
         config, thresholds = configs.grad_down_group(sum(lanes), precision.wide), _thresholds(some)
         grid_k = triton.cdiv(k, config.cols)
-        pieces, chunk = configs.split(m, config.rows, grid_k)
+        pieces, chunk = configs.split(m, config.rows, grid_k, configs.OF_GRAD_DOWN)
         sums = [partials_or(target, pieces) for target in targets[here]]
         _grad_down_group_kernel[(grid_k, pieces)](
             grad_s,

@@ -87,7 +87,8 @@ def project(
     """Write ``s [M, R]`` (fp32, rows may be strided) for x ``[M, K]`` and a ``[R, K]``; with
     ``adapter`` (int32 ``[M]``) zeros in the rows where it is not ``number``."""
     (m, k), rank = x.shape, a.shape[0]
-    config = configs.project(m, rank, precision.wide, configs.is_aligned(x, a))
+    across = a.stride(0) == 1 and rank > 1
+    config = configs.project(m, rank, precision.wide, configs.is_aligned(x, a), across)
     threshold = drop_threshold(dropout)
     grid_m, grid_r = triton.cdiv(m, config.rows), triton.cdiv(rank, config.rank)
     parts, chunk = configs.split(k, config.cols, grid_m * grid_r)

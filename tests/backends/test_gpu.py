@@ -42,7 +42,7 @@ def test_forward_and_gradients_match_fp64_and_repeat(
 
 def need(plan: str) -> None:
     """Skips where this GPU cannot run it."""
-    if plan == "persistent" and not core.persists("cuda"):
+    if plan in ("persistent", "beside") and not core.persists("cuda"):
         pytest.skip("needs tensor descriptors: sm_90 or sm_100")
     if plan in cuda.PLANS and not cuda.runs_on("cuda", plan):
         pytest.skip(f"needs another GPU or CUDA library: {cuda.state()}")
@@ -57,6 +57,14 @@ PERSISTENT = (
 )
 
 
+BESIDE = (
+    DeltaLinearCase(300, 280, 136, (72,), bias=False, padding=8),
+    DeltaLinearCase(5000, 1032, 520, (16,), bias=False),
+    DeltaLinearCase(4096, 2048, 1024, (128,), bias=False),
+)
+"""Without a bias, whose gradient goes another way."""
+
+
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_persistent_plan_matches_fp64_and_repeats(
@@ -65,6 +73,16 @@ def test_the_persistent_plan_matches_fp64_and_repeats(
     need("persistent")
     t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
     check_plans(t, grad_y, "persistent", "persistent")
+
+
+@pytest.mark.parametrize("case", BESIDE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_passes_beside_dx_match_fp64_and_repeat(
+    case: DeltaLinearCase, dtype: torch.dtype
+) -> None:
+    need("beside")
+    t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
+    check_plans(t, grad_y, "persistent", "beside")
 
 
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
@@ -125,16 +143,18 @@ def test_prefix_attention_matches_fp64_and_repeats(
         assert torch.equal(got, again)
 
 
+CASE = DeltaLinearCase(300, 96, 128, (16,), bias=False)
+
+
 def results(device: str, plan: str) -> tuple[DeltaLinearTensors, list[torch.Tensor]]:
     """Arguments of a call, and y and every gradient."""
-    case = DeltaLinearCase(300, 96, 128, (16,))
-    t = case.tensors(torch.bfloat16, device=device)
-    return t, call(t, case.grad_y(torch.bfloat16, device=device), plan)
+    t = CASE.tensors(torch.bfloat16, device=device)
+    return t, call(t, CASE.grad_y(torch.bfloat16, device=device), plan)
 
 
 def call(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str) -> list[torch.Tensor]:
     """As :func:`results`."""
-    with planner.forced(plan, plan):
+    with planner.forced("persistent" if plan == "beside" else plan, plan):
         y, s = TritonBackend().forward(*t.forward_arguments())
         given = t.backward_arguments(grad_y, s)
         return [y, *TritonBackend().backward(*given, t.all_needed())]
@@ -144,7 +164,7 @@ def call(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str) -> list[torch.T
 def test_a_captured_call_has_the_same_bits(plan: str) -> None:
     need(plan)
     t, wanted = results("cuda", plan)
-    grad_y = DeltaLinearCase(300, 96, 128, (16,)).grad_y(torch.bfloat16, device="cuda")
+    grad_y = CASE.grad_y(torch.bfloat16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = call(t, grad_y, plan)
@@ -158,7 +178,7 @@ def test_a_captured_call_has_the_same_bits(plan: str) -> None:
 def test_a_call_waits_for_its_own_stream_alone(plan: str) -> None:
     need(plan)
     t, wanted = results("cuda", plan)
-    grad_y = DeltaLinearCase(300, 96, 128, (16,)).grad_y(torch.bfloat16, device="cuda")
+    grad_y = CASE.grad_y(torch.bfloat16, device="cuda")
     right, side = t.x.clone(), torch.cuda.Stream()
     t.x.fill_(float("nan"))
     torch.cuda.synchronize()

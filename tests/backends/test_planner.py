@@ -86,8 +86,14 @@ def test_the_start_follows_the_rule(one: tables.Setting, forward: str, backward:
     assert plan(one) == (forward, backward)
 
 
+def test_a_persistent_kernel_is_taken_where_it_saves_more_than_it_loses() -> None:
+    able = ("persistent", "beside")
+    for one, wanted in ((setting(8192), "persistent"), (setting(8192, k=65536), "split")):
+        assert planner.choose(one, "forward", "meta", special=able).plan == wanted
+
+
 def test_small_tiles_need_more_of_a_reason() -> None:
-    one = setting(8192, k=1024)
+    one = setting(8192, k=512)
     assert plan(one)[0] == "fused"
     assert plan(one, plain=False)[0] == "split"
     assert plan(one._replace(adapter="float32"))[0] == "split"
@@ -302,8 +308,8 @@ def test_explain_says_which_plan_and_why(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
     found = explain_call(call, "triton")
     assert found.plan is not None
-    assert "run by triton (y split, dx split: not measured on this GPU" in found.reason
-    assert "plan: y split" in str(found)
+    assert "run by triton (y persistent, dx persistent: not measured on this GPU" in found.reason
+    assert "plan: y persistent" in str(found)
     keep(tables.own(GPU), entry(setting(8192), 1.0, 2.0, 3.0))
     planner.forget()
     assert "y fused, dx fused: fastest for 8192" in explain_call(call, "triton").reason

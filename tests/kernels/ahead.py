@@ -359,6 +359,11 @@ def main(name: str, how: str | None = None) -> None:
             with compiling(recorder, target, "persistent"):
                 for setting in PERSISTENT:
                     launch(setting)
+        if name == "sm_90":
+            recorder.only = "_beside"
+            with compiling(recorder, target, "persistent"), planner.forced("persistent", "beside"):
+                for rank in (16, 64, 128):
+                    launch(Setting(4096, (rank,)))
     print(json.dumps(list(recorder.found.values())))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from deltaops.kernels import configs
 
-from deltaops.backends.triton import TritonBackend, planner
+from deltaops.backends.triton import TritonBackend, core, planner
 from deltaops.backends.triton.record import recording
 from deltaops.backends.triton.tables import PLANS
 from deltaops.backends.triton.traffic import traffic
@@ -200,17 +201,22 @@ PERSISTENT = (
 
 
 def check_persistent(number: int) -> None:
-    """As :func:`check_case`, in a half type, which tensor descriptors are for; y and dx alone."""
+    """As :func:`check_case`, in a half type, which tensor descriptors are for; y and dx alone, and
+    dA and dB beside dx."""
     case, dtype = PERSISTENT[number]
     t, run = case.tensors(dtype), TritonBackend()
     wide, grad_y = t.to(torch.float64), case.grad_y(dtype)
-    needs = [i == 0 for i in range(len(t.all_needed()))]
+    beside = not case.dropout
+    needs = [i in (0, 2, 3) if beside else i == 0 for i in range(len(t.all_needed()))]
 
     def results(forward: Any, backward: Any, t: Any, grad_y: torch.Tensor) -> list[torch.Tensor]:
         y, s = forward(*t.forward_arguments())
         return [y, *backward(*t.backward_arguments(grad_y, s), needs)]
 
-    with planner.forced("persistent", "persistent"):
+    with (
+        planner.forced("persistent", "beside" if beside else "persistent"),
+        mock.patch.object(core, "multiprocessors", return_value=132),
+    ):
         found, again = (
             as_modelled(lambda: results(run.forward, run.backward, t, grad_y), str(case))
             for _ in range(2)

@@ -52,19 +52,51 @@ def capability(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
-def multiprocessors(tensor: Tensor) -> int:
-    """Of the tensor's GPU; one in the interpreter."""
+def multiprocessors(device: torch.device | str) -> int:
+    """Of that GPU; one in the interpreter."""
     if _stand_in is not None:
         return _stand_in.multiprocessors
-    if not tensor.is_cuda:
+    if torch.device(device).type != "cuda":
         return 1
-    return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """Launches inside run beside those that follow it, up to the end of :func:`together`."""
+    if device.type != "cuda":
+        yield
+        return
+    side = _side_stream(device.index)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def together(device: torch.device) -> None:
+    """What is launched from here on waits for what :func:`aside` has launched."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device.index))
+
+
+@cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(torch.device("cuda", index))  # type: ignore[no-untyped-call]  # torch's own has no types
 
 
 def persists(device: torch.device | str) -> bool:
     """Whether the persistent kernels run there: NVIDIA's Hopper and data-centre Blackwell, and the
     interpreter."""
-    wanted: tuple[int, ...] = kernels("configs").PERSISTENT
+    return _is_of(device, kernels("configs").PERSISTENT)
+
+
+def has_room_beside(device: torch.device | str) -> bool:
+    """Whether the passes beside a persistent dx do: Hopper, and the interpreter."""
+    return _is_of(device, kernels("configs").BESIDE)
+
+
+def _is_of(device: torch.device | str, wanted: tuple[int, ...]) -> bool:
+    """Whether that GPU is NVIDIA's, of one of these capabilities; or the interpreter."""
     if _stand_in is not None:
         return not _stand_in.amd and _stand_in.capability in wanted
     found = torch.device(device)

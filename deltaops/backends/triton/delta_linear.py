@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaops.backends.calls import DeltaLinearCall
 from deltaops.errors import DataError
 
-from . import branches, core, cuda, planner
+from . import beside, branches, core, cuda, planner
 from .planner import Choice
 
 MOST_MIXED = 128
@@ -120,7 +120,7 @@ def _write_outputs(
     if plan == "persistent":
         core.kernels("persistent_forward").persistent_forward(
             x, weight, bias, s, b[0], y,
-            capability=core.capability(x), multiprocessors=core.multiprocessors(x),
+            capability=core.capability(x), multiprocessors=core.multiprocessors(x.device),
         )  # fmt: skip
         return
     if plan in cuda.PLANS:
@@ -150,6 +150,12 @@ def backward(
     adapter: Tensor | None = None,
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
+
+    plain = adapter is None and not any(dropout) and all(kind == "identity" for kind in activation)
+    if plain and x is not None and [*needs[:2], *needs[4:]] == [True, False, False]:
+        if _plan("backward", grad_y, weight, a, a, dropout) == "beside":
+            if core.kernels("persistent").is_describable(x):
+                return beside.backward(grad_y, x, weight, a[0], b[0], s, scaling[0], needs[2:4])
 
     def write(grad_x: Tensor, grad_s: Tensor) -> None:
         _write_grad_input(grad_x, grad_y, weight, a, grad_s, dropout, seed)
@@ -237,10 +243,11 @@ def _write_grad_input(
     if plan == "torch":
         _add_products(grad_x, None, grad_s, a, grad_y, weight)
         return
-    if plan == "persistent":
+    if plan in ("persistent", "beside"):  # the latter where nothing is wanted beside it
         core.kernels("persistent_grad_input").persistent_grad_input(
             grad_y, weight, grad_s, a[0], grad_x, dropout=dropout[0], seed=seed,
-            capability=core.capability(grad_y), multiprocessors=core.multiprocessors(grad_y),
+            capability=core.capability(grad_y),
+            multiprocessors=core.multiprocessors(grad_y.device),
         )  # fmt: skip
         return
     if plan in cuda.PLANS:
@@ -291,6 +298,9 @@ def special(
         found = ("persistent", "cuda") if cuda.runs_on(device, "cuda") else ("persistent",)
     if len(ranks) == 1 and cuda.takes(rows, weight, *factors) and cuda.runs_on(device, "ampere"):
         found += ("ampere",)
+    if direction == "backward" and "persistent" in found:
+        m, k = rows.shape[0], weight.shape[1]
+        found += ("beside",) if beside.fits(m, k, ranks[0], device) else ()
     return found
 
 

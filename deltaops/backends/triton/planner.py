@@ -6,11 +6,13 @@
     persistent   the fused kernel whose programs stay, with tensor descriptors: Hopper and later
     cuda    the same, hand-written in CUDA C++ (:mod:`cuda`): Hopper
     ampere  another of CUDA C++, of any shape, few rows among them: sm_80 and later
+    beside  of dx: persistent on the multiprocessors that its rounds need, with dB and dA on the
+            others meanwhile (:mod:`beside`)
 
 Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is
 expected to be the faster one. Which outweighs the other is a matter of measurement
 (:mod:`tables`). Where nothing was measured, :func:`start` decides by the break-even rule, and never
-for the last three, of whose speed nothing is known. Either way a choice follows from the call,
+for the last three. Either way a choice follows from the call,
 how its matrices lie and the tables alone, which are read once a GPU and process: nothing is timed
 in a call, nor under graph capture.
 """
@@ -53,8 +55,8 @@ class Ceilings(NamedTuple):
     """Seconds that one more kernel costs in a graph."""
 
 
-# The design page's figures for an H200, 184 operations a byte. The rule takes them for every GPU,
-# which no measurement supports: it is a start for those that have no table.
+# An H200's, as measured (750e12, 4.2e12) and on the design page, 184 operations a byte. The rule
+# takes them for every GPU, which no measurement supports: a start for those that have no table.
 HALF = Ceilings(790e12, 4.3e12, 1.5e-6)
 FLOAT = Ceilings(60e12, 4.3e12, 1.5e-6)
 """Of float32 products without TF32, as torch has them by default. The 60e12 is a guess, without a
@@ -62,13 +64,14 @@ source."""
 
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in core.DTYPES}
 
-EXPECTED = 0.85
-"""The share of the library's speed that is assumed of the fused kernels where nothing was measured.
-A guess: of persistent Triton GEMMs with descriptors 0.86–1.0 is reported on Hopper, and these
-kernels are simpler."""
+EXPECTED = 0.67
+"""The share of the library's speed that is assumed of the fused kernels where nothing was measured:
+that of 8192 rows on an H200, where it is 0.66 to 0.78."""
 EXPECTED_SMALL = 0.5
 """The same for their small tiles: float32, float32 adapters on a half model, unaligned rows,
-several branches. A guess too: they read each operand two to four times as often."""
+several branches. A guess: they read each operand two to four times as often."""
+EXPECTED_PERSISTENT = 0.98
+"""And of the persistent kernels: on an H200 0.98 to 1.00."""
 
 
 def setting_of(
@@ -97,7 +100,8 @@ def possible(setting: Setting, direction: str, special: tuple[str, ...] = ()) ->
     masked = setting.dropout and direction == "backward"
     # the library rounds S to the model's dtype, and knows no mask
     plans = PLANS[:2] if mixed or masked else PLANS[:3]
-    return plans + special
+    # the mask of x takes more time than reading x
+    return plans + tuple(plan for plan in special if plan != "beside" or not masked)
 
 
 def break_even(setting: Setting, direction: str) -> float:
@@ -131,18 +135,22 @@ def expected(setting: Setting, plain: bool) -> float:
     return EXPECTED_SMALL if small else EXPECTED
 
 
-def start(setting: Setting, direction: str, plain: bool) -> Choice:
+def start(setting: Setting, direction: str, plain: bool, special: tuple[str, ...] = ()) -> Choice:
     """The plan where nothing was measured.
 
     Args:
         plain: the large tiles take it, as ``configs.is_plain`` finds.
+        special: as :func:`possible`.
     """
     if setting.rank == 0:  # no rank part: nothing is saved by fusing
         return Choice("torch", "no branch, so the library's GEMM is all there is to do")
-    speed, needed = expected(setting, plain), break_even(setting, direction)
+    name, speed = "fused", expected(setting, plain)
+    if "persistent" in special and speed < EXPECTED_PERSISTENT:
+        name, speed = "persistent", EXPECTED_PERSISTENT
+    needed = break_even(setting, direction)
     return Choice(
-        "fused" if speed >= needed else "split",
-        f"not measured on this GPU; fused breaks even at {needed:.0%} of the library's speed, "
+        name if speed >= needed else "split",
+        f"not measured on this GPU; {name} breaks even at {needed:.0%} of the library's speed, "
         f"{speed:.0%} are assumed (deltaops tune-kernels measures)",
     )
 
@@ -202,7 +210,7 @@ def _chosen(
         if entry is not None and best is not None:
             why = f"fastest for {entry.setting} on {gpu}, {path}"
             return Choice(best, "; ".join([why, *found.notes]))
-    rule = start(setting, direction, plain)
+    rule = start(setting, direction, plain, special)
     missing = [f"{path} has no call like it" for _, path in found.tables]
     return Choice(rule.plan, "; ".join([rule.why, *missing, *found.notes]))
 

@@ -57,6 +57,20 @@ def _persistent(
     t.store(out.base, rows * cols)
 
 
+@entry("_beside_kernel")
+def _beside(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    for wanted, tall, side, out, length in (
+        (a.WANT_B, a.grad_y, a.s, a.grad_b, a.N),
+        (a.WANT_A, a.x, a.grad_s, a.grad_a, a.K),
+    ):
+        if wanted:
+            blocks = cdiv(length, a.BLOCK_C)
+            t.load(tall.base, a.M * length, a.M * length)
+            t.load(side, a.M * a.R, a.M * a.R * blocks)
+            t.store(out, length * a.R)
+            t.dots(blocks * cdiv(a.M, a.BLOCK_M), a.BLOCK_C, a.BLOCK_R, a.BLOCK_M)
+
+
 @entry("_project_kernel")
 def _project(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     down, across, parts = grid
