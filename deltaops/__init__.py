@@ -130,7 +130,7 @@ def __dir__() -> list[str]:
 
 
 # In a source checkout kernels/ lies beside this package; installed, it is deltaops/kernels.
-_here = Path(__file__).parent
+_here = Path(__file__).resolve().parent
 if (
     not (_here / "kernels").exists()
     and (_here.parent / "kernels" / "__init__.py").exists()

@@ -67,10 +67,29 @@ class Ahead:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--everything", action="store_true", help="also what is marked so")
+    told = "show a failure where it happens: the process may not live to the end"
+    parser.addoption("--instantly", action="store_true", help=told)
+
+
+class Instantly:
+    """Shows a failure where it happens."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.ensure_newline()
+            terminal.write_line(report.longreprtext)
+            terminal.flush()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Ahead(), "ahead")
+    if config.option.instantly:
+        config.pluginmanager.register(Instantly(config), "instantly")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

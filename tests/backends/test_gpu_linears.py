@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltaops.backends.triton import cuda, planner
 from deltaops.ops import (
     Branch,
     Layer,
@@ -77,6 +78,45 @@ def test_a_group_has_the_bits_of_its_layers(dtypes: Types, k: int, dropout: floa
     for got, want in zip([*ys, *found], [*alone, *wanted], strict=True):
         assert torch.equal(got, want)
     assert relative_error(grad_x, total) < 8 * bound(0.0, dtypes[0])
+
+
+def test_a_group_by_the_cuda_plan_is_one_launch_each_way() -> None:
+    if not cuda.runs_on(DEVICE, "cuda"):
+        pytest.skip(cuda.state())
+    torch.manual_seed(0)
+    x = normal(300, 264, dtype=BRAIN).requires_grad_()
+    layers = [
+        Layer(
+            normal(n, 264, dtype=BRAIN, scale=264**-0.5),
+            normal(n, dtype=BRAIN) if n == 64 else None,
+            [branch(n, 264, rank, BRAIN)],
+        )
+        for n, rank in ((256, 16), (64, 8), (104, 72))
+    ]
+    grads = [normal(300, len(layer.weight), dtype=BRAIN) for layer in layers]
+    found: list[list[Tensor]] = []
+    for forced in ("cuda", "cuda", "torch"):
+        with planner.forced(forced, forced):
+            ys = delta_linear_group(x, layers, backend="triton")
+            found.append([*ys, *torch.autograd.grad(ys, x, grads)])
+    with planner.forced("cuda", "cuda"):
+        alone = [delta_linear(x, *layer, backend="triton") for layer in layers]
+    wide = x.detach().double()
+    oracle = [
+        wide @ w.double().t()
+        + (0.0 if bias is None else bias.double())
+        + 0.7 * (wide @ r.a.detach().double().t()) @ r.b.detach().double().t()
+        for w, bias, (r,) in layers
+    ]
+    total = sum(
+        g.double() @ w.double() + 0.7 * (g.double() @ r.b.double()) @ r.a.double()
+        for g, (w, _, (r,)) in zip(grads, layers, strict=True)
+    )
+    assert isinstance(total, Tensor)
+    for got, again, low, want in zip(*found, [*oracle, total.detach()], strict=True):
+        assert_accurate(got, want, low, "group")
+        assert torch.equal(got, again)
+    assert all(map(torch.equal, found[0], alone))
 
 
 @pytest.mark.parametrize(("n", "k", "rank"), [(300, 2048, 16), (257, 71, 20), (64, 4096, 128)])

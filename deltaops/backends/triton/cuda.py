@@ -3,13 +3,13 @@
 ``cuda`` takes what the persistent kernels take, of Hopper alone (csrc/cuda/hopper/gemm.h);
 ``ampere`` takes rows whose elements lie side by side, of any GPU from sm_80 on
 (csrc/cuda/ampere/gemm.h, and of at most 16 rows gemv.h). S and dS are rounded to the model's dtype
-by a kernel of torch. How fast they are no GPU has said: no table that ships names them, so they run
-only where ``deltaops tune-kernels`` found them fastest.
+by a kernel of torch. They run only where a table of :mod:`tables` has them fastest.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -133,20 +133,69 @@ def grad_input(
     _gemm(plan, grad_x, None, [(grad_y, weight.t(), 0.0), (narrow, a.t(), dropout)], seed)
 
 
+def outputs_of_group(
+    y: Sequence[Tensor],
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    s: Sequence[Tensor],
+    b: Sequence[Tensor],
+) -> None:
+    """Write the y of several layers of one branch each, by the plan ``cuda``, in one launch."""
+    rank_parts = [(one.to(x.dtype), up, 0.0) for one, up in zip(s, b, strict=True)]
+    products = [[(x, w, 0.0), part] for w, part in zip(weight, rank_parts, strict=True)]
+    _hopper(list(zip(y, bias, products, strict=True)), None)
+
+
+def grad_input_of_group(
+    grad_x: Tensor,
+    grad_y: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    grad_s: Sequence[Tensor],
+    a: Sequence[Tensor],
+) -> None:
+    """Write ``grad_x = Σ dy W + Σ dS A`` of such layers, by the plan ``cuda``, in one accumulator;
+    no dropout."""
+    frozen = [(dy, w.t(), 0.0) for dy, w in zip(grad_y, weight, strict=True)]
+    rank_parts = [(ds.to(grad_x.dtype), t.t(), 0.0) for ds, t in zip(grad_s, a, strict=True)]
+    _hopper([(grad_x, None, [*frozen, *rank_parts])], None)
+
+
+Output = tuple[Tensor, "Tensor | None", list[Product]]
+"""out, a bias, and what is summed."""
+
+
 def _gemm(
     plan: str, out: Tensor, bias: Tensor | None, products: list[Product], seed: Tensor | None
 ) -> None:
-    module, (device, stream) = native(), _place(out)
+    if plan == "cuda":
+        _hopper([(out, bias, products)], seed)
+        return
+    module, (device, stream) = _module(), _place(out)
+    pointer = 0 if seed is None else seed.data_ptr()
+    module.ampere_gemm(device, DTYPES[out.dtype], _described(out, bias, products), pointer, stream)
+
+
+def _hopper(outputs: Sequence[Output], seed: Tensor | None) -> None:
+    """One launch; all outputs have the same rows."""
+    out = outputs[0][0]
+    module, (device, stream) = _module(), _place(out)
+    wanted = [_described(*one) for one in outputs]
+    pointer = 0 if seed is None else seed.data_ptr()
+    module.hopper_gemm(device, DTYPES[out.dtype], wanted, pointer, stream)
+
+
+def _module() -> ModuleType:
+    module = native()
     assert not isinstance(module, str)  # planned for where it is there
+    return module
+
+
+def _described(out: Tensor, bias: Tensor | None, products: list[Product]) -> tuple[Any, ...]:
     terms = [
         (_view(left), _view(right), drop_threshold(dropout)) for left, right, dropout in products
     ]
-    wanted = (_view(out), None if bias is None else _view(bias.unsqueeze(0)), terms)
-    pointer = 0 if seed is None else seed.data_ptr()
-    if plan == "cuda":
-        module.hopper_gemm(device, DTYPES[out.dtype], [wanted], pointer, stream)
-    else:
-        module.ampere_gemm(device, DTYPES[out.dtype], wanted, pointer, stream)
+    return _view(out), None if bias is None else _view(bias.unsqueeze(0)), terms
 
 
 def _place(t: Tensor) -> tuple[int, int]:

@@ -112,7 +112,7 @@ def _write_outputs(
     s: Tensor,
     dropout: Sequence[float],
 ) -> None:
-    plan = _plan("forward", x, weight, a, b, dropout)
+    plan = plan_of("forward", x, weight, a, b, dropout)
     bias = None if bias is None else bias.contiguous()  # as the kernels read it
     if plan == "torch":
         _add_products(y, bias, s, [t.t() for t in b], x, weight.t())
@@ -153,7 +153,7 @@ def backward(
 
     plain = adapter is None and not any(dropout) and all(kind == "identity" for kind in activation)
     if plain and x is not None and [*needs[:2], *needs[4:]] == [True, False, False]:
-        if _plan("backward", grad_y, weight, a, a, dropout) == "beside":
+        if plan_of("backward", grad_y, weight, a, a, dropout) == "beside":
             if core.kernels("persistent").is_describable(x):
                 return beside.backward(grad_y, x, weight, a[0], b[0], s, scaling[0], needs[2:4])
 
@@ -239,7 +239,7 @@ def _write_grad_input(
     dropout: Sequence[float],
     seed: Tensor | None,
 ) -> None:
-    plan = _plan("backward", grad_y, weight, a, a, dropout)
+    plan = plan_of("backward", grad_y, weight, a, a, dropout)
     if plan == "torch":
         _add_products(grad_x, None, grad_s, a, grad_y, weight)
         return
@@ -304,7 +304,7 @@ def special(
     return found
 
 
-def _plan(
+def plan_of(
     direction: str,
     rows: Tensor,
     weight: Tensor,

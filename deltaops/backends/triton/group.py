@@ -1,7 +1,8 @@
 """Several ``delta_linear`` of the same x: q, k and v; gate and up.
 
-x is read once for S of all and once for dA of all, and dx is written once; the GEMMs of y and the
-passes over dy go layer by layer. See :mod:`deltaops.kernels.group`.
+x is read once for S of all and once for dA of all, and dx is written once; the GEMMs of y, but for
+those of the plan ``cuda``, and the passes over dy go layer by layer. See
+:mod:`deltaops.kernels.group`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from deltaops.backends.base import GroupMember
 from deltaops.backends.plain import PlainPlan, thirds
 from deltaops.reference.quantized import QuantizedWeight
 
-from . import branches, core, delta_linear, planner, quantized
+from . import branches, core, cuda, delta_linear, planner, quantized
+
+MOST_ONE_LAUNCH = 4
+"""Layers: DELTAOPS_CUDA_MAX_OUTPUTS of csrc/include/deltaops_cuda.h, with two products each."""
 
 
 class TritonDeltaLinear(PlainPlan):
@@ -83,6 +87,8 @@ class TritonDeltaLinear(PlainPlan):
             if x.shape[0]:
                 core.kernels("group").project_group(x, _parts(x, members), s)
             results: list[tuple[Tensor, Tensor | None]] = []
+            if _is_one_launch(x, members):
+                return _outputs(x, members, _split(s, plans))
             for plan, member, piece in zip(plans, members, _split(s, plans), strict=True):
                 a, b, inner = thirds(member.operands)
                 u = piece
@@ -186,7 +192,11 @@ def _write_grad_input(
 ) -> None:
     """dx as a layer of all rows of all weights would have it, by that layer's plan."""
     weights, factors = [member.weight for member in members], [part.a for part in parts]
-    plan = _planned(grad_x, weights, parts)
+    plan = _planned(grad_x, grad_y, members, parts)
+    if plan == "cuda":
+        of_layers = _split(grad_s, _plans(members))
+        cuda.grad_input_of_group(grad_x, grad_y, weights, of_layers, factors)
+        return
     precision = core.kernels("precision").rank_precision(grad_x.dtype, factors)
     fused = plan == "fused"
     core.kernels("group").grad_input_group(
@@ -198,8 +208,10 @@ def _write_grad_input(
             grad_x.addmm_(dy, weight)
 
 
-def _planned(grad_x: Tensor, weights: Sequence[Tensor], parts: Sequence[Any]) -> str:
-    m, k = grad_x.shape
+def _planned(
+    grad_x: Tensor, grad_y: Sequence[Tensor], members: Sequence[GroupMember], parts: Sequence[Any]
+) -> str:
+    (m, k), weights = grad_x.shape, [member.weight for member in members]
     setting = planner.setting_of(
         grad_x.dtype,
         tuple([part.a.dtype for part in parts]),
@@ -211,7 +223,45 @@ def _planned(grad_x: Tensor, weights: Sequence[Tensor], parts: Sequence[Any]) ->
     )
     # branches with masks have small tiles: see configs.grad_input_group
     plain = not setting.dropout and all(map(core.kernels("configs").is_aligned, weights))
-    return planner.choose(setting, "backward", grad_x.device, plain).plan
+    rows = zip(grad_y, members, strict=True)
+    able = not setting.dropout and all(_is_for_cuda("backward", *one) for one in rows)
+    special = ("cuda",) if able and len(parts) == len(members) <= MOST_ONE_LAUNCH else ()
+    return planner.choose(setting, "backward", grad_x.device, plain, special).plan
+
+
+def _is_for_cuda(direction: str, rows: Tensor, member: GroupMember) -> bool:
+    """Whether the plan ``cuda`` takes that product of the layer; ``rows`` is x or dy."""
+    (a, b, _), ranks = thirds(member.operands), _plan(member).ranks
+    factors = b if direction == "forward" else a
+    device = rows.device
+    return "cuda" in delta_linear.special(direction, rows, member.weight, factors, ranks, device)
+
+
+def _is_one_launch(x: Tensor, members: Sequence[GroupMember]) -> bool:
+    """Whether y of all go by the plan ``cuda``, and S goes to them as it is."""
+    if not x.shape[0] or len(members) > MOST_ONE_LAUNCH:
+        return False
+    for member in members:
+        plan, (a, b, inner) = _plan(member), thirds(member.operands)
+        linear = all(kind == branches.LINEAR for kind in plan.activation)
+        if not linear or member.adapter is not None or any(t is not None for t in inner):
+            return False
+        if not _is_for_cuda("forward", x, member):
+            return False
+        if delta_linear.plan_of("forward", x, member.weight, a, b, plan.dropout) != "cuda":
+            return False
+    return True
+
+
+def _outputs(
+    x: Tensor, members: Sequence[GroupMember], s: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """y of each layer, beside its S."""
+    biases = [None if m.bias is None else m.bias.contiguous() for m in members]
+    weights, ups = [m.weight for m in members], [thirds(m.operands)[1][0] for m in members]
+    ys = [torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device) for w in weights]
+    cuda.outputs_of_group(ys, x, weights, biases, s, ups)
+    return list(zip(ys, s, strict=True))
 
 
 def _parts(x: Tensor, members: Sequence[GroupMember]) -> list[Any]:
