@@ -31,7 +31,17 @@ from .gpu_attention import PrefixCase
 from .gpu_clock import ATTEMPTS, DRIFT, captured, ceilings, cuda_clock, cuda_peak, steady
 from .gpu_group import GroupCase
 from .gpu_linear import Case
-from .gpu_subject import COMPILED, FROZEN, LORA_FUSION, OURS, PEFT, UNSLOTH, Call, Subject
+from .gpu_subject import (
+    COMPILED,
+    DEFAULT,
+    FROZEN,
+    LORA_FUSION,
+    OURS,
+    PEFT,
+    UNSLOTH,
+    Call,
+    Subject,
+)
 from .interleave import Timing
 
 CACHE_BYTES = 180e6
@@ -167,14 +177,14 @@ CASES: tuple[Subject, ...] = (
 OPS = (Case.op, GroupCase.op, PrefixCase.op)
 """Keys of the JSON, a list of results each."""
 
-PEERS = (PEFT, COMPILED, UNSLOTH, LORA_FUSION)
+PEERS = (PEFT, DEFAULT, COMPILED, UNSLOTH, LORA_FUSION)
 """Whose time is told over ours."""
 
 
 def table(results: Sequence[Result]) -> str:
     """Microseconds of each peer (median, quartiles) and what matters between them; below it what
     was left out, and why."""
-    heads = [f"{name}/ours" for name in ("PEFT", "compiled", "Unsloth", "LoRAFusion")]
+    heads = [f"{name}/ours" for name in ("PEFT", "default", "compiled", "Unsloth", "LoRAFusion")]
     lines = [
         f"{'M×N×K, forward (+ backward from M=512)':40} {'frozen µs':>10} {'ours µs':>10} "
         f"{'quartiles':>17} {'ours/frozen':>12}"

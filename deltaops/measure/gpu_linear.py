@@ -1,6 +1,7 @@
 """``delta_linear`` on a GPU beside the frozen layer, PEFT's, and two published plans.
 
-bf16, adapters too. PEFT is compiled as well, once for all copies of its parameters.
+bf16, adapters too. PEFT is compiled as well, once for all copies of its parameters; and it is
+measured as it is by default, with float32 adapters under autocast.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deltaops.testing import assert_accurate
 from . import published
 from .gpu_subject import (
     COMPILED,
+    DEFAULT,
     FROZEN,
     LORA_FUSION,
     OURS,
@@ -131,8 +133,14 @@ def make_peers(
     peers |= {name: over_copies(one) for name, one in gated.items()}
     layers = [_peft_layer(case, o) for o in copies]
     if None in layers:
-        return peers, missing | dict.fromkeys((PEFT, COMPILED), "peft is not installed")
+        return peers, missing | dict.fromkeys((PEFT, DEFAULT, COMPILED), "peft is not installed")
     peers[PEFT] = [partial(_peft, case, layer, o) for layer, o in zip(layers, copies, strict=True)]
+    if case.backward:
+        wide = [_peft_layer(case, o, torch.float32) for o in copies]
+        peers[DEFAULT] = [
+            partial(_peft, case, layer, o, partial(_under_autocast, layer))
+            for layer, o in zip(wide, copies, strict=True)
+        ]
     if compile_peft:
         states = [dict(layer.named_parameters()) for layer in layers]
 
@@ -152,6 +160,13 @@ def make_peers(
 def _peft(case: Case, layer: Any, o: Operands, forward: Any = None) -> object:
     y = (layer if forward is None else forward)(o.x)
     return _there_and_back(case, y, o, list(_trained(layer).values()))
+
+
+def _under_autocast(layer: Any, x: Tensor) -> Tensor:
+    # without its cache, which a CUDA graph cannot hold
+    with torch.autocast(x.device.type, x.dtype, cache_enabled=False):
+        y: Tensor = layer(x)
+    return y
 
 
 def gated_peers(
@@ -189,8 +204,9 @@ def _ours(case: Case, o: Operands, backend: str) -> list[Tensor]:
     return _all_of(case, delta_linear(o.x, o.weight, None, [branch], backend=backend), o)
 
 
-def _peft_layer(case: Case, o: Operands) -> Any:
-    """PEFT's own layer with the same values; None where PEFT is not installed."""
+def _peft_layer(case: Case, o: Operands, dtype: torch.dtype | None = None) -> Any:
+    """PEFT's own layer with the same values, adapters of ``dtype`` or else of that of x; None where
+    PEFT is not installed."""
     try:
         import peft
     except ImportError:
@@ -205,9 +221,9 @@ def _peft_layer(case: Case, o: Operands) -> Any:
         target_modules=["lin"],
     )
     layer: Any = peft.inject_adapter_in_model(config, holder).lin
-    # ours also in dtype: PEFT would make them float32
-    layer.lora_A["default"].weight = nn.Parameter(o.a.detach(), requires_grad=case.backward)
-    layer.lora_B["default"].weight = nn.Parameter(o.b.detach(), requires_grad=case.backward)
+    for module, values in ((layer.lora_A, o.a), (layer.lora_B, o.b)):
+        own = values.detach().to(o.x.dtype if dtype is None else dtype)  # PEFT makes them float32
+        module["default"].weight = nn.Parameter(own, requires_grad=case.backward)
     return layer
 
 

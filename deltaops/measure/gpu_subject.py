@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 FROZEN, PEFT, COMPILED, OURS = "frozen", "PEFT", "PEFT compiled", "deltaops"
+DEFAULT = "PEFT's default"
 UNSLOTH, LORA_FUSION = "Unsloth's arithmetic", "LoRAFusion's plan"
 
 SCALING = 2.0

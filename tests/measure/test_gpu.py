@@ -37,7 +37,8 @@ def test_every_peer_passes_and_is_timed_a_copy(case: gpu.Case) -> None:
     copies = len(gpu_linear.operands(case, "cpu", 1e4))
     result = measure(case)
     plain = set() if case.dropout else {gpu.UNSLOTH}
-    assert set(result.timings) == {gpu.FROZEN, gpu.PEFT, gpu.OURS} | plain
+    trained = {gpu.DEFAULT} if case.backward else set()
+    assert set(result.timings) == {gpu.FROZEN, gpu.PEFT, gpu.OURS} | plain | trained
     assert {t.median for t in result.timings.values()} == {1 / copies}
     # its kernels are Triton's, which tests/kernels/interpreted.py runs
     assert set(result.as_json()["left_out"]) == {gpu.LORA_FUSION, gpu.UNSLOTH} - plain
