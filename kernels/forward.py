@@ -16,7 +16,7 @@ from torch import Tensor
 from . import configs
 from .precision import Precision
 from .segments import add_ups
-from .tiles import grouped_tile, load_tile, store_tile
+from .tiles import add_product, grouped_tile, load_tile, store_tile
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _forward_kernel(
             inner = k + tl.arange(0, BLOCK_K)
             left = load_tile(x, row, inner, x_row, x_col, M, K)
             right = load_tile(weight, col, inner, w_row, w_col, N, K)
-            acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
+            acc = add_product(acc, left, tl.trans(right))
     acc = add_ups(acc, s, b, row, col, M, N, s_row, b_row, b_col, RANKS, WORK, PRECISION, BLOCK_R)
     if HAS_BIAS:
         acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]

@@ -25,7 +25,7 @@ from . import configs
 from .dropout import drop_threshold, each_threshold, keep_scale
 from .precision import Precision
 from .segments import masked_downs
-from .tiles import grouped_tile, load_tile, store_tile
+from .tiles import add_product, grouped_tile, load_tile, store_tile
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _grad_input_kernel(
                 inner = n + tl.arange(0, BLOCK_N)
                 dy = load_tile(grad_y[i], row, inner, gy_row[i], gy_col[i], M, N[i])
                 frozen = load_tile(weight[i], inner, col, w_row[i], w_col[i], N[i], K)
-                acc = tl.dot(dy, frozen, acc, input_precision="ieee")
+                acc = add_product(acc, dy, frozen)
     store_tile(grad_x, row, col, gx_row, 1, M, K, acc)
 
 

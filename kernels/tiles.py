@@ -24,6 +24,16 @@ def load_tile(base, row, col, row_stride, col_stride, rows, cols):
 
 
 @triton.jit
+def add_product(acc, left, right):
+    """``acc + left right``. Float32 products of a block are summed apart before they join: one sum
+    of all rounds as often as it has terms. By fma, since Triton makes a product with an accumulator
+    of a product and a sum."""
+    if left.dtype == tl.float32:
+        return tl.fma(tl.dot(left, right, input_precision="ieee"), 1.0, acc)
+    return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@triton.jit
 def is_own(adapter, row, rows, number):
     """Whether each row of a tile has the adapter ``number``; none has it outside the matrix."""
     return tl.load(adapter + row, mask=row < rows, other=-1) == number
