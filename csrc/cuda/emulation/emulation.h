@@ -19,9 +19,10 @@
  * Asynchronous copies land as late as the program allows, and what they will overwrite is NaN from
  * their start: a missing wait reads NaN, and so does a buffer that is filled again too early.
  *
- * Not seen: fences between the generic and the async proxy (but for mbarrier_init_done), memory
- * order beyond barriers, what is no primitive (plain loads and stores of global memory), registers
- * and their moves by setmaxnreg, bank conflicts, and blocks that run at the same time.
+ * Not seen: fences between the generic and the async proxy (but for mbarrier_init_done, and what
+ * store_matrix wrote), memory order beyond barriers, what is no primitive (plain loads and stores
+ * of global memory), registers and their moves by setmaxnreg, bank conflicts, and blocks that run
+ * at the same time.
  *
  * No part of libdeltaops_cuda.so. One host thread at a time.
  */

@@ -64,6 +64,11 @@ inline void tensor_copy(void *to, const TensorMap *map, int32_t row, int32_t col
   emulation::of_block<Engine>().queued.emplace_back(barrier, land);
 }
 
+inline void tensor_map_prefetch(const TensorMap *map) {
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0)
+    emulation::fail("prefetch.tensormap: the tensor map is not on 64 bytes");
+}
+
 #else
 
 using TensorMap = CUtensorMap; /* 128 bytes, aligned to 64; kernels take it as __grid_constant__ */
@@ -77,6 +82,11 @@ __device__ __forceinline__ void tensor_copy(void *to, const TensorMap *map, int3
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
+}
+
+/* Brings the map itself near the copy engine. */
+__device__ __forceinline__ void tensor_map_prefetch(const TensorMap *map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 #endif
