@@ -187,17 +187,20 @@ deltaops_status check(const deltaops_cuda_gemm_args *outputs, int32_t count, Lay
   return DELTAOPS_OK;
 }
 
-/* Tiles of 256 columns where they give every multiprocessor one, else of 128. */
+/* Tiles of 256 columns where they give every multiprocessor one, else of 128. Two blocks a cluster
+ * where the rows of tiles are even, or so many that one more costs little. */
 Schedule schedule_of(const deltaops_cuda_gemm_args *outputs, int32_t count, int32_t multiprocessors,
-                     bool *wide) {
+                     Shape *shape) {
   Schedule schedule = {};
-  schedule.rows = static_cast<int32_t>(blocks(outputs[0].out.rows, kTileRows));
+  const int64_t rows = blocks(outputs[0].out.rows, kTileRows);
+  shape->cluster = multiprocessors > 1 && (rows % 2 == 0 || rows > 16) ? 2 : 1;
+  schedule.rows = static_cast<int32_t>(blocks(rows, shape->cluster));
   schedule.outputs = count;
   for (const int32_t width : {256, 128}) {
     for (int32_t i = 0; i < count; ++i)
       schedule.columns[i] = static_cast<int32_t>(blocks(outputs[i].out.cols, width));
-    *wide = width == 256;
-    if (schedule.tiles() >= multiprocessors) break;
+    shape->wide = width == 256;
+    if (schedule.tiles() * shape->cluster >= multiprocessors) break;
   }
   return schedule;
 }
@@ -258,8 +261,8 @@ deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool 
   GemmArguments arguments = {};
   Shape shape = {};
   shape.outer = outer;
-  arguments.schedule = schedule_of(outputs, count, multiprocessors, &shape.wide);
-  const int32_t right_rows = outer ? kBoxColumns : shape.wide ? 256 : 128;
+  arguments.schedule = schedule_of(outputs, count, multiprocessors, &shape);
+  const int32_t right_rows = outer ? kBoxColumns : shape.wide ? 128 : 64; /* half a tile */
   int32_t segment = 0;
   for (int32_t i = 0; i < count; ++i) {
     if (outputs[i].out.cols == 0) continue;

@@ -31,13 +31,14 @@ struct GemmArguments {
   int32_t length[kMaxSegments];                      /* its contracted elements, at least one */
   TensorMap out[kMaxOutputs];                        /* [rows, columns] */
   Output output[kMaxOutputs];
-  Schedule schedule;
+  Schedule schedule; /* of clusters */
 };
 
 /* Which kernel: see Gemm in gemm.h. */
 struct Shape {
-  bool wide;  /* tiles of 256 columns, else of 128 */
-  bool outer; /* the right matrices have their columns side by side */
+  bool wide;       /* tiles of 256 columns, else of 128 */
+  bool outer;      /* the right matrices have their columns side by side */
+  int32_t cluster; /* blocks that share right tiles: 1 or 2 */
 };
 
 deltaops_status launch_hopper_bf16(const GemmArguments &arguments, Shape shape,

@@ -12,16 +12,18 @@
  *
  * A block of three warpgroups stays on its SM and takes tiles of 128 x kColumns as schedule.h says.
  * One thread of the first asks the copy engine for chunks of 64 contracted elements, into a ring of
- * stages; the other two warpgroups multiply 64 rows each. Traffic of a tile: (128 + kColumns) * 2
- * bytes for each contracted element, read through L2, and 256 * kColumns bytes written. These go
- * through shared memory and the copy engine too, which writes them while the next tile's products
- * run, and not what lies outside the matrix.
+ * stages; the other two warpgroups multiply 64 rows each. Two blocks that have the same columns of
+ * neighbouring rows are a cluster: each reads half of the right tile for both. Traffic of a tile:
+ * (128 + kColumns / 2) * 2 bytes for each contracted element, read through L2, and 256 * kColumns
+ * bytes written. These go through shared memory and the copy engine too, which writes them while
+ * the next tile's products run, and not what lies outside the matrix.
  */
 #ifndef DELTAOPS_CUDA_GEMM_H
 #define DELTAOPS_CUDA_GEMM_H
 
 #include "hopper/arguments.h"
 #include "philox.h"
+#include "primitives/cluster.h"
 #include "primitives/element.h"
 #include "primitives/mbarrier.h"
 #include "primitives/quad.h"
@@ -57,8 +59,8 @@ struct Gemm {
   static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
   /* 65536 registers: 40 * 128 + 232 * 256 are 64512. */
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  /* Rows of the box that fills the right tile; kOuter takes kColumns / 64 boxes. */
-  static constexpr int kRightBoxRows = kRight == Major::kInner ? kColumns : kChunk;
+  /* The right tile comes in two halves, of kInner a box each. */
+  static constexpr int kHalf = kColumns / 2;
 };
 
 /* The stages in shared memory and whose turn it is. */
@@ -89,16 +91,42 @@ struct Ring {
   }
 };
 
-/* Calls body(tile) for the tiles of this block, in order. */
+/* Calls body(tile) for the tiles of this block, in order. The schedule is of clusters, which take
+ * as many rows of tiles as they have blocks; the last may lie outside. */
 template <typename Body>
 __device__ __forceinline__ void for_each_tile(const Schedule &schedule, Body body) {
-  const int64_t tiles = schedule.tiles();
-  for (int64_t number = blockIdx.x; number < tiles; number += gridDim.x) body(schedule.at(number));
+  const int size = cluster_size(), rank = cluster_rank();
+  const int64_t tiles = schedule.tiles(), step = gridDim.x / size;
+  for (int64_t number = blockIdx.x / size; number < tiles; number += step) {
+    Tile tile = schedule.at(number);
+    tile.row = tile.row * size + rank;
+    body(tile);
+  }
 }
 
-/* One thread: keeps the ring filled. */
+/* Half a right tile, of columns from `column` on, to this block and the others of its cluster. */
+template <class G>
+__device__ __forceinline__ void copy_half(uint8_t *to, const TensorMap *right, int32_t column,
+                                          int32_t k, uint64_t *full, bool alone) {
+  const auto copy = [&](uint8_t *box, int32_t box_row, int32_t box_column) {
+    if (alone)
+      tensor_copy(box, right, box_row, box_column, full);
+    else
+      tensor_copy_to_all(box, right, box_row, box_column, full);
+  };
+  if constexpr (G::kRight == Major::kInner) {
+    copy(to, column, k);
+  } else {
+#pragma unroll
+    for (int box = 0; box < G::kHalf / 64; ++box)
+      copy(to + box * G::kBoxBytes, k, column + 64 * box);
+  }
+}
+
+/* One thread: keeps the ring filled, and its part of the other block's. */
 template <class G>
 __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> ring) {
+  const int size = cluster_size(), rank = cluster_rank();
   for (int32_t i = 0; i < arguments.schedule.outputs; ++i) {
     const Output &output = arguments.output[i];
     for (int32_t s = output.first_segment; s < output.first_segment + output.segments; ++s) {
@@ -114,16 +142,12 @@ __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> 
       const TensorMap *left = &arguments.left[s], *right = &arguments.right[s];
       for (int32_t k = 0; k < arguments.length[s]; k += G::kChunk) {
         uint64_t *full = &ring.full[ring.stage];
-        mbarrier_wait(&ring.empty[ring.stage], ring.parity ^ 1);
+        mbarrier_wait(&ring.empty[ring.stage], ring.parity ^ 1); /* in both blocks */
         mbarrier_arrive_expecting(full, G::kStageBytes);
         tensor_copy(ring.left(), left, row, k, full);
-        if constexpr (G::kRight == Major::kInner) {
-          tensor_copy(ring.right(), right, column, k, full);
-        } else {
-#pragma unroll
-          for (int box = 0; box < G::kColumns / 64; ++box)
-            tensor_copy(ring.right() + box * G::kBoxBytes, right, k, column + 64 * box, full);
-        }
+        for (int half = rank; half < 2; half += size)
+          copy_half<G>(ring.right() + half * (G::kRightBytes / 2), right, column + half * G::kHalf,
+                       k, full, size == 1);
         ring.advance();
       }
     }
@@ -218,9 +242,10 @@ __device__ __forceinline__ void store(const float (&acc)[G::kColumns / 2], const
 /* Two warpgroups: 64 rows of each tile are this one's, `group` 0 or 1. */
 template <class G>
 __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> ring, int group) {
-  const int thread = threadIdx.x % 128, lane = thread % 32;
-  const auto release = [&](int stage) {
-    if (lane == 0) mbarrier_arrive(&ring.empty[stage]);
+  const int thread = threadIdx.x % 128, lane = thread % 32, blocks = cluster_size();
+  const auto release = [&](int stage) { /* for all who fill it */
+                                        if (lane < blocks)
+                                          mbarrier_arrive_at(&ring.empty[stage], lane);
   };
   for_each_tile(arguments.schedule, [&](const Tile &tile) {
     const Output &output = arguments.output[tile.output];
@@ -284,12 +309,12 @@ __global__ void __launch_bounds__(G::kThreads, 1)
   const Ring<G> ring(dynamic_shared());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < G::kStages; ++stage) {
-      mbarrier_init(&ring.full[stage], 1);  /* the producer, with its bytes */
-      mbarrier_init(&ring.empty[stage], 8); /* the warps that multiply */
+      mbarrier_init(&ring.full[stage], 1);                   /* the producer, with its bytes */
+      mbarrier_init(&ring.empty[stage], 8 * cluster_size()); /* the warps that multiply */
     }
     mbarrier_init_done();
   }
-  __syncthreads();
+  cluster_sync();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     registers_down<G::kProducerRegisters>();
@@ -298,6 +323,7 @@ __global__ void __launch_bounds__(G::kThreads, 1)
     registers_up<G::kConsumerRegisters>();
     consume<G>(arguments, ring, warpgroup - 1);
   }
+  cluster_sync(); /* until then the other block reaches into this one */
 }
 
 }  // namespace deltaops::hopper
