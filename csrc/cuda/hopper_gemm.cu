@@ -13,7 +13,7 @@ constexpr const char *kWho = "hopper_gemm";
 constexpr int64_t kMost =
     (int64_t{1} << 31) - 512; /* coordinates are 32-bit, and a tile is added */
 constexpr int64_t kRow = 8;   /* elements of 16 bytes */
-constexpr int32_t kTileRows = 128;
+constexpr int32_t kTileRows = 128, kStoredRows = 64; /* of a tile; that one warpgroup stores */
 
 using Matrix = deltaops_matrix;
 
@@ -187,17 +187,20 @@ deltaops_status check(const deltaops_cuda_gemm_args *outputs, int32_t count, Lay
   return DELTAOPS_OK;
 }
 
-/* Tiles of 256 columns where they give every multiprocessor one, else of 128. */
+/* Tiles of 256 columns where they give every multiprocessor one, else of 128. Two blocks a cluster
+ * where the rows of tiles are even, or so many that one more costs little. */
 Schedule schedule_of(const deltaops_cuda_gemm_args *outputs, int32_t count, int32_t multiprocessors,
-                     bool *wide) {
+                     Shape *shape) {
   Schedule schedule = {};
-  schedule.rows = static_cast<int32_t>(blocks(outputs[0].out.rows, kTileRows));
+  const int64_t rows = blocks(outputs[0].out.rows, kTileRows);
+  shape->cluster = multiprocessors > 1 && (rows % 2 == 0 || rows > 16) ? 2 : 1;
+  schedule.rows = static_cast<int32_t>(blocks(rows, shape->cluster));
   schedule.outputs = count;
   for (const int32_t width : {256, 128}) {
     for (int32_t i = 0; i < count; ++i)
       schedule.columns[i] = static_cast<int32_t>(blocks(outputs[i].out.cols, width));
-    *wide = width == 256;
-    if (schedule.tiles() >= multiprocessors) break;
+    shape->wide = width == 256;
+    if (schedule.tiles() * shape->cluster >= multiprocessors) break;
   }
   return schedule;
 }
@@ -208,25 +211,21 @@ Mask mask_of(const deltaops_cuda_product &product, const uint64_t *seed) {
   return {seed, product.branch_stream, threshold, scale};
 }
 
-/* Adds an output to the launch, its masked product first. */
+/* Adds output `number` to the launch, its masked product first. */
 deltaops_status describe(const deltaops_cuda_gemm_args &args, const MapMaker &maps, bool outer,
                          int32_t right_rows, int32_t *segment, GemmArguments *arguments,
-                         Output *output) {
-  *output = {args.out.data,
-             args.bias.data,
-             with_stride(args.out).row_stride,
-             static_cast<int32_t>(args.out.cols),
-             *segment,
-             args.num_products,
-             {}};
+                         int32_t number) {
+  Output *output = &arguments->output[number];
+  *output = {args.bias.data, static_cast<int32_t>(args.out.cols), *segment, args.num_products, {}};
+  deltaops_status status = maps.make(&arguments->out[number], with_stride(args.out), kStoredRows);
+  if (status != DELTAOPS_OK) return status;
   for (const bool masked : {true, false})
     for (int32_t i = 0; i < args.num_products; ++i) {
       const deltaops_cuda_product &product = args.products[i];
       if ((product.drop_threshold > 0) != masked) continue;
       if (masked) output->mask = mask_of(product, args.seed);
       arguments->length[*segment] = static_cast<int32_t>(product.left.cols);
-      deltaops_status status =
-          maps.make(&arguments->left[*segment], with_stride(product.left), kTileRows);
+      status = maps.make(&arguments->left[*segment], with_stride(product.left), kTileRows);
       if (status == DELTAOPS_OK)
         status =
             maps.make(&arguments->right[*segment],
@@ -262,14 +261,13 @@ deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool 
   GemmArguments arguments = {};
   Shape shape = {};
   shape.outer = outer;
-  arguments.schedule = schedule_of(outputs, count, multiprocessors, &shape.wide);
-  arguments.rows = static_cast<int32_t>(outputs[0].out.rows);
-  const int32_t right_rows = outer ? kBoxColumns : shape.wide ? 256 : 128;
+  arguments.schedule = schedule_of(outputs, count, multiprocessors, &shape);
+  const int32_t right_rows = outer ? kBoxColumns : shape.wide ? 128 : 64; /* half a tile */
   int32_t segment = 0;
   for (int32_t i = 0; i < count; ++i) {
     if (outputs[i].out.cols == 0) continue;
     const deltaops_status status =
-        describe(outputs[i], maps, outer, right_rows, &segment, &arguments, &arguments.output[i]);
+        describe(outputs[i], maps, outer, right_rows, &segment, &arguments, i);
     if (status != DELTAOPS_OK) return status;
   }
 #if DELTAOPS_HOPPER

@@ -1,11 +1,16 @@
 /* hopper_faults.cu: Hopper kernels with one mistake each, and their right twins; and the schedule.
  *
  * Each kernel multiplies [64, 128] by [128, 128] transposed in one warpgroup; the copy engine
- * brings the tiles in two rounds of one stage.
+ * brings the tiles in two rounds of one stage. The second kind writes a matrix [64, 128] by it,
+ * from one box that is filled twice. The third copies [384, 64] by two blocks that share what they
+ * read.
  */
 #include "core.h"
 #include "hopper/schedule.h"
 #include "hopper/tensor_map.h"
+#include "primitives/cluster.h"
+#include "primitives/tensor_store.h"
+#include "primitives/warpgroup.h"
 #include "primitives/wgmma.h"
 
 namespace deltaops::hopper {
@@ -89,6 +94,103 @@ __global__ void fault_kernel(const __grid_constant__ FaultArguments arguments) {
         acc[i];
 }
 
+enum StoreFault : int32_t {
+  kRight,
+  kNoProxyFence,       /* the engine may not see what was written */
+  kStoredTooEarly,     /* before all threads have written */
+  kOverwritten,        /* filled again before the engine has read it */
+  kNoWaitForTheReader, /* by threads that do not ask the one who waited */
+  kNotCommitted,       /* a store of no group: nobody can wait for it */
+  kEndsEarly,          /* leaves shared memory to another block while the engine reads it */
+  kWrongPiece,         /* written as if the engine did not permute */
+  kBoxOffItsPlace,     /* amid the 1024 bytes that the swizzle permutes */
+};
+
+struct StoreArguments {
+  TensorMap out;
+  const uint32_t *from; /* [64, 64] pairs */
+  StoreFault fault;
+};
+
+/* out = from */
+__global__ void store_kernel(const __grid_constant__ StoreArguments arguments) {
+  const StoreFault fault = arguments.fault;
+  unsigned char *box = dynamic_shared();
+  const int thread = threadIdx.x, lane = thread % 32, first = thread / 32 * 16;
+  for (int round = 0; round < 2; ++round) {
+    if (thread == 0 && fault != kOverwritten) tensor_store_wait<0>();
+    if (fault != kNoWaitForTheReader) warpgroup_sync(0);
+    for (int piece = 0; piece < 8; piece += 2) {
+      uint32_t words[4];
+      for (int i = 0; i < 4; ++i)
+        words[i] = arguments.from[(first + lane / 4 + i % 2 * 8) * 64 + round * 32 +
+                                  (piece + i / 2) * 4 + lane % 4];
+      const int at = piece + lane / 16;
+      store_matrix(box + (first + lane % 16) * kSwizzleRow +
+                       (fault == kWrongPiece ? at : at ^ lane % 8) * 16,
+                   words);
+    }
+    if (fault != kNoProxyFence || thread != 77) tensor_store_fence();
+    if (fault != kStoredTooEarly) warpgroup_sync(0);
+    if (thread == 0) {
+      tensor_store(&arguments.out, 0, 64 * round, box + (fault == kBoxOffItsPlace ? 128 : 0));
+      if (fault != kNotCommitted || round == 0) tensor_store_commit();
+    }
+  }
+  if (thread == 0 && fault != kEndsEarly) tensor_store_wait<0>();
+}
+
+enum ClusterFault : int32_t {
+  kFine,
+  kRefilledForOthers, /* when this block has read a tile, and the other has not */
+  kHalfExpected,      /* announces only the bytes that this block itself asks for */
+  kNoStart,           /* reaches into a block that is not ready */
+  kNoEnd,             /* and into one that has ended */
+};
+
+constexpr int kRounds = 3;
+constexpr uint32_t kHalfBytes = 64 * kSwizzleRow;
+
+struct ClusterArguments {
+  TensorMap from; /* [kRounds * 128, 64] */
+  uint16_t *out;  /* [2, kRounds * 128, 64] */
+  ClusterFault fault;
+};
+
+/* Both blocks copy `from`, each having brought half of it to both. */
+__global__ void cluster_kernel(const __grid_constant__ ClusterArguments arguments) {
+  const ClusterFault fault = arguments.fault;
+  unsigned char *tile = dynamic_shared();
+  auto *full = reinterpret_cast<uint64_t *>(tile + 2 * kHalfBytes), *empty = full + 1;
+  const int thread = threadIdx.x, lane = thread % 32, rank = cluster_rank();
+  if (thread == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, fault == kRefilledForOthers ? 4 : 8);
+    mbarrier_init_done();
+  }
+  if (fault == kNoStart)
+    __syncthreads();
+  else
+    cluster_sync();
+  for (int round = 0; round < kRounds; ++round) {
+    if (thread == 0) {
+      mbarrier_wait(empty, round % 2 ^ 1);
+      mbarrier_arrive_expecting(full, fault == kHalfExpected ? kHalfBytes : 2 * kHalfBytes);
+      tensor_copy_to_all(tile + rank * kHalfBytes, &arguments.from, 128 * round + 64 * rank, 0,
+                         full);
+    }
+    mbarrier_wait(full, round % 2);
+    const int row = (rank * kRounds + round) * 128 + thread;
+    for (int piece = 0; piece < 8; ++piece)
+      memcpy(arguments.out + row * 64 + piece * 8,
+             tile + thread * kSwizzleRow + (piece ^ thread % 8) * 16, 16);
+    __syncwarp();
+    if (lane < (fault == kRefilledForOthers ? 1 : 2))
+      mbarrier_arrive_at(empty, fault == kRefilledForOthers ? rank : lane);
+  }
+  if (fault != kNoEnd) cluster_sync();
+}
+
 }  // namespace
 }  // namespace deltaops::hopper
 
@@ -112,6 +214,42 @@ DELTAOPS_API deltaops_status deltaops_test_hopper_fault(int32_t which, const del
   config.blockDim = dim3(128);
   config.dynamicSmemBytes = kBytes + sizeof(uint64_t);
   return cuda_check(cudaLaunchKernelEx(&config, fault_kernel, arguments), "running a fault");
+}
+
+/* out [64, 128] = from, of bf16, with fault `which`. */
+DELTAOPS_API deltaops_status deltaops_test_hopper_store(int32_t which, const deltaops_matrix *from,
+                                                        const deltaops_matrix *out) {
+  StoreArguments arguments = {};
+  const MapMaker maps;
+  if (maps.make(&arguments.out, *out, 64) != DELTAOPS_OK) return DELTAOPS_UNSUPPORTED;
+  arguments.from = static_cast<const uint32_t *>(from->data);
+  arguments.fault = static_cast<StoreFault>(which);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(128);
+  config.dynamicSmemBytes = 64 * kSwizzleRow + kSwizzleAtom;
+  return cuda_check(cudaLaunchKernelEx(&config, store_kernel, arguments), "running a fault");
+}
+
+/* out [2, 384, 64] = from [384, 64] twice, of bf16, by two blocks with fault `which`. */
+DELTAOPS_API deltaops_status deltaops_test_hopper_cluster(int32_t which,
+                                                          const deltaops_matrix *from,
+                                                          uint16_t *out) {
+  ClusterArguments arguments = {};
+  const MapMaker maps;
+  if (maps.make(&arguments.from, *from, 64) != DELTAOPS_OK) return DELTAOPS_UNSUPPORTED;
+  arguments.out = out;
+  arguments.fault = static_cast<ClusterFault>(which);
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(128);
+  config.dynamicSmemBytes = 2 * kHalfBytes + 2 * sizeof(uint64_t);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  return cuda_check(cudaLaunchKernelEx(&config, cluster_kernel, arguments), "running a fault");
 }
 
 /* Writes output, row and column of each tile in the order of their numbers; returns their number,

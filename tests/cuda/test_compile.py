@@ -38,7 +38,7 @@ SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 KERNEL = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 # C7508: setmaxnreg is ignored; C7510: wgmma is serialised; C7519: a fence was put in
 REMARK = re.compile(r"^.*\(C75\d\d\).*$", re.MULTILINE)
-MULTIPLIES, COPIES, REGISTERS = "HGMMA", "UTMALDG", "USETMAXREG"
+MULTIPLIES, COPIES, STORES, REGISTERS = "HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"
 FUNCTION = re.compile(r"Function : (\S+)")
 
 
@@ -129,7 +129,7 @@ def test_hopper_kernels_are_of_hopper_s_instructions(compiled: Compiled) -> None
         command = [tool, "-sass", str(compiled.objects[unit])]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         assert len(FUNCTION.findall(run.stdout)) == 4  # both directions, two widths of tile
-        assert lacking(run.stdout, MULTIPLIES, COPIES, REGISTERS) == []
+        assert lacking(run.stdout, MULTIPLIES, COPIES, STORES, REGISTERS) == []
 
 
 @pytest.mark.slow

@@ -48,6 +48,23 @@ def test_gradient_of_x(m: int, k: int, n: int, r: int, threshold: int) -> None:
     check(gradient(m, k, [n], [r], BF16, threshold, stream=3))
 
 
+@pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
+def test_two_blocks_share_right_tiles(order: int) -> None:
+    """Two rows of tiles on two multiprocessors: one cluster, for two pairs of wide tiles."""
+    one = (
+        gradient(130, 300, [72], [8], BF16, hopper.THRESHOLD)
+        if order == emulated.SHUFFLED
+        else forward(130, 72, [300], [8], BF16)[0]
+    )
+    assert hopper.call([one], order=order, multiprocessors=2) == 0, emulated.error()
+    oracle = one.wide()
+    assert_accurate(one.out.t, oracle, oracle.to(BF16), "out")
+
+
+def test_a_cluster_s_last_row_of_tiles_may_lie_outside() -> None:
+    check(*forward(16 * 128 + 3, 8, [16], [8], BF16), sms=NARROW)
+
+
 @_SMS
 def test_float16(sms: int) -> None:
     check(*forward(70, 72, [144], [8], F16), sms=sms)

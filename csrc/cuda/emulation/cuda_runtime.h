@@ -197,10 +197,21 @@ cudaError_t cudaFuncSetAttribute(Kernel *kernel, cudaFuncAttribute, int bytes) {
   return cudaSuccess;
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  const cudaLaunchAttribute *attrs;
+  unsigned numAttrs;
 };
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...),
@@ -213,9 +224,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
                                    config->dynamicSmemBytes, most);
     return cudaErrorInvalidValue;
   }
+  unsigned cluster = 1; /* along x alone */
+  for (unsigned i = 0; i < config->numAttrs; ++i) cluster = config->attrs[i].val.clusterDim.x;
   const bool ran =
       deltaops::emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                                    [=] { kernel(Parameters(arguments)...); });
+                                    cluster, [=] { kernel(Parameters(arguments)...); });
   return ran ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

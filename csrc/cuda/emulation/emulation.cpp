@@ -84,14 +84,28 @@ char message[1024];
 Fiber fibers[kMaxThreads];
 Threads ready, polled; /* can run; wait for a condition */
 unsigned char *stacks = nullptr;
-unsigned threads = 0, current = 0;
-uint64_t serial = 0;
+unsigned threads = 0, current = 0; /* of a block; the fiber that runs, of all in the cluster */
+unsigned cluster = 1;              /* blocks that run together */
+uint64_t serial = 0;               /* of the cluster's first block */
+uint64_t first_block = 0;
+Barrier whole_cluster;
 bool running = false, failed = false;
 jmp_buf scheduler;
 const std::function<void()> *body;
 std::vector<unsigned char> room; /* shared memory with its margins */
-unsigned char *shared = nullptr;
+unsigned char *shared[kMaxCluster] = {};
 size_t shared_bytes = 0;
+
+/* Sets whose fiber runs. */
+void become(unsigned number) {
+  current = number;
+  const unsigned inside = number % threads, in_plane = inside % (blockDim.x * blockDim.y);
+  threadIdx = {in_plane % blockDim.x, in_plane / blockDim.x, inside / (blockDim.x * blockDim.y)};
+  const uint64_t block = first_block + number / threads, plane = uint64_t{gridDim.x} * gridDim.y;
+  blockIdx = {static_cast<unsigned>(block % plane % gridDim.x),
+              static_cast<unsigned>(block % plane / gridDim.x),
+              static_cast<unsigned>(block / plane)};
+}
 
 uint64_t random_number() {
   random_state ^= random_state << 13;
@@ -126,9 +140,7 @@ void prepare(unsigned number) {
 }
 
 void enter(unsigned number) {
-  current = number;
-  const unsigned in_plane = number % (blockDim.x * blockDim.y);
-  threadIdx = {in_plane % blockDim.x, in_plane / blockDim.x, number / (blockDim.x * blockDim.y)};
+  become(number);
   Fiber &fiber = fibers[number];
   if (_setjmp(scheduler) != 0) return;
   if (fiber.begun) _longjmp(fiber.at, 1);
@@ -156,14 +168,14 @@ void sleep(const char *what, bool (*done)(void *), void *of) {
 int choose() {
   if (_setjmp(scheduler) != 0) return -1; /* a condition called fail() */
   for (int i = polled.next(0); i >= 0; i = polled.next(current + 1)) {
-    current = static_cast<unsigned>(i); /* a condition may ask whose it is */
+    become(static_cast<unsigned>(i)); /* a condition may ask whose it is */
     if (!fibers[i].done(fibers[i].of)) continue;
     polled.remove(current);
     wake(current);
   }
   if (order == Order::kDescending) return ready.last();
   if (order == Order::kAscending) return ready.next(0);
-  const int later = ready.next(static_cast<unsigned>(random_number() % threads));
+  const int later = ready.next(static_cast<unsigned>(random_number() % (threads * cluster)));
   return later >= 0 ? later : ready.next(0);
 }
 
@@ -174,8 +186,8 @@ std::string who_waits() {
     return fibers[i].ended ? std::string("have ended")
                            : std::string("wait at ") + fibers[i].waits_at;
   };
-  for (unsigned i = 0, end; i < threads; i = end) {
-    for (end = i + 1; end < threads && state(end) == state(i);) ++end;
+  for (unsigned i = 0, end; i < threads * cluster; i = end) {
+    for (end = i + 1; end < threads * cluster && state(end) == state(i);) ++end;
     text += (i ? "; " : "threads ") + std::to_string(i) + "-" + std::to_string(end - 1) + " " +
             state(i);
   }
@@ -198,21 +210,40 @@ void fail_from_outside(const char *format, ...) {
 
 bool margins_hold() {
   const auto poison = [](unsigned char byte) { return byte == kPoison; };
-  return std::all_of(room.data(), shared, poison) &&
-         std::all_of(shared + shared_bytes, room.data() + room.size(), poison);
+  const unsigned char *from = room.data();
+  for (unsigned i = 0; i < cluster; ++i) {
+    if (!std::all_of(from, static_cast<const unsigned char *>(shared[i]), poison)) return false;
+    from = shared[i] + shared_bytes;
+  }
+  return std::all_of(from, static_cast<const unsigned char *>(room.data() + room.size()), poison);
 }
 
-void run_block() {
-  ++serial;
+bool ended(const Fiber &fiber) { return fiber.ended; }
+
+/* The blocks of one cluster. */
+void run_blocks() {
+  serial += kMaxCluster;
   std::fill(room.begin(), room.end(), kPoison);
   ready = polled = Threads{};
-  for (unsigned i = 0; i < threads; ++i) prepare(i);
+  whole_cluster = Barrier{};
+  for (unsigned i = 0; i < threads * cluster; ++i) prepare(i);
   for (int next; (next = choose()) >= 0 && !failed;) enter(static_cast<unsigned>(next));
   if (failed) return;
-  if (std::any_of(fibers, fibers + threads, [](const Fiber &fiber) { return !fiber.ended; }))
+  if (!std::all_of(fibers, fibers + threads * cluster, ended))
     fail_from_outside("deadlock: %s", who_waits().c_str());
   else if (!margins_hold())
     fail_from_outside("wrote outside its %zu bytes of dynamic shared memory", shared_bytes);
+}
+
+/* One more thread at the barrier; whether it was the last, and those who wait go on. */
+bool arrive(Barrier &barrier, unsigned expected) {
+  if (++barrier.arrived < expected) return false;
+  barrier.arrived = 0;
+  for (int i = barrier.waiting.next(0); i >= 0; i = barrier.waiting.next(0)) {
+    wake(static_cast<unsigned>(i));
+    barrier.waiting.remove(static_cast<unsigned>(i));
+  }
+  return true;
 }
 
 bool arrive(unsigned number, unsigned expected) {
@@ -225,13 +256,7 @@ bool arrive(unsigned number, unsigned expected) {
     fail("barrier %u: a thread expects %u threads, and earlier ones %u", number, expected,
          barrier.threads);
   barrier.threads = expected;
-  if (++barrier.arrived < expected) return false;
-  barrier.arrived = 0;
-  for (int i = barrier.waiting.next(0); i >= 0; i = barrier.waiting.next(0)) {
-    wake(static_cast<unsigned>(i));
-    barrier.waiting.remove(static_cast<unsigned>(i));
-  }
-  return true;
+  return arrive(barrier, expected);
 }
 
 }  // namespace
@@ -247,7 +272,8 @@ void set_error(const char *format, ...) {
   va_end(values);
 }
 
-bool run_grid(dim3 grid, dim3 block, size_t bytes, const std::function<void()> &thread) {
+bool run_grid(dim3 grid, dim3 block, size_t bytes, unsigned together,
+              const std::function<void()> &thread) {
   message[0] = '\0';
   if (running) return set_error("a kernel was launched by device code"), false;
   threads = block.x * block.y * block.z;
@@ -255,6 +281,12 @@ bool run_grid(dim3 grid, dim3 block, size_t bytes, const std::function<void()> &
   if (threads == 0 || threads > kMaxThreads || blocks == 0 || grid.y > 65535 || grid.z > 65535)
     return set_error("a grid of (%u, %u, %u) blocks of %u threads cannot be launched", grid.x,
                      grid.y, grid.z, threads),
+           false;
+  if (together == 0 || together > kMaxCluster || grid.x % together != 0 ||
+      threads * together > kMaxThreads)
+    return set_error(
+               "clusters of %u blocks of %u threads of a grid of (%u, %u, %u) are not emulated",
+               together, threads, grid.x, grid.y, grid.z),
            false;
   if (stacks == nullptr) {
     void *got = mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE,
@@ -265,43 +297,67 @@ bool run_grid(dim3 grid, dim3 block, size_t bytes, const std::function<void()> &
       if (mprotect(stacks + i * kStack, kGuard, PROT_NONE) != 0)
         return set_error("the fibers' stacks cannot be guarded"), false;
   }
-  room.assign(bytes + 2 * kMargin + 1024, kPoison);
+  cluster = together;
+  const size_t apart = (bytes + 2 * kMargin + 1023) / 1024 * 1024;
+  room.assign(cluster * apart + 2 * kMargin + 1024, kPoison);
   const uintptr_t earliest = reinterpret_cast<uintptr_t>(room.data()) + kMargin;
-  shared = room.data() + kMargin + ((1024 - earliest % 1024) % 1024);
+  for (unsigned i = 0; i < cluster; ++i)
+    shared[i] = room.data() + kMargin + ((1024 - earliest % 1024) % 1024) + i * apart;
   shared_bytes = bytes;
   gridDim = grid;
   blockDim = block;
   body = &thread;
   failed = false;
   running = true;
-  std::vector<uint64_t> sequence(blocks);
+  std::vector<uint64_t> sequence(blocks / cluster);
   std::iota(sequence.begin(), sequence.end(), uint64_t{0});
   if (order == Order::kDescending) std::reverse(sequence.begin(), sequence.end());
   if (order == Order::kShuffled)
-    for (uint64_t i = blocks; i > 1; --i) std::swap(sequence[i - 1], sequence[random_number() % i]);
+    for (uint64_t i = sequence.size(); i > 1; --i)
+      std::swap(sequence[i - 1], sequence[random_number() % i]);
   for (const uint64_t number : sequence) {
     if (failed) break;
-    const uint64_t in_plane = number % (uint64_t{grid.x} * grid.y);
-    blockIdx = {static_cast<unsigned>(in_plane % grid.x), static_cast<unsigned>(in_plane / grid.x),
-                static_cast<unsigned>(number / (uint64_t{grid.x} * grid.y))};
-    run_block();
+    first_block = number * cluster;
+    run_blocks();
   }
   running = false;
   return !failed;
 }
 
-unsigned thread_number() { return current; }
+unsigned thread_number() { return current % threads; }
 unsigned block_threads() { return threads; }
-uint64_t block_serial() { return serial; }
-void *shared_memory() { return shared; }
+uint64_t block_serial() { return serial + cluster_rank(); }
+void *shared_memory() { return shared[cluster_rank()]; }
+unsigned cluster_size() { return cluster; }
+unsigned cluster_rank() { return current / threads; }
+
+void cluster_sync() {
+  if (arrive(whole_cluster, threads * cluster)) return;
+  whole_cluster.waiting.add(current);
+  sleep("barrier.cluster", nullptr, nullptr);
+}
+
+void *in_block(const void *own, unsigned rank) {
+  return shared[rank] + (static_cast<const unsigned char *>(own) - shared[cluster_rank()]);
+}
+
+unsigned change_block(unsigned rank) {
+  const unsigned own = cluster_rank();
+  if (rank >= cluster) fail("block %u of a cluster of %u", rank, cluster);
+  if (std::all_of(fibers + rank * threads, fibers + (rank + 1) * threads, ended))
+    fail("block %u of the cluster is asked for something, and has ended", rank);
+  current = rank * threads + thread_number();
+  return own;
+}
 
 void check_shared(const void *from, size_t bytes, size_t alignment, const char *what) {
+  const unsigned char *mine = shared[cluster_rank()];
   const auto *first = static_cast<const unsigned char *>(from);
-  if (first < shared || first + bytes > shared + shared_bytes)
-    fail("%s: bytes %td to %td of shared memory, which has %zu", what, first - shared,
-         first - shared + static_cast<ptrdiff_t>(bytes), shared_bytes);
-  if ((first - shared) % static_cast<ptrdiff_t>(alignment) != 0)
-    fail("%s: byte %td of shared memory is not on %zu bytes", what, first - shared, alignment);
+  if (first < mine || first + bytes > mine + shared_bytes)
+    fail("%s: bytes %td to %td of shared memory, which has %zu", what, first - mine,
+         first - mine + static_cast<ptrdiff_t>(bytes), shared_bytes);
+  if ((first - mine) % static_cast<ptrdiff_t>(alignment) != 0)
+    fail("%s: byte %td of shared memory is not on %zu bytes", what, first - mine, alignment);
 }
 
 void check_global(const void *from, size_t bytes, size_t alignment, const char *what) {
@@ -335,7 +391,7 @@ void collective(const char *what, const void *in, void *out, Combine combine) {
   if (++meeting.arrived < kLanes) return sleep(what, nullptr, nullptr);
   combine(meeting.in, meeting.out);
   meeting.arrived = 0;
-  for (unsigned i = 0; i < kLanes; ++i) wake(warp() * kLanes + i);
+  for (unsigned i = 0; i < kLanes; ++i) wake(current / kLanes * kLanes + i);
 }
 
 void barrier_sync(unsigned number, unsigned expected) {

@@ -1,11 +1,11 @@
 /* emulation.h: a CUDA grid on the CPU, so that g++ compiles the device code and tests run it.
  *
- * One fiber is one CUDA thread. Blocks run one after another; within a block a fiber runs until it
- * has to wait, and then the Order says which goes on:
- *     ascending, descending   always the lowest (highest) thread that can: one warp races ahead
- *     shuffled                any thread that can, from a seed; blocks in a random order too
- * A race that a missing barrier leaves open therefore shows as different bits. Where no thread can
- * go on, the launch fails and says where each of them waits.
+ * One fiber is one CUDA thread. Blocks, or clusters, run one after another; within one a fiber runs
+ * until it has to wait, and then the Order says which goes on: ascending, descending   always the
+ * lowest (highest) thread that can: one warp races ahead shuffled                any thread that
+ * can, from a seed; blocks in a random order too A race that a missing barrier leaves open
+ * therefore shows as different bits. Where no thread can go on, the launch fails and says where
+ * each of them waits.
  *
  * Shared memory starts as NaN bits, between margins that are looked at when the block ends. What
  * device code reaches by PTX goes through csrc/cuda/primitives/, whose bodies under
@@ -19,9 +19,10 @@
  * Asynchronous copies land as late as the program allows, and what they will overwrite is NaN from
  * their start: a missing wait reads NaN, and so does a buffer that is filled again too early.
  *
- * Not seen: fences between the generic and the async proxy (but for mbarrier_init_done), memory
- * order beyond barriers, what is no primitive (plain loads and stores of global memory), registers
- * and their moves by setmaxnreg, bank conflicts, and blocks that run at the same time.
+ * Not seen: fences between the generic and the async proxy (but for mbarrier_init_done, and what
+ * store_matrix wrote), memory order beyond barriers, what is no primitive (plain loads and stores
+ * of global memory), registers and their moves by setmaxnreg, bank conflicts, and blocks that run
+ * at the same time, but for those of a cluster.
  *
  * No part of libdeltaops_cuda.so. One host thread at a time.
  */
@@ -62,8 +63,10 @@ struct Device {
 };
 Device &device();
 
-/* Runs `thread` for each thread of each block. False where it failed; error() says how. */
-bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &thread);
+/* Runs `thread` for each thread of each block; `cluster` blocks, neighbours in x, at a time. False
+ * where it failed; error() says how. */
+bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
+              const std::function<void()> &thread);
 const char *error();
 /* Sets error() without a launch; for what a runtime call refuses. */
 __attribute__((format(printf, 1, 2))) void set_error(const char *format, ...);
@@ -77,6 +80,23 @@ unsigned block_threads();
 uint64_t block_serial(); /* another number for every block that was ever run */
 
 void *shared_memory(); /* the dynamic part, on 1024 bytes */
+
+/* Of the thread's block among those that run with it. */
+constexpr unsigned kMaxCluster = 2;
+unsigned cluster_size();
+unsigned cluster_rank();
+void cluster_sync(); /* all threads of the cluster meet */
+/* Another block's place for what is at `own` in this one's shared memory. */
+void *in_block(const void *own, unsigned rank);
+/* From then on the thread counts as one of that block; returns its own block's rank. */
+unsigned change_block(unsigned rank);
+/* Calls body() as a thread of that block would. */
+template <class F>
+void as_block(unsigned rank, F body) {
+  const unsigned own = change_block(rank);
+  body();
+  change_block(own);
+}
 void check_shared(const void *from, size_t bytes, size_t alignment, const char *what);
 /* Bounds are known where a test names its buffers: deltaops_emulation_allow. */
 void check_global(const void *from, size_t bytes, size_t alignment, const char *what);
@@ -99,8 +119,10 @@ void barrier_arrive(unsigned number, unsigned threads);
 
 template <class T>
 T &of_block() {
-  static T value;
-  static uint64_t serial = 0;
+  static T values[kMaxCluster];
+  static uint64_t serials[kMaxCluster] = {};
+  T &value = values[cluster_rank()];
+  uint64_t &serial = serials[cluster_rank()];
   if (serial != block_serial()) value = T{}, serial = block_serial();
   return value;
 }

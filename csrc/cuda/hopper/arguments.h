@@ -19,9 +19,7 @@ struct Mask {
 };
 
 struct Output {
-  void *data;         /* [M, columns], rows on 16 bytes */
-  const void *bias;   /* [columns] of the same type; or NULL */
-  int64_t row_stride; /* in elements */
+  const void *bias; /* [columns] of its type; or NULL */
   int32_t columns;
   int32_t first_segment, segments; /* at least one */
   Mask mask;                       /* of the first segment */
@@ -31,15 +29,16 @@ struct Output {
 struct GemmArguments {
   TensorMap left[kMaxSegments], right[kMaxSegments]; /* of each product that is summed */
   int32_t length[kMaxSegments];                      /* its contracted elements, at least one */
+  TensorMap out[kMaxOutputs];                        /* [rows, columns] */
   Output output[kMaxOutputs];
-  Schedule schedule;
-  int32_t rows;
+  Schedule schedule; /* of clusters */
 };
 
 /* Which kernel: see Gemm in gemm.h. */
 struct Shape {
-  bool wide;  /* tiles of 256 columns, else of 128 */
-  bool outer; /* the right matrices have their columns side by side */
+  bool wide;       /* tiles of 256 columns, else of 128 */
+  bool outer;      /* the right matrices have their columns side by side */
+  int32_t cluster; /* blocks that share right tiles: 1 or 2 */
 };
 
 deltaops_status launch_hopper_bf16(const GemmArguments &arguments, Shape shape,

@@ -12,17 +12,22 @@
  *
  * A block of three warpgroups stays on its SM and takes tiles of 128 x kColumns as schedule.h says.
  * One thread of the first asks the copy engine for chunks of 64 contracted elements, into a ring of
- * stages; the other two warpgroups multiply 64 rows each. Traffic of a tile: (128 + kColumns) * 2
- * bytes for each contracted element, read through L2, and 256 * kColumns bytes written.
+ * stages; the other two warpgroups multiply 64 rows each. Two blocks that have the same columns of
+ * neighbouring rows are a cluster: each reads half of the right tile for both. Traffic of a tile:
+ * (128 + kColumns / 2) * 2 bytes for each contracted element, read through L2, and 256 * kColumns
+ * bytes written. These go through shared memory and the copy engine too, which writes them while
+ * the next tile's products run, and not what lies outside the matrix.
  */
 #ifndef DELTAOPS_CUDA_GEMM_H
 #define DELTAOPS_CUDA_GEMM_H
 
 #include "hopper/arguments.h"
 #include "philox.h"
+#include "primitives/cluster.h"
 #include "primitives/element.h"
 #include "primitives/mbarrier.h"
 #include "primitives/quad.h"
+#include "primitives/tensor_store.h"
 #include "primitives/warpgroup.h"
 #include "primitives/wgmma.h"
 
@@ -39,16 +44,23 @@ struct Gemm {
   static constexpr int kThreads = 3 * 128;
   static constexpr uint32_t kLeftBytes = kRows * kChunk * 2;
   static constexpr uint32_t kRightBytes = kColumns * kChunk * 2;
-  static constexpr uint32_t kBoxBytes = 64 * kSwizzleRow; /* of kOuter: 64 columns */
+  static constexpr uint32_t kBoxBytes = 64 * kSwizzleRow; /* 64 x 64: of kOuter, and stored */
   static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes;
   static constexpr int kStages = kColumns == 256 ? 4 : 6;
+  /* A warpgroup stores kBatch boxes at a time, from kBuffers places in turn. */
+  static constexpr int kBoxes = kColumns / 64;
+  static constexpr int kBatch = 1, kBuffers = 2;
+  static_assert(kBoxes % (kBatch * kBuffers) == 0, "a tile begins with the first place");
+  static constexpr uint32_t kStagingBytes = kBatch * kBuffers * kBoxBytes;
   static constexpr uint32_t kBarrierBytes = 2 * kStages * sizeof(uint64_t);
   /* Of dynamic shared memory; the first is for the alignment of the swizzle. */
-  static constexpr uint32_t kSharedBytes = kSwizzleAtom + kStages * kStageBytes + kBarrierBytes;
+  static constexpr uint32_t kSharedBytes =
+      kSwizzleAtom + kStages * kStageBytes + 2 * kStagingBytes + kBarrierBytes;
+  static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
   /* 65536 registers: 40 * 128 + 232 * 256 are 64512. */
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  /* Rows of the box that fills the right tile; kOuter takes kColumns / 64 boxes. */
-  static constexpr int kRightBoxRows = kRight == Major::kInner ? kColumns : kChunk;
+  /* The right tile comes in two halves, of kInner a box each. */
+  static constexpr int kHalf = kColumns / 2;
 };
 
 /* The stages in shared memory and whose turn it is. */
@@ -62,8 +74,12 @@ struct Ring {
   __device__ __forceinline__ explicit Ring(uint8_t *shared) {
     const uint32_t over = shared_address(shared) % kSwizzleAtom;
     tiles = shared + (over ? kSwizzleAtom - over : 0);
-    full = reinterpret_cast<uint64_t *>(tiles + G::kStages * G::kStageBytes);
+    full = reinterpret_cast<uint64_t *>(staging(2));
     empty = full + G::kStages;
+  }
+  /* Where warpgroup 0 or 1 puts what it stores. */
+  __device__ __forceinline__ uint8_t *staging(int group) const {
+    return tiles + G::kStages * G::kStageBytes + group * G::kStagingBytes;
   }
   __device__ __forceinline__ uint8_t *left() const { return tiles + stage * G::kStageBytes; }
   __device__ __forceinline__ uint8_t *right() const { return left() + G::kLeftBytes; }
@@ -75,16 +91,50 @@ struct Ring {
   }
 };
 
-/* Calls body(tile) for the tiles of this block, in order. */
+/* Calls body(tile) for the tiles of this block, in order. The schedule is of clusters, which take
+ * as many rows of tiles as they have blocks; the last may lie outside. */
 template <typename Body>
 __device__ __forceinline__ void for_each_tile(const Schedule &schedule, Body body) {
-  const int64_t tiles = schedule.tiles();
-  for (int64_t number = blockIdx.x; number < tiles; number += gridDim.x) body(schedule.at(number));
+  const int size = cluster_size(), rank = cluster_rank();
+  const int64_t tiles = schedule.tiles(), step = gridDim.x / size;
+  for (int64_t number = blockIdx.x / size; number < tiles; number += step) {
+    Tile tile = schedule.at(number);
+    tile.row = tile.row * size + rank;
+    body(tile);
+  }
 }
 
-/* One thread: keeps the ring filled. */
+/* Half a right tile, of columns from `column` on, to this block and the others of its cluster. */
+template <class G>
+__device__ __forceinline__ void copy_half(uint8_t *to, const TensorMap *right, int32_t column,
+                                          int32_t k, uint64_t *full, bool alone) {
+  const auto copy = [&](uint8_t *box, int32_t box_row, int32_t box_column) {
+    if (alone)
+      tensor_copy(box, right, box_row, box_column, full);
+    else
+      tensor_copy_to_all(box, right, box_row, box_column, full);
+  };
+  if constexpr (G::kRight == Major::kInner) {
+    copy(to, column, k);
+  } else {
+#pragma unroll
+    for (int box = 0; box < G::kHalf / 64; ++box)
+      copy(to + box * G::kBoxBytes, k, column + 64 * box);
+  }
+}
+
+/* One thread: keeps the ring filled, and its part of the other block's. */
 template <class G>
 __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> ring) {
+  const int size = cluster_size(), rank = cluster_rank();
+  for (int32_t i = 0; i < arguments.schedule.outputs; ++i) {
+    const Output &output = arguments.output[i];
+    for (int32_t s = output.first_segment; s < output.first_segment + output.segments; ++s) {
+      tensor_map_prefetch(&arguments.left[s]);
+      tensor_map_prefetch(&arguments.right[s]);
+    }
+    if (output.segments > 0) tensor_map_prefetch(&arguments.out[i]);
+  }
   for_each_tile(arguments.schedule, [&](const Tile &tile) {
     const Output &output = arguments.output[tile.output];
     const int32_t row = tile.row * G::kRows, column = tile.column * G::kColumns;
@@ -92,16 +142,12 @@ __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> 
       const TensorMap *left = &arguments.left[s], *right = &arguments.right[s];
       for (int32_t k = 0; k < arguments.length[s]; k += G::kChunk) {
         uint64_t *full = &ring.full[ring.stage];
-        mbarrier_wait(&ring.empty[ring.stage], ring.parity ^ 1);
+        mbarrier_wait(&ring.empty[ring.stage], ring.parity ^ 1); /* in both blocks */
         mbarrier_arrive_expecting(full, G::kStageBytes);
         tensor_copy(ring.left(), left, row, k, full);
-        if constexpr (G::kRight == Major::kInner) {
-          tensor_copy(ring.right(), right, column, k, full);
-        } else {
-#pragma unroll
-          for (int box = 0; box < G::kColumns / 64; ++box)
-            tensor_copy(ring.right() + box * G::kBoxBytes, right, k, column + 64 * box, full);
-        }
+        for (int half = rank; half < 2; half += size)
+          copy_half<G>(ring.right() + half * (G::kRightBytes / 2), right, column + half * G::kHalf,
+                       k, full, size == 1);
         ring.advance();
       }
     }
@@ -110,7 +156,7 @@ __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> 
 
 /* Where this thread's accumulators lie in the output; see wgmma.h. */
 struct Fragment {
-  int64_t row;    /* of acc[4 j] and acc[4 j + 1]; 8 more for the next two */
+  int32_t row;    /* of acc[4 j] and acc[4 j + 1]; 8 more for the next two */
   int32_t column; /* of the tile's first; a block j of eight begins 8 j further on */
   int32_t quad;   /* this thread has columns 2 quad and 2 quad + 1 of each block */
 };
@@ -124,10 +170,8 @@ __device__ __forceinline__ void apply_mask(float (&acc)[kCount], const Fragment 
   for (int j = 0; j < kCount / 4; j += 4) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint64_t row = static_cast<uint64_t>(at.row) + 8 * half;
       uint32_t draws[4] = {static_cast<uint32_t>(at.column / 8 + j + at.quad),
-                           static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32),
-                           mask.stream};
+                           static_cast<uint32_t>(at.row + 8 * half), 0, mask.stream};
       deltaops_philox(draws, seed);
       transpose_quad(draws, threadIdx.x % 32);
 #pragma unroll
@@ -140,45 +184,57 @@ __device__ __forceinline__ void apply_mask(float (&acc)[kCount], const Fragment 
   }
 }
 
-/* Adds the bias, rounds, and stores what lies inside: four threads exchange words so that each has
- * the 16 bytes of a row's eight columns. */
+/* Adds the bias and rounds 64 columns, from block j of eight on, into a box. */
 template <typename T, int kCount>
-__device__ __forceinline__ void store(const float (&acc)[kCount], const Fragment &at,
-                                      const Output &output, int32_t rows) {
+__device__ __forceinline__ void fill_box(const float (&acc)[kCount], int j, const Fragment &at,
+                                         const Output &output, uint8_t *box) {
   const auto *bias = static_cast<const T *>(output.bias);
-  auto *data = static_cast<uint16_t *>(output.data);
+  float add[8][2] = {}; /* loaded together: one latency */
+  if (bias != nullptr) {
 #pragma unroll
-  for (int j = 0; j < kCount / 4; j += 4) {
-    float add[4][2] = {};
-    if (bias != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int32_t column = at.column + 8 * (j + i) + 2 * at.quad;
-        if (column < output.columns) add[i][0] = to_float(bias[column]);
-        if (column + 1 < output.columns) add[i][1] = to_float(bias[column + 1]);
-      }
+    for (int i = 0; i < 16; ++i) {
+      const int32_t column = at.column + 8 * (j + i / 2) + 2 * at.quad + i % 2;
+      if (column < output.columns) add[i / 2][i % 2] = to_float(bias[column]);
     }
+  }
+  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+  /* Of four matrices: 8 rows and the next 8 of a block of eight columns, then of the next block. */
+  const uint32_t mine = row * kSwizzleRow + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t words[4];
+  for (int piece = 0; piece < 8; piece += 2) {
+    uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float *pair = &acc[4 * (j + i) + 2 * half];
-        words[i] = pack_rounded<T>(pair[0] + add[i][0], pair[1] + add[i][1]);
-      }
-      transpose_quad(words, threadIdx.x % 32);
-      const int64_t row = at.row + 8 * half;
-      const int32_t column = at.column + 8 * (j + at.quad);
-      if (row >= rows) continue;
-      uint16_t *to = data + row * output.row_stride + column;
-      if (column + 8 <= output.columns) {
-        *reinterpret_cast<uint4 *>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-      } else {
+    for (int i = 0; i < 4; ++i) {
+      const int block = piece + i / 2;
+      const float *pair = &acc[4 * (j + block) + 2 * (i % 2)];
+      words[i] = pack_rounded<T>(pair[0] + add[block][0], pair[1] + add[block][1]);
+    }
+    store_matrix(box + (mine ^ piece << 4), words);
+  }
+}
+
+/* Writes this warpgroup's rows of a tile, from `row` on, by the copy engine: the next tile's
+ * products run while it stores. `staging` is this warpgroup's. */
+template <class G>
+__device__ __forceinline__ void store(const float (&acc)[G::kColumns / 2], const Fragment &at,
+                                      const Output &output, const TensorMap *map, int32_t row,
+                                      uint8_t *staging, int group) {
+  const bool issues = threadIdx.x % 128 == 0;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (column + i < output.columns)
-            to[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
-      }
+  for (int first = 0; first < G::kBoxes; first += G::kBatch) {
+    uint8_t *const buffer = staging + first % (G::kBatch * G::kBuffers) * G::kBoxBytes;
+    if (issues) tensor_store_wait<G::kBuffers - 1>(); /* for what was in this buffer */
+    warpgroup_sync(group);
+#pragma unroll
+    for (int i = 0; i < G::kBatch; ++i)
+      fill_box<typename G::Element>(acc, 8 * (first + i), at, output, buffer + i * G::kBoxBytes);
+    tensor_store_fence();
+    warpgroup_sync(group);
+    if (issues) {
+#pragma unroll
+      for (int i = 0; i < G::kBatch; ++i)
+        tensor_store(map, row, at.column + 64 * (first + i), buffer + i * G::kBoxBytes);
+      tensor_store_commit();
     }
   }
 }
@@ -186,15 +242,15 @@ __device__ __forceinline__ void store(const float (&acc)[kCount], const Fragment
 /* Two warpgroups: 64 rows of each tile are this one's, `group` 0 or 1. */
 template <class G>
 __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> ring, int group) {
-  const int thread = threadIdx.x % 128, lane = thread % 32;
-  const auto release = [&](int stage) {
-    if (lane == 0) mbarrier_arrive(&ring.empty[stage]);
+  const int thread = threadIdx.x % 128, lane = thread % 32, blocks = cluster_size();
+  const auto release = [&](int stage) { /* for all who fill it */
+                                        if (lane < blocks)
+                                          mbarrier_arrive_at(&ring.empty[stage], lane);
   };
   for_each_tile(arguments.schedule, [&](const Tile &tile) {
     const Output &output = arguments.output[tile.output];
-    const Fragment at = {static_cast<int64_t>(tile.row) * G::kRows + group * G::kGroupRows +
-                             thread / 32 * 16 + lane / 4,
-                         tile.column * G::kColumns, lane % 4};
+    const int32_t row = tile.row * G::kRows + group * G::kGroupRows;
+    const Fragment at = {row + thread / 32 * 16 + lane / 4, tile.column * G::kColumns, lane % 4};
     float acc[G::kColumns / 2];
     bool more = false; /* acc holds something */
     int running = -1;  /* the stage that the batch before this one reads */
@@ -242,8 +298,9 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
     wgmma_wait<0>();
     wgmma_touch(acc);
     release(running);
-    store<typename G::Element>(acc, at, output, arguments.rows);
+    store<G>(acc, at, output, &arguments.out[tile.output], row, ring.staging(group), group);
   });
+  if (thread == 0) tensor_store_wait<0>(); /* shared memory is another block's then */
 }
 
 template <class G>
@@ -252,12 +309,12 @@ __global__ void __launch_bounds__(G::kThreads, 1)
   const Ring<G> ring(dynamic_shared());
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < G::kStages; ++stage) {
-      mbarrier_init(&ring.full[stage], 1);  /* the producer, with its bytes */
-      mbarrier_init(&ring.empty[stage], 8); /* the warps that multiply */
+      mbarrier_init(&ring.full[stage], 1);                   /* the producer, with its bytes */
+      mbarrier_init(&ring.empty[stage], 8 * cluster_size()); /* the warps that multiply */
     }
     mbarrier_init_done();
   }
-  __syncthreads();
+  cluster_sync();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     registers_down<G::kProducerRegisters>();
@@ -266,6 +323,7 @@ __global__ void __launch_bounds__(G::kThreads, 1)
     registers_up<G::kConsumerRegisters>();
     consume<G>(arguments, ring, warpgroup - 1);
   }
+  cluster_sync(); /* until then the other block reaches into this one */
 }
 
 }  // namespace deltaops::hopper

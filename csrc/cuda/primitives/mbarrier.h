@@ -11,7 +11,6 @@
 
 #ifdef DELTAOPS_EMULATED
 #include <functional>
-#include <utility>
 #include <vector>
 #endif
 
@@ -32,6 +31,7 @@ class Mbarrier {
     *at = kMagic << 62 | uint64_t{arrivals} << 40 | uint64_t{arrivals} << 20;
   }
   uint32_t parity() const { return *at_ >> 61 & 1; } /* of the phase that runs */
+  uint32_t expected() const { return static_cast<uint32_t>(*at_ & kMost); } /* bytes */
   void expect(uint32_t bytes) { add_bytes(bytes); }
   void arrive() {
     if ((*at_ >> 20 & kMost) == 0) emulation::fail("mbarrier: more arrivals than were promised");
@@ -62,8 +62,13 @@ class Mbarrier {
 
 /* What the copy engine has still to do in this block. */
 struct Engine {
+  struct Copy {
+    uint64_t *barrier;
+    uint32_t least; /* waits until so many bytes are announced */
+    std::function<void()> land;
+  };
   bool sees_barriers = false;
-  std::vector<std::pair<uint64_t *, std::function<void()>>> queued;
+  std::vector<Copy> queued;
 };
 
 inline void mbarrier_init(uint64_t *barrier, uint32_t arrivals) {
@@ -83,11 +88,11 @@ inline void mbarrier_wait(uint64_t *barrier, uint32_t parity) {
     const Mbarrier at(barrier);
     auto &queued = emulation::of_block<Engine>().queued;
     for (size_t i = 0; i < queued.size() && at.parity() == parity;) {
-      if (queued[i].first != barrier) {
+      if (queued[i].barrier != barrier || at.expected() < queued[i].least) {
         ++i;
         continue;
       }
-      const auto land = std::move(queued[i].second);
+      const auto land = std::move(queued[i].land);
       queued.erase(queued.begin() + static_cast<ptrdiff_t>(i));
       land();
     }

@@ -33,8 +33,8 @@ struct alignas(64) TensorMap {
 /* Where a 16-byte piece at this shared address really lies. */
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void tensor_copy(void *to, const TensorMap *map, int32_t row, int32_t column,
-                        uint64_t *barrier) {
+inline void queue_copy(void *to, const TensorMap *map, int32_t row, int32_t column,
+                       uint64_t *barrier, bool of_another_block) {
   const uint32_t bytes = static_cast<uint32_t>(map->box_rows) * kSwizzleRow;
   emulation::check_shared(to, bytes, kSwizzleAtom, "cp.async.bulk.tensor");
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0)
@@ -61,7 +61,17 @@ inline void tensor_copy(void *to, const TensorMap *map, int32_t row, int32_t col
       }
     Mbarrier(barrier).land(bytes);
   };
-  emulation::of_block<Engine>().queued.emplace_back(barrier, land);
+  emulation::of_block<Engine>().queued.push_back({barrier, of_another_block ? bytes : 0, land});
+}
+
+inline void tensor_copy(void *to, const TensorMap *map, int32_t row, int32_t column,
+                        uint64_t *barrier) {
+  queue_copy(to, map, row, column, barrier, false);
+}
+
+inline void tensor_map_prefetch(const TensorMap *map) {
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0)
+    emulation::fail("prefetch.tensormap: the tensor map is not on 64 bytes");
 }
 
 #else
@@ -77,6 +87,11 @@ __device__ __forceinline__ void tensor_copy(void *to, const TensorMap *map, int3
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
+}
+
+/* Brings the map itself near the copy engine. */
+__device__ __forceinline__ void tensor_map_prefetch(const TensorMap *map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 #endif

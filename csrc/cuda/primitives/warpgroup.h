@@ -1,7 +1,7 @@
-/* warpgroup.h: moves registers between warpgroups  (PTX ISA, "setmaxnreg")
+/* warpgroup.h: four warps meet, and move registers between groups  (PTX ISA, "bar", "setmaxnreg")
  *
- * Takes effect only where the kernel's registers are capped (__launch_bounds__ with a block count),
- * and all four warps of the group run it.
+ * setmaxnreg takes effect only where the kernel's registers are capped (__launch_bounds__ with a
+ * block count), and all four warps of the group run it.
  */
 #ifndef DELTAOPS_CUDA_WARPGROUP_H
 #define DELTAOPS_CUDA_WARPGROUP_H
@@ -11,6 +11,10 @@
 namespace deltaops {
 
 #ifdef DELTAOPS_EMULATED
+
+inline void warpgroup_sync(int group) {
+  emulation::barrier_sync(static_cast<unsigned>(group) + 1, 128);
+}
 
 /* All lanes meet; whether the registers suffice is for ptxas to say. */
 template <int kRegisters>
@@ -27,6 +31,11 @@ inline void registers_up() {
 }
 
 #else
+
+/* The 128 threads of warpgroup `group` of those that meet: each has a barrier of its own. */
+__device__ __forceinline__ void warpgroup_sync(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
 
 /* Gives up registers; at most kRegisters remain to each thread. A multiple of 8 from 24 to 256. */
 template <int kRegisters>
