@@ -32,7 +32,7 @@ def seen(row, col, rows, keys, mask, m_row, m_col, MASKED: tl.constexpr, CAUSAL:
 
 
 @triton.jit
-def _over_keys(
+def over_keys(
     q,
     acc,
     top,
@@ -135,7 +135,7 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc, top, total = _over_keys(
+    acc, top, total = over_keys(
         tile,
         acc,
         top,
@@ -161,7 +161,7 @@ def _attention_kernel(
         BLOCK_D=BLOCK_D,
     )
     last = tl.minimum(Lk, first + BLOCK_M) if CAUSAL else Lk
-    acc, top, total = _over_keys(
+    acc, top, total = over_keys(
         tile,
         acc,
         top,

@@ -24,7 +24,7 @@ from .tiles import load_tile, store_tile
 
 
 @triton.jit
-def _query_over_keys(
+def query_over_keys(
     acc,
     q,
     grad,
@@ -138,7 +138,7 @@ def _grad_query_kernel(
         norm = tl.load(lse + at, mask=row < Lq, other=float("inf"))
         tile = load_tile(q + b * q_batch + h * q_head, row, lane, q_row, 1, Lq, D)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        acc = _query_over_keys(
+        acc = query_over_keys(
             acc,
             tile,
             grad,
@@ -164,7 +164,7 @@ def _grad_query_kernel(
             BLOCK_N=BLOCK_N,
             BLOCK_D=BLOCK_D,
         )
-        acc = _query_over_keys(
+        acc = query_over_keys(
             acc,
             tile,
             grad,

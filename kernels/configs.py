@@ -351,6 +351,41 @@ def grad_keys(d: int, wide: bool) -> Attend:
     return _for_amd(Attend(32, 32, 4, 2) if lanes <= 64 else Attend(32, 32, 8, 2))
 
 
+def prefix_lanes(prefix: int, most: int) -> int:
+    """Keys of a prefix at a time: all of them, as a power of two from 16, up to ``most``."""
+    return max(16, min(most, triton.next_power_of_2(prefix)))
+
+
+def merge_prefix(d: int, prefix: int, wide: bool, aligned: bool) -> Attend:
+    """A prefix merged into an attention without it, forward. Memory is the limit: a program has
+    few products, and beside the accumulator a tile of the other keys' y."""
+    lanes = head_lanes(d)
+    if wide:
+        rows = 16 if lanes > 64 else 32
+        return _for_amd(Attend(rows, prefix_lanes(prefix, 32 if aligned else 16), 4, 1))
+    rows = 16 if not aligned else 32 if lanes > 128 else 64
+    return _for_amd(Attend(rows, prefix_lanes(prefix, 32), 4, 2))
+
+
+def prefix_grads(d: int, prefix: int, wide: bool, aligned: bool) -> tuple[Attend, bool]:
+    """Its backward pass, and whether a program has the whole prefix at a time: it keeps dPk and dPv
+    in registers then, two of which an SM of Hopper has room for where heads have 128 elements. With
+    a float32 prefix, heads of 72, 88, 104 or 120 elements spill up to 24 bytes."""
+    lanes = head_lanes(d)
+    if wide or lanes > 128:
+        most = 32 if lanes <= 64 else 16
+        whole = prefix <= most and (aligned or lanes != 128)
+        cols = prefix_lanes(prefix, most) if whole else 32
+        return _for_amd(Attend(16, cols, 8 if lanes > 64 else 4, 1)), whole
+    most = 64 if lanes <= 64 else 32
+    rows, warps = (32, 4) if aligned else (16, 8)
+    return _for_amd(Attend(rows, prefix_lanes(prefix, most), warps, 2)), prefix <= most
+
+
+SUMMED = 128
+"""Elements of a prefix's gradient that a program adds up."""
+
+
 PROGRAMS = 256
 """How many programs a skinny pass is split into: about two for each multiprocessor of an H100.
 A constant, so that the order of summation, and with it the bits, hang on shapes, strides and dtypes

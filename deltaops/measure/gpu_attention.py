@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deltaops.backends import PrefixAttentionCall
+from deltaops.dispatch import explain_call
 from deltaops.ops import prefix_attention
 from deltaops.reference import prefix_attention as reference
 from deltaops.testing import assert_accurate
@@ -113,7 +115,8 @@ class PrefixCase:
 
     def plan(self, copy: Attended, backend: str) -> str | None:
         """See :class:`Subject`."""
-        return None
+        call = PrefixAttentionCall.of(copy.q, copy.k, copy.prefix_k, None, True)
+        return explain_call(call, backend).plan
 
 
 def without(copy: Attended) -> list[Tensor]:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from deltaops.backends.base import GroupMember
-from deltaops.backends.triton import TritonBackend, core, delta_linear, planner
+from deltaops.backends.triton import (
+    TritonBackend,
+    core,
+    delta_linear,
+    library_attention,
+    planner,
+)
 from deltaops.backends.triton.group import TritonDeltaLinear
 from deltaops.backends.triton.tables import Setting
 from deltaops.reference.quantized import QuantizedWeight
@@ -177,8 +183,8 @@ class Prefix:
     def run(self, direction: str) -> None:
         """See :class:`Counted`."""
         run = TritonBackend()
-        q, y = (_meta(self.dtype, self.b, self.h, self.length, self.d) for _ in range(2))
-        k, v = (_meta(self.dtype, self.b, self.h_kv, self.length, self.d) for _ in range(2))
+        q, y = (self.heads(self.h) for _ in range(2))
+        k, v = (self.heads(self.h_kv) for _ in range(2))
         pk, pv = (_meta(self.dtype, self.h_kv, self.prefix, self.d) for _ in range(2))
         if direction == FORWARD:
             run.prefix_attention_forward(q, k, v, pk, pv, None, 0.125, True)
@@ -186,6 +192,10 @@ class Prefix:
             lse = _meta(torch.float32, self.b, self.h, self.length)
             needs = [True] * 5
             run.prefix_attention_backward(y, q, k, v, pk, pv, y, lse, None, 0.125, True, needs)
+
+    def heads(self, count: int) -> Tensor:
+        """So many of each token."""
+        return _meta(self.dtype, self.b, count, self.length, self.d)
 
     def floor(self, direction: str) -> Floor:
         """Forward: q, k, v, the prefix and y, and lse. Backward: those and dy, and every gradient.
@@ -200,6 +210,35 @@ class Prefix:
         else:
             moved, products = size * (4 * queries + 2 * keys) + lse, 5
         return Floor(moved, 2 * products * self.b * self.h * pairs * self.d)
+
+
+@dataclass(frozen=True)
+class MergedPrefix(Prefix):
+    """What is the kernels' where torch's attention has the own keys."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} merged"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        with library_attention.forced(library_attention.FLASH):
+            super().run(direction)
+
+    def heads(self, count: int) -> Tensor:
+        """As a projection leaves them."""
+        return _meta(self.dtype, self.b, self.length, count, self.d).transpose(1, 2)
+
+    def floor(self, direction: str) -> Floor:
+        """Forward: q, y, lse and the prefix; y and lse are written anew. Backward: dy, q, y, dq,
+        lse and the prefix; dq is written anew, and the prefix's gradients."""
+        queries = self.b * self.h * self.length * self.d
+        keys, lse = 2 * self.prefix * self.h_kv * self.d, 4 * self.b * self.h * self.length
+        size = self.dtype.itemsize
+        if direction == FORWARD:
+            moved, products = size * (3 * queries + keys) + 2 * lse, 2
+        else:
+            moved, products = size * (5 * queries + 2 * keys) + lse, 5
+        return Floor(moved, 2 * products * queries * self.prefix)
 
 
 @dataclass(frozen=True)
@@ -552,6 +591,8 @@ CALLS: tuple[Counted, ...] = (
     Quantized(512, 4096, 4096, 16, "int8"),
     Quantized(8192, 4096, 4096, 16, "nf4"),
     Prefix(4, 32, 8, 2048, 128, 20),
+    MergedPrefix(4, 32, 8, 2048, 128, 20),
+    MergedPrefix(4, 32, 8, 2048, 128, 100),
     Prompt(8, 1024, 4096, 20),
     Adapter(8192, 4096, 64),
     Adapter(8192, 4096, 64, "layer"),

@@ -73,6 +73,9 @@ def prefix_attention(
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, NoBackendError, GradientError.
     Gradients: ``q``, ``k``, ``v``, ``prefix_k`` and ``prefix_v``, the last two summed over the
         batch and the queries' heads, in an order that no number of threads changes; first order.
+        On a GPU, where torch's attention has a part in it (the plan of ``explain_call`` says so),
+        those of ``q``, ``k`` and ``v`` repeat their bits under
+        ``torch.use_deterministic_algorithms(True)`` alone.
         Kept are these five, y, mask and bias, and a float32 for each query and head.
     Source: Li and Liang 2021 (arXiv 2101.00190); computed as by Dao et al. 2022 (arXiv 2205.14135).
     """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deltaops.backends import PrefixAttentionCall
 from deltaops.backends.triton import TritonBackend, core, cuda, planner
@@ -14,6 +17,7 @@ from deltaops.testing import (
     DELTA_LINEAR_CASES,
     PREFIX_ATTENTION_CASES,
     ROUTED_CASES,
+    AttentionCase,
     DeltaLinearCase,
     DeltaLinearTensors,
     PrefixAttentionCase,
@@ -116,7 +120,7 @@ def check_plans(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str, back: st
 
 @pytest.mark.parametrize("case", PREFIX_ATTENTION_CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_prefix_attention_matches_fp64_and_repeats(
+def test_one_kernel_of_prefix_attention_matches_fp64_and_repeats(
     case: PrefixAttentionCase, dtype: torch.dtype
 ) -> None:
     t, run, needs = case.tensors(dtype), TritonBackend(), [True] * 5
@@ -129,10 +133,11 @@ def test_prefix_attention_matches_fp64_and_repeats(
         pytest.skip(reason)
     rest = mask, scale, causal
     results = []
-    for _ in range(2):
-        y, lse = run.prefix_attention_forward(*given, *rest)
-        grads = run.prefix_attention_backward(grad_y, *given, y, lse, *rest, needs)
-        results.append([y, torch.exp(-lse), *grads])
+    with sdpa_kernel([SDPBackend.MATH]):  # else some are merged into torch's attention: see below
+        for _ in range(2):
+            y, lse = run.prefix_attention_forward(*given, *rest)
+            grads = run.prefix_attention_backward(grad_y, *given, y, lse, *rest, needs)
+            results.append([y, torch.exp(-lse), *grads])
     plain = []
     for one, g in ((given, grad_y), ([a.double() for a in given], grad_y.double())):
         y, lse = prefix_reference.forward(*one, *rest)
@@ -141,6 +146,58 @@ def test_prefix_attention_matches_fp64_and_repeats(
     for i, (got, again, eager, want) in enumerate(zip(*results, *plain, strict=True)):
         assert_accurate(got, want, eager, f"result {i}")
         assert torch.equal(got, again)
+
+
+MERGED = (
+    # one tile of the prefix, half of one, and several; a head in all of its lanes and in some
+    PrefixAttentionCase(32, AttentionCase(2, 8, 517, 128, h_kv=2, causal=True)),
+    PrefixAttentionCase(1, AttentionCase(2, 4, 301, 64, causal=True)),
+    PrefixAttentionCase(100, AttentionCase(1, 6, 333, 96, h_kv=3, causal=True), wide=True),
+    PrefixAttentionCase(20, AttentionCase(2, 8, 1, 128, h_kv=2, l_kv=200)),
+    PrefixAttentionCase(100, AttentionCase(1, 8, 77, 128, h_kv=8, l_kv=300)),
+    PrefixAttentionCase(12, AttentionCase(2, 4, 130, 72, h_kv=2, layout="dense", causal=True)),
+    PrefixAttentionCase(12, AttentionCase(2, 4, 130, 128, h_kv=2, layout="merged"), wide=True),
+    PrefixAttentionCase(16, AttentionCase(1, 2, 200, 256, causal=True)),
+)
+
+
+@pytest.mark.parametrize("case", MERGED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["as torch chooses", "flash", "deterministic"])
+def test_a_prefix_merged_into_torchs_attention_matches_fp64(
+    case: PrefixAttentionCase, dtype: torch.dtype, way: str
+) -> None:
+    t, run, needs = case.tensors(dtype), TritonBackend(), [True] * 5
+    *given, mask, scale, causal = (
+        a.cuda() if isinstance(a, torch.Tensor) else a for a in t.forward_arguments()
+    )
+    grad_y, rest = case.grad_y(dtype).cuda(), (mask, scale, causal)
+    flash = [SDPBackend.FLASH_ATTENTION]
+    allowed = nullcontext() if way == "as torch chooses" else sdpa_kernel(flash)
+    torch.use_deterministic_algorithms(way == "deterministic")
+    try:
+        with allowed:
+            said = run.planned(PrefixAttentionCall.of(*given[:2], given[3], mask, causal))
+            assert said is not None
+            assert said.startswith("merged"), said
+            assert ("flash" in said) or way == "as torch chooses"
+            found = []
+            for _ in range(2):
+                y, lse = run.prefix_attention_forward(*given, *rest)
+                grads = run.prefix_attention_backward(grad_y, *given, y, lse, *rest, needs)
+                found.append([y, lse, *grads])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    plain = []
+    for one, g in ((given, grad_y), ([a.double() for a in given], grad_y.double())):
+        y, lse = prefix_reference.forward(*one, *rest)
+        grads = prefix_reference.backward(g, *one, y, lse, *rest, needs)
+        plain.append([y, lse, *grads])
+    for i, (got, again, eager, want) in enumerate(zip(*found, *plain, strict=True)):
+        # torch's own lse sets the error, which float32 results show
+        assert_accurate(got.to(dtype), want, eager.to(dtype), f"{said}: result {i}")
+        if i < 2 or way == "deterministic":
+            assert torch.equal(got, again), f"{said}: result {i} changed its bits"
 
 
 CASE = DeltaLinearCase(300, 96, 128, (16,), bias=False)

@@ -31,7 +31,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from deltaops.backends.calls import PrefixAttentionCall
-from deltaops.backends.triton import TritonBackend, core, planner, prefix_attention
+from deltaops.backends.triton import (
+    TritonBackend,
+    core,
+    library_attention,
+    planner,
+    prefix_attention,
+)
 from deltaops.backends.triton.targets import TARGETS, Target
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
@@ -119,10 +125,12 @@ class Attention:
     causal: bool = True
     masked: bool = False
     scale: float = 0.125
+    keys: int = 20
+    """Of the prefix."""
 
     def supported(self) -> bool:
         """Whether the backend takes it."""
-        dtypes, lengths = (self.dtype, self.prefix), (self.length, self.length, 20)
+        dtypes, lengths = (self.dtype, self.prefix), (self.length, self.length, self.keys)
         call = PrefixAttentionCall(
             "cuda", *dtypes, 2, *self.heads, *lengths, self.d, self.masked, self.causal
         )
@@ -136,6 +144,13 @@ ATTENTIONS = (
     Attention(256, causal=False),
     Attention(64, HALF, FULL, masked=True),
     Attention(128, HALF, FULL, masked=True),
+)
+MERGED = (
+    # the prefix whole in a program, and walked over
+    Attention(128, keys=32),
+    Attention(128, keys=100),
+    Attention(256, keys=16, causal=False),
+    Attention(64, HALF, FULL),
 )
 # GPUs with 99 KB of shared memory: their own rows of the tables, and the largest of the others.
 NARROW = (SETTINGS[0], SETTINGS[3], SETTINGS[4])
@@ -283,13 +298,19 @@ def launch_attention(setting: Attention) -> None:
 
     q = empty(2, length, heads, setting.d).transpose(1, 2)
     k, v = (empty(2, length, h_kv, setting.d).transpose(1, 2) for _ in range(2))
-    prefix = [empty(h_kv, 20, setting.d, dtype=setting.prefix) for _ in range(2)]
+    prefix = [empty(h_kv, setting.keys, setting.d, dtype=setting.prefix) for _ in range(2)]
     mask = None
     if setting.masked:
         mask = empty(2, 1, length, length, dtype=torch.bool).expand(-1, heads, -1, -1)
     run, rest = TritonBackend(), (mask, setting.scale, setting.causal)
     y, lse = run.prefix_attention_forward(q, k, v, *prefix, *rest)
     run.prefix_attention_backward(y, q, k, v, *prefix, y, lse, *rest, [True] * 5)
+
+
+def launch_merged(setting: Attention) -> None:
+    """As :func:`launch_attention`, the prefix merged into torch's attention."""
+    with library_attention.forced(library_attention.FLASH):
+        launch_attention(setting)
 
 
 def calls(target: Target) -> Iterator[Callable[[], None]]:
@@ -304,6 +325,8 @@ def calls(target: Target) -> Iterator[Callable[[], None]]:
         yield partial(launch, setting)
     for attention in ATTENTIONS + (() if target.amd else MORE_ATTENTIONS):
         yield partial(launch_attention, attention)
+    for attention in MERGED if target.name == "sm_90" else ():
+        yield partial(launch_merged, attention)
     yield from rows_ahead.calls(target)
     yield from linears_ahead.calls(target)
 

@@ -1,7 +1,7 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
 Usage: TRITON_INTERPRET=1 python interpreted.py NUMBER routed:NUMBER prefix:NUMBER tuning rows:I/N
-linears:I/N persistent:NUMBER typed:NUMBER …
+linears:I/N persistent:NUMBER typed:NUMBER merged:NUMBER …
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from deltaops.testing import (
 
 sys.path.append(str(Path(__file__).parent))  # which -P takes off
 import linears
+import merged
 import rows
 from rows import bordered, guarded
 
@@ -337,6 +338,8 @@ if __name__ == "__main__":
             linears.check_share(number, as_modelled)
         elif kind == "routed":
             check_case(int(number), ROUTED_CASES)
+        elif kind == "merged":
+            merged.check(int(number), as_modelled)
         elif kind == "persistent":
             check_persistent(int(number))
         elif kind == "typed":

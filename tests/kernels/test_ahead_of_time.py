@@ -31,6 +31,7 @@ SKINNY = (
     "_hidden_grad_kernel",
 )  # fmt: skip
 ATTENTION = ("_attention_kernel", "_grad_query_kernel", "_grad_key_kernel")
+MERGED = ("_merge_prefix_kernel", "_prefix_grads_kernel", "_sum_pieces_kernel")
 PERSISTENT = ("_persistent_forward_kernel", "_persistent_grad_input_kernel")
 # wgmma on Hopper, MFMA on AMD; Ampere and Blackwell are not looked at
 MATRIX_CORES = ("sm_90", "gfx942")
@@ -45,7 +46,7 @@ GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
 DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
 QUANTIZED = ("_dequantize_kernel",)
 KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
-ALSO = {"sm_90": {*PERSISTENT}, "sm_100": {*PERSISTENT}}
+ALSO = {"sm_90": {*PERSISTENT, *MERGED}, "sm_100": {*PERSISTENT}}
 # of it the largest tiles, and those that it has for itself
 NARROW = {*GEMMS[:2], *SKINNY[:3], *ATTENTION, *GROUP[:1], *DORA, "_bottleneck_kernel"}
 

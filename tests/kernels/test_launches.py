@@ -51,6 +51,7 @@ def calls(scaling: float, dropout: float, plan: str) -> Iterator[Call]:
         yield linears_ahead.Quantized(64, True, scaling=scaling, dropout=dropout)
         yield rows_ahead.Adapter(512, 4096, 16, scaling=scaling)
         yield lambda: launched.launch_attention(launched.Attention(64, scale=scaling))
+        yield lambda: launched.launch_merged(launched.Attention(64, scale=scaling))
 
 
 class Names(launched.Recorder):

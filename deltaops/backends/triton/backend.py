@@ -31,8 +31,9 @@ from . import (
 
 class TritonBackend:
     """Forward and backward on a GPU. Its kernels have no atomics and sum in a fixed order: the same
-    bits every run. Where a plan leaves a product to the library, that holds as far as the library's
-    promise does."""
+    bits every run. Where a plan leaves a product or an attention to the library, that holds as far as
+    the library's promise does: torch's attention repeats the gradients of q, k and v under
+    torch.use_deterministic_algorithms(True) alone."""
 
     name = "triton"
     forward = staticmethod(delta_linear.forward)
@@ -82,7 +83,11 @@ class TritonBackend:
 
     def planned(self, call: Call) -> str | None:
         """Which of several ways the call goes here, and why; None where there is one."""
-        return delta_linear.planned(call) if isinstance(call, DeltaLinearCall) else None
+        if isinstance(call, DeltaLinearCall):
+            return delta_linear.planned(call)
+        if isinstance(call, PrefixAttentionCall):
+            return prefix_attention.planned(call)
+        return None
 
     def outrun(self, call: Call) -> str | None:
         """None: where torch's own might be faster no GPU has said yet."""

@@ -1,4 +1,12 @@
-"""``prefix_attention``: one online softmax over the prefix and the keys; no copy of either."""
+"""``prefix_attention`` in one of two ways, neither of which copies the prefix or the keys.
+
+    fused    one online softmax over the prefix and the keys
+    merged   torch's attention to the keys, the prefix merged into it (:mod:`merged_prefix`)
+
+Merged wherever torch has a flash or cuDNN attention that it would choose for the keys
+(:mod:`library_attention`): it is the faster one, and has nearly all of the FLOPs. Each direction
+chooses for itself, as they may run under other settings: y and lse say the same in both ways.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +18,9 @@ from torch import Tensor
 
 from deltaops.backends.calls import PrefixAttentionCall
 
-from . import core
+from . import core, merged_prefix
+from .heads import adjacent, by_tokens
+from .library_attention import Choice, choose
 
 _WIDEST = {"half": 256, "mixed": 128, "full": 64}
 """Elements of a head that a program has room for: a half model, with a float32 prefix, float32."""
@@ -40,6 +50,31 @@ def unsupported(call: PrefixAttentionCall) -> str | None:
     return None
 
 
+def planned(call: PrefixAttentionCall) -> str:
+    """Which way a call goes on the current GPU, and why. The elements of a head are taken to lie
+    side by side: the call does not say."""
+
+    def heads(count: int, length: int) -> Tensor:  # one of which all are views: shapes, no memory
+        one = torch.empty(call.d, dtype=call.dtype, device=call.device)
+        return one.expand(call.b, count, length, call.d)
+
+    q, k = heads(call.h, call.l_q), heads(call.h_kv, call.l_kv)
+    choice = _choice(q, k, k, call.prefix, call.masked, call.causal, 1.0)
+    if choice.library is None:
+        return f"fused: {choice.why}"
+    return f"merged, own keys by torch's {choice.library.title}: {choice.why}"
+
+
+def _choice(
+    q: Tensor, k: Tensor, v: Tensor, prefix: int, masked: bool, causal: bool, scale: float
+) -> Choice:
+    if masked:
+        return Choice(None, "a mask is for these kernels alone")
+    if not (prefix and q.numel() and k.numel()):
+        return Choice(None, "there is nothing to merge")
+    return choose(q, k, v, causal, scale)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -53,19 +88,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     assert bias is None  # refused by unsupported()
-    y = _by_tokens(q)
+    q, k, v, prefix_k, prefix_v = map(adjacent, (q, k, v, prefix_k, prefix_v))
+    choice = _choice(q, k, v, prefix_k.shape[1], mask is not None, causal, scale)
+    if choice.library is not None:
+        return merged_prefix.forward(choice.library, q, k, v, prefix_k, prefix_v, scale, causal)
+    y = by_tokens(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if lse.numel():
         with core.device_of(q):
             core.kernels("attention").attention(
-                *map(_adjacent, (q, k, v, prefix_k, prefix_v)),
-                _bytes(mask),
-                y,
-                lse,
-                scale=scale,
-                causal=causal,
-                **_precisions(q, prefix_k),
-            )
+                q, k, v, prefix_k, prefix_v, _bytes(mask), y, lse,
+                scale=scale, causal=causal, **_precisions(q, prefix_k),
+            )  # fmt: skip
     return y, lse
 
 
@@ -86,7 +120,14 @@ def backward(
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.PrefixAttentionBackend`."""
     assert bias is None  # refused by unsupported()
-    grads = [_by_tokens(t) if need else None for t, need in zip((q, k, v), needs, strict=False)]
+    grad_y, q, k, v, prefix_k, prefix_v, y = map(adjacent, (grad_y, q, k, v, prefix_k, prefix_v, y))
+    lse = lse.contiguous()
+    choice = _choice(q, k, v, prefix_k.shape[1], mask is not None, causal, scale)
+    if choice.library is not None:
+        return merged_prefix.backward(
+            choice.library, grad_y, q, k, v, prefix_k, prefix_v, y, lse, scale, causal, needs
+        )
+    grads = [by_tokens(t) if need else None for t, need in zip((q, k, v), needs, strict=False)]
     for t, need in zip((prefix_k, prefix_v), needs[3:], strict=True):
         shape = torch.Size(t.shape)
         grads.append(torch.empty(shape, dtype=t.dtype, device=t.device) if need else None)
@@ -94,10 +135,7 @@ def backward(
     wanted = [g for g in grads if g is not None]
     if not lse.numel():  # no query: the keys, if there are any, get nothing
         return [g.zero_() for g in wanted]
-    grad_y, q, k, v, prefix_k, prefix_v, y = map(
-        _adjacent, (grad_y, q, k, v, prefix_k, prefix_v, y)
-    )
-    mask, lse, delta = _bytes(mask), lse.contiguous(), torch.empty_like(lse)
+    mask, delta = _bytes(mask), torch.empty_like(lse)
     precisions = _precisions(q, prefix_k)
     with core.device_of(q):
         kernels = core.kernels("attention_grads")
@@ -123,16 +161,5 @@ def _precisions(q: Tensor, prefix: Tensor) -> dict[str, Any]:
     return {"own": precision(q.dtype, []), "prefix": precision(q.dtype, [prefix])}
 
 
-def _adjacent(t: Tensor) -> Tensor:
-    """With the elements of a head side by side, as the kernels read them."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
-
-
-def _by_tokens(like: Tensor) -> Tensor:
-    """Memory ``[B, L, H, D]`` for a tensor ``[B, H, L, D]``."""
-    b, h, l, d = like.shape  # noqa: E741
-    return torch.empty((b, l, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)

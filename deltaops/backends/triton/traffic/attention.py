@@ -50,6 +50,55 @@ def _walk_keys(a: SimpleNamespace, heads: int, t: Traffic, products: int) -> Non
     t.dots(heads * blocks * products, a.BLOCK_M, a.BLOCK_N, a.BLOCK_D)
 
 
+@entry("_merge_prefix_kernel")
+def _merge_prefix(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    tiles, heads = grid
+    rows = heads * a.Lq
+    for tensor in (a.q, a.own):
+        t.load(tensor, rows * a.D, rows * a.D)
+    t.load(a.norm, rows, rows)
+    for prefix in (a.prefix_k, a.prefix_v):
+        t.load(prefix, distinct(prefix), heads * tiles * a.P * a.D)
+    t.store(a.y, rows * a.D)
+    t.store(a.lse, rows)
+    t.dots(2 * heads * tiles * cdiv(a.P, a.BLOCK_N), a.BLOCK_M, a.BLOCK_N, a.BLOCK_D)
+
+
+@entry("_prefix_grads_kernel")
+def _prefix_grads(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    pieces, kv_heads, batch = grid
+    heads = kv_heads * batch
+    rows = heads * a.group * a.Lq
+    full, rest = divmod(a.Lq, a.chunk)
+    steps = heads * a.group * (full * cdiv(a.chunk, a.BLOCK_M) + cdiv(rest, a.BLOCK_M))
+    for tensor in (a.q, a.grad_y, a.y, *([a.own] if a.WANT_Q else [])):
+        t.load(tensor, rows * a.D, rows * a.D)
+    t.load(a.lse, rows, rows)
+    walks = heads * pieces if a.WHOLE else steps * a.WANT_Q
+    for prefix in (a.prefix_k, a.prefix_v):
+        t.load(prefix, distinct(prefix) if walks else 0, walks * a.P * a.D)
+    if not a.WHOLE:
+        t.store(a.delta, rows)
+    if a.WANT_Q:
+        t.store(a.grad_q, rows * a.D)
+    for tensor, wanted in ((a.sums_k, a.WANT_K), (a.sums_v, a.WANT_V)):
+        if wanted:
+            t.store(tensor, heads * pieces * a.P * a.D)
+    if a.WHOLE:
+        products = 1 + a.WANT_V + a.WANT_K + (a.WANT_Q or a.WANT_K) + a.WANT_Q
+    else:
+        products = 3 * a.WANT_Q * cdiv(a.P, a.BLOCK_N)
+    t.dots(steps * products, a.BLOCK_M, a.BLOCK_N, a.BLOCK_D)
+
+
+@entry("_sum_pieces_kernel")
+def _sum_pieces(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    for of_v in range(a.FIRST, a.FIRST + grid[1]):
+        sums, grad = (a.sums_v, a.grad_v) if of_v else (a.sums_k, a.grad_k)
+        t.load(sums, a.parts * a.count, a.parts * a.count)
+        t.store(grad, a.count)
+
+
 @entry("_grad_key_kernel")
 def _grad_key(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     tiles, kv_heads, parts = grid
