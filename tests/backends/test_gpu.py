@@ -75,6 +75,28 @@ def test_the_cuda_plan_matches_fp64_and_repeats(case: DeltaLinearCase, dtype: to
     check_plans(t, grad_y, "cuda", "cuda")
 
 
+DECODE = (
+    DeltaLinearCase(1, 4096, 512, (16,)),
+    DeltaLinearCase(7, 8320, 256, (8,), bias=False),
+    DeltaLinearCase(16, 1000, 4096, (64,)),
+    DeltaLinearCase(16, 130, 300, (24,), padding=3),
+    DeltaLinearCase(13, 40, 530, (40,), layout="col"),
+)
+
+
+@pytest.mark.parametrize("case", DECODE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_decode_plan_matches_fp64_and_repeats(
+    case: DeltaLinearCase, dtype: torch.dtype
+) -> None:
+    t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
+    check_plans(t, grad_y, "decode", "fused")
+    with planner.forced("decode", "fused"):
+        s = TritonBackend().forward(*t.forward_arguments())[1]
+    low = reference.forward(*t.forward_arguments())[1]
+    assert_accurate(s, reference.forward(*t.to(torch.float64).forward_arguments())[1], low, "S")
+
+
 def check_plans(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str, back: str) -> None:
     """y and every gradient against float64, twice, forward by ``plan`` and backward by ``back``."""
     needs, wide = t.all_needed(), t.to(torch.float64)
@@ -125,16 +147,21 @@ def test_prefix_attention_matches_fp64_and_repeats(
         assert torch.equal(got, again)
 
 
+def case_of(plan: str) -> DeltaLinearCase:
+    """Which ``plan`` takes: of few rows the one that has a second launch beside the first."""
+    return DeltaLinearCase(*((16, 96, 4096, (64,)) if plan == "decode" else (300, 96, 128, (16,))))
+
+
 def results(device: str, plan: str) -> tuple[DeltaLinearTensors, list[torch.Tensor]]:
     """Arguments of a call, and y and every gradient."""
-    case = DeltaLinearCase(300, 96, 128, (16,))
+    case = case_of(plan)
     t = case.tensors(torch.bfloat16, device=device)
     return t, call(t, case.grad_y(torch.bfloat16, device=device), plan)
 
 
 def call(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str) -> list[torch.Tensor]:
     """As :func:`results`."""
-    with planner.forced(plan, plan):
+    with planner.forced(plan, "fused" if plan == "decode" else plan):
         y, s = TritonBackend().forward(*t.forward_arguments())
         given = t.backward_arguments(grad_y, s)
         return [y, *TritonBackend().backward(*given, t.all_needed())]
@@ -144,7 +171,7 @@ def call(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str) -> list[torch.T
 def test_a_captured_call_has_the_same_bits(plan: str) -> None:
     need(plan)
     t, wanted = results("cuda", plan)
-    grad_y = DeltaLinearCase(300, 96, 128, (16,)).grad_y(torch.bfloat16, device="cuda")
+    grad_y = case_of(plan).grad_y(torch.bfloat16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = call(t, grad_y, plan)
@@ -158,7 +185,7 @@ def test_a_captured_call_has_the_same_bits(plan: str) -> None:
 def test_a_call_waits_for_its_own_stream_alone(plan: str) -> None:
     need(plan)
     t, wanted = results("cuda", plan)
-    grad_y = DeltaLinearCase(300, 96, 128, (16,)).grad_y(torch.bfloat16, device="cuda")
+    grad_y = case_of(plan).grad_y(torch.bfloat16, device="cuda")
     right, side = t.x.clone(), torch.cuda.Stream()
     t.x.fill_(float("nan"))
     torch.cuda.synchronize()
