@@ -104,6 +104,14 @@ _GEMM_MIXED = (
 )
 
 
+FEW_COLUMNS = 8192
+"""Outputs up to which tiles of 64 columns leave some of 132 multiprocessors without one."""
+_FEW_ROWS = Gemm(16, 32, 256, 16, 1, 4, 4)
+"""Of at most 16 rows and so few columns. Measured on an H200, one row in bfloat16: of W [4096,4096]
+12.8 µs (16.2 with 64 columns, 128 of the contraction at a time), of [4096,14336] 33.9 (47.1), of
+[14336,4096] 42.9 (32.7)."""
+
+
 def is_aligned(*tensors: Tensor) -> bool:
     """Whether Triton can read these in 16-byte pieces: it knows of a number that it divides by 16,
     or that it is 1, and of nothing else. Rows may be any number: they only end a mask."""
@@ -117,9 +125,10 @@ def is_plain(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> bool:
     return usual and is_aligned(x, weight)
 
 
-def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -> Gemm:
-    """The configuration of the two-segment GEMMs for M rows; capability as in 90 for sm_90;
-    ``wide`` where the rank terms work in fp32; ``plain`` as :func:`is_plain` finds the call."""
+def gemm(m: int, n: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -> Gemm:
+    """The configuration of the two-segment GEMMs for M rows and N columns of the output; capability
+    as in 90 for sm_90; ``wide`` where the rank terms work in fp32; ``plain`` as :func:`is_plain`
+    finds the call."""
     table: tuple[tuple[int | None, Gemm], ...]
     if dtype == torch.float32:
         table = _GEMM_FLOAT if plain or precision.AMD else _GEMM_FLOAT_CROWDED
@@ -130,6 +139,8 @@ def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -
     elif precision.AMD:
         table = _GEMM_AMD
     elif capability >= 90 and capability in WIDE_ARCHITECTURES:
+        if m <= 16 and n <= FEW_COLUMNS:
+            return _FEW_ROWS
         table = _GEMM_WGMMA
     elif capability in WIDE_ARCHITECTURES:
         table = _GEMM_AMPERE
@@ -138,9 +149,63 @@ def gemm(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -
     return next(config for bound, config in table if bound is None or m <= bound)
 
 
+@dataclass(frozen=True)
+class Decode:
+    """Tiles of :mod:`decode`: ``cols`` columns of y, ``inner`` of the contraction at a time; S from
+    sums over so many ``parts`` of K, made beside, or, where 0, within each program."""
+
+    cols: int
+    inner: int
+    warps: int
+    stages: int
+    parts: int
+
+
+DECODED = 16, 64
+"""The most rows and ranks: those of one tile, the smallest that tensor cores multiply, and of an S
+that each program keeps in registers."""
+DECODE_PARTS = 8
+"""Sums that S comes from: more are more to add up, fewer leave the programs that make them behind
+those that read W."""
+
+
+def decode(n: int, rank: int, dtype: torch.dtype, capability: int, plain: bool) -> Decode:
+    """y and S of at most 16 rows; ``plain`` where A is aligned too. S is made within where A's
+    bytes, which then come for each tile of columns, are at most half of the tile's own."""
+    lanes = rank_lanes(rank, False)
+    if dtype == torch.float32:
+        tiles = Decode(64, 32, 4, 2, 0)
+    elif not plain:
+        tiles = Decode(32, 64, 4, 3, 0)
+    elif precision.AMD:
+        tiles = Decode(64, 128, 4, 2, 0)
+    elif is_narrow(capability):
+        tiles = Decode(64, 64, 4, 4, 0)
+    elif n <= FEW_COLUMNS:
+        tiles = Decode(32, 256, 4, 4, 0)
+    else:
+        tiles = Decode(64, 128, 4, 4, 0)
+    return tiles if 2 * lanes <= tiles.cols else replace(tiles, parts=DECODE_PARTS)
+
+
+def decode_parts(dtype: torch.dtype, plain: bool) -> Skinny:
+    """The sums of S that are made beside; 16 rows."""
+    if dtype == torch.float32 or not plain:
+        return _for_amd(Skinny(16, 64, 16, 4, 3))
+    return _for_amd(Skinny(16, 128, 16, 4, 4))
+
+
+def overlaps(capability: int) -> bool:
+    """Whether a kernel may begin before the one whose results it waits for ends: NVIDIA's from
+    Hopper on (programmatic dependent launch)."""
+    return not precision.AMD and capability >= 90
+
+
 def grad_input(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -> Gemm:
     """As :func:`gemm`, but no tile of 256 columns: making the mask beside it would spill."""
-    return gemm(m, dtype, 80 if capability in WIDE_ARCHITECTURES else capability, wide, plain)
+    columns = FEW_COLUMNS + 1  # what few rows do best here has not been measured
+    capability = 80 if capability in WIDE_ARCHITECTURES else capability
+    return gemm(m, columns, dtype, capability, wide, plain)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def forward_gemm(
     """Write ``y [M, N] = x Wᵀ + S Bᵀ + bias``, or without ``x Wᵀ`` where not ``has_base``."""
     (m, k), n = x.shape, weight.shape[0]
     plain = configs.is_plain(x, weight, [t.shape[1] for t in b])
-    config = configs.gemm(m, x.dtype, capability, precision.wide, plain)
+    config = configs.gemm(m, n, x.dtype, capability, precision.wide, plain)
     grid = (triton.cdiv(m, config.rows) * triton.cdiv(n, config.cols),)
     _forward_kernel[grid](
         x,

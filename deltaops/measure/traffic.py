@@ -78,7 +78,7 @@ def impossible(call: Counted, gpu: str, plan: str | None) -> list[str]:
         return [d for d in (FORWARD, BACKWARD) if plan not in call.plans(d)]
 
 
-PLANS = ("fused", "split", "persistent", "beside")
+PLANS = ("fused", "split", "persistent", "decode", "beside")
 """Those of ``tables.PLANS`` in which a kernel of Triton has a product."""
 COUNTED = (*PLANS, "torch")
 """Those whose launches are counted: of "cuda" none is Triton's."""

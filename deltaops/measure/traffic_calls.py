@@ -83,6 +83,7 @@ class Linear:
             [_meta(self.adapter, *factor)],
             [self.rank],
             "meta",
+            not self.dropout and self.activation == "identity",
         )
         return planner.possible(self.setting, direction, special)
 
@@ -583,6 +584,7 @@ CALLS: tuple[Counted, ...] = (
     Linear(8192, 4096, 14336, 16),
     Linear(512, 4096, 4096, 16),
     Linear(1, 4096, 4096, 16),
+    Linear(16, 14336, 4096, 64),
     Group(8192, (4096, 1024, 1024), 4096, 16),
     Group(8192, (4096, 1024, 1024), 4096, 16, dropout=0.1),
     Group(8192, (14336, 14336), 4096, 16),

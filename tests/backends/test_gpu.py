@@ -97,6 +97,28 @@ def test_the_cuda_plan_matches_fp64_and_repeats(case: DeltaLinearCase, dtype: to
     check_plans(t, grad_y, "cuda", "cuda")
 
 
+DECODE = (
+    DeltaLinearCase(1, 4096, 512, (16,)),
+    DeltaLinearCase(7, 8320, 256, (8,), bias=False),
+    DeltaLinearCase(16, 1000, 4096, (64,)),
+    DeltaLinearCase(16, 130, 300, (24,), padding=3),
+    DeltaLinearCase(13, 40, 530, (40,), layout="col"),
+)
+
+
+@pytest.mark.parametrize("case", DECODE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_decode_plan_matches_fp64_and_repeats(
+    case: DeltaLinearCase, dtype: torch.dtype
+) -> None:
+    t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
+    check_plans(t, grad_y, "decode", "fused")
+    with planner.forced("decode", "fused"):
+        s = TritonBackend().forward(*t.forward_arguments())[1]
+    low = reference.forward(*t.forward_arguments())[1]
+    assert_accurate(s, reference.forward(*t.to(torch.float64).forward_arguments())[1], low, "S")
+
+
 def check_plans(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str, back: str) -> None:
     """y and every gradient against float64, twice, forward by ``plan`` and backward by ``back``."""
     needs, wide = t.all_needed(), t.to(torch.float64)
@@ -200,18 +222,23 @@ def test_a_prefix_merged_into_torchs_attention_matches_fp64(
             assert torch.equal(got, again), f"{said}: result {i} changed its bits"
 
 
-CASE = DeltaLinearCase(300, 96, 128, (16,), bias=False)
+def case_of(plan: str) -> DeltaLinearCase:
+    """Which ``plan`` takes: of few rows the one that has a second launch beside the first."""
+    shape = (16, 96, 4096, (64,)) if plan == "decode" else (300, 96, 128, (16,))
+    return DeltaLinearCase(*shape, bias=plan != "beside")
 
 
 def results(device: str, plan: str) -> tuple[DeltaLinearTensors, list[torch.Tensor]]:
     """Arguments of a call, and y and every gradient."""
-    t = CASE.tensors(torch.bfloat16, device=device)
-    return t, call(t, CASE.grad_y(torch.bfloat16, device=device), plan)
+    case = case_of(plan)
+    t = case.tensors(torch.bfloat16, device=device)
+    return t, call(t, case.grad_y(torch.bfloat16, device=device), plan)
 
 
 def call(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str) -> list[torch.Tensor]:
     """As :func:`results`."""
-    with planner.forced("persistent" if plan == "beside" else plan, plan):
+    others = {"beside": ("persistent", "beside"), "decode": ("decode", "fused")}
+    with planner.forced(*others.get(plan, (plan, plan))):
         y, s = TritonBackend().forward(*t.forward_arguments())
         given = t.backward_arguments(grad_y, s)
         return [y, *TritonBackend().backward(*given, t.all_needed())]
@@ -221,7 +248,7 @@ def call(t: DeltaLinearTensors, grad_y: torch.Tensor, plan: str) -> list[torch.T
 def test_a_captured_call_has_the_same_bits(plan: str) -> None:
     need(plan)
     t, wanted = results("cuda", plan)
-    grad_y = CASE.grad_y(torch.bfloat16, device="cuda")
+    grad_y = case_of(plan).grad_y(torch.bfloat16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = call(t, grad_y, plan)
@@ -235,7 +262,7 @@ def test_a_captured_call_has_the_same_bits(plan: str) -> None:
 def test_a_call_waits_for_its_own_stream_alone(plan: str) -> None:
     need(plan)
     t, wanted = results("cuda", plan)
-    grad_y = CASE.grad_y(torch.bfloat16, device="cuda")
+    grad_y = case_of(plan).grad_y(torch.bfloat16, device="cuda")
     right, side = t.x.clone(), torch.cuda.Stream()
     t.x.fill_(float("nan"))
     torch.cuda.synchronize()

@@ -415,6 +415,52 @@ def test_matrices_off_a_multiple_of_16_bytes_are_not_described() -> None:
         assert not able(good, bad)
 
 
+DECODING = CALL._replace(m=16, dropout=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, True),
+        ({"m": 1, "weight_layout": "col"}, True),
+        ({"m": 17}, False),
+        ({"ranks": (65,)}, False),
+        ({"ranks": (8, 8), "adapter_dtypes": (HALF, HALF)}, False),
+        ({"adapter_dtypes": (torch.float32,)}, False),
+        ({"dropout": True}, False),
+        ({"activations": ("gelu",)}, False),
+        ({"branch_bias": True}, False),
+        ({"routed": True}, False),
+    ],
+)
+def test_few_rows_of_one_plain_branch_are_decoded(changes: dict[str, Any], taken: bool) -> None:
+    call = DECODING._replace(**changes)
+    wide = "float32" if torch.float32 in call.adapter_dtypes else "bfloat16"
+    measured = setting(call.m, rank=call.rank, adapter=wide)
+    timed = dict.fromkeys(("fused", "split", "torch"), 2.0) | {"decode": 1.0}
+    keep(tables.own(GPU), tables.Entry(measured, {"forward": timed}))
+    said = delta_linear.planned(call)
+    assert ("y decode: fastest" in said) == taken, said
+    assert "dx decode" not in said
+
+
+def test_decoding_is_the_start_of_small_ranks_alone() -> None:
+    assert "y decode: not measured" in delta_linear.planned(DECODING)
+    assert "y fused" in delta_linear.planned(DECODING._replace(ranks=(64,)))
+    keep(tables.own(GPU), entry(setting(16), 2.0, 3.0, 1.0))
+    planner.forget()
+    # a table of before there was decode is followed
+    assert "y torch, dx torch: fastest" in delta_linear.planned(DECODING)
+
+
+@pytest.mark.parametrize(("rank", "parts"), [(16, 0), (32, 1)])
+def test_decoding_is_one_launch_or_two(rank: int, parts: int) -> None:
+    kernels = launched(16, 4096, 4096, rank)
+    assert kernels[parts] == "_decode_kernel"
+    assert kernels[:parts] == ["_decode_parts_kernel"] * parts
+    assert "_forward_kernel" not in kernels
+
+
 @pytest.mark.parametrize(
     ("n", "k", "rank", "wanted"),
     [

@@ -107,6 +107,13 @@ VARIATIONS = (
 SPLIT = (SETTINGS[3], SETTINGS[6])
 # The persistent GEMMs: every row of their table, with and without a mask and a bias.
 PERSISTENT = (Setting(8192, (16,), bias=True), Setting(512, (64,), dropout=0.1))
+# Decoding, with S made within each program and beside; nothing aligned, and float32.
+DECODE = (
+    Setting(8, (16,), bias=True),
+    Setting(16, (64,), n=14336),
+    Setting(8, (3,), n=1003, k=4001),
+    Setting(8, (64,), FULL, FULL),
+)
 # dB alone, with the most lanes: what spilled on sm_100 with the warps of dS and dB together.
 ALONE = Setting(8192, (64,), wanted="b")
 # One variant of these says all.
@@ -334,10 +341,10 @@ def calls(target: Target) -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def compiling(recorder: Recorder, target: Target, plan: str) -> Iterator[None]:
     """Launches go to the recorder, and the backend takes the target for the device."""
-    run = JITFunction.run
+    run, back = JITFunction.run, "fused" if plan == "decode" else plan
     JITFunction.run = lambda fn, *args, **kwargs: recorder.run(fn, *args, **kwargs)
     try:
-        with core.standing_in(target), planner.forced(plan, plan):
+        with core.standing_in(target), planner.forced(plan, back):
             yield
     finally:
         JITFunction.run = run
@@ -370,6 +377,11 @@ def main(name: str, how: str | None = None) -> None:
         with compiling(recorder, target, "fused"):
             for call in calls(target):
                 call()
+        recorder.only = "_decode"
+        with compiling(recorder, target, "decode"):
+            for setting in DECODE:
+                launch(setting)
+        recorder.only = ""
         if name == "sm_90":
             with compiling(recorder, target, "split"):
                 for setting in SPLIT:

@@ -1,7 +1,7 @@
 """Run by test_interpreted.py in a process of its own: the kernels in Triton's interpreter.
 
 Usage: TRITON_INTERPRET=1 python interpreted.py NUMBER routed:NUMBER prefix:NUMBER tuning rows:I/N
-linears:I/N persistent:NUMBER typed:NUMBER merged:NUMBER …
+linears:I/N persistent:NUMBER decode:NUMBER typed:NUMBER merged:NUMBER …
 """
 
 from __future__ import annotations
@@ -229,6 +229,39 @@ def check_persistent(number: int) -> None:
         assert torch.equal(got, same), f"{case}: result {i} changed its bits"
 
 
+DECODE = (
+    # S within, of lanes filled and not; then from sums over pieces of K, of which some are empty
+    (DeltaLinearCase(1, 70, 130, (16,)), BRAIN),
+    (DeltaLinearCase(7, 70, 90, (1,), bias=False), FULL),
+    (DeltaLinearCase(16, 64, 64, (8,), layout="col"), FULL),
+    (DeltaLinearCase(16, 130, 150, (24,), padding=3), HALF),
+    (DeltaLinearCase(13, 40, 270, (64,)), FULL),
+    (DeltaLinearCase(16, 96, 528, (40,), bias=False), BRAIN),
+)
+
+
+def check_decode(number: int) -> None:
+    """As :func:`check_case`, of y and S."""
+    case, dtype = DECODE[number]
+    t, run = case.tensors(dtype), TritonBackend()
+    between = replace(
+        t, **{name: bordered(getattr(t, name)) for name in ("x", "weight", "bias")},
+        a=[bordered(t.a[0])], b=[bordered(t.b[0])],
+    )  # fmt: skip
+
+    def results() -> list[torch.Tensor]:
+        with guarded():
+            return list(run.forward(*between.forward_arguments()))
+
+    with planner.forced("decode", "fused"):
+        found, again = as_modelled(results, str(case)), results()
+    oracle = reference.forward(*t.to(torch.float64).forward_arguments())
+    low = reference.forward(*t.forward_arguments())
+    for i, (got, same, want, eager) in enumerate(zip(found, again, oracle, low, strict=True)):
+        assert_accurate(got, want, eager, f"decode {case} {dtype}: result {i}")
+        assert torch.equal(got, same), f"decode {case}: result {i} changed its bits"
+
+
 def check_published(dropout: float) -> None:
     """LoRAFusion's plan, a peer of the GPU benchmark, against float64, with the same mask."""
     case = DeltaLinearCase(37, 40, 70, (19,), (dropout,), bias=False)
@@ -288,6 +321,8 @@ def check_tuning() -> None:
         "device": "cpu", "rounds": 2, "capture": lambda call: call, "cache_bytes": 0,
         "clock": lambda call: float(bool(call())),
     }  # fmt: skip
+    few = tune_kernels.measure(setting._replace(dropout=False), TritonBackend(), **settings)
+    assert list(few.entry.seconds["forward"]) == [*PLANS[:3], "decode"]
     seconds = tune_kernels.measure(setting, TritonBackend(), **settings).entry.seconds
     assert list(seconds["forward"]) == list(PLANS[:3]), seconds
     assert list(seconds["backward"]) == ["fused", "split"], seconds
@@ -342,6 +377,8 @@ if __name__ == "__main__":
             merged.check(int(number), as_modelled)
         elif kind == "persistent":
             check_persistent(int(number))
+        elif kind == "decode":
+            check_decode(int(number))
         elif kind == "typed":
             case, dtype, adapter = TYPED[int(number)]
             check_case(0, (case,), dtype, adapter)

@@ -26,6 +26,7 @@ GEMMS = (
     "_forward_kernel", "_grad_input_kernel", "_forward_quantized_kernel",
     "_grad_input_quantized_kernel",
 )  # fmt: skip
+DECODE = ("_decode_kernel", "_decode_parts_kernel")
 SKINNY = (
     "_project_kernel", "_grad_up_kernel", "_grad_down_kernel", "_hidden_kernel",
     "_hidden_grad_kernel",
@@ -45,10 +46,10 @@ ROWS = (
 GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
 DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
 QUANTIZED = ("_dequantize_kernel",)
-KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
-ALSO = {"sm_90": {*PERSISTENT, *MERGED}, "sm_100": {*PERSISTENT}}
+KERNELS = {*GEMMS, *DECODE, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
+ALSO = {"sm_90": {*PERSISTENT, *MERGED, "_beside_kernel"}, "sm_100": {*PERSISTENT}}
 # of it the largest tiles, and those that it has for itself
-NARROW = {*GEMMS[:2], *SKINNY[:3], *ATTENTION, *GROUP[:1], *DORA, "_bottleneck_kernel"}
+NARROW = {*GEMMS[:2], *DECODE, *SKINNY[:3], *ATTENTION, *GROUP[:1], *DORA, "_bottleneck_kernel"}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {

@@ -38,11 +38,8 @@ def interpret(share: int) -> subprocess.CompletedProcess[str]:
         if case.k < 100 and (case.m < 140 or any(case.activation))
     ][share::SHARES]
     numbers += [f"{kind}:{share}/{SHARES}" for kind in ("rows", "linears")]
-    numbers += [
-        f"{kind}:{i}"
-        for kind, n in (("persistent", 3), ("typed", 6), ("merged", 6))
-        for i in range(n)
-    ][share::SHARES]
+    kinds = ("persistent", 3), ("typed", 6), ("decode", 6), ("merged", 6)
+    numbers += [f"{kind}:{i}" for kind, n in kinds for i in range(n)][share::SHARES]
     numbers += ["tuning"] if share == 0 else []
     return subprocess.run(
         [sys.executable, "-P", str(SCRIPT), *numbers],

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def calls(scaling: float, dropout: float, plan: str) -> Iterator[Call]:
         setting = launched.Setting(*words, scaling=scaling, dropout=dropout, **more)
         return lambda: launched.launch(setting)
 
+    if plan == "decode":
+        for rank in (16, 64):
+            setting = launched.Setting(8, (rank,), scaling=scaling)
+            yield partial(launched.launch, setting)
+        return
     yield linear(512, (16,))
     if plan == "persistent":
         return
@@ -62,7 +68,7 @@ class Names(launched.Recorder):
         return {}
 
 
-@pytest.mark.parametrize("plan", ["fused", "split", "persistent"])
+@pytest.mark.parametrize("plan", ["fused", "split", "persistent", "decode"])
 def test_alpha_and_p_are_run_time_arguments(plan: str) -> None:
     # of p, also thresholds that 16 divides, and that are 1
     values = [(2.0, 0.1), (1.0, 0.5), (3e-5, 2**-16)]
@@ -100,7 +106,7 @@ class Guarded(Names):
         super().run(fn, *args, **kwargs)
 
 
-@pytest.mark.parametrize("plan", ["fused", "split", "persistent"])
+@pytest.mark.parametrize("plan", ["fused", "split", "persistent", "decode"])
 def test_every_launch_is_on_the_gpu_of_its_tensors(
     plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

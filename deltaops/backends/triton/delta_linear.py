@@ -46,11 +46,12 @@ def planned(call: DeltaLinearCall) -> str:
     m, n, k = call.m, call.n, call.k
     factors = list(zip(call.ranks, call.adapter_dtypes, strict=True))
     weight = matrix(k, n).t() if call.weight_layout == "col" else matrix(n, k)
+    linear = not (call.activations or call.branch_bias or call.routed or call.dropout)
     try:
         y, dx = (
             _choice(
                 direction, rows, weight, given, call.ranks, call.adapter_dtypes, call.dropout,
-                call.device,
+                call.device, linear,
             )
             for direction, rows, given in (
                 ("forward", matrix(m, k), [matrix(n, r, dtype) for r, dtype in factors]),
@@ -81,9 +82,40 @@ def forward(
         if not y.numel():
             width = sum(t.shape[0] for t in a)
             return y, torch.empty((x.shape[0], width), dtype=torch.float32, device=x.device)
+        linear = adapter is None and _is_linear(branch_bias, dropout, activation)
+        plan = plan_of("forward", x, weight, a, b, dropout, linear)
+        if plan == "decode":
+            return y, _decode(y, x, weight, bias, a[0], b[0], scaling[0])
         s, u = branches.project(x, a, branch_bias, scaling, dropout, activation, seed, adapter)
-        _write_outputs(y, x, weight, bias, a, b, u, dropout)
+        _write_outputs(plan, y, x, weight, bias, a, b, u)
     return y, s
+
+
+def _is_linear(
+    branch_bias: Sequence[Tensor | None], dropout: Sequence[float], activation: Sequence[str]
+) -> bool:
+    """Whether S = s · x Aᵀ is all that lies between x and B."""
+    plain = all([kind == branches.LINEAR for kind in activation]) and not any(dropout)
+    return plain and all([t is None for t in branch_bias])
+
+
+def _decode(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Write y; S ``[M, R]``."""
+    s = torch.empty((x.shape[0], a.shape[0]), dtype=torch.float32, device=x.device)
+    core.kernels("decode").decode(
+        x, weight, None if bias is None else bias.contiguous(), a, b, s, y, scaling=scaling,
+        precision=core.kernels("precision").rank_precision(x.dtype, [a]),
+        capability=core.capability(x),
+    )  # fmt: skip
+    return s
 
 
 def outputs(
@@ -98,11 +130,13 @@ def outputs(
     """``y [M, N]`` where S is known, or U of parallel adapters; on the current GPU."""
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     if y.numel():
-        _write_outputs(y, x, weight, bias, a, b, s, dropout)
+        plan = plan_of("forward", x, weight, a, b, dropout)
+        _write_outputs(plan, y, x, weight, bias, a, b, s)
     return y
 
 
 def _write_outputs(
+    plan: str,
     y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -110,9 +144,7 @@ def _write_outputs(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     s: Tensor,
-    dropout: Sequence[float],
 ) -> None:
-    plan = plan_of("forward", x, weight, a, b, dropout)
     bias = None if bias is None else bias.contiguous()  # as the kernels read it
     if plan == "torch":
         _add_products(y, bias, s, [t.t() for t in b], x, weight.t())
@@ -284,6 +316,14 @@ def described(
     return taken
 
 
+def decodes(rows: Tensor, factors: Sequence[Tensor], ranks: Sequence[int]) -> bool:
+    """Whether y and S of x are made together: few rows, one branch in the model's dtype."""
+    if len(ranks) != 1 or factors[0].dtype != rows.dtype:
+        return False
+    most: tuple[int, int] = core.kernels("configs").DECODED
+    return 0 < rows.shape[0] <= most[0] and 0 < ranks[0] <= most[1]
+
+
 def special(
     direction: str,
     rows: Tensor,
@@ -291,8 +331,14 @@ def special(
     factors: Sequence[Tensor],
     ranks: Sequence[int],
     device: torch.device | str,
+    linear: bool,
 ) -> tuple[str, ...]:
-    """The plans from ``persistent`` on that take the GEMM of a direction on ``device``."""
+    """The plans from ``persistent`` on that take the GEMM of a direction on ``device``.
+
+    Args:
+        linear: S is still to be made, and is s · x Aᵀ, without dropout or what a parallel adapter
+            or a row's own has.
+    """
     found: tuple[str, ...] = ()
     if described(direction, rows, weight, factors, ranks, device):
         found = ("persistent", "cuda") if cuda.runs_on(device, "cuda") else ("persistent",)
@@ -301,6 +347,8 @@ def special(
     if direction == "backward" and "persistent" in found:
         m, k = rows.shape[0], weight.shape[1]
         found += ("beside",) if beside.fits(m, k, ranks[0], device) else ()
+    if linear and direction == "forward" and decodes(rows, factors, ranks):
+        found += ("decode",)
     return found
 
 
@@ -311,10 +359,13 @@ def plan_of(
     a: Sequence[Tensor],
     factors: Sequence[Tensor],
     dropout: Sequence[float],
+    linear: bool = False,
 ) -> str:
-    """How the GEMM of this direction goes; ``rows`` is x or dy, ``factors`` are B or A."""
+    """How the GEMM of this direction goes; ``rows`` is x or dy, ``factors`` are B or A; ``linear``
+    as in :func:`special`."""
     ranks, dtypes = tuple([t.shape[0] for t in a]), tuple([t.dtype for t in a])
-    return _choice(direction, rows, weight, factors, ranks, dtypes, any(dropout), rows.device).plan
+    given = ranks, dtypes, any(dropout), rows.device, linear
+    return _choice(direction, rows, weight, factors, *given).plan
 
 
 def _choice(
@@ -326,11 +377,12 @@ def _choice(
     dtypes: tuple[torch.dtype, ...],
     dropout: bool,
     device: torch.device | str,
+    linear: bool,
 ) -> Choice:
     n, k = weight.shape
     setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, dropout)
     plain = core.kernels("configs").is_plain(rows, weight, ranks)
-    able = special(direction, rows, weight, factors, ranks, device)
+    able = special(direction, rows, weight, factors, ranks, device, linear)
     return planner.choose(setting, direction, device, plain, able)
 
 

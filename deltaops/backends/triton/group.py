@@ -234,7 +234,8 @@ def _is_for_cuda(direction: str, rows: Tensor, member: GroupMember) -> bool:
     (a, b, _), ranks = thirds(member.operands), _plan(member).ranks
     factors = b if direction == "forward" else a
     device = rows.device
-    return "cuda" in delta_linear.special(direction, rows, member.weight, factors, ranks, device)
+    given = member.weight, factors, ranks, device, False
+    return "cuda" in delta_linear.special(direction, rows, *given)
 
 
 def _is_one_launch(x: Tensor, members: Sequence[GroupMember]) -> bool:

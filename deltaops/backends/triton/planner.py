@@ -6,15 +6,16 @@
     persistent   the fused kernel whose programs stay, with tensor descriptors: Hopper and later
     cuda    the same, hand-written in CUDA C++ (:mod:`cuda`): Hopper
     ampere  another of CUDA C++, of any shape, few rows among them: sm_80 and later
+    decode  y of at most 16 rows, and S with it, which every other plan is handed
     beside  of dx: persistent on the multiprocessors that its rounds need, with dB and dA on the
             others meanwhile (:mod:`beside`)
 
 Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is
 expected to be the faster one. Which outweighs the other is a matter of measurement
-(:mod:`tables`). Where nothing was measured, :func:`start` decides by the break-even rule, and never
-for the last three. Either way a choice follows from the call,
-how its matrices lie and the tables alone, which are read once a GPU and process: nothing is timed
-in a call, nor under graph capture.
+(:mod:`tables`). Where nothing was measured, :func:`start` takes ``decode`` where it can and else
+decides by the break-even rule, never for "cuda", "ampere" and "beside". Either way a choice follows
+from the call, how its matrices lie and the tables alone, which are read once a GPU and process:
+nothing is timed in a call, nor under graph capture.
 """
 
 from __future__ import annotations
@@ -135,6 +136,10 @@ def expected(setting: Setting, plain: bool) -> float:
     return EXPECTED_SMALL if small else EXPECTED
 
 
+DECODED = 32
+"""Ranks up to which ``decode`` is taken unmeasured. Chosen, not measured."""
+
+
 def start(setting: Setting, direction: str, plain: bool, special: tuple[str, ...] = ()) -> Choice:
     """The plan where nothing was measured.
 
@@ -144,6 +149,12 @@ def start(setting: Setting, direction: str, plain: bool, special: tuple[str, ...
     """
     if setting.rank == 0:  # no rank part: nothing is saved by fusing
         return Choice("torch", "no branch, so the library's GEMM is all there is to do")
+    if "decode" in special and setting.rank <= DECODED:
+        return Choice(
+            "decode",
+            "not measured on this GPU; of so few rows launches are saved by making S with y "
+            "(deltaops tune-kernels measures)",
+        )
     name, speed = "fused", expected(setting, plain)
     if "persistent" in special and speed < EXPECTED_PERSISTENT:
         name, speed = "persistent", EXPECTED_PERSISTENT

@@ -27,6 +27,35 @@ def _forward(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.store(a.y, a.M * a.N)
 
 
+@entry("_decode_kernel")
+def _decode(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    (across,) = grid
+    steps = across * cdiv(a.K, a.BLOCK_K)
+    t.load(a.x, a.M * a.K, a.M * a.K * across)
+    t.load(a.weight, a.N * a.K, a.N * a.K)
+    t.dots(steps, a.BLOCK_M, a.BLOCK_N, a.BLOCK_K)
+    if a.PARTS:
+        t.load(a.parts, a.PARTS * a.M * a.R, a.PARTS * a.M * a.R * across)
+    else:
+        t.load(a.a, a.R * a.K, a.R * a.K * across)
+        t.dots(steps, a.BLOCK_M, a.BLOCK_R, a.BLOCK_K)
+    t.load(a.b, a.N * a.R, a.N * a.R)
+    t.dots(across, a.BLOCK_M, a.BLOCK_N, a.BLOCK_R)
+    if a.HAS_BIAS:
+        t.load(a.bias, a.N, a.N)
+    t.store(a.s, a.M * a.R)
+    t.store(a.y, a.M * a.N)
+
+
+@entry("_decode_parts_kernel")
+def _decode_parts(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
+    lanes, parts = grid
+    t.load(a.x, a.M * a.K, a.M * a.K * lanes)
+    t.load(a.a, a.R * a.K, a.R * a.K)
+    t.store(a.parts, a.M * a.R * parts)
+    t.dots(lanes * cdiv(a.K, a.BLOCK_K), a.BLOCK_M, a.BLOCK_R, a.BLOCK_K)
+
+
 @entry("_persistent_forward_kernel")
 def _persistent_forward(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     _persistent(a.x, a.weight, a.s, a.b, a.y, (a.M, a.N, a.K, a.R),
