@@ -4,6 +4,7 @@
  * on, one matrix after the other, and blocks take tile numbers b, b + grid, b + 2 grid ... A band
  * of kBand rows of tiles is finished before the next begins, column by column: the blocks that run
  * at one time then share rows of the left and columns of the right operands, which stay in L2.
+ * With clusters read "cluster" for "block"; each of their tiles is one above another.
  */
 #ifndef DELTAOPS_CUDA_SCHEDULE_H
 #define DELTAOPS_CUDA_SCHEDULE_H
