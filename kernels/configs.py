@@ -176,7 +176,7 @@ def decode(n: int, rank: int, dtype: torch.dtype, capability: int, plain: bool) 
     if dtype == torch.float32:
         tiles = Decode(64, 32, 4, 2, 0)
     elif not plain:
-        tiles = Decode(32, 64, 4, 3, 0)
+        tiles = Decode(64, 64, 8, 3, 0)
     elif precision.AMD:
         tiles = Decode(64, 128, 4, 2, 0)
     elif is_narrow(capability):

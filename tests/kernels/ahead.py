@@ -377,14 +377,14 @@ def main(name: str, how: str | None = None) -> None:
         with compiling(recorder, target, "fused"):
             for call in calls(target):
                 call()
-        recorder.only = "_decode"
-        with compiling(recorder, target, "decode"):
-            for setting in DECODE:
-                launch(setting)
-        recorder.only = ""
         if name == "sm_90":
             with compiling(recorder, target, "split"):
                 for setting in SPLIT:
+                    launch(setting)
+        if name in ("sm_90", "gfx942"):
+            recorder.only = "_decode"
+            with compiling(recorder, target, "decode"):
+                for setting in DECODE:
                     launch(setting)
         if target.capability in configs.PERSISTENT and not target.amd:
             recorder.only = "_grad_up"

@@ -3,7 +3,8 @@
 Usage: python -P tests/kernels/every_variant.py TARGET [AREA …] [--seconds S] [--out FOLDER]
 
     TARGET   sm_80, sm_89, sm_90, sm_100 or gfx942
-    AREA     gemms, passes, persistent, published, linears, attention, rows; all without one.
+    AREA     gemms, passes, persistent, decode, published, linears, attention, rows; all without
+             one.
              AREA:I/N is every N-th call of it, from the I-th on: a piece of a long run.
     S        after these nothing more is compiled, and what is left is counted; 0: what is known
     FOLDER   gets triton-variants.json and .md, the counts of all areas: benchmarks/results
@@ -91,6 +92,16 @@ def persistent() -> Iterator[Call]:
         (256, 512, 8192), (8, 64, 128), (HALF, torch.float16), (0.0, 0.1), (False, True)
     ):
         yield partial(ahead.launch, ahead.Setting(m, (rank,), dtype, dtype, dropout, bias=bias))
+
+
+def decode() -> Iterator[Call]:
+    """Of few rows, with S made within and beside."""
+    for m, rank, dtype, (n, k), conv1d in itertools.product(
+        (1, 16), (8, 16, 24, 64), (HALF, FULL), ((4096, 4096), (14336, 4096), (1003, 4001)),
+        (False, True),
+    ):  # fmt: skip
+        one = ahead.Setting(m, (rank,), dtype, dtype, n=n, k=k, conv1d=conv1d, bias=rank > 16)
+        yield partial(ahead.launch, one)
 
 
 def published() -> Iterator[Call]:
@@ -190,7 +201,9 @@ class Remembering(ahead.Recorder):
         return found
 
 
-AREAS = {f.__name__: f for f in (gemms, passes, persistent, published, linears, attention, rows)}
+AREAS = {
+    f.__name__: f for f in (gemms, passes, persistent, decode, published, linears, attention, rows)
+}
 
 
 ONLY = {
@@ -203,6 +216,7 @@ ONLY = {
         "_sum_partials_kernel",
     ),
     "persistent": "_persistent",
+    "decode": "_decode",
     "linears": (
         "_project_group_kernel",
         "_grad_down_group_kernel",
@@ -221,6 +235,8 @@ def plans(area: str, target: Target) -> tuple[str, ...]:
     if area == "persistent":
         there = not target.amd and target.capability in configs.PERSISTENT
         return ("persistent",) if there else ()
+    if area == "decode":
+        return ("decode",)
     return ("fused", "split") if area in ("gemms", "linears") else ("fused",)
 
 

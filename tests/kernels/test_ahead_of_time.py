@@ -46,10 +46,14 @@ ROWS = (
 GROUP = ("_project_group_kernel", "_grad_down_group_kernel")
 DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
 QUANTIZED = ("_dequantize_kernel",)
-KERNELS = {*GEMMS, *DECODE, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
-ALSO = {"sm_90": {*PERSISTENT, *MERGED, "_beside_kernel"}, "sm_100": {*PERSISTENT}}
+KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
+ALSO = {
+    "sm_90": {*PERSISTENT, *DECODE, *MERGED, "_beside_kernel"},
+    "sm_100": {*PERSISTENT},
+    "gfx942": {*DECODE},
+}
 # of it the largest tiles, and those that it has for itself
-NARROW = {*GEMMS[:2], *DECODE, *SKINNY[:3], *ATTENTION, *GROUP[:1], *DORA, "_bottleneck_kernel"}
+NARROW = {*GEMMS[:2], *SKINNY[:3], *ATTENTION, *GROUP[:1], *DORA, "_bottleneck_kernel"}
 
 ENVIRONMENT = dict(os.environ)  # what tests change of it does not reach the compilers
 SABOTAGES = {
