@@ -31,8 +31,8 @@ from . import (
 
 class TritonBackend:
     """Forward and backward on a GPU. Its kernels have no atomics and sum in a fixed order: the same
-    bits every run. Where a plan leaves a product or an attention to the library, that holds as far as
-    the library's promise does: torch's attention repeats the gradients of q, k and v under
+    bits every run. Where a plan leaves a product or an attention to the library, that holds as far
+    as the library's promise does: torch's attention repeats the gradients of q, k and v under
     torch.use_deterministic_algorithms(True) alone."""
 
     name = "triton"
