@@ -432,7 +432,9 @@ def merge_prefix(d: int, prefix: int, wide: bool, aligned: bool) -> Attend:
     return _for_amd(Attend(rows, prefix_lanes(prefix, 32), 4, 2))
 
 
-def prefix_grads(d: int, prefix: int, wide: bool, aligned: bool) -> tuple[Attend, bool]:
+def prefix_grads(
+    d: int, prefix: int, wide: bool, aligned: bool, capability: int
+) -> tuple[Attend, bool]:
     """Its backward pass, and whether a program has the whole prefix at a time: it keeps dPk and dPv
     in registers then, two of which an SM of Hopper has room for where heads have 128 elements. With
     a float32 prefix, heads of 72, 88, 104 or 120 elements spill up to 24 bytes."""
@@ -444,7 +446,8 @@ def prefix_grads(d: int, prefix: int, wide: bool, aligned: bool) -> tuple[Attend
         return _for_amd(Attend(16, cols, 8 if lanes > 64 else 4, 1)), whole
     most = 64 if lanes <= 64 else 32
     rows, warps = (32, 4) if aligned else (16, 8)
-    return _for_amd(Attend(rows, prefix_lanes(prefix, most), warps, 2)), prefix <= most
+    stages = 2 if capability in (90, 100) else 1  # on others a few bytes spill
+    return _for_amd(Attend(rows, prefix_lanes(prefix, most), warps, stages)), prefix <= most
 
 
 SUMMED = 128

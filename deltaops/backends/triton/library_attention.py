@@ -43,7 +43,7 @@ class Library(NamedTuple):
 def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    found = torch.ops.aten._scaled_dot_product_flash_attention(
+    found = torch.ops.aten._scaled_dot_product_flash_attention.default(
         q, k, v, 0.0, causal, False, scale=scale
     )
     return found[0], found[1].contiguous()
@@ -62,7 +62,7 @@ def _flash_backward(
     # no dropout: the state of the generator is not read, but wants to be there
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     found: tuple[Tensor, Tensor, Tensor] = (
-        torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        torch.ops.aten._scaled_dot_product_flash_attention_backward.default(
             grad_y, q, k, v, y, lse, None, None, q.shape[2], k.shape[2], 0.0, causal,
             state, torch.empty((), dtype=torch.uint64, device=q.device), scale=scale,
         )
@@ -73,7 +73,7 @@ def _flash_backward(
 def _cudnn_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
         _in_order(q), k, v, None, True, 0.0, causal, False, scale=scale
     )
     return found[0], found[1].reshape(q.shape[:3])  # [B, H, Lq, 1] since torch 2.9
@@ -92,7 +92,7 @@ def _cudnn_backward(
     grad_y, q, y = heads.arranged(grad_y), _in_order(q), heads.arranged(y)
     seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))
     found: tuple[Tensor, Tensor, Tensor] = (
-        torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
             grad_y, q, k, v, y, lse.unsqueeze(-1), seed, offset, None, None, None,
             q.shape[2], k.shape[2], 0.0, causal, scale=scale,
         )
