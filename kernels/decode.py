@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import configs
 from .precision import Precision
-from .tiles import load_tile, store_tile
+from .tiles import add_product, load_tile, store_tile
 
 ROWS, RANKS = configs.DECODED
 
@@ -45,8 +45,6 @@ def _decode_parts_kernel(
     a_col,
     scale,
     OVERLAPS: tl.constexpr,
-    WORK: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -62,7 +60,7 @@ def _decode_parts_kernel(
         inner = k + tl.arange(0, BLOCK_K)
         left = load_tile(x, row, inner, x_row, x_col, M, K)
         down = load_tile(a, lane, inner, a_row, a_col, R, K)
-        acc = tl.dot(left.to(WORK), tl.trans(down.to(WORK)), acc, input_precision=PRECISION)
+        acc = add_product(acc, left, tl.trans(down))
     store_tile(parts + part * M * R, row, lane, R, 1, M, R, acc * scale)
 
 
@@ -124,10 +122,10 @@ def _decode_kernel(
         inner = k + tl.arange(0, BLOCK_K)
         left = load_tile(x, row, inner, x_row, x_col, M, K)
         right = load_tile(weight, col, inner, w_row, w_col, N, K)
-        acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
+        acc = add_product(acc, left, tl.trans(right))
         if PARTS == 0:
             down = load_tile(a, lane, inner, a_row, a_col, R, K)
-            side = tl.dot(left.to(WORK), tl.trans(down.to(WORK)), side, input_precision=PRECISION)
+            side = add_product(side, left, tl.trans(down))
     if PARTS == 0:
         side = side * scale
     else:
@@ -159,7 +157,7 @@ def decode(
     a and b in the dtype of x."""
     (m, k), (n, rank) = x.shape, b.shape
     plain = configs.is_plain(x, weight, [rank]) and configs.is_aligned(a)
-    config = configs.decode(n, rank, x.dtype, capability, plain)
+    config = configs.decode(n, k, rank, x.dtype, capability, plain)
     overlaps = config.parts > 0 and configs.overlaps(capability)
     parts = s
     if config.parts:
@@ -179,8 +177,6 @@ def decode(
             a.stride(1),
             scaling,
             OVERLAPS=overlaps,
-            WORK=precision.work,
-            PRECISION=precision.dot,
             BLOCK_M=ROWS,
             BLOCK_K=tiles.cols,
             BLOCK_R=tiles.rank,

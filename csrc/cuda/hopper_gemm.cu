@@ -147,6 +147,11 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
   deltaops_status status =
       check_shape("out", args.out, first.out.rows, args.out.cols, first.out.dtype);
   if (status == DELTAOPS_OK) status = check_rows("out", args.out);
+  if (status == DELTAOPS_OK && args.out.cols % kRow != 0)
+    status = cuda_fail(DELTAOPS_UNSUPPORTED,
+                       "%s: out must have a multiple of %lld columns, since the copy engine writes "
+                       "16 bytes at a time, got %lld; use ampere_gemm or triton",
+                       kWho, static_cast<long long>(kRow), static_cast<long long>(args.out.cols));
   if (status == DELTAOPS_OK && args.bias.data != nullptr) {
     status = check_shape("bias", args.bias, 1, args.out.cols, args.out.dtype);
     if (status == DELTAOPS_OK && args.bias.col_stride != 1 && args.bias.cols > 1)

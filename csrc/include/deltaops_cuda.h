@@ -126,8 +126,8 @@ deltaops_cuda_ampere_quantized_gemv(const deltaops_cuda_quantized_gemv_args *arg
 /* The same on Hopper (compute capability 9.0) by its copy engine and warpgroup products, of up to
  * DELTAOPS_CUDA_MAX_OUTPUTS outputs in one launch: q, k and v; gate and up. Their outs have the
  * same rows, dtype, device and stream, and their products together are at most
- * DELTAOPS_CUDA_MAX_HOPPER. Rows begin on 16 bytes, data and strides both; lengths are at least 1,
- * and sizes at most 2^31 - 512. One product of an output may have a mask, with right matrices of
+ * DELTAOPS_CUDA_MAX_HOPPER. Rows begin on 16 bytes, data and strides both; out has a multiple of 8
+ * columns, lengths are at least 1, and sizes at most 2^31 - 512. One product of an output may have a mask, with right matrices of
  * row_stride 1. */
 #define DELTAOPS_CUDA_MAX_OUTPUTS 4
 #define DELTAOPS_CUDA_MAX_HOPPER 8

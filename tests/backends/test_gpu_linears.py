@@ -106,11 +106,11 @@ def test_a_group_by_the_cuda_plan_is_one_launch_each_way() -> None:
         wide @ w.double().t()
         + (0.0 if bias is None else bias.double())
         + 0.7 * (wide @ r.a.detach().double().t()) @ r.b.detach().double().t()
-        for w, bias, (r,) in layers
+        for w, bias, (r,), *_ in layers
     ]
     total = sum(
         g.double() @ w.double() + 0.7 * (g.double() @ r.b.double()) @ r.a.double()
-        for g, (w, _, (r,)) in zip(grads, layers, strict=True)
+        for g, (w, _, (r,), *_) in zip(grads, layers, strict=True)
     )
     assert isinstance(total, Tensor)
     for got, again, low, want in zip(*found, [*oracle, total.detach()], strict=True):

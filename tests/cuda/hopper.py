@@ -52,7 +52,7 @@ class Output:
 
     def wide(self) -> Tensor:
         """What it should be, in float64."""
-        total = torch.zeros(self.out.t.shape, dtype=torch.float64)
+        total = torch.zeros(self.out.t.shape, dtype=torch.float64, device=self.out.t.device)
         for term, right in zip(self.terms, self.rights(), strict=True):
             part = term.left.t.double() @ right.double().t()
             if term.threshold:

@@ -19,8 +19,8 @@ WIDE, NARROW = 1, 99
 SHAPES = (
     (1, 8, 8, 8),
     (130, 72, 264, 24),
-    (129, 200, 137, 64),
-    (67, 65, 300, 1),
+    (129, 200, 136, 64),
+    (67, 72, 296, 1),
     (160, 64, 128, 16),
     (40, 136, 72, 100),
 )
@@ -52,9 +52,9 @@ def test_gradient_of_x(m: int, k: int, n: int, r: int, threshold: int) -> None:
 def test_two_blocks_share_right_tiles(order: int) -> None:
     """Two rows of tiles on two multiprocessors: one cluster, for two pairs of wide tiles."""
     one = (
-        gradient(130, 300, [72], [8], BF16, hopper.THRESHOLD)
+        gradient(130, 304, [72], [8], BF16, hopper.THRESHOLD)
         if order == emulated.SHUFFLED
-        else forward(130, 72, [300], [8], BF16)[0]
+        else forward(130, 72, [304], [8], BF16)[0]
     )
     assert hopper.call([one], order=order, multiprocessors=2) == 0, emulated.error()
     oracle = one.wide()
@@ -94,10 +94,10 @@ def test_an_empty_output_beside_another() -> None:
 
 
 def test_the_mask_is_the_reference_s_to_the_bit() -> None:
-    one = gradient(137, 300, [8], [8], BF16, threshold=30000, stream=7)
+    one = gradient(137, 304, [8], [8], BF16, threshold=30000, stream=7)
     one.terms[0].left.t.zero_()
     assert hopper.call([one]) == 0, emulated.error()
-    assert torch.equal(one.out.t != 0, draws(137, 300, one.seed, 7) >= 30000)
+    assert torch.equal(one.out.t != 0, draws(137, 304, one.seed, 7) >= 30000)
 
 
 def test_a_rank_of_1_lies_either_way() -> None:
@@ -150,6 +150,11 @@ def test_other_dtypes_are_refused() -> None:
     assert refused(single, status=UNSUPPORTED).endswith(says)
     says = "right of product 0 of out 0 must be [16, 24] of dtype 1, got [16, 24] of dtype 2"
     assert says in refused(layer(right=matrix(16, 24, F16, 1)), status=INVALID)
+
+
+def test_rows_that_the_copy_engine_cannot_end_are_refused() -> None:
+    says = "out must have a multiple of 8 columns, since the copy engine writes 16 bytes at a time"
+    assert says in refused(*forward(16, 24, [20], [8], BF16), status=UNSUPPORTED)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -1,10 +1,12 @@
 /* tensor_store.h: the copy engine writes boxes of shared memory to a matrix
  *   (PTX ISA, "stmatrix", "cp.async.bulk.tensor", "Async proxy")
  *
- * Boxes lie as tensor_copy.h says; what of one lies outside the matrix is not written. Threads fill
- * a box by store_matrix() and call tensor_store_fence() before they meet at a barrier; then one
- * thread queues the store and ends the group. The box may be written again when that thread has
- * waited and the others have met it; and before a block ends it waits for all of its groups.
+ * Boxes lie as tensor_copy.h says; what of one lies outside the matrix is not written, but for
+ * whole pieces of 16 bytes: of a matrix whose columns are no multiple of 8 the engine writes beyond
+ * the end of its rows (seen on an H200; the emulated one refuses it). Threads fill a box by
+ * store_matrix() and call tensor_store_fence() before they meet at a barrier; then one thread
+ * queues the store and ends the group. The box may be written again when that thread has waited and
+ * the others have met it; and before a block ends it waits for all of its groups.
  *
  * Emulated: the engine reads a box when its thread waits for the group, and never where it does
  * not. It reads NaN where the box was written without a fence, or changed since the store was
@@ -66,6 +68,8 @@ inline void tensor_store(const TensorMap *map, int32_t row, int32_t column, cons
   emulation::check_shared(from, bytes, kSwizzleAtom, "cp.async.bulk.tensor");
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0)
     emulation::fail("cp.async.bulk.tensor: the tensor map is not on 64 bytes");
+  if (map->columns % 8 != 0)
+    emulation::fail("cp.async.bulk.tensor: would write 16 bytes across the end of a row");
   const auto *first = static_cast<const unsigned char *>(from);
   BoxStore store = {*map, row, column, first, {first, first + bytes}};
   for (const auto &rows : emulation::of_block<Unfenced>().rows)

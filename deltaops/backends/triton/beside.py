@@ -1,8 +1,8 @@
-"""The plan ``beside``: dB and dA while dx is computed, on the multiprocessors that it leaves over.
+"""The plan ``beside``: dA while dx is computed, on the multiprocessors that it leaves over.
 
 Tiles of dx are computed in rounds, one a multiprocessor; the last round rarely needs all of them.
-With as many fewer as cost no round more, the others read dy and x meanwhile: two passes that take
-no time of their own. dS goes before, in a pass of its own, since dx and dA need it.
+With as many fewer as cost no round more, the others read x meanwhile: a pass that takes no time of
+its own. dS and dB come before, in one pass over dy.
 """
 
 from __future__ import annotations
@@ -41,21 +41,24 @@ def backward(
     scaling: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """dx, and those of dA and dB that ``needs`` names; of one LoRA branch without dropout."""
-    grad_x, grad_s = torch.empty_like(x), torch.empty_like(s)
-    grad_a, grad_b = (
-        torch.empty_like(t) if n else None for t, n in zip((a, b), needs, strict=True)
-    )
+    """dx, db where it is wanted, dA, and dB where that is; of one LoRA branch without dropout.
+
+    Args:
+        needs: of x, the bias, A and B.
+    """
+    grad_x, grad_s, grad_a = torch.empty_like(x), torch.empty_like(s), torch.empty_like(a)
+    grad_b = torch.empty_like(b) if needs[3] else None
+    grad_bias = grad_y.new_empty(grad_y.shape[1]) if needs[1] else None
     (m, k), device = x.shape, x.device
     precision = core.kernels("precision").rank_precision(x.dtype, [a])
     spare, capability = _spare(m, k, device), core.capability(x)
     with core.device_of(x):
         branches.pass_over_dy(
             grad_y, b, s, scaling=scaling, activation=branches.LINEAR, precision=precision,
-            grad_s=grad_s, grad_b=None, grad_bias=None,
+            grad_s=grad_s, grad_b=grad_b, grad_bias=grad_bias,
         )  # fmt: skip
         with core.aside(device):
-            core.kernels("beside").beside(grad_y, x, s, grad_s, grad_b, grad_a, programs=spare)
+            core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
         try:
             core.kernels("persistent_grad_input").persistent_grad_input(
                 grad_y, weight, grad_s, a, grad_x, dropout=0.0, seed=None,
@@ -63,7 +66,7 @@ def backward(
             )  # fmt: skip
         finally:
             core.together(device)
-    return [t for t in (grad_x, grad_a, grad_b) if t is not None]
+    return [t for t in (grad_x, grad_bias, grad_a, grad_b) if t is not None]
 
 
 def _spare(m: int, k: int, device: torch.device | str) -> int:

@@ -91,7 +91,7 @@ def persists(device: torch.device | str) -> bool:
 
 
 def has_room_beside(device: torch.device | str) -> bool:
-    """Whether the passes beside a persistent dx do: Hopper, and the interpreter."""
+    """Whether a pass beside a persistent dx does: Hopper, and the interpreter."""
     return _is_of(device, kernels("configs").BESIDE)
 
 

@@ -184,10 +184,10 @@ def backward(
     """See :class:`deltaops.backends.base.Backend`."""
 
     plain = adapter is None and not any(dropout) and all(kind == "identity" for kind in activation)
-    if plain and x is not None and [*needs[:2], *needs[4:]] == [True, False, False]:
+    if plain and x is not None and [needs[0], *needs[2:3], *needs[4:]] == [True, True, False]:
         if plan_of("backward", grad_y, weight, a, a, dropout) == "beside":
             if core.kernels("persistent").is_describable(x):
-                return beside.backward(grad_y, x, weight, a[0], b[0], s, scaling[0], needs[2:4])
+                return beside.backward(grad_y, x, weight, a[0], b[0], s, scaling[0], needs)
 
     def write(grad_x: Tensor, grad_s: Tensor) -> None:
         _write_grad_input(grad_x, grad_y, weight, a, grad_s, dropout, seed)

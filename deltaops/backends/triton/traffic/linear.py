@@ -88,16 +88,11 @@ def _persistent(
 
 @entry("_beside_kernel")
 def _beside(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
-    for wanted, tall, side, out, length in (
-        (a.WANT_B, a.grad_y, a.s, a.grad_b, a.N),
-        (a.WANT_A, a.x, a.grad_s, a.grad_a, a.K),
-    ):
-        if wanted:
-            blocks = cdiv(length, a.BLOCK_C)
-            t.load(tall.base, a.M * length, a.M * length)
-            t.load(side, a.M * a.R, a.M * a.R * blocks)
-            t.store(out, length * a.R)
-            t.dots(blocks * cdiv(a.M, a.BLOCK_M), a.BLOCK_C, a.BLOCK_R, a.BLOCK_M)
+    blocks = cdiv(a.K, a.BLOCK_K)
+    t.load(a.x.base, a.M * a.K, a.M * a.K)
+    t.load(a.grad_s, a.M * a.R, a.M * a.R * blocks)
+    t.store(a.grad_a, a.K * a.R)
+    t.dots(blocks * cdiv(a.M, a.BLOCK_M), a.BLOCK_K, a.BLOCK_R, a.BLOCK_M)
 
 
 @entry("_project_kernel")
