@@ -453,9 +453,12 @@ def test_decoding_is_the_start_of_small_ranks_alone() -> None:
     assert "y torch, dx torch: fastest" in delta_linear.planned(DECODING)
 
 
-@pytest.mark.parametrize(("rank", "parts"), [(16, 0), (32, 1)])
-def test_decoding_is_one_launch_or_two(rank: int, parts: int) -> None:
-    kernels = launched(16, 4096, 4096, rank)
+@pytest.mark.parametrize(
+    ("gpu", "rank", "parts"), [("sm_80", 16, 0), ("sm_80", 64, 1), (GPU, 16, 1)]
+)
+def test_decoding_is_one_launch_or_two(gpu: str, rank: int, parts: int) -> None:
+    with core.standing_in(targets.TARGETS[gpu]):
+        kernels = launched(16, 4096, 4096, rank)
     assert kernels[parts] == "_decode_kernel"
     assert kernels[:parts] == ["_decode_parts_kernel"] * parts
     assert "_forward_kernel" not in kernels
