@@ -173,7 +173,7 @@ def test_a_module_of_another_build_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     stale = types.SimpleNamespace(abi_version=lambda: 1)
     monkeypatch.setitem(sys.modules, "deltaops._cuda", stale)
     assert cuda.state() == (
-        "deltaops._cuda is of another build (version 1 of its C ABI, not 3); reinstall deltaops"
+        "deltaops._cuda is of another build (version 1 of its C ABI, not 4); reinstall deltaops"
     )
 
 

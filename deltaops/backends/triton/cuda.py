@@ -26,7 +26,7 @@ HOPPER = "90a"
 """As the library names the architecture of the products of ``cuda``: no other runs them."""
 AMPERE = 80
 """The oldest architecture of those of ``ampere``, as in sm_80."""
-ABI_VERSION = 3
+ABI_VERSION = 4
 """DELTAOPS_CUDA_ABI_VERSION of csrc/include/deltaops_cuda.h."""
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 """deltaops_dtype of csrc/include/deltaops.h."""
