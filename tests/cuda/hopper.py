@@ -173,6 +173,27 @@ class Module:
             raise RuntimeError(emulated.error())
 
     @staticmethod
+    def hopper_project_gemm_workspace(m: int) -> int:
+        size = emulated.library().deltaops_cuda_hopper_project_gemm_workspace
+        size.restype = ctypes.c_uint64
+        return int(size(ctypes.c_int64(m)))
+
+    @staticmethod
+    def hopper_project_gemm(
+        device: int, dtype: int, layer: Any, s: Any, narrow: Any, out: Any, scaling: float,
+        blocks: int, workspace: int, size: int, stream: int,
+    ) -> None:  # fmt: skip
+        views = [Matrix() if t is None else Matrix(*t, dtype, 0) for t in layer]
+        given = [*views, Matrix(*s, 0, 0), Matrix(*narrow, dtype, 0), Matrix(*out, dtype, 0)]
+        args = ProjectArgs(
+            ctypes.sizeof(ProjectArgs), device, *given, scaling, blocks, workspace, size, stream
+        )
+        with emulated.grid(capability=90, multiprocessors=8) as lib:
+            status = lib.deltaops_cuda_hopper_project_gemm(ctypes.byref(args))
+        if status:
+            raise RuntimeError(emulated.error())
+
+    @staticmethod
     def ampere_gemm(device: int, dtype: int, output: Any, seed: int, stream: int) -> None:
         with emulated.grid() as lib:
             args = _args(device, dtype, output, seed, stream)

@@ -42,9 +42,7 @@ class Layer:
         return hopper.project_args(*tensors, SCALING, blocks, flags, None)  # type: ignore[arg-type]
 
 
-def layer(
-    m: int, k: int, n: int, r: int, dtype: torch.dtype = BF16, bias: bool = True
-) -> Layer:
+def layer(m: int, k: int, n: int, r: int, dtype: torch.dtype = BF16, bias: bool = True) -> Layer:
     return Layer(
         *(matrix(m, k, dtype, 1), matrix(n, k, dtype, 2), matrix(r, k, dtype, 3)),
         *(matrix(n, r, dtype, 4), matrix(1, n, dtype, 5) if bias else None),
@@ -89,3 +87,72 @@ def check(one: Layer, **gpu: Any) -> None:
 )
 def test_y_and_s(m: int, k: int, n: int, r: int, blocks: int, sms: int, order: int) -> None:
     check(layer(m, k, n, r), blocks=blocks, multiprocessors=sms, order=order)
+
+
+def test_float16_and_no_bias_and_no_s() -> None:
+    one = layer(140, 72, 144, 40, F16, bias=False)
+    check(one, multiprocessors=4)
+    wanted = one.out.t.clone()
+    one.s = None
+    one.out.t.fill_(float("nan"))
+    one.narrow.t.fill_(float("nan"))
+    assert call(one, multiprocessors=4) == 0, emulated.error()
+    assert torch.equal(one.out.t, wanted)
+
+
+def test_the_same_bits_however_many_make_s() -> None:
+    found = []
+    for order, sms, blocks in ((0, 8, 0), (1, 4, 1), (2, 8, 4), (1, 8, 6)):
+        one = layer(500, 136, 264, 16)
+        assert call(one, blocks, order=order, multiprocessors=sms) == 0, emulated.error()
+        assert one.s is not None
+        found.append((one.out.t, one.s.t))
+    assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
+
+
+def test_no_rows() -> None:
+    assert call(layer(0, 8, 8, 8), multiprocessors=4) == 0, emulated.error()
+
+
+INVALID, UNSUPPORTED = 1, 2
+
+
+def refused(one: Layer, status: int, blocks: int = 1, **gpu: int) -> str:
+    """The sentence; outputs stay as they were."""
+    assert call(one, blocks, **({"multiprocessors": 4} | gpu)) == status
+    assert bool(one.out.t.isnan().all())
+    assert bool(one.narrow.t.isnan().all())
+    return emulated.error()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    says = "hopper_project_gemm: a must be [8, 24] of dtype 1, got [8, 16] of dtype 1"
+    one = layer(16, 24, 16, 8)
+    one.a = matrix(8, 16, BF16, 1)
+    assert says in refused(one, INVALID)
+    one = layer(16, 24, 16, 8)
+    one.narrow = Bordered.empty(16, 8, BF16, 1)
+    assert "hopper_project_gemm: s_narrow must have rows on 16 bytes" in refused(one, UNSUPPORTED)
+    says = "takes 1 to 64 ranks and at least one row and column of the weight, got 72 of [16, 24]"
+    assert says in refused(layer(16, 24, 16, 72), UNSUPPORTED)
+    says = "blocks must be 0 or how many make S, got -1"
+    assert says in refused(layer(16, 24, 16, 8), INVALID, blocks=-1)
+    says = "hopper_project_gemm: 1 blocks that make S must leave some of the 1 multiprocessors"
+    assert says in refused(layer(16, 24, 16, 8), UNSUPPORTED, multiprocessors=1)
+    says = "hopper_project_gemm: runs on Hopper (compute capability 9.0), and GPU 0 has 10.0"
+    assert says in refused(layer(16, 24, 16, 8), UNSUPPORTED, capability=100)
+
+
+def test_structs_and_workspaces_that_are_none_are_refused() -> None:
+    one = layer(16, 24, 16, 8)
+    flags = hopper.flags_of(16)
+    for field, value, says in (
+        ("struct_size", 8, "hopper_project_gemm: struct_size must be"),
+        ("workspace_bytes", 3, "workspace must have 4 bytes on 16 bytes, got 3 at"),
+        ("workspace", None, "workspace must have 4 bytes on 16 bytes, got 4 at"),
+    ):
+        args = one.args(1, flags)
+        setattr(args, field, value)
+        with emulated.grid(capability=90, multiprocessors=4) as lib:
+            assert lib.deltaops_cuda_hopper_project_gemm(ctypes.byref(args)) == INVALID
+        assert says in emulated.error()
