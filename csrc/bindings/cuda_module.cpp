@@ -134,6 +134,37 @@ void hopper_gemm(int32_t device, int32_t dtype, const py::list &outputs, std::ui
   raise_if(status);
 }
 
+/* The workspace must have room for the rows of x: hopper_project_gemm_workspace. */
+void hopper_project_gemm(int32_t device, int32_t dtype, const py::tuple &layer, const py::handle &s,
+                         const py::handle &s_narrow, const py::handle &out, float scaling,
+                         int32_t blocks, std::uintptr_t workspace, uint64_t workspace_bytes,
+                         std::uintptr_t stream) {
+  const auto [x, weight, a, b, bias] =
+      layer.cast<std::tuple<py::object, py::object, py::object, py::object, py::object>>();
+  deltaops_cuda_hopper_project_gemm_args args = {};
+  args.struct_size = sizeof args;
+  args.device = device;
+  args.x = matrix(x, dtype);
+  args.weight = matrix(weight, dtype);
+  args.a = matrix(a, dtype);
+  args.b = matrix(b, dtype);
+  args.bias = matrix(bias, dtype);
+  args.s = matrix(s, DELTAOPS_F32);
+  args.s_narrow = matrix(s_narrow, dtype);
+  args.out = matrix(out, dtype);
+  args.scaling = scaling;
+  args.blocks = blocks;
+  args.workspace = pointer<void>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  args.stream = pointer<void>(stream);
+  deltaops_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = deltaops_cuda_hopper_project_gemm(&args);
+  }
+  raise_if(status);
+}
+
 void ampere_gemm(int32_t device, int32_t dtype, const py::tuple &output, std::uintptr_t seed,
                  std::uintptr_t stream) {
   Gemm gemm(device, dtype, output, seed, stream);
@@ -178,6 +209,15 @@ PYBIND11_MODULE(_cuda, module) {
              "For each (out, bias, products) of outputs: out = bias + the sum of mask * (left "
              "right^T) over its (left, right, drop_threshold). Matrices are (address, rows, cols, "
              "row stride, column stride) on the GPU, a bias may be None; dtype 1 = bf16, 2 = f16.");
+  module.def("hopper_project_gemm_workspace", &deltaops_cuda_hopper_project_gemm_workspace,
+             py::arg("M"), "Bytes that hopper_project_gemm wants for M rows.");
+  module.def(
+      "hopper_project_gemm", &hopper_project_gemm, py::arg("device"), py::arg("dtype"),
+      py::arg("layer"), py::arg("s"), py::arg("s_narrow"), py::arg("out"), py::arg("scaling"),
+      py::arg("blocks"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"),
+      "Of a layer (x, weight, a, b, bias), matrices as in hopper_gemm: s (fp32, or None) and "
+      "s_narrow = scaling * x a^T, out = x weight^T + s_narrow b^T + bias; `blocks` make s, "
+      "0: as many as the others leave over.");
   module.def("ampere_gemm", &ampere_gemm, py::arg("device"), py::arg("dtype"), py::arg("output"),
              py::arg("seed"), py::arg("stream"),
              "As hopper_gemm, of one (out, bias, products) and on any GPU from sm_80 on.");

@@ -1,5 +1,5 @@
-/* hopper_gemm.cu: launches the products of hopper/gemm.h: checks them, and describes them to the
- * copy engine. */
+/* hopper_gemm.cu: launches the products of hopper/gemm.h and project.h: checks them, and describes
+ * them to the copy engine. */
 #include <stdio.h>
 
 #include "core.h"
@@ -9,10 +9,12 @@
 namespace deltaops::hopper {
 namespace {
 
-constexpr const char *kWho = "hopper_gemm";
+thread_local const char *who = "hopper_gemm"; /* the function that was called */
 constexpr int64_t kMost =
-    (int64_t{1} << 31) - 512; /* coordinates are 32-bit, and a tile is added */
-constexpr int64_t kRow = 8;   /* elements of 16 bytes */
+    (int64_t{1} << 31) - 512;      /* coordinates are 32-bit, and a tile is added */
+constexpr int64_t kRow = 8;        /* elements of 16 bytes */
+constexpr int32_t kLeastAside = 4; /* blocks that make S: fewer read x for longer than y takes */
+constexpr int64_t kMostRanks = 64;
 constexpr int32_t kTileRows = 128, kStoredRows = 64; /* of a tile; that one warpgroup stores */
 
 using Matrix = deltaops_matrix;
@@ -45,19 +47,19 @@ deltaops_status check_shape(const char *name, const Matrix &matrix, int64_t rows
                             int32_t dtype) {
   if (matrix.rows != rows || matrix.cols != cols || matrix.dtype != dtype)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                     "%s: %s must be [%lld, %lld] of dtype %d, got [%lld, %lld] of dtype %d", kWho,
+                     "%s: %s must be [%lld, %lld] of dtype %d, got [%lld, %lld] of dtype %d", who,
                      name, static_cast<long long>(rows), static_cast<long long>(cols), dtype,
                      static_cast<long long>(matrix.rows), static_cast<long long>(matrix.cols),
                      matrix.dtype);
   if (rows < 0 || cols < 0)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: %s must have sizes >= 0, got [%lld, %lld]",
-                     kWho, name, static_cast<long long>(rows), static_cast<long long>(cols));
+                     who, name, static_cast<long long>(rows), static_cast<long long>(cols));
   if (rows > kMost || cols > kMost)
     return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: %s must have sizes up to %lld, got [%lld, %lld]",
-                     kWho, name, static_cast<long long>(kMost), static_cast<long long>(rows),
+                     who, name, static_cast<long long>(kMost), static_cast<long long>(rows),
                      static_cast<long long>(cols));
   if (matrix.data == nullptr && rows > 0 && cols > 0)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: %s must have data, got NULL", kWho, name);
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: %s must have data, got NULL", who, name);
   return DELTAOPS_OK;
 }
 
@@ -69,14 +71,14 @@ deltaops_status check_rows(const char *name, const Matrix &matrix) {
     return cuda_fail(DELTAOPS_UNSUPPORTED,
                      "%s: %s must have elements side by side in rows that do not overlap, got "
                      "strides %lld and %lld; pass a contiguous tensor",
-                     kWho, name, static_cast<long long>(matrix.row_stride),
+                     who, name, static_cast<long long>(matrix.row_stride),
                      static_cast<long long>(matrix.col_stride));
   if (reinterpret_cast<uintptr_t>(matrix.data) % 16 != 0 ||
       (matrix.rows > 1 && matrix.row_stride % kRow != 0))
     return cuda_fail(DELTAOPS_UNSUPPORTED,
                      "%s: %s must have rows on 16 bytes, got pointer %p and row stride %lld; pad "
                      "rows to a multiple of %lld elements, or use triton",
-                     kWho, name, matrix.data, static_cast<long long>(matrix.row_stride),
+                     who, name, matrix.data, static_cast<long long>(matrix.row_stride),
                      static_cast<long long>(kRow));
   return DELTAOPS_OK;
 }
@@ -103,17 +105,17 @@ deltaops_status check_products(const deltaops_cuda_gemm_args &args, int32_t outp
       status = check_shape(right.text, product.right, args.out.cols, length, args.out.dtype);
     if (status != DELTAOPS_OK) return status;
     if (length == 0)
-      return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: %s must have at least 1 column, got 0", kWho,
+      return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: %s must have at least 1 column, got 0", who,
                        left.text);
     if (product.drop_threshold > 65536)
       return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                       "%s: drop_threshold must be p * 65536, so 0 to 65536, got %u", kWho,
+                       "%s: drop_threshold must be p * 65536, so 0 to 65536, got %u", who,
                        product.drop_threshold);
     if (product.drop_threshold > 0 && args.seed == nullptr)
       return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
                        "%s: seed must point to one 64-bit value on the GPU where something is "
                        "dropped, got NULL",
-                       kWho);
+                       who);
     masked += product.drop_threshold > 0;
     layout->see(product.right);
   }
@@ -121,7 +123,7 @@ deltaops_status check_products(const deltaops_cuda_gemm_args &args, int32_t outp
     return cuda_fail(DELTAOPS_UNSUPPORTED,
                      "%s: one product of an output may have a mask (each takes an accumulator of "
                      "its own), got %d; use ampere_gemm or triton",
-                     kWho, masked);
+                     who, masked);
   if (masked > 0) layout->inner = false;
   return DELTAOPS_OK;
 }
@@ -132,17 +134,17 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
                      "%s: struct_size of out %d must be %zu, got %u; were caller and library "
                      "compiled from the same deltaops_cuda.h?",
-                     kWho, output, sizeof args, args.struct_size);
+                     who, output, sizeof args, args.struct_size);
   if (args.device != first.device || args.stream != first.stream)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
                      "%s: out %d must have the device and stream of out 0, got device %d and "
                      "stream %p",
-                     kWho, output, args.device, args.stream);
+                     who, output, args.device, args.stream);
   if (args.out.dtype != DELTAOPS_BF16 && args.out.dtype != DELTAOPS_F16)
-    return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: dtype must be bf16 (1) or f16 (2), got %d", kWho,
+    return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: dtype must be bf16 (1) or f16 (2), got %d", who,
                      args.out.dtype);
   if (args.num_products < 1 || args.products == nullptr)
-    return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: out %d must have products, got %d at %p", kWho,
+    return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: out %d must have products, got %d at %p", who,
                      output, args.num_products, static_cast<const void *>(args.products));
   deltaops_status status =
       check_shape("out", args.out, first.out.rows, args.out.cols, first.out.dtype);
@@ -155,7 +157,7 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
   if (status == DELTAOPS_OK && args.bias.data != nullptr) {
     status = check_shape("bias", args.bias, 1, args.out.cols, args.out.dtype);
     if (status == DELTAOPS_OK && args.bias.col_stride != 1 && args.bias.cols > 1)
-      status = cuda_fail(DELTAOPS_UNSUPPORTED, "%s: bias must have col_stride 1, got %lld", kWho,
+      status = cuda_fail(DELTAOPS_UNSUPPORTED, "%s: bias must have col_stride 1, got %lld", who,
                          static_cast<long long>(args.bias.col_stride));
   }
   return status == DELTAOPS_OK ? check_products(args, output, layout) : status;
@@ -164,7 +166,7 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
 /* Of all, and how their right matrices lie: layout->inner wherever that holds. */
 deltaops_status check(const deltaops_cuda_gemm_args *outputs, int32_t count, Layout *layout) {
   if (outputs == nullptr || count < 1 || count > kMaxOutputs)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: takes 1 to %d outputs, got %d at %p", kWho,
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: takes 1 to %d outputs, got %d at %p", who,
                      kMaxOutputs, count, static_cast<const void *>(outputs));
   int64_t products = 0;
   for (int32_t i = 0; i < count; ++i) {
@@ -176,12 +178,12 @@ deltaops_status check(const deltaops_cuda_gemm_args *outputs, int32_t count, Lay
     return cuda_fail(DELTAOPS_UNSUPPORTED,
                      "%s: takes at most %d products together, got %lld; launch the outputs one by "
                      "one",
-                     kWho, kMaxSegments, static_cast<long long>(products));
+                     who, kMaxSegments, static_cast<long long>(products));
   if (!layout->inner && !layout->outer)
     return cuda_fail(DELTAOPS_UNSUPPORTED,
                      "%s: the right matrices must all have col_stride 1, or all row_stride 1, as "
                      "they must with a mask; pass contiguous tensors or transposed views of such",
-                     kWho);
+                     who);
   for (int32_t i = 0; i < count; ++i)
     for (int32_t j = 0; j < outputs[i].num_products; ++j) {
       const Matrix &right = outputs[i].products[j].right;
@@ -192,20 +194,21 @@ deltaops_status check(const deltaops_cuda_gemm_args *outputs, int32_t count, Lay
   return DELTAOPS_OK;
 }
 
-/* Tiles of 256 columns where they give every multiprocessor one, else of 128. Two blocks a cluster
- * where the rows of tiles are even, or so many that one more costs little. */
+/* Tiles of 256 columns where S is made `aside` or they give every multiprocessor one, else of 128.
+ * Two blocks a cluster where the rows of tiles are even, or so many that one more costs little. */
 Schedule schedule_of(const deltaops_cuda_gemm_args *outputs, int32_t count, int32_t multiprocessors,
-                     Shape *shape) {
+                     bool aside, Shape *shape) {
   Schedule schedule = {};
   const int64_t rows = blocks(outputs[0].out.rows, kTileRows);
-  shape->cluster = multiprocessors > 1 && (rows % 2 == 0 || rows > 16) ? 2 : 1;
+  const bool room = multiprocessors >= (aside ? 4 : 2); /* for a cluster of each kind */
+  shape->cluster = room && (rows % 2 == 0 || rows > 16) ? 2 : 1;
   schedule.rows = static_cast<int32_t>(blocks(rows, shape->cluster));
   schedule.outputs = count;
   for (const int32_t width : {256, 128}) {
     for (int32_t i = 0; i < count; ++i)
       schedule.columns[i] = static_cast<int32_t>(blocks(outputs[i].out.cols, width));
     shape->wide = width == 256;
-    if (schedule.tiles() * shape->cluster >= multiprocessors) break;
+    if (aside || schedule.tiles() * shape->cluster >= multiprocessors) break;
   }
   return schedule;
 }
@@ -256,17 +259,58 @@ deltaops_status multiprocessors_of(int32_t device, int *multiprocessors) {
   return cuda_fail(DELTAOPS_UNSUPPORTED,
                    "%s: runs on Hopper (compute capability 9.0), and GPU %d has %d.%d; use "
                    "ampere_gemm or triton",
-                   kWho, device, major, minor);
+                   who, device, major, minor);
 }
 
+/* How many blocks make S: as many as are asked for, or as the rounds of the others leave over;
+ * whole clusters, and no more than there are rows of tiles. */
+int32_t blocks_aside(int32_t asked, const Schedule &schedule, int32_t cluster,
+                     int32_t multiprocessors) {
+  const int64_t most = multiprocessors / cluster, tiles = schedule.tiles();
+  const int64_t needed = blocks(tiles, blocks(tiles, most)); /* for as many rounds */
+  int64_t wanted = asked > 0 ? asked : (most - needed) * cluster;
+  if (wanted < kLeastAside && asked == 0) wanted = kLeastAside;
+  wanted = blocks(wanted, cluster) * cluster;
+  const int64_t rows = int64_t{schedule.rows} * cluster;
+  return static_cast<int32_t>(wanted < rows ? wanted : rows);
+}
+
+/* The part of the launch that makes S. */
+deltaops_status describe_sides(const deltaops_cuda_hopper_project_gemm_args &args,
+                               const MapMaker &maps, int32_t cluster, int32_t multiprocessors,
+                               GemmArguments *arguments) {
+  Sides *sides = &arguments->sides;
+  sides->s = static_cast<float *>(args.s.data);
+  sides->s_stride = args.s.row_stride;
+  sides->narrow = args.s_narrow.data;
+  sides->narrow_stride = args.s_narrow.row_stride;
+  sides->flags = static_cast<uint32_t *>(args.workspace);
+  sides->rows = static_cast<int32_t>(args.x.rows);
+  sides->ranks = static_cast<int32_t>(args.a.rows);
+  sides->width = sides->ranks <= 16 ? 16 : sides->ranks <= 32 ? 32 : 64;
+  sides->scaling = args.scaling;
+  sides->blocks = blocks_aside(args.blocks, arguments->schedule, cluster, multiprocessors);
+  if (multiprocessors - sides->blocks < cluster)
+    return cuda_fail(
+        DELTAOPS_UNSUPPORTED,
+        "%s: %d blocks that make S must leave some of the %d multiprocessors of GPU %d "
+        "to y; ask for fewer, or use hopper_gemm",
+        who, sides->blocks, multiprocessors, args.device);
+  /* the first tiles want S soonest: as few rows of tiles as one band of single blocks has */
+  arguments->schedule.band = Schedule::kBand / cluster;
+  return maps.make(&sides->a, with_stride(args.a), sides->width);
+}
+
+/* `project`: the S that the launch makes too, of the only output; or NULL. */
 deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool outer,
-                    int32_t multiprocessors) {
+                    int32_t multiprocessors,
+                    const deltaops_cuda_hopper_project_gemm_args *project) {
   const MapMaker maps;
   if (maps.status() != DELTAOPS_OK) return maps.status();
   GemmArguments arguments = {};
   Shape shape = {};
   shape.outer = outer;
-  arguments.schedule = schedule_of(outputs, count, multiprocessors, &shape);
+  arguments.schedule = schedule_of(outputs, count, multiprocessors, project != nullptr, &shape);
   const int32_t right_rows = outer ? kBoxColumns : shape.wide ? 128 : 64; /* half a tile */
   int32_t segment = 0;
   for (int32_t i = 0; i < count; ++i) {
@@ -275,15 +319,79 @@ deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool 
         describe(outputs[i], maps, outer, right_rows, &segment, &arguments, i);
     if (status != DELTAOPS_OK) return status;
   }
+  if (project != nullptr) {
+    const deltaops_status status =
+        describe_sides(*project, maps, shape.cluster, multiprocessors, &arguments);
+    if (status != DELTAOPS_OK) return status;
+  }
 #if DELTAOPS_HOPPER
+  if (project != nullptr) {
+    const deltaops_status status =
+        cuda_check(cudaMemsetAsync(project->workspace, 0,
+                                   deltaops_cuda_hopper_project_gemm_workspace(project->x.rows),
+                                   static_cast<cudaStream_t>(project->stream)),
+                   "clearing the flags of S");
+    if (status != DELTAOPS_OK) return status;
+  }
   auto *launch = outputs[0].out.dtype == DELTAOPS_BF16 ? launch_hopper_bf16 : launch_hopper_f16;
   return launch(arguments, shape, multiprocessors, outputs[0].stream);
 #else
   return cuda_fail(DELTAOPS_UNSUPPORTED,
                    "%s: this library was compiled for sm_%s, and it needs 90a; rebuild with it in "
                    "DELTAOPS_CUDA_ARCHS",
-                   kWho, DELTAOPS_CUDA_ARCHS);
+                   who, DELTAOPS_CUDA_ARCHS);
 #endif
+}
+
+/* Of what is not in the products: A, S, its place for the products, and the flags. */
+deltaops_status check_project(const deltaops_cuda_hopper_project_gemm_args &args) {
+  const int64_t M = args.x.rows, K = args.x.cols, N = args.weight.rows, R = args.a.rows;
+  const int32_t dtype = args.x.dtype;
+  deltaops_status status = check_shape("weight", args.weight, N, K, dtype);
+  if (status == DELTAOPS_OK) status = check_shape("a", args.a, R, K, dtype);
+  if (status == DELTAOPS_OK) status = check_shape("b", args.b, N, R, dtype);
+  if (status == DELTAOPS_OK) status = check_shape("s_narrow", args.s_narrow, M, R, dtype);
+  if (status == DELTAOPS_OK) status = check_shape("out", args.out, M, N, dtype);
+  if (status == DELTAOPS_OK && args.s.data != nullptr)
+    status = check_shape("s", args.s, M, R, DELTAOPS_F32);
+  if (status != DELTAOPS_OK) return status;
+  if (R < 1 || R > kMostRanks || N < 1 || K < 1)
+    return cuda_fail(DELTAOPS_UNSUPPORTED,
+                     "%s: takes 1 to %lld ranks and at least one row and column of the weight, got "
+                     "%lld of [%lld, %lld]; use project and hopper_gemm",
+                     who, static_cast<long long>(kMostRanks), static_cast<long long>(R),
+                     static_cast<long long>(N), static_cast<long long>(K));
+  if (args.s.data != nullptr && args.s.col_stride != 1 && R > 1)
+    return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: s must have col_stride 1, got %lld", who,
+                     static_cast<long long>(args.s.col_stride));
+  status = check_rows("x", args.x);
+  if (status == DELTAOPS_OK) status = check_rows("weight", args.weight);
+  if (status == DELTAOPS_OK) status = check_rows("a", args.a);
+  if (status == DELTAOPS_OK) status = check_rows("b", args.b);
+  if (status == DELTAOPS_OK) status = check_rows("s_narrow", args.s_narrow);
+  if (status != DELTAOPS_OK) return status;
+  const uint64_t bytes = deltaops_cuda_hopper_project_gemm_workspace(M);
+  if (args.workspace_bytes < bytes || (args.workspace == nullptr && bytes > 0) ||
+      reinterpret_cast<uintptr_t>(args.workspace) % 16 != 0)
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
+                     "%s: workspace must have %llu bytes on 16 bytes, got %llu at %p; see "
+                     "deltaops_cuda_hopper_project_gemm_workspace",
+                     who, static_cast<unsigned long long>(bytes),
+                     static_cast<unsigned long long>(args.workspace_bytes), args.workspace);
+  if (args.blocks < 0)
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: blocks must be 0 or how many make S, got %d",
+                     who, args.blocks);
+  return DELTAOPS_OK;
+}
+
+/* Checked outputs, on their GPU. */
+deltaops_status run_on(const deltaops_cuda_gemm_args *outputs, int32_t count, bool outer,
+                       const deltaops_cuda_hopper_project_gemm_args *project) {
+  const OnDevice here(outputs[0].device);
+  if (here.status() != DELTAOPS_OK) return here.status();
+  int multiprocessors = 0;
+  const deltaops_status status = multiprocessors_of(outputs[0].device, &multiprocessors);
+  return status == DELTAOPS_OK ? run(outputs, count, outer, multiprocessors, project) : status;
 }
 
 }  // namespace
@@ -294,15 +402,41 @@ using namespace deltaops::hopper;
 
 extern "C" deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
                                                      int32_t count) {
+  who = "hopper_gemm";
   Layout layout;
   deltaops_status status = check(outputs, count, &layout);
   if (status != DELTAOPS_OK) return status;
   int64_t columns = 0;
   for (int32_t i = 0; i < count; ++i) columns += outputs[i].out.cols;
   if (outputs[0].out.rows == 0 || columns == 0) return DELTAOPS_OK;
-  const OnDevice here(outputs[0].device);
-  if (here.status() != DELTAOPS_OK) return here.status();
-  int multiprocessors = 0;
-  status = multiprocessors_of(outputs[0].device, &multiprocessors);
-  return status == DELTAOPS_OK ? run(outputs, count, !layout.inner, multiprocessors) : status;
+  return run_on(outputs, count, !layout.inner, nullptr);
+}
+
+extern "C" uint64_t deltaops_cuda_hopper_project_gemm_workspace(int64_t M) {
+  return M > 0 ? static_cast<uint64_t>(blocks(M, kTileRows)) * sizeof(uint32_t) : 0;
+}
+
+extern "C" deltaops_status deltaops_cuda_hopper_project_gemm(
+    const deltaops_cuda_hopper_project_gemm_args *args) {
+  who = "hopper_project_gemm";
+  if (args == nullptr || args->struct_size != sizeof *args)
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
+                     "%s: struct_size must be %zu, got %u; were caller and library compiled from "
+                     "the same deltaops_cuda.h?",
+                     who, sizeof *args, args == nullptr ? 0 : args->struct_size);
+  const deltaops_cuda_product products[2] = {{args->x, args->weight, 0, 0},
+                                             {args->s_narrow, args->b, 0, 0}};
+  deltaops_cuda_gemm_args output = {};
+  output.struct_size = sizeof output;
+  output.device = args->device;
+  output.products = products;
+  output.num_products = 2;
+  output.bias = args->bias;
+  output.out = args->out;
+  output.stream = args->stream;
+  Layout layout;
+  deltaops_status status = check_project(*args);
+  if (status == DELTAOPS_OK) status = check(&output, 1, &layout);
+  if (status != DELTAOPS_OK || args->x.rows == 0) return status;
+  return run_on(&output, 1, false, args);
 }

@@ -14,7 +14,7 @@
 
 #include "deltaops.h"
 
-#define DELTAOPS_CUDA_ABI_VERSION 3
+#define DELTAOPS_CUDA_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -133,6 +133,35 @@ deltaops_cuda_ampere_quantized_gemv(const deltaops_cuda_quantized_gemv_args *arg
 #define DELTAOPS_CUDA_MAX_HOPPER 8
 DELTAOPS_API deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
                                                        int32_t count);
+
+/* A LoRA layer's forward on Hopper, in one launch:
+ *
+ *     S = scaling * x A^T,   out = x W^T + S B^T + bias       of S as rounded to the dtype of x
+ *
+ * Some blocks make S while the others begin with x W^T. R is 1 to 64; rows of x, weight, a, b,
+ * s_narrow and out begin on 16 bytes, data and strides both. Whoever launches it has a GPU on which
+ * all multiprocessors are to be had, else the launch is an error. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t device;
+  deltaops_matrix x;        /* [M, K] bf16 or f16 */
+  deltaops_matrix weight;   /* [N, K] of that dtype, as all but s */
+  deltaops_matrix a;        /* [R, K] */
+  deltaops_matrix b;        /* [N, R] */
+  deltaops_matrix bias;     /* [1, N], or absent */
+  deltaops_matrix s;        /* [M, R] f32, written; or absent */
+  deltaops_matrix s_narrow; /* [M, R], written */
+  deltaops_matrix out;      /* [M, N], written */
+  float scaling;
+  int32_t blocks;  /* that make S; 0: what the rounds of the others leave over, at least 4 */
+  void *workspace; /* device, on 16 bytes; see the passes below */
+  uint64_t workspace_bytes;
+  void *stream;
+} deltaops_cuda_hopper_project_gemm_args;
+
+DELTAOPS_API uint64_t deltaops_cuda_hopper_project_gemm_workspace(int64_t M);
+DELTAOPS_API deltaops_status
+deltaops_cuda_hopper_project_gemm(const deltaops_cuda_hopper_project_gemm_args *args);
 
 /* ---- the passes of delta_linear on any GPU from sm_80 on, for one branch
  *

@@ -86,6 +86,25 @@ def test_a_pass_beside_dx_match_fp64_and_repeat(case: DeltaLinearCase, dtype: to
     check_plans(t, grad_y, "persistent", "beside")
 
 
+S_BESIDE = (
+    DeltaLinearCase(300, 280, 136, (24,), padding=8),
+    DeltaLinearCase(5000, 1032, 520, (16,), bias=False),
+    DeltaLinearCase(4096, 4096, 1024, (64,)),
+)
+
+
+@pytest.mark.parametrize("case", S_BESIDE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_s_beside_y_matches_fp64_and_repeats(case: DeltaLinearCase, dtype: torch.dtype) -> None:
+    need("cuda")
+    t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
+    check_plans(t, grad_y, "beside", "cuda")
+    with planner.forced("beside", "cuda"):
+        s = TritonBackend().forward(*t.forward_arguments())[1]
+    low = reference.forward(*t.forward_arguments())[1]
+    assert_accurate(s, reference.forward(*t.to(torch.float64).forward_arguments())[1], low, "S")
+
+
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_cuda_plan_matches_fp64_and_repeats(case: DeltaLinearCase, dtype: torch.dtype) -> None:

@@ -444,9 +444,9 @@ def test_few_rows_of_one_plain_branch_are_decoded(changes: dict[str, Any], taken
     assert "dx decode" not in said
 
 
-def test_decoding_is_the_start_of_small_ranks_alone() -> None:
-    assert "y decode: not measured" in delta_linear.planned(DECODING)
-    assert "y fused" in delta_linear.planned(DECODING._replace(ranks=(64,)))
+def test_decoding_is_the_start_of_few_rows_and_ranks_alone() -> None:
+    assert "y decode: not measured" in delta_linear.planned(DECODING._replace(ranks=(64,)))
+    assert "y fused" in delta_linear.planned(DECODING._replace(ranks=(65,)))
     keep(tables.own(GPU), entry(setting(16), 2.0, 3.0, 1.0))
     planner.forget()
     # a table of before there was decode is followed

@@ -83,6 +83,25 @@ static void products(const char *call, launch_gemm *launch, int64_t M, int64_t N
   }
 }
 
+/* S and y of a layer in a launch. */
+static void together(int64_t M, int64_t N, int64_t K, int64_t R) {
+  deltaops_cuda_hopper_project_gemm_args args = {0};
+  args.struct_size = sizeof args;
+  args.device = DEVICE;
+  args.x = matrix(M, K);
+  args.weight = matrix(N, K);
+  args.a = matrix(R, K);
+  args.b = matrix(N, R);
+  args.bias = matrix(1, N);
+  args.s = of(DELTAOPS_F32, M, R);
+  args.s_narrow = matrix(M, R);
+  args.out = matrix(M, N);
+  args.scaling = 2.0f;
+  args.workspace_bytes = deltaops_cuda_hopper_project_gemm_workspace(M);
+  args.workspace = on_gpu(args.workspace_bytes);
+  must("hopper_project_gemm", deltaops_cuda_hopper_project_gemm(&args));
+}
+
 /* Two layers of one x in a launch. */
 static void group(int64_t M, int64_t N, int64_t K, int64_t R) {
   const deltaops_matrix x = matrix(M, K), s = matrix(M, R);
@@ -211,6 +230,7 @@ int main(void) {
       if (info.capability == 90) {
         products("hopper_gemm", one_hopper, M, 136, 328, 24);
         group(M, 136, 328, 24);
+        together(M, 136, 328, 24);
       }
       passes(M, 133, 325, 20, 0);
       passes(M, 136, 328, 24, THRESHOLD);

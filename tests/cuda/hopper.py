@@ -125,6 +125,38 @@ def call(outputs: Sequence[Output], **gpu: Any) -> int:
     return status
 
 
+class ProjectArgs(ctypes.Structure):
+    """deltaops_cuda_hopper_project_gemm_args."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("device", ctypes.c_int32),
+        *((name, Matrix) for name in ("x", "weight", "a", "b", "bias", "s", "s_narrow", "out")),
+        ("scaling", ctypes.c_float),
+        ("blocks", ctypes.c_int32),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_uint64),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def flags_of(m: int, device: str = "cpu") -> Tensor:
+    """The workspace for M rows, not cleared."""
+    return torch.full((-(-m // 128),), -1, dtype=torch.int32, device=device)
+
+
+def project_args(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, s: Tensor | None,
+    narrow: Tensor, out: Tensor, scaling: float, blocks: int, flags: Tensor, stream: int | None,
+) -> ProjectArgs:  # fmt: skip
+    """The call; it keeps no tensor alive."""
+    views = map(emulated.view, (x, weight, a, b, bias, s, narrow, out))
+    return ProjectArgs(
+        *(ctypes.sizeof(ProjectArgs), 0, *views, scaling, blocks),
+        *(flags.data_ptr(), 4 * flags.numel(), stream),
+    )
+
+
 class Module:
     """As much of ``deltaops._cuda`` as the plan calls, on the emulated grid."""
 
@@ -137,6 +169,27 @@ class Module:
         found = [_args(device, dtype, output, seed, stream) for output in outputs]
         with emulated.grid(capability=90) as lib:
             status = lib.deltaops_cuda_hopper_gemm((GemmArgs * len(found))(*found), len(found))
+        if status:
+            raise RuntimeError(emulated.error())
+
+    @staticmethod
+    def hopper_project_gemm_workspace(m: int) -> int:
+        size = emulated.library().deltaops_cuda_hopper_project_gemm_workspace
+        size.restype = ctypes.c_uint64
+        return int(size(ctypes.c_int64(m)))
+
+    @staticmethod
+    def hopper_project_gemm(
+        device: int, dtype: int, layer: Any, s: Any, narrow: Any, out: Any, scaling: float,
+        blocks: int, workspace: int, size: int, stream: int,
+    ) -> None:  # fmt: skip
+        views = [Matrix() if t is None else Matrix(*t, dtype, 0) for t in layer]
+        given = [*views, Matrix(*s, 0, 0), Matrix(*narrow, dtype, 0), Matrix(*out, dtype, 0)]
+        args = ProjectArgs(
+            ctypes.sizeof(ProjectArgs), device, *given, scaling, blocks, workspace, size, stream
+        )
+        with emulated.grid(capability=90, multiprocessors=8) as lib:
+            status = lib.deltaops_cuda_hopper_project_gemm(ctypes.byref(args))
         if status:
             raise RuntimeError(emulated.error())
 

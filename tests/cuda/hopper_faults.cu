@@ -3,12 +3,13 @@
  * Each kernel multiplies [64, 128] by [128, 128] transposed in one warpgroup; the copy engine
  * brings the tiles in two rounds of one stage. The second kind writes a matrix [64, 128] by it,
  * from one box that is filled twice. The third copies [384, 64] by two blocks that share what they
- * read.
+ * read. In the fourth one block makes what the other one reads.
  */
 #include "core.h"
 #include "hopper/schedule.h"
 #include "hopper/tensor_map.h"
 #include "primitives/cluster.h"
+#include "primitives/flag.h"
 #include "primitives/tensor_store.h"
 #include "primitives/warpgroup.h"
 #include "primitives/wgmma.h"
@@ -191,6 +192,51 @@ __global__ void cluster_kernel(const __grid_constant__ ClusterArguments argument
   if (fault != kNoEnd) cluster_sync();
 }
 
+enum FlagFault : int32_t {
+  kFlagged,
+  kNoPublishFence, /* the engine may not see what one thread wrote */
+  kSetTooEarly,    /* before all threads have written */
+  kNoWait,         /* reads what is not there yet */
+  kNeverSet,       /* and waits for ever */
+};
+
+struct FlagArguments {
+  TensorMap middle; /* [128, 64] */
+  const uint16_t *from;
+  uint16_t *to; /* where `middle` lies */
+  uint32_t *flag;
+  uint16_t *out;
+  FlagFault fault;
+};
+
+/* Block 0 copies `from` to `middle`, and block 1 that to `out`, by the engine. */
+__global__ void flag_kernel(const __grid_constant__ FlagArguments arguments) {
+  const FlagFault fault = arguments.fault;
+  unsigned char *tile = dynamic_shared();
+  auto *full = reinterpret_cast<uint64_t *>(tile + 128 * kSwizzleRow);
+  const int thread = threadIdx.x;
+  if (blockIdx.x == 0) {
+    for (int i = 0; i < 64; ++i)
+      publish(arguments.to + thread * 64 + i, arguments.from[thread * 64 + i]);
+    if (fault != kNoPublishFence || thread != 77) publish_fence();
+    if (fault != kSetTooEarly) __syncthreads();
+    if (thread == 0 && fault != kNeverSet) flag_set(arguments.flag);
+    return;
+  }
+  if (thread == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init_done();
+    if (fault != kNoWait) flag_wait(arguments.flag);
+    mbarrier_arrive_expecting(full, 128 * kSwizzleRow);
+    tensor_copy(tile, &arguments.middle, 0, 0, full);
+  }
+  __syncthreads();
+  mbarrier_wait(full, 0);
+  for (int piece = 0; piece < 8; ++piece)
+    memcpy(arguments.out + thread * 64 + piece * 8,
+           tile + thread * kSwizzleRow + (piece ^ thread % 8) * 16, 16);
+}
+
 }  // namespace
 }  // namespace deltaops::hopper
 
@@ -250,6 +296,30 @@ DELTAOPS_API deltaops_status deltaops_test_hopper_cluster(int32_t which,
   config.attrs = &together;
   config.numAttrs = 1;
   return cuda_check(cudaLaunchKernelEx(&config, cluster_kernel, arguments), "running a fault");
+}
+
+/* out = middle = from [128, 64] of bf16, by two blocks with fault `which`. */
+DELTAOPS_API deltaops_status deltaops_test_hopper_flag(int32_t which, const deltaops_matrix *from,
+                                                       const deltaops_matrix *middle,
+                                                       uint32_t *flag, uint16_t *out) {
+  FlagArguments arguments = {};
+  const MapMaker maps;
+  if (maps.make(&arguments.middle, *middle, 128) != DELTAOPS_OK) return DELTAOPS_UNSUPPORTED;
+  arguments.from = static_cast<const uint16_t *>(from->data);
+  arguments.to = static_cast<uint16_t *>(middle->data);
+  arguments.flag = flag;
+  arguments.out = out;
+  arguments.fault = static_cast<FlagFault>(which);
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(128);
+  config.dynamicSmemBytes = 128 * kSwizzleRow + sizeof(uint64_t);
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  return cuda_check(cudaLaunchKernelEx(&config, flag_kernel, arguments), "running a fault");
 }
 
 /* Writes output, row and column of each tile in the order of their numbers; returns their number,

@@ -41,6 +41,14 @@ STORE_FAULTS = {
 }
 """Those of the kernel that writes by the copy engine."""
 
+FLAG_FAULTS = {
+    "no_publish_fence": None,
+    "set_too_early": None,
+    "no_wait": None,
+    "never_set": "deadlock: threads 0-127 have ended; 128-128 wait at a flag; 129-255",
+}
+"""Those of a block that makes what another one reads."""
+
 CLUSTER_FAULTS = {
     "refilled_for_others": None,
     "half_expected": None,
@@ -132,4 +140,34 @@ def test_mistakes_of_a_cluster_are_seen(fault: str) -> None:
         assert not all(run_cluster(fault, order)[1] for order in range(3))
     else:
         assert run_cluster(fault, emulated.ASCENDING)[0] != 0
+        assert says in emulated.error()
+
+
+def run_flag(fault: str | None, order: int) -> tuple[int, bool]:
+    """The status, and whether the second block read what the first one wrote."""
+    given = matrix(128, 64, torch.bfloat16, 1)
+    middle = emulated.Bordered.empty(128, 64, torch.bfloat16)
+    out = torch.full((128, 64), float("nan"), dtype=torch.bfloat16)
+    flag = torch.zeros(1, dtype=torch.int32)
+    number = 0 if fault is None else 1 + list(FLAG_FAULTS).index(fault)
+    with emulated.grid(order, seed=5, capability=90) as lib:
+        given.allow(), middle.allow()
+        views = (ctypes.byref(emulated.view(one.t)) for one in (given, middle))
+        places = (ctypes.c_void_p(t.data_ptr()) for t in (flag, out))
+        status = lib.deltaops_test_hopper_flag(number, *views, *places)
+    return status, torch.equal(out, given.t)
+
+
+@pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
+def test_the_right_flag_runs(order: int) -> None:
+    assert run_flag(None, order) == (0, True), emulated.error()
+
+
+@pytest.mark.parametrize("fault", FLAG_FAULTS)
+def test_mistakes_of_a_flag_are_seen(fault: str) -> None:
+    says = FLAG_FAULTS[fault]
+    if says is None:
+        assert not all(run_flag(fault, order)[1] for order in range(3))
+    else:
+        assert run_flag(fault, emulated.ASCENDING)[0] != 0
         assert says in emulated.error()

@@ -210,3 +210,32 @@ def test_hopper_products(lib: ctypes.CDLL, m: int, dtype: torch.dtype) -> None:
     call_hopper(lib, hopper.forward(m, 328, [1032, 136, 72], [8, 24, 0], dtype))
     call_hopper(lib, [hopper.gradient(m, 1032, [136, 72, 65], [8, 24, 0], dtype)])
     call_hopper(lib, [hopper.gradient(m, 520, [328], [24], dtype, THRESHOLD, STREAM)])
+
+
+@DTYPES
+@pytest.mark.parametrize(("m", "rank"), [(1, 1), (300, 24), (2170, 64), (5000, 16)])
+def test_s_beside_y(lib: ctypes.CDLL, m: int, rank: int, dtype: torch.dtype) -> None:
+    """Some blocks make S while others begin with x Wᵀ: few, many, as many as are left over."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper")
+    x, weight, a, b, bias = (
+        on_gpu(hopper.matrix(*shape, dtype, i))
+        for i, shape in enumerate(((m, 776), (1032, 776), (rank, 776), (1032, rank), (1, 1032)))
+    )
+    base = x.t.double() @ weight.t.double().t() + bias.t.double()
+    stream, found = torch.cuda.current_stream().cuda_stream, []
+    for blocks in (0, 2, 16, 0):
+        s, narrow, out = (
+            on_gpu(Bordered.empty(m, cols, kind, -cols % 8))
+            for cols, kind in ((rank, F32), (rank, dtype), (1032, dtype))
+        )
+        tensors = (one.t for one in (x, weight, a, b, bias, s, narrow, out))
+        flags = hopper.flags_of(m, DEVICE)
+        args = hopper.project_args(*tensors, 0.75, blocks, flags, stream)
+        status = lib.deltaops_cuda_hopper_project_gemm(ctypes.byref(args))
+        check(lib, status, [(s, 0.75 * (x.t.double() @ a.t.double().t()))])
+        found.append(check(lib, status, [(out, base + narrow.t.double() @ b.t.double().t())]))
+        found[-1] += [s.t.clone(), narrow.t.clone()]
+        assert torch.equal(narrow.t, s.t.to(dtype))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))

@@ -147,6 +147,50 @@ def test_y_and_dx_match_float64(dtype: torch.dtype, dropout: float) -> None:
     assert_accurate(grad_x, backward(torch.float64), backward(dtype), "grad x")
 
 
+def test_s_is_made_beside_y(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "native", hopper.Module)
+    monkeypatch.setattr(cuda, "_place", lambda t: (0, 0))
+    m, n, k, rank, dtype = 140, 136, 72, 16, torch.bfloat16
+    x, weight, bias = (normal(*shape, dtype=dtype, seed=1) for shape in ((m, k), (n, k), (n,)))
+    a, b = normal(rank, k, dtype=dtype, seed=2), normal(n, rank, dtype=dtype, seed=3)
+
+    def forward(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        given = [t.to(dtype) for t in (x, weight, bias, a, b)]
+        rest = [None], [0.5], [0.0], ["identity"], None
+        return reference.forward(*given[:3], [given[3]], [given[4]], *rest)
+
+    y = torch.empty(m, n, dtype=dtype)
+    s = cuda.outputs_and_s(y, x, weight, bias, a, b, 0.5)
+    (y64, s64), (low, s_low) = forward(torch.float64), forward(dtype)
+    assert_accurate(y, y64, low, "y")
+    assert s.dtype == torch.float32
+    assert_accurate(s, s64, s_low.float(), "S")
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "rank", "makes"),
+    [
+        (8192, 4096, 16, True),  # 512 pairs of tiles in 8 rounds on 64 of 66 pairs
+        (8192, 4096, 72, False),
+        (66 * 256, 256, 16, False),  # one round on all
+        (300, 512, 16, True),
+    ],
+)
+def test_where_s_is_made_beside_y(
+    m: int, n: int, rank: int, makes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(core, "persists", lambda device: True)
+    monkeypatch.setattr(cuda, "runs_on", lambda device, plan: plan == "cuda")
+    x, weight, b = (
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((m, 64), (n, 64), (n, rank))
+    )
+    for linear in (True, False):
+        found = delta_linear.special("forward", x, weight, [b], [rank], "meta", linear)
+        assert ("beside" in found) == (makes and linear)
+
+
 @pytest.mark.usefixtures("emulated_plan")
 def test_what_the_library_refuses_is_an_error() -> None:
     x = normal(8, 9, dtype=torch.bfloat16, seed=1)
@@ -173,7 +217,7 @@ def test_a_module_of_another_build_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     stale = types.SimpleNamespace(abi_version=lambda: 1)
     monkeypatch.setitem(sys.modules, "deltaops._cuda", stale)
     assert cuda.state() == (
-        "deltaops._cuda is of another build (version 1 of its C ABI, not 3); reinstall deltaops"
+        "deltaops._cuda is of another build (version 1 of its C ABI, not 4); reinstall deltaops"
     )
 
 

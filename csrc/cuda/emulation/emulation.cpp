@@ -21,7 +21,9 @@ namespace deltaops::emulation {
 namespace {
 
 constexpr size_t kStack = 256 * 1024, kGuard = 4096;
-constexpr unsigned kMaxThreads = 1024, kBarriers = 16;
+constexpr unsigned kMaxThreads = 1024, kBarriers = 16; /* of a block */
+constexpr unsigned kMaxFibers = kMaxTogether * 384;    /* of the blocks that run together */
+static_assert(kMaxFibers >= kMaxThreads && kMaxFibers % 64 == 0, "words of bits");
 constexpr size_t kMargin = 1024; /* on both sides of shared memory */
 
 struct Fiber {
@@ -35,20 +37,20 @@ struct Fiber {
 
 /* A set of threads, so that the next one that can run is found without a look at each. */
 struct Threads {
-  uint64_t words[kMaxThreads / 64] = {};
+  uint64_t words[kMaxFibers / 64] = {};
 
   void add(unsigned i) { words[i / 64] |= uint64_t{1} << (i % 64); }
   void remove(unsigned i) { words[i / 64] &= ~(uint64_t{1} << (i % 64)); }
   /* The first member from `from` on, or -1. */
   int next(unsigned from) const {
-    for (unsigned w = from / 64; w < kMaxThreads / 64; ++w) {
+    for (unsigned w = from / 64; w < kMaxFibers / 64; ++w) {
       const uint64_t word = w == from / 64 ? words[w] >> (from % 64) << (from % 64) : words[w];
       if (word) return static_cast<int>(64 * w) + __builtin_ctzll(word);
     }
     return -1;
   }
   int last() const {
-    for (int w = kMaxThreads / 64 - 1; w >= 0; --w)
+    for (int w = kMaxFibers / 64 - 1; w >= 0; --w)
       if (words[w]) return 64 * w + 63 - __builtin_clzll(words[w]);
     return -1;
   }
@@ -81,19 +83,20 @@ uint64_t random_state = 1;
 std::vector<Range> allowed;
 char message[1024];
 
-Fiber fibers[kMaxThreads];
+Fiber fibers[kMaxFibers];
 Threads ready, polled; /* can run; wait for a condition */
 unsigned char *stacks = nullptr;
-unsigned threads = 0, current = 0; /* of a block; the fiber that runs, of all in the cluster */
-unsigned cluster = 1;              /* blocks that run together */
-uint64_t serial = 0;               /* of the cluster's first block */
+unsigned threads = 0, current = 0; /* of a block; the fiber that runs, of all that run together */
+unsigned cluster = 1;              /* blocks of a cluster */
+unsigned together = 1;             /* blocks that run together: a cluster, or the whole grid */
+uint64_t serial = 0;               /* of the first of them */
 uint64_t first_block = 0;
-Barrier whole_cluster;
+Barrier whole_cluster[kMaxTogether]; /* by the number of the cluster */
 bool running = false, failed = false;
 jmp_buf scheduler;
 const std::function<void()> *body;
 std::vector<unsigned char> room; /* shared memory with its margins */
-unsigned char *shared[kMaxCluster] = {};
+unsigned char *shared[kMaxTogether] = {};
 size_t shared_bytes = 0;
 
 /* Sets whose fiber runs. */
@@ -175,7 +178,7 @@ int choose() {
   }
   if (order == Order::kDescending) return ready.last();
   if (order == Order::kAscending) return ready.next(0);
-  const int later = ready.next(static_cast<unsigned>(random_number() % (threads * cluster)));
+  const int later = ready.next(static_cast<unsigned>(random_number() % (threads * together)));
   return later >= 0 ? later : ready.next(0);
 }
 
@@ -186,8 +189,8 @@ std::string who_waits() {
     return fibers[i].ended ? std::string("have ended")
                            : std::string("wait at ") + fibers[i].waits_at;
   };
-  for (unsigned i = 0, end; i < threads * cluster; i = end) {
-    for (end = i + 1; end < threads * cluster && state(end) == state(i);) ++end;
+  for (unsigned i = 0, end; i < threads * together; i = end) {
+    for (end = i + 1; end < threads * together && state(end) == state(i);) ++end;
     text += (i ? "; " : "threads ") + std::to_string(i) + "-" + std::to_string(end - 1) + " " +
             state(i);
   }
@@ -211,7 +214,7 @@ void fail_from_outside(const char *format, ...) {
 bool margins_hold() {
   const auto poison = [](unsigned char byte) { return byte == kPoison; };
   const unsigned char *from = room.data();
-  for (unsigned i = 0; i < cluster; ++i) {
+  for (unsigned i = 0; i < together; ++i) {
     if (!std::all_of(from, static_cast<const unsigned char *>(shared[i]), poison)) return false;
     from = shared[i] + shared_bytes;
   }
@@ -220,16 +223,16 @@ bool margins_hold() {
 
 bool ended(const Fiber &fiber) { return fiber.ended; }
 
-/* The blocks of one cluster. */
+/* The blocks that run together. */
 void run_blocks() {
-  serial += kMaxCluster;
+  serial += kMaxTogether;
   std::fill(room.begin(), room.end(), kPoison);
   ready = polled = Threads{};
-  whole_cluster = Barrier{};
-  for (unsigned i = 0; i < threads * cluster; ++i) prepare(i);
+  std::fill(whole_cluster, whole_cluster + kMaxTogether, Barrier{});
+  for (unsigned i = 0; i < threads * together; ++i) prepare(i);
   for (int next; (next = choose()) >= 0 && !failed;) enter(static_cast<unsigned>(next));
   if (failed) return;
-  if (!std::all_of(fibers, fibers + threads * cluster, ended))
+  if (!std::all_of(fibers, fibers + threads * together, ended))
     fail_from_outside("deadlock: %s", who_waits().c_str());
   else if (!margins_hold())
     fail_from_outside("wrote outside its %zu bytes of dynamic shared memory", shared_bytes);
@@ -272,7 +275,7 @@ void set_error(const char *format, ...) {
   va_end(values);
 }
 
-bool run_grid(dim3 grid, dim3 block, size_t bytes, unsigned together,
+bool run_grid(dim3 grid, dim3 block, size_t bytes, unsigned of_cluster, bool all,
               const std::function<void()> &thread) {
   message[0] = '\0';
   if (running) return set_error("a kernel was launched by device code"), false;
@@ -282,26 +285,30 @@ bool run_grid(dim3 grid, dim3 block, size_t bytes, unsigned together,
     return set_error("a grid of (%u, %u, %u) blocks of %u threads cannot be launched", grid.x,
                      grid.y, grid.z, threads),
            false;
-  if (together == 0 || together > kMaxCluster || grid.x % together != 0 ||
-      threads * together > kMaxThreads)
+  const uint64_t at_once = all ? blocks : of_cluster;
+  if (of_cluster == 0 || of_cluster > kMaxCluster || grid.x % of_cluster != 0 ||
+      at_once > kMaxTogether || threads * at_once > kMaxFibers)
     return set_error(
-               "clusters of %u blocks of %u threads of a grid of (%u, %u, %u) are not emulated",
-               together, threads, grid.x, grid.y, grid.z),
+               "%llu blocks of %u threads together, in clusters of %u, of a grid of (%u, %u, "
+               "%u) are not emulated",
+               static_cast<unsigned long long>(at_once), threads, of_cluster, grid.x, grid.y,
+               grid.z),
            false;
   if (stacks == nullptr) {
-    void *got = mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE,
+    void *got = mmap(nullptr, kMaxFibers * kStack, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED) return set_error("no address space for the fibers' stacks"), false;
     stacks = static_cast<unsigned char *>(got);
-    for (unsigned i = 0; i < kMaxThreads; ++i)
+    for (unsigned i = 0; i < kMaxFibers; ++i)
       if (mprotect(stacks + i * kStack, kGuard, PROT_NONE) != 0)
         return set_error("the fibers' stacks cannot be guarded"), false;
   }
-  cluster = together;
+  cluster = of_cluster;
+  together = static_cast<unsigned>(at_once);
   const size_t apart = (bytes + 2 * kMargin + 1023) / 1024 * 1024;
-  room.assign(cluster * apart + 2 * kMargin + 1024, kPoison);
+  room.assign(together * apart + 2 * kMargin + 1024, kPoison);
   const uintptr_t earliest = reinterpret_cast<uintptr_t>(room.data()) + kMargin;
-  for (unsigned i = 0; i < cluster; ++i)
+  for (unsigned i = 0; i < together; ++i)
     shared[i] = room.data() + kMargin + ((1024 - earliest % 1024) % 1024) + i * apart;
   shared_bytes = bytes;
   gridDim = grid;
@@ -309,7 +316,7 @@ bool run_grid(dim3 grid, dim3 block, size_t bytes, unsigned together,
   body = &thread;
   failed = false;
   running = true;
-  std::vector<uint64_t> sequence(blocks / cluster);
+  std::vector<uint64_t> sequence(blocks / together);
   std::iota(sequence.begin(), sequence.end(), uint64_t{0});
   if (order == Order::kDescending) std::reverse(sequence.begin(), sequence.end());
   if (order == Order::kShuffled)
@@ -317,7 +324,7 @@ bool run_grid(dim3 grid, dim3 block, size_t bytes, unsigned together,
       std::swap(sequence[i - 1], sequence[random_number() % i]);
   for (const uint64_t number : sequence) {
     if (failed) break;
-    first_block = number * cluster;
+    first_block = number * together;
     run_blocks();
   }
   running = false;
@@ -326,32 +333,36 @@ bool run_grid(dim3 grid, dim3 block, size_t bytes, unsigned together,
 
 unsigned thread_number() { return current % threads; }
 unsigned block_threads() { return threads; }
-uint64_t block_serial() { return serial + cluster_rank(); }
-void *shared_memory() { return shared[cluster_rank()]; }
+unsigned block_place() { return current / threads; }
+uint64_t block_serial() { return serial + block_place(); }
+void *shared_memory() { return shared[block_place()]; }
 unsigned cluster_size() { return cluster; }
-unsigned cluster_rank() { return current / threads; }
+unsigned cluster_rank() { return block_place() % cluster; }
 
 void cluster_sync() {
-  if (arrive(whole_cluster, threads * cluster)) return;
-  whole_cluster.waiting.add(current);
+  Barrier &barrier = whole_cluster[block_place() / cluster];
+  if (arrive(barrier, threads * cluster)) return;
+  barrier.waiting.add(current);
   sleep("barrier.cluster", nullptr, nullptr);
 }
 
 void *in_block(const void *own, unsigned rank) {
-  return shared[rank] + (static_cast<const unsigned char *>(own) - shared[cluster_rank()]);
+  return shared[block_place() - cluster_rank() + rank] +
+         (static_cast<const unsigned char *>(own) - shared[block_place()]);
 }
 
 unsigned change_block(unsigned rank) {
   const unsigned own = cluster_rank();
   if (rank >= cluster) fail("block %u of a cluster of %u", rank, cluster);
-  if (std::all_of(fibers + rank * threads, fibers + (rank + 1) * threads, ended))
+  const unsigned first = (block_place() - own + rank) * threads;
+  if (std::all_of(fibers + first, fibers + first + threads, ended))
     fail("block %u of the cluster is asked for something, and has ended", rank);
-  current = rank * threads + thread_number();
+  current = first + thread_number();
   return own;
 }
 
 void check_shared(const void *from, size_t bytes, size_t alignment, const char *what) {
-  const unsigned char *mine = shared[cluster_rank()];
+  const unsigned char *mine = shared[block_place()];
   const auto *first = static_cast<const unsigned char *>(from);
   if (first < mine || first + bytes > mine + shared_bytes)
     fail("%s: bytes %td to %td of shared memory, which has %zu", what, first - mine,

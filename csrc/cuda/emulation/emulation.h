@@ -1,11 +1,14 @@
 /* emulation.h: a CUDA grid on the CPU, so that g++ compiles the device code and tests run it.
  *
- * One fiber is one CUDA thread. Blocks, or clusters, run one after another; within one a fiber runs
- * until it has to wait, and then the Order says which goes on: ascending, descending   always the
- * lowest (highest) thread that can: one warp races ahead shuffled                any thread that
- * can, from a seed; blocks in a random order too A race that a missing barrier leaves open
- * therefore shows as different bits. Where no thread can go on, the launch fails and says where
- * each of them waits.
+ * One fiber is one CUDA thread. Blocks, or clusters, run one after another, those of a cooperative
+ * launch together; of what runs together a fiber runs until it has to wait, and then the Order says
+ * which goes on:
+ *
+ *     ascending, descending   always the lowest (highest) thread that can: one warp races ahead
+ *     shuffled                any thread that can, from a seed; blocks in a random order too
+ *
+ * A race that a missing barrier leaves open therefore shows as different bits. Where no thread can
+ * go on, the launch fails and says where each of them waits.
  *
  * Shared memory starts as NaN bits, between margins that are looked at when the block ends. What
  * device code reaches by PTX goes through csrc/cuda/primitives/, whose bodies under
@@ -22,7 +25,7 @@
  * Not seen: fences between the generic and the async proxy (but for mbarrier_init_done, and what
  * store_matrix wrote), memory order beyond barriers, what is no primitive (plain loads and stores
  * of global memory), registers and their moves by setmaxnreg, bank conflicts, and blocks that run
- * at the same time, but for those of a cluster.
+ * at the same time, but for those of a cluster or a cooperative launch.
  *
  * No part of libdeltaops_cuda.so. One host thread at a time.
  */
@@ -63,9 +66,9 @@ struct Device {
 };
 Device &device();
 
-/* Runs `thread` for each thread of each block; `cluster` blocks, neighbours in x, at a time. False
- * where it failed; error() says how. */
-bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
+/* Runs `thread` for each thread of each block; `cluster` blocks, neighbours in x, at a time, or all
+ * of them. False where it failed; error() says how. */
+bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool all,
               const std::function<void()> &thread);
 const char *error();
 /* Sets error() without a launch; for what a runtime call refuses. */
@@ -82,7 +85,8 @@ uint64_t block_serial(); /* another number for every block that was ever run */
 void *shared_memory(); /* the dynamic part, on 1024 bytes */
 
 /* Of the thread's block among those that run with it. */
-constexpr unsigned kMaxCluster = 2;
+constexpr unsigned kMaxCluster = 2, kMaxTogether = 8;
+unsigned block_place(); /* among the blocks that run together */
 unsigned cluster_size();
 unsigned cluster_rank();
 void cluster_sync(); /* all threads of the cluster meet */
@@ -119,10 +123,10 @@ void barrier_arrive(unsigned number, unsigned threads);
 
 template <class T>
 T &of_block() {
-  static T values[kMaxCluster];
-  static uint64_t serials[kMaxCluster] = {};
-  T &value = values[cluster_rank()];
-  uint64_t &serial = serials[cluster_rank()];
+  static T values[kMaxTogether];
+  static uint64_t serials[kMaxTogether] = {};
+  T &value = values[block_place()];
+  uint64_t &serial = serials[block_place()];
   if (serial != block_serial()) value = T{}, serial = block_serial();
   return value;
 }

@@ -25,6 +25,20 @@ struct Output {
   Mask mask;                       /* of the first segment */
 };
 
+/* S = scaling * x A^T, which some blocks make while others begin with the products: see project.h.
+ */
+struct Sides {
+  TensorMap a;  /* [ranks, K], boxes of `width` rows */
+  float *s;     /* [rows, ranks]; or NULL */
+  void *narrow; /* the same of the element type: the left of the second segment */
+  int64_t s_stride, narrow_stride;
+  uint32_t *flags; /* of each row of tiles; 0 before the launch */
+  int32_t rows, ranks;
+  int32_t width;  /* 16, 32 or 64: ranks rounded up */
+  int32_t blocks; /* that make it, whole clusters of them; 0: none does */
+  float scaling;
+};
+
 /* By value: the copy engine reads the maps from the kernel's parameters. */
 struct GemmArguments {
   TensorMap left[kMaxSegments], right[kMaxSegments]; /* of each product that is summed */
@@ -32,6 +46,7 @@ struct GemmArguments {
   TensorMap out[kMaxOutputs];                        /* [rows, columns] */
   Output output[kMaxOutputs];
   Schedule schedule; /* of clusters */
+  Sides sides;
 };
 
 /* Which kernel: see Gemm in gemm.h. */

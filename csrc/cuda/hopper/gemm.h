@@ -25,6 +25,7 @@
 #include "philox.h"
 #include "primitives/cluster.h"
 #include "primitives/element.h"
+#include "primitives/flag.h"
 #include "primitives/mbarrier.h"
 #include "primitives/quad.h"
 #include "primitives/tensor_store.h"
@@ -33,11 +34,13 @@
 
 namespace deltaops::hopper {
 
-template <typename T, int kColumns_, Major kRight_>
+/* kSides: some blocks make the left of the second segment meanwhile, as project.h says. */
+template <typename T, int kColumns_, Major kRight_, bool kSides_ = false>
 struct Gemm {
   using Element = T;                         /* __nv_bfloat16 or __half */
   static constexpr int kColumns = kColumns_; /* of a tile */
   static constexpr Major kRight = kRight_;
+  static constexpr bool kSides = kSides_;
   static constexpr int kGroupRows = 64; /* of a warpgroup */
   static constexpr int kRows = 2 * kGroupRows;
   static constexpr int kChunk = 64; /* contracted elements of a stage: 128 bytes */
@@ -93,11 +96,13 @@ struct Ring {
 
 /* Calls body(tile) for the tiles of this block, in order. The schedule is of clusters, which take
  * as many rows of tiles as they have blocks; the last may lie outside. */
-template <typename Body>
-__device__ __forceinline__ void for_each_tile(const Schedule &schedule, Body body) {
+template <class G, typename Body>
+__device__ __forceinline__ void for_each_tile(const GemmArguments &arguments, Body body) {
+  const Schedule &schedule = arguments.schedule;
   const int size = cluster_size(), rank = cluster_rank();
-  const int64_t tiles = schedule.tiles(), step = gridDim.x / size;
-  for (int64_t number = blockIdx.x / size; number < tiles; number += step) {
+  const uint32_t aside = G::kSides ? arguments.sides.blocks : 0;
+  const int64_t tiles = schedule.tiles(), step = (gridDim.x - aside) / size;
+  for (int64_t number = (blockIdx.x - aside) / size; number < tiles; number += step) {
     Tile tile = schedule.at(number);
     tile.row = tile.row * size + rank;
     body(tile);
@@ -135,11 +140,15 @@ __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> 
     }
     if (output.segments > 0) tensor_map_prefetch(&arguments.out[i]);
   }
-  for_each_tile(arguments.schedule, [&](const Tile &tile) {
+  for_each_tile<G>(arguments, [&](const Tile &tile) {
     const Output &output = arguments.output[tile.output];
     const int32_t row = tile.row * G::kRows, column = tile.column * G::kColumns;
     for (int32_t s = output.first_segment; s < output.first_segment + output.segments; ++s) {
       const TensorMap *left = &arguments.left[s], *right = &arguments.right[s];
+      if constexpr (G::kSides) {
+        const Sides &sides = arguments.sides;
+        if (s > output.first_segment && row < sides.rows) flag_wait(&sides.flags[tile.row]);
+      }
       for (int32_t k = 0; k < arguments.length[s]; k += G::kChunk) {
         uint64_t *full = &ring.full[ring.stage];
         mbarrier_wait(&ring.empty[ring.stage], ring.parity ^ 1); /* in both blocks */
@@ -247,7 +256,7 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
                                         if (lane < blocks)
                                           mbarrier_arrive_at(&ring.empty[stage], lane);
   };
-  for_each_tile(arguments.schedule, [&](const Tile &tile) {
+  for_each_tile<G>(arguments, [&](const Tile &tile) {
     const Output &output = arguments.output[tile.output];
     const int32_t row = tile.row * G::kRows + group * G::kGroupRows;
     const Fragment at = {row + thread / 32 * 16 + lane / 4, tile.column * G::kColumns, lane % 4};
@@ -303,17 +312,23 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
   if (thread == 0) tensor_store_wait<0>(); /* shared memory is another block's then */
 }
 
+/* The barriers of the ring, whose stages `readers` warps give back. */
+template <class G>
+__device__ __forceinline__ void start(const Ring<G> &ring, int readers) {
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < G::kStages; ++stage) {
+      mbarrier_init(&ring.full[stage], 1); /* the producer, with its bytes */
+      mbarrier_init(&ring.empty[stage], readers);
+    }
+    mbarrier_init_done();
+  }
+}
+
 template <class G>
 __global__ void __launch_bounds__(G::kThreads, 1)
     gemm_kernel(const __grid_constant__ GemmArguments arguments) {
   const Ring<G> ring(dynamic_shared());
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < G::kStages; ++stage) {
-      mbarrier_init(&ring.full[stage], 1);                   /* the producer, with its bytes */
-      mbarrier_init(&ring.empty[stage], 8 * cluster_size()); /* the warps that multiply */
-    }
-    mbarrier_init_done();
-  }
+  start(ring, 8 * cluster_size()); /* the warps that multiply */
   cluster_sync();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {

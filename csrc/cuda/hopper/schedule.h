@@ -2,7 +2,7 @@
  *
  * A launch writes up to kMaxOutputs matrices of the same rows. Their columns of tiles are numbered
  * on, one matrix after the other, and blocks take tile numbers b, b + grid, b + 2 grid ... A band
- * of kBand rows of tiles is finished before the next begins, column by column: the blocks that run
+ * of some rows of tiles is finished before the next begins, column by column: the blocks that run
  * at one time then share rows of the left and columns of the right operands, which stay in L2.
  * With clusters read "cluster" for "block"; each of their tiles is one above another.
  */
@@ -31,6 +31,7 @@ struct Schedule {
   static constexpr int32_t kBand = 8;
 
   int32_t rows;                 /* of tiles */
+  int32_t band = kBand;         /* rows of tiles that are finished first */
   int32_t outputs;              /* 1 to kMaxOutputs */
   int32_t columns[kMaxOutputs]; /* of tiles, of each matrix */
 
@@ -42,10 +43,10 @@ struct Schedule {
 
   DELTAOPS_ANYWHERE Tile at(int64_t number) const {
     const int64_t across = tiles() / rows;
-    const int32_t band = static_cast<int32_t>(number / (across * kBand));
-    const int32_t height = rows - band * kBand < kBand ? rows - band * kBand : kBand;
-    const int64_t inside = number - across * kBand * band;
-    Tile tile = {0, static_cast<int32_t>(band * kBand + inside % height),
+    const int32_t first = static_cast<int32_t>(number / (across * band)) * band;
+    const int32_t height = rows - first < band ? rows - first : band;
+    const int64_t inside = number - across * first;
+    Tile tile = {0, static_cast<int32_t>(first + inside % height),
                  static_cast<int32_t>(inside / height)};
     while (tile.column >= columns[tile.output]) tile.column -= columns[tile.output++];
     return tile;

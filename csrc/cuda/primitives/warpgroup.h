@@ -16,6 +16,8 @@ inline void warpgroup_sync(int group) {
   emulation::barrier_sync(static_cast<unsigned>(group) + 1, 128);
 }
 
+inline void warpgroups_sync() { emulation::barrier_sync(3, 256); }
+
 /* All lanes meet; whether the registers suffice is for ptxas to say. */
 template <int kRegisters>
 inline void registers_down() {
@@ -36,6 +38,9 @@ inline void registers_up() {
 __device__ __forceinline__ void warpgroup_sync(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
+
+/* The 256 threads of warpgroups 0 and 1 of those that meet. */
+__device__ __forceinline__ void warpgroups_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 
 /* Gives up registers; at most kRegisters remain to each thread. A multiple of 8 from 24 to 256. */
 template <int kRegisters>

@@ -228,6 +228,9 @@ __device__ __forceinline__ void wgmma_touch(float (&acc)[kCount]) {
 #define DELTAOPS_ACC64(i) \
   DELTAOPS_ACC16(i), DELTAOPS_ACC16((i) + 16), DELTAOPS_ACC16((i) + 32), DELTAOPS_ACC16((i) + 48)
 #define DELTAOPS_FIRST_TEN "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,"
+#define DELTAOPS_8_OF_ACC "%0,%1,%2,%3,%4,%5,%6,%7"
+#define DELTAOPS_16_OF_ACC DELTAOPS_FIRST_TEN "%10,%11,%12,%13,%14,%15"
+#define DELTAOPS_32_OF_ACC DELTAOPS_FIRST_TEN DELTAOPS_TEN(1) DELTAOPS_TEN(2) "%30,%31"
 #define DELTAOPS_64_OF_ACC                                                           \
   DELTAOPS_FIRST_TEN DELTAOPS_TEN(1) DELTAOPS_TEN(2) DELTAOPS_TEN(3) DELTAOPS_TEN(4) \
       DELTAOPS_TEN(5) "%60,%61,%62,%63"
@@ -245,14 +248,34 @@ __device__ __forceinline__ void wgmma_touch(float (&acc)[kCount]) {
                : "l"(left), "l"(right), "r"(static_cast<int32_t>(accumulate)), "n"(kAcross))
 
 /* acc = left right, plus acc where `accumulate`. left has kInner; right is kRight. All threads of
- * the warpgroup, with the same descriptors. kColumns: 128 or 256. */
+ * the warpgroup, with the same descriptors. kColumns: 16, 32, 64, 128 or 256. */
 template <typename T, int kColumns, Major kRight>
 __device__ __forceinline__ void wgmma(float (&acc)[kColumns / 2], uint64_t left, uint64_t right,
                                       bool accumulate) {
-  static_assert(kColumns == 128 || kColumns == 256, "a shape that is written out here");
+  static_assert(
+      kColumns == 16 || kColumns == 32 || kColumns == 64 || kColumns == 128 || kColumns == 256,
+      "a shape that is written out here");
   constexpr int kAcross = kRight == Major::kOuter;
   constexpr bool kHalf = __is_same(T, __half);
-  if constexpr (kColumns == 128 && !kHalf)
+  if constexpr (kColumns == 16 && !kHalf)
+    DELTAOPS_WGMMA("m64n16k16", "bf16", DELTAOPS_8_OF_ACC, "%8", "%9", "%10", "%11",
+                   DELTAOPS_ACC4(0), DELTAOPS_ACC4(4));
+  else if constexpr (kColumns == 16)
+    DELTAOPS_WGMMA("m64n16k16", "f16", DELTAOPS_8_OF_ACC, "%8", "%9", "%10", "%11",
+                   DELTAOPS_ACC4(0), DELTAOPS_ACC4(4));
+  else if constexpr (kColumns == 32 && !kHalf)
+    DELTAOPS_WGMMA("m64n32k16", "bf16", DELTAOPS_16_OF_ACC, "%16", "%17", "%18", "%19",
+                   DELTAOPS_ACC16(0));
+  else if constexpr (kColumns == 32)
+    DELTAOPS_WGMMA("m64n32k16", "f16", DELTAOPS_16_OF_ACC, "%16", "%17", "%18", "%19",
+                   DELTAOPS_ACC16(0));
+  else if constexpr (kColumns == 64 && !kHalf)
+    DELTAOPS_WGMMA("m64n64k16", "bf16", DELTAOPS_32_OF_ACC, "%32", "%33", "%34", "%35",
+                   DELTAOPS_ACC16(0), DELTAOPS_ACC16(16));
+  else if constexpr (kColumns == 64)
+    DELTAOPS_WGMMA("m64n64k16", "f16", DELTAOPS_32_OF_ACC, "%32", "%33", "%34", "%35",
+                   DELTAOPS_ACC16(0), DELTAOPS_ACC16(16));
+  else if constexpr (kColumns == 128 && !kHalf)
     DELTAOPS_WGMMA("m64n128k16", "bf16", DELTAOPS_64_OF_ACC, "%64", "%65", "%66", "%67",
                    DELTAOPS_ACC64(0));
   else if constexpr (kColumns == 128)
@@ -271,6 +294,9 @@ __device__ __forceinline__ void wgmma(float (&acc)[kColumns / 2], uint64_t left,
 #undef DELTAOPS_ACC16
 #undef DELTAOPS_ACC64
 #undef DELTAOPS_FIRST_TEN
+#undef DELTAOPS_8_OF_ACC
+#undef DELTAOPS_16_OF_ACC
+#undef DELTAOPS_32_OF_ACC
 #undef DELTAOPS_64_OF_ACC
 #undef DELTAOPS_128_OF_ACC
 #undef DELTAOPS_WGMMA

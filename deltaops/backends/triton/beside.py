@@ -1,8 +1,11 @@
-"""The plan ``beside``: dA while dx is computed, on the multiprocessors that it leaves over.
+"""The plan ``beside``: a pass over x, on the multiprocessors that y and dx leave over.
 
-Tiles of dx are computed in rounds, one a multiprocessor; the last round rarely needs all of them.
-With as many fewer as cost no round more, the others read x meanwhile: a pass that takes no time of
-its own. dS and dB come before, in one pass over dy.
+Backward, dA while dx is computed; forward, S while y is (:func:`cuda.outputs_and_s`).
+
+Tiles are computed in rounds, one a multiprocessor; the last round rarely needs all of them. With as
+many fewer as cost no round more, the others read meanwhile: a pass that takes no time of its own.
+dS and dB go before dx, in one pass over dy, since dx and dA need dS. S is what y's tiles need last,
+and is made in their launch, which waits for it row by row.
 """
 
 from __future__ import annotations
@@ -12,12 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import branches, core
+from . import branches, core, cuda
 
 LEAST = 4
-"""Multiprocessors that must be left over: fewer would read for longer than dx takes."""
+"""Multiprocessors that must be left over: fewer would read for longer than the product takes."""
 MOST_RANK = 128
 """Of more a program has no registers for the sums of a block of columns."""
+
+
+OF_Y = 128, 256
+"""Rows and columns of its tiles by the plan ``cuda``, where they make S too."""
+MOST_RANK_OF_S = 64
+"""Of a launch that makes S too: csrc/cuda/hopper/project.h."""
 
 
 def left_over(tiles: int, multiprocessors: int) -> int:
@@ -29,6 +38,29 @@ def left_over(tiles: int, multiprocessors: int) -> int:
 def fits(m: int, k: int, rank: int, device: torch.device | str) -> bool:
     """Whether a persistent dx ``[M, K]`` leaves enough over."""
     return rank <= MOST_RANK and core.has_room_beside(device) and _spare(m, k, device) >= LEAST
+
+
+def makes_s(m: int, n: int, rank: int, device: torch.device | str) -> bool:
+    """Whether y ``[M, N]`` by the plan ``cuda`` leaves enough over to make S ``[M, rank]``."""
+    rows, columns = -(-m // OF_Y[0]), -(-n // OF_Y[1])
+    together = 2 if rows % 2 == 0 or rows > 16 else 1  # as csrc/cuda/hopper_gemm.cu has it
+    tiles = -(-rows // together) * columns
+    spare = together * left_over(tiles, core.multiprocessors(device) // together)
+    return rank <= MOST_RANK_OF_S and spare >= LEAST
+
+
+def forward(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Write y; S ``[M, R]`` of one LoRA branch without dropout."""
+    with core.device_of(x):
+        return cuda.outputs_and_s(y, x, weight, bias, a, b, scaling)
 
 
 def backward(

@@ -26,7 +26,7 @@ HOPPER = "90a"
 """As the library names the architecture of the products of ``cuda``: no other runs them."""
 AMPERE = 80
 """The oldest architecture of those of ``ampere``, as in sm_80."""
-ABI_VERSION = 3
+ABI_VERSION = 4
 """DELTAOPS_CUDA_ABI_VERSION of csrc/include/deltaops_cuda.h."""
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 """deltaops_dtype of csrc/include/deltaops.h."""
@@ -116,6 +116,29 @@ def outputs(
 ) -> None:
     """Write ``y [M, N] = x Wᵀ + S Bᵀ + bias`` by ``plan``; S ``[M, R]`` in fp32."""
     _gemm(plan, y, bias, [(x, weight, 0.0), (s.to(x.dtype), b, 0.0)], None)
+
+
+def outputs_and_s(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Write y by the plan ``cuda``, and make S ``[M, R]`` in fp32 in the same launch."""
+    module, (device, stream) = _module(), _place(y)
+    s = torch.empty((x.shape[0], a.shape[0]), dtype=torch.float32, device=y.device)
+    narrow = torch.empty_like(s, dtype=x.dtype)
+    size = module.hopper_project_gemm_workspace(x.shape[0])
+    workspace = torch.empty(size, dtype=torch.uint8, device=y.device)
+    given = None if bias is None else _view(bias.unsqueeze(0))
+    module.hopper_project_gemm(
+        device, DTYPES[x.dtype], (*map(_view, (x, weight, a, b)), given),
+        _view(s), _view(narrow), _view(y), scaling, 0, workspace.data_ptr(), size, stream,
+    )  # fmt: skip
+    return s
 
 
 def grad_input(

@@ -86,6 +86,9 @@ def forward(
         plan = plan_of("forward", x, weight, a, b, dropout, linear)
         if plan == "decode":
             return y, _decode(y, x, weight, bias, a[0], b[0], scaling[0])
+        if plan == "beside" and core.kernels("persistent").is_describable(a[0]):
+            given = None if bias is None else bias.contiguous()
+            return y, beside.forward(y, x, weight, given, a[0], b[0], scaling[0])
         s, u = branches.project(x, a, branch_bias, scaling, dropout, activation, seed, adapter)
         _write_outputs(plan, y, x, weight, bias, a, b, u)
     return y, s
@@ -155,7 +158,8 @@ def _write_outputs(
             capability=core.capability(x), multiprocessors=core.multiprocessors(x.device),
         )  # fmt: skip
         return
-    if plan in cuda.PLANS:
+    if plan in (*cuda.PLANS, "beside"):  # the latter where A lies otherwise
+        plan = "cuda" if plan == "beside" else plan
         cuda.outputs(plan, y, x, weight, bias, s, b[0])
         return
     core.kernels("forward").forward_gemm(
@@ -347,6 +351,9 @@ def special(
     if direction == "backward" and "persistent" in found:
         m, k = rows.shape[0], weight.shape[1]
         found += ("beside",) if beside.fits(m, k, ranks[0], device) else ()
+    if linear and direction == "forward" and "cuda" in found:
+        m, n = rows.shape[0], weight.shape[0]
+        found += ("beside",) if beside.makes_s(m, n, ranks[0], device) else ()
     if linear and direction == "forward" and decodes(rows, factors, ranks):
         found += ("decode",)
     return found

@@ -8,7 +8,7 @@
     ampere  another of CUDA C++, of any shape, few rows among them: sm_80 and later
     decode  y of at most 16 rows, and S with it, which every other plan is handed
     beside  of dx: persistent on the multiprocessors that its rounds need, with dA on the others
-            meanwhile (:mod:`beside`)
+            meanwhile; of y: cuda, with S likewise, in one launch (:mod:`beside`)
 
 Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is
 expected to be the faster one. Which outweighs the other is a matter of measurement
