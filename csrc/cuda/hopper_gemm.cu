@@ -128,6 +128,16 @@ deltaops_status check_products(const deltaops_cuda_gemm_args &args, int32_t outp
   return DELTAOPS_OK;
 }
 
+/* Whether the copy engine can write it, and nothing beyond the ends of its rows. */
+deltaops_status check_written(const Matrix &out) {
+  if (out.cols % kRow != 0)
+    return cuda_fail(DELTAOPS_UNSUPPORTED,
+                     "%s: out must have a multiple of %lld columns, since the copy engine writes "
+                     "16 bytes at a time, got %lld; use ampere_gemm or triton",
+                     who, static_cast<long long>(kRow), static_cast<long long>(out.cols));
+  return check_rows("out", out);
+}
+
 deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output,
                              const deltaops_cuda_gemm_args &first, Layout *layout) {
   if (args.struct_size != sizeof args)
@@ -148,12 +158,7 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
                      output, args.num_products, static_cast<const void *>(args.products));
   deltaops_status status =
       check_shape("out", args.out, first.out.rows, args.out.cols, first.out.dtype);
-  if (status == DELTAOPS_OK) status = check_rows("out", args.out);
-  if (status == DELTAOPS_OK && args.out.cols % kRow != 0)
-    status = cuda_fail(DELTAOPS_UNSUPPORTED,
-                       "%s: out must have a multiple of %lld columns, since the copy engine writes "
-                       "16 bytes at a time, got %lld; use ampere_gemm or triton",
-                       kWho, static_cast<long long>(kRow), static_cast<long long>(args.out.cols));
+  if (status == DELTAOPS_OK) status = check_written(args.out);
   if (status == DELTAOPS_OK && args.bias.data != nullptr) {
     status = check_shape("bias", args.bias, 1, args.out.cols, args.out.dtype);
     if (status == DELTAOPS_OK && args.bias.col_stride != 1 && args.bias.cols > 1)
@@ -369,6 +374,7 @@ deltaops_status check_project(const deltaops_cuda_hopper_project_gemm_args &args
   if (status == DELTAOPS_OK) status = check_rows("a", args.a);
   if (status == DELTAOPS_OK) status = check_rows("b", args.b);
   if (status == DELTAOPS_OK) status = check_rows("s_narrow", args.s_narrow);
+  if (status == DELTAOPS_OK) status = check_written(args.out);
   if (status != DELTAOPS_OK) return status;
   const uint64_t bytes = deltaops_cuda_hopper_project_gemm_workspace(M);
   if (args.workspace_bytes < bytes || (args.workspace == nullptr && bytes > 0) ||
