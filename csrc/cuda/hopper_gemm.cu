@@ -1,47 +1,21 @@
-/* hopper_gemm.cu: launches the products of hopper/gemm.h and project.h: checks them, and describes
- * them to the copy engine. */
+/* hopper_gemm.cu: launches the products of hopper/gemm.h: checks them, and describes them to the
+ * copy engine. */
 #include <stdio.h>
 
 #include "core.h"
-#include "hopper/arguments.h"
-#include "hopper/tensor_map.h"
+#include "hopper/host.h"
 
 namespace deltaops::hopper {
+
+thread_local const char *who = "hopper_gemm";
+
 namespace {
 
-thread_local const char *who = "hopper_gemm"; /* the function that was called */
 constexpr int64_t kMost =
-    (int64_t{1} << 31) - 512;      /* coordinates are 32-bit, and a tile is added */
-constexpr int64_t kRow = 8;        /* elements of 16 bytes */
-constexpr int32_t kLeastAside = 4; /* blocks that make S: fewer read x for longer than y takes */
-constexpr int64_t kMostRanks = 64;
-constexpr int32_t kTileRows = 128, kStoredRows = 64; /* of a tile; that one warpgroup stores */
+    (int64_t{1} << 31) - 512;       /* coordinates are 32-bit, and a tile is added */
+constexpr int32_t kStoredRows = 64; /* of a tile; that one warpgroup stores */
 
-using Matrix = deltaops_matrix;
-
-int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
-
-/* How the right matrices lie; one way must hold for all of them. */
-struct Layout {
-  bool inner = true; /* contracted elements side by side */
-  bool outer = true; /* columns of out side by side */
-
-  void see(const Matrix &right) {
-    inner = inner && (right.col_stride == 1 || right.cols <= 1);
-    outer = outer && (right.row_stride == 1 || right.rows <= 1);
-  }
-};
-
-/* The matrix that lies in memory where `right` is a transposed view of it. */
-Matrix transposed(const Matrix &right) {
-  return {right.data, right.cols, right.rows, right.col_stride, right.row_stride, right.dtype, 0};
-}
-
-/* A single row may have any stride: then one that the copy engine takes. */
-Matrix with_stride(Matrix matrix) {
-  if (matrix.rows <= 1) matrix.row_stride = blocks(matrix.cols, kRow) * kRow;
-  return matrix;
-}
+}  // namespace
 
 deltaops_status check_shape(const char *name, const Matrix &matrix, int64_t rows, int64_t cols,
                             int32_t dtype) {
@@ -63,7 +37,6 @@ deltaops_status check_shape(const char *name, const Matrix &matrix, int64_t rows
   return DELTAOPS_OK;
 }
 
-/* Whether the copy engine can read it. */
 deltaops_status check_rows(const char *name, const Matrix &matrix) {
   if (matrix.rows == 0 || matrix.cols == 0) return DELTAOPS_OK;
   if ((matrix.col_stride != 1 && matrix.cols > 1) ||
@@ -81,6 +54,13 @@ deltaops_status check_rows(const char *name, const Matrix &matrix) {
                      who, name, matrix.data, static_cast<long long>(matrix.row_stride),
                      static_cast<long long>(kRow));
   return DELTAOPS_OK;
+}
+
+namespace {
+
+/* The matrix that lies in memory where `right` is a transposed view of it. */
+Matrix transposed(const Matrix &right) {
+  return {right.data, right.cols, right.rows, right.col_stride, right.row_stride, right.dtype, 0};
 }
 
 /* A product's name in a sentence. */
@@ -168,7 +148,8 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
   return status == DELTAOPS_OK ? check_products(args, output, layout) : status;
 }
 
-/* Of all, and how their right matrices lie: layout->inner wherever that holds. */
+}  // namespace
+
 deltaops_status check(const deltaops_cuda_gemm_args *outputs, int32_t count, Layout *layout) {
   if (outputs == nullptr || count < 1 || count > kMaxOutputs)
     return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: takes 1 to %d outputs, got %d at %p", who,
@@ -198,6 +179,8 @@ deltaops_status check(const deltaops_cuda_gemm_args *outputs, int32_t count, Lay
     }
   return DELTAOPS_OK;
 }
+
+namespace {
 
 /* Tiles of 256 columns where S is made `aside` or they give every multiprocessor one, else of 128.
  * Two blocks a cluster where the rows of tiles are even, or so many that one more costs little. */
@@ -267,45 +250,6 @@ deltaops_status multiprocessors_of(int32_t device, int *multiprocessors) {
                    who, device, major, minor);
 }
 
-/* How many blocks make S: as many as are asked for, or as the rounds of the others leave over;
- * whole clusters, and no more than there are rows of tiles. */
-int32_t blocks_aside(int32_t asked, const Schedule &schedule, int32_t cluster,
-                     int32_t multiprocessors) {
-  const int64_t most = multiprocessors / cluster, tiles = schedule.tiles();
-  const int64_t needed = blocks(tiles, blocks(tiles, most)); /* for as many rounds */
-  int64_t wanted = asked > 0 ? asked : (most - needed) * cluster;
-  if (wanted < kLeastAside && asked == 0) wanted = kLeastAside;
-  wanted = blocks(wanted, cluster) * cluster;
-  const int64_t rows = int64_t{schedule.rows} * cluster;
-  return static_cast<int32_t>(wanted < rows ? wanted : rows);
-}
-
-/* The part of the launch that makes S. */
-deltaops_status describe_sides(const deltaops_cuda_hopper_project_gemm_args &args,
-                               const MapMaker &maps, int32_t cluster, int32_t multiprocessors,
-                               GemmArguments *arguments) {
-  Sides *sides = &arguments->sides;
-  sides->s = static_cast<float *>(args.s.data);
-  sides->s_stride = args.s.row_stride;
-  sides->narrow = args.s_narrow.data;
-  sides->narrow_stride = args.s_narrow.row_stride;
-  sides->flags = static_cast<uint32_t *>(args.workspace);
-  sides->rows = static_cast<int32_t>(args.x.rows);
-  sides->ranks = static_cast<int32_t>(args.a.rows);
-  sides->width = sides->ranks <= 16 ? 16 : sides->ranks <= 32 ? 32 : 64;
-  sides->scaling = args.scaling;
-  sides->blocks = blocks_aside(args.blocks, arguments->schedule, cluster, multiprocessors);
-  if (multiprocessors - sides->blocks < cluster)
-    return cuda_fail(
-        DELTAOPS_UNSUPPORTED,
-        "%s: %d blocks that make S must leave some of the %d multiprocessors of GPU %d "
-        "to y; ask for fewer, or use hopper_gemm",
-        who, sides->blocks, multiprocessors, args.device);
-  /* the first tiles want S soonest: as few rows of tiles as one band of single blocks has */
-  arguments->schedule.band = Schedule::kBand / cluster;
-  return maps.make(&sides->a, with_stride(args.a), sides->width);
-}
-
 /* `project`: the S that the launch makes too, of the only output; or NULL. */
 deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool outer,
                     int32_t multiprocessors,
@@ -348,49 +292,8 @@ deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool 
 #endif
 }
 
-/* Of what is not in the products: A, S, its place for the products, and the flags. */
-deltaops_status check_project(const deltaops_cuda_hopper_project_gemm_args &args) {
-  const int64_t M = args.x.rows, K = args.x.cols, N = args.weight.rows, R = args.a.rows;
-  const int32_t dtype = args.x.dtype;
-  deltaops_status status = check_shape("weight", args.weight, N, K, dtype);
-  if (status == DELTAOPS_OK) status = check_shape("a", args.a, R, K, dtype);
-  if (status == DELTAOPS_OK) status = check_shape("b", args.b, N, R, dtype);
-  if (status == DELTAOPS_OK) status = check_shape("s_narrow", args.s_narrow, M, R, dtype);
-  if (status == DELTAOPS_OK) status = check_shape("out", args.out, M, N, dtype);
-  if (status == DELTAOPS_OK && args.s.data != nullptr)
-    status = check_shape("s", args.s, M, R, DELTAOPS_F32);
-  if (status != DELTAOPS_OK) return status;
-  if (R < 1 || R > kMostRanks || N < 1 || K < 1)
-    return cuda_fail(DELTAOPS_UNSUPPORTED,
-                     "%s: takes 1 to %lld ranks and at least one row and column of the weight, got "
-                     "%lld of [%lld, %lld]; use project and hopper_gemm",
-                     who, static_cast<long long>(kMostRanks), static_cast<long long>(R),
-                     static_cast<long long>(N), static_cast<long long>(K));
-  if (args.s.data != nullptr && args.s.col_stride != 1 && R > 1)
-    return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: s must have col_stride 1, got %lld", who,
-                     static_cast<long long>(args.s.col_stride));
-  status = check_rows("x", args.x);
-  if (status == DELTAOPS_OK) status = check_rows("weight", args.weight);
-  if (status == DELTAOPS_OK) status = check_rows("a", args.a);
-  if (status == DELTAOPS_OK) status = check_rows("b", args.b);
-  if (status == DELTAOPS_OK) status = check_rows("s_narrow", args.s_narrow);
-  if (status == DELTAOPS_OK) status = check_written(args.out);
-  if (status != DELTAOPS_OK) return status;
-  const uint64_t bytes = deltaops_cuda_hopper_project_gemm_workspace(M);
-  if (args.workspace_bytes < bytes || (args.workspace == nullptr && bytes > 0) ||
-      reinterpret_cast<uintptr_t>(args.workspace) % 16 != 0)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                     "%s: workspace must have %llu bytes on 16 bytes, got %llu at %p; see "
-                     "deltaops_cuda_hopper_project_gemm_workspace",
-                     who, static_cast<unsigned long long>(bytes),
-                     static_cast<unsigned long long>(args.workspace_bytes), args.workspace);
-  if (args.blocks < 0)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT, "%s: blocks must be 0 or how many make S, got %d",
-                     who, args.blocks);
-  return DELTAOPS_OK;
-}
+}  // namespace
 
-/* Checked outputs, on their GPU. */
 deltaops_status run_on(const deltaops_cuda_gemm_args *outputs, int32_t count, bool outer,
                        const deltaops_cuda_hopper_project_gemm_args *project) {
   const OnDevice here(outputs[0].device);
@@ -400,7 +303,6 @@ deltaops_status run_on(const deltaops_cuda_gemm_args *outputs, int32_t count, bo
   return status == DELTAOPS_OK ? run(outputs, count, outer, multiprocessors, project) : status;
 }
 
-}  // namespace
 }  // namespace deltaops::hopper
 
 using namespace deltaops;
@@ -416,33 +318,4 @@ extern "C" deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_ar
   for (int32_t i = 0; i < count; ++i) columns += outputs[i].out.cols;
   if (outputs[0].out.rows == 0 || columns == 0) return DELTAOPS_OK;
   return run_on(outputs, count, !layout.inner, nullptr);
-}
-
-extern "C" uint64_t deltaops_cuda_hopper_project_gemm_workspace(int64_t M) {
-  return M > 0 ? static_cast<uint64_t>(blocks(M, kTileRows)) * sizeof(uint32_t) : 0;
-}
-
-extern "C" deltaops_status deltaops_cuda_hopper_project_gemm(
-    const deltaops_cuda_hopper_project_gemm_args *args) {
-  who = "hopper_project_gemm";
-  if (args == nullptr || args->struct_size != sizeof *args)
-    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                     "%s: struct_size must be %zu, got %u; were caller and library compiled from "
-                     "the same deltaops_cuda.h?",
-                     who, sizeof *args, args == nullptr ? 0 : args->struct_size);
-  const deltaops_cuda_product products[2] = {{args->x, args->weight, 0, 0},
-                                             {args->s_narrow, args->b, 0, 0}};
-  deltaops_cuda_gemm_args output = {};
-  output.struct_size = sizeof output;
-  output.device = args->device;
-  output.products = products;
-  output.num_products = 2;
-  output.bias = args->bias;
-  output.out = args->out;
-  output.stream = args->stream;
-  Layout layout;
-  deltaops_status status = check_project(*args);
-  if (status == DELTAOPS_OK) status = check(&output, 1, &layout);
-  if (status != DELTAOPS_OK || args->x.rows == 0) return status;
-  return run_on(&output, 1, false, args);
 }

@@ -62,6 +62,12 @@ def grid(
         lib.deltaops_emulation_forget()
 
 
+def allow(t: Tensor) -> None:
+    """Primitives may touch the contiguous ``t``."""
+    first, size = ctypes.c_void_p(t.data_ptr()), ctypes.c_uint64(t.numel() * t.element_size())
+    library().deltaops_emulation_allow(first, size)
+
+
 class Matrix(ctypes.Structure):
     """deltaops_matrix."""
 

@@ -151,7 +151,7 @@ def run_flag(fault: str | None, order: int) -> tuple[int, bool]:
     flag = torch.zeros(1, dtype=torch.int32)
     number = 0 if fault is None else 1 + list(FLAG_FAULTS).index(fault)
     with emulated.grid(order, seed=5, capability=90) as lib:
-        given.allow(), middle.allow()
+        given.allow(), middle.allow(), emulated.allow(flag)
         views = (ctypes.byref(emulated.view(one.t)) for one in (given, middle))
         places = (ctypes.c_void_p(t.data_ptr()) for t in (flag, out))
         status = lib.deltaops_test_hopper_flag(number, *views, *places)

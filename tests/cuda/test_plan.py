@@ -238,6 +238,10 @@ def test_the_module_checks_before_it_looks_for_a_gpu() -> None:
     view, other = cuda._view(t), cuda._view(t[:, :8])
     with pytest.raises(ValueError, match=r"right of product 0 of out 0 must be \[16, 16\]"):
         module.hopper_gemm(0, 1, [(view, None, [(view, view, 0)])], 0, 0)
+    layer = (view, view, other, other, None)
+    with pytest.raises(ValueError, match=r"hopper_project_gemm: a must be \[8, 16\] of dtype 1"):
+        module.hopper_project_gemm(0, 1, layer, None, other, other, 1.0, 0, 0, 0, 0)
+    assert module.hopper_project_gemm_workspace(129) == 8
     with pytest.raises(ValueError, match=r"ampere_gemm: right of product 0 must be \[16, 16\]"):
         module.ampere_gemm(0, 1, (view, None, [(view, view, 0)]), 0, 0)
     with pytest.raises(ValueError, match="takes 1 to 4 outputs, got 0"):

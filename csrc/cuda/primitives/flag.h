@@ -37,8 +37,12 @@ inline void publish_fence() {
   mine.open.clear();
 }
 
-inline void flag_set(uint32_t *flag) { *flag = 1; }
+inline void flag_set(uint32_t *flag) {
+  emulation::check_global(flag, sizeof *flag, alignof(uint32_t), "flag_set");
+  *flag = 1;
+}
 inline void flag_wait(const uint32_t *flag) {
+  emulation::check_global(flag, sizeof *flag, alignof(uint32_t), "flag_wait");
   emulation::wait_until("a flag", [=] { return *flag != 0; });
 }
 
