@@ -149,6 +149,7 @@ def make_peers(
             y: Tensor = torch.func.functional_call(layers[0], state, (x,))
             return y
 
+        torch.compiler.reset()  # one code for all cases: after eight it would stay uncompiled
         compiled = torch.compile(functionally, dynamic=False)
         peers[COMPILED] = [
             partial(_peft, case, layer, o, partial(compiled, state))
