@@ -139,6 +139,8 @@ def run_benchmark(out: Path, until: float) -> bool:
         for path in out.glob("gpu-*.json"):
             if path.stat().st_mtime_ns != before.get(path):
                 first += sum(len(json.loads(text(path))[op]) for op in OPS)
+    for path in out.glob("gpu-nvidia-*.json"):
+        run([*PYTHON, "-m", "deltaops.measure.gpu_report", str(path)], log, until + 30.0)
     print(text(log))
     return code == 0
 
