@@ -192,9 +192,12 @@ def _build_module(
     *headers: Path,
 ) -> None:
     folder = CSRC / "bindings"
-    includes = (f"-I{INCLUDE}", f"-isystem{pybind11_include()}", f"-isystem{python_include()}")
+    pybind11 = pybind11_include()
+    includes = (f"-I{INCLUDE}", f"-isystem{pybind11}", f"-isystem{python_include()}")
     command = (*compiler.command, *BINDING_FLAGS, *includes, *(f"-isystem{h}" for h in headers))
-    reads = (INCLUDE, folder, *(h / FFI_HEADERS for h in headers))
+    # what pybind11 is counts, not where: pip's isolated builds have it in a new place each time
+    inside = sorted(path for path in pybind11.rglob("*") if path.is_dir())
+    reads = (INCLUDE, folder, *(h / FFI_HEADERS for h in headers), pybind11, *inside)
     units = [Unit(source, command, reads, compiler.version) for source in sources]
     objects = [str(path) for path in compile_all(units, build.objects, build.jobs, build.say)]
     command = (

@@ -148,7 +148,6 @@ def pybind11_include() -> Path:
         )
     import pybind11
 
-    # objects are named by their command: the same headers must have the same path
     return Path(pybind11.get_include()).resolve()
 
 
