@@ -49,7 +49,7 @@ def test_the_page_says_what_is_met_missed_and_not_measured(tmp_path: Path) -> No
     assert gpu_report.main([str(source)]) == 0
     page = source.with_suffix(".md").read_text(encoding="utf-8")
     assert "| LoRA r=16, 8192 × 4096² | ≤ 1.07 | 1.050 | met |" in page
-    assert "| PEFT, eager, over ours | ≥ 1.28 | 1.143 | missed at 8192×4096×4096 r=16 |" in page
+    assert "| PEFT, eager, over ours | ≥ 1.28 | 1.143 | missed at 8192×4096×4096 r=16. |" in page
     assert "| decoding, 4096², r=16 | ≤ 1.1 | — | not measured |" in page
     assert "- 8192×4096×4096 r=16: it drifted" in page
     assert "before 1×2×3 r=4" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -126,6 +127,23 @@ def test_figures_are_those_of_the_report_that_is_named() -> None:
         assert [[row[2], *row[4:6]] for row in found] == [[value, limit, outcome]], (
             f"README's How fast must have the report's row {found} of {goal} in {dtype}"
         )
+
+
+def test_figures_of_a_gpu_are_those_of_its_run() -> None:
+    section = README.read_text(encoding="utf-8").split("## How fast")[1]
+    (page,) = re.findall(r"\[all cases and goals\]\((.+?)\)", section)
+    said = re.findall(r"\d\.\d\d", section.partition("On one H200")[2].partition("([all")[0])
+    run = json.loads((ROOT / page).with_suffix(".json").read_text(encoding="utf-8"))
+    found = []
+    for tokens in (8192, 1):
+        (case,) = [
+            one["seconds"]
+            for one in run["delta_linear"]
+            if (one["shape"], one["rank"], one["dropout"]) == ([tokens, 4096, 4096], 16, 0.0)
+        ]
+        peers = ("deltaops", "PEFT", "PEFT compiled")
+        found += [f"{case[p]['median'] / case['frozen']['median']:.2f}" for p in peers]
+    assert said == found
 
 
 def rows(text: str) -> list[list[str]]:
