@@ -86,7 +86,7 @@ _TRAINED = _layer(_many, [SQUARE], 16)
 _DROPPED = _layer(_many, [SQUARE], 16, 0.1)
 
 _DY = "dS is made in a pass over dy before dx; in the launch of dx, as S is in that of y"
-_RANKS = "passes of 64 ranks read at half the speed of 16: their tiles are those of counts alone"
+_RANKS = "passes of 64 ranks take over twice those of 16: their tiles are of counts, not measured"
 _MASK = "x's mask is made three times, for S, dA and dx; a cheaper one, or kept as bits"
 _GROUP = "dS and dB go layer by layer, and S before y: in the launches of dx and y"
 _PARTS = "each program adds up S's parts and reads B; fewer programs with more columns"
