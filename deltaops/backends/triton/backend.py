@@ -90,5 +90,6 @@ class TritonBackend:
         return None
 
     def outrun(self, call: Call) -> str | None:
-        """None: where torch's own might be faster no GPU has said yet."""
+        """None: what was measured on an H200, delta_linear, groups of it and prefix_attention, is
+        faster than torch's own; the other ops were not."""
         return None
