@@ -7,7 +7,7 @@
             data-centre Blackwell
     cuda    the same, hand-written in CUDA C++ (:mod:`cuda`): Hopper
     ampere  another of CUDA C++, of any shape, few rows among them: sm_80 and later
-    decode  y of at most 16 rows, and S with it, which every other plan is handed
+    decode  y of at most 16 rows, and S with it, which all but this and ``beside`` are handed
     beside  of dx: persistent on the multiprocessors that its rounds need, with dA on the others
             meanwhile; of y: cuda, with S likewise, in one launch (:mod:`beside`)
 
