@@ -8,7 +8,8 @@ are free, and read x meanwhile. A program stays on one of them and takes every P
 columns, of P programs, with all of its rows: no partial sums, and how many programs there are
 changes no bits. A program needs more than half of a multiprocessor's shared memory, so that each
 has one of its own, whichever of the two kernels begins first. Four read 80 GB a second each on an
-H200: x takes them about 0.6 of the time of dx, dy beside it would take them longer than dx.
+H200: x [8192,4096] takes them about 0.6 of the time of dx; had they dy to read too, for dB, they
+would take longer than dx.
 """
 
 import triton

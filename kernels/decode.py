@@ -3,13 +3,14 @@
 
     x [M,K], M ≤ 16  W [N,K]  A [R,K], R ≤ 64  B [N,R]  bias [N]  y [M,N]  S [M,R] fp32
 
-W's bytes are the limit, and a launch costs as much as a tenth of them. S comes one of two ways:
+W's bytes are the limit: on an H200 14 µs of [4096,4096], 33 of [14336,4096]. S comes one of two
+ways:
 
     within   each program makes all of S beside its tile of y, on the same walk over K: one launch,
              and A from L2 once for each tile of columns
     beside   a few programs make PARTS sums over pieces of K, while those of y walk over W already
-             (programmatic dependent launch, sm_90 and later; elsewhere they follow); each adds the
-             sums up when its walk is over, in their order
+             (programmatic dependent launch, sm_90 and later; elsewhere they follow, which takes
+             1.5 to 5 µs more on an H200); each adds the sums up when its walk is over, in order
 
 Either way each element has one order of summation, and the first program writes S. Beyond the
 frozen layer: A, B and S; beside, 4·PARTS·M·R bytes written and read.

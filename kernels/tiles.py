@@ -25,9 +25,9 @@ def load_tile(base, row, col, row_stride, col_stride, rows, cols):
 
 @triton.jit
 def add_product(acc, left, right):
-    """``acc + left right``. Float32 products of a block are summed apart before they join: one sum
-    of all rounds as often as it has terms. By fma, since Triton makes a product with an accumulator
-    of a product and a sum."""
+    """``acc + left right``. Float32 products of a block are summed apart before they join: a single
+    sum over K would round once for each term. By fma: of a product and a sum Triton would make a
+    product with that accumulator again."""
     if left.dtype == tl.float32:
         return tl.fma(tl.dot(left, right, input_precision="ieee"), 1.0, acc)
     return tl.dot(left, right, acc, input_precision="ieee")

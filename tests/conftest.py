@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 NICE = 10  # the tests go first
 
@@ -139,6 +138,8 @@ def ahead(pytestconfig: pytest.Config) -> Ahead:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread, as a team costs small tensors more than it gives; random numbers by a seed."""
+    import torch  # here: the pytests that tests start want none of its seconds
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -137,7 +137,8 @@ class GroupCase:
         return peers | {PEFT: calls}, {}
 
     def plan(self, copy: Group, backend: str) -> str | None:
-        """See :class:`Subject`."""
+        """None: each y is planned by itself and dx for all layers, and no backend has words for
+        that."""
         return None
 
     def _peft(self, copy: Group) -> Call | None:

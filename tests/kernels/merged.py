@@ -20,7 +20,7 @@ ALL = (True,) * 5
 CASES = (
     # (case, dtype, wanted): a prefix in one tile and in several, in every layout of the library's
     (PrefixAttentionCase(1, AttentionCase(2, 4, 37, 24, h_kv=2, causal=True)), FULL, ALL),
-    (PrefixAttentionCase(70, AttentionCase(1, 4, 35, 40, h_kv=2, causal=True)), BRAIN, ALL),
+    (PrefixAttentionCase(70, AttentionCase(1, 2, 35, 40, h_kv=1, causal=True)), BRAIN, ALL),
     (
         PrefixAttentionCase(
             20, AttentionCase(1, 2, 19, 80, h_kv=1, l_kv=33, layout="dense"), wide=True, sliced=True

@@ -90,5 +90,7 @@ class TritonBackend:
         return None
 
     def outrun(self, call: Call) -> str | None:
-        """None: where torch's own might be faster no GPU has said yet."""
+        """None. Measured on an H200, delta_linear, groups of it and a merged prefix_attention are
+        faster than torch's own. prefix_attention in one kernel, which a mask or float32 needs, is
+        not (2983 µs without a mask, joined keys by torch 2155); other ops were not measured."""
         return None

@@ -63,7 +63,7 @@ def multiprocessors(device: torch.device | str) -> int:
 
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
-    """Launches inside run beside those that follow it, up to the end of :func:`together`."""
+    """Launches inside run beside those that follow, until :func:`together` is called."""
     if device.type != "cuda":
         yield
         return
@@ -91,7 +91,7 @@ def persists(device: torch.device | str) -> bool:
 
 
 def has_room_beside(device: torch.device | str) -> bool:
-    """Whether a pass beside a persistent dx does: Hopper, and the interpreter."""
+    """Whether dA can go beside a persistent dx there: Hopper, and the interpreter."""
     return _is_of(device, kernels("configs").BESIDE)
 
 

@@ -187,8 +187,9 @@ def backward(
 ) -> list[Tensor]:
     """See :class:`deltaops.backends.base.Backend`."""
 
-    plain = adapter is None and not any(dropout) and all(kind == "identity" for kind in activation)
-    if plain and x is not None and [needs[0], *needs[2:3], *needs[4:]] == [True, True, False]:
+    # one branch without a bias of its own, of which dx and dA are both wanted
+    both = [needs[0], *needs[2:3], *needs[4:]] == [True, True, False]
+    if x is not None and both and adapter is None and _is_linear((), dropout, activation):
         if plan_of("backward", grad_y, weight, a, a, dropout) == "beside":
             if core.kernels("persistent").is_describable(x):
                 return beside.backward(grad_y, x, weight, a[0], b[0], s, scaling[0], needs)

@@ -3,19 +3,20 @@
     fused   one Triton kernel: x Wᵀ and S Bᵀ in one accumulator
     split   a Triton kernel writes the rank part, and the library adds x Wᵀ onto it (beta = 1)
     torch   the library computes both
-    persistent   the fused kernel whose programs stay, with tensor descriptors: Hopper and later
+    persistent   the fused kernel whose programs stay, with tensor descriptors: Hopper and
+            data-centre Blackwell
     cuda    the same, hand-written in CUDA C++ (:mod:`cuda`): Hopper
     ampere  another of CUDA C++, of any shape, few rows among them: sm_80 and later
-    decode  y of at most 16 rows, and S with it, which every other plan is handed
+    decode  y of at most 16 rows, and S with it, which all but this and ``beside`` are handed
     beside  of dx: persistent on the multiprocessors that its rounds need, with dA on the others
             meanwhile; of y: cuda, with S likewise, in one launch (:mod:`beside`)
 
-Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is
-expected to be the faster one. Which outweighs the other is a matter of measurement
-(:mod:`tables`). Where nothing was measured, :func:`start` takes ``decode`` where it can and else
-decides by the break-even rule, never for "cuda", "ampere" and "beside". Either way a choice follows
-from the call, how its matrices lie and the tables alone, which are read once a GPU and process:
-nothing is timed in a call, nor under graph capture.
+Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is the
+faster one. Which outweighs the other is a matter of measurement (:mod:`tables`). Where nothing was
+measured, :func:`start` takes ``decode`` where it can and else decides by the break-even rule, never
+for "cuda", "ampere" and "beside". Either way a choice follows from the call, how its matrices lie
+and the tables alone, which are read once a GPU and process: nothing is timed in a call, nor under
+graph capture.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Ceilings(NamedTuple):
     """Seconds that one more kernel costs in a graph."""
 
 
-# An H200's, as measured (750e12, 4.2e12) and on the design page, 184 operations a byte. The rule
-# takes them for every GPU, which no measurement supports: a start for those that have no table.
+# An H200's: 767e12 to 805e12 and 4.1e12 to 4.2e12 were measured, a launch in a graph 1.5 to 2.5 µs.
+# The rule takes them for every GPU, which no measurement supports: a start for those that have no
+# table.
 HALF = Ceilings(790e12, 4.3e12, 1.5e-6)
 FLOAT = Ceilings(60e12, 4.3e12, 1.5e-6)
 """Of float32 products without TF32, as torch has them by default. The 60e12 is a guess, without a
@@ -66,13 +68,15 @@ source."""
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in core.DTYPES}
 
 EXPECTED = 0.67
-"""The share of the library's speed that is assumed of the fused kernels where nothing was measured:
-that of 8192 rows on an H200, where it is 0.66 to 0.78."""
+"""The share of the library's speed that is assumed of the fused kernels where nothing was measured.
+On an H200 it is 0.66 of y [8192,4096] and 0.66 to 0.67 of 512 rows, K = 4096; of dx [8192,4096], in
+smaller tiles, about 0.6."""
 EXPECTED_SMALL = 0.5
 """The same for their small tiles: float32, float32 adapters on a half model, unaligned rows,
 several branches. A guess: they read each operand two to four times as often."""
 EXPECTED_PERSISTENT = 0.98
-"""And of the persistent kernels: on an H200 0.98 to 1.00."""
+"""And of the persistent kernels: on an H200 0.97 to 1.00 of 8192 rows; less with a mask (0.80) and
+of 512 rows (0.89 to 0.92), where the smaller tiles are taken."""
 
 
 def setting_of(
@@ -101,7 +105,7 @@ def possible(setting: Setting, direction: str, special: tuple[str, ...] = ()) ->
     masked = setting.dropout and direction == "backward"
     # the library rounds S to the model's dtype, and knows no mask
     plans = PLANS[:2] if mixed or masked else PLANS[:3]
-    # the mask of x takes more time than reading x
+    # beside dx x is only read: on an H200 a pass that makes its mask too takes 1.6 times as long
     return plans + tuple(plan for plan in special if plan != "beside" or not masked)
 
 
@@ -109,7 +113,7 @@ def break_even(setting: Setting, direction: str) -> float:
     """The share of the library's speed from which on a fused GEMM is the faster way.
 
     Split writes and reads the output once more and is one launch more; fused does the rank part's
-    operations at its own speed. Above 1: never.
+    operations at its own speed. Above 1: it is never the faster one.
     """
     m, n, k, rank = setting[:4]
     if direction == "backward":

@@ -4,8 +4,10 @@
     merged   torch's attention to the keys, the prefix merged into it (:mod:`merged_prefix`)
 
 Merged wherever torch has a flash or cuDNN attention that it would choose for the keys
-(:mod:`library_attention`): it is the faster one, and has nearly all of the FLOPs. Each direction
-chooses for itself, as they may run under other settings: y and lse say the same in both ways.
+(:mod:`library_attention`), which have nearly all of the FLOPs: on an H200 forward and backward of
+2 × 2048 tokens, 32 heads of 128 elements, 8 of keys, and a prefix of 32 take 771 µs, fused 2983.
+Each direction chooses for itself, as they may run under other settings: y and lse say the same in
+both ways.
 """
 
 from __future__ import annotations
