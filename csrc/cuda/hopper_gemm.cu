@@ -9,13 +9,9 @@ namespace deltaops::hopper {
 
 thread_local const char *who = "hopper_gemm";
 
-namespace {
-
 /* Coordinates are 32-bit, and a tile is added. */
 constexpr int64_t kMost = (int64_t{1} << 31) - 512;
 constexpr int32_t kStoredRows = 64; /* of a box: what one warpgroup stores at a time */
-
-}  // namespace
 
 deltaops_status check_shape(const char *name, const Matrix &matrix, int64_t rows, int64_t cols,
                             int32_t dtype) {
