@@ -1,6 +1,5 @@
 // cudaxla_module.cpp: deltaops._xla_cuda, the CUDA library (csrc/include/deltaops_cuda.h) as
-// handlers of XLA's FFI in capsules that jax.ffi registers for "CUDA". Compiled, and not yet run on
-// a GPU.
+// handlers of XLA's FFI in capsules that jax.ffi registers for "CUDA".
 
 #include <pybind11/pybind11.h>
 

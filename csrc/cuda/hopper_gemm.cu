@@ -9,13 +9,9 @@ namespace deltaops::hopper {
 
 thread_local const char *who = "hopper_gemm";
 
-namespace {
-
-constexpr int64_t kMost =
-    (int64_t{1} << 31) - 512;       /* coordinates are 32-bit, and a tile is added */
-constexpr int32_t kStoredRows = 64; /* of a tile; that one warpgroup stores */
-
-}  // namespace
+/* Coordinates are 32-bit, and a tile is added. */
+constexpr int64_t kMost = (int64_t{1} << 31) - 512;
+constexpr int32_t kStoredRows = 64; /* of a box: what one warpgroup stores at a time */
 
 deltaops_status check_shape(const char *name, const Matrix &matrix, int64_t rows, int64_t cols,
                             int32_t dtype) {
@@ -183,7 +179,8 @@ deltaops_status check(const deltaops_cuda_gemm_args *outputs, int32_t count, Lay
 namespace {
 
 /* Tiles of 256 columns where S is made `aside` or they give every multiprocessor one, else of 128.
- * Two blocks a cluster where the rows of tiles are even, or so many that one more costs little. */
+ * Two blocks a cluster where the number of rows of tiles is even, or so large that one more row
+ * costs little. */
 Schedule schedule_of(const deltaops_cuda_gemm_args *outputs, int32_t count, int32_t multiprocessors,
                      bool aside, Shape *shape) {
   Schedule schedule = {};
@@ -250,7 +247,7 @@ deltaops_status multiprocessors_of(int32_t device, int *multiprocessors) {
                    who, device, major, minor);
 }
 
-/* `project`: the S that the launch makes too, of the only output; or NULL. */
+/* run_on() a GPU with so many multiprocessors, which is the current one. */
 deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool outer,
                     int32_t multiprocessors,
                     const deltaops_cuda_hopper_project_gemm_args *project) {
@@ -260,7 +257,7 @@ deltaops_status run(const deltaops_cuda_gemm_args *outputs, int32_t count, bool 
   Shape shape = {};
   shape.outer = outer;
   arguments.schedule = schedule_of(outputs, count, multiprocessors, project != nullptr, &shape);
-  const int32_t right_rows = outer ? kBoxColumns : shape.wide ? 128 : 64; /* half a tile */
+  const int32_t right_rows = outer ? kBoxColumns : shape.wide ? 128 : 64; /* inner: half a tile */
   int32_t segment = 0;
   for (int32_t i = 0; i < count; ++i) {
     if (outputs[i].out.cols == 0) continue;

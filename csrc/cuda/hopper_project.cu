@@ -5,7 +5,7 @@
 namespace deltaops::hopper {
 namespace {
 
-constexpr int32_t kLeastAside = 4; /* blocks that make S: fewer read x for longer than y takes */
+constexpr int32_t kLeastAside = 4; /* fewer blocks read x for longer than the others make y */
 constexpr int64_t kMostRanks = 64;
 
 /* How many blocks make S: as many as are asked for, or as the rounds of the others leave over;
@@ -79,12 +79,12 @@ deltaops_status describe_sides(const deltaops_cuda_hopper_project_gemm_args &arg
   sides->scaling = args.scaling;
   sides->blocks = blocks_aside(args.blocks, arguments->schedule, cluster, multiprocessors);
   if (multiprocessors - sides->blocks < cluster)
-    return cuda_fail(
-        DELTAOPS_UNSUPPORTED,
-        "%s: %d blocks that make S must leave some of the %d multiprocessors of GPU %d "
-        "to y; ask for fewer, or use hopper_gemm",
-        who, sides->blocks, multiprocessors, args.device);
-  /* the first tiles want S soonest: as few rows of tiles as one band of single blocks has */
+    return cuda_fail(DELTAOPS_UNSUPPORTED,
+                     "%s: %d blocks that make S must leave %d of the %d multiprocessors of GPU %d "
+                     "to y; ask for fewer, or use project and hopper_gemm",
+                     who, sides->blocks, cluster, multiprocessors, args.device);
+  /* the schedule counts clusters: a band has as many rows of tiles as one of single blocks, so that
+   * the first tiles wait for S of no more rows */
   arguments->schedule.band = Schedule::kBand / cluster;
   return maps.make(&sides->a, with_stride(args.a), sides->width);
 }

@@ -127,8 +127,8 @@ deltaops_cuda_ampere_quantized_gemv(const deltaops_cuda_quantized_gemv_args *arg
  * DELTAOPS_CUDA_MAX_OUTPUTS outputs in one launch: q, k and v; gate and up. Their outs have the
  * same rows, dtype, device and stream, and their products together are at most
  * DELTAOPS_CUDA_MAX_HOPPER. Rows begin on 16 bytes, data and strides both; out has a multiple of 8
- * columns, lengths are at least 1, and sizes at most 2^31 - 512. One product of an output may have a mask, with right matrices of
- * row_stride 1. */
+ * columns, lengths are at least 1, and sizes at most 2^31 - 512. One product of an output may have
+ * a mask, with right matrices of row_stride 1. */
 #define DELTAOPS_CUDA_MAX_OUTPUTS 4
 #define DELTAOPS_CUDA_MAX_HOPPER 8
 DELTAOPS_API deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
@@ -139,8 +139,9 @@ DELTAOPS_API deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_
  *     S = scaling * x A^T,   out = x W^T + S B^T + bias       of S as rounded to the dtype of x
  *
  * Some blocks make S while the others begin with x W^T. R is 1 to 64; rows of x, weight, a, b,
- * s_narrow and out begin on 16 bytes, data and strides both. Whoever launches it has a GPU on which
- * all multiprocessors are to be had, else the launch is an error. */
+ * s_narrow and out begin on 16 bytes, data and strides both, and out has a multiple of 8 columns.
+ * The launch is cooperative, one block a multiprocessor: where this process may not have all of
+ * them (a share of MPS, a green context), it is an error. */
 typedef struct {
   uint32_t struct_size;
   int32_t device;

@@ -179,7 +179,7 @@ def test_dropout_is_of_its_key_and_replayed_backward() -> None:
 
 
 def test_a_program_for_cuda_calls_the_handlers_of_cuda() -> None:
-    """Compiled and lowered here; no GPU has run them yet."""
+    """Lowered here; test_jax_on_gpu.py runs them."""
     if importlib.util.find_spec("deltaops._xla_cuda") is None:
         pytest.skip("deltaops was built without jax or nvcc")
     cuda = importlib.import_module("deltaops._xla_cuda")

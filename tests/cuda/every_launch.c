@@ -1,5 +1,7 @@
 /* every_launch.c: each launch of the CUDA library once, on ragged shapes, for compute-sanitizer.
  *
+ *     every_launch [ROWS...]      of x; 1, 7 and 300 where none are named
+ *
  * What comes out is not looked at here: test_on_gpu.py does that. Ends with 1 where a call fails.
  */
 #include <cuda_runtime_api.h>
@@ -216,16 +218,26 @@ static void dropout(int64_t M, int64_t K) {
          deltaops_cuda_dropout_apply(DEVICE, &x, &y, seed, STREAM, THRESHOLD, NULL));
 }
 
-int main(void) {
+#ifdef DELTAOPS_EMULATED /* by tests/cuda/programs.py: the grid of csrc/cuda/emulation */
+void deltaops_emulation_configure(int32_t capability, int32_t multiprocessors, int32_t order,
+                                  uint64_t random_seed);
+#endif
+
+int main(int count, char **arguments) {
+#ifdef DELTAOPS_EMULATED
+  deltaops_emulation_configure(90, 4, 0, 1); /* else it plays an older GPU */
+#endif
   deltaops_cuda_device_info info = {0};
   info.struct_size = sizeof info;
   must("describe", deltaops_cuda_describe(DEVICE, &info));
   must_run("cudaSetDevice", cudaSetDevice(DEVICE));
   seed = on_gpu(sizeof *seed);
-  const int64_t rows[] = {1, 7, 300};
+  static const char *const usual[] = {"1", "7", "300"};
+  const char *const *const rows = count > 1 ? (const char *const *)(arguments + 1) : usual;
+  const int many = count > 1 ? count - 1 : (int)(sizeof usual / sizeof usual[0]);
   for (dtype = DELTAOPS_BF16; dtype <= DELTAOPS_F16; ++dtype)
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
-      const int64_t M = rows[i];
+    for (int i = 0; i < many; ++i) {
+      const int64_t M = atoll(rows[i]);
       products("ampere_gemm", deltaops_cuda_ampere_gemm, M, 133, 325, 20);
       if (info.capability == 90) {
         products("hopper_gemm", one_hopper, M, 136, 328, 24);
@@ -243,6 +255,6 @@ int main(void) {
       dropout(M, 325);
       give_back();
     }
-  printf("every launch ran on %s\n", info.name);
+  printf("every launch ran on %s of capability %d\n", info.name, info.capability);
   return EXIT_SUCCESS;
 }

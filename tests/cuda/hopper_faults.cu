@@ -1,9 +1,9 @@
 /* hopper_faults.cu: Hopper kernels with one mistake each, and their right twins; and the schedule.
  *
- * Each kernel multiplies [64, 128] by [128, 128] transposed in one warpgroup; the copy engine
- * brings the tiles in two rounds of one stage. The second kind writes a matrix [64, 128] by it,
- * from one box that is filled twice. The third copies [384, 64] by two blocks that share what they
- * read. In the fourth one block makes what the other one reads.
+ *     fault    multiplies [64, 128] by [128, 128] transposed in one warpgroup; the copy engine
+ * brings the tiles in two rounds of one stage store    writes a matrix [64, 128] by the copy
+ * engine, from one box that is filled twice cluster  copies [384, 64] by two blocks, which share
+ * what they read flag     one block makes what the other one reads
  */
 #include "core.h"
 #include "hopper/schedule.h"
@@ -323,11 +323,12 @@ DELTAOPS_API deltaops_status deltaops_test_hopper_flag(int32_t which, const delt
 }
 
 /* Writes output, row and column of each tile in the order of their numbers; returns their number,
- * and writes nothing where `found` is NULL. */
-DELTAOPS_API int64_t deltaops_test_schedule(int32_t rows, int32_t outputs, const int32_t *columns,
-                                            int32_t *found) {
+ * and writes nothing where `found` is NULL. `band`: 0 for the usual one. */
+DELTAOPS_API int64_t deltaops_test_schedule(int32_t rows, int32_t band, int32_t outputs,
+                                            const int32_t *columns, int32_t *found) {
   Schedule schedule = {};
   schedule.rows = rows;
+  if (band > 0) schedule.band = band;
   schedule.outputs = outputs;
   for (int32_t i = 0; i < outputs; ++i) schedule.columns[i] = columns[i];
   const int64_t tiles = schedule.tiles();

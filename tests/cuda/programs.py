@@ -28,8 +28,9 @@ def needs(*programs: str) -> None:
         pytest.skip(f"not on the PATH: {', '.join(missing)}")
 
 
-def run(program: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def compiled(source: Path, target: Path) -> Path:
@@ -37,7 +38,8 @@ def compiled(source: Path, target: Path) -> Path:
     needs("cc")
     emulated.library()
     folder = emulated.ROOT / "build" / "emulated"
-    command = ["cc", "-std=c11", *STRICT, f"-I{RUNTIME}", f"-I{deltaops.get_include()}",
+    command = ["cc", "-std=c11", *STRICT, "-DDELTAOPS_EMULATED", f"-I{RUNTIME}",
+               f"-I{deltaops.get_include()}",
                str(source), f"-L{folder}", f"-Wl,-rpath,{folder}", "-ldeltaops_cuda", "-lm",
                "-o", str(target)]  # fmt: skip
     subprocess.run(command, check=True)

@@ -17,9 +17,11 @@ SOURCE = Path(__file__).with_name("every_launch.c")
 
 
 def test_every_launch_runs_on_the_emulated_grid(tmp_path: Path) -> None:
-    done = run(compiled(SOURCE, tmp_path / "every_launch"))
+    """Of as few rows as in decoding, and of more; on a GPU of other numbers too."""
+    done = run(compiled(SOURCE, tmp_path / "every_launch"), "7", "20")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("every launch ran on ")
+    assert done.stdout.endswith(" of capability 90\n")  # those of Hopper too
 
 
 @pytest.mark.gpu

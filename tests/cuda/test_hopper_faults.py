@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from . import emulated
 from .hopper import matrix
 
+BF16 = torch.bfloat16
 FAULTS = {
     "no_wait_for_bytes": None,
     "refilled_early": None,
@@ -27,7 +29,6 @@ FAULTS = {
     "lanes_apart": "is at wgmma.wait_group, and earlier lanes are at wgmma.fence",
 }
 """The faults of the enum, in its order: what is said of each; None: the numbers are wrong."""
-
 
 STORE_FAULTS = {
     "no_proxy_fence": None,
@@ -51,18 +52,17 @@ FLAG_FAULTS = {
 
 CLUSTER_FAULTS = {
     "refilled_for_others": None,
-    "half_expected": None,
+    "half_expected": "bytes landed that nobody announced",
     "no_start": "its barrier was not followed by mbarrier_init_done",
     "no_end": "block 0 of the cluster is asked for something, and has ended",
 }
 """Those of two blocks that fill each other's shared memory."""
 
 
-def run(fault: str | None, order: int) -> tuple[int, bool]:
+def run_product(number: int, order: int) -> tuple[int, bool]:
     """The status, and whether the output is right."""
-    left, right = matrix(64, 128, torch.bfloat16, 1), matrix(128, 128, torch.bfloat16, 2)
+    left, right = matrix(64, 128, BF16, 1), matrix(128, 128, BF16, 2)
     out = emulated.Bordered.empty(64, 128, torch.float32)
-    number = 0 if fault is None else 1 + list(FAULTS).index(fault)
     with emulated.grid(order, seed=5, capability=90) as lib:
         left.allow(), right.allow()
         views = (ctypes.byref(emulated.view(one.t)) for one in (left, right))
@@ -71,28 +71,8 @@ def run(fault: str | None, order: int) -> tuple[int, bool]:
     return status, torch.allclose(out.t.double(), oracle, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
-def test_the_right_kernel_runs(order: int) -> None:
-    assert run(None, order) == (0, True), emulated.error()
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_mistakes_are_seen(fault: str) -> None:
-    says = FAULTS[fault]
-    if says is None:
-        assert not all(run(fault, order)[1] for order in range(3))
-    else:
-        assert run(fault, emulated.ASCENDING)[0] != 0
-        assert says in emulated.error()
-
-
-def run_store(fault: str | None, order: int) -> tuple[int, bool]:
-    """The status, and whether the output is right."""
-    given, out = (
-        matrix(64, 128, torch.bfloat16, 1),
-        emulated.Bordered.empty(64, 128, torch.bfloat16),
-    )
-    number = 0 if fault is None else 1 + list(STORE_FAULTS).index(fault)
+def run_store(number: int, order: int) -> tuple[int, bool]:
+    given, out = matrix(64, 128, BF16, 1), emulated.Bordered.empty(64, 128, BF16)
     with emulated.grid(order, seed=5, capability=90) as lib:
         given.allow(), out.allow()
         views = (ctypes.byref(emulated.view(one.t)) for one in (given, out))
@@ -101,26 +81,10 @@ def run_store(fault: str | None, order: int) -> tuple[int, bool]:
     return status, torch.equal(out.t, given.t)
 
 
-@pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
-def test_the_right_store_runs(order: int) -> None:
-    assert run_store(None, order) == (0, True), emulated.error()
-
-
-@pytest.mark.parametrize("fault", STORE_FAULTS)
-def test_mistakes_of_a_store_are_seen(fault: str) -> None:
-    says = STORE_FAULTS[fault]
-    if says is None:
-        assert not all(run_store(fault, order)[1] for order in range(3))
-    else:
-        assert run_store(fault, emulated.ASCENDING)[0] != 0
-        assert says in emulated.error()
-
-
-def run_cluster(fault: str | None, order: int) -> tuple[int, bool]:
-    """The status, and whether both blocks read all."""
-    given = matrix(384, 64, torch.bfloat16, 1)
-    out = torch.full((2, 384, 64), float("nan"), dtype=torch.bfloat16)
-    number = 0 if fault is None else 1 + list(CLUSTER_FAULTS).index(fault)
+def run_cluster(number: int, order: int) -> tuple[int, bool]:
+    """Right is what both blocks read."""
+    given = matrix(384, 64, BF16, 1)
+    out = torch.full((2, 384, 64), float("nan"), dtype=BF16)
     with emulated.grid(order, seed=5, capability=90) as lib:
         given.allow()
         view, to = ctypes.byref(emulated.view(given.t)), ctypes.c_void_p(out.data_ptr())
@@ -128,28 +92,11 @@ def run_cluster(fault: str | None, order: int) -> tuple[int, bool]:
     return status, torch.equal(out, given.t.expand_as(out))
 
 
-@pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
-def test_the_right_cluster_runs(order: int) -> None:
-    assert run_cluster(None, order) == (0, True), emulated.error()
-
-
-@pytest.mark.parametrize("fault", CLUSTER_FAULTS)
-def test_mistakes_of_a_cluster_are_seen(fault: str) -> None:
-    says = CLUSTER_FAULTS[fault]
-    if says is None:
-        assert not all(run_cluster(fault, order)[1] for order in range(3))
-    else:
-        assert run_cluster(fault, emulated.ASCENDING)[0] != 0
-        assert says in emulated.error()
-
-
-def run_flag(fault: str | None, order: int) -> tuple[int, bool]:
-    """The status, and whether the second block read what the first one wrote."""
-    given = matrix(128, 64, torch.bfloat16, 1)
-    middle = emulated.Bordered.empty(128, 64, torch.bfloat16)
-    out = torch.full((128, 64), float("nan"), dtype=torch.bfloat16)
+def run_flag(number: int, order: int) -> tuple[int, bool]:
+    """Right is what the second block read, which the first one wrote."""
+    given, middle = matrix(128, 64, BF16, 1), emulated.Bordered.empty(128, 64, BF16)
+    out = torch.full((128, 64), float("nan"), dtype=BF16)
     flag = torch.zeros(1, dtype=torch.int32)
-    number = 0 if fault is None else 1 + list(FLAG_FAULTS).index(fault)
     with emulated.grid(order, seed=5, capability=90) as lib:
         given.allow(), middle.allow(), emulated.allow(flag)
         views = (ctypes.byref(emulated.view(one.t)) for one in (given, middle))
@@ -158,16 +105,32 @@ def run_flag(fault: str | None, order: int) -> tuple[int, bool]:
     return status, torch.equal(out, given.t)
 
 
+Run = Callable[[int, int], tuple[int, bool]]
+"""Of a fault's number, 0 for none, in an order of threads."""
+KINDS: dict[str, tuple[Run, dict[str, str | None]]] = {
+    "product": (run_product, FAULTS),
+    "store": (run_store, STORE_FAULTS),
+    "cluster": (run_cluster, CLUSTER_FAULTS),
+    "flag": (run_flag, FLAG_FAULTS),
+}
+
+
 @pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
-def test_the_right_flag_runs(order: int) -> None:
-    assert run_flag(None, order) == (0, True), emulated.error()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_kernel_runs(kind: str, order: int) -> None:
+    assert KINDS[kind][0](0, order) == (0, True), emulated.error()
 
 
-@pytest.mark.parametrize("fault", FLAG_FAULTS)
-def test_mistakes_of_a_flag_are_seen(fault: str) -> None:
-    says = FLAG_FAULTS[fault]
+@pytest.mark.parametrize(
+    ("kind", "fault"), [(kind, fault) for kind, (_, faults) in KINDS.items() for fault in faults]
+)
+def test_mistakes_are_seen(kind: str, fault: str) -> None:
+    run, faults = KINDS[kind]
+    number, says = 1 + list(faults).index(fault), faults[fault]
     if says is None:
-        assert not all(run_flag(fault, order)[1] for order in range(3))
+        found = [run(number, order) for order in range(3)]
+        assert [status for status, _ in found] == [0, 0, 0], emulated.error()
+        assert not all(right for _, right in found)
     else:
-        assert run_flag(fault, emulated.ASCENDING)[0] != 0
+        assert run(number, emulated.ASCENDING)[0] != 0
         assert says in emulated.error()

@@ -13,14 +13,14 @@ from . import emulated
 BAND = 8
 
 
-def tiles(rows: int, columns: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(output, row, column) by number."""
+def tiles(rows: int, columns: Sequence[int], band: int = 0) -> list[tuple[int, int, int]]:
+    """(output, row, column) by number; 0 is the usual ``band``."""
     run = emulated.library().deltaops_test_schedule
     run.restype = ctypes.c_int64
     given = (ctypes.c_int32 * len(columns))(*columns)
-    count = run(rows, len(columns), given, None)
+    count = run(rows, band, len(columns), given, None)
     found = (ctypes.c_int32 * (3 * count))()
-    assert run(rows, len(columns), given, found) == count
+    assert run(rows, band, len(columns), given, found) == count
     return [(found[i], found[i + 1], found[i + 2]) for i in range(0, 3 * count, 3)]
 
 
@@ -42,9 +42,12 @@ def test_blocks_share_the_tiles_evenly(blocks: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_bands_are_finished_one_by_one() -> None:
-    found = tiles(2 * BAND + 3, (5, 2))
-    assert [row // BAND for _, row, _ in found] == sorted(row // BAND for _, row, _ in found)
-    first = found[: BAND * 7]
-    assert [row for _, row, _ in first[:BAND]] == list(range(BAND))
-    assert len({(output, column) for output, _, column in first[:BAND]}) == 1
+@pytest.mark.parametrize("band", [BAND, 4])
+def test_bands_are_finished_one_by_one(band: int) -> None:
+    """That of 4 is of clusters of two blocks, where some make S."""
+    found = tiles(2 * band + 3, (5, 2), 0 if band == BAND else band)
+    assert sorted(set(found)) == sorted(found)
+    assert len(found) == (2 * band + 3) * 7
+    assert [row // band for _, row, _ in found] == sorted(row // band for _, row, _ in found)
+    assert [row for _, row, _ in found[:band]] == list(range(band))
+    assert len({(output, column) for output, _, column in found[:band]}) == 1

@@ -171,7 +171,7 @@ void sleep(const char *what, bool (*done)(void *), void *of) {
 int choose() {
   if (_setjmp(scheduler) != 0) return -1; /* a condition called fail() */
   for (int i = polled.next(0); i >= 0; i = polled.next(current + 1)) {
-    become(static_cast<unsigned>(i)); /* a condition may ask whose it is */
+    current = static_cast<unsigned>(i); /* a condition may ask whose it is; not for indices */
     if (!fibers[i].done(fibers[i].of)) continue;
     polled.remove(current);
     wake(current);
@@ -199,6 +199,7 @@ std::string who_waits() {
 
 void fail_from_outside(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void vset(const char *format, va_list values) {
+  become(current); /* a condition may have failed */
   const int used =
       snprintf(message, sizeof message, "block (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z);
   vsnprintf(message + used, sizeof message - static_cast<size_t>(used), format, values);

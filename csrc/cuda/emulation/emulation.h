@@ -1,8 +1,8 @@
 /* emulation.h: a CUDA grid on the CPU, so that g++ compiles the device code and tests run it.
  *
- * One fiber is one CUDA thread. Blocks, or clusters, run one after another, those of a cooperative
- * launch together; of what runs together a fiber runs until it has to wait, and then the Order says
- * which goes on:
+ * One fiber is one CUDA thread. Clusters, or blocks, run one after another; the blocks of a cluster
+ * run together, and so do all blocks of a cooperative launch. Of those a fiber runs until it has to
+ * wait, and then the Order says which goes on:
  *
  *     ascending, descending   always the lowest (highest) thread that can: one warp races ahead
  *     shuffled                any thread that can, from a seed; blocks in a random order too
@@ -22,10 +22,10 @@
  * Asynchronous copies land as late as the program allows, and what they will overwrite is NaN from
  * their start: a missing wait reads NaN, and so does a buffer that is filled again too early.
  *
- * Not seen: fences between the generic and the async proxy (but for mbarrier_init_done, and what
- * store_matrix wrote), memory order beyond barriers, what is no primitive (plain loads and stores
- * of global memory), registers and their moves by setmaxnreg, bank conflicts, and blocks that run
- * at the same time, but for those of a cluster or a cooperative launch.
+ * Not seen: fences between the generic and the async proxy (but for mbarrier_init_done, and of what
+ * store_matrix and publish wrote), memory order beyond barriers, what is no primitive (plain loads
+ * and stores of global memory), registers and their moves by setmaxnreg, bank conflicts, and blocks
+ * that run at the same time, but for those of a cluster or a cooperative launch.
  *
  * No part of libdeltaops_cuda.so. One host thread at a time.
  */
@@ -66,8 +66,8 @@ struct Device {
 };
 Device &device();
 
-/* Runs `thread` for each thread of each block; `cluster` blocks, neighbours in x, at a time, or all
- * of them. False where it failed; error() says how. */
+/* Runs `thread` for each thread of each block: together the `cluster` blocks of a cluster,
+ * neighbours in x, or `all` blocks. False where it failed; error() says how. */
 bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool all,
               const std::function<void()> &thread);
 const char *error();
@@ -84,8 +84,8 @@ uint64_t block_serial(); /* another number for every block that was ever run */
 
 void *shared_memory(); /* the dynamic part, on 1024 bytes */
 
-/* Of the thread's block among those that run with it. */
-constexpr unsigned kMaxCluster = 2, kMaxTogether = 8;
+constexpr unsigned kMaxCluster = 2, kMaxTogether = 8; /* blocks */
+/* Of the thread's block. */
 unsigned block_place(); /* among the blocks that run together */
 unsigned cluster_size();
 unsigned cluster_rank();

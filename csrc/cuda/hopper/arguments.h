@@ -19,23 +19,22 @@ struct Mask {
 };
 
 struct Output {
-  const void *bias; /* [columns] of its type; or NULL */
+  const void *bias; /* [columns] of the output's type; or NULL */
   int32_t columns;
   int32_t first_segment, segments; /* at least one */
   Mask mask;                       /* of the first segment */
 };
 
-/* S = scaling * x A^T, which some blocks make while others begin with the products: see project.h.
- */
+/* S = scaling * x A^T, which some blocks make while others begin with the products (project.h). */
 struct Sides {
   TensorMap a;  /* [ranks, K], boxes of `width` rows */
   float *s;     /* [rows, ranks]; or NULL */
-  void *narrow; /* the same of the element type: the left of the second segment */
+  void *narrow; /* [rows, ranks] rounded to the element type: the left of the second segment */
   int64_t s_stride, narrow_stride;
   uint32_t *flags; /* of each row of tiles; 0 before the launch */
   int32_t rows, ranks;
   int32_t width;  /* 16, 32 or 64: ranks rounded up */
-  int32_t blocks; /* that make it, whole clusters of them; 0: none does */
+  int32_t blocks; /* that make it, whole clusters of them; 0: the launch makes no S */
   float scaling;
 };
 

@@ -12,11 +12,12 @@
  *
  * A block of three warpgroups stays on its SM and takes tiles of 128 x kColumns as schedule.h says.
  * One thread of the first asks the copy engine for chunks of 64 contracted elements, into a ring of
- * stages; the other two warpgroups multiply 64 rows each. Two blocks that have the same columns of
- * neighbouring rows are a cluster: each reads half of the right tile for both. Traffic of a tile:
- * (128 + kColumns / 2) * 2 bytes for each contracted element, read through L2, and 256 * kColumns
- * bytes written. These go through shared memory and the copy engine too, which writes them while
- * the next tile's products run, and not what lies outside the matrix.
+ * stages; the other two warpgroups multiply 64 rows each. Two blocks may be a cluster, which has
+ * the same columns of two neighbouring rows of tiles: each reads half of the right tile for both.
+ * Traffic of a tile: (128 + kColumns / blocks of a cluster) * 2 bytes for each contracted element,
+ * read through L2, and 256 * kColumns bytes written. These go through shared memory and the copy
+ * engine too, which writes them while the next tile's products run, and leaves out what lies
+ * outside the matrix.
  */
 #ifndef DELTAOPS_CUDA_GEMM_H
 #define DELTAOPS_CUDA_GEMM_H
@@ -95,7 +96,7 @@ struct Ring {
 };
 
 /* Calls body(tile) for the tiles of this block, in order. The schedule is of clusters, which take
- * as many rows of tiles as they have blocks; the last may lie outside. */
+ * as many rows of tiles as they have blocks; of the last cluster's, one may lie outside. */
 template <class G, typename Body>
 __device__ __forceinline__ void for_each_tile(const GemmArguments &arguments, Body body) {
   const Schedule &schedule = arguments.schedule;
@@ -128,7 +129,7 @@ __device__ __forceinline__ void copy_half(uint8_t *to, const TensorMap *right, i
   }
 }
 
-/* One thread: keeps the ring filled, and its part of the other block's. */
+/* One thread: keeps the ring filled, and its half of the other block's right tiles. */
 template <class G>
 __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> ring) {
   const int size = cluster_size(), rank = cluster_rank();
@@ -151,7 +152,7 @@ __device__ __forceinline__ void produce(const GemmArguments &arguments, Ring<G> 
       }
       for (int32_t k = 0; k < arguments.length[s]; k += G::kChunk) {
         uint64_t *full = &ring.full[ring.stage];
-        mbarrier_wait(&ring.empty[ring.stage], ring.parity ^ 1); /* in both blocks */
+        mbarrier_wait(&ring.empty[ring.stage], ring.parity ^ 1); /* of all blocks it fills */
         mbarrier_arrive_expecting(full, G::kStageBytes);
         tensor_copy(ring.left(), left, row, k, full);
         for (int half = rank; half < 2; half += size)
@@ -252,9 +253,9 @@ __device__ __forceinline__ void store(const float (&acc)[G::kColumns / 2], const
 template <class G>
 __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> ring, int group) {
   const int thread = threadIdx.x % 128, lane = thread % 32, blocks = cluster_size();
-  const auto release = [&](int stage) { /* for all who fill it */
-                                        if (lane < blocks)
-                                          mbarrier_arrive_at(&ring.empty[stage], lane);
+  /* In each block that fills it: one lane arrives there. */
+  const auto release = [&](int stage) {
+    if (lane < blocks) mbarrier_arrive_at(&ring.empty[stage], lane);
   };
   for_each_tile<G>(arguments, [&](const Tile &tile) {
     const Output &output = arguments.output[tile.output];
@@ -309,10 +310,10 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
     release(running);
     store<G>(acc, at, output, &arguments.out[tile.output], row, ring.staging(group), group);
   });
-  if (thread == 0) tensor_store_wait<0>(); /* shared memory is another block's then */
+  if (thread == 0) tensor_store_wait<0>(); /* the engine reads shared memory until then */
 }
 
-/* The barriers of the ring, whose stages `readers` warps give back. */
+/* Initialises the barriers of the ring, whose stages `readers` warps give back. */
 template <class G>
 __device__ __forceinline__ void start(const Ring<G> &ring, int readers) {
   if (threadIdx.x == 0) {

@@ -23,7 +23,7 @@ deltaops_status launch_one(void (*kernel)(GemmArguments), const GemmArguments &a
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
-  if (G::kSides) { /* blocks wait for others */
+  if (G::kSides) { /* blocks wait for others: all must run */
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
   }

@@ -10,12 +10,12 @@
  * are computed in bands from the top, and S in the same order, so that it is there in time where
  * a few SMs read x no slower than all others multiply it.
  *
- * The blocks that make S wait for no other one, and a cooperative launch has all blocks running at
- * one time: so every flag that is waited for will be set.
+ * The blocks that make S wait for no other block, and in a cooperative launch all blocks run at one
+ * time: so every flag that is waited for will be set.
  *
  * They read with the ring of gemm.h. A stage has room for two chunks of x, which come with the
- * same chunks of A: latency is hidden by the bytes under way. As wide as S is rounded up, 16, 32
- * or 64 columns, the rows of A beyond R arrive as zeros.
+ * same chunks of A: latency is hidden by the bytes under way. Products are of 16, 32 or 64 columns,
+ * R rounded up; the rows of A beyond R arrive as zeros.
  */
 #ifndef DELTAOPS_CUDA_PROJECT_H
 #define DELTAOPS_CUDA_PROJECT_H

@@ -4,7 +4,8 @@
  * on, one matrix after the other, and blocks take tile numbers b, b + grid, b + 2 grid ... A band
  * of some rows of tiles is finished before the next begins, column by column: the blocks that run
  * at one time then share rows of the left and columns of the right operands, which stay in L2.
- * With clusters read "cluster" for "block"; each of their tiles is one above another.
+ * Of a launch in clusters this is the order of clusters: a "tile" here is as many tiles, one above
+ * the other, as a cluster has blocks.
  */
 #ifndef DELTAOPS_CUDA_SCHEDULE_H
 #define DELTAOPS_CUDA_SCHEDULE_H
@@ -31,7 +32,7 @@ struct Schedule {
   static constexpr int32_t kBand = 8;
 
   int32_t rows;                 /* of tiles */
-  int32_t band = kBand;         /* rows of tiles that are finished first */
+  int32_t band = kBand;         /* rows of tiles that are finished before the next */
   int32_t outputs;              /* 1 to kMaxOutputs */
   int32_t columns[kMaxOutputs]; /* of tiles, of each matrix */
 

@@ -1,9 +1,9 @@
 /* cluster.h: blocks that run at the same time, and reach into each other's shared memory
  *   (PTX ISA, "Cluster of Cooperative Thread Arrays", "mapa", "multicast::cluster")
  *
- * A launch says how many blocks, neighbours in x, make a cluster; without it, one. Before a block
- * reaches into another, all meet so that its barriers stand; and none ends before the others do not
- * reach into it any more.
+ * A launch says how many blocks, neighbours in x, make a cluster; where it does not, one does. All
+ * meet before the first reaches into another, so that barriers are initialised there, and again
+ * after the last has done so: until then none may end.
  */
 #ifndef DELTAOPS_CUDA_CLUSTER_H
 #define DELTAOPS_CUDA_CLUSTER_H
@@ -24,7 +24,7 @@ inline void mbarrier_arrive_at(uint64_t *barrier, int rank) {
                       [=] { Mbarrier(static_cast<uint64_t *>(there)).arrive(); });
 }
 
-/* Another block's copy may come before the own thread has announced it: it lands later then. */
+/* A copy may reach another block before that one has announced its bytes: then it lands later. */
 inline void tensor_copy_to_all(void *to, const TensorMap *map, int32_t row, int32_t column,
                                uint64_t *barrier) {
   const unsigned own = emulation::cluster_rank();
@@ -56,7 +56,7 @@ __device__ __forceinline__ void cluster_sync() {
 
 /* Arrives at the barrier that lies in block `rank` where `barrier` lies in this one. Publishes
  * nothing that the thread has written for that block: .release.cluster would be a fence of the
- * whole GPU each time, and who only has read needs none. */
+ * whole GPU each time, and who has only read needs none. */
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t *barrier, int rank) {
   asm volatile(
       "{\n"

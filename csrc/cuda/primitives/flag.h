@@ -2,8 +2,8 @@
  *   (PTX ISA, "Async proxy", "membar / fence", "ld.acquire", "st.release")
  *
  * The threads write by publish(), call publish_fence() and meet at a barrier; then one of them sets
- * the flag. Whoever has seen it by flag_wait() may ask the copy engine for what was written. All
- * blocks must run at one time: those of a cooperative launch do.
+ * the flag. The thread that has seen it in flag_wait() may ask the copy engine for what was
+ * written. All blocks must run at one time: those of a cooperative launch do.
  *
  * Emulated: what a thread published lands at its fence, and never without one.
  */

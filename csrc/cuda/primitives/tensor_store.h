@@ -1,12 +1,12 @@
 /* tensor_store.h: the copy engine writes boxes of shared memory to a matrix
  *   (PTX ISA, "stmatrix", "cp.async.bulk.tensor", "Async proxy")
  *
- * Boxes lie as tensor_copy.h says; what of one lies outside the matrix is not written, but for
- * whole pieces of 16 bytes: of a matrix whose columns are no multiple of 8 the engine writes beyond
- * the end of its rows (seen on an H200; the emulated one refuses it). Threads fill a box by
- * store_matrix() and call tensor_store_fence() before they meet at a barrier; then one thread
- * queues the store and ends the group. The box may be written again when that thread has waited and
- * the others have met it; and before a block ends it waits for all of its groups.
+ * Boxes lie as tensor_copy.h says. What of a box lies outside the matrix is not written, but the
+ * engine writes 16 bytes at a time: where columns are no multiple of 8, beyond the end of a row
+ * (seen on an H200; the emulated one refuses it). Threads fill a box by store_matrix() and call
+ * tensor_store_fence() before they meet at a barrier; then one thread queues the store and ends the
+ * group. The box may be filled again once that thread has waited for the group and the others have
+ * met it at a barrier; before a block ends, it waits for all of its groups.
  *
  * Emulated: the engine reads a box when its thread waits for the group, and never where it does
  * not. It reads NaN where the box was written without a fence, or changed since the store was
@@ -26,7 +26,7 @@ namespace deltaops {
 
 #ifdef DELTAOPS_EMULATED
 
-/* The rows of matrices that each thread has written since its last fence. */
+/* The rows of matrices, 16 bytes each, that each thread has written since its last fence. */
 struct Unfenced {
   std::vector<std::vector<const unsigned char *>> rows =
       std::vector<std::vector<const unsigned char *>>(emulation::block_threads());
@@ -141,7 +141,7 @@ __device__ __forceinline__ void tensor_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-/* Until the boxes of all but this thread's kGroups newest groups have been read. */
+/* Until the engine has read the boxes of all but this thread's kGroups newest groups. */
 template <int kGroups>
 __device__ __forceinline__ void tensor_store_wait() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroups) : "memory");

@@ -2,8 +2,8 @@
 
 Backward, dA while dx is computed; forward, S while y is (:func:`cuda.outputs_and_s`).
 
-Tiles are computed in rounds, one a multiprocessor; the last round rarely needs all of them. With as
-many fewer as cost no round more, the others read meanwhile: a pass that takes no time of its own.
+Tiles are computed in rounds, one a multiprocessor; the last round rarely needs all of them. As many
+as can be spared without a round more make the pass meanwhile, which then takes no time of its own.
 dS and dB go before dx, in one pass over dy, since dx and dA need dS. S is what y's tiles need last,
 and is made in their launch, which waits for it row by row.
 """
@@ -20,9 +20,7 @@ from . import branches, core, cuda
 LEAST = 4
 """Multiprocessors that must be left over: fewer would read for longer than the product takes."""
 MOST_RANK = 128
-"""Of more a program has no registers for the sums of a block of columns."""
-
-
+"""Of dA: of more a program has no registers for the sums of a block of columns."""
 OF_Y = 128, 256
 """Rows and columns of its tiles by the plan ``cuda``, where they make S too."""
 MOST_RANK_OF_S = 64
@@ -73,10 +71,11 @@ def backward(
     scaling: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """dx, db where it is wanted, dA, and dB where that is; of one LoRA branch without dropout.
+    """dx, the bias's gradient where it is wanted, dA, and dB where it is wanted; of one LoRA branch
+    without dropout.
 
     Args:
-        needs: of x, the bias, A and B.
+        needs: of x, the bias, A and B; those of x and A are always made.
     """
     grad_x, grad_s, grad_a = torch.empty_like(x), torch.empty_like(s), torch.empty_like(a)
     grad_b = torch.empty_like(b) if needs[3] else None

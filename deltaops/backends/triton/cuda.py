@@ -3,7 +3,8 @@
 ``cuda`` takes what the persistent kernels take, of Hopper alone (csrc/cuda/hopper/gemm.h);
 ``ampere`` takes rows whose elements lie side by side, of any GPU from sm_80 on
 (csrc/cuda/ampere/gemm.h, and of at most 16 rows gemv.h). S and dS are rounded to the model's dtype
-by a kernel of torch. They run only where a table of :mod:`tables` has them fastest.
+by a kernel of torch, but for :func:`outputs_and_s`, which :mod:`beside` calls. They run only where
+a table of :mod:`tables` has them fastest, or where they are forced.
 """
 
 from __future__ import annotations

@@ -86,9 +86,9 @@ class TritonDeltaLinear(PlainPlan):
         with core.device_of(x):
             if x.shape[0]:
                 core.kernels("group").project_group(x, _parts(x, members), s)
-            results: list[tuple[Tensor, Tensor | None]] = []
             if _is_one_launch(x, members):
                 return _outputs(x, members, _split(s, plans))
+            results: list[tuple[Tensor, Tensor | None]] = []
             for plan, member, piece in zip(plans, members, _split(s, plans), strict=True):
                 a, b, inner = thirds(member.operands)
                 u = piece
@@ -223,8 +223,8 @@ def _planned(
     )
     # branches with masks have small tiles: see configs.grad_input_group
     plain = not setting.dropout and all(map(core.kernels("configs").is_aligned, weights))
-    rows = zip(grad_y, members, strict=True)
-    able = not setting.dropout and all(_is_for_cuda("backward", *one) for one in rows)
+    pairs = zip(grad_y, members, strict=True)
+    able = not setting.dropout and all(_is_for_cuda("backward", *pair) for pair in pairs)
     special = ("cuda",) if able and len(parts) == len(members) <= MOST_ONE_LAUNCH else ()
     return planner.choose(setting, "backward", grad_x.device, plain, special).plan
 
@@ -239,7 +239,8 @@ def _is_for_cuda(direction: str, rows: Tensor, member: GroupMember) -> bool:
 
 
 def _is_one_launch(x: Tensor, members: Sequence[GroupMember]) -> bool:
-    """Whether y of all go by the plan ``cuda``, and S goes to them as it is."""
+    """Whether the plan ``cuda`` makes y of all layers, from S as it is: no activation, no bias
+    within a branch, and every row with all branches."""
     if not x.shape[0] or len(members) > MOST_ONE_LAUNCH:
         return False
     for member in members:
@@ -257,7 +258,7 @@ def _is_one_launch(x: Tensor, members: Sequence[GroupMember]) -> bool:
 def _outputs(
     x: Tensor, members: Sequence[GroupMember], s: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """y of each layer, beside its S."""
+    """y of each layer by the plan ``cuda``, and its S as it came."""
     biases = [None if m.bias is None else m.bias.contiguous() for m in members]
     weights, ups = [m.weight for m in members], [thirds(m.operands)[1][0] for m in members]
     ys = [torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device) for w in weights]

@@ -7,7 +7,7 @@
 
 float32 and bfloat16, through XLA's foreign functions. Their module, ``deltaops._xla``, is built
 where jaxlib is installed beside deltaops; ``deltaops._xla_cuda``, where nvcc is too, so far has
-``dropout``, ``dropout_mask`` and LoRA in bfloat16, and has not yet run on a GPU.
+``dropout``, ``dropout_mask`` and LoRA in bfloat16.
 """
 
 from .adapters import bottleneck, norm_bias

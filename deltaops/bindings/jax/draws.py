@@ -1,7 +1,4 @@
-"""The dropout of ``delta_linear`` on its own: the same stream of numbers, on the CPU and CUDA.
-
-The handlers for CUDA are compiled and have not yet run on a GPU.
-"""
+"""The dropout of ``delta_linear`` on its own: the same stream of numbers, on the CPU and CUDA."""
 
 from __future__ import annotations
 

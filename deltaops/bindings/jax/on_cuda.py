@@ -5,7 +5,7 @@
     dS, dB, dbias = grad_up(dy, B, S)
     dx   = gemm(dy W + Σᵢ maskᵢ(dSᵢ Aᵢ)),   dA = grad_down(dS, x)
 
-The handlers (csrc/bindings/cudaxla_products.cpp) are compiled and have not yet run on a GPU.
+The handlers are those of csrc/bindings/cudaxla_products.cpp.
 """
 
 from __future__ import annotations
