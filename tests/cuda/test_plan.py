@@ -3,6 +3,7 @@ emulated grid."""
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from collections.abc import Iterator
@@ -44,8 +45,20 @@ def test_no_gpu_gets_it_unmeasured(tuned: Path) -> None:
     assert set(cuda.PLANS) < set(planner.possible(SETTING, "forward", cuda.PLANS))
     assert plan(native=True) == plan(native=False)
     assert plan(native=True) not in cuda.PLANS
-    shipped = [path.read_text() for path in tables.SHIPPED.glob("*.json")]
-    assert not any(f'"{name}"' in text for text in shipped for name in cuda.PLANS)
+
+
+def test_what_ships_says_which_run_measured_it() -> None:
+    found = []
+    for path in tables.SHIPPED.glob("*.json"):
+        gpu = json.loads(path.read_text(encoding="utf-8"))["gpu"]
+        assert path.name == tables.file_name(gpu)
+        for entry in tables.read(path, gpu).entries:
+            for direction, seconds in entry.seconds.items():
+                run = entry.measured[direction]
+                assert run["date"]
+                assert {"torch", "triton"} <= set(run["versions"])
+                found += [name for name in cuda.PLANS if name in seconds]
+    assert set(found) == set(cuda.PLANS)
 
 
 @PLANS
