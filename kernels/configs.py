@@ -170,9 +170,9 @@ ranks, 5 to 10 % with 64, where 8 parts take 6 to 13 % longer than these and 16 
 
 
 def decode(n: int, k: int, rank: int, dtype: torch.dtype, capability: int, plain: bool) -> Decode:
-    """y and S of at most 16 rows; ``plain`` where A is aligned too. Where launches do not overlap,
-    S is made within if A's bytes, which then come for each tile of columns, are at most half of the
-    tile's own. Those of sm_90 in bfloat16 were the fastest on an H200."""
+    """y and S of at most 16 rows; ``plain`` where A is aligned too. But on sm_90, where the fastest
+    of an H200 in bfloat16 are taken, S is made within if A's bytes, which then come for each tile
+    of columns, are at most half of the tile's own."""
     lanes = rank_lanes(rank, False)
     if dtype == torch.float32:
         tiles = Decode(64, 32, 4, 2, 0)
@@ -186,14 +186,14 @@ def decode(n: int, k: int, rank: int, dtype: torch.dtype, capability: int, plain
         tiles = Decode(32, 512, 4, 3, 0) if k > FEW_COLUMNS else Decode(32, 256, 4, 4, 0)
     else:
         tiles = Decode(64, 128, 4, 4, 0)
-    within = 2 * lanes <= tiles.cols and not (plain and overlaps(capability))
+    within = 2 * lanes <= tiles.cols and not (plain and capability == 90)
     return tiles if within else replace(tiles, parts=DECODE_PARTS)
 
 
 def decode_parts(dtype: torch.dtype, plain: bool) -> Skinny:
     """The sums of S that are made beside; 16 rows."""
     if dtype == torch.float32 or not plain:
-        return _for_amd(Skinny(16, 64, 16, 4, 3))
+        return _for_amd(Skinny(16, 32 if dtype == torch.float32 else 64, 16, 4, 3))
     return _for_amd(Skinny(16, 128, 16, 4, 4))
 
 
