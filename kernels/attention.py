@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import attention_configs, configs
 from .precision import Precision
 from .tiles import load_tile, store_tile
 
@@ -217,7 +217,7 @@ def attention(
     """
     (b, h, l_q, d), h_kv, l_kv = q.shape, k.shape[1], k.shape[2]
     aligned = configs.is_aligned(q, k, v, prefix_k, prefix_v)
-    config = configs.attention(d, prefix.wide, aligned, mask is not None)
+    config = attention_configs.attention(d, prefix.wide, aligned, mask is not None)
     masks = (0, 0, 0, 0) if mask is None else mask.stride()
     _attention_kernel[(triton.cdiv(l_q, config.rows), b * h)](
         q,
@@ -250,7 +250,7 @@ def attention(
         PREFIX_PRECISION=prefix.dot,
         BLOCK_M=config.rows,
         BLOCK_N=config.cols,
-        BLOCK_D=configs.head_lanes(d),
+        BLOCK_D=attention_configs.head_lanes(d),
         num_warps=config.warps,
         num_stages=config.stages,
         **configs.all_registers(),

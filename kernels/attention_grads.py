@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import attention_configs, configs
 from .attention import seen
 from .precision import Precision
 from .reduce import sum_partials
@@ -308,7 +308,7 @@ def grad_query(
     """Write ``delta [B, H, Lq]`` (fp32, contiguous) and, where given, ``grad_q``; see attention."""
     (b, h, l_q, d), h_kv, l_kv = q.shape, k.shape[1], k.shape[2]
     aligned = configs.is_aligned(grad_y, q, k, v, prefix_k, prefix_v, y)
-    config = configs.grad_query(d, prefix.wide, aligned, mask is not None, capability)
+    config = attention_configs.grad_query(d, prefix.wide, aligned, mask is not None, capability)
     target = q if grad_q is None else grad_q
     masks = (0, 0, 0, 0) if mask is None else mask.stride()
     _grad_query_kernel[(triton.cdiv(l_q, config.rows), b * h)](
@@ -348,7 +348,7 @@ def grad_query(
         PREFIX_PRECISION=prefix.dot,
         BLOCK_M=config.rows,
         BLOCK_N=config.cols,
-        BLOCK_D=configs.head_lanes(d),
+        BLOCK_D=attention_configs.head_lanes(d),
         num_warps=config.warps,
         num_stages=config.stages,
         **configs.all_registers(),
@@ -394,7 +394,7 @@ def grad_prefix(
     """Write those of ``grad_k`` and ``grad_v`` ``[Hkv, P, D]`` (contiguous) that are given."""
     b = q.shape[0]
     h_kv, keys, d = prefix_k.shape
-    config = configs.grad_keys(d, precision.wide)
+    config = attention_configs.grad_keys(d, precision.wide)
     programs = triton.cdiv(keys, config.cols) * h_kv * b
     pieces, _ = configs.split(q.shape[2], config.rows, programs)
     parts = b * pieces
@@ -427,7 +427,7 @@ def _launch(
 ) -> None:
     grad_y, q, k, v = tensors
     (b, h, l_q, d), h_kv = q.shape, k.shape[1]
-    config = configs.grad_keys(d, precision.wide)
+    config = attention_configs.grad_keys(d, precision.wide)
     chunk = triton.cdiv(triton.cdiv(l_q, config.rows), pieces) * config.rows
     to_k, to_v = (q if g is None else g for g in (grad_k, grad_v))
     masks = (0, 0, 0, 0) if mask is None else mask.stride()
@@ -464,7 +464,7 @@ def _launch(
         PRECISION=precision.dot,
         BLOCK_M=config.rows,
         BLOCK_N=config.cols,
-        BLOCK_D=configs.head_lanes(d),
+        BLOCK_D=attention_configs.head_lanes(d),
         num_warps=config.warps,
         num_stages=config.stages,
         **configs.all_registers(),

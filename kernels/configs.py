@@ -193,8 +193,8 @@ def decode(n: int, k: int, rank: int, dtype: torch.dtype, capability: int, plain
 def decode_parts(dtype: torch.dtype, plain: bool) -> Skinny:
     """The sums of S that are made beside; 16 rows."""
     if dtype == torch.float32 or not plain:
-        return _for_amd(Skinny(16, 32 if dtype == torch.float32 else 64, 16, 4, 3))
-    return _for_amd(Skinny(16, 128, 16, 4, 4))
+        return for_amd(Skinny(16, 32 if dtype == torch.float32 else 64, 16, 4, 3))
+    return for_amd(Skinny(16, 128, 16, 4, 4))
 
 
 def overlaps(capability: int) -> bool:
@@ -253,7 +253,7 @@ def beside(rank: int) -> Skinny:
 Tiles = TypeVar("Tiles", bound="Skinny | Attend")
 
 
-def _for_amd(tiles: Tiles) -> Tiles:
+def for_amd(tiles: Tiles) -> Tiles:
     """The same tiles with what AMD's GPUs have room for: four warps there are 256 lanes, of which
     each has twice the registers that it has among eight, and shared memory holds two stages."""
     if not precision.AMD:
@@ -275,7 +275,7 @@ def project(m: int, rank: int, wide: bool, aligned: bool, across: bool = False) 
     lanes = rank_lanes(rank, wide, 128 if aligned else 16)
     few = aligned and not wide and lanes <= 32
     rows = 16 if m <= 16 else 64 if few and across and m > 512 else 32
-    return _for_amd(Skinny(rows, 64 if wide else 128, lanes, 4, 5 if few and rows == 32 else 3))
+    return for_amd(Skinny(rows, 64 if wide else 128, lanes, 4, 5 if few and rows == 32 else 3))
 
 
 def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
@@ -287,13 +287,13 @@ def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
     eight = lanes > 32 if of_s else lanes == 32
     warps = 8 if eight or (wide and not aligned) else 4
     few = lanes == 16 and aligned and not wide  # on an H200 31.7 µs, with 128 columns 38.9
-    return _for_amd(Skinny(32, 256 if few else 64 if wide else 128, lanes, warps, 3))
+    return for_amd(Skinny(32, 256 if few else 64 if wide else 128, lanes, warps, 3))
 
 
 def grad_down(rank: int, wide: bool) -> Skinny:
     """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers."""
     lanes = rank_lanes(rank, wide, 64 if precision.AMD else 128)
-    return _for_amd(Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3))
+    return for_amd(Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3))
 
 
 def group_lanes(wide: bool) -> int:
@@ -304,7 +304,7 @@ def group_lanes(wide: bool) -> int:
 def project_group(m: int, wide: bool, masked: bool) -> Skinny:
     """S of several branches: the tiles of x that each has alone."""
     tiles = replace(project(m, 1, wide, True), warps=8 if wide and masked else 4, stages=3)
-    return _for_amd(tiles)
+    return for_amd(tiles)
 
 
 def grad_input_group(
@@ -317,7 +317,7 @@ def grad_input_group(
 
 def grad_down_group(lanes: int, wide: bool) -> Skinny:
     """dA of several branches, of which each makes the mask of x again."""
-    return _for_amd(replace(grad_down(lanes, wide), warps=8 if lanes > 32 else 4))
+    return for_amd(replace(grad_down(lanes, wide), warps=8 if lanes > 32 else 4))
 
 
 def row_norms(rank: int, wide: bool, aligned: bool, capability: int) -> Skinny:
@@ -368,95 +368,6 @@ def all_registers() -> dict[str, int]:
     NVIDIA's assembler stops at 168 to fit a third program beside two, and spills a few for that:
     in attention, sums of partial sums, and a sequential adapter in two launches."""
     return {} if precision.AMD else {"maxnreg": 255}
-
-
-def head_lanes(d: int) -> int:
-    """Lanes for the elements of a head: a power of two from 16."""
-    return max(16, triton.next_power_of_2(d))
-
-
-def attention(d: int, wide: bool, aligned: bool, masked: bool) -> Attend:
-    """The forward pass; ``wide`` where products with the prefix work in fp32. An address for each
-    element of a row, or of a mask, is what the largest tiles leave no registers for."""
-    lanes = head_lanes(d)
-    if wide:
-        if lanes > 64 and not aligned and not precision.AMD:
-            return Attend(16, 16, 4, 1)
-        # Triton 3.6 fails on AMD where 32 rows are shared by several warps
-        # (github.com/triton-lang/triton/pull/10666)
-        return _for_amd(Attend(64 if precision.AMD else 32, 32, 4, 2))
-    if lanes > 128:
-        return _for_amd(Attend(64, 32, 8, 2))
-    roomy = lanes <= 64 and aligned and not masked
-    return _for_amd(Attend(128, 64, 4, 3) if roomy else Attend(64, 32, 8, 3))
-
-
-def grad_query(d: int, wide: bool, aligned: bool, masked: bool, capability: int) -> Attend:
-    """dQ and δ. Masks, and rows that cannot be read in 16-byte pieces, need an address for each
-    element, and the widest heads in 99 KB leave no room for a second stage."""
-    lanes = head_lanes(d)
-    if wide:
-        if lanes <= 64:
-            return _for_amd(Attend(32, 32, 8, 1))
-        if aligned:
-            return _for_amd(Attend(16, 32, 4, 1))
-        # by compiling: either spills a few bytes on the GPUs of the other
-        return _for_amd(Attend(16, 32, 8, 1) if capability in (90, 100) else Attend(16, 16, 4, 1))
-    if lanes < 64 and aligned and not masked:
-        return _for_amd(Attend(64, 64, 4, 2))
-    stages = 1 if lanes > 128 and is_narrow(capability) else 2
-    crowded = not aligned or (masked and lanes > 128)
-    return _for_amd(Attend(32 if crowded and not precision.AMD else 64, 32, 8, stages))
-
-
-def grad_keys(d: int, wide: bool) -> Attend:
-    """dK and dV; a program keeps both for ``cols`` keys in registers."""
-    lanes = head_lanes(d)
-    if wide:
-        if lanes == 32:  # eight warps spill on sm_90
-            return _for_amd(Attend(16, 32, 4, 1))
-        return _for_amd(Attend(32, 32, 8, 1) if lanes <= 64 else Attend(16, 32, 8, 1))
-    if lanes > 128:
-        return _for_amd(Attend(32, 32, 8, 1))
-    return _for_amd(Attend(32, 32, 4, 2) if lanes <= 64 else Attend(32, 32, 8, 2))
-
-
-def prefix_lanes(prefix: int, most: int) -> int:
-    """Keys of a prefix at a time: all of them, as a power of two from 16, up to ``most``."""
-    return max(16, min(most, triton.next_power_of_2(prefix)))
-
-
-def merge_prefix(d: int, prefix: int, wide: bool, aligned: bool) -> Attend:
-    """A prefix merged into an attention without it, forward. Memory is the limit: a program has
-    few products, and beside the accumulator a tile of the other keys' y."""
-    lanes = head_lanes(d)
-    if wide:
-        rows = 16 if lanes > 64 else 32
-        return _for_amd(Attend(rows, prefix_lanes(prefix, 32 if aligned else 16), 4, 1))
-    rows = 16 if not aligned else 32 if lanes > 128 else 64
-    return _for_amd(Attend(rows, prefix_lanes(prefix, 32), 4, 2))
-
-
-def prefix_grads(
-    d: int, prefix: int, wide: bool, aligned: bool, capability: int
-) -> tuple[Attend, bool]:
-    """Its backward pass, and whether a program has the whole prefix at a time: it keeps dPk and dPv
-    in registers then, two of which an SM of Hopper has room for where heads have 128 elements. With
-    a float32 prefix, heads of 72, 88, 104 or 120 elements spill up to 24 bytes."""
-    lanes = head_lanes(d)
-    if wide or lanes > 128:
-        most = 32 if lanes <= 64 else 16
-        whole = prefix <= most and (aligned or lanes != 128)
-        cols = prefix_lanes(prefix, most) if whole else 32
-        return _for_amd(Attend(16, cols, 8 if lanes > 64 else 4, 1)), whole
-    most = 64 if lanes <= 64 else 32
-    rows, warps = (32, 4) if aligned else (16, 8)
-    stages = 2 if capability in (90, 100) else 1  # on others a few bytes spill
-    return _for_amd(Attend(rows, prefix_lanes(prefix, most), warps, stages)), prefix <= most
-
-
-SUMMED = 128
-"""Elements of a prefix's gradient that a program adds up."""
 
 
 PROGRAMS = 256
@@ -543,10 +454,10 @@ def bottleneck(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
     rows = 32 if aligned and m > TALL else 16
     if _in_one(m, rank, rows, lanes):
         cols = 64 if wide or not aligned or lanes > 16 else 128
-        return _for_amd(Skinny(rows, cols, lanes, 8 if lanes > 64 else 4, 3))
+        return for_amd(Skinny(rows, cols, lanes, 8 if lanes > 64 else 4, 3))
     # the second launch has an accumulator beside h
     cols = 64 if wide or not aligned else 128
-    return _for_amd(Skinny(16, cols, min(lanes, 64), 8 if wide else 4, 3))
+    return for_amd(Skinny(16, cols, min(lanes, 64), 8 if wide else 4, 3))
 
 
 def is_fused(m: int, rank: int, config: Skinny) -> bool:
@@ -567,14 +478,14 @@ def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
         warps = 8 if config.rank > 32 else 4
     elif crowded:
         warps = 4
-    return _for_amd(replace(config, cols=min(config.cols, 32 if crowded else 64), warps=warps))
+    return for_amd(replace(config, cols=min(config.cols, 32 if crowded else 64), warps=warps))
 
 
 def bottleneck_down(rank: int, wide: bool, aligned: bool) -> Skinny:
     """G and its sums, as :func:`grad_down`; an address for each element of x is what four warps
     have no room for."""
     config = grad_down(rank, wide)
-    return config if aligned else _for_amd(replace(config, warps=8))
+    return config if aligned else for_amd(replace(config, warps=8))
 
 
 def bottleneck_finish() -> Skinny:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import attention_configs, configs
 from .attention import over_keys
 from .attention_grads import grad_prefix, query_over_keys
 from .precision import Precision
@@ -281,7 +281,7 @@ def merge_prefix(
     """
     (b, h, l_q, d), (h_kv, keys, _) = q.shape, prefix_k.shape
     aligned = configs.is_aligned(q, prefix_k, prefix_v, own, y)
-    config = configs.merge_prefix(d, keys, precision.wide, aligned)
+    config = attention_configs.merge_prefix(d, keys, precision.wide, aligned)
     _merge_prefix_kernel[(triton.cdiv(l_q, config.rows), b * h)](
         q,
         prefix_k,
@@ -305,7 +305,7 @@ def merge_prefix(
         PRECISION=precision.dot,
         BLOCK_M=config.rows,
         BLOCK_N=config.cols,
-        BLOCK_D=configs.head_lanes(d),
+        BLOCK_D=attention_configs.head_lanes(d),
         num_warps=config.warps,
         num_stages=config.stages,
         **configs.all_registers(),
@@ -337,7 +337,7 @@ def prefix_grads(
     """
     (b, h, l_q, d), (h_kv, keys, _) = q.shape, prefix_k.shape
     aligned = configs.is_aligned(grad_y, q, prefix_k, prefix_v, y)
-    config, whole = configs.prefix_grads(d, keys, precision.wide, aligned, capability)
+    config, whole = attention_configs.prefix_grads(d, keys, precision.wide, aligned, capability)
     pieces, chunk = triton.cdiv(l_q, config.rows), config.rows
     delta, sums = q, [q, q]
     if whole:
@@ -383,7 +383,7 @@ def prefix_grads(
         PRECISION=precision.dot,
         BLOCK_M=config.rows,
         BLOCK_N=config.cols,
-        BLOCK_D=configs.head_lanes(d),
+        BLOCK_D=attention_configs.head_lanes(d),
         num_warps=config.warps,
         num_stages=config.stages,
         **configs.all_registers(),
@@ -398,7 +398,7 @@ def prefix_grads(
         return
     count, wanted = keys * h_kv * d, [g for g in (grad_k, grad_v) if g is not None]
     out = [q if g is None else g for g in (grad_k, grad_v)]
-    grid = triton.cdiv(count, configs.SUMMED), len(wanted)
+    grid = triton.cdiv(count, attention_configs.SUMMED), len(wanted)
     _sum_pieces_kernel[grid](
         *sums,
         *out,
@@ -406,6 +406,6 @@ def prefix_grads(
         count,
         FIRST=int(grad_k is None),
         BLOCK_P=16,
-        BLOCK_SIZE=configs.SUMMED,
+        BLOCK_SIZE=attention_configs.SUMMED,
         **configs.all_registers(),
     )
