@@ -47,7 +47,8 @@ def traffic(
     from deltaops.errors import ConfigError
     from deltaops.files import write_json
     from deltaops.measure import traffic as model
-    from deltaops.measure.traffic_calls import CALLS, Linear
+    from deltaops.measure.traffic_calls import CALLS
+    from deltaops.measure.traffic_linears import Linear
 
     from .bench import _shape
 

@@ -2,7 +2,7 @@
 
 Counted, not measured: the backend's own launchers run on tensors without memory, and what they
 would launch on a GPU is written down (:mod:`deltaops.backends.triton.traffic`). The calls and their
-floors are in :mod:`.traffic_calls`.
+floors are in :mod:`.traffic_linears` and :mod:`.traffic_rows`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from deltaops.backends.triton import core, planner, record, targets
 from deltaops.backends.triton.traffic import Traffic, traffic
 from deltaops.errors import ConfigError
 
-from .traffic_calls import BACKWARD, FORWARD, Counted, Floor, Group, Linear
+from .traffic_floor import BACKWARD, FORWARD, Counted, Floor
+from .traffic_linears import Group, Linear
 
 COMMITTED = ("sm_90", "gfx942")
 """GPUs for which they are: the largest tiles that there are, and the smallest shared memory."""

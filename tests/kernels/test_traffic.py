@@ -19,6 +19,9 @@ from deltaops.backends.triton import traffic as entries
 from deltaops.cli import app
 from deltaops.errors import ConfigError
 from deltaops.measure import traffic, traffic_calls
+from deltaops.measure.traffic_floor import Counted
+from deltaops.measure.traffic_linears import Linear
+from deltaops.measure.traffic_rows import Adapter, Rotary
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "traffic.json"
@@ -27,7 +30,7 @@ AGAIN = "If it is meant: deltaops traffic --out benchmarks/traffic.json"
 # writes what other kernels only use, for their tests
 UNCOUNTED = {"_dropout_mask_kernel"}
 
-LAYER = traffic_calls.Linear(8192, 4096, 4096, 16)
+LAYER = Linear(8192, 4096, 4096, 16)
 
 
 def test_no_call_moves_or_computes_more_than_is_committed(tmp_path: Path) -> None:
@@ -83,7 +86,7 @@ def test_every_kernel_is_in_a_call_whose_bytes_are_committed() -> None:
 
 def test_a_tensor_in_another_shape_moves_nothing() -> None:
     # the result of a rotation is made with as_strided_
-    for one in traffic.count(traffic_calls.Rotary(1, 2, 8, 16), "sm_90"):
+    for one in traffic.count(Rotary(1, 2, 8, 16), "sm_90"):
         assert [name for name, _ in one.kernels] == ["rotary"]
         assert one.total.once == one.floor.bytes
 
@@ -94,7 +97,7 @@ def test_a_kernel_without_an_entry_is_refused() -> None:
 
 
 @pytest.mark.parametrize("call", traffic_calls.CALLS, ids=str)
-def test_nothing_goes_below_the_floor(call: traffic_calls.Counted) -> None:
+def test_nothing_goes_below_the_floor(call: Counted) -> None:
     for one in traffic.count(call, "sm_90"):
         assert one.total.once >= one.floor.bytes
         assert one.total.operations >= one.floor.operations
@@ -104,7 +107,7 @@ def test_nothing_goes_below_the_floor(call: traffic_calls.Counted) -> None:
 @pytest.mark.parametrize(("k", "reads"), [(1024, 1), (4096, 2)])
 def test_rows_that_l2_cannot_hold_are_read_twice(k: int, reads: int) -> None:
     m, r = 8192, 64
-    forward, backward = traffic.count(traffic_calls.Adapter(m, k, r), "sm_90")
+    forward, backward = traffic.count(Adapter(m, k, r), "sm_90")
     found = dict(forward.kernels)["bottleneck"].once
     assert found == 2 * ((reads + 1) * m * k + 2 * r * k + k + r) + 4 * m * r
     # dy, dx; h, dh and S in float32
@@ -138,7 +141,7 @@ def test_a_plan_that_cannot_run_a_direction_is_said_to() -> None:
     assert result.exit_code == 0, result.output
     assert "backward: the plan 'torch' cannot run it" in result.output
     assert [one.direction for one in traffic.count(
-        traffic_calls.Linear(64, 48, 32, 4, 0.1), "sm_90", "torch"
+        Linear(64, 48, 32, 4, 0.1), "sm_90", "torch"
     )] == ["forward"]  # fmt: skip
 
 
