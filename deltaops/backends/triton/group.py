@@ -224,31 +224,27 @@ def _planned(
     # branches with masks have small tiles: see configs.grad_input_group
     plain = not setting.dropout and all(map(core.kernels("configs").is_aligned, weights))
     pairs = zip(grad_y, members, strict=True)
-    able = not setting.dropout and all(_is_for_cuda("backward", *pair) for pair in pairs)
+    able = not setting.dropout and all(_is_for_cuda(*pair) for pair in pairs)
     special = ("cuda",) if able and len(parts) == len(members) <= MOST_ONE_LAUNCH else ()
     return planner.choose(setting, "backward", grad_x.device, plain, special).plan
 
 
-def _is_for_cuda(direction: str, rows: Tensor, member: GroupMember) -> bool:
-    """Whether the plan ``cuda`` takes that product of the layer; ``rows`` is x or dy."""
-    (a, b, _), ranks = thirds(member.operands), _plan(member).ranks
-    factors = b if direction == "forward" else a
-    device = rows.device
-    given = member.weight, factors, ranks, device, False
-    return "cuda" in delta_linear.special(direction, rows, *given)
+def _is_for_cuda(grad_y: Tensor, member: GroupMember) -> bool:
+    """Whether the plan ``cuda`` takes the layer's part of dx."""
+    a, _, _ = thirds(member.operands)
+    given = member.weight, a, _plan(member).ranks, grad_y.device, False
+    return "cuda" in delta_linear.special("backward", grad_y, *given)
 
 
 def _is_one_launch(x: Tensor, members: Sequence[GroupMember]) -> bool:
     """Whether the plan ``cuda`` makes y of all layers, from S as it is: no activation, no bias
     within a branch, and every row with all branches."""
-    if not x.shape[0] or len(members) > MOST_ONE_LAUNCH:
+    if not x.shape[0] or len(members) > MOST_ONE_LAUNCH or not cuda.runs_on(x.device, "cuda"):
         return False
     for member in members:
         plan, (a, b, inner) = _plan(member), thirds(member.operands)
         linear = all(kind == branches.LINEAR for kind in plan.activation)
         if not linear or member.adapter is not None or any(t is not None for t in inner):
-            return False
-        if not _is_for_cuda("forward", x, member):
             return False
         if delta_linear.plan_of("forward", x, member.weight, a, b, plan.dropout) != "cuda":
             return False
