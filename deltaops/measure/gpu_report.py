@@ -18,12 +18,12 @@ from typing import Any
 
 from deltaops.files import write_atomically
 
+from .gpu import CASE, OPS
 from .gpu_attention import JOINED
 from .gpu_subject import COMPILED, DEFAULT, FROZEN, LORA_FUSION, OURS, PEFT, UNSLOTH
 from .report import markdown_table
 
 Result = Mapping[str, Any]
-OPS = ("delta_linear", "delta_linear_group", "prefix_attention")
 SQUARE, WIDE, DEEP = (4096, 4096), (14336, 4096), (4096, 14336)
 """Outputs and inputs of layers."""
 FEW = 16
@@ -171,7 +171,7 @@ def markdown(content: Mapping[str, Any], picture: str) -> str:
             plans.setdefault(result["plan"].partition(":")[0], []).append(title(result))
     lines += ["", "## Plans", "", *(f"- {plan}: {'; '.join(c)}" for plan, c in plans.items())]
     left = [
-        f"- {title({**one, 'op': op})}: {one['left_out']['case']}"
+        f"- {title({**one, 'op': op})}: {one['left_out'][CASE]}"
         for op in OPS
         for one in content[op]
         if not one["seconds"]
