@@ -177,6 +177,68 @@ void ampere_gemm(int32_t device, int32_t dtype, const py::tuple &output, std::ui
   raise_if(status);
 }
 
+/* (a, s, scaling, drop_threshold, branch_stream, seed) of each. */
+std::vector<deltaops_cuda_branch> branches_of(const py::list &branches, int32_t dtype) {
+  std::vector<deltaops_cuda_branch> found;
+  for (const py::handle &branch : branches) {
+    const auto [a, s, scaling, threshold, number, seed] =
+        branch
+            .cast<std::tuple<py::object, py::object, float, uint32_t, uint32_t, std::uintptr_t>>();
+    found.push_back({matrix(a, dtype),
+                     matrix(s, DELTAOPS_F32),
+                     {},
+                     scaling,
+                     threshold,
+                     number,
+                     0,
+                     pointer<const uint64_t>(seed)});
+  }
+  return found;
+}
+
+void rms_norm_project(int32_t device, int32_t dtype, const py::handle &x, const py::handle &gamma,
+                      const py::handle &y, const py::handle &rstd, float eps,
+                      const py::list &branches, std::uintptr_t stream) {
+  const std::vector<deltaops_cuda_branch> found = branches_of(branches, dtype);
+  deltaops_cuda_rms_norm_project_args args = {};
+  args.struct_size = sizeof args;
+  args.device = device;
+  args.x = matrix(x, dtype);
+  args.gamma = matrix(gamma, dtype);
+  args.y = matrix(y, dtype);
+  args.rstd = matrix(rstd, DELTAOPS_F32);
+  args.eps = eps;
+  args.num_branches = static_cast<int32_t>(found.size());
+  args.branches = found.data();
+  args.stream = pointer<void>(stream);
+  deltaops_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = deltaops_cuda_rms_norm_project(&args);
+  }
+  raise_if(status);
+}
+
+void swiglu_project(int32_t device, int32_t dtype, const py::handle &gate, const py::handle &up,
+                    const py::handle &y, const py::list &branches, std::uintptr_t stream) {
+  const std::vector<deltaops_cuda_branch> found = branches_of(branches, dtype);
+  deltaops_cuda_swiglu_project_args args = {};
+  args.struct_size = sizeof args;
+  args.device = device;
+  args.gate = matrix(gate, dtype);
+  args.up = matrix(up, dtype);
+  args.y = matrix(y, dtype);
+  args.num_branches = static_cast<int32_t>(found.size());
+  args.branches = found.data();
+  args.stream = pointer<void>(stream);
+  deltaops_status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = deltaops_cuda_swiglu_project(&args);
+  }
+  raise_if(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -221,4 +283,12 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("ampere_gemm", &ampere_gemm, py::arg("device"), py::arg("dtype"), py::arg("output"),
              py::arg("seed"), py::arg("stream"),
              "As hopper_gemm, of one (out, bias, products) and on any GPU from sm_80 on.");
+  module.def("rms_norm_project", &rms_norm_project, py::arg("device"), py::arg("dtype"),
+             py::arg("x"), py::arg("gamma"), py::arg("y"), py::arg("rstd"), py::arg("eps"),
+             py::arg("branches"), py::arg("stream"),
+             "y = RMSNorm of x, rstd (fp32, or None) of its rows, and of each (a, s, scaling, "
+             "drop_threshold, branch_stream, seed) of branches s = scaling * drop(y) a^T, fp32.");
+  module.def("swiglu_project", &swiglu_project, py::arg("device"), py::arg("dtype"),
+             py::arg("gate"), py::arg("up"), py::arg("y"), py::arg("branches"), py::arg("stream"),
+             "y = silu(gate) * up, and s of branches as rms_norm_project.");
 }

@@ -208,7 +208,7 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
   float *q = cut.q + self * cut.q_each;
   const int64_t c_columns = cut.panels_each * kTileColumns;
   const int64_t num_direct = !last || p.adapter ? 0 : p.mask_x ? p.num_terms : p.num_plain;
-  float bias[kTileColumns], start[kTileRows * kTileColumns], dots[kTileRows * kTileColumns];
+  float bias[kTileColumns], start[kTileRows * kTileColumns], dots[kDotRows * kTileColumns];
   Tile<Unit, T> t = {};
   t.a_row = x_row;
   t.b = panel;
@@ -259,6 +259,8 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
       next = Prefetch<T>(w.at(n + kTileColumns, k0), least(kTileColumns, p.N - n - kTileColumns),
                          ks, tiles);
     }
+    if (cut.dot && rows > 0)
+      dot_panel(x, x_row, rows, w.at(n, 0).data, w.row_stride, t.columns, p.K, dots, kTileColumns);
     for (int64_t i = 0; i < rows; i += kTileRows) {
       next.some();
       const int64_t count = least(kTileRows, rows - i);
@@ -267,21 +269,16 @@ void panels(const Product &p, const Cut &cut, int self, int64_t m, int64_t rows,
       T *out = static_cast<T *>(p.out) + (m + i) * p.out_row + n;
       t.y = last && !p.more ? out : nullptr;
       t.add_c = !first || p.adds;
-      if constexpr (sizeof(T) == 4) {
+      if (cut.dot) {
+        t.c = dots + i * kTileColumns;
+        t.c_row = kTileColumns;
+        t.add_c = true;
+      } else if constexpr (sizeof(T) == 4) {
         t.c = out;
         t.c_row = p.out_row;
       } else {
         t.c = cut.c + self * cut.c_each + i * c_columns + n - range.begin * kTileColumns;
         t.c_row = c_columns;
-      }
-      if constexpr (sizeof(Unit) == sizeof(float) && UnitOf<Unit>::k == 1) {
-        if (cut.dot) {
-          dot_panel(t.a, t.a_row, count, w.at(n, 0).data, w.row_stride, t.columns, p.K, dots,
-                    kTileColumns);
-          t.c = dots;
-          t.c_row = kTileColumns;
-          t.add_c = true;
-        }
       }
       with_rows<kTileRows>(count, [&](auto size) {
         constexpr int MR = decltype(size)::value;
@@ -403,13 +400,9 @@ void product(const Group &group, int self) {
   }
 }
 
-/* Dots read floats whatever the ISA multiplies; every other product its own unit. */
 template <class T>
 void run_product(const Group &group, int self) {
-  if (group.parts[0].cut.dot)
-    product<T, float>(group, self);
-  else
-    product<T, typename MainUnit<T>::type>(group, self);
+  product<T, typename MainUnit<T>::type>(group, self);
 }
 
 }  // namespace

@@ -52,14 +52,26 @@ DELTAOPS_INLINE void store(float *p, VecF v) { memcpy(p, &v, sizeof v); }
 
 DELTAOPS_INLINE VecF splat(float value) { return value - VecF{}; }  // x - 0 keeps the sign of -0
 
-/* Sum of the lanes, by halves: the same tree on every width. */
+typedef float Lanes8 __attribute__((vector_size(32)));
+typedef float Lanes4 __attribute__((vector_size(16)));
+
+/* Sum of the lanes, by halves: the same tree on every width. Said in shuffles, since of a loop over
+ * the lanes GCC makes one scalar after the other. */
 DELTAOPS_INLINE float sum(VecF v) {
-  float lane[kLanes];
-  memcpy(lane, &v, sizeof v);
-  DELTAOPS_UNROLL
-  for (int half = kLanes / 2; half > 0; half /= 2) DELTAOPS_UNROLL
-  for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+#if DELTAOPS_VECTOR_BYTES == 64
+  const Lanes8 eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                       __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif DELTAOPS_VECTOR_BYTES == 32
+  const Lanes8 eight = v;
+#endif
+#if DELTAOPS_VECTOR_BYTES > 16
+  const Lanes4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                      __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+  const Lanes4 four = v;
+#endif
+  const Lanes4 two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
+  return two[0] + two[1];
 }
 
 #if DELTAOPS_VECTOR_BYTES == 16

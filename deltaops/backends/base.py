@@ -110,6 +110,8 @@ class GroupMember(NamedTuple):
     seed: Tensor | None
     adapter: Tensor | None
     """As :class:`Backend` has it."""
+    s: Tensor | None = None
+    """``[M, ΣR]`` float32, where it was made with x."""
 
 
 class GroupingPlan(DeltaLinearPlan, Protocol):
@@ -133,6 +135,20 @@ class GroupingPlan(DeltaLinearPlan, Protocol):
     ) -> list[list[Tensor]]:
         """What each member's ``backward`` gives, but for the gradient of x: all members want it or
         none does, and the first one gets the sum."""
+
+
+class GivenPlan(DeltaLinearPlan, Protocol):
+    """One that takes an S that was made with x."""
+
+    def forward_given(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Sequence[Tensor | None],
+        s: Tensor,
+    ) -> Tensor:
+        """``y [M, N]`` of S ``[M, ΣR]`` float32, which gets the branches' biases."""
 
 
 class PreparingBackend(Backend, Protocol):
@@ -251,6 +267,26 @@ class GatedBackend(Backend, Protocol):
         needs: Sequence[bool],
     ) -> list[Tensor]:
         """The wanted gradients: gate, up."""
+
+
+class ProducingBackend(AdapterBackend, GatedBackend, Protocol):
+    """One that makes S = s · drop(y) Aᵀ of the layers that read y in the pass that makes y. Their
+    plans are its own, :class:`GivenPlan` and :class:`GroupingPlan`."""
+
+    def produces(self, call: Call, readers: Sequence[GroupMember]) -> bool:
+        """Whether it does, for all of ``readers``, and is known to be faster so. Asked before
+        seeds are drawn."""
+
+    def norm_and_s(
+        self, x: Tensor, gamma: Tensor | None, eps: float, readers: Sequence[GroupMember]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As :meth:`AdapterBackend.norm_bias_forward` of an RMSNorm without a bias, and S
+        ``[M, ΣR]`` float32 of each reader."""
+
+    def gated_and_s(
+        self, gate: Tensor, up: Tensor, readers: Sequence[GroupMember]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As :meth:`GatedBackend.gated_forward` of "silu", and S of each reader."""
 
 
 class RotaryBackend(Backend, Protocol):

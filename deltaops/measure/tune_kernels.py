@@ -17,17 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltaops.backends import Backend
-from deltaops.backends.triton import delta_linear, planner
+from deltaops.backends import Backend, GroupMember, NormBiasCall
+from deltaops.backends.triton import delta_linear, planner, produce
 from deltaops.backends.triton.tables import DIRECTIONS, Entry, Setting
 from deltaops.errors import DataError
 from deltaops.reference import delta_linear as reference
+from deltaops.reference import norm_bias
 from deltaops.testing import assert_accurate
 
 from .gpu import CACHE_BYTES
 from .gpu_clock import DRIFT, captured, cuda_clock, steady
 from .gpu_subject import FROZEN, SCALING, Call
 from .interleave import Timing
+
+MAKE_S = ("decode", "beside")
+"""Plans that make S themselves, and cannot be handed one."""
+EPS = 1e-5
+"""Of the norm that makes x."""
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -110,6 +116,15 @@ def measure(
         medians = {name: Timing.of(t).median / len(copies) for name, t in taken.items()}
         frozen[direction] = medians.pop(FROZEN)
         seconds[direction] = medians
+    if "forward" in seconds and _makes_s_before(setting, copies[0], run):
+        with_s = {p: t for p, t in seconds["forward"].items() if p not in MAKE_S}
+        if with_s:
+            best = min(with_s, key=lambda plan: with_s[plan])
+            taken_by = _seconds_produced(best, copies, run, clock, capture, rounds)
+            if isinstance(taken_by, str):
+                notes.append(f"forward, produced: left out, {taken_by}")
+            else:
+                seconds["forward"]["produced"] = taken_by
     return Measured(Entry(setting, seconds), frozen, tuple(notes))
 
 
@@ -230,18 +245,94 @@ def _frozen(direction: str, copies: list[_Operands]) -> Call:
 
 
 def _gate(setting: Setting, o: _Operands, run: Backend) -> None:
+    if _makes_s_before(setting, o, run):
+        oracle, baseline = (_produced_by_reference(one) for one in (o.double(), o))
+        with planner.forced(_possible(setting, "forward", o)[0], "fused"):
+            _hold(setting, "forward", "produced", _produced(o, run), oracle, baseline)
     for direction, call in _CALLS.items():
         oracle = call(o.double(), reference)
         baseline = call(o, reference)
         for plan in _possible(setting, direction, o):
             with _forcing(direction, plan):
                 got = call(o, run)
-            try:
-                for name, value, want, low in zip(_RESULTS[direction], got, oracle, baseline,
-                                                  strict=True):  # fmt: skip
-                    assert_accurate(value, want, low, name)
-            except AssertionError as error:
-                raise DataError(
-                    f"tune-kernels: {setting}: {direction} by the plan {plan!r} is wrong: {error}. "
-                    "Nothing of it was timed; please report this with `deltaops doctor`."
-                ) from error
+            _hold(setting, direction, plan, got, oracle, baseline)
+
+
+def _hold(
+    setting: Setting,
+    direction: str,
+    plan: str,
+    got: list[Tensor],
+    oracle: list[Tensor],
+    baseline: list[Tensor],
+) -> None:
+    try:
+        for name, value, want, low in zip(_RESULTS[direction], got, oracle, baseline, strict=True):
+            assert_accurate(value, want, low, name)
+    except AssertionError as error:
+        raise DataError(
+            f"tune-kernels: {setting}: {direction} by the plan {plan!r} is wrong: {error}. "
+            "Nothing of it was timed; please report this with `deltaops doctor`."
+        ) from error
+
+
+# ------------------------------------------------------------------ S that is made where x is made
+
+
+def _member(o: _Operands, run: Any) -> GroupMember:
+    """The layer, as a backend knows those that read x."""
+    settings = [SCALING], [o.dropout], ["identity"]
+    plan = run.prepare(o.weight, [o.a], [o.b], [None], *settings)
+    return GroupMember(plan, o.weight, None, [o.a, o.b, None], o.seed, None)
+
+
+def _makes_s_before(setting: Setting, o: _Operands, run: Any) -> bool:
+    """Whether the library makes S with the RMSNorm that makes x."""
+    (m, k), dtype = o.x.shape, o.x.dtype
+    call = NormBiasCall(o.x.device.type, dtype, (dtype,), m, k, "rms")
+    return setting.rank > 0 and produce.takes(call, [_member(o, run)])
+
+
+def _produced(o: _Operands, run: Any) -> list[Tensor]:
+    """y and S of the norm of x, S made with it."""
+    member = _member(o, run)
+    x, _, (s,) = run.norm_and_s(o.x, torch.ones_like(o.x[0]), EPS, [member])
+    return [member.plan.forward_given(x, o.weight, None, member.operands, s), s]  # type: ignore[attr-defined]  # a GivenPlan
+
+
+def _produced_by_reference(o: _Operands) -> list[Tensor]:
+    x, _ = norm_bias.forward(o.x, None, None, EPS, "rms")
+    return _forward(replace(o, x=x), reference)
+
+
+def _seconds_produced(
+    best: str,
+    copies: list[_Operands],
+    run: Any,
+    clock: Callable[[Call], float],
+    capture: Callable[[Call], Call],
+    rounds: int,
+) -> float | str:
+    """What the layer adds to the norm before it by the plan ``best``, with S made there; or why
+    nothing is known."""
+    ones = torch.ones_like(copies[0].x[0])
+
+    def norm() -> object:
+        return [run.norm_bias_forward(o.x, ones, None, EPS, "rms") for o in copies]
+
+    def both() -> object:
+        with planner.forced(best, "fused"):
+            return [_produced(o, run) for o in copies]
+
+    try:
+        peers = {FROZEN: capture(norm), "produced": capture(both)}
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"not captured as a graph: {error}"
+    taken, moved, _ = steady(peers, clock, rounds)
+    if moved > DRIFT:
+        return f"the norm drifted by {moved:.1%}"
+    medians = {name: Timing.of(t).median / len(copies) for name, t in taken.items()}
+    more = medians["produced"] - medians[FROZEN]
+    return more if more > 0 else "the norm alone took as long as both"

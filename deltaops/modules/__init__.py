@@ -5,7 +5,7 @@
 
 from .adapter import AdapterSettings, Bottleneck, near_zero
 from .around import Relay
-from .attention_block import AttentionBlock
+from .attention_block import AttentionBlock, projections
 from .attention_functions import stand_ins
 from .block import (
     ActivationBlock,
@@ -103,6 +103,7 @@ from .prompt import (
     token_table,
 )
 from .prompt_pool import PooledPrompts
+from .reading import READERS
 from .router import WEIGHT as ROUTER_WEIGHT
 from .router import DeltaRouter, become_router, is_router, unbecome_router
 from .samples import SAMPLES, Samples, told_apart
@@ -119,6 +120,7 @@ __all__ = [
     "PREFIX_POOL",
     "PREFIX_VALUES",
     "PROMPTS",
+    "READERS",
     "ROUTER_WEIGHT",
     "SAMPLES",
     "STATES",
@@ -212,6 +214,7 @@ __all__ = [
     "owners",
     "plain_linear",
     "program_of",
+    "projections",
     "read_prompt",
     "reads_prefix",
     "remove_pool",

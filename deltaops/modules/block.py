@@ -9,6 +9,7 @@ fuses it as well), runs as it did.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from deltaops.dispatch import LAST_RESORT, explain_call, select
 from deltaops.ops import gated, norm_bias
 from deltaops.ops.paths import PLAIN
 
+from .reading import READERS, reading
 from .replicas import refuse_replicas
 from .sharing import sharing
 
@@ -100,12 +102,14 @@ class RmsNormBlock(Block):
         ):
             out: Tensor = super().forward(hidden_states)
             return out if bias is None else out + bias
+        readers = self.__dict__.get(READERS)
         return norm_bias(
             hidden_states,
             weight,
             bias,
             norm="rms",
             eps=self.variance_epsilon,
+            readers=None if readers is None else partial(reading, readers, hidden_states),
             backend=self.backend,
             strict=self.strict,
         )
@@ -141,7 +145,14 @@ class GatedMlpBlock(Block):
         if activation is None or not takes(call, self.backend, self.strict):
             product = self.act_fn(gate) * up
         else:
-            product = gated(gate, up, activation, backend=self.backend, strict=self.strict)
+            product = gated(
+                gate,
+                up,
+                activation,
+                readers=partial(reading, (self.down_proj,), gate),
+                backend=self.backend,
+                strict=self.strict,
+            )
         out: Tensor = self.down_proj(product)
         return out
 

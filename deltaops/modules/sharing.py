@@ -103,7 +103,7 @@ def sharing(module: nn.Module, places: Sequence[Any]) -> Iterator[None]:
         module: whose forward this is; it remembers when its layers do not share x.
         places: its linear layers, in the order in which it calls them.
     """
-    if APART in module.__dict__ or not _together(places):
+    if APART in module.__dict__ or not called_alike(places):
         yield
         return
     before = _CURRENT.group
@@ -116,7 +116,7 @@ def sharing(module: nn.Module, places: Sequence[Any]) -> Iterator[None]:
         _CURRENT.group = before
 
 
-def _together(places: Sequence[Any]) -> bool:
+def called_alike(places: Sequence[Any]) -> bool:
     """Whether all are places that call the op the same way, and nothing changes their input."""
     if not places or global_hooks._global_forward_pre_hooks:
         return False

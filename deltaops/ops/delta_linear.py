@@ -13,12 +13,12 @@ reference, which they can see through.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from deltaops.backends import DeltaLinearCall
+from deltaops.backends import DeltaLinearCall, GivenPlan
 from deltaops.backends.cpu import native
 from deltaops.dispatch import LAST_RESORT, Explanation, explain_call, select
 from deltaops.errors import (
@@ -34,6 +34,7 @@ from deltaops.reference import delta_linear as reference
 from deltaops.reference.activation import ACTIVATIONS
 
 from .delta_linear_autograd import DeltaLinearFunction, row_ids, run_forward
+from .made import WithS, claim
 from .paths import PLAIN, takes_bypass
 from .plans import PLANS, Known, look, make_plan
 
@@ -176,7 +177,11 @@ def _run(
     if prepared is None:
         return _run_watched(x, weight, bias, branches, adapter, backend, strict)
     (plan, random), operands, ids = prepared
-    seed = draw_seed(x.device) if random else None
+    made = claim(x, plan, operands) if ids is None else None
+    if made is not None:
+        plan, seed = WithS(cast(GivenPlan, plan), made.s), made.seed
+    else:
+        seed = draw_seed(x.device) if random else None
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from deltaops.backends import GroupingPlan, GroupMember
 
 from .delta_linear import Branch, cast_layer, delta_linear, draw_seed, prepare, watched
+from .made import claim
 from .paths import needs_grad, shaped
 
 MOST = 16
@@ -70,7 +71,7 @@ def _run(x: Tensor, layers: Sequence[Layer], backend: str, strict: bool) -> list
         return [delta_linear(x, *layer, backend=backend, strict=strict) for layer in layers]
     tensors = [t for m in members for t in (m.weight, m.bias, m.seed, m.adapter, *m.operands)]
     if needs_grad(x, *tensors):
-        plans = [(m.plan, len(m.operands)) for m in members]
+        plans = [(m.plan, len(m.operands), m.s) for m in members]
         return list(GroupFunction.apply(x, plans, *tensors))  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
     return [y for y, _ in _forward(x, members, False)]
 
@@ -90,12 +91,24 @@ def _members(
     kinds = {type(known.plan) for known, *_ in prepared}
     if len(kinds) != 1 or not hasattr(prepared[0][0].plan, "forward_group"):
         return None
+    found = [
+        GroupMember(plan, layer.weight, layer.bias, operands, None, ids)
+        for layer, ((plan, _), operands, ids) in zip(layers, prepared, strict=True)
+    ]
+    made = [
+        claim(x, member.plan, member.operands) if member.adapter is None else None
+        for member in found
+    ]
+    if None not in made:  # else S of all is made in one pass over x
+        return [
+            member._replace(seed=one.seed, s=one.s)
+            for member, one in zip(found, made, strict=True)
+            if one is not None
+        ]
     # seeds are drawn last: one layer after the other, none is drawn in vain
     return [
-        GroupMember(
-            plan, layer.weight, layer.bias, operands, draw_seed(x.device) if random else None, ids
-        )
-        for layer, ((plan, random), operands, ids) in zip(layers, prepared, strict=True)
+        member._replace(seed=draw_seed(x.device)) if known.random else member
+        for member, (known, _, _) in zip(found, prepared, strict=True)
     ]
 
 
@@ -134,10 +147,10 @@ class GroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plans: list[Any], *tensors: Tensor | None) -> Any:
         members, at = [], 0
-        for plan, count in plans:
+        for plan, count, made in plans:
             weight, bias, seed, adapter, *operands = tensors[at : at + 4 + count]
             assert weight is not None
-            members.append(GroupMember(plan, weight, bias, operands, seed, adapter))
+            members.append(GroupMember(plan, weight, bias, operands, seed, adapter, made))
             at += 4 + count
         results = _forward(x, members, True)
         wants = ctx.needs_input_grad[2:]
@@ -162,7 +175,7 @@ class GroupFunction(torch.autograd.Function):
         # those whose output was used; where the others' gradients go, nothing is written
         members, places, s, dy, needs = [], [], [], [], []
         at = saved_at = 0
-        for (plan, length), grad in zip(ctx.plans, grad_y, strict=True):
+        for (plan, length, _), grad in zip(ctx.plans, grad_y, strict=True):
             count = length // 3
             weight, s_i, seed, adapter, *operands = saved[saved_at : saved_at + 4 + 2 * count]
             if grad is not None:

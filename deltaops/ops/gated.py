@@ -19,6 +19,7 @@ from deltaops.errors import ConfigError, DtypeError, ShapeError
 from deltaops.reference import gated as reference
 from deltaops.reference.activation import ACTIVATIONS
 
+from .foresee import Readers, foresee
 from .gated_autograd import GatedFunction, call_of, run_forward
 from .paths import check_device, needs_grad, takes_bypass, transformed
 
@@ -28,6 +29,7 @@ def gated(
     up: Tensor | None,
     activation: str = "silu",
     *,
+    readers: Readers | None = None,
     backend: str = "auto",
     strict: bool = False,
 ) -> Tensor:
@@ -43,6 +45,8 @@ def gated(
         up: ``[..., K]``, shape and dtype of ``gate``; its rows may be strided too. None for the
             activation alone.
         activation: φ: "identity", "relu", "gelu" (by erf), "gelu_tanh" or "silu".
+        readers: gives the layers that will read the result, as :func:`deltaops.ops.norm_bias` has
+            them.
         backend: "auto", or the name of one in ``deltaops.backends()``, which then runs or raises.
         strict: with "auto", raise instead of ending in eager torch.
     Returns: ``[..., K]`` in the dtype of ``gate``, under autocast too.
@@ -54,11 +58,16 @@ def gated(
     if transformed("gated", backend, strict):
         return reference.forward(gate, up, activation)
     if takes_bypass(gate, up):
-        runner = select(call_of(gate, up, activation), backend, strict)
+        call = call_of(gate, up, activation)
+        runner = select(call, backend, strict)
+        ahead = foresee(gate, readers, call, runner, backend, strict)
         if needs_grad(gate, up):
-            y: Tensor = GatedFunction.apply(gate, up, activation, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
-            return y
-        return run_forward(gate, up, activation, runner)
+            y: Tensor = GatedFunction.apply(gate, up, activation, runner, ahead)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+        else:
+            y = run_forward(gate, up, activation, runner, ahead)
+        if ahead is not None:
+            ahead.leave(y)
+        return y
     if strict:
         backend = select(call_of(gate, up, activation), backend, strict).name
     return torch.ops.deltaops.gated(gate, up, activation, backend)  # type: ignore[no-any-return]  # torch.ops has no types

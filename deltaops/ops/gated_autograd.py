@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from deltaops.backends import Backend, GatedBackend, GatedCall
 from deltaops.dispatch import select
 
+from .made import Ahead
 from .paths import shaped
 from .registered import register
 
@@ -36,7 +37,18 @@ def _like(rows: Tensor, gate: Tensor) -> Tensor:
     return shaped(rows.contiguous(), gate.shape)
 
 
-def run_forward(gate: Tensor, up: Tensor | None, activation: str, runner: Backend) -> Tensor:
+def run_forward(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    runner: Backend,
+    ahead: Ahead | None = None,
+) -> Tensor:
+    """y; and S of the layers of ``ahead``, which it then holds."""
+    if ahead is not None and up is not None:
+        with torch.no_grad():  # the factors train; their gradients are the layers' affair
+            y, ahead.s = ahead.runner.gated_and_s(_rows(gate), _rows(up), ahead.members)
+        return shaped(y, gate.shape)
     y = cast(GatedBackend, runner).gated_forward(
         _rows(gate), None if up is None else _rows(up), activation
     )
@@ -62,11 +74,16 @@ class GatedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor | None, activation: str, runner: Backend
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor | None,
+        activation: str,
+        runner: Backend,
+        ahead: Ahead | None,
     ) -> Tensor:
         ctx.save_for_backward(gate, up if ctx.needs_input_grad[0] else None)
         ctx.settings = activation, runner
-        return run_forward(gate, up, activation, runner)
+        return run_forward(gate, up, activation, runner, ahead)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +92,7 @@ class GatedFunction(torch.autograd.Function):
         activation, runner = ctx.settings
         needs = ctx.needs_input_grad[:2]
         found = iter(run_backward(grad_y.resolve_neg(), gate, up, activation, needs, runner))
-        return (*(next(found) if need else None for need in needs), None, None)
+        return (*(next(found) if need else None for need in needs), None, None, None)
 
 
 # --------------------------------------------------------------------------------- registered op

@@ -15,6 +15,7 @@ from deltaops.dispatch import select
 from deltaops.errors import ConfigError, DtypeError, ShapeError
 from deltaops.reference import norm_bias as reference
 
+from .foresee import Readers, foresee
 from .norm_bias_autograd import NormBiasFunction, call_of, run_forward
 from .paths import check_device, needs_grad, takes_bypass, transformed
 
@@ -26,6 +27,7 @@ def norm_bias(
     *,
     norm: str = "layer",
     eps: float = 1e-5,
+    readers: Readers | None = None,
     backend: str = "auto",
     strict: bool = False,
 ) -> Tensor:
@@ -37,6 +39,8 @@ def norm_bias(
         bias: ``[K]`` or None (0), dtype of ``gamma``; may be trainable. Both may be wider than x.
         norm: "layer" (torch's LayerNorm) or "rms" (its RMSNorm, with a bias).
         eps: added to the variance.
+        readers: gives the layers that will read the result, as :class:`deltaops.ops.Layer`; asked,
+            and their S made in the same pass, only where a backend was measured to be faster so.
         backend: "auto", or the name of one in ``deltaops.backends()``, which then runs or raises.
         strict: with "auto", raise instead of ending in eager torch.
     Returns: ``[..., K]`` in the dtype of ``x``, under autocast too: sums are float32 anyway.
@@ -50,11 +54,18 @@ def norm_bias(
         flat = x.reshape(-1, x.shape[-1])
         return reference.forward(flat, gamma, bias, eps, norm)[0].reshape(x.shape)
     if takes_bypass(x, gamma, bias):
-        runner = select(call_of(x, gamma, bias, norm), backend, strict)
+        call = call_of(x, gamma, bias, norm)
+        runner = select(call, backend, strict)
+        ahead = None
+        if bias is None:
+            ahead = foresee(x, readers, call, runner, backend, strict)
         if needs_grad(x, gamma, bias):
-            y: Tensor = NormBiasFunction.apply(x, gamma, bias, eps, norm, runner)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
-            return y
-        return run_forward(x, gamma, bias, eps, norm, runner)[0]
+            y: Tensor = NormBiasFunction.apply(x, gamma, bias, eps, norm, runner, ahead)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+        else:
+            y, _ = run_forward(x, gamma, bias, eps, norm, runner, ahead)
+        if ahead is not None:
+            ahead.leave(y)
+        return y
     if strict:
         backend = select(call_of(x, gamma, bias, norm), backend, strict).name
     out, _ = torch.ops.deltaops.norm_bias(x, gamma, bias, eps, norm, backend)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from deltaops.backends import AdapterBackend, Backend, NormBiasCall
 from deltaops.dispatch import select
 
+from .made import Ahead
 from .paths import shaped
 from .registered import register
 
@@ -39,8 +40,14 @@ def run_forward(
     eps: float,
     norm: str,
     runner: Backend,
+    ahead: Ahead | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """y and the statistics; S of the layers of ``ahead``, which it then holds."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if ahead is not None:
+        with torch.no_grad():  # the factors train; their gradients are the layers' affair
+            y, stats, ahead.s = ahead.runner.norm_and_s(flat, gamma, eps, ahead.members)
+        return shaped(y, x.shape), stats
     y, stats = cast(AdapterBackend, runner).norm_bias_forward(flat, gamma, bias, eps, norm)
     y = y.contiguous()  # as the fake says; eager torch's, and the reference's, has x's strides
     return shaped(y, x.shape), stats
@@ -83,8 +90,9 @@ class NormBiasFunction(torch.autograd.Function):
         eps: float,
         norm: str,
         runner: Backend,
+        ahead: Ahead | None,
     ) -> Tensor:
-        y, stats = run_forward(x, gamma, bias, eps, norm, runner)
+        y, stats = run_forward(x, gamma, bias, eps, norm, runner, ahead)
         needs_x = any(ctx.needs_input_grad[:2])
         ctx.save_for_backward(x if needs_x else None, stats, gamma)
         ctx.settings = _parameter_dtype(x, gamma, bias), norm, runner
@@ -98,7 +106,7 @@ class NormBiasFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         grad_y = grad_y.resolve_neg()
         found = iter(run_backward(grad_y, x, stats, gamma, dtype, norm, needs, runner))
-        return (*(next(found) if need else None for need in needs), None, None, None)
+        return (*(next(found) if need else None for need in needs), None, None, None, None)
 
 
 # --------------------------------------------------------------------------------- registered op

@@ -18,6 +18,7 @@ from torch import nn
 
 from deltaops.modules import (
     APART,
+    READERS,
     ActivationBlock,
     AttentionBlock,
     BiasedNorm,
@@ -29,10 +30,14 @@ from deltaops.modules import (
     activation_of,
     named_activation,
     program_of,
+    projections,
     stand_ins,
 )
 from deltaops.reference.gated import forward as gated
 from deltaops.reference.norm_bias import forward as norm_bias
+
+NEXT = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+"""In a decoder layer of Llama's family: a norm, and what reads it."""
 
 
 def swap_blocks(model: nn.Module, backend: str, strict: bool) -> None:
@@ -49,6 +54,19 @@ def swap_blocks(model: nn.Module, backend: str, strict: bool) -> None:
         module.__dict__["strict"] = strict
         # the class comes last: until then the module runs as it was
         module.__class__ = mixin.over(base, backend, strict)
+    for module in model.modules():
+        for norm, after in NEXT:
+            _name_readers(module._modules.get(norm), module._modules.get(after))
+
+
+def _name_readers(norm: nn.Module | None, after: nn.Module | None) -> None:
+    """Tell a norm which layers read what it gives, if ``after`` it comes what has such layers. If
+    it is not so in the end, S is made in vain there."""
+    if isinstance(norm, RmsNormBlock) and after is not None:
+        is_mlp = isinstance(after, GatedMlpBlock)
+        places = (after.gate_proj, after.up_proj) if is_mlp else tuple(projections(after))
+        if places:
+            norm.__dict__[READERS] = places
 
 
 def restore_blocks(model: nn.Module) -> None:
@@ -56,7 +74,7 @@ def restore_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.__class__ = module.base_class  # type: ignore[assignment]  # its class of before
-            for name in ("backend", "strict", APART):
+            for name in ("backend", "strict", APART, READERS):
                 module.__dict__.pop(name, None)
 
 

@@ -267,9 +267,17 @@ def produce(
     lib: ctypes.CDLL, kind: str, rows: dict[str, Tensor], branches: Sequence[Branch], eps: float
 ) -> int:
     """The status of ``kind``, "rms_norm" or "swiglu"; eps is the former's."""
+    views = {name: emulated.view(t) for name, t in rows.items()}
+    return produce_views(lib, kind, views, branches, eps)
+
+
+def produce_views(
+    lib: ctypes.CDLL, kind: str, views: dict[str, Matrix], branches: Sequence[Branch], eps: float
+) -> int:
+    """The same of matrices that are described already."""
     args = RmsNormArgs() if kind == "rms_norm" else SwiGluArgs()
-    for name, t in rows.items():
-        setattr(args, name, emulated.view(t))
+    for name, matrix in views.items():
+        setattr(args, name, matrix)
     if isinstance(args, RmsNormArgs):
         args.eps = eps
     args.struct_size, args.num_branches = ctypes.sizeof(args), len(branches)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from deltaops.reference.philox import draws, keep_scale
 
-from . import emulated
-from .ampere import GemmArgs, Product, random
+from . import ampere, emulated
+from .ampere import Branch, GemmArgs, Product, random
 from .emulated import Bordered, Matrix
 
 SEED = 2**40 + 12345
@@ -194,12 +194,43 @@ class Module:
             raise RuntimeError(emulated.error())
 
     @staticmethod
+    def rms_norm_project(
+        device: int, dtype: int, x: Any, gamma: Any, y: Any, rstd: Any, eps: float,
+        branches: Any, stream: int,
+    ) -> None:  # fmt: skip
+        rows = {"x": x, "gamma": gamma, "y": y}
+        _produce("rms_norm", dtype, rows, {"rstd": rstd}, branches, eps)
+
+    @staticmethod
+    def swiglu_project(
+        device: int, dtype: int, gate: Any, up: Any, y: Any, branches: Any, stream: int
+    ) -> None:
+        _produce("swiglu", dtype, {"gate": gate, "up": up, "y": y}, {}, branches, 0.0)
+
+    @staticmethod
     def ampere_gemm(device: int, dtype: int, output: Any, seed: int, stream: int) -> None:
         with emulated.grid() as lib:
             args = _args(device, dtype, output, seed, stream)
             status = lib.deltaops_cuda_ampere_gemm(ctypes.byref(args))
         if status:
             raise RuntimeError(emulated.error())
+
+
+def _produce(kind: str, dtype: int, rows: Any, statistics: Any, branches: Any, eps: float) -> None:
+    """One of the producers of :mod:`.ampere`, whose matrices are described already."""
+    found = [
+        Branch(
+            *(Matrix(*a, dtype, 0), Matrix(*s, 0, 0), Matrix(), scaling, threshold, number, 0),
+            seed or None,
+        )
+        for a, s, scaling, threshold, number, seed in branches
+    ]
+    views = {name: Matrix() if t is None else Matrix(*t, dtype, 0) for name, t in rows.items()}
+    views |= {name: Matrix(*t, 0, 0) for name, t in statistics.items()}
+    with emulated.grid() as lib:
+        status = ampere.produce_views(lib, kind, views, found, eps)
+    if status:
+        raise RuntimeError(emulated.error())
 
 
 def _args(device: int, dtype: int, output: Any, seed: int, stream: int) -> GemmArgs:

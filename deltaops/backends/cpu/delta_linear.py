@@ -120,7 +120,7 @@ class CpuDeltaLinear:
         x = as_rows(x)
         group: list[_Prepared] = []
         results = []
-        for plan, weight, bias, operands, seed, adapter in members:
+        for plan, weight, bias, operands, seed, adapter, _made in members:
             assert isinstance(plan, CpuDeltaLinear)
             results.append(plan.forward(x, weight, bias, operands, seed, keep, adapter, group))
         self._core.delta_linear_group_forward([call for call, _ in group])
@@ -190,7 +190,7 @@ class CpuDeltaLinear:
         group: list[_Prepared] = []
         results = []
         for grad, member, s_i, wanted in zip(grad_y, members, s, needs, strict=True):
-            plan, weight, _bias, operands, seed, adapter = member
+            plan, weight, _bias, operands, seed, adapter, _made = member
             assert isinstance(plan, CpuDeltaLinear)
             results.append(
                 plan.backward(grad, x, weight, operands, s_i, seed, wanted, adapter, group)

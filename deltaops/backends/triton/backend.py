@@ -24,6 +24,7 @@ from . import (
     gated,
     group,
     prefix_attention,
+    produce,
     prompt_embedding,
     rotary,
 )
@@ -45,6 +46,9 @@ class TritonBackend:
     bottleneck_backward = staticmethod(adapters.bottleneck_backward)
     norm_bias_forward = staticmethod(adapters.norm_bias_forward)
     norm_bias_backward = staticmethod(adapters.norm_bias_backward)
+    produces = staticmethod(produce.produces)
+    norm_and_s = staticmethod(produce.norm_and_s)
+    gated_and_s = staticmethod(produce.gated_and_s)
     gated_forward = staticmethod(gated.forward)
     gated_backward = staticmethod(gated.backward)
     rotary_forward = staticmethod(rotary.forward)

@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,6 +183,47 @@ def grad_input_of_group(
     frozen = [(dy, w.t(), 0.0) for dy, w in zip(grad_y, weight, strict=True)]
     rank_parts = [(ds.to(grad_x.dtype), t.t(), 0.0) for ds, t in zip(grad_s, a, strict=True)]
     _hopper([(grad_x, None, [*frozen, *rank_parts])], None)
+
+
+class Down(NamedTuple):
+    """A branch whose ``S [M, R] = scaling * drop(y) Aᵀ`` is made with y."""
+
+    a: Tensor
+    s: Tensor
+    """Written, fp32."""
+    scaling: float
+    dropout: float
+    stream: int
+    seed: Tensor | None
+
+    def described(self) -> tuple[Any, ...]:
+        """For the library."""
+        drawn = self.dropout > 0.0 and self.seed is not None
+        return (
+            _view(self.a), _view(self.s), self.scaling, drop_threshold(self.dropout), self.stream,
+            self.seed.data_ptr() if drawn and self.seed is not None else 0,
+        )  # fmt: skip
+
+
+def rms_norm_and_s(
+    y: Tensor, rstd: Tensor, x: Tensor, gamma: Tensor | None, eps: float, downs: Sequence[Down]
+) -> None:
+    """Write ``y [M, K]`` and ``rstd [M, 1]`` of an RMSNorm, and S of each of ``downs``."""
+    module, (device, stream) = _module(), _place(y)
+    given = None if gamma is None else _view(gamma.unsqueeze(0))
+    branches = [down.described() for down in downs]
+    module.rms_norm_project(
+        device, DTYPES[y.dtype], _view(x), given, _view(y), _view(rstd), eps, branches, stream
+    )
+
+
+def swiglu_and_s(y: Tensor, gate: Tensor, up: Tensor, downs: Sequence[Down]) -> None:
+    """Write ``y [M, K] = silu(gate) * up``, and S of each of ``downs``."""
+    module, (device, stream) = _module(), _place(y)
+    branches = [down.described() for down in downs]
+    module.swiglu_project(
+        device, DTYPES[y.dtype], _view(gate), _view(up), _view(y), branches, stream
+    )
 
 
 Output = tuple[Tensor, "Tensor | None", list[Product]]

@@ -360,6 +360,23 @@ def special(
     return found
 
 
+def makes_s_before(
+    x: Tensor,
+    weight: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    branch_bias: Sequence[Tensor | None],
+    dropout: Sequence[float],
+    activation: Sequence[str],
+) -> bool:
+    """Whether S of a layer is to be made where its x is; ``x`` may be on "meta"."""
+    ranks, dtypes = tuple([t.shape[0] for t in a]), tuple([t.dtype for t in a])
+    linear = _is_linear(branch_bias, dropout, activation)
+    device, more = weight.device, ("produced",)
+    given = ranks, dtypes, any(dropout), device, linear
+    return _choice("forward", x, weight, b, *given, more).plan == "produced"
+
+
 def plan_of(
     direction: str,
     rows: Tensor,
@@ -386,11 +403,12 @@ def _choice(
     dropout: bool,
     device: torch.device | str,
     linear: bool,
+    more: tuple[str, ...] = (),
 ) -> Choice:
     n, k = weight.shape
     setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, dropout)
     plain = core.kernels("configs").is_plain(rows, weight, ranks)
-    able = special(direction, rows, weight, factors, ranks, device, linear)
+    able = special(direction, rows, weight, factors, ranks, device, linear) + more
     return planner.choose(setting, direction, device, plain, able)
 
 

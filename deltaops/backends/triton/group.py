@@ -75,21 +75,31 @@ class TritonDeltaLinear(PlainPlan):
         """See :class:`deltaops.backends.base.QuantizedPlan`."""
         return quantized.dequantize(weight, dtype)
 
+    def forward_given(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Sequence[Any],
+        s: Tensor,
+    ) -> Tensor:
+        """See :class:`deltaops.backends.base.GivenPlan`."""
+        a, b, inner = thirds(operands)
+        with core.device_of(x):
+            u = branches.activate(s, a, inner, self.scaling, self.activation, None)
+            return delta_linear.outputs(x, weight, bias, a, b, u, self.dropout)
+
     def forward_group(
         self, x: Tensor, members: Sequence[GroupMember], keep: bool
     ) -> list[tuple[Tensor, Tensor | None]]:
         """See :class:`deltaops.backends.base.GroupingPlan`."""
         plans = _plans(members)
-        s = torch.empty(
-            (x.shape[0], sum(p.rank for p in plans)), dtype=torch.float32, device=x.device
-        )
         with core.device_of(x):
-            if x.shape[0]:
-                core.kernels("group").project_group(x, _parts(x, members), s)
+            pieces = _s_of(x, members)
             if _is_one_launch(x, members):
-                return _outputs(x, members, _split(s, plans))
+                return _outputs(x, members, pieces)
             results: list[tuple[Tensor, Tensor | None]] = []
-            for plan, member, piece in zip(plans, members, _split(s, plans), strict=True):
+            for plan, member, piece in zip(plans, members, pieces, strict=True):
                 a, b, inner = thirds(member.operands)
                 u = piece
                 if x.shape[0]:
@@ -143,6 +153,19 @@ class _Found(NamedTuple):
     b: list[Tensor | None]
     inner: list[Tensor | None]
     """Of the branches' biases."""
+
+
+def _s_of(x: Tensor, members: Sequence[GroupMember]) -> list[Tensor]:
+    """S of each layer: those that were made with x, or all in one pass over it."""
+    made = [member.s for member in members if member.s is not None]
+    if len(made) == len(members):
+        return made
+    plans = _plans(members)
+    width = sum(p.rank for p in plans)
+    s = torch.empty((x.shape[0], width), dtype=torch.float32, device=x.device)
+    if x.shape[0]:
+        core.kernels("group").project_group(x, _parts(x, members), s)
+    return _split(s, plans)
 
 
 def _pass_over_dy(

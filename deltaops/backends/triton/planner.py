@@ -10,13 +10,15 @@
     decode  y of at most 16 rows, and S with it, which all but this and ``beside`` are handed
     beside  of dx: persistent on the multiprocessors that its rounds need, with dA on the others
             meanwhile; of y: cuda, with S likewise, in one launch (:mod:`beside`)
+    produced   of y: another of these, with S that was made in the pass before, where x is
+            (:mod:`produce`); its seconds are those that it adds to that pass
 
 Fused saves a pass over the output and a launch; the library's GEMM (cuBLAS; rocBLAS on AMD) is the
 faster one. Which outweighs the other is a matter of measurement (:mod:`tables`). Where nothing was
 measured, :func:`start` takes ``decode`` where it can and else decides by the break-even rule, never
-for "cuda", "ampere" and "beside". Either way a choice follows from the call, how its matrices lie
-and the tables alone, which are read once a GPU and process: nothing is timed in a call, nor under
-graph capture.
+for "cuda", "ampere", "beside" and "produced". Either way a choice follows from the call, how its
+matrices lie and the tables alone, which are read once a GPU and process: nothing is timed in a
+call, nor under graph capture.
 """
 
 from __future__ import annotations
@@ -167,18 +169,21 @@ def start(setting: Setting, direction: str, plain: bool, special: tuple[str, ...
 
 
 _forced: dict[str, str] | None = None
+_forced_ahead = False
 
 
 @contextmanager
-def forced(forward: str, backward: str) -> Iterator[None]:
-    """These plans for every call, for tests and measurements. A call that one of them cannot run
-    raises ValueError."""
-    global _forced
-    before, _forced = _forced, {"forward": forward, "backward": backward}
+def forced(forward: str, backward: str, produced: bool = False) -> Iterator[None]:
+    """These plans for every call, for tests and measurements; and ``produced`` wherever it can be,
+    with ``forward`` for what is left of it. A call that one of them cannot run raises ValueError.
+    """
+    global _forced, _forced_ahead
+    before = _forced, _forced_ahead
+    _forced, _forced_ahead = {"forward": forward, "backward": backward}, produced
     try:
         yield
     finally:
-        _forced = before
+        _forced, _forced_ahead = before
 
 
 def choose(
@@ -196,6 +201,8 @@ def choose(
         special: as :func:`possible`.
     Raises: DataError for a table that cannot be used.
     """
+    if _forced_ahead and "produced" in special:
+        return Choice("produced", "as forced")
     if _forced is not None:
         plan, able = _forced[direction], possible(setting, direction, special)
         if plan not in able:

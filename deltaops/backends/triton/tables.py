@@ -23,7 +23,7 @@ VERSION = 2
 
 SHIPPED = Path(__file__).with_name("timings")
 
-PLANS = ("fused", "split", "torch", "persistent", "cuda", "ampere", "decode", "beside")
+PLANS = ("fused", "split", "torch", "persistent", "cuda", "ampere", "decode", "beside", "produced")
 """Who computes a GEMM with its rank part; see :mod:`planner`. Of equals the first is taken."""
 
 DIRECTIONS = ("forward", "backward")
