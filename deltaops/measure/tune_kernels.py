@@ -290,7 +290,8 @@ def _makes_s_before(setting: Setting, o: _Operands, run: Any) -> bool:
     """Whether the library makes S with the RMSNorm that makes x."""
     (m, k), dtype = o.x.shape, o.x.dtype
     call = NormBiasCall(o.x.device.type, dtype, (dtype,), m, k, "rms")
-    return setting.rank > 0 and produce.takes(call, [_member(o, run)])
+    asked = setting.rank > 0 and hasattr(run, "norm_and_s")
+    return asked and produce.takes(call, [_member(o, run)])
 
 
 def _produced(o: _Operands, run: Any) -> list[Tensor]:

@@ -34,7 +34,7 @@ from deltaops.reference import delta_linear as reference
 from deltaops.reference.activation import ACTIVATIONS
 
 from .delta_linear_autograd import DeltaLinearFunction, row_ids, run_forward
-from .made import WithS, claim
+from .made import SLOT, WithS, claim
 from .paths import PLAIN, takes_bypass
 from .plans import PLANS, Known, look, make_plan
 
@@ -177,7 +177,7 @@ def _run(
     if prepared is None:
         return _run_watched(x, weight, bias, branches, adapter, backend, strict)
     (plan, random), operands, ids = prepared
-    made = claim(x, plan, operands) if ids is None else None
+    made = None if SLOT.waiting is None or ids is not None else claim(x, plan, operands)
     if made is not None:
         plan, seed = WithS(cast(GivenPlan, plan), made.s), made.seed
     else:

@@ -27,7 +27,7 @@ class Ahead:
     def leave(self, y: Tensor) -> None:
         """Let S wait for the layers' calls with ``y``."""
         made = [_made(member, s) for member, s in zip(self.members, self.s, strict=True)]
-        _SLOT.waiting = _Waiting(weakref.ref(y), _version(y), made)
+        SLOT.waiting = _Waiting(weakref.ref(y), _version(y), made)
 
 
 class Made(NamedTuple):
@@ -52,16 +52,17 @@ class _Slot(threading.local):
     waiting: _Waiting | None = None
 
 
-_SLOT = _Slot()
+SLOT = _Slot()
+"""What waits in this thread; looked at before a call of :func:`claim`, which costs more."""
 
 
 def claim(x: Tensor, plan: DeltaLinearPlan, operands: Sequence[Tensor | None]) -> Made | None:
     """What waits for the layer of these ``operands`` that is called with ``x``, once."""
-    waiting = _SLOT.waiting
+    waiting = SLOT.waiting
     if waiting is None or waiting.y() is not x:
         return None
     if waiting.version != _version(x):
-        _SLOT.waiting = None
+        SLOT.waiting = None
         return None
     a = operands[: len(operands) // 3]
     for i, made in enumerate(waiting.made):
@@ -70,7 +71,7 @@ def claim(x: Tensor, plan: DeltaLinearPlan, operands: Sequence[Tensor | None]) -
         if fresh and _alike(plan, made.plan):
             del waiting.made[i]
             if not waiting.made:
-                _SLOT.waiting = None
+                SLOT.waiting = None
             return made
     return None
 

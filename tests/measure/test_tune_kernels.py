@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from torch import Tensor
 from typer.testing import CliRunner
 
-from deltaops.backends.triton import TritonBackend, planner, tables
+from deltaops.backends.triton import TritonBackend, planner, produce, tables
 from deltaops.cli import app
 from deltaops.errors import ConfigError, DataError, DeviceError
 from deltaops.measure import gpu, tune_kernels
 from deltaops.reference import delta_linear as reference
+from deltaops.reference import norm_bias
 
 TINY = planner.setting_of(torch.float32, (torch.float32,), 24, 32, 48, (4,), False)
 
@@ -88,6 +90,44 @@ def test_what_cannot_be_captured_is_left_out(refused: str) -> None:
         assert set(found.entry.seconds.get(direction, ())) == kept
         said = f"{direction}, {refused}: left out, not captured as a graph: not under capture"
         assert said in found.notes
+
+
+class Producing(Backend):
+    """One that makes S where x is made."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.more = factor
+
+    def prepare(self, *layer: Any) -> Any:
+        return self
+
+    def norm_bias_forward(self, x: Tensor, gamma: Tensor, *settings: Any) -> Any:
+        self.last = "norm"
+        return norm_bias.forward(x, gamma, *settings)
+
+    def norm_and_s(self, x: Tensor, gamma: Tensor, eps: float, readers: Any) -> Any:
+        y, stats = norm_bias.forward(x, gamma, None, eps, "rms")
+        return y, stats, [tune_kernels.SCALING * y @ readers[0].operands[0].t() * self.more]
+
+    def forward_given(self, x: Tensor, weight: Tensor, bias: Any, operands: Any, s: Tensor) -> Any:
+        self.last = f"produced by {planner.choose(TINY, 'forward', 'cpu').plan}"
+        return x @ weight.t() + s @ operands[1].t()
+
+
+def test_s_that_is_made_before_costs_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(produce, "takes", lambda call, readers: True)
+    times = {"fused": 4.0, "split": 2.0, "torch": 6.0, "norm": 3.0, "produced by split": 4.0}
+    found = measure(Producing(), times).entry
+    assert found.seconds["forward"] == {"fused": 2.0, "split": 1.0, "torch": 3.0, "produced": 0.5}
+    assert "produced" not in found.seconds["backward"]
+    assert found.best("forward", tables.PLANS) == "produced"
+    with pytest.raises(DataError, match="forward by the plan 'produced' is wrong"):
+        measure(Producing(1.01), times)
+    times["norm"] = 4.0
+    found_none = measure(Producing(), times)
+    assert "produced" not in found_none.entry.seconds["forward"]
+    assert found_none.notes == ("forward, produced: left out, the norm alone took as long as both",)
 
 
 def test_too_little_memory_for_a_graph_is_no_plan_that_cannot_be_captured() -> None:

@@ -70,7 +70,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
     monkeypatch.setattr(ReferenceBackend, "produces", lambda *a: True, raising=False)
     monkeypatch.setattr(PlainPlan, "forward_given", forward_given, raising=False)
     yield found
-    made._SLOT.waiting = None
+    made.SLOT.waiting = None
 
 
 def layer(seed: int = 0, dropout: float = 0.0) -> Layer:
@@ -158,7 +158,7 @@ def test_nothing_is_made_for_readers_by_row_under_autocast_or_without_rows(log: 
 
 def test_what_nobody_claims_is_not_held_by_x(log: Log) -> None:
     y = normed(tokens(4, K), layer())
-    waiting = made._SLOT.waiting
+    waiting = made.SLOT.waiting
     assert waiting is not None
     assert waiting.y() is y
     del y
