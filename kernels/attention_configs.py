@@ -72,7 +72,8 @@ def merge_prefix(d: int, prefix: int, wide: bool, aligned: bool) -> Attend:
         rows = 16 if lanes > 64 else 32
         return for_amd(Attend(rows, prefix_lanes(prefix, 32 if aligned else 16), 4, 1))
     rows = 16 if not aligned else 32 if lanes > 128 else 64
-    return for_amd(Attend(rows, prefix_lanes(prefix, 32), 4, 2))
+    most = 32 if aligned or lanes <= 128 else 16
+    return for_amd(Attend(rows, prefix_lanes(prefix, most), 4, 2))
 
 
 def prefix_grads(
@@ -85,7 +86,8 @@ def prefix_grads(
     if wide or lanes > 128:
         most = 32 if lanes <= 64 else 16
         whole = prefix <= most and (aligned or lanes != 128)
-        cols = prefix_lanes(prefix, most) if whole else 32
+        parts = 32 if aligned or lanes <= 128 else 16
+        cols = prefix_lanes(prefix, most) if whole else parts
         return for_amd(Attend(16, cols, 8 if lanes > 64 else 4, 1)), whole
     most = 64 if lanes <= 64 else 32
     rows, warps = (32, 4) if aligned else (16, 8)

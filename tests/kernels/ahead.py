@@ -342,6 +342,7 @@ def calls(target: Target) -> Iterator[Callable[[], None]]:
 def compiling(recorder: Recorder, target: Target, plan: str) -> Iterator[None]:
     """Launches go to the recorder, and the backend takes the target for the device."""
     run, back = JITFunction.run, "fused" if plan == "decode" else plan
+    plan = "persistent" if plan == "beside" else plan  # of y that would be of the CUDA library
     JITFunction.run = lambda fn, *args, **kwargs: recorder.run(fn, *args, **kwargs)
     try:
         with core.standing_in(target), planner.forced(plan, back):

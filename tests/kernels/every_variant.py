@@ -3,8 +3,8 @@
 Usage: python -P tests/kernels/every_variant.py TARGET [AREA …] [--seconds S] [--out FOLDER]
 
     TARGET   sm_80, sm_89, sm_90, sm_100 or gfx942
-    AREA     gemms, passes, persistent, decode, published, linears, attention, rows; all without
-             one.
+    AREA     gemms, passes, persistent, beside, decode, published, linears, attention, merged, rows;
+             all without one.
              AREA:I/N is every N-th call of it, from the I-th on: a piece of a long run.
     S        after these nothing more is compiled, and what is left is counted; 0: what is known
     FOLDER   gets triton-variants.json and .md, the counts of all areas: benchmarks/results
@@ -94,6 +94,12 @@ def persistent() -> Iterator[Call]:
         yield partial(ahead.launch, ahead.Setting(m, (rank,), dtype, dtype, dropout, bias=bias))
 
 
+def beside() -> Iterator[Call]:
+    """dA on the multiprocessors that a persistent dx leaves over, of every count of rank lanes."""
+    for rank, dtype in itertools.product((8, 16, 24, 32, 64, 128), (HALF, torch.float16)):
+        yield partial(ahead.launch, ahead.Setting(8192, (rank,), dtype, dtype))
+
+
 def decode() -> Iterator[Call]:
     """Of few rows, with S made within and beside."""
     for m, rank, dtype, (n, k), conv1d in itertools.product(
@@ -153,6 +159,17 @@ def attention() -> Iterator[Call]:
                 yield partial(ahead.launch_attention, call)
 
 
+def merged() -> Iterator[Call]:
+    """A prefix merged into torch's attention, of every count of a head's lanes."""
+    types = ((HALF, HALF), (HALF, FULL), (torch.float16, torch.float16))
+    for d, (dtype, prefix), causal, length in itertools.product(
+        (256, 128, 64, 32, 16, 80, 200), types, (False, True), (512, 1001)
+    ):
+        one = ahead.Attention(d, dtype, prefix, causal=causal, masked=False, length=length)
+        if one.supported():
+            yield partial(ahead.launch_merged, one)
+
+
 def rows() -> Iterator[Call]:
     """Adapters, norms, gated products, rotations and prompts."""
     for m, rank, types, norm in itertools.product(
@@ -202,7 +219,19 @@ class Remembering(ahead.Recorder):
 
 
 AREAS = {
-    f.__name__: f for f in (gemms, passes, persistent, decode, published, linears, attention, rows)
+    f.__name__: f
+    for f in (
+        gemms,
+        passes,
+        persistent,
+        beside,
+        decode,
+        published,
+        linears,
+        attention,
+        merged,
+        rows,
+    )
 }
 
 
@@ -216,6 +245,7 @@ ONLY = {
         "_sum_partials_kernel",
     ),
     "persistent": "_persistent",
+    "beside": "_beside",
     "decode": "_decode",
     "linears": (
         "_project_group_kernel",
@@ -235,6 +265,11 @@ def plans(area: str, target: Target) -> tuple[str, ...]:
     if area == "persistent":
         there = not target.amd and target.capability in configs.PERSISTENT
         return ("persistent",) if there else ()
+    if area == "beside":
+        there = not target.amd and target.capability in configs.BESIDE
+        return ("beside",) if there else ()
+    if area == "merged" and target.amd:
+        return ()  # torch has no such attention there
     if area == "decode":
         return ("decode",)
     return ("fused", "split") if area in ("gemms", "linears") else ("fused",)
