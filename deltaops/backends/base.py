@@ -273,6 +273,10 @@ class ProducingBackend(AdapterBackend, GatedBackend, Protocol):
     """One that makes S = s · drop(y) Aᵀ of the layers that read y in the pass that makes y. Their
     plans are its own, :class:`GivenPlan` and :class:`GroupingPlan`."""
 
+    def may_produce(self, call: Call, device: torch.device) -> bool:
+        """Whether :meth:`produces` may say yes. Asked in every call, before who reads y is known:
+        it must cost next to nothing."""
+
     def produces(self, call: Call, readers: Sequence[GroupMember]) -> bool:
         """Whether it does, for all of ``readers``, and is known to be faster so. Asked before
         seeds are drawn."""

@@ -41,9 +41,9 @@ def foresee(
     # by the name of a method: to ask for all of a protocol costs as much as a small layer
     if readers is None or not hasattr(runner, "produces") or not call.m:
         return None
-    runner = cast(ProducingBackend, runner)
-    if torch.is_autocast_enabled(y_like.device.type):
-        return None  # they read a converted y
+    runner, device = cast(ProducingBackend, runner), y_like.device
+    if not runner.may_produce(call, device) or torch.is_autocast_enabled(device.type):
+        return None  # under autocast they read a converted y
     members, random = [], []
     for layer in readers():
         known = prepare(
@@ -57,7 +57,6 @@ def foresee(
     if not members or not runner.produces(call, members):
         return None
     # seeds are drawn last, one layer after the other, as by the layers themselves
-    device = y_like.device
     return Ahead(
         runner,
         [

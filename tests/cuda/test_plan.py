@@ -255,6 +255,11 @@ def test_the_module_checks_before_it_looks_for_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"hopper_project_gemm: a must be \[8, 16\] of dtype 1"):
         module.hopper_project_gemm(0, 1, layer, None, other, other, 1.0, 0, 0, 0, 0)
     assert module.hopper_project_gemm_workspace(129) == 8
+    branch = [(view, view, 1.0, 0, 0, 0)]
+    with pytest.raises(ValueError, match=r"rms_norm_project: s of branch 0 must be \[8, 8\]"):
+        module.rms_norm_project(0, 1, view, None, view, None, 1e-5, branch, 0)
+    with pytest.raises(ValueError, match=r"swiglu_project: up must be \[8, 16\]"):
+        module.swiglu_project(0, 1, view, other, view, branch, 0)
     with pytest.raises(ValueError, match=r"ampere_gemm: right of product 0 must be \[16, 16\]"):
         module.ampere_gemm(0, 1, (view, None, [(view, view, 0)]), 0, 0)
     with pytest.raises(ValueError, match="takes 1 to 4 outputs, got 0"):

@@ -158,11 +158,15 @@ def test_nobody_gets_it_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     setting = tables.Setting(M, N, K, 16, "bfloat16", "bfloat16", False)
     planner.forget()
     with core.standing_in(targets.TARGETS[GPU]):
+        device = torch.device("meta")
         assert not RUN.produces(NORM, [member(16, BF16)])
+        assert not RUN.may_produce(NORM, device)
         for seconds, chosen in ((3.0, False), (1.0, True)):
             timed = {"forward": {"split": 2.0, "produced": seconds}}
             entry = tables.Entry(setting, timed)
             tables.add(tables.own(GPU), GPU, [entry], {"date": "a day"})
             planner.forget()
             assert RUN.produces(NORM, [member(16, BF16)]) is chosen
+            assert RUN.may_produce(NORM, device)
+            assert not RUN.may_produce(NORM._replace(norm="layer"), device)
     planner.forget()

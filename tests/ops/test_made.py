@@ -67,7 +67,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
 
     for name, method in (("norm_and_s", norm_and_s), ("gated_and_s", gated_and_s)):
         monkeypatch.setattr(ReferenceBackend, name, method, raising=False)
-    monkeypatch.setattr(ReferenceBackend, "produces", lambda *a: True, raising=False)
+    for name in ("may_produce", "produces"):
+        monkeypatch.setattr(ReferenceBackend, name, lambda *a: True, raising=False)
     monkeypatch.setattr(PlainPlan, "forward_given", forward_given, raising=False)
     yield found
     made.SLOT.waiting = None

@@ -46,6 +46,7 @@ class TritonBackend:
     bottleneck_backward = staticmethod(adapters.bottleneck_backward)
     norm_bias_forward = staticmethod(adapters.norm_bias_forward)
     norm_bias_backward = staticmethod(adapters.norm_bias_backward)
+    may_produce = staticmethod(produce.may_produce)
     produces = staticmethod(produce.produces)
     norm_and_s = staticmethod(produce.norm_and_s)
     gated_and_s = staticmethod(produce.gated_and_s)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -237,7 +237,22 @@ _found = lru_cache(maxsize=None)(tables.find)
 """Once a GPU, so that all calls of a process follow the same tables."""
 
 
+def knows_produced(device: torch.device) -> bool:
+    """Whether some call on ``device`` may go by the plan ``produced``: its tables know of one, or
+    it is forced."""
+    return _forced_ahead or _has_produced(core.gpu(device))
+
+
+@cache
+def _has_produced(gpu: str | None) -> bool:
+    if gpu is None:
+        return False
+    entries = [entry for table, _ in _found(gpu).tables for entry in table.entries]
+    return any("produced" in entry.seconds.get("forward", {}) for entry in entries)
+
+
 def forget() -> None:
     """Plans are made again, and tables are read again: after something was measured."""
     _chosen.cache_clear()
     _found.cache_clear()
+    _has_produced.cache_clear()

@@ -16,13 +16,18 @@ from deltaops.backends.base import GroupMember
 from deltaops.backends.calls import Call, GatedCall, NormBiasCall
 from deltaops.backends.plain import thirds
 
-from . import branches, core, cuda, delta_linear
+from . import branches, core, cuda, delta_linear, planner
 from .group import TritonDeltaLinear
 
 MOST = 1024
 """Ranks of all layers, those of each branch rounded up to :data:`PASS`:
 DELTAOPS_CUDA_MAX_PRODUCED of csrc/include/deltaops_cuda.h."""
 PASS = 64
+
+
+def may_produce(call: Call, device: torch.device) -> bool:
+    """See :class:`deltaops.backends.base.ProducingBackend`."""
+    return planner.knows_produced(device) and _is_ours(call)
 
 
 def produces(call: Call, readers: Sequence[GroupMember]) -> bool:
