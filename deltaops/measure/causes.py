@@ -163,12 +163,19 @@ def _mixed(goal: str, cell: Cell) -> list[str]:
 
 
 def _call(goal: str, cell: Cell) -> list[str]:
-    """What torch itself takes for an autograd.Function that does nothing."""
+    """What torch itself takes for an autograd.Function that does nothing; without gradients, that
+    there is no arithmetic to speak of in what is left."""
     own, empty, plain = (
         cell.timings.get(p) for p in (names.OURS, names.EMPTY_FUNCTION, names.FROZEN)
     )
-    if goal != "call" or own is None or empty is None or plain is None:
+    if goal != "call" or own is None or plain is None:
         return []
+    if empty is None:
+        return [
+            f"of our {1e6 * own.median:.1f} µs {1e6 * (own.median - plain.median):.1f} are beyond "
+            f"F.linear's {1e6 * plain.median:.1f}, which is C++ from its first line: checks, the "
+            "plan's look-up and the core's arguments, in Python"
+        ]
     return [
         f"an autograd.Function of as many tensors that computes nothing takes "
         f"{1e6 * empty.median:.1f} of our {1e6 * own.median:.1f} µs, "

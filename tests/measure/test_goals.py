@@ -158,6 +158,9 @@ def test_a_small_call_is_held_to_a_function_that_computes_nothing() -> None:
     seconds = {OURS: 44e-6, FROZEN: 20e-6, EMPTY_FUNCTION: 31e-6}
     one = outcome(results(cell("call", seconds, what="4×16×16", shape=None)), "call")
     assert "computes nothing takes 31.0 of our 44.0 µs, F.linear 20.0" in one.causes[0]
+    del seconds[EMPTY_FUNCTION]
+    one = outcome(results(cell("call", seconds, what="4×16×16", shape=None)), "call")
+    assert "of our 44.0 µs 24.0 are beyond F.linear's 20.0" in one.causes[0]
 
 
 def test_small_products_are_not_held_to_the_peak() -> None:
