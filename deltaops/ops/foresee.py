@@ -46,6 +46,8 @@ def foresee(
         return None  # under autocast they read a converted y
     members, random = [], []
     for layer in readers():
+        if layer.weight.dim() != 2:
+            return None  # sharded, until the layer itself is called
         known = prepare(
             y_like, layer.weight, layer.bias, layer.branches, layer.adapter, backend, strict
         )

@@ -152,6 +152,7 @@ def test_nothing_is_made_for_readers_by_row_under_autocast_or_without_rows(log: 
     one = layer()
     normed(tokens(4, K), one._replace(adapter=torch.zeros(4, dtype=torch.int64)))
     normed(tokens(0, K), one)
+    normed(tokens(4, K), one._replace(weight=torch.empty(0)))  # as FSDP has it before the call
     with torch.autocast("cpu", torch.bfloat16):
         normed(tokens(4, K), one)
     assert log.made == 0
