@@ -196,47 +196,42 @@ std::vector<deltaops_cuda_branch> branches_of(const py::list &branches, int32_t 
   return found;
 }
 
-void rms_norm_project(int32_t device, int32_t dtype, const py::handle &x, const py::handle &gamma,
-                      const py::handle &y, const py::handle &rstd, float eps,
-                      const py::list &branches, std::uintptr_t stream) {
+/* What both producers have in common, and the call. */
+template <class Args>
+void produce(deltaops_status (*call)(const Args *), Args args, int32_t device, int32_t dtype,
+             const py::handle &y, const py::list &branches, std::uintptr_t stream) {
   const std::vector<deltaops_cuda_branch> found = branches_of(branches, dtype);
-  deltaops_cuda_rms_norm_project_args args = {};
   args.struct_size = sizeof args;
   args.device = device;
-  args.x = matrix(x, dtype);
-  args.gamma = matrix(gamma, dtype);
   args.y = matrix(y, dtype);
-  args.rstd = matrix(rstd, DELTAOPS_F32);
-  args.eps = eps;
   args.num_branches = static_cast<int32_t>(found.size());
   args.branches = found.data();
   args.stream = pointer<void>(stream);
   deltaops_status status;
   {
     py::gil_scoped_release unlocked;
-    status = deltaops_cuda_rms_norm_project(&args);
+    status = call(&args);
   }
   raise_if(status);
 }
 
+void rms_norm_project(int32_t device, int32_t dtype, const py::handle &x, const py::handle &gamma,
+                      const py::handle &y, const py::handle &rstd, float eps,
+                      const py::list &branches, std::uintptr_t stream) {
+  deltaops_cuda_rms_norm_project_args args = {};
+  args.x = matrix(x, dtype);
+  args.gamma = matrix(gamma, dtype);
+  args.rstd = matrix(rstd, DELTAOPS_F32);
+  args.eps = eps;
+  produce(&deltaops_cuda_rms_norm_project, args, device, dtype, y, branches, stream);
+}
+
 void swiglu_project(int32_t device, int32_t dtype, const py::handle &gate, const py::handle &up,
                     const py::handle &y, const py::list &branches, std::uintptr_t stream) {
-  const std::vector<deltaops_cuda_branch> found = branches_of(branches, dtype);
   deltaops_cuda_swiglu_project_args args = {};
-  args.struct_size = sizeof args;
-  args.device = device;
   args.gate = matrix(gate, dtype);
   args.up = matrix(up, dtype);
-  args.y = matrix(y, dtype);
-  args.num_branches = static_cast<int32_t>(found.size());
-  args.branches = found.data();
-  args.stream = pointer<void>(stream);
-  deltaops_status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = deltaops_cuda_swiglu_project(&args);
-  }
-  raise_if(status);
+  produce(&deltaops_cuda_swiglu_project, args, device, dtype, y, branches, stream);
 }
 
 }  // namespace

@@ -88,7 +88,7 @@ deltaops_status forward_as(const ForwardArgs *layers, int64_t count) {
     lay_out_forward<T>(of, group, &arena);
     const int given = team(threads, [&](int self) {
       if (pack_adapters(group, self)) barrier();
-      run_product<T>(group, self);
+      product<T>(group, self);
     });
     if (given == threads) return DELTAOPS_OK;
     threads = given;
@@ -221,7 +221,7 @@ void backward_thread(Backward &b, int self, int threads) {
   if (b.num_products > 0) {
     pack_adapters(b.products(), self);
     barrier();
-    run_product<T>(b.products(), self);
+    product<T>(b.products(), self);
   }
   if (b.num_products > 0 || again) barrier();
   outer_products<T>(b, self, threads);

@@ -389,8 +389,9 @@ void row_block(const Part *parts, int64_t count, int self, int64_t block, int64_
 }
 
 /* One thread's part; all threads of the team call it, after P has been packed. */
-template <class T, class Unit>
+template <class T>
 void product(const Group &group, int self) {
+  using Unit = typename MainUnit<T>::type;
   int64_t step = 0;
   for (int64_t block = 0; block < group.parts[0].cut.blocks; ++block) {
     if (group.sum)
@@ -398,11 +399,6 @@ void product(const Group &group, int self) {
     else
       row_block<T, Unit>(group.parts, group.count, self, block, &step);
   }
-}
-
-template <class T>
-void run_product(const Group &group, int self) {
-  product<T, typename MainUnit<T>::type>(group, self);
 }
 
 }  // namespace

@@ -195,8 +195,7 @@ void plan(const Group &group, int threads) {
     cut.k_padded = round_up(p.K, kLanes);
     const bool conflict =
         cut.block_rows > kFewRows && p.x_row * static_cast<int64_t>(sizeof(T)) % kConflict == 0;
-    // Rows that dots read again and again must not share sets either.
-    cut.copy_x = !lies_ready<T>(p) || (cut.k_blocks > 1 && conflict) || (cut.dot && M > 2);
+    cut.copy_x = !lies_ready<T>(p) || (cut.k_blocks > 1 && conflict);
     part.cut = cut;
   }
 }

@@ -28,7 +28,7 @@ CASES = [  # B, H, Hkv, L, L, D; the way, the prefix, whether the batch shares t
     ((2, 2, 1, 50, 50, 20), "causal", 0, True),
     ((1, 2, 2, 150, 150, 64), "causal", 5, True),
     ((2, 3, 3, 140, 140, 6), "mask", 0, False),
-    ((2, 1, 1, 31, 31, 34), "all", 3, False),
+    ((12, 1, 1, 7, 7, 34), "all", 3, False),
     ((2, 0, 0, 7, 7, 8), "all", 0, True),
 ]
 DTYPES = [("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16")]

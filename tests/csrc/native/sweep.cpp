@@ -10,10 +10,10 @@ struct Shape {
 };
 
 // Empty sizes, one row, edges of every tile width, both sides of the dot path's limit of rows, more
-// than one block of k.
-const Shape kShapes[] = {{0, 5, 3},     {4, 0, 3},    {4, 5, 0},   {1, 1, 1},
-                         {1, 70, 65},   {8, 33, 64},  {9, 13, 31}, {17, 67, 515},
-                         {3, 17, 1100}, {65, 20, 40}, {200, 9, 24}};
+// than one block of k, of the dots' too.
+const Shape kShapes[] = {{0, 5, 3},     {4, 0, 3},    {4, 5, 0},    {1, 1, 1},
+                         {1, 70, 65},   {8, 33, 64},  {9, 13, 31},  {17, 67, 515},
+                         {3, 17, 1100}, {65, 20, 40}, {200, 9, 24}, {8, 35, 1701}};
 // No rows, one of everything, edges of a vector, of a tile, of a block of rows and of 64 columns;
 // and enough of it for a team of several.
 struct OpShape {
