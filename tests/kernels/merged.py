@@ -29,7 +29,7 @@ CASES = (
         ALL,
     ),
     # not even the last tile is full; parts of the gradients
-    (PrefixAttentionCase(5, AttentionCase(3, 2, 5, 8, l_kv=7)), FULL, (0, 0, 0, 1, 1)),
+    (PrefixAttentionCase(5, AttentionCase(16, 2, 1, 8, l_kv=7)), FULL, (0, 0, 0, 1, 1)),
     (
         PrefixAttentionCase(
             40, AttentionCase(1, 4, 33, 16, h_kv=2, layout="merged", scale=0.5, causal=True)
