@@ -19,10 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from deltaops import LoRA
 from deltaops.cli.quiet import quiet_transformers
+from deltaops.measure import machine
 from deltaops.search.candidate import Candidate
 from deltaops.search.pack import train_pack
 from deltaops.search.trainer import judged, train_alone
@@ -168,12 +167,7 @@ def main() -> None:
             flush=True,
         )
     if chosen.out:
-        facts = {
-            "command": " ".join(["python", *sys.argv]),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "cases": rows,
-        }
+        facts = {**machine.describe(), "cases": rows}
         chosen.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -120,11 +120,11 @@ def measure(
         with_s = {p: t for p, t in seconds["forward"].items() if p not in MAKE_S}
         if with_s:
             best = min(with_s, key=lambda plan: with_s[plan])
-            taken_by = _seconds_produced(best, copies, run, clock, capture, rounds)
-            if isinstance(taken_by, str):
-                notes.append(f"forward, produced: left out, {taken_by}")
+            added = _seconds_produced(best, copies, run, clock, capture, rounds)
+            if isinstance(added, str):
+                notes.append(f"forward, produced: left out, {added}")
             else:
-                seconds["forward"]["produced"] = taken_by
+                seconds["forward"]["produced"] = added
     return Measured(Entry(setting, seconds), frozen, tuple(notes))
 
 
@@ -325,7 +325,7 @@ def _seconds_produced(
         with planner.forced(best, "fused"):
             return [_produced(o, run) for o in copies]
 
-    try:
+    try:  # the norm is what must not drift, as the frozen layer elsewhere
         peers = {FROZEN: capture(norm), "produced": capture(both)}
     except torch.OutOfMemoryError:
         raise

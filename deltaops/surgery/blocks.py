@@ -60,13 +60,14 @@ def swap_blocks(model: nn.Module, backend: str, strict: bool) -> None:
 
 
 def _name_readers(norm: nn.Module | None, after: nn.Module | None) -> None:
-    """Tell a norm which layers read what it gives, if ``after`` it comes what has such layers. If
-    it is not so in the end, S is made in vain there."""
-    if isinstance(norm, RmsNormBlock) and after is not None:
-        is_mlp = isinstance(after, GatedMlpBlock)
-        places = (after.gate_proj, after.up_proj) if is_mlp else tuple(projections(after))
-        if places:
-            norm.__dict__[READERS] = places
+    """Tell a norm that the first layers of ``after`` read what it gives. Where a model's program
+    has it otherwise, S is made in vain."""
+    if not isinstance(norm, RmsNormBlock) or after is None:
+        return
+    is_mlp = isinstance(after, GatedMlpBlock)
+    places = (after.gate_proj, after.up_proj) if is_mlp else tuple(projections(after))
+    if places:
+        norm.__dict__[READERS] = places
 
 
 def restore_blocks(model: nn.Module) -> None:

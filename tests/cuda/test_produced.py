@@ -13,11 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from deltaops.backends import GatedCall, GroupMember, NormBiasCall
-from deltaops.backends.triton import TritonBackend, core, cuda, planner, tables, targets
+from deltaops.backends.triton import TritonBackend, core, cuda, planner, produce, tables, targets
 from deltaops.reference import delta_linear, gated, norm_bias
 from deltaops.testing import assert_accurate
 
-from . import hopper
+from . import emulated, hopper
 
 RUN: Any = TritonBackend()
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -152,6 +152,14 @@ def test_what_it_takes() -> None:
         assert not RUN.produces(NORM, [one, other])
 
 
+def test_its_limits_are_the_header_s() -> None:
+    header = emulated.ROOT / "csrc" / "include" / "deltaops_cuda.h"
+    lines = header.read_text(encoding="utf-8").splitlines()
+    assert f"#define DELTAOPS_CUDA_MAX_PRODUCED {produce.MOST}" in lines
+    source = emulated.ROOT / "csrc" / "cuda" / "ampere" / "produce.h"
+    assert f"kPassRanks = {produce.PASS}," in source.read_text(encoding="utf-8")
+
+
 def test_nobody_gets_it_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAOPS_CACHE", str(tmp_path))
     monkeypatch.setattr(cuda, "runs_on", lambda device, plan: plan == "ampere")
@@ -161,6 +169,7 @@ def test_nobody_gets_it_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         device = torch.device("meta")
         assert not RUN.produces(NORM, [member(16, BF16)])
         assert not RUN.may_produce(NORM, device)
+        assert RUN.planned(NORM._replace(device="meta")) is None
         for seconds, chosen in ((3.0, False), (1.0, True)):
             timed = {"forward": {"split": 2.0, "produced": seconds}}
             entry = tables.Entry(setting, timed)
@@ -168,5 +177,6 @@ def test_nobody_gets_it_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             planner.forget()
             assert RUN.produces(NORM, [member(16, BF16)]) is chosen
             assert RUN.may_produce(NORM, device)
+            assert "`produced` was the fastest" in RUN.planned(NORM._replace(device="meta"))
             assert not RUN.may_produce(NORM._replace(norm="layer"), device)
     planner.forget()

@@ -92,7 +92,7 @@ class TritonBackend:
             return delta_linear.planned(call)
         if isinstance(call, PrefixAttentionCall):
             return prefix_attention.planned(call)
-        return None
+        return produce.planned(call)
 
     def outrun(self, call: Call) -> str | None:
         """None. Measured on an H200, delta_linear, groups of it and a merged prefix_attention are

@@ -15,6 +15,7 @@ from torch import Tensor
 from deltaops.backends.base import GroupMember
 from deltaops.backends.calls import Call, GatedCall, NormBiasCall
 from deltaops.backends.plain import thirds
+from deltaops.errors import DataError
 
 from . import branches, core, cuda, delta_linear, planner
 from .group import TritonDeltaLinear
@@ -28,6 +29,17 @@ PASS = 64
 def may_produce(call: Call, device: torch.device) -> bool:
     """See :class:`deltaops.backends.base.ProducingBackend`."""
     return planner.knows_produced(device) and _is_ours(call)
+
+
+def planned(call: Call) -> str | None:
+    """Whether S of the layers that read the result may be made with it, in words; None where not.
+    Which of them it is of, each layer's shape decides."""
+    try:
+        if not may_produce(call, torch.device(call.device)):
+            return None
+    except DataError as error:
+        return f"no plan, a call would raise: {error}"
+    return "S of a layer that reads it is made in the same pass where `produced` was the fastest"
 
 
 def produces(call: Call, readers: Sequence[GroupMember]) -> bool:
@@ -82,7 +94,7 @@ def norm_and_s(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See :class:`deltaops.backends.base.ProducingBackend`."""
     x = _rows(x)
-    y = torch.empty_like(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats = torch.zeros((x.shape[0], 2), dtype=torch.float32, device=x.device)
     s = _room(x, readers)
     with core.device_of(x):
