@@ -1,6 +1,6 @@
-"""dA on the multiprocessors that a persistent dx leaves over     dA = dSᵀ x     (Hopper)
+"""dA on the multiprocessors that a persistent dx leaves over     dA = dSᵀ drop(x)     (Hopper)
 
-    x [M,K]  dS [M,R] fp32  dA [R,K]
+    x [M,K]  dS [M,R] fp32  dA [R,K]  kept [M, K/8]: the mask, which dx reads too; see dropout.py
 
 dA is a sum over the rows of x, which it reads once, limited by memory; dx is limited by its
 products. A persistent GEMM of 1024 tiles takes 8 rounds on 132 multiprocessors, and 8 on 128: four
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .dropout import drop_threshold, keep_scale, read_kept
 from .persistent import described
 from .tiles import load_tile
 
@@ -26,12 +27,16 @@ def _beside_kernel(
     x,
     grad_s,
     grad_a,
+    kept,
     M,
     K,
     R,
+    width,
     gs_row,
     ga_row,
     ga_col,
+    scale,
+    DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -43,28 +48,46 @@ def _beside_kernel(
         for m in range(0, M, BLOCK_M):
             row = m + tl.arange(0, BLOCK_M)
             tile = x.load([m, first])
+            if DROPOUT:
+                keep = read_kept(kept, tl.minimum(row, M - 1), first, width, BLOCK_M, BLOCK_K)
+                tile = tl.where(keep, tile, 0.0)
             side = load_tile(grad_s, row, lane, gs_row, 1, M, R).to(tile.dtype)
             acc = tl.dot(tile.T, side, acc)
         col = first + tl.arange(0, BLOCK_K)
         offset = col.to(tl.int64)[:, None] * ga_col + lane.to(tl.int64)[None, :] * ga_row
         inside = (col[:, None] < K) & (lane[None, :] < R)
+        if DROPOUT:
+            acc *= scale
         tl.store(grad_a + offset, acc.to(grad_a.dtype.element_ty), mask=inside)
 
 
-def beside(grad_s: Tensor, x: Tensor, grad_a: Tensor, *, programs: int) -> None:
-    """Write ``grad_a [R, K]``; x is such as ``persistent.is_describable`` takes, R at most 128."""
+def beside(
+    grad_s: Tensor,
+    x: Tensor,
+    grad_a: Tensor,
+    *,
+    programs: int,
+    dropout: float = 0.0,
+    kept: Tensor | None = None,
+) -> None:
+    """Write ``grad_a [R, K]``; x is such as ``persistent.is_describable`` takes, R at most 128, and
+    ``kept`` the mask of ``dropout`` as :func:`dropout.kept_bits` makes it."""
     (m, k), rank = x.shape, grad_a.shape[0]
     config = configs.beside(rank)
     _beside_kernel[(programs,)](
         described(x, config.rows, config.cols),
         grad_s,
         grad_a,
+        kept,
         m,
         k,
         rank,
+        0 if kept is None else kept.stride(0),
         grad_s.stride(0),
         grad_a.stride(0),
         grad_a.stride(1),
+        keep_scale(drop_threshold(dropout)),
+        DROPOUT=kept is not None,
         BLOCK_M=config.rows,
         BLOCK_K=config.cols,
         BLOCK_R=config.rank,

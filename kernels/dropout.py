@@ -4,7 +4,9 @@
 
 The normative text is csrc/include/philox.h: one Philox call gives the eight 16-bit draws of
 columns 8g … 8g+7 of a row, from counter (g, m mod 2³², m div 2³², stream) and the 64-bit seed.
-No memory traffic: about 7 integer instructions an element, against 2 bytes of x read.
+No memory traffic: about 7 integer instructions an element, against 2 bytes of x read. Where two
+kernels of one backward pass want it, it is made once for both, as a bit an element in scratch memory
+(:func:`kept_bits`): 1/16 of the bytes of x, of which nothing is kept for long.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import configs
 
 DRAWS = 1 << 16
 
@@ -48,6 +52,59 @@ def keep_mask(seed, row, first_col, stream, threshold, ROWS: tl.constexpr, COLS:
     words = tl.reshape(words, [ROWS, COLS // 2])
     draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS, COLS])
     return draws.to(tl.int32) >= tl.cast(threshold, tl.int32)
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def _kept_bits_kernel(
+    kept, seed, M, width, stream, threshold, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    low = row.to(tl.uint32)[:, None]
+    high = (row >> 32).to(tl.uint32)[:, None]
+    words = tl.philox(tl.load(seed), group[None, :].to(tl.uint32), low, high, stream, 7)
+    bits = tl.zeros([BLOCK_M, BLOCK_G], tl.int32)
+    for i in tl.static_range(4):
+        word = words[i]
+        bits |= ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32) << (2 * i)
+        bits |= ((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << (2 * i + 1)
+    inside = (row[:, None] < M) & (group[None, :] < width)
+    tl.store(kept + row[:, None] * width + group[None, :], bits.to(tl.uint8), mask=inside)
+
+
+KEPT_BYTES = 32
+"""For each 256 columns or part of them: DELTAOPS_CUDA_KEPT_BYTES of csrc/include/deltaops_cuda.h."""
+
+
+def kept_bits(rows: int, cols: int, seed: Tensor, stream: int, threshold: int) -> Tensor:
+    """The mask ``[rows, width]`` as uint8: bit k mod 8 of byte k div 8 is set where column k is
+    kept. A row has :data:`KEPT_BYTES` for each 256 columns."""
+    width = triton.cdiv(cols, 8 * KEPT_BYTES) * KEPT_BYTES
+    kept = torch.empty((rows, width), dtype=torch.uint8, device=seed.device)
+    config = configs.kept_bits()
+    grid = (triton.cdiv(rows, config.rows), triton.cdiv(width, config.cols))
+    _kept_bits_kernel[grid](
+        kept,
+        seed,
+        rows,
+        width,
+        stream,
+        threshold,
+        BLOCK_M=config.rows,
+        BLOCK_G=config.cols,
+        num_warps=config.warps,
+    )
+    return kept
+
+
+@triton.jit
+def read_kept(kept, row, first_col, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """What :func:`keep_mask` gives, of bits that :func:`kept_bits` made; ``row`` is inside."""
+    group = first_col // 8 + tl.arange(0, COLS // 8)
+    inside = (group < width)[None, :]
+    bits = tl.load(kept + row.to(tl.int64)[:, None] * width + group[None, :], mask=inside, other=0)
+    each = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
+    return tl.reshape(each, [ROWS, COLS]) != 0
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])

@@ -87,10 +87,10 @@ deltaops_status check_products(const deltaops_cuda_gemm_args &args, int32_t outp
       return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
                        "%s: drop_threshold must be p * 65536, so 0 to 65536, got %u", who,
                        product.drop_threshold);
-    if (product.drop_threshold > 0 && args.seed == nullptr)
+    if (product.drop_threshold > 0 && args.seed == nullptr && args.kept == nullptr)
       return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
                        "%s: seed must point to one 64-bit value on the GPU where something is "
-                       "dropped, got NULL",
+                       "dropped and kept does not say what, got NULL",
                        who);
     masked += product.drop_threshold > 0;
     layout->see(product.right);
@@ -114,6 +114,19 @@ deltaops_status check_written(const Matrix &out) {
   return check_rows("out", out);
 }
 
+/* The mask that was made before, where there is one. */
+deltaops_status check_kept(const deltaops_cuda_gemm_args &args) {
+  const int64_t least = blocks(args.out.cols, 256) * DELTAOPS_CUDA_KEPT_BYTES;
+  const bool right = reinterpret_cast<uintptr_t>(args.kept) % 16 == 0 &&
+                     args.kept_stride % 16 == 0 && args.kept_stride >= least;
+  if (args.kept == nullptr || right) return DELTAOPS_OK;
+  return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
+                   "%s: kept must have rows of at least %lld bytes on 16 bytes, got pointer %p and "
+                   "rows of %lld",
+                   who, static_cast<long long>(least), static_cast<const void *>(args.kept),
+                   static_cast<long long>(args.kept_stride));
+}
+
 deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output,
                              const deltaops_cuda_gemm_args &first, Layout *layout) {
   if (args.struct_size != sizeof args)
@@ -126,6 +139,11 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
                      "%s: out %d must have the device and stream of out 0, got device %d and "
                      "stream %p",
                      who, output, args.device, args.stream);
+  if (args.multiprocessors < 0 || args.multiprocessors != first.multiprocessors)
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
+                     "%s: out %d must be given as many multiprocessors as out 0, or 0 for all of "
+                     "them, got %d",
+                     who, output, args.multiprocessors);
   if (args.out.dtype != DELTAOPS_BF16 && args.out.dtype != DELTAOPS_F16)
     return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: dtype must be bf16 (1) or f16 (2), got %d", who,
                      args.out.dtype);
@@ -135,6 +153,7 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
   deltaops_status status =
       check_shape("out", args.out, first.out.rows, args.out.cols, first.out.dtype);
   if (status == DELTAOPS_OK) status = check_written(args.out);
+  if (status == DELTAOPS_OK) status = check_kept(args);
   if (status == DELTAOPS_OK && args.bias.data != nullptr) {
     status = check_shape("bias", args.bias, 1, args.out.cols, args.out.dtype);
     if (status == DELTAOPS_OK && args.bias.col_stride != 1 && args.bias.cols > 1)
@@ -180,12 +199,14 @@ namespace {
 
 /* Tiles of 256 columns where S is made `aside` or they give every multiprocessor one, else of 128.
  * Two blocks a cluster where the number of rows of tiles is even, or so large that one more row
- * costs little. */
+ * costs little; single blocks where something else runs beside, which may have taken either of two
+ * neighbours. */
 Schedule schedule_of(const deltaops_cuda_gemm_args *outputs, int32_t count, int32_t multiprocessors,
                      bool aside, Shape *shape) {
   Schedule schedule = {};
   const int64_t rows = blocks(outputs[0].out.rows, kTileRows);
-  const bool room = multiprocessors >= (aside ? 4 : 2); /* for a cluster of each kind */
+  const bool alone = outputs[0].multiprocessors == 0;
+  const bool room = alone && multiprocessors >= (aside ? 4 : 2); /* for a cluster of each kind */
   shape->cluster = room && (rows % 2 == 0 || rows > 16) ? 2 : 1;
   schedule.rows = static_cast<int32_t>(blocks(rows, shape->cluster));
   schedule.outputs = count;
@@ -198,10 +219,11 @@ Schedule schedule_of(const deltaops_cuda_gemm_args *outputs, int32_t count, int3
   return schedule;
 }
 
-Mask mask_of(const deltaops_cuda_product &product, const uint64_t *seed) {
+Mask mask_of(const deltaops_cuda_product &product, const deltaops_cuda_gemm_args &args) {
   const uint32_t threshold = product.drop_threshold;
   const float scale = threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f;
-  return {seed, product.branch_stream, threshold, scale};
+  return {args.seed, product.branch_stream, threshold, scale,
+          args.kept, args.kept_stride, static_cast<int32_t>(args.out.rows)};
 }
 
 /* Adds output `number` to the launch, its masked product first. */
@@ -216,7 +238,7 @@ deltaops_status describe(const deltaops_cuda_gemm_args &args, const MapMaker &ma
     for (int32_t i = 0; i < args.num_products; ++i) {
       const deltaops_cuda_product &product = args.products[i];
       if ((product.drop_threshold > 0) != masked) continue;
-      if (masked) output->mask = mask_of(product, args.seed);
+      if (masked) output->mask = mask_of(product, args);
       arguments->length[*segment] = static_cast<int32_t>(product.left.cols);
       status = maps.make(&arguments->left[*segment], with_stride(product.left), kTileRows);
       if (status == DELTAOPS_OK)
@@ -297,7 +319,13 @@ deltaops_status run_on(const deltaops_cuda_gemm_args *outputs, int32_t count, bo
   if (here.status() != DELTAOPS_OK) return here.status();
   int multiprocessors = 0;
   const deltaops_status status = multiprocessors_of(outputs[0].device, &multiprocessors);
-  return status == DELTAOPS_OK ? run(outputs, count, outer, multiprocessors, project) : status;
+  if (status != DELTAOPS_OK) return status;
+  const int32_t given = outputs[0].multiprocessors;
+  if (given > multiprocessors)
+    return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
+                     "%s: multiprocessors must be at most the %d of GPU %d, got %d", who,
+                     multiprocessors, outputs[0].device, given);
+  return run(outputs, count, outer, given > 0 ? given : multiprocessors, project);
 }
 
 }  // namespace deltaops::hopper

@@ -14,7 +14,7 @@
 
 #include "deltaops.h"
 
-#define DELTAOPS_CUDA_ABI_VERSION 4
+#define DELTAOPS_CUDA_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -80,10 +80,12 @@ typedef struct {
   int32_t device;
   const deltaops_cuda_product *products; /* on the host */
   int32_t num_products;
-  int32_t reserved;
-  deltaops_matrix bias; /* [1, N] of the same dtype, or absent */
-  deltaops_matrix out;  /* [M, N] of the same dtype, col_stride 1 */
-  const uint64_t *seed; /* device; one value; NULL where nothing is masked */
+  int32_t multiprocessors; /* of hopper_gemm: how many it may use; 0: all */
+  deltaops_matrix bias;    /* [1, N] of the same dtype, or absent */
+  deltaops_matrix out;     /* [M, N] of the same dtype, col_stride 1 */
+  const uint64_t *seed;    /* device; one value; NULL where nothing is masked */
+  const uint8_t *kept;     /* device; of hopper_gemm: the mask, made before; NULL: of the seed */
+  int64_t kept_stride;     /* bytes of a row of it */
   void *stream;
 } deltaops_cuda_gemm_args;
 
@@ -128,9 +130,13 @@ deltaops_cuda_ampere_quantized_gemv(const deltaops_cuda_quantized_gemv_args *arg
  * same rows, dtype, device and stream, and their products together are at most
  * DELTAOPS_CUDA_MAX_HOPPER. Rows begin on 16 bytes, data and strides both; out has a multiple of 8
  * columns, lengths are at least 1, and sizes at most 2^31 - 512. One product of an output may have
- * a mask, with right matrices of row_stride 1. */
+ * a mask, with right matrices of row_stride 1. A mask that was made before, `kept`, has bit k mod 8
+ * of byte k div 8 of row m set where element (m, k) is kept; rows begin on 16 bytes and have
+ * DELTAOPS_CUDA_KEPT_BYTES for each 256 columns or part of them. All outputs are given the same
+ * number of multiprocessors: the others are free for what runs beside. */
 #define DELTAOPS_CUDA_MAX_OUTPUTS 4
 #define DELTAOPS_CUDA_MAX_HOPPER 8
+#define DELTAOPS_CUDA_KEPT_BYTES 32
 DELTAOPS_API deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
                                                        int32_t count);
 

@@ -4,6 +4,7 @@ the plan of a peer."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from deltaops.backends.triton.tables import Setting
 from deltaops.reference.quantized import QuantizedWeight
 
 from . import published
-from .traffic_floor import FORWARD, Floor, meta
+from .traffic_floor import BACKWARD, FORWARD, Floor, meta
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Linear:
             [meta(self.adapter, *factor)],
             [self.rank],
             "meta",
+            self.dropout > 0,
             not self.dropout and self.activation == "identity",
         )
         return planner.possible(self.setting, direction, special)
@@ -87,6 +89,36 @@ class Linear:
         if direction == FORWARD:
             return Floor(moved, operations)
         return Floor(moved + narrow * m * k + wide * r * (n + k), operations + 2 * m * r * (n + k))
+
+
+@dataclass(frozen=True)
+class MaskedBeside:
+    """dA of a dropped-out x beside dx, which the CUDA library makes, and the bits of the mask that
+    both read."""
+
+    m: int
+    k: int
+    rank: int
+    dropout: float
+    directions: ClassVar = (BACKWARD,)
+
+    def __str__(self) -> str:
+        return f"dA beside dx {self.m}×{self.k} r={self.rank} bfloat16, dropout"
+
+    def run(self, direction: str) -> None:
+        """See :class:`Counted`."""
+        x, a = (meta(torch.bfloat16, rows, self.k) for rows in (self.m, self.rank))
+        masks, grad_s = core.kernels("dropout"), meta(torch.float32, self.m, self.rank)
+        threshold = masks.drop_threshold(self.dropout)
+        kept = masks.kept_bits(self.m, self.k, meta(torch.int64, 1), 0, threshold)
+        core.kernels("beside").beside(
+            grad_s, x, a, programs=4, dropout=self.dropout, kept=kept
+        )
+
+    def floor(self, direction: str) -> Floor:
+        """x, dS and dA. The mask can be made again from its seed."""
+        m, k, r = self.m, self.k, self.rank
+        return Floor(2 * (m * k + r * k) + 4 * m * r, 2 * m * k * r)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ BESIDE = (
     DeltaLinearCase(300, 280, 136, (72,), bias=False, padding=8),
     DeltaLinearCase(5000, 1032, 520, (16,)),
     DeltaLinearCase(4096, 2048, 1024, (128,), bias=False),
+    # masked: read as bits by dA and dx
+    DeltaLinearCase(300, 280, 136, (72,), (0.3,), bias=False, padding=8),
+    DeltaLinearCase(5000, 1032, 520, (16,), (0.1,)),
+    DeltaLinearCase(4096, 2048, 1024, (64,), (0.1,)),
 )
 
 
@@ -86,6 +90,8 @@ def test_a_pass_beside_dx_matches_fp64_and_repeats(
     case: DeltaLinearCase, dtype: torch.dtype
 ) -> None:
     need("beside")
+    if any(case.dropout):
+        need("cuda")
     t, grad_y = case.tensors(dtype, device="cuda"), case.grad_y(dtype, device="cuda")
     check_plans(t, grad_y, "persistent", "beside")
 

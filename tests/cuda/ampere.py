@@ -34,10 +34,12 @@ class GemmArgs(ctypes.Structure):
         ("device", ctypes.c_int32),
         ("products", ctypes.POINTER(Product)),
         ("num_products", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("multiprocessors", ctypes.c_int32),
         ("bias", Matrix),
         ("out", Matrix),
         ("seed", ctypes.c_void_p),
+        ("kept", ctypes.c_void_p),
+        ("kept_stride", ctypes.c_int64),
         ("stream", ctypes.c_void_p),
     )
 
@@ -67,7 +69,7 @@ def gemm_args(
         emulated.view(bias),
         emulated.view(out),
         None if seed is None else seed.data_ptr(),
-        None,
+        *(None, 0, None),
     )
 
 

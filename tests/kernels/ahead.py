@@ -295,6 +295,15 @@ def launch(setting: Setting) -> None:
     run.backward(y, x, weight, a, b, s, *settings, needs, *by_row)
 
 
+def launch_masked_beside(rank: int, dtype: torch.dtype) -> None:
+    """dA of a dropped-out x, which the plan ``beside`` has where the CUDA library makes dx."""
+    x, grad_a = (torch.empty(m, 4096, dtype=dtype, device="meta") for m in (8192, rank))
+    grad_s = torch.empty(8192, rank, dtype=torch.float32, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    kept = core.kernels("dropout").kept_bits(*x.shape, seed, 0, 6554)
+    core.kernels("beside").beside(grad_s, x, grad_a, programs=4, dropout=0.1, kept=kept)
+
+
 def launch_attention(setting: Attention) -> None:
     """As :func:`launch`."""
     assert setting.supported(), setting
@@ -396,10 +405,11 @@ def main(name: str, how: str | None = None) -> None:
                 for setting in PERSISTENT:
                     launch(setting)
         if name == "sm_90":
-            recorder.only = "_beside"
+            recorder.only = "_beside", "_kept_bits"
             with compiling(recorder, target, "persistent"), planner.forced("persistent", "beside"):
                 for rank in (16, 64, 128):
                     launch(Setting(4096, (rank,)))
+                    launch_masked_beside(rank, torch.bfloat16)
     print(json.dumps(list(recorder.found.values())))
 
 

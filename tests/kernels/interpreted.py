@@ -339,13 +339,37 @@ def check_tuning() -> None:
 
 
 def check_mask() -> None:
-    """The mask is that of the reference, element by element."""
-    from deltaops.kernels.dropout import dropout_mask
+    """The mask is that of the reference, element by element, as bytes and as bits."""
+    from deltaops.kernels.dropout import dropout_mask, kept_bits
 
     seed = torch.tensor([-0x1234_5678_9ABC_DEF0])
     for stream in (0, 3):
-        got = dropout_mask(37, 101, seed, stream, 20_000)
-        assert torch.equal(got.bool(), draws(37, 101, seed, stream) >= 20_000)
+        got, bits = (make(37, 301, seed, stream, 20_000) for make in (dropout_mask, kept_bits))
+        wanted = draws(37, 301, seed, stream) >= 20_000
+        assert torch.equal(got.bool(), wanted)
+        assert bits.shape == (37, 64)
+        each = bits[:, :, None] >> torch.arange(8) & 1
+        assert torch.equal(each.reshape(37, 512)[:, :301].bool(), wanted)
+
+
+def check_masked_beside() -> None:
+    """dA of a dropped-out x whose mask was made before; blocks of rows and columns are left over."""
+    from deltaops.kernels import beside, dropout
+
+    case = DeltaLinearCase(150, 16, 328, (24,), (0.3,))
+    t, grad_s = case.tensors(torch.float16), torch.randn(150, 24)
+    threshold, grad_a = dropout.drop_threshold(0.3), torch.empty(24, 328, dtype=torch.float16)
+    kept = dropout.kept_bits(150, 328, t.seed, 0, threshold)
+
+    def made() -> list[torch.Tensor]:
+        beside.beside(grad_s, t.x, grad_a, programs=2, dropout=0.3, kept=kept)
+        return [grad_a]
+
+    as_modelled(made, "dA beside a masked dx")
+    dropped = torch.where(draws(150, 328, t.seed, 0) >= threshold, t.x, 0.0)
+    scale = dropout.keep_scale(threshold)
+    oracle = scale * grad_s.half().double().T @ dropped.double()
+    assert_accurate(grad_a, oracle, oracle.half(), "dA beside a masked dx")
 
 
 if __name__ == "__main__":
@@ -362,6 +386,7 @@ if __name__ == "__main__":
 
     torch.empty = poisoned
     check_mask()
+    check_masked_beside()
     for argument in sys.argv[1:]:
         kind, _, number = argument.rpartition(":")
         if number == "tuning":

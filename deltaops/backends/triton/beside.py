@@ -6,6 +6,9 @@ Tiles are computed in rounds, one a multiprocessor; the last round rarely needs 
 as can be spared without a round more make the pass meanwhile, which then takes no time of its own.
 dS and dB go before dx, in one pass over dy, since dx and dA need dS. S is what y's tiles need last,
 and is made in their launch, which waits for it row by row.
+
+With dropout dx and dA need the mask too. It is made once for both, as bits, while the pass over dy
+waits for memory; dx is the plan ``cuda``'s then, which reads them.
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ def left_over(tiles: int, multiprocessors: int) -> int:
     return multiprocessors - -(-tiles // rounds)
 
 
-def fits(m: int, k: int, rank: int, device: torch.device | str) -> bool:
-    """Whether a persistent dx ``[M, K]`` leaves enough over."""
+def fits(m: int, k: int, rank: int, masked: bool, device: torch.device | str) -> bool:
+    """Whether a persistent dx ``[M, K]`` leaves enough over, and reads a mask where there is one."""
+    if masked and not cuda.runs_on(device, "cuda"):
+        return False
     return rank <= MOST_RANK and core.has_room_beside(device) and _spare(m, k, device) >= LEAST
 
 
@@ -69,10 +74,11 @@ def backward(
     b: Tensor,
     s: Tensor,
     scaling: float,
+    dropout: float,
+    seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """dx, the bias's gradient where it is wanted, dA, and dB where it is wanted; of one LoRA branch
-    without dropout.
+    """dx, the bias's gradient where it is wanted, dA, and dB where it is wanted; of one LoRA branch.
 
     Args:
         needs: of x, the bias, A and B; those of x and A are always made.
@@ -82,19 +88,31 @@ def backward(
     grad_bias = grad_y.new_empty(grad_y.shape[1]) if needs[1] else None
     (m, k), device = x.shape, x.device
     precision = core.kernels("precision").rank_precision(x.dtype, [a])
-    spare, capability = _spare(m, k, device), core.capability(x)
+    spare = _spare(m, k, device)
+    rest = core.multiprocessors(device) - spare
+    masks, kept = core.kernels("dropout"), None
     with core.device_of(x):
+        if (threshold := masks.drop_threshold(dropout)) and seed is not None:
+            with core.aside(device):
+                kept = masks.kept_bits(m, k, seed, 0, threshold)
         branches.pass_over_dy(
             grad_y, b, s, scaling=scaling, activation=branches.LINEAR, precision=precision,
             grad_s=grad_s, grad_b=grad_b, grad_bias=grad_bias,
         )  # fmt: skip
+        if kept is not None:
+            core.together(device)
         with core.aside(device):
-            core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
+            core.kernels("beside").beside(
+                grad_s, x, grad_a, programs=spare, dropout=dropout, kept=kept
+            )
         try:
-            core.kernels("persistent_grad_input").persistent_grad_input(
-                grad_y, weight, grad_s, a, grad_x, dropout=0.0, seed=None,
-                capability=capability, multiprocessors=core.multiprocessors(device) - spare,
-            )  # fmt: skip
+            if cuda.runs_on(device, "cuda"):
+                cuda.grad_input_beside(grad_x, grad_y, weight, grad_s, a, dropout, kept, rest)
+            else:
+                core.kernels("persistent_grad_input").persistent_grad_input(
+                    grad_y, weight, grad_s, a, grad_x, dropout=0.0, seed=None,
+                    capability=core.capability(x), multiprocessors=rest,
+                )  # fmt: skip
         finally:
             core.together(device)
     return [t for t in (grad_x, grad_bias, grad_a, grad_b) if t is not None]

@@ -27,7 +27,7 @@ HOPPER = "90a"
 """As the library names the architecture of the products of ``cuda``: no other runs them."""
 AMPERE = 80
 """The oldest architecture of those of ``ampere``, as in sm_80."""
-ABI_VERSION = 4
+ABI_VERSION = 5
 """DELTAOPS_CUDA_ABI_VERSION of csrc/include/deltaops_cuda.h."""
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 """deltaops_dtype of csrc/include/deltaops.h."""
@@ -153,8 +153,30 @@ def grad_input(
     seed: Tensor | None,
 ) -> None:
     """Write ``grad_x [M, K] = dy W + mask ⊙ (dS A)`` by ``plan``; dS ``[M, R]`` in fp32."""
+    _gemm(plan, grad_x, None, _of_grad_input(grad_y, weight, grad_s, a, dropout), seed)
+
+
+def grad_input_beside(
+    grad_x: Tensor,
+    grad_y: Tensor,
+    weight: Tensor,
+    grad_s: Tensor,
+    a: Tensor,
+    dropout: float,
+    kept: Tensor | None,
+    multiprocessors: int,
+) -> None:
+    """The same by the plan ``cuda`` on so many of them; ``kept`` is the mask of ``dropout``, as
+    ``kernels.dropout.kept_bits`` makes it."""
+    products = _of_grad_input(grad_y, weight, grad_s, a, dropout)
+    _hopper([(grad_x, None, products)], None, kept, multiprocessors)
+
+
+def _of_grad_input(
+    grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, dropout: float
+) -> list[Product]:
     narrow = grad_s.to(grad_y.dtype)
-    _gemm(plan, grad_x, None, [(grad_y, weight.t(), 0.0), (narrow, a.t(), dropout)], seed)
+    return [(grad_y, weight.t(), 0.0), (narrow, a.t(), dropout)]
 
 
 def outputs_of_group(
@@ -241,13 +263,19 @@ def _gemm(
     module.ampere_gemm(device, DTYPES[out.dtype], _described(out, bias, products), pointer, stream)
 
 
-def _hopper(outputs: Sequence[Output], seed: Tensor | None) -> None:
-    """One launch; all outputs have the same rows."""
+def _hopper(
+    outputs: Sequence[Output],
+    seed: Tensor | None,
+    kept: Tensor | None = None,
+    multiprocessors: int = 0,
+) -> None:
+    """One launch; all outputs have the same rows. Of 0 ``multiprocessors``, on all."""
     out = outputs[0][0]
     module, (device, stream) = _module(), _place(out)
     wanted = [_described(*one) for one in outputs]
     pointer = 0 if seed is None else seed.data_ptr()
-    module.hopper_gemm(device, DTYPES[out.dtype], wanted, pointer, stream)
+    bits = (0, 0) if kept is None else (kept.data_ptr(), kept.stride(0))
+    module.hopper_gemm(device, DTYPES[out.dtype], wanted, pointer, stream, bits, multiprocessors)
 
 
 def _module() -> ModuleType:

@@ -255,7 +255,8 @@ def _planned(
 def _is_for_cuda(grad_y: Tensor, member: GroupMember) -> bool:
     """Whether the plan ``cuda`` takes the layer's part of dx."""
     a, _, _ = thirds(member.operands)
-    given = member.weight, a, _plan(member).ranks, grad_y.device, False
+    plan = _plan(member)
+    given = member.weight, a, plan.ranks, grad_y.device, any(plan.dropout), False
     return "cuda" in delta_linear.special("backward", grad_y, *given)
 
 

@@ -106,9 +106,7 @@ def possible(setting: Setting, direction: str, special: tuple[str, ...] = ()) ->
     mixed = setting.rank > 0 and setting.adapter != setting.dtype
     masked = setting.dropout and direction == "backward"
     # the library rounds S to the model's dtype, and knows no mask
-    plans = PLANS[:2] if mixed or masked else PLANS[:3]
-    # beside dx x is only read: on an H200 a pass that makes its mask too takes 1.6 times as long
-    return plans + tuple(plan for plan in special if plan != "beside" or not masked)
+    return (PLANS[:2] if mixed or masked else PLANS[:3]) + special
 
 
 def break_even(setting: Setting, direction: str) -> float:
