@@ -5,8 +5,8 @@
 The normative text is csrc/include/philox.h: one Philox call gives the eight 16-bit draws of
 columns 8g … 8g+7 of a row, from counter (g, m mod 2³², m div 2³², stream) and the 64-bit seed.
 No memory traffic: about 7 integer instructions an element, against 2 bytes of x read. Where two
-kernels of one backward pass want it, it is made once for both, as a bit an element in scratch memory
-(:func:`kept_bits`): 1/16 of the bytes of x, of which nothing is kept for long.
+kernels of a backward pass want it, it can be made once for both, a bit an element in scratch memory
+(:func:`kept_bits`): 1/16 of the bytes of x, until both have run.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def _kept_bits_kernel(
 
 
 KEPT_BYTES = 32
-"""For each 256 columns or part of them: DELTAOPS_CUDA_KEPT_BYTES of csrc/include/deltaops_cuda.h."""
+"""For each 256 columns or part of them: as in csrc/include/deltaops_cuda.h."""
 
 
 def kept_bits(rows: int, cols: int, seed: Tensor, stream: int, threshold: int) -> Tensor:

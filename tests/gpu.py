@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = max(1, min(12, (os.cpu_count() or 1) - 2))
-FOR_TESTS = 0.45
+FOR_TESTS = 0.6
 """Of the seconds; the benchmark has the rest."""
 STARTS = 4
 """Processes that a step may have."""
@@ -36,6 +36,8 @@ CONTEXT_LOST = 3
 """What the benchmark returns then."""
 
 PYTHON = (sys.executable, "-P", "-u")
+OPTIONS = ("-v", "--tb=short", "--instantly", "--durations=5")
+"""Of pytest: the log of a share is read when its process is gone."""
 
 
 def package_alone() -> Path:
@@ -83,7 +85,7 @@ def run_share(tests: list[str], log: Path, until: float) -> dict[str, str]:
         arguments = log.with_suffix(".txt")
         arguments.write_text("\n".join(left), encoding="utf-8")
         code = run(
-            [*PYTHON, "-m", "pytest", "-v", "--tb=short", "--instantly", f"@{arguments}"],
+            [*PYTHON, "-m", "pytest", *OPTIONS, f"@{arguments}"],
             log,
             until,
         )

@@ -222,8 +222,13 @@ Schedule schedule_of(const deltaops_cuda_gemm_args *outputs, int32_t count, int3
 Mask mask_of(const deltaops_cuda_product &product, const deltaops_cuda_gemm_args &args) {
   const uint32_t threshold = product.drop_threshold;
   const float scale = threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f;
-  return {args.seed, product.branch_stream, threshold, scale,
-          args.kept, args.kept_stride, static_cast<int32_t>(args.out.rows)};
+  return {args.seed,
+          product.branch_stream,
+          threshold,
+          scale,
+          args.kept,
+          args.kept_stride,
+          static_cast<int32_t>(args.out.rows)};
 }
 
 /* Adds output `number` to the launch, its masked product first. */

@@ -111,9 +111,7 @@ class MaskedBeside:
         masks, grad_s = core.kernels("dropout"), meta(torch.float32, self.m, self.rank)
         threshold = masks.drop_threshold(self.dropout)
         kept = masks.kept_bits(self.m, self.k, meta(torch.int64, 1), 0, threshold)
-        core.kernels("beside").beside(
-            grad_s, x, a, programs=4, dropout=self.dropout, kept=kept
-        )
+        core.kernels("beside").beside(grad_s, x, a, programs=4, dropout=self.dropout, kept=kept)
 
     def floor(self, direction: str) -> Floor:
         """x, dS and dA. The mask can be made again from its seed."""

@@ -4,6 +4,7 @@ public ops. `make gpu`."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def test_a_group_has_the_bits_of_its_layers(dtypes: Types, k: int, dropout: floa
     assert relative_error(grad_x, total) < 8 * bound(0.0, dtypes[0])
 
 
-def test_a_group_by_the_cuda_plan_is_one_launch_each_way() -> None:
+def of_cuda() -> tuple[Tensor, list[Layer], list[Tensor]]:
+    """x, layers that the plan ``cuda`` takes, and gradients of their outputs."""
     if not cuda.runs_on(DEVICE, "cuda"):
         pytest.skip(cuda.state())
     torch.manual_seed(0)
@@ -93,7 +95,11 @@ def test_a_group_by_the_cuda_plan_is_one_launch_each_way() -> None:
         )
         for n, rank in ((256, 16), (64, 8), (104, 72))
     ]
-    grads = [normal(300, len(layer.weight), dtype=BRAIN) for layer in layers]
+    return x, layers, [normal(300, len(layer.weight), dtype=BRAIN) for layer in layers]
+
+
+def test_a_group_by_the_cuda_plan_is_one_launch_each_way() -> None:
+    x, layers, grads = of_cuda()
     found: list[list[Tensor]] = []
     for forced in ("cuda", "cuda", "torch"):
         with planner.forced(forced, forced):
@@ -117,6 +123,31 @@ def test_a_group_by_the_cuda_plan_is_one_launch_each_way() -> None:
         assert_accurate(got, want, low, "group")
         assert torch.equal(got, again)
     assert all(map(torch.equal, found[0], alone))
+
+
+def test_a_group_s_grad_a_beside_its_dx() -> None:
+    x, layers, grads = of_cuda()
+    wanted = [x, *(t for layer in layers for t in (layer.branches[0].a, layer.branches[0].b))]
+    found = []
+    for forced in ("beside", "beside", "torch", None):
+        kind = torch.float64 if forced is None else BRAIN
+        leaves = [t.detach().to(kind).requires_grad_() for t in wanted]
+        given = [
+            layer._replace(
+                weight=layer.weight.to(kind),
+                bias=None if layer.bias is None else layer.bias.to(kind),
+                branches=[layer.branches[0]._replace(a=a, b=b)],
+            )
+            for layer, a, b in zip(layers, leaves[1::2], leaves[2::2], strict=True)
+        ]
+        plans = nullcontext() if forced is None else planner.forced("torch", forced)
+        with plans:
+            backend = "reference" if forced is None else "triton"
+            ys = delta_linear_group(leaves[0], given, backend=backend)
+            found.append(torch.autograd.grad(ys, leaves, [g.to(kind) for g in grads]))
+    for got, again, low, want in zip(*found, strict=True):
+        assert_accurate(got, want, low, "group")
+        assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize(("n", "k", "rank"), [(300, 2048, 16), (257, 71, 20), (64, 4096, 128)])

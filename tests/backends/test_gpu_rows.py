@@ -67,7 +67,7 @@ def cuda(t: Any) -> Any:
 
 
 DRAWS = 16
-"""Of a single rank, whose dbeta hangs on one number, the sum of dh: its error is one draw of chance,
+"""Of a single rank, whose dbeta hangs on one number, the sum of dh: its error is a draw of chance,
 and so is the reference's, which sets the bound. The same bound holds for many draws together."""
 
 

@@ -208,7 +208,9 @@ def test_what_a_mask_needs() -> None:
     assert "seed must point to one 64-bit value" in refused(unseeded, status=INVALID)
     for cols, offset in ((32, 0), (72, 0), (64, 1)):  # short rows, and ones off 16 bytes
         short = gradient(16, 264, [16], [8], BF16, threshold=5)
-        short.kept = torch.zeros(16 * cols + 16, dtype=torch.uint8)[offset:].as_strided((16, cols), (cols, 1))
+        short.kept = torch.zeros(16 * cols + 16, dtype=torch.uint8)[offset:].as_strided(
+            (16, cols), (cols, 1)
+        )
         assert "kept must have rows of at least 64 bytes" in refused(short, status=INVALID)
 
 
@@ -218,7 +220,9 @@ def test_multiprocessors_that_are_not_there() -> None:
     says = "multiprocessors must be at most the 2 of GPU 0, got 3"
     assert says in refused(one, two, status=INVALID, multiprocessors=2)
     two.multiprocessors = 1
-    assert "out 1 must be given as many multiprocessors as out 0" in refused(one, two, status=INVALID)
+    assert "out 1 must be given as many multiprocessors as out 0" in refused(
+        one, two, status=INVALID
+    )
 
 
 def test_too_many_are_refused() -> None:

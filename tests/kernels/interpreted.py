@@ -353,7 +353,7 @@ def check_mask() -> None:
 
 
 def check_masked_beside() -> None:
-    """dA of a dropped-out x whose mask was made before; blocks of rows and columns are left over."""
+    """dA of a dropped-out x whose mask was made before; parts of blocks are left over."""
     from deltaops.kernels import beside, dropout
 
     case = DeltaLinearCase(150, 16, 328, (24,), (0.3,))

@@ -8,7 +8,8 @@
  * tile arrive as zeros from the copy engine. Forward, the right operand has the contracted
  * dimension contiguous (Major::kInner), for the gradient the other one (kOuter). The mask, Philox
  * draws of csrc/include/philox.h times 65536 / (65536 - threshold), acts on the first segment's sum
- * in registers, before the second is added; it is made there, or read as bits that were made before. Several outputs of the same left rows go in one launch.
+ * in registers, before the second is added; it is made there, or read as bits that were made
+ * before. Several outputs of the same left rows go in one launch.
  *
  * A block of three warpgroups stays on its SM and takes tiles of 128 x kColumns as schedule.h says.
  * One thread of the first asks the copy engine for chunks of 64 contracted elements, into a ring of

@@ -37,7 +37,7 @@ def left_over(tiles: int, multiprocessors: int) -> int:
 
 
 def fits(m: int, k: int, rank: int, masked: bool, device: torch.device | str) -> bool:
-    """Whether a persistent dx ``[M, K]`` leaves enough over, and reads a mask where there is one."""
+    """Whether a persistent dx ``[M, K]`` leaves enough over, and reads the mask if there is one."""
     if masked and not cuda.runs_on(device, "cuda"):
         return False
     return rank <= MOST_RANK and core.has_room_beside(device) and _spare(m, k, device) >= LEAST
@@ -78,7 +78,7 @@ def backward(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """dx, the bias's gradient where it is wanted, dA, and dB where it is wanted; of one LoRA branch.
+    """dx, the bias's gradient where it is wanted, dA, and dB where it is wanted; of a LoRA branch.
 
     Args:
         needs: of x, the bias, A and B; those of x and A are always made.
@@ -116,6 +116,33 @@ def backward(
         finally:
             core.together(device)
     return [t for t in (grad_x, grad_bias, grad_a, grad_b) if t is not None]
+
+
+def backward_group(
+    grad_x: Tensor,
+    grad_y: Sequence[Tensor],
+    x: Tensor,
+    weight: Sequence[Tensor],
+    a: Sequence[Tensor],
+    grad_s: Tensor,
+    of_layers: Sequence[Tensor],
+) -> Tensor:
+    """Write dx of layers of one x, by the plan ``cuda``; returns dA of all, ``[ΣR, K]``.
+
+    Args:
+        grad_s: dS of all ``[M, ΣR]``, of which ``of_layers`` are the columns of each; no dropout.
+    """
+    (m, k), device = x.shape, x.device
+    spare = _spare(m, k, device)
+    grad_a = torch.empty((grad_s.shape[1], k), dtype=x.dtype, device=device)
+    with core.aside(device):
+        core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
+    try:
+        rest = core.multiprocessors(device) - spare
+        cuda.grad_input_of_group(grad_x, grad_y, weight, of_layers, a, rest)
+    finally:
+        core.together(device)
+    return grad_a
 
 
 def _spare(m: int, k: int, device: torch.device | str) -> int:

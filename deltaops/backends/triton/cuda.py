@@ -199,12 +199,13 @@ def grad_input_of_group(
     weight: Sequence[Tensor],
     grad_s: Sequence[Tensor],
     a: Sequence[Tensor],
+    multiprocessors: int = 0,
 ) -> None:
-    """Write ``grad_x = Σ dy W + Σ dS A`` of such layers, by the plan ``cuda``, in one accumulator;
-    no dropout."""
+    """Write ``grad_x = Σ dy W + Σ dS A`` of such layers, by the plan ``cuda``, in one accumulator,
+    on so many of them, 0: all; no dropout."""
     frozen = [(dy, w.t(), 0.0) for dy, w in zip(grad_y, weight, strict=True)]
     rank_parts = [(ds.to(grad_x.dtype), t.t(), 0.0) for ds, t in zip(grad_s, a, strict=True)]
-    _hopper([(grad_x, None, [*frozen, *rank_parts])], None)
+    _hopper([(grad_x, None, [*frozen, *rank_parts])], None, None, multiprocessors)
 
 
 class Down(NamedTuple):

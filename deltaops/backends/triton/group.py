@@ -17,7 +17,7 @@ from deltaops.backends.base import GroupMember
 from deltaops.backends.plain import PlainPlan, thirds
 from deltaops.reference.quantized import QuantizedWeight
 
-from . import branches, core, cuda, delta_linear, planner, quantized
+from . import beside, branches, core, cuda, delta_linear, planner, quantized
 
 MOST_ONE_LAUNCH = 4
 """Layers: DELTAOPS_CUDA_MAX_OUTPUTS of csrc/include/deltaops_cuda.h, with two products each."""
@@ -130,10 +130,21 @@ class TritonDeltaLinear(PlainPlan):
                 for one in zip(grad_y, members, s, _split(grad_s, plans), needs, strict=True)
             ]
             parts, grad_a = _parts(first, members), [t for mine in found for t in mine.a]
-            if m and any(t is not None for t in grad_a):
-                core.kernels("group").grad_down_group(grad_s, x, parts, grad_a)
-            if m and grad_x is not None:
-                _write_grad_input(grad_x, grad_y, members, grad_s, parts)
+            if _is_beside(grad_x, grad_y, x, members, parts, grad_a):
+                assert grad_x is not None
+                assert x is not None
+                weights, factors = [m.weight for m in members], [part.a for part in parts]
+                whole = beside.backward_group(
+                    grad_x, grad_y, x, weights, factors, grad_s, _split(grad_s, plans)
+                )
+                rows = branches.columns([plan.rank for plan in plans])
+                for mine, piece in zip(found, rows, strict=True):
+                    mine.a[:] = [whole[piece]]
+            else:
+                if m and any(t is not None for t in grad_a):
+                    core.kernels("group").grad_down_group(grad_s, x, parts, grad_a)
+                if m and grad_x is not None:
+                    _write_grad_input(grad_x, grad_y, members, grad_s, parts)
         lists = [
             [t for t in (mine.bias, *mine.a, *mine.b, *mine.inner) if t is not None]
             for mine in found
@@ -206,6 +217,21 @@ def _pass_over_dy(
     return found
 
 
+def _is_beside(
+    grad_x: Tensor | None,
+    grad_y: Sequence[Tensor],
+    x: Tensor | None,
+    members: Sequence[GroupMember],
+    parts: Sequence[Any],
+    grad_a: Sequence[Tensor | None],
+) -> bool:
+    """Whether dx goes by the plan ``beside``, and dA of all is wanted meanwhile."""
+    if x is None or grad_x is None or not x.shape[0] or any(t is None for t in grad_a):
+        return False
+    describable: bool = core.kernels("persistent").is_describable(x)
+    return describable and _planned(grad_x, grad_y, members, parts) == "beside"
+
+
 def _write_grad_input(
     grad_x: Tensor,
     grad_y: Sequence[Tensor],
@@ -216,7 +242,7 @@ def _write_grad_input(
     """dx as a layer of all rows of all weights would have it, by that layer's plan."""
     weights, factors = [member.weight for member in members], [part.a for part in parts]
     plan = _planned(grad_x, grad_y, members, parts)
-    if plan == "cuda":
+    if plan in ("cuda", "beside"):  # the latter where nothing is wanted beside it
         of_layers = _split(grad_s, _plans(members))
         cuda.grad_input_of_group(grad_x, grad_y, weights, of_layers, factors)
         return
@@ -248,7 +274,10 @@ def _planned(
     plain = not setting.dropout and all(map(core.kernels("configs").is_aligned, weights))
     pairs = zip(grad_y, members, strict=True)
     able = not setting.dropout and all(_is_for_cuda(*pair) for pair in pairs)
-    special = ("cuda",) if able and len(parts) == len(members) <= MOST_ONE_LAUNCH else ()
+    special: tuple[str, ...] = ()
+    if able and len(parts) == len(members) <= MOST_ONE_LAUNCH:
+        fits = beside.fits(m, k, setting.rank, False, grad_x.device)
+        special = ("cuda", "beside") if fits else ("cuda",)
     return planner.choose(setting, "backward", grad_x.device, plain, special).plan
 
 
