@@ -243,11 +243,13 @@ BESIDE = (90,)
 """Those of them where dA goes beside dx: on Blackwell these tiles spill."""
 
 
-def beside(rank: int) -> Skinny:
-    """dA beside a persistent dx: more than half of a multiprocessor's shared memory. For 16 lanes
-    four warps take 14 % less time on an H200 than eight."""
+def beside(rank: int, masked: bool) -> Skinny:
+    """dA beside a persistent dx: more than half of a multiprocessor's shared memory. On an H200
+    four warps take 14 % less time than eight for 16 lanes, 3 % less for 64; elsewhere they spill.
+    """
     lanes = max(16, triton.next_power_of_2(rank))
-    return Skinny(64, 256 if lanes <= 64 else 128, lanes, 4 if lanes == 16 else 8, 4)
+    four = lanes == 16 or (lanes == 64 and not masked)
+    return Skinny(64, 256 if lanes <= 64 else 128, lanes, 4 if four else 8, 4)
 
 
 def kept_bits() -> Skinny:
@@ -275,12 +277,14 @@ def rank_lanes(rank: int, wide: bool, most: int = 128) -> int:
 
 def project(m: int, rank: int, wide: bool, aligned: bool, across: bool = False) -> Skinny:
     """S = drop(x) Aᵀ; also dS = dy B where it goes apart from dB, for which A lies ``across``. Of
-    8192 rows and 16 lanes, on an H200, five stages take 21.0 µs and three 23.0; across, 64 rows
-    22.1 and 32 29.6."""
+    8192 rows and 16 lanes, on an H200, five stages take 19.7 µs and three 23.0; across, 64 rows
+    22.1 and 32 29.6. Of 64 lanes 64 rows take 23.8 and 32 27.4, across 23.7 and 39.7."""
     lanes = rank_lanes(rank, wide, 128 if aligned else 16)
-    few = aligned and not wide and lanes <= 32
-    rows = 16 if m <= 16 else 64 if few and across and m > 512 else 32
-    return for_amd(Skinny(rows, 64 if wide else 128, lanes, 4, 5 if few and rows == 32 else 3))
+    half = aligned and not wide
+    tall = half and m > 512 and (lanes == 64 or (across and lanes <= 32))
+    rows = 16 if m <= 16 else 64 if tall else 32
+    stages = 5 if half and lanes <= 32 and rows == 32 else 3
+    return for_amd(Skinny(rows, 64 if wide else 128, lanes, 4, stages))
 
 
 def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
@@ -291,13 +295,19 @@ def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
     lanes = rank_lanes(rank, wide, 64 if aligned else 16)
     eight = lanes > 32 if of_s else lanes == 32
     warps = 8 if eight or (wide and not aligned) else 4
-    few = lanes == 16 and aligned and not wide  # on an H200 31.7 µs, with 128 columns 38.9
-    return for_amd(Skinny(32, 256 if few else 64 if wide else 128, lanes, warps, 3))
+    few = lanes == 16 and aligned and not wide  # on an H200 31.1 µs, with 128 columns 38.9
+    cols = 256 if few else 64 if wide else 128
+    # dB alone of 64 lanes: on an H200 25.9 µs, by three stages 28.8
+    stages = 5 if lanes == 64 and not of_s and not wide else 3
+    return for_amd(Skinny(32, cols, lanes, warps, stages))
 
 
 def grad_down(rank: int, wide: bool) -> Skinny:
-    """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers."""
+    """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers. Of 64 lanes, on an H200,
+    tiles of 32 × 128 take 43.6 µs, of 64 × 64 84.7."""
     lanes = rank_lanes(rank, wide, 64 if precision.AMD else 128)
+    if lanes == 64 and not wide:
+        return for_amd(Skinny(32, 128, lanes, 4, 2))
     return for_amd(Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3))
 
 
@@ -306,9 +316,9 @@ def group_lanes(wide: bool) -> int:
     return 64 if precision.AMD or wide else 128
 
 
-def project_group(m: int, wide: bool, masked: bool) -> Skinny:
-    """S of several branches: the tiles of x that each has alone."""
-    tiles = replace(project(m, 1, wide, True), warps=8 if wide and masked else 4, stages=3)
+def project_group(m: int, rank: int, wide: bool, masked: bool) -> Skinny:
+    """S of several branches: the tiles of x that one of this ``rank`` has alone."""
+    tiles = replace(project(m, rank, wide, True), warps=8 if wide and masked else 4, stages=3)
     return for_amd(tiles)
 
 
@@ -320,9 +330,10 @@ def grad_input_group(
     return replace(config, cols=min(config.cols, 32)) if masked and wide else config
 
 
-def grad_down_group(lanes: int, wide: bool) -> Skinny:
-    """dA of several branches, of which each makes the mask of x again."""
-    return for_amd(replace(grad_down(lanes, wide), warps=8 if lanes > 32 else 4))
+def grad_down_group(rank: int, lanes: int, wide: bool) -> Skinny:
+    """dA of several branches, of which each makes the mask of x again: the tiles that one of this
+    ``rank`` has alone; ``lanes`` of all."""
+    return for_amd(replace(grad_down(rank, wide), warps=8 if lanes > 32 else 4))
 
 
 def row_norms(rank: int, wide: bool, aligned: bool, capability: int) -> Skinny:

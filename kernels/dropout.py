@@ -4,9 +4,9 @@
 
 The normative text is csrc/include/philox.h: one Philox call gives the eight 16-bit draws of
 columns 8g … 8g+7 of a row, from counter (g, m mod 2³², m div 2³², stream) and the 64-bit seed.
-No memory traffic: about 7 integer instructions an element, against 2 bytes of x read. Where two
-kernels of a backward pass want it, it can be made once for both, a bit an element in scratch memory
-(:func:`kept_bits`): 1/16 of the bytes of x, until both have run.
+No memory traffic: about 7 integer instructions an element, against 2 bytes of x read. A kernel that
+has no time for these can have the mask made before, a bit an element in scratch memory
+(:func:`kept_bits`): 1/16 of the bytes of x.
 """
 
 from collections.abc import Sequence
@@ -95,16 +95,6 @@ def kept_bits(rows: int, cols: int, seed: Tensor, stream: int, threshold: int) -
         num_warps=config.warps,
     )
     return kept
-
-
-@triton.jit
-def read_kept(kept, row, first_col, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """What :func:`keep_mask` gives, of bits that :func:`kept_bits` made; ``row`` is inside."""
-    group = first_col // 8 + tl.arange(0, COLS // 8)
-    inside = (group < width)[None, :]
-    bits = tl.load(kept + row.to(tl.int64)[:, None] * width + group[None, :], mask=inside, other=0)
-    each = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
-    return tl.reshape(each, [ROWS, COLS]) != 0
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import configs
 from .precision import Precision
-from .reduce import partials_or, sum_partials
+from .reduce import Postponed, partials_or, sum_partials
 from .tiles import is_own, load_tile, store_tile
 
 
@@ -102,9 +102,11 @@ def grad_up(
     grad_bias: Tensor | None = None,
     adapter: Tensor | None = None,
     number: int = 0,
+    postponed: Postponed | None = None,
 ) -> None:
     """Write those of grad_s ``[M, R]``, grad_b ``[N, R]``, grad_bias ``[N]`` that are given; with
-    ``adapter`` (int32 ``[M]``) grad_s is zero in the rows where it is not ``number``."""
+    ``adapter`` (int32 ``[M]``) grad_s is zero in the rows where it is not ``number``. What is left
+    to be summed of grad_b and grad_bias goes to ``postponed``, where that is given."""
     (m, n), rank = grad_y.shape, b.shape[1]
     aligned, of_s = configs.is_aligned(grad_y, b), grad_s is not None
     config = configs.grad_up(rank, precision.wide, aligned, of_s)
@@ -154,7 +156,12 @@ def grad_up(
     )
     if grad_s is not None and grid_n > 1:
         sum_partials(to_s, grad_s)
-    if grad_b is not None and parts > 1:
-        sum_partials(to_b, grad_b)
-    if bias_row is not None and parts > 1:
-        sum_partials(to_bias, bias_row)
+    if parts == 1:
+        return
+    sums = [(to_b, grad_b), (to_bias, bias_row)]
+    left = [(partials, out) for partials, out in sums if out is not None]
+    if postponed is not None:
+        postponed += left
+        return
+    for partials, out in left:
+        sum_partials(partials, out)

@@ -137,7 +137,7 @@ def project_group(x: Tensor, parts: Sequence[Part], s: Tensor) -> None:
             continue
         lanes = tuple(configs.rank_lanes(one.rank, precision.wide) for one in some)
         thresholds = _thresholds(some)
-        config = configs.project_group(m, precision.wide, any(thresholds))
+        config = configs.project_group(m, some[0].rank, precision.wide, any(thresholds))
         grid_m = triton.cdiv(m, config.rows)
         pieces, chunk = configs.split(k, config.cols, grid_m)
         sums = partials_or(target, pieces)
@@ -255,7 +255,8 @@ def grad_down_group(
             )  # fmt: skip
             continue
         lanes = tuple(configs.grad_down(one.rank, precision.wide).rank for one in some)
-        config, thresholds = configs.grad_down_group(sum(lanes), precision.wide), _thresholds(some)
+        config = configs.grad_down_group(some[0].rank, sum(lanes), precision.wide)
+        thresholds = _thresholds(some)
         grid_k = triton.cdiv(k, config.cols)
         pieces, chunk = configs.split(m, config.rows, grid_k, configs.OF_GRAD_DOWN)
         sums = [partials_or(target, pieces) for target in targets[here]]
@@ -324,10 +325,10 @@ def grad_input_group(
 def together(x: Tensor, parts: Sequence[Part], *, backward: bool) -> Iterator[list[Part]]:
     """Runs of ``parts`` that one launch takes. What would be several programs for its rank goes
     alone, and so does forward what needs an address for each element of x, or is of some rows only;
-    what has too many lanes beside the others begins anew. So each sum is cut into the pieces that
-    it has alone."""
+    what has too many lanes beside the others, or other tiles of x, begins anew. So each sum is cut
+    into the pieces that it has alone."""
     some: list[Part] = []
-    held = 0
+    held, tiles = 0, (0, 0)
     for part in parts:
         wide = part.precision.wide
         aligned = configs.is_aligned(x, part.a)
@@ -340,11 +341,12 @@ def together(x: Tensor, parts: Sequence[Part], *, backward: bool) -> Iterator[li
         alone = part.adapter is not None or not aligned
         crowded = part.rank > config.rank or (alone and not backward)
         lanes = most if crowded else config.rank
-        if some and (held + lanes > most or part.precision != some[0].precision):
+        same = tiles == (config.rows, config.cols) and part.precision == some[0].precision
+        if some and (held + lanes > most or not same):
             yield some
             some, held = [], 0
         some.append(part)
-        held += lanes
+        held, tiles = held + lanes, (config.rows, config.cols)
     if some:
         yield some
 

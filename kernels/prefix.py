@@ -326,7 +326,6 @@ def prefix_grads(
     *,
     scale: float,
     precision: Precision,
-    capability: int,
 ) -> None:
     """The prefix's part of a backward pass; ``y`` and ``lse`` are those of all keys.
 
@@ -337,7 +336,7 @@ def prefix_grads(
     """
     (b, h, l_q, d), (h_kv, keys, _) = q.shape, prefix_k.shape
     aligned = configs.is_aligned(grad_y, q, prefix_k, prefix_v, y)
-    config, whole = attention_configs.prefix_grads(d, keys, precision.wide, aligned, capability)
+    config, whole = attention_configs.prefix_grads(d, keys, precision.wide, aligned)
     pieces, chunk = triton.cdiv(l_q, config.rows), config.rows
     delta, sums = q, [q, q]
     if whole:

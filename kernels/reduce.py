@@ -14,6 +14,9 @@ from . import configs
 
 BLOCK = 1024
 
+Postponed = list[tuple[Tensor, Tensor]]
+"""Arguments of :func:`sum_partials`, to be called later."""
+
 
 @triton.jit
 def _sum_partials_kernel(

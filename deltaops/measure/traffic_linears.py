@@ -94,7 +94,7 @@ class Linear:
 @dataclass(frozen=True)
 class MaskedBeside:
     """dA of a dropped-out x beside dx, which the CUDA library makes, and the bits of the mask that
-    both read."""
+    dx reads."""
 
     m: int
     k: int
@@ -109,9 +109,9 @@ class MaskedBeside:
         """See :class:`Counted`."""
         x, a = (meta(torch.bfloat16, rows, self.k) for rows in (self.m, self.rank))
         masks, grad_s = core.kernels("dropout"), meta(torch.float32, self.m, self.rank)
-        threshold = masks.drop_threshold(self.dropout)
-        kept = masks.kept_bits(self.m, self.k, meta(torch.int64, 1), 0, threshold)
-        core.kernels("beside").beside(grad_s, x, a, programs=4, dropout=self.dropout, kept=kept)
+        seed, threshold = meta(torch.int64, 1), masks.drop_threshold(self.dropout)
+        masks.kept_bits(self.m, self.k, seed, 0, threshold)
+        core.kernels("beside").beside(grad_s, x, a, programs=4, dropout=self.dropout, seed=seed)
 
     def floor(self, direction: str) -> Floor:
         """x, dS and dA. The mask can be made again from its seed."""

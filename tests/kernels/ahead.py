@@ -300,8 +300,8 @@ def launch_masked_beside(rank: int, dtype: torch.dtype) -> None:
     x, grad_a = (torch.empty(m, 4096, dtype=dtype, device="meta") for m in (8192, rank))
     grad_s = torch.empty(8192, rank, dtype=torch.float32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    kept = core.kernels("dropout").kept_bits(*x.shape, seed, 0, 6554)
-    core.kernels("beside").beside(grad_s, x, grad_a, programs=4, dropout=0.1, kept=kept)
+    core.kernels("dropout").kept_bits(*x.shape, seed, 0, 6554)
+    core.kernels("beside").beside(grad_s, x, grad_a, programs=4, dropout=0.1, seed=seed)
 
 
 def launch_attention(setting: Attention) -> None:

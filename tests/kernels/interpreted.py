@@ -353,16 +353,15 @@ def check_mask() -> None:
 
 
 def check_masked_beside() -> None:
-    """dA of a dropped-out x whose mask was made before; parts of blocks are left over."""
+    """dA of a dropped-out x beside dx, which the CUDA library makes; parts of blocks are left."""
     from deltaops.kernels import beside, dropout
 
     case = DeltaLinearCase(150, 16, 328, (24,), (0.3,))
     t, grad_s = case.tensors(torch.float16), torch.randn(150, 24)
     threshold, grad_a = dropout.drop_threshold(0.3), torch.empty(24, 328, dtype=torch.float16)
-    kept = dropout.kept_bits(150, 328, t.seed, 0, threshold)
 
     def made() -> list[torch.Tensor]:
-        beside.beside(grad_s, t.x, grad_a, programs=2, dropout=0.3, kept=kept)
+        beside.beside(grad_s, t.x, grad_a, programs=2, dropout=0.3, seed=t.seed)
         return [grad_a]
 
     as_modelled(made, "dA beside a masked dx")

@@ -7,8 +7,8 @@ as can be spared without a round more make the pass meanwhile, which then takes 
 dS and dB go before dx, in one pass over dy, since dx and dA need dS. S is what y's tiles need last,
 and is made in their launch, which waits for it row by row.
 
-With dropout dx and dA need the mask too. It is made once for both, as bits, while the pass over dy
-waits for memory; dx is the plan ``cuda``'s then, which reads them.
+With dropout dx is the plan ``cuda``'s, which reads the mask as bits: these are made while the pass
+over dy waits for memory. dA makes the mask again; on an H200 reading the bits takes it longer.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def backward(
     Args:
         needs: of x, the bias, A and B; those of x and A are always made.
     """
-    grad_x, grad_s, grad_a = torch.empty_like(x), torch.empty_like(s), torch.empty_like(a)
+    grad_x, grad_a = torch.empty_like(x), torch.empty_like(a)
+    grad_s = torch.empty_like(s, dtype=x.dtype)  # as dx and dA multiply it
     grad_b = torch.empty_like(b) if needs[3] else None
     grad_bias = grad_y.new_empty(grad_y.shape[1]) if needs[1] else None
     (m, k), device = x.shape, x.device
@@ -91,20 +92,23 @@ def backward(
     spare = _spare(m, k, device)
     rest = core.multiprocessors(device) - spare
     masks, kept = core.kernels("dropout"), None
+    postponed: list[tuple[Tensor, Tensor]] = []
     with core.device_of(x):
         if (threshold := masks.drop_threshold(dropout)) and seed is not None:
             with core.aside(device):
                 kept = masks.kept_bits(m, k, seed, 0, threshold)
         branches.pass_over_dy(
             grad_y, b, s, scaling=scaling, activation=branches.LINEAR, precision=precision,
-            grad_s=grad_s, grad_b=grad_b, grad_bias=grad_bias,
+            grad_s=grad_s, grad_b=grad_b, grad_bias=grad_bias, postponed=postponed,
         )  # fmt: skip
         if kept is not None:
             core.together(device)
         with core.aside(device):
             core.kernels("beside").beside(
-                grad_s, x, grad_a, programs=spare, dropout=dropout, kept=kept
+                grad_s, x, grad_a, programs=spare, dropout=dropout, seed=seed
             )
+            for partials, out in postponed:
+                core.kernels("reduce").sum_partials(partials, out)
         try:
             if cuda.runs_on(device, "cuda"):
                 cuda.grad_input_beside(grad_x, grad_y, weight, grad_s, a, dropout, kept, rest)

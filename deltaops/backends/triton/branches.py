@@ -83,9 +83,11 @@ def pass_over_dy(
     grad_bias: Tensor | None,
     adapter: Tensor | None = None,
     number: int = 0,
+    postponed: list[tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Write those of dS (of a parallel adapter dH), dB and db of a branch that are given: in one
-    pass, or dS in its own. With ``adapter`` dS is zero in the rows where it is not ``number``."""
+    pass, or dS in its own. With ``adapter`` dS is zero in the rows where it is not ``number``. The
+    last sums of dB and db are left to ``postponed`` where it is given (kernels/reduce.py)."""
     beside, linear = grad_b is not None or grad_bias is not None, activation == LINEAR
     made: Tensor | None = None
     if grad_s is not None and (
@@ -112,6 +114,7 @@ def pass_over_dy(
             grad_bias=grad_bias,
             adapter=adapter,
             number=number,
+            postponed=postponed,
         )
 
 

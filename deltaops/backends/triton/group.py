@@ -23,6 +23,10 @@ MOST_ONE_LAUNCH = 4
 """Layers: DELTAOPS_CUDA_MAX_OUTPUTS of csrc/include/deltaops_cuda.h, with two products each."""
 
 
+FOR_LIBRARY = "cuda", "beside"
+"""Plans whose dx is the CUDA library's."""
+
+
 class TritonDeltaLinear(PlainPlan):
     """A ``delta_linear`` of known settings; see :class:`deltaops.backends.base.GroupingPlan`."""
 
@@ -123,14 +127,19 @@ class TritonDeltaLinear(PlainPlan):
         (m, k), device = (first.shape[0], members[0].weight.shape[1]), first.device
         grad_x = torch.empty((m, k), dtype=first.dtype, device=device) if needs[0][0] else None
         width = sum(p.rank for p in plans)
-        grad_s = torch.empty((m, width), dtype=torch.float32, device=device)
         with core.device_of(first):
+            parts, plan = _parts(first, members), None
+            if m and grad_x is not None:
+                plan = _planned(grad_x, grad_y, members, parts)
+            rounded = plan in FOR_LIBRARY and not any(map(_wants_inner, plans, needs))
+            kind = first.dtype if rounded else torch.float32
+            grad_s = torch.empty((m, width), dtype=kind, device=device)
             found = [
                 _pass_over_dy(*one)
                 for one in zip(grad_y, members, s, _split(grad_s, plans), needs, strict=True)
             ]
-            parts, grad_a = _parts(first, members), [t for mine in found for t in mine.a]
-            if _is_beside(grad_x, grad_y, x, members, parts, grad_a):
+            grad_a = [t for mine in found for t in mine.a]
+            if plan == "beside" and _is_read_beside(x, grad_a):
                 assert grad_x is not None
                 assert x is not None
                 weights, factors = [m.weight for m in members], [part.a for part in parts]
@@ -143,8 +152,8 @@ class TritonDeltaLinear(PlainPlan):
             else:
                 if m and any(t is not None for t in grad_a):
                     core.kernels("group").grad_down_group(grad_s, x, parts, grad_a)
-                if m and grad_x is not None:
-                    _write_grad_input(grad_x, grad_y, members, grad_s, parts)
+                if plan is not None and grad_x is not None:
+                    _write_grad_input(plan, grad_x, grad_y, members, grad_s, parts)
         lists = [
             [t for t in (mine.bias, *mine.a, *mine.b, *mine.inner) if t is not None]
             for mine in found
@@ -217,22 +226,21 @@ def _pass_over_dy(
     return found
 
 
-def _is_beside(
-    grad_x: Tensor | None,
-    grad_y: Sequence[Tensor],
-    x: Tensor | None,
-    members: Sequence[GroupMember],
-    parts: Sequence[Any],
-    grad_a: Sequence[Tensor | None],
-) -> bool:
-    """Whether dx goes by the plan ``beside``, and dA of all is wanted meanwhile."""
-    if x is None or grad_x is None or not x.shape[0] or any(t is None for t in grad_a):
+def _wants_inner(plan: TritonDeltaLinear, needs: Sequence[bool]) -> bool:
+    """Whether a gradient of a branch's bias is wanted, which is a sum of dS."""
+    return any(needs[2 + 2 * len(plan.ranks) :])
+
+
+def _is_read_beside(x: Tensor | None, grad_a: Sequence[Tensor | None]) -> bool:
+    """Whether dA of all is wanted, and can be made beside dx."""
+    if x is None or any(t is None for t in grad_a):
         return False
     describable: bool = core.kernels("persistent").is_describable(x)
-    return describable and _planned(grad_x, grad_y, members, parts) == "beside"
+    return describable
 
 
 def _write_grad_input(
+    plan: str,
     grad_x: Tensor,
     grad_y: Sequence[Tensor],
     members: Sequence[GroupMember],
@@ -241,8 +249,7 @@ def _write_grad_input(
 ) -> None:
     """dx as a layer of all rows of all weights would have it, by that layer's plan."""
     weights, factors = [member.weight for member in members], [part.a for part in parts]
-    plan = _planned(grad_x, grad_y, members, parts)
-    if plan in ("cuda", "beside"):  # the latter where nothing is wanted beside it
+    if plan in FOR_LIBRARY:  # "beside" where nothing is wanted beside it
         of_layers = _split(grad_s, _plans(members))
         cuda.grad_input_of_group(grad_x, grad_y, weights, of_layers, factors)
         return

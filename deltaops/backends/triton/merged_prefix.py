@@ -71,7 +71,7 @@ def backward(
         with core.device_of(q):
             core.kernels("prefix").prefix_grads(
                 grad_y, q, prefix_k, prefix_v, y, lse, part, grad_q, *prefix,
-                scale=scale, precision=_precision(q, prefix_k), capability=core.capability(q),
+                scale=scale, precision=_precision(q, prefix_k),
             )  # fmt: skip
     arranged = [None if g is None else heads.arranged(g) for g in (grad_k, grad_v)]
     return [g for g in (grad_q, *arranged, *prefix) if g is not None]

@@ -92,8 +92,7 @@ def _beside(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.load(a.x.base, a.M * a.K, a.M * a.K)
     t.load(a.grad_s, a.M * a.R, a.M * a.R * blocks)
     if a.DROPOUT:
-        each = sum(min(a.BLOCK_K // 8, a.width - k // 8) for k in range(0, a.K, a.BLOCK_K))
-        t.load(a.kept, a.M * each, cdiv(a.M, a.BLOCK_M) * a.BLOCK_M * each)
+        t.load(a.seed, 1, grid[0])
     t.store(a.grad_a, a.K * a.R)
     t.dots(blocks * cdiv(a.M, a.BLOCK_M), a.BLOCK_K, a.BLOCK_R, a.BLOCK_M)
 
