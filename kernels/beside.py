@@ -1,6 +1,6 @@
-"""dA on the multiprocessors that a persistent dx leaves over     dA = dSᵀ drop(x)     (Hopper)
+"""dA on the multiprocessors that a persistent dx leaves over     dA = dSᵀ x     (Hopper)
 
-    x [M,K]  dS [M,R]  dA [R,K]; the mask of x is made again from the seed
+    x [M,K]  dS [M,R]  dA [R,K]
 
 dA is a sum over the rows of x, which it reads once, limited by memory; dx is limited by its
 products. A persistent GEMM of 1024 tiles takes 8 rounds on 132 multiprocessors, and 8 on 128: four
@@ -8,8 +8,8 @@ are free, and read x meanwhile. A program stays on one of them and takes every P
 columns, of P programs, with all of its rows: no partial sums, and how many programs there are
 changes no bits. A program needs more than half of a multiprocessor's shared memory, so that each
 has one of its own, whichever of the two kernels begins first. Four read 80 GB a second each on an
-H200: x [8192,4096] takes them about 0.6 of the time of dx, with a mask 0.9; had they dy to read
-too, for dB, they would take longer than dx.
+H200: x [8192,4096] takes them about 0.6 of the time of dx. Had they dy to read too, for dB, or the
+mask of x to make or to read, they would take longer than dx.
 """
 
 import triton
@@ -17,80 +17,55 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .dropout import drop_threshold, keep_mask, keep_scale
 from .persistent import described
 from .tiles import load_tile
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit
 def _beside_kernel(
     x,
     grad_s,
     grad_a,
-    seed,
     M,
     K,
     R,
     gs_row,
     ga_row,
     ga_col,
-    scale,
-    threshold,
-    DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     lane = tl.arange(0, BLOCK_R)
-    if DROPOUT:
-        key = tl.load(seed)
     for block in range(tl.program_id(0), tl.cdiv(K, BLOCK_K), tl.num_programs(0)):
         first = block * BLOCK_K
         acc = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
         for m in range(0, M, BLOCK_M):
             row = m + tl.arange(0, BLOCK_M)
             tile = x.load([m, first])
-            if DROPOUT:
-                keep = keep_mask(key, row, first, 0, threshold, BLOCK_M, BLOCK_K)
-                tile = tl.where(keep, tile, 0.0)
             side = load_tile(grad_s, row, lane, gs_row, 1, M, R).to(tile.dtype)
             acc = tl.dot(tile.T, side, acc)
         col = first + tl.arange(0, BLOCK_K)
         offset = col.to(tl.int64)[:, None] * ga_col + lane.to(tl.int64)[None, :] * ga_row
         inside = (col[:, None] < K) & (lane[None, :] < R)
-        if DROPOUT:
-            acc *= scale
         tl.store(grad_a + offset, acc.to(grad_a.dtype.element_ty), mask=inside)
 
 
-def beside(
-    grad_s: Tensor,
-    x: Tensor,
-    grad_a: Tensor,
-    *,
-    programs: int,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> None:
+def beside(grad_s: Tensor, x: Tensor, grad_a: Tensor, *, programs: int) -> None:
     """Write ``grad_a [R, K]`` for ``grad_s [M, R]``; x is such as ``persistent.is_describable``
-    takes, R at most 128. The mask is that of a layer's first branch."""
+    takes, R at most 128."""
     (m, k), rank = x.shape, grad_a.shape[0]
-    threshold = drop_threshold(dropout)
-    config = configs.beside(rank, threshold > 0)
+    config = configs.beside(rank)
     _beside_kernel[(programs,)](
         described(x, config.rows, config.cols),
         grad_s,
         grad_a,
-        seed,
         m,
         k,
         rank,
         grad_s.stride(0),
         grad_a.stride(0),
         grad_a.stride(1),
-        keep_scale(threshold),
-        threshold,
-        DROPOUT=threshold > 0,
         BLOCK_M=config.rows,
         BLOCK_K=config.cols,
         BLOCK_R=config.rank,

@@ -169,8 +169,11 @@ DECODE_PARTS = 4
 ranks, 5 to 10 % with 64, where 8 parts take 6 to 13 % longer than these and 16 parts 5 to 21 %."""
 
 
-def decode(n: int, k: int, rank: int, dtype: torch.dtype, capability: int, plain: bool) -> Decode:
-    """y and S of at most 16 rows; ``plain`` where A is aligned too. But on sm_90, where the fastest
+def decode(
+    n: int, k: int, rank: int, dtype: torch.dtype, capability: int, plain: bool, across: bool
+) -> Decode:
+    """y and S of at most 16 rows; ``plain`` where A is aligned too, ``across`` where the columns of
+    the weight lie side by side: its tiles have to be turned. But on sm_90, where the fastest
     of an H200 in bfloat16 are taken, S is made within if A's bytes, which then come for each tile
     of columns, are at most half of the tile's own."""
     lanes = rank_lanes(rank, False)
@@ -183,7 +186,11 @@ def decode(n: int, k: int, rank: int, dtype: torch.dtype, capability: int, plain
     elif is_narrow(capability):
         tiles = Decode(64, 64, 4, 4, 0)
     elif n <= FEW_COLUMNS:
-        tiles = Decode(32, 512, 4, 3, 0) if k > FEW_COLUMNS else Decode(32, 256, 4, 4, 0)
+        few, deep = lanes <= 16, k > FEW_COLUMNS
+        if (few and not deep) or (across and not few):
+            tiles = Decode(32, 256, 4, 4, 0)
+        else:
+            tiles = Decode(32, 512, 4, 3 if few or not deep else 4, 0)
     else:
         tiles = Decode(64, 128, 4, 4, 0)
     within = 2 * lanes <= tiles.cols and not (plain and capability == 90)
@@ -243,13 +250,12 @@ BESIDE = (90,)
 """Those of them where dA goes beside dx: on Blackwell these tiles spill."""
 
 
-def beside(rank: int, masked: bool) -> Skinny:
+def beside(rank: int) -> Skinny:
     """dA beside a persistent dx: more than half of a multiprocessor's shared memory. On an H200
     four warps take 14 % less time than eight for 16 lanes, 3 % less for 64; elsewhere they spill.
     """
     lanes = max(16, triton.next_power_of_2(rank))
-    four = lanes == 16 or (lanes == 64 and not masked)
-    return Skinny(64, 256 if lanes <= 64 else 128, lanes, 4 if four else 8, 4)
+    return Skinny(64, 256 if lanes <= 64 else 128, lanes, 4 if lanes in (16, 64) else 8, 4)
 
 
 def kept_bits() -> Skinny:
@@ -275,15 +281,18 @@ def rank_lanes(rank: int, wide: bool, most: int = 128) -> int:
     return max(16, min(16 if wide else most, triton.next_power_of_2(rank)))
 
 
-def project(m: int, rank: int, wide: bool, aligned: bool, across: bool = False) -> Skinny:
+def project(
+    m: int, rank: int, wide: bool, aligned: bool, across: bool = False, masked: bool = False
+) -> Skinny:
     """S = drop(x) Aᵀ; also dS = dy B where it goes apart from dB, for which A lies ``across``. Of
-    8192 rows and 16 lanes, on an H200, five stages take 19.7 µs and three 23.0; across, 64 rows
-    22.1 and 32 29.6. Of 64 lanes 64 rows take 23.8 and 32 27.4, across 23.7 and 39.7."""
+    8192 rows, on an H200, tiles of 64 rows take 23.8 µs of 64 lanes and of 32 27.4, across 23.7 and
+    39.7; of 16 lanes 20.9 and 19.7, of three branches of 16 23.4 and 31.5, which have the tiles
+    that each has alone. Beside a mask 32 rows take 31.2 and 64 33.9."""
     lanes = rank_lanes(rank, wide, 128 if aligned else 16)
     half = aligned and not wide
-    tall = half and m > 512 and (lanes == 64 or (across and lanes <= 32))
+    tall = half and m > 512 and lanes <= 64 and not masked
     rows = 16 if m <= 16 else 64 if tall else 32
-    stages = 5 if half and lanes <= 32 and rows == 32 else 3
+    stages = 5 if half and lanes <= 32 and not (tall or masked) else 3
     return for_amd(Skinny(rows, 64 if wide else 128, lanes, 4, stages))
 
 
@@ -303,12 +312,13 @@ def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
 
 
 def grad_down(rank: int, wide: bool) -> Skinny:
-    """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers. Of 64 lanes, on an H200,
-    tiles of 32 × 128 take 43.6 µs, of 64 × 64 84.7."""
+    """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers. On an H200 tiles of
+    32 × 128 take 32.4 µs of 32 lanes, 43.6 of 64 and 83.2 of 128, those of 64 × 64 48.4, 84.7 and
+    151; of 16 lanes with a mask 36.1 and 42.6."""
     lanes = rank_lanes(rank, wide, 64 if precision.AMD else 128)
-    if lanes == 64 and not wide:
-        return for_amd(Skinny(32, 128, lanes, 4, 2))
-    return for_amd(Skinny(32 if wide else 64, 64, lanes, 8 if lanes > 64 else 4, 3))
+    if wide:
+        return for_amd(Skinny(32, 64, lanes, 4, 3))
+    return for_amd(Skinny(32, 128, lanes, 4, 2 if lanes == 64 else 3))
 
 
 def group_lanes(wide: bool) -> int:
@@ -316,10 +326,14 @@ def group_lanes(wide: bool) -> int:
     return 64 if precision.AMD or wide else 128
 
 
-def project_group(m: int, rank: int, wide: bool, masked: bool) -> Skinny:
-    """S of several branches: the tiles of x that one of this ``rank`` has alone."""
-    tiles = replace(project(m, rank, wide, True), warps=8 if wide and masked else 4, stages=3)
-    return for_amd(tiles)
+def project_group(m: int, rank: int, lanes: int, wide: bool, masked: bool) -> Skinny:
+    """S of several branches: the tiles of x that one of this ``rank`` has alone; ``lanes`` of all.
+    Two of 64 ranks take 31.0 µs on an H200, by three stages 35.8."""
+    alone = project(m, rank, wide, True, masked=masked)
+    crowded = masked and lanes > 64
+    stages = 1 if crowded else 4 if alone.rows == 64 and alone.rank == 64 else 3
+    eight = crowded or (masked and wide)
+    return for_amd(replace(alone, warps=8 if eight else 4, stages=stages))
 
 
 def grad_input_group(
@@ -327,13 +341,19 @@ def grad_input_group(
 ) -> Gemm:
     """dx of several layers; a mask of its own for a branch needs an accumulator of its own."""
     config = grad_input(m, dtype, capability, wide, plain and not masked)
-    return replace(config, cols=min(config.cols, 32)) if masked and wide else config
+    if not (masked and wide):
+        return config
+    return replace(config, cols=min(config.cols, 32), warps=4)
 
 
-def grad_down_group(rank: int, lanes: int, wide: bool) -> Skinny:
+def grad_down_group(rank: int, lanes: int, wide: bool, masked: bool) -> Skinny:
     """dA of several branches, of which each makes the mask of x again: the tiles that one of this
-    ``rank`` has alone; ``lanes`` of all."""
-    return for_amd(replace(grad_down(rank, wide), warps=8 if lanes > 32 else 4))
+    ``rank`` has alone; ``lanes`` of all. Three of 16 ranks take 40.1 µs on an H200, by eight warps
+    49.8."""
+    alone = grad_down(rank, wide)
+    if (wide or masked) and lanes > 32:
+        return for_amd(replace(alone, warps=8, stages=2))
+    return for_amd(alone)
 
 
 def row_norms(rank: int, wide: bool, aligned: bool, capability: int) -> Skinny:
@@ -365,7 +385,8 @@ CODES = 64
 def quantized(m: int, dtype: torch.dtype) -> Gemm:
     """The GEMM that reads codes."""
     if dtype == torch.float32:
-        return Gemm(16 if m <= 16 else 64, 32, 32, 16, 8, 4, 2)
+        few = m <= 16
+        return Gemm(16 if few else 64, 32, 32, 16, 8, 4 if few or precision.AMD else 8, 2)
     return Gemm(16 if m <= 16 else 64, 64, CODES, 16, 8, 4, 2)
 
 
@@ -498,10 +519,14 @@ def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
 
 
 def bottleneck_down(rank: int, wide: bool, aligned: bool) -> Skinny:
-    """G and its sums, as :func:`grad_down`; an address for each element of x is what four warps
-    have no room for."""
+    """G and its sums, as :func:`grad_down`, but tiles of 64 rows: of 64 lanes, on an H200, 41.0 µs,
+    of 32 rows 48.4. An address for each element of x is what four warps have no room for."""
     config = grad_down(rank, wide)
-    return config if aligned else for_amd(replace(config, warps=8))
+    if wide:
+        return for_amd(config if aligned else replace(config, warps=8))
+    if aligned and config.rank <= 64:
+        return for_amd(replace(config, rows=64, stages=3))
+    return for_amd(Skinny(64, 64, config.rank, 8, 3))
 
 
 def bottleneck_finish() -> Skinny:

@@ -158,7 +158,8 @@ def decode(
     a and b in the dtype of x."""
     (m, k), (n, rank) = x.shape, b.shape
     plain = configs.is_plain(x, weight, [rank]) and configs.is_aligned(a)
-    config = configs.decode(n, k, rank, x.dtype, capability, plain)
+    across = weight.stride(1) != 1
+    config = configs.decode(n, k, rank, x.dtype, capability, plain, across)
     overlaps = config.parts > 0 and configs.overlaps(capability)
     parts = s
     if config.parts:

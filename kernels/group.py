@@ -137,7 +137,7 @@ def project_group(x: Tensor, parts: Sequence[Part], s: Tensor) -> None:
             continue
         lanes = tuple(configs.rank_lanes(one.rank, precision.wide) for one in some)
         thresholds = _thresholds(some)
-        config = configs.project_group(m, some[0].rank, precision.wide, any(thresholds))
+        config = configs.project_group(m, some[0].rank, sum(lanes), precision.wide, any(thresholds))
         grid_m = triton.cdiv(m, config.rows)
         pieces, chunk = configs.split(k, config.cols, grid_m)
         sums = partials_or(target, pieces)
@@ -255,8 +255,8 @@ def grad_down_group(
             )  # fmt: skip
             continue
         lanes = tuple(configs.grad_down(one.rank, precision.wide).rank for one in some)
-        config = configs.grad_down_group(some[0].rank, sum(lanes), precision.wide)
         thresholds = _thresholds(some)
+        config = configs.grad_down_group(some[0].rank, sum(lanes), precision.wide, any(thresholds))
         grid_k = triton.cdiv(k, config.cols)
         pieces, chunk = configs.split(m, config.rows, grid_k, configs.OF_GRAD_DOWN)
         sums = [partials_or(target, pieces) for target in targets[here]]
@@ -336,7 +336,7 @@ def together(x: Tensor, parts: Sequence[Part], *, backward: bool) -> Iterator[li
         config = (
             configs.grad_down(part.rank, wide)
             if backward
-            else configs.project(x.shape[0], part.rank, wide, aligned)
+            else configs.project(x.shape[0], part.rank, wide, aligned, masked=part.dropout > 0)
         )
         alone = part.adapter is not None or not aligned
         crowded = part.rank > config.rank or (alone and not backward)

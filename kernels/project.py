@@ -88,8 +88,10 @@ def project(
     ``adapter`` (int32 ``[M]``) zeros in the rows where it is not ``number``."""
     (m, k), rank = x.shape, a.shape[0]
     across = a.stride(0) == 1 and rank > 1
-    config = configs.project(m, rank, precision.wide, configs.is_aligned(x, a), across)
     threshold = drop_threshold(dropout)
+    config = configs.project(
+        m, rank, precision.wide, configs.is_aligned(x, a), across, threshold > 0
+    )
     grid_m, grid_r = triton.cdiv(m, config.rows), triton.cdiv(rank, config.rank)
     parts, chunk = configs.split(k, config.cols, grid_m * grid_r)
     target = partials_or(s, parts)

@@ -92,31 +92,23 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class MaskedBeside:
-    """dA of a dropped-out x beside dx, which the CUDA library makes, and the bits of the mask that
-    dx reads."""
+class KeptBits:
+    """The mask of an x as bits, for a dx that the CUDA library makes."""
 
     m: int
     k: int
-    rank: int
-    dropout: float
     directions: ClassVar = (BACKWARD,)
 
     def __str__(self) -> str:
-        return f"dA beside dx {self.m}×{self.k} r={self.rank} bfloat16, dropout"
+        return f"bits of a mask {self.m}×{self.k}"
 
     def run(self, direction: str) -> None:
         """See :class:`Counted`."""
-        x, a = (meta(torch.bfloat16, rows, self.k) for rows in (self.m, self.rank))
-        masks, grad_s = core.kernels("dropout"), meta(torch.float32, self.m, self.rank)
-        seed, threshold = meta(torch.int64, 1), masks.drop_threshold(self.dropout)
-        masks.kept_bits(self.m, self.k, seed, 0, threshold)
-        core.kernels("beside").beside(grad_s, x, a, programs=4, dropout=self.dropout, seed=seed)
+        core.kernels("dropout").kept_bits(self.m, self.k, meta(torch.int64, 1), 0, 6554)
 
     def floor(self, direction: str) -> Floor:
-        """x, dS and dA. The mask can be made again from its seed."""
-        m, k, r = self.m, self.k, self.rank
-        return Floor(2 * (m * k + r * k) + 4 * m * r, 2 * m * k * r)
+        """A bit an element."""
+        return Floor(self.m * self.k // 8, 0)
 
 
 @dataclass(frozen=True)

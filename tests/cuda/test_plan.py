@@ -206,7 +206,7 @@ def test_where_s_is_made_beside_y(
 
 
 @pytest.mark.parametrize("runs", [True, False])
-def test_a_mask_beside_dx_is_for_the_library(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_of_a_mask_are_for_the_library(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(core, "has_room_beside", lambda device: True)
     monkeypatch.setattr(cuda, "runs_on", lambda device, plan: runs)
@@ -214,7 +214,7 @@ def test_a_mask_beside_dx_is_for_the_library(runs: bool, monkeypatch: pytest.Mon
     assert beside.fits(8192, 4096, 16, True, "meta") == runs
 
 
-def test_a_masked_dx_on_fewer_multiprocessors_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_masked_dx_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "native", hopper.Module)
     monkeypatch.setattr(cuda, "_place", lambda t: (0, 0))
     m, n, k, rank, dropout, dtype = 140, 136, 328, 16, 0.25, torch.bfloat16
@@ -222,7 +222,7 @@ def test_a_masked_dx_on_fewer_multiprocessors_by_bits(monkeypatch: pytest.Monkey
     grad_s, a = normal(m, rank, dtype=torch.float32, seed=3), normal(rank, k, dtype=dtype, seed=4)
     seed, found = torch.tensor([2**50 + 7]), torch.empty(m, k, dtype=dtype)
     kept = hopper.bits(m, k, seed, 0, drop_threshold(dropout))
-    cuda.grad_input_beside(found, grad_y, weight, grad_s, a, dropout, kept, 3)
+    cuda.grad_input_by_bits(found, grad_y, weight, grad_s, a, dropout, kept)
     mask = (draws(m, k, seed, 0) >= drop_threshold(dropout)) * keep_scale(drop_threshold(dropout))
     part = mask * (grad_s.to(dtype).double() @ a.double())
     oracle = part + grad_y.double() @ weight.double()

@@ -352,25 +352,6 @@ def check_mask() -> None:
         assert torch.equal(each.reshape(37, 512)[:, :301].bool(), wanted)
 
 
-def check_masked_beside() -> None:
-    """dA of a dropped-out x beside dx, which the CUDA library makes; parts of blocks are left."""
-    from deltaops.kernels import beside, dropout
-
-    case = DeltaLinearCase(150, 16, 328, (24,), (0.3,))
-    t, grad_s = case.tensors(torch.float16), torch.randn(150, 24)
-    threshold, grad_a = dropout.drop_threshold(0.3), torch.empty(24, 328, dtype=torch.float16)
-
-    def made() -> list[torch.Tensor]:
-        beside.beside(grad_s, t.x, grad_a, programs=2, dropout=0.3, seed=t.seed)
-        return [grad_a]
-
-    as_modelled(made, "dA beside a masked dx")
-    dropped = torch.where(draws(150, 328, t.seed, 0) >= threshold, t.x, 0.0)
-    scale = dropout.keep_scale(threshold)
-    oracle = scale * grad_s.half().double().T @ dropped.double()
-    assert_accurate(grad_a, oracle, oracle.half(), "dA beside a masked dx")
-
-
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set it before Triton is imported"
     torch.set_num_threads(1)
@@ -385,7 +366,6 @@ if __name__ == "__main__":
 
     torch.empty = poisoned
     check_mask()
-    check_masked_beside()
     for argument in sys.argv[1:]:
         kind, _, number = argument.rpartition(":")
         if number == "tuning":

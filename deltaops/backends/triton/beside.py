@@ -7,13 +7,15 @@ as can be spared without a round more make the pass meanwhile, which then takes 
 dS and dB go before dx, in one pass over dy, since dx and dA need dS. S is what y's tiles need last,
 and is made in their launch, which waits for it row by row.
 
-With dropout dx is the plan ``cuda``'s, which reads the mask as bits: these are made while the pass
-over dy waits for memory. dA makes the mask again; on an H200 reading the bits takes it longer.
+With dropout it is the mask that is made beside: as bits for dx, which is the plan ``cuda``'s, while
+the pass over dy waits for memory. dA then goes apart, since few multiprocessors take too long to
+drop x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +39,9 @@ def left_over(tiles: int, multiprocessors: int) -> int:
 
 
 def fits(m: int, k: int, rank: int, masked: bool, device: torch.device | str) -> bool:
-    """Whether a persistent dx ``[M, K]`` leaves enough over, and reads the mask if there is one."""
-    if masked and not cuda.runs_on(device, "cuda"):
-        return False
+    """Whether a persistent dx ``[M, K]`` leaves enough over, or reads a mask as bits."""
+    if masked:
+        return cuda.runs_on(device, "cuda")
     return rank <= MOST_RANK and core.has_room_beside(device) and _spare(m, k, device) >= LEAST
 
 
@@ -87,39 +89,51 @@ def backward(
     grad_s = torch.empty_like(s, dtype=x.dtype)  # as dx and dA multiply it
     grad_b = torch.empty_like(b) if needs[3] else None
     grad_bias = grad_y.new_empty(grad_y.shape[1]) if needs[1] else None
-    (m, k), device = x.shape, x.device
+    (m, k), device, postponed = x.shape, x.device, list[tuple[Tensor, Tensor]]()
+    masks = core.kernels("dropout")
     precision = core.kernels("precision").rank_precision(x.dtype, [a])
-    spare = _spare(m, k, device)
-    rest = core.multiprocessors(device) - spare
-    masks, kept = core.kernels("dropout"), None
-    postponed: list[tuple[Tensor, Tensor]] = []
+    given: dict[str, Any] = {
+        "scaling": scaling, "activation": branches.LINEAR, "precision": precision,
+        "grad_s": grad_s, "grad_b": grad_b, "grad_bias": grad_bias,
+    }  # fmt: skip
     with core.device_of(x):
-        if (threshold := masks.drop_threshold(dropout)) and seed is not None:
+        if dropout:
             with core.aside(device):
-                kept = masks.kept_bits(m, k, seed, 0, threshold)
-        branches.pass_over_dy(
-            grad_y, b, s, scaling=scaling, activation=branches.LINEAR, precision=precision,
-            grad_s=grad_s, grad_b=grad_b, grad_bias=grad_bias, postponed=postponed,
-        )  # fmt: skip
-        if kept is not None:
-            core.together(device)
-        with core.aside(device):
-            core.kernels("beside").beside(
-                grad_s, x, grad_a, programs=spare, dropout=dropout, seed=seed
-            )
-            for partials, out in postponed:
-                core.kernels("reduce").sum_partials(partials, out)
-        try:
-            if cuda.runs_on(device, "cuda"):
-                cuda.grad_input_beside(grad_x, grad_y, weight, grad_s, a, dropout, kept, rest)
-            else:
-                core.kernels("persistent_grad_input").persistent_grad_input(
-                    grad_y, weight, grad_s, a, grad_x, dropout=0.0, seed=None,
-                    capability=core.capability(x), multiprocessors=rest,
-                )  # fmt: skip
-        finally:
-            core.together(device)
+                kept = masks.kept_bits(m, k, seed, 0, masks.drop_threshold(dropout))
+            try:
+                branches.pass_over_dy(grad_y, b, s, **given)
+                core.kernels("grad_down").grad_down(
+                    grad_s, x, grad_a, precision=precision, dropout=dropout, seed=seed, stream=0
+                )
+            finally:
+                core.together(device)
+            cuda.grad_input_by_bits(grad_x, grad_y, weight, grad_s, a, dropout, kept)
+        else:
+            branches.pass_over_dy(grad_y, b, s, **given, postponed=postponed)
+            spare = _spare(m, k, device)
+            with core.aside(device):
+                core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
+                for partials, out in postponed:
+                    core.kernels("reduce").sum_partials(partials, out)
+            try:
+                _write_grad_input(grad_x, grad_y, weight, grad_s, a, spare)
+            finally:
+                core.together(device)
     return [t for t in (grad_x, grad_bias, grad_a, grad_b) if t is not None]
+
+
+def _write_grad_input(
+    grad_x: Tensor, grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, spare: int
+) -> None:
+    """On all multiprocessors but ``spare``, without dropout."""
+    rest = core.multiprocessors(grad_x.device) - spare
+    if cuda.runs_on(grad_x.device, "cuda"):
+        cuda.grad_input_of_group(grad_x, [grad_y], [weight], [grad_s], [a], rest)
+        return
+    core.kernels("persistent_grad_input").persistent_grad_input(
+        grad_y, weight, grad_s, a, grad_x, dropout=0.0, seed=None,
+        capability=core.capability(grad_x), multiprocessors=rest,
+    )  # fmt: skip
 
 
 def backward_group(

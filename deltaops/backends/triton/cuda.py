@@ -156,20 +156,17 @@ def grad_input(
     _gemm(plan, grad_x, None, _of_grad_input(grad_y, weight, grad_s, a, dropout), seed)
 
 
-def grad_input_beside(
+def grad_input_by_bits(
     grad_x: Tensor,
     grad_y: Tensor,
     weight: Tensor,
     grad_s: Tensor,
     a: Tensor,
     dropout: float,
-    kept: Tensor | None,
-    multiprocessors: int,
+    kept: Tensor,
 ) -> None:
-    """The same by the plan ``cuda`` on so many of them; ``kept`` is the mask of ``dropout``, as
-    ``kernels.dropout.kept_bits`` makes it."""
-    products = _of_grad_input(grad_y, weight, grad_s, a, dropout)
-    _hopper([(grad_x, None, products)], None, kept, multiprocessors)
+    """The same by the plan ``cuda``; ``kept`` is the mask, of ``kernels.dropout.kept_bits``."""
+    _hopper([(grad_x, None, _of_grad_input(grad_y, weight, grad_s, a, dropout))], None, kept)
 
 
 def _of_grad_input(

@@ -91,8 +91,6 @@ def _beside(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     blocks = cdiv(a.K, a.BLOCK_K)
     t.load(a.x.base, a.M * a.K, a.M * a.K)
     t.load(a.grad_s, a.M * a.R, a.M * a.R * blocks)
-    if a.DROPOUT:
-        t.load(a.seed, 1, grid[0])
     t.store(a.grad_a, a.K * a.R)
     t.dots(blocks * cdiv(a.M, a.BLOCK_M), a.BLOCK_K, a.BLOCK_R, a.BLOCK_M)
 
