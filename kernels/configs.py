@@ -258,11 +258,6 @@ def beside(rank: int) -> Skinny:
     return Skinny(64, 256 if lanes <= 64 else 128, lanes, 4 if lanes in (16, 64) else 8, 4)
 
 
-def kept_bits() -> Skinny:
-    """The bits of a mask; columns are bytes of eight."""
-    return Skinny(4, 256, 0, 4, 1)
-
-
 Tiles = TypeVar("Tiles", bound="Skinny | Attend")
 
 

@@ -4,9 +4,7 @@
 
 The normative text is csrc/include/philox.h: one Philox call gives the eight 16-bit draws of
 columns 8g … 8g+7 of a row, from counter (g, m mod 2³², m div 2³², stream) and the 64-bit seed.
-No memory traffic: about 7 integer instructions an element, against 2 bytes of x read. A kernel that
-has no time for these can have the mask made before, a bit an element in scratch memory
-(:func:`kept_bits`): 1/16 of the bytes of x.
+No memory traffic: about 7 integer instructions an element, against 2 bytes of x read.
 """
 
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from . import configs
 
 DRAWS = 1 << 16
 
@@ -38,6 +34,21 @@ def each_threshold(thresholds: Sequence[int]) -> tuple[float, ...]:
 
 
 @triton.jit
+def _philox(key, c0, c1, c2, c3):
+    """The four words of a call of seven rounds. Triton's own takes the halves of a product by two
+    multiplications; of numbers that were 32 bits wide one gives both."""
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(7):
+        even = c0.to(tl.uint64) * 0xD2511F53
+        odd = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0, odd.to(tl.uint32)
+        c2, c3 = (even >> 32).to(tl.uint32) ^ c3 ^ k1, even.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def keep_mask(seed, row, first_col, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS] of int1 for the rows ``row`` and the columns from ``first_col``,
     a multiple of 8. Groups lie along columns, so a thread keeps the eight draws of one call.
@@ -46,55 +57,12 @@ def keep_mask(seed, row, first_col, stream, threshold, ROWS: tl.constexpr, COLS:
     wide = row.to(tl.int64)
     low = wide.to(tl.uint32)[:, None]  # keeps the low word
     high = (wide >> 32).to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = tl.philox(seed, group, low, high, stream, 7)
+    w0, w1, w2, w3 = _philox(seed, group, low, high, tl.cast(stream, tl.uint32))
     # join appends an axis of two: [..., i, j] is word 2i + j, and then [..., h] its half h
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(words, [ROWS, COLS // 2])
     draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS, COLS])
     return draws.to(tl.int32) >= tl.cast(threshold, tl.int32)
-
-
-@triton.jit(do_not_specialize=["stream", "threshold"])
-def _kept_bits_kernel(
-    kept, seed, M, width, stream, threshold, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    low = row.to(tl.uint32)[:, None]
-    high = (row >> 32).to(tl.uint32)[:, None]
-    words = tl.philox(tl.load(seed), group[None, :].to(tl.uint32), low, high, stream, 7)
-    bits = tl.zeros([BLOCK_M, BLOCK_G], tl.int32)
-    for i in tl.static_range(4):
-        word = words[i]
-        bits |= ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32) << (2 * i)
-        bits |= ((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << (2 * i + 1)
-    inside = (row[:, None] < M) & (group[None, :] < width)
-    tl.store(kept + row[:, None] * width + group[None, :], bits.to(tl.uint8), mask=inside)
-
-
-KEPT_BYTES = 32
-"""For each 256 columns or part of them: as in csrc/include/deltaops_cuda.h."""
-
-
-def kept_bits(rows: int, cols: int, seed: Tensor, stream: int, threshold: int) -> Tensor:
-    """The mask ``[rows, width]`` as uint8: bit k mod 8 of byte k div 8 is set where column k is
-    kept. A row has :data:`KEPT_BYTES` for each 256 columns."""
-    width = triton.cdiv(cols, 8 * KEPT_BYTES) * KEPT_BYTES
-    kept = torch.empty((rows, width), dtype=torch.uint8, device=seed.device)
-    config = configs.kept_bits()
-    grid = (triton.cdiv(rows, config.rows), triton.cdiv(width, config.cols))
-    _kept_bits_kernel[grid](
-        kept,
-        seed,
-        rows,
-        width,
-        stream,
-        threshold,
-        BLOCK_M=config.rows,
-        BLOCK_G=config.cols,
-        num_warps=config.warps,
-    )
-    return kept
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])

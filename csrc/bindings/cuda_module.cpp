@@ -118,16 +118,13 @@ struct Gemm {
 };
 
 void hopper_gemm(int32_t device, int32_t dtype, const py::list &outputs, std::uintptr_t seed,
-                 std::uintptr_t stream, const std::tuple<std::uintptr_t, int64_t> &kept,
-                 int32_t multiprocessors) {
+                 std::uintptr_t stream, int32_t multiprocessors) {
   std::vector<Gemm> gemms;
   for (const py::handle &output : outputs) gemms.emplace_back(device, dtype, output, seed, stream);
   std::vector<deltaops_cuda_gemm_args> args;
   for (const Gemm &gemm : gemms) {
     args.push_back(gemm.args);
     args.back().products = gemm.products.data();
-    args.back().kept = pointer<const uint8_t>(std::get<0>(kept));
-    args.back().kept_stride = std::get<1>(kept);
     args.back().multiprocessors = multiprocessors;
   }
   deltaops_status status;
@@ -266,14 +263,11 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("stream"),
              "y = dropped-out x, scaled; dtype 0 = f32, 1 = bf16; all pointers on the GPU.");
   module.def("hopper_gemm", &hopper_gemm, py::arg("device"), py::arg("dtype"), py::arg("outputs"),
-             py::arg("seed"), py::arg("stream"),
-             py::arg("kept") = std::tuple<std::uintptr_t, int64_t>(0, 0),
-             py::arg("multiprocessors") = 0,
+             py::arg("seed"), py::arg("stream"), py::arg("multiprocessors") = 0,
              "For each (out, bias, products) of outputs: out = bias + the sum of mask * (left "
              "right^T) over its (left, right, drop_threshold). Matrices are (address, rows, cols, "
              "row stride, column stride) on the GPU, a bias may be None; dtype 1 = bf16, 2 = f16. "
-             "kept: (address, bytes of a row) of a mask that was made before, or (0, 0); on so "
-             "many multiprocessors, 0: all.");
+             "On so many multiprocessors, 0: all.");
   module.def("hopper_project_gemm_workspace", &deltaops_cuda_hopper_project_gemm_workspace,
              py::arg("M"), "Bytes that hopper_project_gemm wants for M rows.");
   module.def(

@@ -87,10 +87,10 @@ deltaops_status check_products(const deltaops_cuda_gemm_args &args, int32_t outp
       return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
                        "%s: drop_threshold must be p * 65536, so 0 to 65536, got %u", who,
                        product.drop_threshold);
-    if (product.drop_threshold > 0 && args.seed == nullptr && args.kept == nullptr)
+    if (product.drop_threshold > 0 && args.seed == nullptr)
       return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
                        "%s: seed must point to one 64-bit value on the GPU where something is "
-                       "dropped and kept does not say what, got NULL",
+                       "dropped, got NULL",
                        who);
     masked += product.drop_threshold > 0;
     layout->see(product.right);
@@ -112,19 +112,6 @@ deltaops_status check_written(const Matrix &out) {
                      "16 bytes at a time, got %lld; use ampere_gemm or triton",
                      who, static_cast<long long>(kRow), static_cast<long long>(out.cols));
   return check_rows("out", out);
-}
-
-/* The mask that was made before, where there is one. */
-deltaops_status check_kept(const deltaops_cuda_gemm_args &args) {
-  const int64_t least = blocks(args.out.cols, 256) * DELTAOPS_CUDA_KEPT_BYTES;
-  const bool right = reinterpret_cast<uintptr_t>(args.kept) % 16 == 0 &&
-                     args.kept_stride % 16 == 0 && args.kept_stride >= least;
-  if (args.kept == nullptr || right) return DELTAOPS_OK;
-  return cuda_fail(DELTAOPS_INVALID_ARGUMENT,
-                   "%s: kept must have rows of at least %lld bytes on 16 bytes, got pointer %p and "
-                   "rows of %lld",
-                   who, static_cast<long long>(least), static_cast<const void *>(args.kept),
-                   static_cast<long long>(args.kept_stride));
 }
 
 deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output,
@@ -153,7 +140,6 @@ deltaops_status check_output(const deltaops_cuda_gemm_args &args, int32_t output
   deltaops_status status =
       check_shape("out", args.out, first.out.rows, args.out.cols, first.out.dtype);
   if (status == DELTAOPS_OK) status = check_written(args.out);
-  if (status == DELTAOPS_OK) status = check_kept(args);
   if (status == DELTAOPS_OK && args.bias.data != nullptr) {
     status = check_shape("bias", args.bias, 1, args.out.cols, args.out.dtype);
     if (status == DELTAOPS_OK && args.bias.col_stride != 1 && args.bias.cols > 1)
@@ -219,16 +205,10 @@ Schedule schedule_of(const deltaops_cuda_gemm_args *outputs, int32_t count, int3
   return schedule;
 }
 
-Mask mask_of(const deltaops_cuda_product &product, const deltaops_cuda_gemm_args &args) {
+Mask mask_of(const deltaops_cuda_product &product, const uint64_t *seed) {
   const uint32_t threshold = product.drop_threshold;
   const float scale = threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f;
-  return {args.seed,
-          product.branch_stream,
-          threshold,
-          scale,
-          args.kept,
-          args.kept_stride,
-          static_cast<int32_t>(args.out.rows)};
+  return {seed, product.branch_stream, threshold, scale};
 }
 
 /* Adds output `number` to the launch, its masked product first. */
@@ -243,7 +223,7 @@ deltaops_status describe(const deltaops_cuda_gemm_args &args, const MapMaker &ma
     for (int32_t i = 0; i < args.num_products; ++i) {
       const deltaops_cuda_product &product = args.products[i];
       if ((product.drop_threshold > 0) != masked) continue;
-      if (masked) output->mask = mask_of(product, args);
+      if (masked) output->mask = mask_of(product, args.seed);
       arguments->length[*segment] = static_cast<int32_t>(product.left.cols);
       status = maps.make(&arguments->left[*segment], with_stride(product.left), kTileRows);
       if (status == DELTAOPS_OK)

@@ -84,8 +84,6 @@ typedef struct {
   deltaops_matrix bias;    /* [1, N] of the same dtype, or absent */
   deltaops_matrix out;     /* [M, N] of the same dtype, col_stride 1 */
   const uint64_t *seed;    /* device; one value; NULL where nothing is masked */
-  const uint8_t *kept;     /* device; of hopper_gemm: the mask, made before; NULL: of the seed */
-  int64_t kept_stride;     /* bytes of a row of it */
   void *stream;
 } deltaops_cuda_gemm_args;
 
@@ -130,13 +128,10 @@ deltaops_cuda_ampere_quantized_gemv(const deltaops_cuda_quantized_gemv_args *arg
  * same rows, dtype, device and stream, and their products together are at most
  * DELTAOPS_CUDA_MAX_HOPPER. Rows begin on 16 bytes, data and strides both; out has a multiple of 8
  * columns, lengths are at least 1, and sizes at most 2^31 - 512. One product of an output may have
- * a mask, with right matrices of row_stride 1. A mask that was made before, `kept`, has bit k mod 8
- * of byte k div 8 of row m set where element (m, k) is kept; rows begin on 16 bytes and have
- * DELTAOPS_CUDA_KEPT_BYTES for each 256 columns or part of them. All outputs are given the same
- * number of multiprocessors: the others are free for what runs beside. */
+ * a mask, with right matrices of row_stride 1. All outputs are given the same number of
+ * multiprocessors: the others are free for what runs beside. */
 #define DELTAOPS_CUDA_MAX_OUTPUTS 4
 #define DELTAOPS_CUDA_MAX_HOPPER 8
-#define DELTAOPS_CUDA_KEPT_BYTES 32
 DELTAOPS_API deltaops_status deltaops_cuda_hopper_gemm(const deltaops_cuda_gemm_args *outputs,
                                                        int32_t count);
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .traffic_floor import Counted
-from .traffic_linears import Group, KeptBits, Linear, LoraFusion, Mixed, Quantized
+from .traffic_linears import Group, Linear, LoraFusion, Mixed, Quantized
 from .traffic_rows import Adapter, DoraNorm, Gated, MergedPrefix, Norm, Prefix, Prompt, Rotary
 
 CALLS: tuple[Counted, ...] = (
@@ -18,7 +18,6 @@ CALLS: tuple[Counted, ...] = (
     Linear(512, 4096, 4096, 16),
     Linear(1, 4096, 4096, 16),
     Linear(16, 14336, 4096, 64),
-    KeptBits(8192, 4096),
     Group(8192, (4096, 1024, 1024), 4096, 16),
     Group(8192, (4096, 1024, 1024), 4096, 16, dropout=0.1),
     Group(8192, (14336, 14336), 4096, 16),

@@ -4,7 +4,6 @@ the plan of a peer."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from deltaops.backends.triton.tables import Setting
 from deltaops.reference.quantized import QuantizedWeight
 
 from . import published
-from .traffic_floor import BACKWARD, FORWARD, Floor, meta
+from .traffic_floor import FORWARD, Floor, meta
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Linear:
             [meta(self.adapter, *factor)],
             [self.rank],
             "meta",
-            self.dropout > 0,
             not self.dropout and self.activation == "identity",
         )
         return planner.possible(self.setting, direction, special)
@@ -89,26 +87,6 @@ class Linear:
         if direction == FORWARD:
             return Floor(moved, operations)
         return Floor(moved + narrow * m * k + wide * r * (n + k), operations + 2 * m * r * (n + k))
-
-
-@dataclass(frozen=True)
-class KeptBits:
-    """The mask of an x as bits, for a dx that the CUDA library makes."""
-
-    m: int
-    k: int
-    directions: ClassVar = (BACKWARD,)
-
-    def __str__(self) -> str:
-        return f"bits of a mask {self.m}×{self.k}"
-
-    def run(self, direction: str) -> None:
-        """See :class:`Counted`."""
-        core.kernels("dropout").kept_bits(self.m, self.k, meta(torch.int64, 1), 0, 6554)
-
-    def floor(self, direction: str) -> Floor:
-        """A bit an element."""
-        return Floor(self.m * self.k // 8, 0)
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def _forcing(direction: str, plan: str) -> AbstractContextManager[None]:
 
 def _possible(setting: Setting, direction: str, o: _Operands) -> tuple[str, ...]:
     rows, factor = (o.x, o.b) if direction == "forward" else (o.grad_y, o.a)
-    given = [factor], [setting.rank], rows.device, setting.dropout, not setting.dropout
+    given = [factor], [setting.rank], rows.device, not setting.dropout
     special = delta_linear.special(direction, rows, o.weight, *given)
     return planner.possible(setting, direction, special)
 

@@ -38,8 +38,6 @@ class GemmArgs(ctypes.Structure):
         ("bias", Matrix),
         ("out", Matrix),
         ("seed", ctypes.c_void_p),
-        ("kept", ctypes.c_void_p),
-        ("kept_stride", ctypes.c_int64),
         ("stream", ctypes.c_void_p),
     )
 
@@ -69,7 +67,7 @@ def gemm_args(
         emulated.view(bias),
         emulated.view(out),
         None if seed is None else seed.data_ptr(),
-        *(None, 0, None),
+        None,
     )
 
 

@@ -41,8 +41,6 @@ class Output:
     bias: Bordered | None = None
     across: bool = False
     seed: Tensor = field(default_factory=lambda: torch.tensor([SEED]))
-    kept: Tensor | None = None
-    """The mask, made before: :func:`bits`."""
     multiprocessors: int = 0
 
     def operands(self) -> list[Bordered]:
@@ -75,18 +73,8 @@ class Output:
             self.multiprocessors,
             *(emulated.view(None if self.bias is None else self.bias.t), emulated.view(self.out.t)),
             self.seed.data_ptr() or None,
-            *((None, 0) if self.kept is None else (self.kept.data_ptr(), self.kept.stride(0))),
             None,
         )
-
-
-def bits(rows: int, cols: int, seed: Tensor, stream: int, threshold: int) -> Tensor:
-    """The mask as ``deltaops_cuda_gemm_args.kept`` has it, with ones behind the last column."""
-    width = 256 * -(-cols // 256)
-    kept = torch.ones(rows, width, dtype=torch.bool, device=seed.device)
-    kept[:, :cols] = draws(rows, cols, seed, stream) >= threshold
-    each = kept.view(rows, -1, 8) << torch.arange(8, device=seed.device)
-    return each.sum(2).to(torch.uint8)
 
 
 def matrix(rows: int, cols: int, dtype: torch.dtype, seed: int) -> Bordered:
@@ -181,12 +169,10 @@ class Module:
 
     @staticmethod
     def hopper_gemm(
-        device: int, dtype: int, outputs: Any, seed: int, stream: int, kept: Any,
-        multiprocessors: int,
-    ) -> None:  # fmt: skip
+        device: int, dtype: int, outputs: Any, seed: int, stream: int, multiprocessors: int
+    ) -> None:
         found = [_args(device, dtype, output, seed, stream) for output in outputs]
         for one in found:
-            one.kept, one.kept_stride = kept
             one.multiprocessors = multiprocessors
         with emulated.grid(capability=90) as lib:
             status = lib.deltaops_cuda_hopper_gemm((GemmArgs * len(found))(*found), len(found))
@@ -262,5 +248,5 @@ def _args(device: int, dtype: int, output: Any, seed: int, stream: int) -> GemmA
     products = [Product(view(left), view(right), drop, 0) for left, right, drop in terms]
     return GemmArgs(
         *(ctypes.sizeof(GemmArgs), device, (Product * len(products))(*products), len(products)),
-        *(0, view(bias), view(out), seed, None, 0, stream),
+        *(0, view(bias), view(out), seed, stream),
     )

@@ -15,9 +15,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from deltaops.backends.triton import beside, core, cuda, delta_linear, planner, tables, targets
+from deltaops.backends.triton import core, cuda, delta_linear, planner, tables, targets
 from deltaops.reference import delta_linear as reference
-from deltaops.reference.philox import draws, drop_threshold, keep_scale
 from deltaops.testing import assert_accurate
 
 from . import emulated, hopper
@@ -201,32 +200,8 @@ def test_where_s_is_made_beside_y(
         for shape in ((m, 64), (n, 64), (n, rank))
     )
     for linear in (True, False):
-        found = delta_linear.special("forward", x, weight, [b], [rank], "meta", not linear, linear)
+        found = delta_linear.special("forward", x, weight, [b], [rank], "meta", linear)
         assert ("beside" in found) == (makes and linear)
-
-
-@pytest.mark.parametrize("runs", [True, False])
-def test_bits_of_a_mask_are_for_the_library(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(core, "has_room_beside", lambda device: True)
-    monkeypatch.setattr(cuda, "runs_on", lambda device, plan: runs)
-    assert beside.fits(8192, 4096, 16, False, "meta")
-    assert beside.fits(8192, 4096, 16, True, "meta") == runs
-
-
-def test_a_masked_dx_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "native", hopper.Module)
-    monkeypatch.setattr(cuda, "_place", lambda t: (0, 0))
-    m, n, k, rank, dropout, dtype = 140, 136, 328, 16, 0.25, torch.bfloat16
-    grad_y, weight = normal(m, n, dtype=dtype, seed=1), normal(n, k, dtype=dtype, seed=2)
-    grad_s, a = normal(m, rank, dtype=torch.float32, seed=3), normal(rank, k, dtype=dtype, seed=4)
-    seed, found = torch.tensor([2**50 + 7]), torch.empty(m, k, dtype=dtype)
-    kept = hopper.bits(m, k, seed, 0, drop_threshold(dropout))
-    cuda.grad_input_by_bits(found, grad_y, weight, grad_s, a, dropout, kept)
-    mask = (draws(m, k, seed, 0) >= drop_threshold(dropout)) * keep_scale(drop_threshold(dropout))
-    part = mask * (grad_s.to(dtype).double() @ a.double())
-    oracle = part + grad_y.double() @ weight.double()
-    assert_accurate(found, oracle, oracle.to(dtype), "grad x")
 
 
 @pytest.mark.usefixtures("emulated_plan")

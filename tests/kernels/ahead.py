@@ -295,12 +295,6 @@ def launch(setting: Setting) -> None:
     run.backward(y, x, weight, a, b, s, *settings, needs, *by_row)
 
 
-def launch_kept_bits() -> None:
-    """A mask for the plan ``beside`` where the CUDA library makes dx."""
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    core.kernels("dropout").kept_bits(8192, 4096, seed, 0, 6554)
-
-
 def launch_attention(setting: Attention) -> None:
     """As :func:`launch`."""
     assert setting.supported(), setting
@@ -402,11 +396,10 @@ def main(name: str, how: str | None = None) -> None:
                 for setting in PERSISTENT:
                     launch(setting)
         if name == "sm_90":
-            recorder.only = "_beside", "_kept_bits"
+            recorder.only = "_beside"
             with compiling(recorder, target, "persistent"), planner.forced("persistent", "beside"):
                 for rank in (16, 64, 128):
                     launch(Setting(4096, (rank,)))
-                launch_kept_bits()
     print(json.dumps(list(recorder.found.values())))
 
 

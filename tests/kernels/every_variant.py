@@ -98,7 +98,6 @@ def beside() -> Iterator[Call]:
     """dA on the multiprocessors that a persistent dx leaves over, of every count of rank lanes."""
     for rank, dtype in itertools.product((8, 16, 24, 32, 64, 128), (HALF, torch.float16)):
         yield partial(ahead.launch, ahead.Setting(8192, (rank,), dtype, dtype))
-    yield ahead.launch_kept_bits
 
 
 def decode() -> Iterator[Call]:
@@ -246,7 +245,7 @@ ONLY = {
         "_sum_partials_kernel",
     ),
     "persistent": "_persistent",
-    "beside": ("_beside", "_kept_bits"),
+    "beside": "_beside",
     "decode": "_decode",
     "linears": (
         "_project_group_kernel",

@@ -48,7 +48,7 @@ DORA = ("_row_norms_kernel", "_row_norms_finish_kernel")
 QUANTIZED = ("_dequantize_kernel",)
 KERNELS = {*GEMMS, *SKINNY, *ATTENTION, *ROWS, *GROUP, *DORA, *QUANTIZED}
 ALSO = {
-    "sm_90": {*PERSISTENT, *DECODE, *MERGED, "_beside_kernel", "_kept_bits_kernel"},
+    "sm_90": {*PERSISTENT, *DECODE, *MERGED, "_beside_kernel"},
     "sm_100": {*PERSISTENT},
     "gfx942": {*DECODE},
 }

@@ -23,7 +23,7 @@ PAGE = "triton-variants.md"
 ELSEWHERE = {"_persistent_forward_kernel", "_persistent_grad_input_kernel"}
 """Kernels that only some targets have."""
 NEWER = {
-    *("_decode_kernel", "_decode_parts_kernel", "_beside_kernel", "_kept_bits_kernel"),
+    *("_decode_kernel", "_decode_parts_kernel", "_beside_kernel"),
     *("_merge_prefix_kernel", "_prefix_grads_kernel", "_sum_pieces_kernel"),
 }
 """Kernels that were written after the committed run."""

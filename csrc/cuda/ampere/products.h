@@ -40,11 +40,10 @@ inline deltaops_status check_product(const char *who, const deltaops_cuda_produc
 /* DELTAOPS_OK where they are as the C ABI has them; looks at how the right matrices lie. */
 inline deltaops_status check_products(const char *who, const deltaops_cuda_gemm_args &args,
                                       Layout *layout) {
-  if (args.kept != nullptr || args.multiprocessors != 0)
+  if (args.multiprocessors != 0)
     return cuda_fail(DELTAOPS_UNSUPPORTED,
-                     "%s: makes its masks itself, on all multiprocessors, got kept %p and %d of "
-                     "them; use hopper_gemm",
-                     who, static_cast<const void *>(args.kept), args.multiprocessors);
+                     "%s: runs on all multiprocessors, which 0 says, got %d; use hopper_gemm", who,
+                     args.multiprocessors);
   if (!is_half(args.out.dtype))
     return cuda_fail(DELTAOPS_UNSUPPORTED, "%s: dtype must be bf16 (1) or f16 (2), got %d", who,
                      args.out.dtype);

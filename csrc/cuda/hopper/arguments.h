@@ -16,9 +16,6 @@ struct Mask {
   const uint64_t *seed;       /* on the device */
   uint32_t stream, threshold; /* 0: no mask */
   float scale;
-  const uint8_t *kept; /* on the device: a bit for each element; NULL: the seed says it */
-  int64_t stride;      /* bytes of a row of it */
-  int32_t rows;        /* of it */
 };
 
 struct Output {

@@ -8,8 +8,7 @@
  * tile arrive as zeros from the copy engine. Forward, the right operand has the contracted
  * dimension contiguous (Major::kInner), for the gradient the other one (kOuter). The mask, Philox
  * draws of csrc/include/philox.h times 65536 / (65536 - threshold), acts on the first segment's sum
- * in registers, before the second is added; it is made there, or read as bits that were made
- * before. Several outputs of the same left rows go in one launch.
+ * in registers, before the second is added. Several outputs of the same left rows go in one launch.
  *
  * A block of three warpgroups stays on its SM and takes tiles of 128 x kColumns as schedule.h says.
  * One thread of the first asks the copy engine for chunks of 64 contracted elements, into a ring of
@@ -195,34 +194,6 @@ __device__ __forceinline__ void apply_mask(float (&acc)[kCount], const Fragment 
   }
 }
 
-/* The same by the bits of a mask that was made before: of 128 columns at a time, which are 16 bytes
- * of each of this thread's two rows. Loaded here, since there are no registers to keep them in. */
-template <int kCount>
-__device__ __forceinline__ void apply_kept(float (&acc)[kCount], const Fragment &at,
-                                           const Mask &mask) {
-#pragma unroll
-  for (int first = 0; first < kCount / 4; first += 16) { /* blocks of eight columns */
-    uint4 pieces[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int32_t row = at.row + 8 * half;
-      const uint8_t *from = mask.kept + row * mask.stride + at.column / 8 + first;
-      pieces[half] = row < mask.rows ? *reinterpret_cast<const uint4 *>(from) : uint4{};
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t words[4] = {pieces[half].x, pieces[half].y, pieces[half].z, pieces[half].w};
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const uint32_t bits = words[j / 4] >> (2 * at.quad) >> (8 * (j % 4));
-        float *pair = &acc[4 * (first + j) + 2 * half];
-        pair[0] = bits & 1u ? pair[0] * mask.scale : 0.0f;
-        pair[1] = bits & 2u ? pair[1] * mask.scale : 0.0f;
-      }
-    }
-  }
-}
-
 /* Adds the bias and rounds 64 columns, from block j of eight on, into a box. */
 template <typename T, int kCount>
 __device__ __forceinline__ void fill_box(const float (&acc)[kCount], int j, const Fragment &at,
@@ -330,10 +301,7 @@ __device__ __forceinline__ void consume(const GemmArguments &arguments, Ring<G> 
         if (s == 0 && output.mask.threshold) {
           wgmma_wait<0>();
           wgmma_touch(acc);
-          if (output.mask.kept != nullptr)
-            apply_kept(acc, at, output.mask);
-          else
-            apply_mask(acc, at, output.mask, *output.mask.seed);
+          apply_mask(acc, at, output.mask, *output.mask.seed);
         }
       }
     }

@@ -6,16 +6,11 @@ Tiles are computed in rounds, one a multiprocessor; the last round rarely needs 
 as can be spared without a round more make the pass meanwhile, which then takes no time of its own.
 dS and dB go before dx, in one pass over dy, since dx and dA need dS. S is what y's tiles need last,
 and is made in their launch, which waits for it row by row.
-
-With dropout it is the mask that is made beside: as bits for dx, which is the plan ``cuda``'s, while
-the pass over dy waits for memory. dA then goes apart, since few multiprocessors take too long to
-drop x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +33,8 @@ def left_over(tiles: int, multiprocessors: int) -> int:
     return multiprocessors - -(-tiles // rounds)
 
 
-def fits(m: int, k: int, rank: int, masked: bool, device: torch.device | str) -> bool:
-    """Whether a persistent dx ``[M, K]`` leaves enough over, or reads a mask as bits."""
-    if masked:
-        return cuda.runs_on(device, "cuda")
+def fits(m: int, k: int, rank: int, device: torch.device | str) -> bool:
+    """Whether a persistent dx ``[M, K]`` leaves enough over."""
     return rank <= MOST_RANK and core.has_room_beside(device) and _spare(m, k, device) >= LEAST
 
 
@@ -76,11 +69,10 @@ def backward(
     b: Tensor,
     s: Tensor,
     scaling: float,
-    dropout: float,
-    seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """dx, the bias's gradient where it is wanted, dA, and dB where it is wanted; of a LoRA branch.
+    """dx, the bias's gradient where it is wanted, dA, and dB where it is wanted; of one LoRA branch
+    without dropout.
 
     Args:
         needs: of x, the bias, A and B; those of x and A are always made.
@@ -89,43 +81,29 @@ def backward(
     grad_s = torch.empty_like(s, dtype=x.dtype)  # as dx and dA multiply it
     grad_b = torch.empty_like(b) if needs[3] else None
     grad_bias = grad_y.new_empty(grad_y.shape[1]) if needs[1] else None
-    (m, k), device, postponed = x.shape, x.device, list[tuple[Tensor, Tensor]]()
-    masks = core.kernels("dropout")
+    (m, k), device, last_sums = x.shape, x.device, list[tuple[Tensor, Tensor]]()
+    spare = _spare(m, k, device)
     precision = core.kernels("precision").rank_precision(x.dtype, [a])
-    given: dict[str, Any] = {
-        "scaling": scaling, "activation": branches.LINEAR, "precision": precision,
-        "grad_s": grad_s, "grad_b": grad_b, "grad_bias": grad_bias,
-    }  # fmt: skip
     with core.device_of(x):
-        if dropout:
-            with core.aside(device):
-                kept = masks.kept_bits(m, k, seed, 0, masks.drop_threshold(dropout))
-            try:
-                branches.pass_over_dy(grad_y, b, s, **given)
-                core.kernels("grad_down").grad_down(
-                    grad_s, x, grad_a, precision=precision, dropout=dropout, seed=seed, stream=0
-                )
-            finally:
-                core.together(device)
-            cuda.grad_input_by_bits(grad_x, grad_y, weight, grad_s, a, dropout, kept)
-        else:
-            branches.pass_over_dy(grad_y, b, s, **given, postponed=postponed)
-            spare = _spare(m, k, device)
-            with core.aside(device):
-                core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
-                for partials, out in postponed:
-                    core.kernels("reduce").sum_partials(partials, out)
-            try:
-                _write_grad_input(grad_x, grad_y, weight, grad_s, a, spare)
-            finally:
-                core.together(device)
+        branches.pass_over_dy(
+            grad_y, b, s, scaling=scaling, activation=branches.LINEAR, precision=precision,
+            grad_s=grad_s, grad_b=grad_b, grad_bias=grad_bias, postponed=last_sums,
+        )  # fmt: skip
+        with core.aside(device):
+            core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
+            for partials, out in last_sums:
+                core.kernels("reduce").sum_partials(partials, out)
+        try:
+            _write_grad_input(grad_x, grad_y, weight, grad_s, a, spare)
+        finally:
+            core.together(device)
     return [t for t in (grad_x, grad_bias, grad_a, grad_b) if t is not None]
 
 
 def _write_grad_input(
     grad_x: Tensor, grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, spare: int
 ) -> None:
-    """On all multiprocessors but ``spare``, without dropout."""
+    """On all multiprocessors but ``spare``."""
     rest = core.multiprocessors(grad_x.device) - spare
     if cuda.runs_on(grad_x.device, "cuda"):
         cuda.grad_input_of_group(grad_x, [grad_y], [weight], [grad_s], [a], rest)

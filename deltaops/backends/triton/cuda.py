@@ -153,27 +153,8 @@ def grad_input(
     seed: Tensor | None,
 ) -> None:
     """Write ``grad_x [M, K] = dy W + mask ⊙ (dS A)`` by ``plan``; dS ``[M, R]`` in fp32."""
-    _gemm(plan, grad_x, None, _of_grad_input(grad_y, weight, grad_s, a, dropout), seed)
-
-
-def grad_input_by_bits(
-    grad_x: Tensor,
-    grad_y: Tensor,
-    weight: Tensor,
-    grad_s: Tensor,
-    a: Tensor,
-    dropout: float,
-    kept: Tensor,
-) -> None:
-    """The same by the plan ``cuda``; ``kept`` is the mask, of ``kernels.dropout.kept_bits``."""
-    _hopper([(grad_x, None, _of_grad_input(grad_y, weight, grad_s, a, dropout))], None, kept)
-
-
-def _of_grad_input(
-    grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, dropout: float
-) -> list[Product]:
     narrow = grad_s.to(grad_y.dtype)
-    return [(grad_y, weight.t(), 0.0), (narrow, a.t(), dropout)]
+    _gemm(plan, grad_x, None, [(grad_y, weight.t(), 0.0), (narrow, a.t(), dropout)], seed)
 
 
 def outputs_of_group(
@@ -202,7 +183,7 @@ def grad_input_of_group(
     on so many of them, 0: all; no dropout."""
     frozen = [(dy, w.t(), 0.0) for dy, w in zip(grad_y, weight, strict=True)]
     rank_parts = [(ds.to(grad_x.dtype), t.t(), 0.0) for ds, t in zip(grad_s, a, strict=True)]
-    _hopper([(grad_x, None, [*frozen, *rank_parts])], None, None, multiprocessors)
+    _hopper([(grad_x, None, [*frozen, *rank_parts])], None, multiprocessors)
 
 
 class Down(NamedTuple):
@@ -261,19 +242,13 @@ def _gemm(
     module.ampere_gemm(device, DTYPES[out.dtype], _described(out, bias, products), pointer, stream)
 
 
-def _hopper(
-    outputs: Sequence[Output],
-    seed: Tensor | None,
-    kept: Tensor | None = None,
-    multiprocessors: int = 0,
-) -> None:
+def _hopper(outputs: Sequence[Output], seed: Tensor | None, multiprocessors: int = 0) -> None:
     """One launch; all outputs have the same rows. Of 0 ``multiprocessors``, on all."""
     out = outputs[0][0]
     module, (device, stream) = _module(), _place(out)
     wanted = [_described(*one) for one in outputs]
     pointer = 0 if seed is None else seed.data_ptr()
-    bits = (0, 0) if kept is None else (kept.data_ptr(), kept.stride(0))
-    module.hopper_gemm(device, DTYPES[out.dtype], wanted, pointer, stream, bits, multiprocessors)
+    module.hopper_gemm(device, DTYPES[out.dtype], wanted, pointer, stream, multiprocessors)
 
 
 def _module() -> ModuleType:

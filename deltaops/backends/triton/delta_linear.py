@@ -189,12 +189,10 @@ def backward(
 
     # one branch without a bias of its own, of which dx and dA are both wanted
     both = [needs[0], *needs[2:3], *needs[4:]] == [True, True, False]
-    if x is not None and both and adapter is None and activation[0] == branches.LINEAR:
+    if x is not None and both and adapter is None and _is_linear((), dropout, activation):
         if plan_of("backward", grad_y, weight, a, a, dropout) == "beside":
             if core.kernels("persistent").is_describable(x):
-                return beside.backward(
-                    grad_y, x, weight, a[0], b[0], s, scaling[0], dropout[0], seed, needs
-                )
+                return beside.backward(grad_y, x, weight, a[0], b[0], s, scaling[0], needs)
 
     def write(grad_x: Tensor, grad_s: Tensor) -> None:
         _write_grad_input(grad_x, grad_y, weight, a, grad_s, dropout, seed)
@@ -338,13 +336,11 @@ def special(
     factors: Sequence[Tensor],
     ranks: Sequence[int],
     device: torch.device | str,
-    masked: bool,
     linear: bool,
 ) -> tuple[str, ...]:
     """The plans from ``persistent`` on that take the GEMM of a direction on ``device``.
 
     Args:
-        masked: there is dropout.
         linear: S is still to be made, and is s · x Aᵀ, without dropout or what a parallel adapter
             or a row's own has.
     """
@@ -355,7 +351,7 @@ def special(
         found += ("ampere",)
     if direction == "backward" and "persistent" in found:
         m, k = rows.shape[0], weight.shape[1]
-        found += ("beside",) if beside.fits(m, k, ranks[0], masked, device) else ()
+        found += ("beside",) if beside.fits(m, k, ranks[0], device) else ()
     if linear and direction == "forward" and "cuda" in found:
         m, n = rows.shape[0], weight.shape[0]
         found += ("beside",) if beside.makes_s(m, n, ranks[0], device) else ()
@@ -412,7 +408,7 @@ def _choice(
     n, k = weight.shape
     setting = planner.setting_of(rows.dtype, dtypes, rows.shape[0], n, k, ranks, dropout)
     plain = core.kernels("configs").is_plain(rows, weight, ranks)
-    able = special(direction, rows, weight, factors, ranks, device, dropout, linear) + more
+    able = special(direction, rows, weight, factors, ranks, device, linear) + more
     return planner.choose(setting, direction, device, plain, able)
 
 

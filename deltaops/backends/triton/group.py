@@ -99,9 +99,9 @@ class TritonDeltaLinear(PlainPlan):
         """See :class:`deltaops.backends.base.GroupingPlan`."""
         plans = _plans(members)
         with core.device_of(x):
-            pieces = _s_of(x, members)
+            pieces, whole = _s_of(x, members)
             if _is_one_launch(x, members):
-                return _outputs(x, members, pieces)
+                return _outputs(x, members, pieces, whole)
             results: list[tuple[Tensor, Tensor | None]] = []
             for plan, member, piece in zip(plans, members, pieces, strict=True):
                 a, b, inner = thirds(member.operands)
@@ -175,17 +175,18 @@ class _Found(NamedTuple):
     """Of the branches' biases."""
 
 
-def _s_of(x: Tensor, members: Sequence[GroupMember]) -> list[Tensor]:
-    """S of each layer: those that were made with x, or all in one pass over it."""
+def _s_of(x: Tensor, members: Sequence[GroupMember]) -> tuple[list[Tensor], Tensor | None]:
+    """S of each layer: those that were made with x, or all in one pass over it, and then all side
+    by side too."""
     made = [member.s for member in members if member.s is not None]
     if len(made) == len(members):
-        return made
+        return made, None
     plans = _plans(members)
     width = sum(p.rank for p in plans)
     s = torch.empty((x.shape[0], width), dtype=torch.float32, device=x.device)
     if x.shape[0]:
         core.kernels("group").project_group(x, _parts(x, members), s)
-    return _split(s, plans)
+    return _split(s, plans), s
 
 
 def _pass_over_dy(
@@ -283,7 +284,7 @@ def _planned(
     able = not setting.dropout and all(_is_for_cuda(*pair) for pair in pairs)
     special: tuple[str, ...] = ()
     if able and len(parts) == len(members) <= MOST_ONE_LAUNCH:
-        fits = beside.fits(m, k, setting.rank, False, grad_x.device)
+        fits = beside.fits(m, k, setting.rank, grad_x.device)
         special = ("cuda", "beside") if fits else ("cuda",)
     return planner.choose(setting, "backward", grad_x.device, plain, special).plan
 
@@ -291,8 +292,7 @@ def _planned(
 def _is_for_cuda(grad_y: Tensor, member: GroupMember) -> bool:
     """Whether the plan ``cuda`` takes the layer's part of dx."""
     a, _, _ = thirds(member.operands)
-    plan = _plan(member)
-    given = member.weight, a, plan.ranks, grad_y.device, any(plan.dropout), False
+    given = member.weight, a, _plan(member).ranks, grad_y.device, False
     return "cuda" in delta_linear.special("backward", grad_y, *given)
 
 
@@ -312,13 +312,15 @@ def _is_one_launch(x: Tensor, members: Sequence[GroupMember]) -> bool:
 
 
 def _outputs(
-    x: Tensor, members: Sequence[GroupMember], s: Sequence[Tensor]
+    x: Tensor, members: Sequence[GroupMember], s: Sequence[Tensor], whole: Tensor | None
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """y of each layer by the plan ``cuda``, and its S as it came."""
+    """y of each layer by the plan ``cuda``, and its S as it came; ``whole``: all of them."""
     biases = [None if m.bias is None else m.bias.contiguous() for m in members]
     weights, ups = [m.weight for m in members], [thirds(m.operands)[1][0] for m in members]
     ys = [torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device) for w in weights]
-    cuda.outputs_of_group(ys, x, weights, biases, s, ups)
+    # rounded together, in one launch
+    rounded = s if whole is None else _split(whole.to(x.dtype), _plans(members))
+    cuda.outputs_of_group(ys, x, weights, biases, rounded, ups)
     return list(zip(ys, s, strict=True))
 
 

@@ -106,7 +106,9 @@ def possible(setting: Setting, direction: str, special: tuple[str, ...] = ()) ->
     mixed = setting.rank > 0 and setting.adapter != setting.dtype
     masked = setting.dropout and direction == "backward"
     # the library rounds S to the model's dtype, and knows no mask
-    return (PLANS[:2] if mixed or masked else PLANS[:3]) + special
+    plans = PLANS[:2] if mixed or masked else PLANS[:3]
+    # beside dx x is only read: few multiprocessors take longer to make its mask than dx takes
+    return plans + tuple(plan for plan in special if plan != "beside" or not masked)
 
 
 def break_even(setting: Setting, direction: str) -> float:

@@ -95,12 +95,6 @@ def _beside(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     t.dots(blocks * cdiv(a.M, a.BLOCK_M), a.BLOCK_K, a.BLOCK_R, a.BLOCK_M)
 
 
-@entry("_kept_bits_kernel")
-def _kept_bits(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
-    t.load(a.seed, 1, math.prod(grid))
-    t.store(a.kept, a.M * a.width)
-
-
 @entry("_project_kernel")
 def _project(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     down, across, parts = grid
