@@ -34,21 +34,6 @@ def each_threshold(thresholds: Sequence[int]) -> tuple[float, ...]:
 
 
 @triton.jit
-def _philox(key, c0, c1, c2, c3):
-    """The four words of a call of seven rounds. Triton's own takes the halves of a product by two
-    multiplications; of numbers that were 32 bits wide one gives both."""
-    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    for _ in tl.static_range(7):
-        even = c0.to(tl.uint64) * 0xD2511F53
-        odd = c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c1 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0, odd.to(tl.uint32)
-        c2, c3 = (even >> 32).to(tl.uint32) ^ c3 ^ k1, even.to(tl.uint32)
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
 def keep_mask(seed, row, first_col, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS] of int1 for the rows ``row`` and the columns from ``first_col``,
     a multiple of 8. Groups lie along columns, so a thread keeps the eight draws of one call.
@@ -57,7 +42,7 @@ def keep_mask(seed, row, first_col, stream, threshold, ROWS: tl.constexpr, COLS:
     wide = row.to(tl.int64)
     low = wide.to(tl.uint32)[:, None]  # keeps the low word
     high = (wide >> 32).to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = _philox(seed, group, low, high, tl.cast(stream, tl.uint32))
+    w0, w1, w2, w3 = tl.philox(seed, group, low, high, stream, 7)
     # join appends an axis of two: [..., i, j] is word 2i + j, and then [..., h] its half h
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(words, [ROWS, COLS // 2])

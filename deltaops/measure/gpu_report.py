@@ -95,11 +95,19 @@ _TRAINED = _layer(_many, [SQUARE], 16)
 _DROPPED = _layer(_many, [SQUARE], 16, 0.1)
 
 _DY = "dS is made in a pass over dy before dx; in the launch of dx, as S is in that of y"
-_RANKS = "passes of 64 ranks take over twice those of 16: their tiles are of counts, not measured"
-_MASK = "x's mask is made three times, for S, dA and dx; a cheaper one, or kept as bits"
+_RANKS = (
+    "dS and dB are a pass over dy each, since one for both takes longer; dS in the launch of dx"
+)
+_MASK = (
+    "x's mask is made three times, for S, dA and dx, and S and dA go apart from the products: in "
+    "their launches, as without a mask. Made once, as bits for dx or for dA, it took as long"
+)
 _GROUP = "dS and dB go layer by layer, and S before y: in the launches of dx and y"
-_PARTS = "each program adds up S's parts and reads B; fewer programs with more columns"
-_PREFIX = "merging the prefix is a pass over q and y, its gradients one over q, y, dy and dq"
+_PARTS = "each program adds up S's parts; A and B are two more percent of the bytes"
+_PREFIX = (
+    "merging the prefix is a pass over q and y, its gradients one over q, y, dy and dq, at three "
+    "fifths of a copy's rate: programs that stay, and load the next rows meanwhile"
+)
 
 GOALS = (
     Goal("LoRA r=16, 8192 × 4096²", OURS, FROZEN, 1.07, True, _TRAINED, _DY),
