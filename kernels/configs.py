@@ -306,14 +306,16 @@ def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
     return for_amd(Skinny(32, cols, lanes, warps, stages))
 
 
-def grad_down(rank: int, wide: bool) -> Skinny:
+def grad_down(rank: int, wide: bool, masked: bool = False) -> Skinny:
     """dA = dSᵀ drop(x). A program keeps [rank, cols] of dA in registers. On an H200 tiles of
-    32 × 128 take 32.4 µs of 32 lanes, 43.6 of 64 and 83.2 of 128, those of 64 × 64 48.4, 84.7 and
-    151; of 16 lanes with a mask 36.1 and 42.6."""
+    32 × 128 take 32.4 µs of 32 lanes, 43.6 of 64 and 84.5 of 128, those of 64 × 64 48.4, 84.7 and
+    151; of 16 lanes with a mask 36.1 and 42.6. Where four warps spill on another, there are eight.
+    """
     lanes = rank_lanes(rank, wide, 64 if precision.AMD else 128)
     if wide:
         return for_amd(Skinny(32, 64, lanes, 4, 3))
-    return for_amd(Skinny(32, 128, lanes, 4, 2 if lanes == 64 else 3))
+    eight = lanes > 64 or (lanes == 64 and masked)
+    return for_amd(Skinny(32, 128, lanes, 8 if eight else 4, 2 if lanes >= 64 else 3))
 
 
 def group_lanes(wide: bool) -> int:

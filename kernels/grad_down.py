@@ -75,8 +75,8 @@ def grad_down(
 ) -> None:
     """Write ``grad_a [R, K]`` (contiguous) for grad_s ``[M, R]`` and x ``[M, K]``."""
     (m, k), rank = x.shape, grad_a.shape[0]
-    config = configs.grad_down(rank, precision.wide)
     threshold = drop_threshold(dropout)
+    config = configs.grad_down(rank, precision.wide, threshold > 0)
     grid_k, grid_r = triton.cdiv(k, config.cols), triton.cdiv(rank, config.rank)
     parts, chunk = configs.split(m, config.rows, grid_k * grid_r, configs.OF_GRAD_DOWN)
     target = partials_or(grad_a, parts)

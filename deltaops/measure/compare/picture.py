@@ -21,7 +21,8 @@ FAMILIES = {
                  "prefix-pool", "prompt", "pool"),
     "specification": ("#c08a4a", "bitfit", "ia3", "lntuning"),
     "reparameterisation": ("#3c8a5a", "lora", "dora", "intrinsic", "intrinsic-adapter",
-                           "intrinsic-250", "intrinsic-adapter-250"),
+                           "intrinsic-250", "intrinsic-adapter-250", "intrinsic-1000",
+                           "intrinsic-adapter-1000"),
 }  # fmt: skip
 """Delta tuning's three families (Ding et al. 2023) → colour and contenders."""
 OTHERS = ("combined or chosen", "#7a4a9c")
