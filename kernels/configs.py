@@ -300,9 +300,9 @@ def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
     eight = lanes > 32 if of_s else lanes == 32
     warps = 8 if eight or (wide and not aligned) else 4
     few = lanes == 16 and aligned and not wide  # on an H200 31.1 µs, with 128 columns 38.9
-    cols = 256 if few else 64 if wide else 128
+    cols = 256 if few else 128 if not wide else 64 if aligned else 32
     # dB alone of 64 lanes: on an H200 25.9 µs, by three stages 28.8
-    stages = 5 if lanes == 64 and not of_s and not wide else 3
+    stages = 2 if not aligned else 5 if lanes == 64 and not of_s and not wide else 3
     return for_amd(Skinny(32, cols, lanes, warps, stages))
 
 
@@ -325,10 +325,10 @@ def group_lanes(wide: bool) -> int:
 
 def project_group(m: int, rank: int, lanes: int, wide: bool, masked: bool) -> Skinny:
     """S of several branches: the tiles of x that one of this ``rank`` has alone; ``lanes`` of all.
-    Two of 64 ranks take 31.0 µs on an H200, by three stages 35.8."""
+    Four stages of 64 ranks would be 13 % faster on an H200, and too large for others."""
     alone = project(m, rank, wide, True, masked=masked)
     crowded = masked and lanes > 64
-    stages = 1 if crowded else 4 if alone.rows == 64 and alone.rank == 64 else 3
+    stages = 1 if crowded else 2 if alone.rows == 16 or wide else 3
     eight = crowded or (masked and wide)
     return for_amd(replace(alone, warps=8 if eight else 4, stages=stages))
 
@@ -338,9 +338,11 @@ def grad_input_group(
 ) -> Gemm:
     """dx of several layers; a mask of its own for a branch needs an accumulator of its own."""
     config = grad_input(m, dtype, capability, wide, plain and not masked)
-    if not (masked and wide):
-        return config
-    return replace(config, cols=min(config.cols, 32), warps=4)
+    if masked and wide:
+        return replace(config, cols=min(config.cols, 32), warps=4, stages=min(config.stages, 2))
+    if wide and dtype != torch.float32:
+        return replace(config, warps=4 if precision.AMD else 8, stages=min(config.stages, 2))
+    return config
 
 
 def grad_down_group(rank: int, lanes: int, wide: bool, masked: bool) -> Skinny:
@@ -348,8 +350,10 @@ def grad_down_group(rank: int, lanes: int, wide: bool, masked: bool) -> Skinny:
     ``rank`` has alone; ``lanes`` of all. Three of 16 ranks take 40.1 µs on an H200, by eight warps
     49.8."""
     alone = grad_down(rank, wide)
-    if (wide or masked) and lanes > 32:
+    if masked and lanes > 32:
         return for_amd(replace(alone, warps=8, stages=2))
+    if wide and lanes > 32:
+        return for_amd(replace(alone, stages=1))
     return for_amd(alone)
 
 
@@ -384,7 +388,8 @@ def quantized(m: int, dtype: torch.dtype) -> Gemm:
     if dtype == torch.float32:
         few = m <= 16
         return Gemm(16 if few else 64, 32, 32, 16, 8, 4 if few or precision.AMD else 8, 2)
-    return Gemm(16 if m <= 16 else 64, 64, CODES, 16, 8, 4, 2)
+    few = m <= 16
+    return Gemm(16 if few else 64, 64, CODES, 16, 8, 4 if few or precision.AMD else 8, 2)
 
 
 @dataclass(frozen=True)
