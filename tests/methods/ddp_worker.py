@@ -6,6 +6,7 @@ Reads ``deltas.pkl`` in the folder, pairs of a name and an architecture → delt
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from dataclasses import replace
@@ -49,4 +50,9 @@ if __name__ == "__main__":
     found = {pair: gradients(delta, pair[1], rank) for pair, delta in deltas.items()}
     if rank == 0:
         torch.save(found, folder / "grads.pt")
+    distributed.barrier()  # neither leaves while the other still talks to it
     distributed.destroy_process_group()
+    # at once: the end of an interpreter may meet a thread of gloo's that still runs, which aborts
+    # the process ("terminate called without an active exception", seen once)
+    sys.stdout.flush()
+    os._exit(0)
