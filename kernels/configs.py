@@ -293,9 +293,9 @@ def project(
 
 def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
     """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB and of B in registers, so
-    that 128 lanes would spill. The warps are those that do not spill on sm_100, found by compiling
-    (tests/kernels/every_variant.py); without dS (``of_s``) others than with it. They change no
-    bits."""
+    that 128 lanes would spill. The warps, and columns and stages of what is not aligned, are those
+    that do not spill, found by compiling (tests/kernels/every_variant.py); without dS (``of_s``)
+    others than with it. Warps and stages change no bits."""
     lanes = rank_lanes(rank, wide, 64 if aligned else 16)
     eight = lanes > 32 if of_s else lanes == 32
     warps = 8 if eight or (wide and not aligned) else 4
@@ -325,7 +325,8 @@ def group_lanes(wide: bool) -> int:
 
 def project_group(m: int, rank: int, lanes: int, wide: bool, masked: bool) -> Skinny:
     """S of several branches: the tiles of x that one of this ``rank`` has alone; ``lanes`` of all.
-    Four stages of 64 ranks would be 13 % faster on an H200, and too large for others."""
+    Four stages of 64 ranks would be 13 % faster on an H200, and too large for others. The rest is
+    what does not spill, found by compiling; so below."""
     alone = project(m, rank, wide, True, masked=masked)
     crowded = masked and lanes > 64
     stages = 1 if crowded else 2 if alone.rows == 16 or wide else 3
@@ -444,7 +445,7 @@ def reads_dy_twice(grad_y: Tensor, b: Tensor, wide: bool) -> bool:
 
 OF_GRAD_DOWN = 2
 """``times`` of :func:`split` for dA: of x [8192,4096] and 16 lanes 22.7 µs on an H200, once 27.2;
-with a mask 36.7 and 39.6."""
+with a mask 36.7 and 39.6; by tiles of 64 × 64."""
 
 
 LEAST_ROWS = 8

@@ -4,8 +4,8 @@
 
 A program owns some columns of x and a piece of the rows, and keeps [R, columns] of dA in registers;
 the pieces' partial sums are added in a fixed order (reduce.py).
-Traffic: x once for each 128 ranks, dS once for each 64 columns (from L2), 8·R·K·pieces bytes of
-partials.
+Traffic: x once for each 128 ranks, dS once for each tile of columns (from L2), 8·R·K·pieces bytes
+of partials.
 """
 
 import triton

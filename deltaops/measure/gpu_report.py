@@ -2,8 +2,9 @@
 
     python3 -P -m deltaops.measure.gpu_report benchmarks/results/gpu-….json
 
-A goal is a bound on one ratio of medians of one run, over the cases that it names; it is met where
-the worst of them is. The page says what is missed by how much, and what was not measured.
+A goal is a bound on one ratio of medians of one run, less what the plan grants the case, over the
+cases that it names; it is met where the worst of them is. The page says what is missed by how much,
+and what was not measured.
 """
 
 from __future__ import annotations
@@ -103,10 +104,10 @@ _MASK = (
     "their launches, as without a mask. Made once, as bits for dx or for dA, it took as long"
 )
 _GROUP = "dS and dB go layer by layer, and S before y: in the launches of dx and y"
-_PARTS = "each program adds up S's parts; A and B are two more percent of the bytes"
+_PARTS = "each program adds up S's parts, and A and B are read beside the weight"
 _PREFIX = (
-    "merging the prefix is a pass over q and y, its gradients one over q, y, dy and dq, at three "
-    "fifths of a copy's rate: programs that stay, and load the next rows meanwhile"
+    "merging the prefix is a pass over q and y, its gradients one over q, y, dy and dq, and "
+    "neither runs at a copy's rate: programs that stay, and load the next rows meanwhile"
 )
 
 GOALS = (

@@ -72,8 +72,7 @@ class Output:
             *(ctypes.sizeof(GemmArgs), 0, (Product * count)(*products), count),
             self.multiprocessors,
             *(emulated.view(None if self.bias is None else self.bias.t), emulated.view(self.out.t)),
-            self.seed.data_ptr() or None,
-            None,
+            *(self.seed.data_ptr(), None),
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor
@@ -180,4 +182,9 @@ def test_refusals() -> None:
         [branch._replace(right=branch.right.T.contiguous().T, threshold=9)] * 9, out
     )
     assert "0 to 16 products" in refused([base] * 17, out)
+    args = ampere.gemm_args([base], None, out, SEED)
+    args.multiprocessors = 2
+    with emulated.grid() as lib:
+        assert lib.deltaops_cuda_ampere_gemm(ctypes.byref(args)) != 0
+    assert "runs on all multiprocessors, which 0 says, got 2" in emulated.error()
     assert bool((out == 3.0).all())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from deltaops.backends.triton import core, cuda, delta_linear, planner, tables, targets
+from deltaops.backends.triton import beside, core, cuda, delta_linear, planner, tables, targets
 from deltaops.reference import delta_linear as reference
 from deltaops.testing import assert_accurate
 
@@ -205,6 +205,34 @@ def test_where_s_is_made_beside_y(
 
 
 @pytest.mark.usefixtures("emulated_plan")
+def test_a_group_s_dx_leaves_multiprocessors_to_grad_a(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, k, widths, ranks, dtype = 140, 328, (72, 40), (16, 8), torch.bfloat16
+    x = normal(m, k, dtype=dtype, seed=1)
+    grad_y = [normal(m, n, dtype=dtype, seed=n) for n in widths]
+    weight = [normal(n, k, dtype=dtype, seed=n + 1) for n in widths]
+    a = [normal(r, k, dtype=dtype, seed=r) for r in ranks]
+    grad_s = normal(m, sum(ranks), dtype=dtype, seed=2)
+    of_layers = list(grad_s.split(ranks, 1))  # type: ignore[no-untyped-call]  # torch's own has no types
+    left, kernels = [], core.kernels
+
+    def instead(grad_s: Tensor, x: Tensor, grad_a: Tensor, *, programs: int) -> None:
+        left.append(programs)
+        grad_a.copy_(grad_s.float().T @ x.float())
+
+    there = types.SimpleNamespace(beside=instead)
+    monkeypatch.setattr(core, "kernels", lambda n: there if n == "beside" else kernels(n))
+    monkeypatch.setattr(core, "multiprocessors", lambda device: 4)
+    grad_x = torch.empty_like(x)
+    grad_a = beside.backward_group(grad_x, grad_y, x, weight, a, grad_s, of_layers)
+    assert left == [1]  # six tiles take two rounds on three
+    wide = [dy.double() @ w.double() for dy, w in zip(grad_y, weight, strict=True)]
+    oracle = sum(wide, grad_s.double() @ torch.cat(a).double())
+    assert_accurate(grad_x, oracle, oracle.to(dtype), "grad x")
+    oracle = grad_s.double().T @ x.double()
+    assert_accurate(grad_a, oracle, oracle.to(dtype), "grad a")
+
+
+@pytest.mark.usefixtures("emulated_plan")
 def test_what_the_library_refuses_is_an_error() -> None:
     x = normal(8, 9, dtype=torch.bfloat16, seed=1)
     with pytest.raises(RuntimeError, match="must have rows on 16 bytes"):
@@ -230,7 +258,8 @@ def test_a_module_of_another_build_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     stale = types.SimpleNamespace(abi_version=lambda: 1)
     monkeypatch.setitem(sys.modules, "deltaops._cuda", stale)
     assert cuda.state() == (
-        "deltaops._cuda is of another build (version 1 of its C ABI, not 5); reinstall deltaops"
+        "deltaops._cuda is of another build (version 1 of its C ABI, not "
+        f"{cuda.ABI_VERSION}); reinstall deltaops"
     )
 
 

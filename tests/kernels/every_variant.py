@@ -133,7 +133,7 @@ def published() -> Iterator[Call]:
 def linears() -> Iterator[Call]:
     """Groups, the norms of DoRA, quantised weights."""
     for m, ranks, types, dropout in itertools.product(
-        ROWS, ((16, 16, 16), (32, 32, 32), (64, 32, 16), (3, 13, 16)), TYPES, (0.0, 0.1)
+        ROWS, ((16, 16, 16), (32, 32, 32), (64, 64), (64, 32, 16), (3, 13, 16)), TYPES, (0.0, 0.1)
     ):
         yield linears_ahead.Group(m, ranks, *types, dropout)
         if ranks[0] == 3:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from deltaops.kernels import configs, group, precision
+
 from deltaops.backends.triton import TritonBackend, core, record, targets
 
 M, K, R = 8192, 256, 16
@@ -90,3 +92,38 @@ def test_each_tile_is_taken_once(down: int, across: int, programs: int, group: i
 @pytest.mark.parametrize(("tiles", "multiprocessors", "stay"), [(1024, 132, 132), (12, 132, 12)])
 def test_no_program_is_without_a_tile(tiles: int, multiprocessors: int, stay: int) -> None:
     assert core.kernels("persistent").programs(tiles, multiprocessors) == stay
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("rank", [1, 16, 24, 32, 64])
+@pytest.mark.parametrize("m", [1, 16, 512, 8192])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+def test_a_group_cuts_its_sums_as_a_branch_alone_does(
+    rank: int, m: int, masked: bool, dtype: torch.dtype
+) -> None:
+    """Rows and columns of a tile decide how many pieces a sum has, and so the bits."""
+    wide = dtype == FULL
+    alone = configs.project(m, rank, wide, True, masked=masked)
+    together = configs.project_group(m, rank, 3 * alone.rank, wide, masked)
+    assert (together.rows, together.cols) == (alone.rows, alone.cols)
+    alone = configs.grad_down(rank, wide, masked)
+    together = configs.grad_down_group(rank, 3 * alone.rank, wide, masked)
+    assert (together.rows, together.cols) == (alone.rows, alone.cols)
+
+
+def test_branches_with_other_tiles_go_in_launches_of_their_own() -> None:
+    def part(rank: int, dropout: float = 0.0) -> group.Part:
+        a = torch.empty(rank, K, dtype=HALF, device="meta")
+        return group.Part(a, 1.0, dropout, None, 0, precision.rank_precision(HALF, [a]))
+
+    def runs(*parts: group.Part, backward: bool) -> list[list[int]]:
+        found = group.together(rows(), parts, backward=backward)
+        return [[one.rank for one in some] for some in found]
+
+    assert runs(part(16), part(8), part(64), backward=False) == [[16, 8, 64]]
+    assert runs(part(16), part(16, 0.1), part(16, 0.1), backward=False) == [[16], [16, 16]]
+    assert runs(part(16), part(16, 0.1), backward=True) == [[16, 16]]
+    assert runs(part(64), part(64), part(16), backward=True) == [[64, 64], [16]]

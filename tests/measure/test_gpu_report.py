@@ -34,6 +34,13 @@ def test_a_goal_is_as_its_worst_case() -> None:
     assert [least.met(ratio) for ratio in (1.28, 1.27)] == [True, False]
 
 
+def test_a_prefix_is_granted_its_share_of_the_products() -> None:
+    """Each of 511 causal queries sees 256 keys on average, and 64 of the prefix."""
+    goal = next(g for g in gpu_report.GOALS if g.what.startswith("prefix attention"))
+    one = case(PREFIX, 1.3, shape=[2, 8, 8, 511, 128], prefix=64)
+    assert list(goal.values([one]).values()) == [pytest.approx(1.3 - 64 / 256)]
+
+
 def test_the_page_says_what_is_met_missed_and_not_measured(tmp_path: Path) -> None:
     left = {**layer(1.0), "seconds": {}, "left_out": {"case": "it drifted"}}
     content = {

@@ -10,7 +10,7 @@ and is made in their launch, which waits for it row by row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,37 +81,19 @@ def backward(
     grad_s = torch.empty_like(s, dtype=x.dtype)  # as dx and dA multiply it
     grad_b = torch.empty_like(b) if needs[3] else None
     grad_bias = grad_y.new_empty(grad_y.shape[1]) if needs[1] else None
-    (m, k), device, last_sums = x.shape, x.device, list[tuple[Tensor, Tensor]]()
-    spare = _spare(m, k, device)
+    last_sums: list[tuple[Tensor, Tensor]] = []
     precision = core.kernels("precision").rank_precision(x.dtype, [a])
+
+    def write(multiprocessors: int) -> None:
+        _write_grad_input(grad_x, grad_y, weight, grad_s, a, multiprocessors)
+
     with core.device_of(x):
         branches.pass_over_dy(
             grad_y, b, s, scaling=scaling, activation=branches.LINEAR, precision=precision,
             grad_s=grad_s, grad_b=grad_b, grad_bias=grad_bias, postponed=last_sums,
         )  # fmt: skip
-        with core.aside(device):
-            core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
-            for partials, out in last_sums:
-                core.kernels("reduce").sum_partials(partials, out)
-        try:
-            _write_grad_input(grad_x, grad_y, weight, grad_s, a, spare)
-        finally:
-            core.together(device)
+        _meanwhile(write, grad_s, x, grad_a, last_sums)
     return [t for t in (grad_x, grad_bias, grad_a, grad_b) if t is not None]
-
-
-def _write_grad_input(
-    grad_x: Tensor, grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, spare: int
-) -> None:
-    """On all multiprocessors but ``spare``."""
-    rest = core.multiprocessors(grad_x.device) - spare
-    if cuda.runs_on(grad_x.device, "cuda"):
-        cuda.grad_input_of_group(grad_x, [grad_y], [weight], [grad_s], [a], rest)
-        return
-    core.kernels("persistent_grad_input").persistent_grad_input(
-        grad_y, weight, grad_s, a, grad_x, dropout=0.0, seed=None,
-        capability=core.capability(grad_x), multiprocessors=rest,
-    )  # fmt: skip
 
 
 def backward_group(
@@ -123,22 +105,57 @@ def backward_group(
     grad_s: Tensor,
     of_layers: Sequence[Tensor],
 ) -> Tensor:
-    """Write dx of layers of one x, by the plan ``cuda``; returns dA of all, ``[ΣR, K]``.
+    """Write dx of layers of one x, by the plan ``cuda``; returns dA of all, ``[ΣR, K]``. On the
+    current GPU.
 
     Args:
         grad_s: dS of all ``[M, ΣR]``, of which ``of_layers`` are the columns of each; no dropout.
     """
+    grad_a = x.new_empty((grad_s.shape[1], x.shape[1]))
+
+    def write(multiprocessors: int) -> None:
+        cuda.grad_input_of_group(grad_x, grad_y, weight, of_layers, a, multiprocessors)
+
+    _meanwhile(write, grad_s, x, grad_a, [])
+    return grad_a
+
+
+def _meanwhile(
+    write: Callable[[int], None],
+    grad_s: Tensor,
+    x: Tensor,
+    grad_a: Tensor,
+    last_sums: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """``write`` dx on as many multiprocessors as its rounds need, and on the others dA and what the
+    pass over dy has left to be summed."""
     (m, k), device = x.shape, x.device
     spare = _spare(m, k, device)
-    grad_a = torch.empty((grad_s.shape[1], k), dtype=x.dtype, device=device)
-    with core.aside(device):
-        core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
     try:
-        rest = core.multiprocessors(device) - spare
-        cuda.grad_input_of_group(grad_x, grad_y, weight, of_layers, a, rest)
+        with core.aside(device):
+            core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
+            for partials, out in last_sums:
+                core.kernels("reduce").sum_partials(partials, out)
+        write(core.multiprocessors(device) - spare)
     finally:
         core.together(device)
-    return grad_a
+
+
+def _write_grad_input(
+    grad_x: Tensor,
+    grad_y: Tensor,
+    weight: Tensor,
+    grad_s: Tensor,
+    a: Tensor,
+    multiprocessors: int,
+) -> None:
+    if cuda.runs_on(grad_x.device, "cuda"):
+        cuda.grad_input_of_group(grad_x, [grad_y], [weight], [grad_s], [a], multiprocessors)
+        return
+    core.kernels("persistent_grad_input").persistent_grad_input(
+        grad_y, weight, grad_s, a, grad_x, dropout=0.0, seed=None,
+        capability=core.capability(grad_x), multiprocessors=multiprocessors,
+    )  # fmt: skip
 
 
 def _spare(m: int, k: int, device: torch.device | str) -> int:

@@ -180,7 +180,7 @@ def grad_input_of_group(
     multiprocessors: int = 0,
 ) -> None:
     """Write ``grad_x = Σ dy W + Σ dS A`` of such layers, by the plan ``cuda``, in one accumulator,
-    on so many of them, 0: all; no dropout."""
+    on so many ``multiprocessors``, 0: all; no dropout."""
     frozen = [(dy, w.t(), 0.0) for dy, w in zip(grad_y, weight, strict=True)]
     rank_parts = [(ds.to(grad_x.dtype), t.t(), 0.0) for ds, t in zip(grad_s, a, strict=True)]
     _hopper([(grad_x, None, [*frozen, *rank_parts])], None, multiprocessors)
@@ -243,7 +243,7 @@ def _gemm(
 
 
 def _hopper(outputs: Sequence[Output], seed: Tensor | None, multiprocessors: int = 0) -> None:
-    """One launch; all outputs have the same rows. Of 0 ``multiprocessors``, on all."""
+    """One launch on so many ``multiprocessors``, 0: all; all outputs have the same rows."""
     out = outputs[0][0]
     module, (device, stream) = _module(), _place(out)
     wanted = [_described(*one) for one in outputs]

@@ -131,6 +131,7 @@ class TritonDeltaLinear(PlainPlan):
             parts, plan = _parts(first, members), None
             if m and grad_x is not None:
                 plan = _planned(grad_x, grad_y, members, parts)
+            # as the products take it, unless it is summed itself
             rounded = plan in FOR_LIBRARY and not any(map(_wants_inner, plans, needs))
             kind = first.dtype if rounded else torch.float32
             grad_s = torch.empty((m, width), dtype=kind, device=device)
@@ -139,14 +140,13 @@ class TritonDeltaLinear(PlainPlan):
                 for one in zip(grad_y, members, s, _split(grad_s, plans), needs, strict=True)
             ]
             grad_a = [t for mine in found for t in mine.a]
-            if plan == "beside" and _is_read_beside(x, grad_a):
-                assert grad_x is not None
-                assert x is not None
+            together = plan == "beside" and all(t is not None for t in grad_a)
+            if together and grad_x is not None and x is not None and _is_describable(x):
                 weights, factors = [m.weight for m in members], [part.a for part in parts]
                 whole = beside.backward_group(
                     grad_x, grad_y, x, weights, factors, grad_s, _split(grad_s, plans)
                 )
-                rows = branches.columns([plan.rank for plan in plans])
+                rows = branches.columns([p.rank for p in plans])
                 for mine, piece in zip(found, rows, strict=True):
                     mine.a[:] = [whole[piece]]
             else:
@@ -232,10 +232,8 @@ def _wants_inner(plan: TritonDeltaLinear, needs: Sequence[bool]) -> bool:
     return any(needs[2 + 2 * len(plan.ranks) :])
 
 
-def _is_read_beside(x: Tensor | None, grad_a: Sequence[Tensor | None]) -> bool:
-    """Whether dA of all is wanted, and can be made beside dx."""
-    if x is None or any(t is None for t in grad_a):
-        return False
+def _is_describable(x: Tensor) -> bool:
+    """Whether what runs beside dx can read it."""
     describable: bool = core.kernels("persistent").is_describable(x)
     return describable
 
