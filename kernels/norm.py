@@ -1,6 +1,6 @@
 """LayerNorm or RMSNorm, forward and backward     (Ba et al. 2016; Zhang and Sennrich 2019)
 
-    n = (x − mean) · rstd,    y = n · gamma + bias          RMSNorm: mean = 0
+    n = (x − mean) · rstd,    y = n · gamma + bias          RMSNorm: mean = 0; "none": n = x
     g = dy · gamma,    dx = rstd · (g − E g − n · E(g n)),    dgamma = Σ_m dy · n,    dbias = Σ_m dy
 
     x, y, dx, dy [M,K]  gamma, bias [K]  stats [M,2] fp32 (mean, rstd)
@@ -8,7 +8,7 @@
 Up to 8192 columns a program has whole rows in registers: traffic is x and y forward, x, dy and dx
 backward, and partial sums of dgamma and dbias, 8·K bytes a piece, added in a fixed order. Longer
 rows are read twice, the second time mostly from L2, and their dgamma and dbias have a pass of
-their own.
+their own. Without a norm nothing looks at a row as a whole, and tiles are as with one.
 """
 
 import torch
@@ -44,7 +44,7 @@ def _norm_kernel(
     x_col,
     y_row,
     eps,
-    LAYER: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -53,9 +53,16 @@ def _norm_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_K)
+    if NORM == "none":
+        for k in range(0, K, BLOCK_K):
+            col = k + lane
+            plain = load_tile(x, row, col, x_row, x_col, M, K).to(tl.float32)
+            gained = _affine(plain, gamma, bias, col, K, HAS_GAMMA, HAS_BIAS)
+            store_tile(y, row, col, y_row, 1, M, K, gained)
+        return
     if WHOLE:
         tile = load_tile(x, row, lane, x_row, x_col, M, K).to(tl.float32)
-        mean, m2 = tile_moments(tile, lane, K, K * 1.0, LAYER)
+        mean, m2 = tile_moments(tile, lane, K, K * 1.0, NORM == "layer")
         rstd = inverse_root(m2, K, eps)
         n = (tile - mean[:, None]) * rstd[:, None]
         out = _affine(n, gamma, bias, lane, K, HAS_GAMMA, HAS_BIAS)
@@ -67,8 +74,10 @@ def _norm_kernel(
             col = k + lane
             part = load_tile(x, row, col, x_row, x_col, M, K).to(tl.float32)
             count = tl.minimum(K - k, BLOCK_K) * 1.0
-            more_mean, more_m2 = tile_moments(part, col, K, count, LAYER)
-            mean, m2 = join_moments(k * 1.0, mean, m2, count, more_mean, more_m2, LAYER)
+            more_mean, more_m2 = tile_moments(part, col, K, count, NORM == "layer")
+            mean, m2 = join_moments(
+                k * 1.0, mean, m2, count, more_mean, more_m2, NORM == "layer"
+            )
         rstd = inverse_root(m2, K, eps)
         for k in range(0, K, BLOCK_K):
             col = k + lane
@@ -87,9 +96,9 @@ def norm(
     stats: Tensor,
     *,
     eps: float,
-    layer: bool,
+    norm: str,
 ) -> None:
-    """Write ``y [M, K]`` and ``stats [M, 2]`` (contiguous); gamma and bias lie side by side."""
+    """Write ``y [M, K]`` and, with a norm, ``stats [M, 2]``; all but x lie side by side."""
     m, k = x.shape
     config = configs.norm(k)
     _norm_kernel[(triton.cdiv(m, config.rows),)](
@@ -104,7 +113,7 @@ def norm(
         x.stride(1),
         y.stride(0),
         eps,
-        LAYER=layer,
+        NORM=norm,
         HAS_GAMMA=gamma is not None,
         HAS_BIAS=bias is not None,
         WHOLE=k <= config.cols,
@@ -133,7 +142,7 @@ def _norm_grad_kernel(
     gx_row,
     gg_part,
     gb_part,
-    LAYER: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     WANT_X: tl.constexpr,
     WANT_GAMMA: tl.constexpr,
@@ -154,7 +163,13 @@ def _norm_grad_kernel(
         grad = load_tile(grad_y, row, col, gy_row, gy_col, M, K).to(tl.float32)
         if WANT_BIAS:
             of_bias += tl.sum(grad, 0)
-        if WANT_X or WANT_GAMMA:
+        if NORM == "none":
+            if WANT_GAMMA:
+                n = load_tile(x, row, col, x_row, x_col, M, K).to(tl.float32)
+                of_gamma += tl.sum(grad * n, 0)
+            if WANT_X:
+                store_tile(grad_x, row, col, gx_row, 1, M, K, grad * factor[None, :])
+        elif WANT_X or WANT_GAMMA:
             mean, rstd = load_statistics(stats, row, M)
             n = load_tile(x, row, col, x_row, x_col, M, K).to(tl.float32)
             n = (n - mean[:, None]) * rstd[:, None]  # outside K not 0, but grad is
@@ -163,7 +178,7 @@ def _norm_grad_kernel(
             if WANT_X:  # the columns are all there are
                 g = grad * factor[None, :]
                 out = g - n * (tl.sum(g * n, 1) / K)[:, None]
-                if LAYER:
+                if NORM == "layer":
                     out -= (tl.sum(g, 1) / K)[:, None]
                 store_tile(grad_x, row, col, gx_row, 1, M, K, out * rstd[:, None])
     if WANT_GAMMA:
@@ -188,7 +203,7 @@ def _norm_grad_wide_kernel(
     x_row,
     x_col,
     gx_row,
-    LAYER: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -205,7 +220,7 @@ def _norm_grad_wide_kernel(
         g = _affine(g, gamma, gamma, col, K, HAS_GAMMA, False)
         n = load_tile(x, row, col, x_row, x_col, M, K).to(tl.float32)
         slope += tl.sum(g * (n - mean[:, None]), 1)
-        if LAYER:
+        if NORM == "layer":
             centre += tl.sum(g, 1)
     slope = slope * rstd / K
     centre = centre / K
@@ -225,21 +240,22 @@ def norm_grads(
     stats: Tensor,
     gamma: Tensor | None,
     *,
-    layer: bool,
+    norm: str,
     grad_x: Tensor | None,
     grad_gamma: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
     """Write those of grad_x ``[M, K]``, grad_gamma ``[K]``, grad_bias ``[K]`` that are given.
 
-    x may be None where only grad_bias is; stats ``[M, 2]`` and gamma lie side by side.
+    x may be None where only grad_bias is, or without a norm no grad_gamma; stats ``[M, 2]`` and
+    gamma lie side by side.
     """
     m, k = grad_y.shape
     config = configs.norm_grads(k)
     tile = {"BLOCK_M": config.rows, "BLOCK_K": config.cols, "num_warps": config.warps}
     left = grad_y if x is None else x
-    settings = {"LAYER": layer, "HAS_GAMMA": gamma is not None}
-    whole = k <= config.cols
+    settings = {"NORM": norm, "HAS_GAMMA": gamma is not None}
+    whole = k <= config.cols or norm == "none"  # each column by itself
     if grad_x is not None and not whole:
         _norm_grad_wide_kernel[(triton.cdiv(m, config.rows),)](
             grad_y, left, stats, gamma, grad_x, m, k,
@@ -253,7 +269,8 @@ def norm_grads(
     elif grad_x is None:
         return
     else:
-        tiles, parts, chunk = 1, triton.cdiv(m, config.rows), config.rows
+        tiles, parts = triton.cdiv(k, config.cols), triton.cdiv(m, config.rows)
+        chunk = config.rows
     unused = torch.empty((0, 0, 0), dtype=torch.float32, device=grad_y.device)
     to_gamma, to_bias = (unused if t is None else partials_or(t, parts) for t in sums)
     _norm_grad_kernel[(parts, tiles)](

@@ -97,13 +97,14 @@ ffi::Error bottleneck_backward(ffi::RemainingArgs args, ffi::RemainingRets rets,
   });
 }
 
-// x, [gamma], [bias: beta's bit] -> y, [stats]
+// x, [gamma], [bias: beta's bit] -> y, [stats: with a norm]
 ffi::Error norm_bias_forward(ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t present,
                              float eps, int32_t norm, int32_t num_threads) {
   Buffers buffers(args, rets);
   const View x = buffers.operand(2), gamma = buffers.operand(1, present & kGamma);
   const View bias = buffers.operand(1, present & kBeta);
-  const View y = buffers.result(2), stats = buffers.result(2, present & kState);
+  const View y = buffers.result(2);
+  const View stats = buffers.result(2, (present & kState) && norm != DELTAOPS_NO_NORM);
   return for_each_item(buffers, [&](const Item &item) {
     deltaops_norm_bias_forward_args call = {};
     call.struct_size = sizeof call;
@@ -119,12 +120,13 @@ ffi::Error norm_bias_forward(ffi::RemainingArgs args, ffi::RemainingRets rets, i
   });
 }
 
-// grad_y, [x], stats, [gamma] -> the wanted ones of x, gamma, bias
+// grad_y, [x], [stats: with a norm], [gamma] -> the wanted ones of x, gamma, bias
 ffi::Error norm_bias_backward(ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t present,
                               int32_t norm, Numbers wanted, int32_t num_threads) {
   Buffers buffers(args, rets);
   const View grad_y = buffers.operand(2), x = buffers.operand(2, present & kX);
-  const View stats = buffers.operand(2), gamma = buffers.operand(1, present & kGamma);
+  const View stats = buffers.operand(2, norm != DELTAOPS_NO_NORM);
+  const View gamma = buffers.operand(1, present & kGamma);
   buffers.expect(wanted.size() == 3, "norm_bias: wanted must be three numbers.");
   if (!buffers.error().success()) return buffers.error();
   const View grad_x = buffers.result(2, wanted[0] != 0);

@@ -60,7 +60,7 @@ inline Bottleneck bottleneck_of(int64_t M, int64_t K, int64_t R) {
   b.row = b.k_padded + 16;  // so that a tile's rows do not fall on the same cache sets
   int64_t rows = least(least(kMostRows, kBlockFloats / K), ceil_div(M, kBlocks));
   if (rows < kLeastRows) rows = kLeastRows;
-  b.block_rows = round_up(rows, kTileRows);
+  b.block_rows = round_up(rows, kNarrowRows);  // whole tiles of either product
   b.blocks = ceil_div(M, b.block_rows);
   return b;
 }

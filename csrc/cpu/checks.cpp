@@ -296,10 +296,9 @@ void gradient(Checker *c, const char *name, const deltaops_matrix &m, const char
   if (m.data) c->dense_output(name, m, shape, rows, cols, -1);
 }
 
-void norm_kind(Checker *c, int32_t norm, bool optional) {
-  c->expect(
-      norm >= (optional ? DELTAOPS_NO_NORM : DELTAOPS_LAYER_NORM) && norm <= DELTAOPS_RMS_NORM,
-      "norm must be %s1 (LayerNorm) or 2 (RMSNorm), got %d.", optional ? "0 (none), " : "", norm);
+void norm_kind(Checker *c, int32_t norm) {
+  c->expect(norm >= DELTAOPS_NO_NORM && norm <= DELTAOPS_RMS_NORM,
+            "norm must be 0 (none), 1 (LayerNorm) or 2 (RMSNorm), got %d.", norm);
 }
 
 void activation_kind(Checker *c, int32_t activation) {
@@ -315,7 +314,7 @@ deltaops_status check(const BottleneckForwardArgs *args) {
   const int64_t M = args->x.rows, K = args->x.cols, R = args->down.rows;
   const int dtype = args->x.dtype;
   c.expect(K >= 1 && R >= 1, "K and R must be at least 1, got K=%" PRId64 ", R=%" PRId64 ".", K, R);
-  norm_kind(&c, args->norm, true);
+  norm_kind(&c, args->norm);
   activation_kind(&c, args->activation);
   c.rows_of("x", args->x, "[M, K]", M, K, -1);
   if (args->residual.data) c.rows_of("residual", args->residual, "[M, K]", M, K, dtype);
@@ -340,7 +339,7 @@ deltaops_status check(const BottleneckBackwardArgs *args) {
   const int dtype = args->grad_y.dtype;
   const bool norm = args->norm != DELTAOPS_NO_NORM;
   c.expect(K >= 1 && R >= 1, "K and R must be at least 1, got K=%" PRId64 ", R=%" PRId64 ".", K, R);
-  norm_kind(&c, args->norm, true);
+  norm_kind(&c, args->norm);
   activation_kind(&c, args->activation);
   c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
   c.expect(args->residual_is_x == 0 || args->residual_is_x == 1,
@@ -374,12 +373,13 @@ deltaops_status check(const NormBiasForwardArgs *args) {
   if (!c.header(args)) return c.status();
   const int64_t M = args->x.rows, K = args->x.cols;
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
-  norm_kind(&c, args->norm, false);
+  norm_kind(&c, args->norm);
   c.rows_of("x", args->x, "[M, K]", M, K, -1);
   parameter(&c, "gamma", args->gamma, "[1, K]", K);
   parameter(&c, "bias", args->bias, "[1, K]", K);
   c.output("y", args->y, "[M, K]", M, K, args->x.dtype);
-  if (args->stats.data) c.output("stats", args->stats, "[M, 2]", M, 2, DELTAOPS_F32);
+  if (args->stats.data && args->norm != DELTAOPS_NO_NORM)
+    c.output("stats", args->stats, "[M, 2]", M, 2, DELTAOPS_F32);
   c.work(M, 0, K, 0);
   return c.disjoint();
 }
@@ -392,11 +392,13 @@ deltaops_status check(const NormBiasBackwardArgs *args) {
   c.expect(K >= 1, "K must be at least 1, got %" PRId64 ".", K);
   c.expect(args->reserved == 0, "reserved must be 0, got %d. Zero the struct first.",
            args->reserved);
-  norm_kind(&c, args->norm, false);
+  norm_kind(&c, args->norm);
   c.rows_of("grad_y", args->grad_y, "[M, K]", M, K, -1);
-  if (args->grad_x.data || args->grad_gamma.data) {
-    c.rows_of("x (needed for grad_x and grad_gamma)", args->x, "[M, K]", M, K, dtype);
-    c.rows_of("stats", args->stats, "[M, 2]", M, 2, DELTAOPS_F32);
+  const bool norm = args->norm != DELTAOPS_NO_NORM;
+  if (args->grad_gamma.data || (norm && args->grad_x.data)) {
+    c.rows_of("x (needed for grad_gamma, and for grad_x past a norm)", args->x, "[M, K]", M, K,
+              dtype);
+    if (norm) c.rows_of("stats", args->stats, "[M, 2]", M, 2, DELTAOPS_F32);
   }
   parameter(&c, "gamma", args->gamma, "[1, K]", K);
   if (args->grad_x.data) c.output("grad_x", args->grad_x, "[M, K]", M, K, dtype);

@@ -1,4 +1,5 @@
-/* norm_bias.h: a norm with its bias as one op; norm.h has the mathematics.
+/* norm_bias.h: a norm with its bias as one op, or the gain and bias alone; norm.h has the
+ * mathematics.
  *
  * Bound by memory: forward reads x and writes y once, backward reads dy and x and writes dx once. A
  * row is looked at two or three times while it is in L1. dgamma and dbias ride along.
@@ -12,6 +13,27 @@
 namespace deltaops {
 namespace DELTAOPS_ISA {
 namespace {
+
+/* y = x gamma + bias, a row. */
+template <class T>
+DELTAOPS_INLINE void scale_row(const T *x, int64_t K, const float *gamma, const float *bias, T *y) {
+  each_vector(K, [&](int64_t k, int64_t count) {
+    store_lanes(y + k, load_lanes(x + k, count) * load(gamma + k) + load(bias + k), count);
+  });
+}
+
+/* Its dx = dy gamma, and its part of dgamma and dbias, added to [K] floats; each unless NULL. x is
+ * read for dgamma alone. */
+template <class T>
+DELTAOPS_INLINE void scale_row_backward(const T *dy, const T *x, int64_t K, const float *gamma,
+                                        T *dx, float *grad_gamma, float *grad_bias) {
+  each_vector(K, [&](int64_t k, int64_t count) {
+    const VecF d = load_lanes(dy + k, count);
+    if (grad_gamma) store(grad_gamma + k, load(grad_gamma + k) + d * load_lanes(x + k, count));
+    if (grad_bias) store(grad_bias + k, load(grad_bias + k) + d);
+    if (dx) store_lanes(dx + k, d * load(gamma + k), count);
+  });
+}
 
 template <class T>
 deltaops_status norm_bias_forward_as(const NormBiasForwardArgs &args) {
@@ -29,8 +51,13 @@ deltaops_status norm_bias_forward_as(const NormBiasForwardArgs &args) {
       const Range rows = share(M, self, threads);
       for (int64_t m = rows.begin; m < rows.end; ++m) {
         const T *x = static_cast<const T *>(args.x.data) + m * args.x.row_stride;
+        T *y = static_cast<T *>(args.y.data) + m * args.y.row_stride;
+        if (args.norm == DELTAOPS_NO_NORM) {
+          scale_row(x, K, gamma, bias, y);
+          continue;
+        }
         const Stats s = row_stats(x, K, args.eps, centred);
-        normalize_row(x, K, s, gamma, bias, static_cast<T *>(args.y.data) + m * args.y.row_stride);
+        normalize_row(x, K, s, gamma, bias, y);
         if (args.stats.data)
           memcpy(static_cast<float *>(args.stats.data) + m * args.stats.row_stride, &s, sizeof s);
       }
@@ -73,20 +100,18 @@ deltaops_status norm_bias_backward_as(const NormBiasBackwardArgs &args) {
         if (to_bias) memset(to_bias, 0, static_cast<size_t>(padded) * sizeof(float));
         for (int64_t m = c * chunks.rows; m < least(M, (c + 1) * chunks.rows); ++m) {
           const T *dy = static_cast<const T *>(args.grad_y.data) + m * args.grad_y.row_stride;
-          if (args.grad_x.data == nullptr && !want_gamma) {  // x need not be there
-            each_vector(K, [&](int64_t k, int64_t count) {
-              store(to_bias + k, load(to_bias + k) + load_lanes(dy + k, count));
-            });
+          const T *x =
+              args.x.data ? static_cast<const T *>(args.x.data) + m * args.x.row_stride : nullptr;
+          T *dx = args.grad_x.data ? static_cast<T *>(args.grad_x.data) + m * args.grad_x.row_stride
+                                   : nullptr;
+          if (args.norm == DELTAOPS_NO_NORM || (dx == nullptr && !want_gamma)) {
+            scale_row_backward<T>(dy, x, K, gamma, dx, to_gamma, to_bias);
             continue;
           }
           Stats s;
           memcpy(&s, static_cast<const float *>(args.stats.data) + m * args.stats.row_stride,
                  sizeof s);
-          T *dx = args.grad_x.data ? static_cast<T *>(args.grad_x.data) + m * args.grad_x.row_stride
-                                   : nullptr;
-          normalize_row_backward<T, T>(dy,
-                                       static_cast<const T *>(args.x.data) + m * args.x.row_stride,
-                                       K, s, centred, gamma, nullptr, dx, to_gamma, to_bias);
+          normalize_row_backward<T, T>(dy, x, K, s, centred, gamma, nullptr, dx, to_gamma, to_bias);
         }
       }
       if (!want_gamma && !want_bias) return;

@@ -232,7 +232,8 @@ deltaops_cpu_bottleneck_forward(const deltaops_bottleneck_forward_args *args);
 DELTAOPS_API deltaops_status
 deltaops_cpu_bottleneck_backward(const deltaops_bottleneck_backward_args *args);
 
-/* ---- norm_bias: y = (x - mean) * rstd * gamma + bias, LayerNorm or (mean = 0) RMSNorm */
+/* ---- norm_bias: y = (x - mean) * rstd * gamma + bias, LayerNorm or (mean = 0) RMSNorm; without a
+ * norm y = x * gamma + bias, the gains of (IA)^3 (Liu et al. 2022) */
 typedef struct {
   uint32_t struct_size;
   int32_t num_threads;
@@ -240,17 +241,18 @@ typedef struct {
   deltaops_matrix gamma; /* [1, K] f32 or bf16, or absent: 1 */
   deltaops_matrix bias;  /* [1, K] f32 or bf16, or absent: 0 */
   deltaops_matrix y;     /* [M, K] dtype of x, written */
-  deltaops_matrix stats; /* [M, 2] f32, written: mean and rstd; or absent */
+  deltaops_matrix stats; /* [M, 2] f32, written with a norm: mean and rstd; or absent */
   float eps;
-  int32_t norm; /* deltaops_norm, not DELTAOPS_NO_NORM */
+  int32_t norm; /* deltaops_norm */
 } deltaops_norm_bias_forward_args;
 
 typedef struct {
   uint32_t struct_size;
   int32_t num_threads;
   deltaops_matrix grad_y;     /* [M, K] f32 or bf16 */
-  deltaops_matrix x;          /* [M, K]; may be absent when only grad_bias is wanted */
-  deltaops_matrix stats;      /* [M, 2] from the forward pass; may be absent as x may */
+  deltaops_matrix x;          /* [M, K]; may be absent when only grad_bias is wanted, or without a
+                               * norm no grad_gamma */
+  deltaops_matrix stats;      /* [M, 2] from the forward pass; read where x is, past a norm */
   deltaops_matrix gamma;      /* as in the forward pass */
   deltaops_matrix grad_x;     /* [M, K] dtype of grad_y, or absent; so the next two */
   deltaops_matrix grad_gamma; /* [1, K] f32 or bf16 */

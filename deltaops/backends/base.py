@@ -216,7 +216,8 @@ class AdapterBackend(Backend, Protocol):
     def norm_bias_forward(
         self, x: Tensor, gamma: Tensor | None, bias: Tensor | None, eps: float, norm: str
     ) -> tuple[Tensor, Tensor]:
-        """``(y [M, K], stats [M, 2] float32)``; see :mod:`deltaops.reference.norm_bias`."""
+        """``(y [M, K], stats [M, 2] float32)``, the latter ``[0, 2]`` without a norm; see
+        :mod:`deltaops.reference.norm_bias`."""
 
     def norm_bias_backward(
         self,

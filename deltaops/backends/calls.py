@@ -129,7 +129,7 @@ class NormBiasCall(NamedTuple):
     m: int
     k: int
     norm: str
-    """"layer" or "rms"."""
+    """"none", "layer" or "rms"."""
 
     @property
     def op(self) -> str:

@@ -63,7 +63,7 @@ def bench(
     if report is not None:
         results = store.read(report)
         _show(console, results, quick=False)
-        _write(console, out or report.parent, results, name=report.stem)
+        _write(console, out or report.parent, results, report.stem, fresh=False)
         return
     if out is not None:
         check_folder(out)
@@ -71,6 +71,8 @@ def bench(
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     settings = _settings(quick, only, dtype, shapes, models, methods, dropout, compiled, minutes)
     quiet_transformers()
+    # the files of a whole run stay beside those of a part
+    part = "-quick" if quick else f"-{only}" if only and only != "goals" else ""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console, transient=True,
@@ -81,11 +83,12 @@ def bench(
             lambda name, done, total: progress.update(
                 bar, description=escape(name), completed=done, total=total
             ),
-            lambda so_far: None if out is None else _keep(out, so_far),
+            lambda so_far: None if out is None else _keep(out, so_far, part),
         )
     _show(console, results, quick, goals_only=only == "goals")
     if out is not None:
-        _write(console, out, results)
+        _write(console, out, results, store.slug(results.machine) + part)
+        _unfinished(out, results, part).unlink(missing_ok=True)
     if results.failed:
         raise typer.Exit(1)
 
@@ -167,7 +170,7 @@ def _shape(text: str, option: str = "--shapes") -> tuple[int, int, int]:
 
 
 def _show(console: Console, results: Any, quick: bool, goals_only: bool = False) -> None:
-    from deltaops.measure.goals import evaluate
+    from deltaops.measure.goals import NO_PART, evaluate
     from deltaops.measure.lost import lost
 
     facts = results.machine
@@ -183,7 +186,7 @@ def _show(console: Console, results: Any, quick: bool, goals_only: bool = False)
         if results.cells_of("method"):
             console.print(method_table(results.cells_of("method")))
     if not quick:
-        outcomes = evaluate(results)
+        outcomes = [o for o in evaluate(results) if o.where != NO_PART]
         console.print(goal_table(outcomes))
         _say_why(console, outcomes)
     lines = lost(results)
@@ -305,37 +308,36 @@ def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _unfinished(out: Path, results: Any) -> Path:
+def _unfinished(out: Path, results: Any, part: str) -> Path:
     """Where the results of a run lie until it is done: what a killed one leaves for --report."""
     from deltaops.measure import store
 
-    return out / f"{store.slug(results.machine)}.unfinished.json"
+    return out / f"{store.slug(results.machine)}{part}.unfinished.json"
 
 
-def _keep(out: Path, results: Any) -> None:
+def _keep(out: Path, results: Any, part: str) -> None:
     from deltaops.files import write_json
     from deltaops.measure import store
 
-    write_json(_unfinished(out, results), store.as_json(results))
+    write_json(_unfinished(out, results, part), store.as_json(results))
 
 
-def _write(console: Console, out: Path, results: Any, name: str | None = None) -> None:
-    """A run, or the report and pictures alone of one that lies in the JSON ``name``."""
+def _write(console: Console, out: Path, results: Any, name: str, *, fresh: bool = True) -> None:
+    """A run, or, where it is not fresh, the report and pictures alone of the JSON ``name``."""
     from deltaops.files import write_atomically, write_json
     from deltaops.measure import store
-    from deltaops.measure.picture import draw_layers, draw_methods, draw_steps
+    from deltaops.measure.picture import draw_layers, draw_methods, draw_stacks, draw_steps
     from deltaops.measure.report import markdown
 
     facts = results.machine
-    fresh, name = name is None, name or store.slug(facts)
     subtitle = f"{facts['processor']}, {facts['threads']} threads, {facts['isa']}, {facts['date']}"
     if fresh:
         write_json(out / f"{name}.json", store.as_json(results))
-        _unfinished(out, results).unlink(missing_ok=True)
         console.print(f"wrote {out / name}.json", highlight=False)
     drawn = store.pictures(results, name)
     for file, cells in drawn.items():
-        draw = {"step": draw_steps, "method": draw_methods}.get(cells[0].group, draw_layers)
+        draws = {"step": draw_steps, "method": draw_methods, "stack": draw_stacks}
+        draw = draws.get(cells[0].group, draw_layers)
         write_atomically(out / file, partial(draw, results=cells, subtitle=subtitle))
         console.print(f"wrote {out / file}", highlight=False)
     text = markdown(results, list(drawn))

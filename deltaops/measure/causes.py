@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import cell as names
 from .cell import Cell, Results
 from .ledger import branch_flops, ledger, ms, parts
+from .stacks import LIMIT, over_dearest, products_over_dearest
 
 
 def causes(goal: str, dtype: str, where: str, left: float, results: Results) -> list[str]:
@@ -31,6 +32,7 @@ def causes(goal: str, dtype: str, where: str, left: float, results: Results) -> 
         found += _free_delta(goal, cell)
         found += _saved(goal, cell)
     found += _slow_methods(goal, dtype, results)
+    found += _stacked(goal, dtype, results)
     isa = results.machine.get("isa", "unknown")
     if not found:
         found.append("no floor of this machine explains it")
@@ -231,3 +233,25 @@ def _slow_methods(goal: str, dtype: str, results: Results) -> list[str]:
     ]
     slow.sort(key=lambda found: found[0])
     return [f"{c.setting}: {ratio:.2f}×, {c.note}" for ratio, c in slow]
+
+
+def _stacked(goal: str, dtype: str, results: Results) -> list[str]:
+    """How many stacks are above the limit, and for how many of them the products alone are."""
+    if goal != "stack":
+        return []
+    found = [
+        (ratio, products_over_dearest(c))
+        for c in results.of("stack", dtype)
+        if (ratio := over_dearest(c)) is not None
+    ]
+    slow = [(ratio, floor) for ratio, floor in found if ratio > LIMIT]
+    said = [f"{len(slow)} of {len(found)} stacks are above"]
+    counted = [(ratio, floor) for ratio, floor in slow if floor is not None]
+    if counted:
+        bound = sum(floor > LIMIT for _, floor in counted)
+        beyond = max(ratio / floor for ratio, floor in counted)
+        said.append(
+            f"the products of {bound} of them alone are, and none takes more than {beyond:.2f}× of "
+            "what its products make"
+        )
+    return said

@@ -46,6 +46,8 @@ class Cell:
     """Of a method: the model that it is on, and its batch."""
     flops: float = 0.0
     """Of a training step: those of the frozen base's products, forward and backward."""
+    products: dict[str, int] = field(default_factory=dict)
+    """Peer of a stack → flops of its products, forward and backward."""
 
     def ratio(self, above: str, below: str) -> float | None:
         """The median of the rounds' ratios, else of the medians; None where a peer is missing."""

@@ -20,6 +20,9 @@ Samples = Callable[[Results, str], list[tuple[str, float]]]
 """From a run and a dtype: where it was measured → value."""
 
 
+NO_PART = "not part of this run"
+
+
 @dataclass(frozen=True)
 class Goal:
     """One row of the table."""
@@ -111,7 +114,7 @@ def _why_empty(goal: Goal, dtype: str, results: Results) -> str:
         reasons |= {
             why for what, why in wanting.items() if what.startswith(groups) and _is_of(what, dtype)
         }
-    return "; ".join(sorted(reasons)) or "not part of this run"
+    return "; ".join(sorted(reasons)) or NO_PART
 
 
 def _is_of(what: str, dtype: str) -> bool:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from .cell import ACCELERATED, EAGER, FROZEN, OURS, OURS_COMPILED, Cell
+from .stacks import LIMIT, over_dearest, products_over_dearest
 
 COLOURS = {
     "frozen base": "#b9c4d6", FROZEN: "#b9c4d6", OURS: "#2457a7", OURS_COMPILED: "#4f7fcb",
     ACCELERATED: "#4f7fcb",
 }  # fmt: skip
 OTHER = "#c08a4a"
+LABELLED = 12
+"""Stacks whose names are written, the slowest ones."""
 
 
 def draw_steps(path: Path, results: Sequence[Cell], subtitle: str) -> None:
@@ -58,6 +61,35 @@ def draw_methods(path: Path, results: Sequence[Cell], subtitle: str) -> None:
     grid.flat[0].legend(
         fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
     )
+    figure.suptitle(subtitle, fontsize=8, color="#666666")
+    figure.savefig(path, format="png")
+
+
+def draw_stacks(path: Path, results: Sequence[Cell], subtitle: str) -> None:
+    """A point a stack: its time over its dearest part's, by what its products alone make."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    named = [
+        (products, ratio, c.what)
+        for c in results
+        if (products := products_over_dearest(c)) is not None
+        and (ratio := over_dearest(c)) is not None
+    ]
+    figure = Figure(figsize=(8.5, 6.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax: Any = figure.subplots()
+    ax.scatter([x for x, _, _ in named], [y for _, y, _ in named], s=18, color=COLOURS[OURS])
+    top = max(LIMIT, *(max(x, y) for x, y, _ in named)) + 0.02
+    ax.plot([1, top], [1, top], color="#888888", linewidth=1, label="its products alone")
+    ax.axhline(LIMIT, color=OTHER, linewidth=1, linestyle="--", label="the goal")
+    for x, y, what in sorted(named, key=lambda n: -n[1])[:LABELLED]:
+        ax.annotate(what, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=6.5)
+    ax.set_xlabel("flops of the stack over those of its dearest part", fontsize=8)
+    ax.set_ylabel("time of the stack over that of its dearest part (median)", fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
     figure.suptitle(subtitle, fontsize=8, color="#666666")
     figure.savefig(path, format="png")
 

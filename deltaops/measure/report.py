@@ -18,8 +18,9 @@ from .cell import (
     Cell,
     Results,
 )  # fmt: skip
-from .goals import Outcome, evaluate, gigaflops
+from .goals import NO_PART, Outcome, evaluate, gigaflops
 from .lost import lost
+from .stacks import dearest, over_dearest, products_over_dearest
 
 GROUPS = {
     "gemm": "Frozen product, forward only",
@@ -43,7 +44,7 @@ RATIOS = {
 
 def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
     """The report; ``pictures`` are file names beside it."""
-    m = results.machine
+    m, outcomes = results.machine, evaluate(results)
     lines = [
         f"# {m['processor']}, {m['threads']} threads, {m['isa']}",
         "",
@@ -57,8 +58,9 @@ def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
         "",
         *markdown_table(
             ("goal", "dtype", "worst", "median", "goal is", "", "where, and why"),
-            [_goal_row(o) for o in evaluate(results)],
+            [_goal_row(o) for o in outcomes if o.where != NO_PART],
         ),
+        *_not_asked(outcomes),
         "",
         "## Where we lose",
         "",
@@ -76,6 +78,12 @@ def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
         lines += ["", "## Not measured", ""]
         lines += [f"- {what}: {why}" for what, why in results.left_out.items()]
     return "\n".join(lines) + "\n"
+
+
+def _not_asked(outcomes: Sequence[Outcome]) -> list[str]:
+    """Of the goals whose cells were not planned."""
+    found = [f"{o.text}, {o.dtype}" for o in outcomes if o.where == NO_PART]
+    return ["", f"{len(found)} goals are {NO_PART}."] if found else []
 
 
 def verdict(outcome: Outcome) -> str:
@@ -137,6 +145,7 @@ def _cells(cells: list[Cell], results: Results) -> Iterable[str]:
             row.append(text)
         rows.append(tuple(row))
     lines += ["", *markdown_table(("what", "dtype", "dropout", *peers), rows)]
+    lines += _over_dearest(cells)
     lines += _speedups(cells)
     lines += _saved(cells)
     reasons = dict.fromkeys(
@@ -145,6 +154,23 @@ def _cells(cells: list[Cell], results: Results) -> Iterable[str]:
     lines += ["", *(f"- not timed: {reason}" for reason in reasons)] if reasons else []
     notes = [f"- {c.label}: {c.note}" for c in cells if c.note]
     return [*lines, *([""] if notes else []), *notes]
+
+
+def _over_dearest(cells: list[Cell]) -> list[str]:
+    """Of stacks: the time over the dearest part's, beside what the products alone make."""
+    rows = []
+    for c in cells:
+        ratio, floor = over_dearest(c), products_over_dearest(c)
+        if c.group == "stack" and ratio is not None:
+            counted = ("–", "–") if floor is None else (f"{floor:.3f}", f"{ratio / floor:.3f}")
+            rows.append((ratio, (c.label, dearest(c), f"{ratio:.3f}", *counted)))
+    if not rows:
+        return []
+    header = ("what", "dearest", "time over it", "products over its", "the one over the other")
+    slowest_first = [row for _, row in sorted(rows, key=lambda found: -found[0])]
+    return ["", "The stack over its dearest part: the median of the rounds, and the flops of all "
+            "products, forward and backward. What these make, no kernel takes away.", "",
+            *markdown_table(header, slowest_first)]  # fmt: skip
 
 
 def _speedups(cells: list[Cell]) -> list[str]:
@@ -194,6 +220,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
 
 def worth_drawing(results: Results, group: str) -> list[Cell]:
     """The cells of a group with both ours and a peer."""
+    if group == "stack":
+        return [c for c in results.cells_of(group) if products_over_dearest(c) is not None]
     return [
         c
         for c in results.cells

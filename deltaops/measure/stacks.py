@@ -1,4 +1,9 @@
-"""A training step of two methods at once, beside each of them alone: what stacking adds."""
+"""A training step of two methods at once, beside each of them alone: what stacking adds.
+
+Two methods that cost a tenth each cost a fifth together, and a prompt's tokens are the other one's
+work too. So the flops of all products are counted beside the time: what a stack adds to them, no
+kernel takes away. (Two that train different depths add the backward pass of the deeper one.)
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,11 @@ from dataclasses import replace
 from itertools import combinations
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deltaops.errors import AttachError, ConfigError, TargetError
+from deltaops.ops import flop_formulas
 from deltaops.surgery import attach
 from deltaops.tuning.spec import parse_delta
 
@@ -17,7 +25,7 @@ from .cell import FIRST, SECOND, STACK, Cell
 from .compare.contenders import Contender, contenders
 from .compare.reader import HEAD
 from .difference import difference
-from .pair import Peer, held_pair, stepper, time_steps, timed_optimizer
+from .pair import Batch, Peer, held_pair, stepper, time_steps, timed_optimizer
 from .workloads import Workload
 
 LIMIT = 1.10
@@ -79,8 +87,9 @@ def measure_stack(
         if name == STACK:
             held_pair(base, handle, batch, kind)
         peers[name] = model, list(handle.parameters())
+    products = {name: _flops(model, batch) for name, (model, _) in peers.items()}
     taken = time_steps(peers, batch, rounds=rounds, seconds=seconds)
-    cell = replace(cell, timings=taken.timings, saved=taken.saved)
+    cell = replace(cell, timings=taken.timings, saved=taken.saved, products=products)
     ratio = over_dearest(cell)
     if ratio is None or ratio <= LIMIT:
         return cell
@@ -96,6 +105,23 @@ def dearest(cell: Cell) -> str:
     return max((FIRST, SECOND), key=lambda part: cell.timings[part].median)
 
 
+def products_over_dearest(cell: Cell) -> float | None:
+    """The flops of the stack's products over those of its dearest part: what the ratio of the times
+    would be if every product ran at one rate, and nothing else took time."""
+    if not cell.products or STACK not in cell.timings:
+        return None
+    return cell.products[STACK] / cell.products[dearest(cell)]
+
+
 def over_dearest(cell: Cell) -> float | None:
     """The stack's time over its dearest part's; None where it was not timed."""
     return cell.ratio(STACK, dearest(cell)) if STACK in cell.timings else None
+
+
+def _flops(model: nn.Module, batch: Batch) -> int:
+    """Of a step's products, as torch counts them."""
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        loss: torch.Tensor = model(**batch).loss
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own has no types
+    model.zero_grad(set_to_none=True)
+    return int(counter.get_total_flops())

@@ -15,7 +15,7 @@ from .goals import evaluate
 from .report import worth_drawing
 from .sound import checked_peak, sift
 
-DRAWN = {"lora": "loras", "step": "steps", "method": "method-steps"}
+DRAWN = {"lora": "loras", "step": "steps", "method": "method-steps", "stack": "by-products"}
 """Group → how its picture is called after the machine; "methods" is the table of ``compare``."""
 
 

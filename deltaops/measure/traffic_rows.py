@@ -158,7 +158,7 @@ class Norm:
         if direction == FORWARD:
             run.norm_bias_forward(x, gamma, bias, 1e-5, self.norm)
         else:
-            stats = meta(torch.float32, self.m, 2)
+            stats = meta(torch.float32, 0 if self.norm == "none" else self.m, 2)
             run.norm_bias_backward(y, x, stats, gamma, self.dtype, self.norm, [True] * 3)
 
     def floor(self, direction: str) -> Floor:

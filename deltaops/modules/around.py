@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaops.errors import AttachError
+from deltaops.ops import norm_bias
 
 from .dora import row_norms, scaled
 from .gate import gate_of
@@ -49,9 +50,8 @@ class GainBefore(Part):
     order: ClassVar[int] = 1
 
     def before(self, place: Any, x: Tensor) -> Tensor:
-        """Multiplied in the wider dtype, rounded once."""
-        gain: Tensor = place.ia3_l[self.name]
-        return (x * gain.flatten()).to(x.dtype)
+        """See :func:`_gained`."""
+        return _gained(x, place.ia3_l[self.name], place)
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,25 @@ class GainAfter(Part):
     order: ClassVar[int] = 1
 
     def after(self, place: Any, y: Tensor, x: Tensor) -> Tensor:
-        """Multiplied in the wider dtype, rounded once."""
-        gain: Tensor = place.ia3_l[self.name]
-        return (y * gain.flatten()).to(y.dtype)
+        """See :func:`_gained`."""
+        return _gained(y, place.ia3_l[self.name], place)
+
+
+_FEW, _FEW_NARROW = {torch.float32: 1 << 18, torch.float64: 1 << 18}, 1 << 15
+"""Elements by dtype, and of narrower ones, below which torch's own product is the faster one: one
+node of its own against an autograd.Function. Beside a wider gain a narrow one is converted twice.
+"""
+
+
+def _gained(t: Tensor, gain: Tensor, place: Any) -> Tensor:
+    """``t ⊙ l``, multiplied in the wider dtype, rounded once. Small ones by torch, and what is
+    compiled, which the compiler fuses."""
+    eager = torch.compiler.is_compiling() or (
+        place.backend == "auto" and not place.strict and t.numel() < _FEW.get(t.dtype, _FEW_NARROW)
+    )
+    if eager:
+        return (t * gain.flatten()).to(t.dtype)
+    return norm_bias(t, gain.flatten(), norm=None, backend=place.backend, strict=place.strict)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,13 @@ Source: Zhang et al. 2021 (arXiv 2102.08597), eq. 4; Mahabadi et al. 2021 (2106.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from deltaops.ops.paths import needs_grad, takes_bypass
 
 from .draws import draws_on, no_autocast
 
@@ -71,12 +76,46 @@ def kronecker_sum(rule: Tensor, s: Tensor, t: Tensor) -> Tensor:
     Returns: ``[n·p, n·q]`` in the dtype of ``s``, also under autocast: its small factors would lose
         what the op, which rounds W once, keeps.
     """
-    n, p, q = len(rule), s.shape[1], t.shape[1]
     with no_autocast(s.device):
-        inner = (s @ t.mT).reshape(n, p * q)
-        outer = rule.to(device=s.device, dtype=s.dtype).reshape(n, n * n)
-        blocks = (outer.T @ inner).reshape(n, n, p, q)
-    return blocks.transpose(1, 2).reshape(n * p, n * q)
+        rule = rule.to(device=s.device, dtype=s.dtype)
+        functorch = torch._C._are_functorch_transforms_active()
+        if needs_grad(rule, s, t) and takes_bypass(rule, s, t) and not functorch:
+            formed: Tensor = _Formed.apply(rule, s, t)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
+            return formed
+        return _form(rule, s, t)[0]
+
+
+class _Formed(torch.autograd.Function):
+    """The same with its gradients written out, of first order.
+
+    The products are of a few thousand numbers, so what they take is their calls: torch's own nodes
+    make twice as many.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rule: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        weight, inner = _form(rule, s, t)
+        ctx.save_for_backward(rule, s, t, inner)
+        return weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rule, s, t, inner = ctx.saved_tensors
+        n, p, q = len(rule), s.shape[1], t.shape[1]
+        with no_autocast(s.device):
+            blocks = grad.reshape(n, p, n, q).transpose(1, 2).reshape(n * n, p * q)
+            of_inner = torch.mm(rule.reshape(n, n * n), blocks).view(n, p, q)
+            of_rule = torch.mm(inner, blocks.T).view(n, n, n)
+            return of_rule, torch.bmm(of_inner, t), torch.bmm(of_inner.mT, s)
+
+
+def _form(rule: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """W, and the ``Sᵢ Tᵢᵀ`` as ``[n, p·q]``."""
+    n, p, q = len(rule), s.shape[1], t.shape[1]
+    inner = torch.bmm(s, t.mT).view(n, p * q)
+    blocks = torch.mm(rule.reshape(n, n * n).T, inner).view(n, n, p, q)
+    return blocks.transpose(1, 2).reshape(n * p, n * q), inner
 
 
 def start_rule(

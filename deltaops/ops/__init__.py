@@ -9,6 +9,7 @@ from .decompositions import decompositions
 from .delta_linear import Branch, delta_linear, explain
 from .delta_linear_group import Layer, delta_linear_group
 from .dora_norm import dora_norm
+from .flops import flop_formulas
 from .gated import gated
 from .norm_bias import norm_bias
 from .prefix_attention import prefix_attention
@@ -28,6 +29,7 @@ __all__ = [
     "delta_linear_group",
     "dora_norm",
     "explain",
+    "flop_formulas",
     "gated",
     "norm_bias",
     "prefix_attention",

@@ -60,7 +60,9 @@ def dora_norm(
 def _exactly(tensor: Tensor) -> AbstractContextManager[object]:
     """Without autocast, which the device "meta" does not know."""
     kind = tensor.device.type
-    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _check(weight: Tensor, a: Tensor, b: Tensor) -> None:

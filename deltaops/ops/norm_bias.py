@@ -1,6 +1,7 @@
-"""A norm with a frozen or trainable bias (BitFit), as one op.
+"""A norm with a frozen or trainable bias (BitFit), as one op; or the gain alone, (IA)³'s.
 
     y = (x − mean) · rstd · gamma + bias          LayerNorm; RMSNorm has mean = 0
+    y = x · gamma + bias                          without a norm
 
 Two ways in, as :mod:`deltaops.ops.delta_linear` has them: an ``autograd.Function`` for eager calls,
 the registered op ``deltaops::norm_bias`` for everything else.
@@ -25,7 +26,7 @@ def norm_bias(
     gamma: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    norm: str = "layer",
+    norm: str | None = "layer",
     eps: float = 1e-5,
     readers: Readers | None = None,
     backend: str = "auto",
@@ -37,7 +38,7 @@ def norm_bias(
         x: activations ``[..., K]``, floating point.
         gamma: ``[K]`` or None (1); may be trainable.
         bias: ``[K]`` or None (0), dtype of ``gamma``; may be trainable. Both may be wider than x.
-        norm: "layer" (torch's LayerNorm) or "rms" (its RMSNorm, with a bias).
+        norm: "layer" (torch's LayerNorm), "rms" (its RMSNorm, with a bias) or None: x as it is.
         eps: added to the variance.
         readers: gives the layers that will read the result, as :class:`deltaops.ops.Layer`; asked,
             and their S made in the same pass, only where a backend was measured to be faster so.
@@ -45,10 +46,13 @@ def norm_bias(
         strict: with "auto", raise instead of ending in eager torch.
     Returns: ``[..., K]`` in the dtype of ``x``, under autocast too: sums are float32 anyway.
     Raises: ShapeError, DtypeError, DeviceError, ConfigError, NoBackendError.
-    Gradients: ``x``, ``gamma`` and ``bias``; first order. Beyond x, 8 bytes a row are kept.
-    Source: Ba et al. 2016 (arXiv 1607.06450); Ben Zaken et al. 2021 (arXiv 2106.10199).
+    Gradients: ``x``, ``gamma`` and ``bias``; first order. Beyond x, 8 bytes a row are kept; without
+        a norm none, and x itself only for the gradient of ``gamma``.
+    Source: Ba et al. 2016 (arXiv 1607.06450); Ben Zaken et al. 2021 (arXiv 2106.10199); Liu et al.
+        2022 (arXiv 2205.05638).
     """
     _check(x, gamma, bias, norm)
+    norm = norm or "none"
     eps = float(eps)
     if transformed("norm_bias", backend, strict):
         flat = x.reshape(-1, x.shape[-1])
@@ -72,9 +76,9 @@ def norm_bias(
     return out  # type: ignore[no-any-return]  # torch.ops has no types
 
 
-def _check(x: Tensor, gamma: Tensor | None, bias: Tensor | None, norm: str) -> None:
-    if norm not in reference.NORMS:
-        raise ConfigError(f"norm_bias: norm must be 'layer' or 'rms', got {norm!r}.")
+def _check(x: Tensor, gamma: Tensor | None, bias: Tensor | None, norm: str | None) -> None:
+    if norm is not None and norm not in reference.NORMS:
+        raise ConfigError(f"norm_bias: norm must be 'layer', 'rms' or None, got {norm!r}.")
     if x.dim() == 0 or x.shape[-1] < 1:
         raise ShapeError(f"norm_bias: x must be [..., K] with K ≥ 1, got {list(x.shape)}.")
     if not x.is_floating_point():

@@ -1,6 +1,7 @@
 """Autograd for ``norm_bias``: a Function for eager calls, and the registered op.
 
-Both save x (only where a gradient of x or gamma is wanted), gamma and the statistics ``[M, 2]``.
+Both save x (only where a gradient of gamma, or of x past a norm, is wanted), gamma and the
+statistics ``[M, 2]``.
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ def _parameter_dtype(x: Tensor, gamma: Tensor | None, bias: Tensor | None) -> to
     return gamma.dtype if gamma is not None else bias.dtype if bias is not None else x.dtype
 
 
+def _needs_x(norm: str, of_x: bool, of_gamma: bool) -> bool:
+    return of_gamma or (of_x and norm != "none")
+
+
 class NormBiasFunction(torch.autograd.Function):
     """The eager path."""
 
@@ -93,7 +98,7 @@ class NormBiasFunction(torch.autograd.Function):
         ahead: Ahead | None,
     ) -> Tensor:
         y, stats = run_forward(x, gamma, bias, eps, norm, runner, ahead)
-        needs_x = any(ctx.needs_input_grad[:2])
+        needs_x = _needs_x(norm, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(x if needs_x else None, stats, gamma)
         ctx.settings = _parameter_dtype(x, gamma, bias), norm, runner
         return y
@@ -140,7 +145,7 @@ def _fake_forward(
     for size in x.shape[:-1]:
         m = m * size
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape), x.new_empty((m, 2), dtype=dtype)
+    return x.new_empty(x.shape), x.new_empty((0 if norm == "none" else m, 2), dtype=dtype)
 
 
 def _fake_backward(
@@ -165,7 +170,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, gamma, bias, _eps, norm, backend = inputs
     ctx.mark_non_differentiable(output[1])
-    needs_x = x.requires_grad or (gamma is not None and gamma.requires_grad)
+    needs_x = _needs_x(norm, x.requires_grad, gamma is not None and gamma.requires_grad)
     ctx.save_for_backward(x if needs_x else None, output[1], gamma)
     ctx.settings = _parameter_dtype(x, gamma, bias), norm, backend
 

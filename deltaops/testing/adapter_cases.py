@@ -201,4 +201,8 @@ NORM_BIAS_CASES = (
     NormBiasCase(40, 29, "layer", gamma=False, bias=False),
     NormBiasCase(61, 71, "rms", bias=False, padding=5),
     NormBiasCase(300, 1030, "layer", offset=30.0),
+    NormBiasCase(0, 5, "none"),
+    NormBiasCase(130, 67, "none", bias=False, padding=2),
+    NormBiasCase(5, 1, "none", gamma=False),
+    NormBiasCase(37, 200, "none"),
 )

@@ -286,7 +286,7 @@ class JaxBackend(Grouping):
         settings = adapters.NormBias(eps, NORMS[norm], torch.get_num_threads())
         operands = _operands(x=array(x), gamma=array(gamma), bias=array(bias))
         y, kept = _forward(adapters.NORM_BIAS, settings, operands)
-        return _tensor(y), _tensor(kept["stats"])
+        return _tensor(y), _tensor(kept["stats"]) if "stats" in kept else torch.empty(0, 2)
 
     def norm_bias_backward(
         self,
@@ -301,7 +301,12 @@ class JaxBackend(Grouping):
         """See :class:`deltaops.backends.base.AdapterBackend`."""
         settings = adapters.NormBias(0.0, NORMS[norm], torch.get_num_threads())
         bias = array(grad_y.new_zeros(grad_y.shape[1], dtype=dtype))  # its values are not read
-        operands = _operands(x=array(x), stats=array(stats), gamma=array(gamma), bias=bias)
+        operands = _operands(
+            x=array(x),
+            stats=None if norm == "none" else array(stats),
+            gamma=array(gamma),
+            bias=bias,
+        )
         names = ("x", "gamma", "bias")
         return _gradients(adapters.NORM_BIAS, settings, operands, array(grad_y), names, needs)
 

@@ -16,6 +16,8 @@ from deltaops.errors import ConfigError
 from .tokens import Order, TokenSet
 
 CLIP = 1.0
+FUSED = ("cpu", "cuda")
+"""Devices on which torch's AdamW updates all tensors in one call."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,12 @@ def make_optimizer(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW
         groups: such as ``handle.parameter_groups(lr)``; "pace" is a group's factor of the rate.
         lr: of groups that have none.
     """
-    if not any(group["params"] for group in groups):
+    trained = [p for group in groups for p in group["params"]]
+    if not trained:
         raise ConfigError("nothing to train: no parameter requires a gradient. Attach a delta.")
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+    # a delta is many small tensors: one call for all of them takes a quarter of the time
+    fused = all(p.device.type in FUSED for p in trained)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=fused)
 
 
 def train(

@@ -359,7 +359,7 @@ def attend(q: tuple[int, ...] = (2, 4, 5, 8), **settings: Any) -> Any:
         (lambda: attend(causal=True), ShapeError, "as many queries as keys, got 5 and 9"),
         (lambda: attend(scale=float("nan")), ConfigError, "scale must be finite, got nan"),
         (lambda: dj.attention(*[jnp.zeros((2, 2, 3, 0))] * 3), ShapeError, "D ≥ 1"),
-        (lambda: dj.norm_bias(X, norm="batch"), ConfigError, "norm must be one of layer, rms"),
+        (lambda: dj.norm_bias(X, norm="batch"), ConfigError, "norm must be one of none, layer"),
         (lambda: dj.gated(X, X[0]), ShapeError, r"up must be \[2, 6, 7\], got \[6, 7\]"),
         (lambda: dj.gated(X, None), DtypeError, "up must be an array for JAX, got NoneType"),
         (lambda: dj.gated(X, X, activation="swish"), ConfigError, "must be one of identity"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "csrc" / "cpu"
@@ -43,8 +45,24 @@ def has_avx512() -> bool:
     return all(f" {name}" in text for name in AVX512)
 
 
+def _ended(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+    """``command``, ended, with what it said.
+
+    One of CI's virtual machines answered a start with EFAULT, on addresses that the interpreter
+    itself had made; such a program has not begun, so it may be started again.
+    """
+    for _ in range(3):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, **more)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            refused = error
+    raise refused
+
+
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    done = _ended(command, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
 
 
@@ -112,9 +130,9 @@ def runs_here(sanitizer: str, folder: Path) -> str | None:
     source, program = folder / "probe.cpp", folder / "probe"
     source.write_text("int main() { return 0; }\n", encoding="utf-8")
     command = ["g++", f"-fsanitize={sanitizer}", str(source), "-o", str(program)]
-    if subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode != 0:
+    if _ended(command, env=ENVIRONMENT).returncode != 0:
         return f"g++ has no -fsanitize={sanitizer} here (install its libsanitizer)"
-    done = subprocess.run([*launcher(sanitizer), str(program)], capture_output=True, text=True)
+    done = _ended([*launcher(sanitizer), str(program)])
     return None if done.returncode == 0 else f"-fsanitize={sanitizer}: {done.stderr.strip()[:200]}"
 
 
@@ -125,7 +143,7 @@ def no_leaks_seen(folder: Path) -> str | None:
     source.write_text(text, encoding="utf-8")
     _run(["g++", "-O0", "-fsanitize=address", str(source), "-o", str(program)])
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=1"}
-    done = subprocess.run([str(program)], capture_output=True, text=True, env=environment)
+    done = _ended([str(program)], env=environment)
     if "detected memory leaks" in done.stderr:
         return None
     return f"LeakSanitizer does not work here: {done.stderr.strip()[:200] or 'it saw no leak'}"
@@ -134,7 +152,7 @@ def no_leaks_seen(folder: Path) -> str | None:
 def launcher(sanitizer: str) -> list[str]:
     """ThreadSanitizer wants a fixed memory map, which newer kernels give only when asked."""
     setarch = shutil.which("setarch") if sanitizer == "thread" else None
-    if setarch is None or subprocess.run([setarch, "-R", "true"], capture_output=True).returncode:
+    if setarch is None or _ended([setarch, "-R", "true"]).returncode:
         return []
     return [setarch, "-R"]
 
@@ -149,10 +167,7 @@ def run(program: Path, *words: str, sanitizer: str = "", leaks: bool = False) ->
     }
     environment = os.environ | QUIET_TEAM | options
     environment.pop("DELTAOPS_CPU_ISA", None)
-    done = subprocess.run(
-        [*launcher(sanitizer), str(program), *words],
-        capture_output=True, text=True, env=environment,
-        timeout=None if "DELTAOPS_FUZZ_CALLS" in os.environ else 600,
-    )  # fmt: skip
+    limit = None if "DELTAOPS_FUZZ_CALLS" in os.environ else 600
+    done = _ended([*launcher(sanitizer), str(program), *words], env=environment, timeout=limit)
     assert done.returncode == 0, f"native {' '.join(words)}\n{done.stdout}{done.stderr[:8000]}"
     return done.stdout

@@ -184,6 +184,28 @@ def test_norm_bias_matches_float64(core: Any, core_module: ModuleType) -> None:
         assert_close(grads["grad_b"], g.sum(0, keepdims=True))
 
 
+def test_a_gain_alone_matches_float64(core: Any, core_module: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    for m, k in ((0, 3), (1, 2), (7, 33), (140, 70), (29, 301)):
+        x, gamma, bias, grad_y = (
+            rng.standard_normal(shape).astype(np.float32)
+            for shape in ((m, k), (1, k), (1, k), (m, k))
+        )
+        y, wide = poisoned(x), grad_y.astype(np.float64)
+        out = {"x": x, "gamma": gamma, "bias": bias, "y": y, "stats": None}
+        run(core, core_module, "norm_bias_forward", out, 1e-5, 0)
+        assert_close(y, x.astype(np.float64) * gamma + bias)
+        grads = {f"grad_{name}": poisoned(t) for name, t in (("x", x), ("g", gamma), ("b", bias))}
+        given = {"grad_y": grad_y, "x": x, "stats": None, "gamma": gamma, **grads}
+        run(core, core_module, "norm_bias_backward", given, 0, 0)
+        assert_close(grads["grad_x"], wide * gamma)
+        assert_close(grads["grad_g"], (wide * x).sum(0, keepdims=True))
+        assert_close(grads["grad_b"], wide.sum(0, keepdims=True))
+        alone = {**given, "x": None, "grad_x": poisoned(x), "grad_g": None, "grad_b": None}
+        run(core, core_module, "norm_bias_backward", alone, 0, 0)  # x is read for dgamma alone
+        assert np.array_equal(alone["grad_x"], grads["grad_x"])
+
+
 def test_errors_name_the_argument(core: Any, core_module: ModuleType) -> None:
     x, y, down, up = (np.zeros(s, np.float32) for s in ((4, 6), (4, 6), (2, 6), (6, 3)))
     empty = dict.fromkeys((*INPUTS, "y", "h", "stats"))
@@ -194,7 +216,7 @@ def test_errors_name_the_argument(core: Any, core_module: ModuleType) -> None:
     with pytest.raises(AssertionError, match="activation must be 0"):
         run(core, core_module, "bottleneck_forward", tensors, 1.0, 1e-5, 5, 0)
     tensors = {"x": x, "gamma": None, "bias": None, "y": y, "stats": None}
-    with pytest.raises(AssertionError, match="norm_bias_forward: norm must be 1"):
-        run(core, core_module, "norm_bias_forward", tensors, 1e-5, 0)
+    with pytest.raises(AssertionError, match="norm_bias_forward: norm must be 0"):
+        run(core, core_module, "norm_bias_forward", tensors, 1e-5, 3)
     assert not core.lib.deltaops_cpu_bottleneck_backward(None) == 0
     assert "must not be NULL" in core.error()

@@ -54,6 +54,8 @@ NORMS: tuple[tuple[NormBiasCase, torch.dtype, torch.dtype], ...] = (
     (NormBiasCase(2, 8200, "rms", padding=3), BRAIN, FULL),
     (NormBiasCase(50, 70), HALF, HALF),
     (NormBiasCase(50, 70, "layer", offset=3.0), BRAIN, BRAIN),
+    (NormBiasCase(3, 8200, "none", padding=3), BRAIN, FULL),
+    (NormBiasCase(50, 70, "none", bias=False), HALF, HALF),
 )
 GATEDS = tuple(c for c in GATED_CASES if c.m * c.k < 9000)
 ROTARIES = tuple(c for c in ROTARY_CASES if c.l < 50)

@@ -149,6 +149,7 @@ CALLS: tuple[Callable[[], None], ...] = (
     Adapter(8191, 4001, 13, HALF, FULL, padding=3),
     Norm(8192, 4096),
     Norm(8192, 14336),
+    Norm(8192, 14336, norm="none"),
     Gated(8192, 14336, activation="gelu_tanh"),
     Rotary(128),
     Prompt(4096),

@@ -20,12 +20,17 @@ DTYPES = {
     "bf16-f32parameters": (torch.bfloat16, torch.float32),
 }
 cases = pytest.mark.parametrize("case", NORM_BIAS_CASES, ids=str)
-norms = pytest.mark.parametrize("norm", ["layer", "rms"])
+norms = pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 native = registered()["cpu"]
 
 
 def wide(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.double()
+
+
+def named(norm: str) -> str | None:
+    """As the op takes it."""
+    return None if norm == "none" else norm
 
 
 def trainable(case: NormBiasCase, dtype: torch.dtype) -> list[Tensor]:
@@ -91,7 +96,7 @@ def test_same_bits_again_for_any_team_inputs_unchanged_all_written(
 def test_gradcheck(norm: str) -> None:
     leaves = trainable(NormBiasCase(4, 5, norm), torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *t: norm_bias(*t, norm=norm, backend="reference"), leaves
+        lambda *t: norm_bias(*t, norm=named(norm), backend="reference"), leaves
     )
 
 
@@ -100,9 +105,11 @@ def test_equals_torchs_own_norm(norm: str) -> None:
     x, gamma, bias = trainable(NormBiasCase(17, 65, norm), torch.float32)
     if norm == "layer":
         want = layer_norm(x, (65,), gamma, bias)
+    elif norm == "none":
+        want = x * gamma + bias
     else:
         want = rms_norm(x, (65,), gamma, 1e-5) + bias
-    got = norm_bias(x, gamma, bias, norm=norm)
+    got = norm_bias(x, gamma, bias, norm=named(norm))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(
         torch.autograd.grad(got.square().sum(), (x, gamma, bias)),
@@ -181,6 +188,19 @@ def test_bitfit_alone_saves_statistics_and_no_x() -> None:
     pointers = {t.data_ptr() for t in saved}
     assert x.data_ptr() not in pointers
     assert sum(t.numel() * 4 for t in saved if t.data_ptr() != gamma.data_ptr()) == 8 * 128
+
+
+def test_a_gain_keeps_x_for_its_own_gradient_alone() -> None:
+    x, gain = torch.randn(128, 96, requires_grad=True), torch.rand(96)
+
+    def kept(gain: Tensor) -> set[int]:
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            norm_bias(x, gain, norm=None)
+        return {t.data_ptr() for t in saved if t.numel()}
+
+    assert kept(gain) == {gain.data_ptr()}
+    assert kept(gain.requires_grad_()) == {gain.data_ptr(), x.data_ptr()}
 
 
 def test_not_a_number_stays_in_its_row() -> None:

@@ -162,12 +162,11 @@ def norm_bias_forward(
 ) -> tuple[Tensor, Tensor]:
     """See :class:`deltaops.backends.base.AdapterBackend`."""
     y = torch.empty(torch.Size(x.shape), dtype=x.dtype, device=x.device)
-    stats = torch.empty((x.shape[0], 2), dtype=torch.float32, device=x.device)
+    rows = 0 if norm == "none" else len(x)
+    stats = torch.empty((rows, 2), dtype=torch.float32, device=x.device)
     if y.numel():
         with core.device_of(x):
-            core.kernels("norm").norm(
-                x, _whole(gamma), _whole(bias), y, stats, eps=eps, layer=norm == "layer"
-            )
+            core.kernels("norm").norm(x, _whole(gamma), _whole(bias), y, stats, eps=eps, norm=norm)
     return y, stats
 
 
@@ -195,7 +194,7 @@ def norm_bias_backward(
             x,
             stats.contiguous(),
             _whole(gamma),
-            layer=norm == "layer",
+            norm=norm,
             grad_x=grad_x,
             grad_gamma=grad_gamma,
             grad_bias=grad_bias,

@@ -188,11 +188,13 @@ def norm_bias(
 ) -> Array:
     """``y = (x − mean) · rstd · gamma + bias``, LayerNorm or ("rms", mean 0) RMSNorm.
 
+    Without a norm ``x · gamma + bias``: the gains of (IA)³.
+
     Args:
         x: ``[…, K]`` float32 or bfloat16.
         gamma: ``[K]`` float32 or bfloat16, or None: 1.
         bias: ``[K]`` float32 or bfloat16, or None: 0.
-        norm: "layer" or "rms".
+        norm: "layer", "rms" or "none".
         eps: added to the variance.
         num_threads: None: all processors.
     Returns: ``[…, K]`` in the dtype of ``x``.
@@ -206,14 +208,14 @@ def norm_bias(
     for name, vector in (("gamma", gamma), ("bias", bias)):
         if vector is not None:
             operands[name] = check(op, name, vector, (k,))
-    norms = {name: number for name, number in NORMS.items() if number}
-    settings = NormBias(float(eps), code(op, "norm", norms, norm), threads(num_threads))
+    settings = NormBias(float(eps), code(op, "norm", NORMS, norm), threads(num_threads))
     return apply(NORM_BIAS, settings, operands).reshape(x.shape)
 
 
 def norm_bias_forward(settings: NormBias, operands: Operands, keep: bool) -> tuple[Array, Operands]:
-    """y ``[M, K]``, and where ``keep`` says so stats ``[M, 2]``."""
+    """y ``[M, K]``, and with a norm, where ``keep`` says so, stats ``[M, 2]``."""
     x = operands["x"]
+    keep = keep and settings.norm != 0
     state = [like((x.shape[0], 2), jnp.float32)] if keep else []
     bits = (GAMMA if "gamma" in operands else 0) | (BETA if "bias" in operands else 0)
     y, *stats = ffi_call(
@@ -252,7 +254,8 @@ def norm_bias_backward(
 def _norm_bias_saved(
     settings: NormBias, there: Collection[str], wanted: tuple[str, ...]
 ) -> list[str]:
-    return ["gamma", "bias", *(["x"] if {"x", "gamma"} & set(wanted) else [])]
+    past_norm = settings.norm and "x" in wanted
+    return ["gamma", "bias", *(["x"] if past_norm or "gamma" in wanted else [])]
 
 
 NORM_BIAS = Op("norm_bias", norm_bias_forward, norm_bias_backward, _norm_bias_saved, frozenset())

@@ -221,15 +221,18 @@ def norm_bias_forward(
 ) -> tuple[Array, Array]:
     """``y = (x − mean) · rstd · gamma + bias``, LayerNorm or ("rms", mean 0) RMSNorm.
 
+    Without a norm ``x · gamma + bias``: the gains of (IA)³.
+
     Args:
         x: ``[M, K]`` float32 or bfloat16; rows may lie apart.
         gamma: ``[K]`` or None: 1.
         bias: ``[K]`` or None: 0.
-        norm: "layer" or "rms".
+        norm: "layer", "rms" or "none".
         eps: added to the variance.
         num_threads: None: all processors.
         out: y and stats, contiguous, either of them None.
-    Returns: y ``[M, K]`` in the dtype of ``x``; stats ``[M, 2]`` float32, for the backward pass.
+    Returns: y ``[M, K]`` in the dtype of ``x``; stats ``[M, 2]`` (``[0, 2]`` without a norm)
+        float32, for the backward pass.
     Raises: DtypeError, ShapeError, LayoutError, ConfigError.
     """
     op = "norm_bias"
@@ -238,7 +241,8 @@ def norm_bias_forward(
     gamma, bias = optional(op, "gamma", gamma, (k,)), optional(op, "bias", bias, (k,))
     given = out or (None, None)
     y = output(op, "out", given[0], (m, k), x.dtype)
-    stats = output(op, "out", given[1], (m, 2), np.float32)
+    normed = norm != "none"
+    stats = output(op, "out", given[1], (m if normed else 0, 2), np.float32)
     call(
         core().norm_bias_forward,
         code(x),
@@ -249,7 +253,7 @@ def norm_bias_forward(
         parameter(gamma),
         parameter(bias),
         address(y),
-        address(stats),
+        address(stats) if normed else 0,
         eps,
         word(op, "norm", NORMS, norm),
         threads(num_threads),
@@ -273,7 +277,7 @@ def norm_bias_backward(
 
     Args:
         grad_y: ``[M, K]``; rows may lie apart.
-        x: as in the forward pass; None where "bias" alone is wanted.
+        x: as in the forward pass; None where "bias" alone is wanted, or without a norm no "gamma".
         stats: what the forward pass returned; None as x.
         gamma, bias, norm: as in the forward pass; the bias is not read, and says whether it has a
             gradient.
@@ -287,7 +291,8 @@ def norm_bias_backward(
     m, k = grad_y.shape
     if x is not None:
         x = check(op, "x", x, (m, k), grad_y, strided=True)
-    stats = optional(op, "stats", stats, (m, 2), "float32")
+    normed = norm != "none"
+    stats = optional(op, "stats", stats, (m if normed else 0, 2), "float32")
     gamma, bias = optional(op, "gamma", gamma, (k,)), optional(op, "bias", bias, (k,))
     known: dict[str, tuple[tuple[int, ...], Any]] = {
         "x": ((m, k), grad_y.dtype),
@@ -303,7 +308,7 @@ def norm_bias_backward(
         stride(grad_y),
         address(x),
         stride(x),
-        address(stats),
+        address(stats) if normed else 0,
         parameter(gamma),
         address(found.get("x")),
         parameter(found.get("gamma")),

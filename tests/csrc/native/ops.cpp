@@ -268,38 +268,39 @@ class NormBias final : public Op {
   explicit NormBias(const OpCase &given) : Op(given) {
     const int64_t M = c.M, K = c.K;
     const int dtype = any_dtype();
-    norm_ = 1 + static_cast<int32_t>(rng_.below(2));
+    norm_ = static_cast<int32_t>(rng_.below(3));
+    const bool norm = norm_ != DELTAOPS_NO_NORM;
     x_ = input(M, K, dtype);
     if (wanted()) gamma_ = input(1, K, any_dtype());
     if (wanted()) bias_ = input(1, K, any_dtype());
     y_ = output(M, K, dtype);
-    stats_ = saved(M, 2);
+    if (norm) stats_ = saved(M, 2);
     grad_y_ = input(M, K, dtype);
     if (wanted()) grad_x_ = output(M, K, dtype);
     if (wanted()) grad_gamma_ = output(1, K, any_dtype());
     if (wanted()) grad_bias_ = output(1, K, any_dtype());
-    const bool x_read = grad_x_ || grad_gamma_;
+    x_read_ = grad_gamma_ || (norm && grad_x_);
 
     f_.x = view(x_), f_.gamma = view(gamma_), f_.bias = view(bias_);
     f_.y = view(y_), f_.stats = view(stats_);
     f_.eps = eps_, f_.norm = norm_;
     forward = pass_of(&f_, norm_bias_forward, c.threads);
-    forward.numbers = {{&f_.norm, 1, 2}};
+    forward.numbers = {{&f_.norm, 0, 2}};
     add(&forward, &f_.x, kRead);
     add(&forward, &f_.y, kWritten);
     add(&forward, &f_.gamma, kVector);
     add(&forward, &f_.bias, kVector);
-    add(&forward, &f_.stats, kMaybeWritten);
+    if (norm) add(&forward, &f_.stats, kMaybeWritten);
 
     b_.grad_y = view(grad_y_), b_.gamma = f_.gamma;
-    if (x_read) b_.x = f_.x, b_.stats = f_.stats;
+    if (x_read_) b_.x = f_.x, b_.stats = f_.stats;
     b_.grad_x = view(grad_x_), b_.grad_gamma = view(grad_gamma_), b_.grad_bias = view(grad_bias_);
     b_.norm = norm_;
     backward = pass_of(&b_, norm_bias_backward, c.threads);
-    backward.numbers = {{&b_.norm, 1, 2}, {&b_.reserved, 0, 0}};
+    backward.numbers = {{&b_.norm, 0, 2}, {&b_.reserved, 0, 0}};
     add(&backward, &b_.grad_y, kRead);
-    if (x_read) add(&backward, &b_.x, kRead);
-    if (x_read) add(&backward, &b_.stats, kRead);
+    if (x_read_) add(&backward, &b_.x, kRead);
+    if (x_read_ && norm) add(&backward, &b_.stats, kRead);
     add(&backward, &b_.gamma, kVector);
     add(&backward, &b_.grad_x, kMaybeWritten);
     add(&backward, &b_.grad_gamma, kGradient);
@@ -308,32 +309,34 @@ class NormBias final : public Op {
 
   void check_forward() const override {
     for (int64_t m = 0; m < c.M; ++m) {
-      const Row row = normalized(*x_, m, norm_, eps_);
-      check(*stats_, m, 0, row.mean, "mean");
-      check(*stats_, m, 1, row.rstd, "rstd");
+      const Row row = norm_ ? normalized(*x_, m, norm_, eps_) : Row{};
+      if (norm_) {
+        check(*stats_, m, 0, row.mean, "mean");
+        check(*stats_, m, 1, row.rstd, "rstd");
+      }
       for (int64_t k = 0; k < c.K; ++k)
-        check(
-            *y_, m, k,
-            plus(times(row.n[static_cast<size_t>(k)], at(gamma_, 0, k, 1)), of(at(bias_, 0, k, 0))),
-            "y");
+        check(*y_, m, k, plus(times(n(row, m, k), at(gamma_, 0, k, 1)), of(at(bias_, 0, k, 0))),
+              "y");
     }
   }
 
   void check_backward() const override {
     std::vector<Sum> gamma(static_cast<size_t>(c.K)), bias(static_cast<size_t>(c.K));
-    const bool x_read = grad_x_ || grad_gamma_;
     for (int64_t m = 0; m < c.M; ++m) {
       std::vector<Sum> dy;
-      const Row row = x_read ? saved_row(*x_, *stats_, m) : Row{};
+      const Row row = x_read_ && norm_ ? saved_row(*x_, *stats_, m) : Row{};
       for (int64_t k = 0; k < c.K; ++k) {
         const auto i = static_cast<size_t>(k);
         dy.push_back(of(grad_y_->at(m, k)));
-        if (x_read) gamma[i].add(times(dy[i], row.n[i]), 1);
+        if (x_read_) gamma[i].add(times(dy[i], n(row, m, k)), 1);
         bias[i].add(dy[i], 1);
       }
       if (!grad_x_) continue;
-      const std::vector<Sum> dx = norm_backward(row, dy, gamma_, norm_);
-      for (int64_t k = 0; k < c.K; ++k) check(*grad_x_, m, k, dx[static_cast<size_t>(k)], "grad_x");
+      if (norm_) dy = norm_backward(row, dy, gamma_, norm_);
+      for (int64_t k = 0; k < c.K; ++k) {
+        const Sum &dx = dy[static_cast<size_t>(k)];
+        check(*grad_x_, m, k, norm_ ? dx : times(dx, at(gamma_, 0, k, 1)), "grad_x");
+      }
     }
     for (int64_t k = 0; k < c.K; ++k) {
       if (grad_gamma_) check(*grad_gamma_, 0, k, gamma[static_cast<size_t>(k)], "grad_gamma");
@@ -342,8 +345,14 @@ class NormBias final : public Op {
   }
 
  private:
+  // What gamma multiplies.
+  Sum n(const Row &row, int64_t m, int64_t k) const {
+    return norm_ ? row.n[static_cast<size_t>(k)] : of(x_->at(m, k));
+  }
+
   static constexpr float eps_ = 1e-5f;
   int32_t norm_;
+  bool x_read_;
   Array *x_ = nullptr, *gamma_ = nullptr, *bias_ = nullptr, *y_ = nullptr, *stats_ = nullptr,
         *grad_y_ = nullptr, *grad_x_ = nullptr, *grad_gamma_ = nullptr, *grad_bias_ = nullptr;
   deltaops_norm_bias_forward_args f_ = {};

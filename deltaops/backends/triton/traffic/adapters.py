@@ -175,21 +175,25 @@ def _bottleneck_finish(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) ->
 
 @entry("_norm_kernel")
 def _norm(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
-    t.load(a.x, a.M * a.K, a.M * a.K * (1 if a.WHOLE else 2))
+    normed = a.NORM != "none"
+    t.load(a.x, a.M * a.K, a.M * a.K * (2 if normed and not a.WHOLE else 1))
     for vector, there in ((a.gamma, a.HAS_GAMMA), (a.bias, a.HAS_BIAS)):
         if there:
             t.load(vector, a.K, a.K * grid[0])
     t.store(a.y, a.M * a.K)
-    t.store(a.stats, 2 * a.M)
+    if normed:
+        t.store(a.stats, 2 * a.M)
 
 
 @entry("_norm_grad_kernel")
 def _norm_grad(a: SimpleNamespace, grid: tuple[int, ...], t: Traffic) -> None:
     parts, tiles = grid
     t.load(a.grad_y, a.M * a.K, a.M * a.K)
-    if a.WANT_X or a.WANT_GAMMA:
+    normed = a.NORM != "none"
+    if a.WANT_GAMMA or (normed and a.WANT_X):
         t.load(a.x, a.M * a.K, a.M * a.K)
-        t.load(a.stats, 2 * a.M, 2 * a.M * tiles)
+        if normed:
+            t.load(a.stats, 2 * a.M, 2 * a.M * tiles)
     if a.WANT_X:
         if a.HAS_GAMMA:
             t.load(a.gamma, a.K, a.K * parts)
