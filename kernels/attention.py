@@ -208,16 +208,18 @@ def attention(
     causal: bool,
     own: Precision,
     prefix: Precision,
+    capability: int,
 ) -> None:
     """Write ``y`` and ``lse`` (contiguous). D of every tensor lies side by side; mask is uint8.
 
     Args:
         own: precision of the products with k and v.
         prefix: of those with the prefix.
+        capability: of the GPU, as in 90 for sm_90.
     """
     (b, h, l_q, d), h_kv, l_kv = q.shape, k.shape[1], k.shape[2]
     aligned = configs.is_aligned(q, k, v, prefix_k, prefix_v)
-    config = attention_configs.attention(d, prefix.wide, aligned, mask is not None)
+    config = attention_configs.attention(d, prefix.wide, aligned, mask is not None, capability)
     masks = (0, 0, 0, 0) if mask is None else mask.stride()
     _attention_kernel[(triton.cdiv(l_q, config.rows), b * h)](
         q,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 
 from . import precision
-from .configs import Attend, for_amd, is_narrow
+from .configs import Attend, for_amd, is_narrow, is_older
 
 
 def head_lanes(d: int) -> int:
@@ -13,19 +13,25 @@ def head_lanes(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def attention(d: int, wide: bool, aligned: bool, masked: bool) -> Attend:
+def attention(d: int, wide: bool, aligned: bool, masked: bool, capability: int) -> Attend:
     """The forward pass; ``wide`` where products with the prefix work in fp32. An address for each
     element of a row, or of a mask, is what the largest tiles leave no registers for."""
     lanes = head_lanes(d)
     if wide:
-        if lanes > 64 and not aligned and not precision.AMD:
-            return Attend(16, 16, 4, 1)
-        # Triton 3.6 fails on AMD where 32 rows are shared by several warps
-        # (github.com/triton-lang/triton/pull/10666)
-        return for_amd(Attend(64 if precision.AMD else 32, 32, 4, 2))
+        if precision.AMD:
+            # Triton 3.6 fails on AMD where 32 rows are shared by several warps
+            # (github.com/triton-lang/triton/pull/10666)
+            return for_amd(Attend(64, 32, 4, 2))
+        if lanes <= 64:
+            return Attend(32, 32, 8, 1)
+        return Attend(32, 32, 4, 2) if aligned else Attend(16, 16, 4, 1)
     if lanes > 128:
-        return for_amd(Attend(64, 32, 8, 2))
-    roomy = lanes <= 64 and aligned and not masked
+        if precision.AMD or (aligned and not masked):
+            return for_amd(Attend(64, 32, 8, 2))
+        return Attend(32, 16, 4, 1)
+    if lanes > 64 and masked and is_older(capability):
+        return Attend(32, 32, 8, 2)
+    roomy = lanes <= 64 and aligned and not masked and not is_narrow(capability)
     return for_amd(Attend(128, 64, 4, 3) if roomy else Attend(64, 32, 8, 3))
 
 
@@ -44,12 +50,17 @@ def grad_query(d: int, wide: bool, aligned: bool, masked: bool, capability: int)
         return for_amd(Attend(64, 64, 4, 2))
     stages = 1 if lanes > 128 and is_narrow(capability) else 2
     crowded = not aligned or (masked and lanes > 128)
+    if crowded and lanes > 128 and is_older(capability):
+        return Attend(32, 16, 8, 1)
     return for_amd(Attend(32 if crowded and not precision.AMD else 64, 32, 8, stages))
 
 
-def grad_keys(d: int, wide: bool) -> Attend:
-    """dK and dV; a program keeps both for ``cols`` keys in registers."""
+def grad_keys(d: int, wide: bool, masked: bool = False, capability: int = 90) -> Attend:
+    """dK and dV; a program keeps both for ``cols`` keys in registers. Those of a prefix are never
+    masked, and cut alike on all GPUs."""
     lanes = head_lanes(d)
+    if masked and not wide and lanes > 128 and is_older(capability):
+        return Attend(32, 16, 8, 1)
     if wide:
         if lanes == 32:  # eight warps spill on sm_90
             return for_amd(Attend(16, 32, 4, 1))

@@ -369,12 +369,14 @@ def grad_keys(
     scale: float,
     causal: bool,
     precision: Precision,
+    capability: int,
 ) -> None:
     """Write those of ``grad_k`` and ``grad_v`` ``[B, Hkv, Lk, D]`` that are given."""
     wanted = next(g for g in (grad_k, grad_v) if g is not None)
+    config = attention_configs.grad_keys(q.shape[3], precision.wide, mask is not None, capability)
     _launch(
         (grad_y, q, k, v), mask, lse, delta, grad_k, grad_v, wanted.shape[2], 1,
-        scale, causal, precision,
+        scale, causal, precision, config,
     )  # fmt: skip
 
 
@@ -405,8 +407,9 @@ def grad_prefix(
     )
     whole = [t.unsqueeze(0).expand(b, -1, -1, -1) for t in (prefix_k, prefix_v)]
     _launch(
-        (grad_y, q, *whole), None, lse, delta, to_k, to_v, keys, pieces, scale, False, precision
-    )
+        (grad_y, q, *whole), None, lse, delta, to_k, to_v, keys, pieces,
+        scale, False, precision, config,
+    )  # fmt: skip
     for part, grad in ((to_k, grad_k), (to_v, grad_v)):
         if part is not None and grad is not None:
             sum_partials(part.view(parts, h_kv * keys, d), grad.view(h_kv * keys, d))
@@ -424,10 +427,10 @@ def _launch(
     scale: float,
     causal: bool,
     precision: Precision,
+    config: configs.Attend,
 ) -> None:
     grad_y, q, k, v = tensors
     (b, h, l_q, d), h_kv = q.shape, k.shape[1]
-    config = attention_configs.grad_keys(d, precision.wide)
     chunk = triton.cdiv(triton.cdiv(l_q, config.rows), pieces) * config.rows
     to_k, to_v = (q if g is None else g for g in (grad_k, grad_v))
     masks = (0, 0, 0, 0) if mask is None else mask.stride()

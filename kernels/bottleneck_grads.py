@@ -293,6 +293,7 @@ def grad_rows(
     grad_x: Tensor | None,
     grad_h: Tensor,
     s: Tensor | None,
+    capability: int,
 ) -> None:
     """Write dh ``[M, R]``, and dx ``[M, K]`` and S ``[M, R]`` where they are given; all contiguous.
 
@@ -307,7 +308,7 @@ def grad_rows(
     pivot = norm == "layer" and precision.wide
     read = grad_y if x is None or norm == "none" else x
     config = configs.bottleneck_grad(
-        m, rank, precision.wide, configs.is_aligned(grad_y, read, down, up)
+        m, rank, precision.wide, configs.is_aligned(grad_y, read, down, up), capability
     )
     settings = {
         "NORM": norm,
@@ -472,6 +473,7 @@ def grad_parameters(
     grad_beta: Tensor | None,
     grad_down: Tensor | None,
     grad_down_bias: Tensor | None,
+    capability: int,
 ) -> None:
     """Write those of the gradients that are given, all contiguous; vectors lie side by side.
 
@@ -480,7 +482,7 @@ def grad_parameters(
     (m, rank), k = grad_h.shape, down.shape[1]
     product_wanted = grad_gamma is not None or grad_down is not None
     read = x if product_wanted and x is not None else grad_h
-    config = configs.bottleneck_down(rank, precision.wide, configs.is_aligned(read))
+    config = configs.bottleneck_down(rank, precision.wide, configs.is_aligned(read), capability)
     grid_k = triton.cdiv(k, config.cols) if product_wanted else 1
     grid_r = triton.cdiv(rank, config.rank)
     # as for the product also where only sums are wanted: the bits must not hang on that
@@ -537,4 +539,5 @@ def grad_parameters(
         BLOCK_K=finish.cols,
         BLOCK_R=finish.rank,
         num_warps=finish.warps,
+        **configs.all_registers(),
     )

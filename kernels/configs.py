@@ -58,6 +58,12 @@ def is_narrow(capability: int) -> bool:
     return not precision.AMD and capability not in WIDE_ARCHITECTURES
 
 
+def is_older(capability: int) -> bool:
+    """Whether this is one of NVIDIA's GPUs before Hopper. What differs there is what does not
+    spill, found by compiling (tests/kernels/every_variant.py)."""
+    return not precision.AMD and capability < 90
+
+
 # By the rows of the output: the first table whose bound is not below M. Tiles of fewer than 64 rows
 # cannot use Hopper's wgmma and need not: at such M the weight's bytes are the limit.
 _GEMM_WGMMA = (
@@ -91,6 +97,11 @@ _GEMM_FLOAT_CROWDED = (
     (16, Gemm(16, 64, 32, 16, 1, 4, 2)),
     (None, Gemm(64, 32, 32, 16, 8, 8, 2)),
 )
+# One of its few rows spills on Blackwell, by as many warps.
+_GEMM_FLOAT_BLACKWELL = (
+    (16, Gemm(16, 64, 32, 16, 1, 8, 2)),
+    *_GEMM_FLOAT_CROWDED[1:],
+)
 # Rows that cannot be read in 16-byte pieces need an address for each element, and branches beside
 # each other a second accumulator: only small tiles leave registers for that.
 _GEMM_CROWDED = (
@@ -101,6 +112,11 @@ _GEMM_CROWDED = (
 _GEMM_MIXED = (
     (16, Gemm(16, 64, 64, 16, 1, 4, 3)),
     (None, Gemm(64, 64, 64, 16, 8, 4, 3)),
+)
+# Its calls that are not plain, before Hopper.
+_GEMM_MIXED_CROWDED = (
+    _GEMM_MIXED[0],
+    (None, Gemm(64, 64, 64, 16, 8, 8, 3)),
 )
 
 
@@ -125,20 +141,32 @@ def is_plain(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> bool:
     return usual and is_aligned(x, weight)
 
 
-def gemm(m: int, n: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -> Gemm:
+def gemm(
+    m: int,
+    n: int,
+    dtype: torch.dtype,
+    capability: int,
+    wide: bool,
+    plain: bool,
+    masked: bool = False,
+) -> Gemm:
     """The configuration of the two-segment GEMMs for M rows and N columns of the output; capability
     as in 90 for sm_90; ``wide`` where the rank terms work in fp32; ``plain`` as :func:`is_plain`
-    finds the call."""
+    finds the call; ``masked`` where a mask may be made beside the product: in tiles of 256 columns
+    it would spill, and those of few rows were measured without."""
     table: tuple[tuple[int | None, Gemm], ...]
     if dtype == torch.float32:
         table = _GEMM_FLOAT if plain or precision.AMD else _GEMM_FLOAT_CROWDED
+        if m <= 16 and capability == 100:
+            table = _GEMM_FLOAT_BLACKWELL
     elif wide:
-        table = _GEMM_MIXED
+        crowded = not plain and is_older(capability)
+        table = _GEMM_MIXED_CROWDED if crowded else _GEMM_MIXED
     elif not plain:
         table = _GEMM_CROWDED
     elif precision.AMD:
         table = _GEMM_AMD
-    elif capability >= 90 and capability in WIDE_ARCHITECTURES:
+    elif capability >= 90 and capability in WIDE_ARCHITECTURES and not masked:
         if m <= 16 and n <= FEW_COLUMNS:
             return _FEW_ROWS
         table = _GEMM_WGMMA
@@ -211,10 +239,8 @@ def overlaps(capability: int) -> bool:
 
 
 def grad_input(m: int, dtype: torch.dtype, capability: int, wide: bool, plain: bool) -> Gemm:
-    """As :func:`gemm`, but no tile of 256 columns: making the mask beside it would spill."""
-    columns = FEW_COLUMNS + 1  # tiles of few rows were measured of y alone
-    capability = 80 if capability in WIDE_ARCHITECTURES else capability
-    return gemm(m, columns, dtype, capability, wide, plain)
+    """As :func:`gemm`, of dx: any number of columns, and perhaps a mask."""
+    return gemm(m, 0, dtype, capability, wide, plain, masked=True)
 
 
 @dataclass(frozen=True)
@@ -291,18 +317,22 @@ def project(
     return for_amd(Skinny(rows, 64 if wide else 128, lanes, 4, stages))
 
 
-def grad_up(rank: int, wide: bool, aligned: bool, of_s: bool = True) -> Skinny:
+def grad_up(
+    rank: int, wide: bool, aligned: bool, of_s: bool = True, capability: int = 90
+) -> Skinny:
     """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB and of B in registers, so
     that 128 lanes would spill. The warps, and columns and stages of what is not aligned, are those
     that do not spill, found by compiling (tests/kernels/every_variant.py); without dS (``of_s``)
     others than with it. Warps and stages change no bits."""
     lanes = rank_lanes(rank, wide, 64 if aligned else 16)
     eight = lanes > 32 if of_s else lanes == 32
-    warps = 8 if eight or (wide and not aligned) else 4
+    gathered = not aligned and (wide or is_older(capability))  # an address for each element
+    warps = 8 if eight or gathered else 4
     few = lanes == 16 and aligned and not wide  # on an H200 31.1 µs, with 128 columns 38.9
     cols = 256 if few else 128 if not wide else 64 if aligned else 32
     # dB alone of 64 lanes: on an H200 25.9 µs, by three stages 28.8
-    stages = 2 if not aligned else 5 if lanes == 64 and not of_s and not wide else 3
+    alone = lanes == 64 and not of_s and not wide
+    stages = 2 if not aligned or (alone and capability == 100) else 5 if alone else 3
     return for_amd(Skinny(32, cols, lanes, warps, stages))
 
 
@@ -342,19 +372,25 @@ def grad_input_group(
     if masked and wide:
         return replace(config, cols=min(config.cols, 32), warps=4, stages=min(config.stages, 2))
     if wide and dtype != torch.float32:
-        return replace(config, warps=4 if precision.AMD else 8, stages=min(config.stages, 2))
+        stages = 1 if is_older(capability) else min(config.stages, 2)
+        return replace(config, warps=4 if precision.AMD else 8, stages=stages)
+    if m <= 16 and capability == 100 and dtype != torch.float32:
+        return replace(config, warps=8)
     return config
 
 
-def grad_down_group(rank: int, lanes: int, wide: bool, masked: bool) -> Skinny:
+def grad_down_group(rank: int, lanes: int, wide: bool, masked: bool, capability: int) -> Skinny:
     """dA of several branches, of which each makes the mask of x again: the tiles that one of this
     ``rank`` has alone; ``lanes`` of all. Three of 16 ranks take 40.1 µs on an H200, by eight warps
     49.8."""
     alone = grad_down(rank, wide)
+    crowded = lanes > 64 and is_older(capability)
     if masked and lanes > 32:
-        return for_amd(replace(alone, warps=8, stages=2))
+        return for_amd(replace(alone, warps=8, stages=1 if crowded else 2))
     if wide and lanes > 32:
         return for_amd(replace(alone, stages=1))
+    if crowded:
+        return replace(alone, warps=8)
     return for_amd(alone)
 
 
@@ -509,26 +545,28 @@ def _in_one(m: int, rank: int, rows: int, lanes: int) -> bool:
     return rank <= lanes and triton.cdiv(m, rows) >= FEWEST
 
 
-def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool) -> Skinny:
+def bottleneck_grad(m: int, rank: int, wide: bool, aligned: bool, capability: int = 90) -> Skinny:
     """Its backward pass over rows; a program keeps dh of its rows, and dy and x at a time."""
     config = bottleneck(m, rank, wide, aligned)
     crowded = wide and not aligned
     warps = config.warps
     if is_fused(m, rank, config):
         warps = 8 if config.rank > 32 else 4
+        if is_older(capability):
+            config = replace(config, stages=2)
     elif crowded:
         warps = 4
     return for_amd(replace(config, cols=min(config.cols, 32 if crowded else 64), warps=warps))
 
 
-def bottleneck_down(rank: int, wide: bool, aligned: bool) -> Skinny:
+def bottleneck_down(rank: int, wide: bool, aligned: bool, capability: int) -> Skinny:
     """G and its sums, as :func:`grad_down`, but tiles of 64 rows: of 64 lanes, on an H200, 41.0 µs,
     of 32 rows 48.4. An address for each element of x is what four warps have no room for."""
     config = grad_down(rank, wide)
     if wide:
         return for_amd(config if aligned else replace(config, warps=8))
     if aligned and config.rank <= 64:
-        return for_amd(replace(config, rows=64, stages=3))
+        return for_amd(replace(config, rows=64, stages=2 if is_older(capability) else 3))
     return for_amd(Skinny(64, 64, config.rank, 8, 3))
 
 

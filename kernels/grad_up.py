@@ -103,13 +103,14 @@ def grad_up(
     adapter: Tensor | None = None,
     number: int = 0,
     postponed: Postponed | None = None,
+    capability: int,
 ) -> None:
     """Write those of grad_s ``[M, R]``, grad_b ``[N, R]``, grad_bias ``[N]`` that are given; with
     ``adapter`` (int32 ``[M]``) grad_s is zero in the rows where it is not ``number``. What is left
     to be summed of grad_b and grad_bias goes to ``postponed``, where that is given."""
     (m, n), rank = grad_y.shape, b.shape[1]
     aligned, of_s = configs.is_aligned(grad_y, b), grad_s is not None
-    config = configs.grad_up(rank, precision.wide, aligned, of_s)
+    config = configs.grad_up(rank, precision.wide, aligned, of_s, capability)
     grid_n, grid_r = triton.cdiv(n, config.cols), triton.cdiv(rank, config.rank)
     parts, chunk = configs.split(m, config.rows, grid_n * grid_r)
     unused = torch.empty((0, 0, 0), dtype=torch.float32, device=grad_y.device)

@@ -232,6 +232,8 @@ def grad_down_group(
     x: Tensor,
     parts: Sequence[Part],
     grad_a: Sequence[Tensor | None],
+    *,
+    capability: int,
 ) -> None:
     """Write those of ``grad_a`` ``[R, K]`` (contiguous) that are given, for grad_s ``[M, ΣR]`` of
     all ``parts``."""
@@ -256,7 +258,9 @@ def grad_down_group(
             continue
         lanes = tuple(configs.grad_down(one.rank, precision.wide).rank for one in some)
         thresholds = _thresholds(some)
-        config = configs.grad_down_group(some[0].rank, sum(lanes), precision.wide, any(thresholds))
+        config = configs.grad_down_group(
+            some[0].rank, sum(lanes), precision.wide, any(thresholds), capability
+        )
         grid_k = triton.cdiv(k, config.cols)
         pieces, chunk = configs.split(m, config.rows, grid_k, configs.OF_GRAD_DOWN)
         sums = [partials_or(target, pieces) for target in targets[here]]

@@ -75,9 +75,7 @@ def _norm_kernel(
             part = load_tile(x, row, col, x_row, x_col, M, K).to(tl.float32)
             count = tl.minimum(K - k, BLOCK_K) * 1.0
             more_mean, more_m2 = tile_moments(part, col, K, count, NORM == "layer")
-            mean, m2 = join_moments(
-                k * 1.0, mean, m2, count, more_mean, more_m2, NORM == "layer"
-            )
+            mean, m2 = join_moments(k * 1.0, mean, m2, count, more_mean, more_m2, NORM == "layer")
         rstd = inverse_root(m2, K, eps)
         for k in range(0, K, BLOCK_K):
             col = k + lane

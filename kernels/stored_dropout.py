@@ -10,6 +10,8 @@ are kept for the backward pass. Traffic beyond kernels that make the mask again:
 read for dA, 2·M·K elements; the mask written here and read for dx, 2·M·K bytes.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -65,6 +67,8 @@ def drop_and_project(
     """(x̂, keep), and ``s [M, R]`` is written. Rows of x and a lie side by side; one dtype."""
     (m, k), rank = x.shape, a.shape[0]
     config = configs.project(m, rank, x.dtype == torch.float32, configs.is_aligned(x, a))
+    if config.rank > 64:  # by four warps 128 lanes and a mask spill
+        config = configs.for_amd(replace(config, warps=8))
     threshold = drop_threshold(dropout)
     dropped = torch.empty((m, k), dtype=x.dtype, device=x.device)
     keep = torch.empty((m, k), dtype=torch.uint8, device=x.device)

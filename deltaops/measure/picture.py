@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cell import ACCELERATED, EAGER, FROZEN, OURS, OURS_COMPILED, Cell
+from .compare.point_labels import DOT, label_points
 from .stacks import LIMIT, over_dearest, products_over_dearest
 
 COLOURS = {
@@ -76,21 +77,26 @@ def draw_stacks(path: Path, results: Sequence[Cell], subtitle: str) -> None:
         if (products := products_over_dearest(c)) is not None
         and (ratio := over_dearest(c)) is not None
     ]
-    figure = Figure(figsize=(8.5, 6.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 7), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     ax: Any = figure.subplots()
     ax.scatter([x for x, _, _ in named], [y for _, y, _ in named], s=18, color=COLOURS[OURS])
     top = max(LIMIT, *(max(x, y) for x, y, _ in named)) + 0.02
     ax.plot([1, top], [1, top], color="#888888", linewidth=1, label="its products alone")
     ax.axhline(LIMIT, color=OTHER, linewidth=1, linestyle="--", label="the goal")
-    for x, y, what in sorted(named, key=lambda n: -n[1])[:LABELLED]:
-        ax.annotate(what, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=6.5)
     ax.set_xlabel("flops of the stack over those of its dearest part", fontsize=8)
     ax.set_ylabel("time of the stack over that of its dearest part (median)", fontsize=8)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False, loc="lower right")
     figure.suptitle(subtitle, fontsize=8, color="#666666")
+    figure.draw_without_rendering()  # settles the layout, which labels are placed in
+    named.sort(key=lambda n: -n[1])
+    others = (ax.transData.transform((x, y)) for x, y, _ in named[LABELLED:])
+    label_points(
+        ax, [(x, y) for x, y, _ in named[:LABELLED]], [what for *_, what in named[:LABELLED]],
+        [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in others],
+    )  # fmt: skip
     figure.savefig(path, format="png")
 
 

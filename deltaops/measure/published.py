@@ -93,8 +93,9 @@ class LoraFusion(torch.autograd.Function):
         capability = core.capability(grad_y)
         with core.device_of(grad_y):
             core.kernels("grad_up").grad_up(
-                grad_y, b, s, scaling=scaling, precision=precision, grad_s=grad_s, grad_b=grad_b
-            )
+                grad_y, b, s, scaling=scaling, precision=precision, grad_s=grad_s, grad_b=grad_b,
+                capability=capability,
+            )  # fmt: skip
             grad_a = grad_s.to(dropped.dtype).t() @ dropped
             if keep is not None:
                 grad_x = core.kernels("stored_dropout").stored_grad_input(

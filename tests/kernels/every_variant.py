@@ -135,7 +135,8 @@ def linears() -> Iterator[Call]:
     for m, ranks, types, dropout in itertools.product(
         ROWS, ((16, 16, 16), (32, 32, 32), (64, 64), (64, 32, 16), (3, 13, 16)), TYPES, (0.0, 0.1)
     ):
-        yield linears_ahead.Group(m, ranks, *types, dropout)
+        widths = (4096, 1024, 1024)[: len(ranks)]
+        yield linears_ahead.Group(m, ranks, *types, dropout, widths)
         if ranks[0] == 3:
             yield linears_ahead.Group(m, ranks, *types, dropout, rows=(1003, 400, 33), k=4001)
     for rank, types in itertools.product(RANKS, TYPES):
@@ -182,7 +183,7 @@ def rows() -> Iterator[Call]:
         yield rows_ahead.Adapter(m, 4001, rank, *types, activation=activation, padding=3)
         yield rows_ahead.Adapter(m, 4096, rank, *types, activation=activation, bare=True)
     for k, types, norm in itertools.product(
-        (16, 100, 768, 1024, 2048, 4096, 8192, 14336), TYPES, ("layer", "rms")
+        (16, 100, 768, 1024, 2048, 4096, 8192, 14336), TYPES, ("layer", "rms", "none")
     ):
         yield rows_ahead.Norm(8192, k, *types, norm=norm)
     for dtype, activation in itertools.product((HALF, FULL), ("relu", "gelu", "gelu_tanh", "silu")):

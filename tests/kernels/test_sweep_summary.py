@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,3 +62,18 @@ def test_the_committed_run_refuses_nothing() -> None:
         assert one["shared_limit"] == TARGETS[name].shared
         assert set(ENTRIES) - ELSEWHERE - NEWER <= set(one["kernels"])
     assert (RESULTS / PAGE).read_text(encoding="utf-8") == sweep_summary.tables(known)
+
+
+def test_every_call_of_the_sweep_can_be_made(tmp_path: Path) -> None:
+    """It is run by hand; here no time is left for a compiler."""
+    code = (
+        "import sys, pathlib, every_variant; every_variant.FOUND = pathlib.Path(sys.argv[1]); "
+        "raise SystemExit(every_variant.main(['sm_90', '--seconds', '0']))"
+    )
+    places = {"PYTHONPATH": str(Path(__file__).parent), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path / "found")],
+        env={**os.environ, **places}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(" left\n") == 10, run.stdout  # a line for each area

@@ -110,8 +110,9 @@ def test_a_group_cuts_its_sums_as_a_branch_alone_does(
     together = configs.project_group(m, rank, 3 * alone.rank, wide, masked)
     assert (together.rows, together.cols) == (alone.rows, alone.cols)
     alone = configs.grad_down(rank, wide, masked)
-    together = configs.grad_down_group(rank, 3 * alone.rank, wide, masked)
-    assert (together.rows, together.cols) == (alone.rows, alone.cols)
+    for capability in (80, 90):
+        together = configs.grad_down_group(rank, 3 * alone.rank, wide, masked, capability)
+        assert (together.rows, together.cols) == (alone.rows, alone.cols)
 
 
 def test_branches_with_other_tiles_go_in_launches_of_their_own() -> None:

@@ -107,6 +107,7 @@ def bottleneck_backward(
     gamma, beta, h, stats = _whole(gamma), _whole(beta), h.contiguous(), stats.contiguous()
     with core.device_of(grad_y):
         precision = core.kernels("precision").rank_precision(grad_y.dtype, [down])
+        capability = core.capability(grad_y)
         kernels = core.kernels("bottleneck_grads")
         # S is of one use: where dUp is not wanted h stands in for it
         s = h if grad_up is None else torch.empty_like(h)
@@ -128,6 +129,7 @@ def bottleneck_backward(
                 grad_x=grad_x,
                 grad_h=grad_h,
                 s=None if grad_up is None else s,
+                capability=capability,
             )
         if any(g is not None for g in wanted[:4]):
             kernels.grad_parameters(
@@ -143,6 +145,7 @@ def bottleneck_backward(
                 grad_beta=grad_beta,
                 grad_down=grad_down,
                 grad_down_bias=grad_down_bias,
+                capability=capability,
             )
         if grad_up is not None or grad_up_bias is not None:
             core.kernels("grad_up").grad_up(
@@ -153,6 +156,7 @@ def bottleneck_backward(
                 precision=precision,
                 grad_b=grad_up,
                 grad_bias=grad_up_bias,
+                capability=capability,
             )
     return grads
 

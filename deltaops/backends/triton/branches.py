@@ -115,6 +115,7 @@ def pass_over_dy(
             adapter=adapter,
             number=number,
             postponed=postponed,
+            capability=core.capability(grad_y),
         )
 
 

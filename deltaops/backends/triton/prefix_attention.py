@@ -101,6 +101,7 @@ def forward(
             core.kernels("attention").attention(
                 q, k, v, prefix_k, prefix_v, _bytes(mask), y, lse,
                 scale=scale, causal=causal, **_precisions(q, prefix_k),
+                capability=core.capability(q),
             )  # fmt: skip
     return y, lse
 
@@ -149,6 +150,7 @@ def backward(
             kernels.grad_keys(
                 grad_y, q, k, v, mask, lse, delta, grad_k, grad_v,
                 scale=scale, causal=causal, precision=precisions["own"],
+                capability=core.capability(q),
             )  # fmt: skip
         if (grad_pk is not None or grad_pv is not None) and prefix_k.numel():
             kernels.grad_prefix(
