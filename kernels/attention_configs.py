@@ -44,8 +44,10 @@ def grad_query(d: int, wide: bool, aligned: bool, masked: bool, capability: int)
             return for_amd(Attend(32, 32, 8, 1))
         if aligned:
             return for_amd(Attend(16, 32, 4, 1))
-        # by compiling: either spills a few bytes on the GPUs of the other
-        return for_amd(Attend(16, 32, 8, 1) if capability in (90, 100) else Attend(16, 16, 4, 1))
+        # by compiling: each spills a few bytes on the GPUs of another
+        if capability in (90, 100):
+            return Attend(16, 32, 8, 1)
+        return for_amd(Attend(16, 16, 8, 2) if is_narrow(capability) else Attend(16, 16, 4, 1))
     if lanes < 64 and aligned and not masked:
         return for_amd(Attend(64, 64, 4, 2))
     stages = 1 if lanes > 128 and is_narrow(capability) else 2

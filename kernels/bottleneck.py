@@ -480,6 +480,7 @@ def product(
         BLOCK_R=config.rank,
         num_warps=config.warps,
         num_stages=config.stages,
+        **configs.all_registers(),
     )
     return partials, moments, chunk
 

@@ -4,10 +4,10 @@ Nothing is tuned while a program runs, so a call under graph capture behaves lik
 same shapes, strides and dtypes give the same bits. The tests compile the calls that
 tests/kernels/ahead.py, rows_ahead.py and linears_ahead.py list ahead of time, most rows of the
 tables but not each with every rank, norm and bias, and hold them to no spills and to the shared
-memory of their architecture; for GPUs with 99 KB (sm_89) the largest tiles are. What
-tests/kernels/every_variant.py has compiled beyond the lists, what of it spills, and what it has not
-reached is in benchmarks/results/triton-variants.md. The numbers are starting points from counts of
-registers and shared memory, but where a comment says that they were measured: medians of one run.
+memory of their architecture; for GPUs with 99 KB (sm_89) the largest tiles are. By hand
+tests/kernels/every_variant.py compiles all the rest: benchmarks/results/triton-variants.md says of
+which sources it was. The numbers are starting points from counts of registers and shared memory,
+but where a comment says that they were measured: medians of one run.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ def grad_down_group(rank: int, lanes: int, wide: bool, masked: bool, capability:
     alone = grad_down(rank, wide)
     crowded = lanes > 64 and is_older(capability)
     if masked and lanes > 32:
-        return for_amd(replace(alone, warps=8, stages=1 if crowded else 2))
+        return for_amd(replace(alone, warps=8, stages=1 if crowded and lanes == 128 else 2))
     if wide and lanes > 32:
         return for_amd(replace(alone, stages=1))
     if crowded:
@@ -444,6 +444,12 @@ def all_registers() -> dict[str, int]:
     NVIDIA's assembler stops at 168 to fit a third program beside two, and spills a few for that:
     in attention, sums of partial sums, and a sequential adapter in two launches."""
     return {} if precision.AMD else {"maxnreg": 255}
+
+
+def registers(capability: int) -> dict[str, int]:
+    """:func:`all_registers` for GPUs with 99 KB, whose assembler spills sooner; of the others, what
+    was measured leaves it the choice."""
+    return all_registers() if is_narrow(capability) else {}
 
 
 PROGRAMS = 256

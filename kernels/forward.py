@@ -112,4 +112,5 @@ def forward_gemm(
         GROUP=config.group,
         num_warps=config.warps,
         num_stages=config.stages,
+        **configs.registers(capability),
     )

@@ -154,6 +154,7 @@ def grad_up(
         BLOCK_R=config.rank,
         num_warps=config.warps,
         num_stages=config.stages,
+        **configs.registers(capability),
     )
     if grad_s is not None and grid_n > 1:
         sum_partials(to_s, grad_s)

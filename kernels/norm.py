@@ -95,6 +95,7 @@ def norm(
     *,
     eps: float,
     norm: str,
+    capability: int,
 ) -> None:
     """Write ``y [M, K]`` and, with a norm, ``stats [M, 2]``; all but x lie side by side."""
     m, k = x.shape
@@ -118,6 +119,7 @@ def norm(
         BLOCK_M=config.rows,
         BLOCK_K=config.cols,
         num_warps=config.warps,
+        **configs.registers(capability),
     )
 
 

@@ -50,8 +50,8 @@ def test_a_regression_is_seen(kernel: str, what: str, monkeypatch: pytest.Monkey
     before = traffic.totals([LAYER], ["sm_90"])
     right = getattr(configs, kernel)
 
-    def worse(*args: object) -> object:
-        good = right(*args)
+    def worse(*args: object, **more: object) -> object:
+        good = right(*args, **more)
         if kernel == "project":  # pieces of K leave partial sums
             monkeypatch.setattr(configs, "PROGRAMS", 8 * configs.PROGRAMS)
             return good

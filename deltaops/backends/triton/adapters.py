@@ -170,7 +170,16 @@ def norm_bias_forward(
     stats = torch.empty((rows, 2), dtype=torch.float32, device=x.device)
     if y.numel():
         with core.device_of(x):
-            core.kernels("norm").norm(x, _whole(gamma), _whole(bias), y, stats, eps=eps, norm=norm)
+            core.kernels("norm").norm(
+                x,
+                _whole(gamma),
+                _whole(bias),
+                y,
+                stats,
+                eps=eps,
+                norm=norm,
+                capability=core.capability(x),
+            )
     return y, stats
 
 

@@ -152,7 +152,7 @@ class TritonDeltaLinear(PlainPlan):
             else:
                 if m and any(t is not None for t in grad_a):
                     core.kernels("group").grad_down_group(
-                        grad_s, x, parts, grad_a, capability=core.capability(x)
+                        grad_s, x, parts, grad_a, capability=core.capability(grad_s)
                     )
                 if plan is not None and grad_x is not None:
                     _write_grad_input(plan, grad_x, grad_y, members, grad_s, parts)
