@@ -15,6 +15,8 @@ import deltaops
 from deltaops import Adapter, IntrinsicAdapter, IntrinsicPrompt
 from deltaops.errors import AttachError, CheckpointError, ConfigError, TargetError
 from deltaops.methods.decoder import START, AdapterSizes, write_decoder
+from deltaops.modules import RandomRows, decoded_adapter
+from deltaops.packing import PACKING
 from deltaops.surgery.files import MANIFEST
 from deltaops.testing import bound, relative_error
 from deltaops.testing.architectures import answer, build
@@ -51,6 +53,32 @@ def test_it_is_decoded_once_for_all_places(reentrant: bool | None) -> None:
     (expected,) = moved(other).parameters()
     answer("bert", other).square().mean().backward()
     torch.testing.assert_close(z.grad, expected.grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_projection_gives_the_gradient_of_a_small_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projection = torch.randn(50, 3001, dtype=dtype)
+    rows = RandomRows(torch.randn(3001, dtype=dtype), projection)
+    z, dy = torch.randn(50, dtype=dtype, requires_grad=True), torch.randn(2900, dtype=dtype)
+
+    def run() -> list[Tensor]:
+        theta = rows(z, 60, 2960)
+        return [theta, *torch.autograd.grad(theta, z, dy)]
+
+    before, small = PACKING.bytes(projection), run()
+    monkeypatch.setattr(decoded_adapter, "LARGE", 1)
+    large = [run() for _ in range(3)]
+    part = projection[:, 60:2960].double()
+    oracles = rows.base[60:2960].double() + z.detach().double() @ part, part @ dy.double()
+    for got, baseline, oracle in zip(large[0], small, oracles, strict=True):
+        # in float64 the oracle is no better
+        exact = dtype is torch.float64
+        limit = 1e-13 if exact else bound(relative_error(baseline, oracle), dtype)
+        assert relative_error(got, oracle) <= limit
+    assert all(torch.equal(*pair) for got in large for pair in zip(got, large[0], strict=True))
+    assert PACKING.bytes(projection[:, 60:2960]) == before == 0  # no copy is kept of it
 
 
 def test_it_starts_as_an_adapter_starts() -> None:
