@@ -71,8 +71,7 @@ def bench(
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     settings = _settings(quick, only, dtype, shapes, models, methods, dropout, compiled, minutes)
     quiet_transformers()
-    # the files of a whole run stay beside those of a part
-    part = "-quick" if quick else f"-{only}" if only and only != "goals" else ""
+    part = _part(quick, only)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console, transient=True,
@@ -91,6 +90,16 @@ def bench(
         _unfinished(out, results, part).unlink(missing_ok=True)
     if results.failed:
         raise typer.Exit(1)
+
+
+def _part(quick: bool, only: str | None) -> str:
+    """Ends the names of a run's files: those of a whole run stay beside those of a part, and so
+    does the table of ``deltaops compare``, which ends in "-methods"."""
+    if quick:
+        return "-quick"
+    if only in (None, "goals"):
+        return ""
+    return "-stacks" if only == "stacks" else f"-only-{only}"
 
 
 def _settings(
