@@ -97,11 +97,8 @@ _GEMM_FLOAT_CROWDED = (
     (16, Gemm(16, 64, 32, 16, 1, 4, 2)),
     (None, Gemm(64, 32, 32, 16, 8, 8, 2)),
 )
-# One of its few rows spills on Blackwell, by as many warps.
-_GEMM_FLOAT_BLACKWELL = (
-    (16, Gemm(16, 64, 32, 16, 1, 8, 2)),
-    *_GEMM_FLOAT_CROWDED[1:],
-)
+# Of at most 16 rows on Blackwell, where four warps spill.
+_FEW_ROWS_FLOAT_BLACKWELL = Gemm(16, 64, 32, 16, 1, 8, 2)
 # Rows that cannot be read in 16-byte pieces need an address for each element, and branches beside
 # each other a second accumulator: only small tiles leave registers for that.
 _GEMM_CROWDED = (
@@ -156,9 +153,9 @@ def gemm(
     it would spill, and those of few rows were measured without."""
     table: tuple[tuple[int | None, Gemm], ...]
     if dtype == torch.float32:
-        table = _GEMM_FLOAT if plain or precision.AMD else _GEMM_FLOAT_CROWDED
         if m <= 16 and capability == 100:
-            table = _GEMM_FLOAT_BLACKWELL
+            return _FEW_ROWS_FLOAT_BLACKWELL
+        table = _GEMM_FLOAT if plain or precision.AMD else _GEMM_FLOAT_CROWDED
     elif wide:
         crowded = not plain and is_older(capability)
         table = _GEMM_MIXED_CROWDED if crowded else _GEMM_MIXED
@@ -323,7 +320,7 @@ def grad_up(
     """The pass over dy: dS, dB, db. A program keeps [cols, rank] of dB and of B in registers, so
     that 128 lanes would spill. The warps, and columns and stages of what is not aligned, are those
     that do not spill, found by compiling (tests/kernels/every_variant.py); without dS (``of_s``)
-    others than with it. Warps and stages change no bits."""
+    others than with it. Warps and stages, which alone hang on ``capability``, change no bits."""
     lanes = rank_lanes(rank, wide, 64 if aligned else 16)
     eight = lanes > 32 if of_s else lanes == 32
     gathered = not aligned and (wide or is_older(capability))  # an address for each element

@@ -19,7 +19,8 @@ from .quiet import quiet_transformers
 def bench(
     out: Path | None = typer.Option(
         None,
-        help="Folder for the JSON, the report and the pictures. Until the end, what is measured so "
+        help="Folder for the JSON, the report and the pictures, named after the machine and, with "
+        "--only or --quick, the part of a run. Until the end, what is measured so "
         "far lies there as NAME.unfinished.json, for --report.",
     ),
     quick: bool = typer.Option(False, "--quick", help="Two layer shapes, one model, no compiler."),

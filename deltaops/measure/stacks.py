@@ -12,11 +12,8 @@ from dataclasses import replace
 from itertools import combinations
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from deltaops.errors import AttachError, ConfigError, TargetError
-from deltaops.ops import flop_formulas
 from deltaops.surgery import attach
 from deltaops.tuning.spec import parse_delta
 
@@ -25,7 +22,8 @@ from .cell import FIRST, SECOND, STACK, Cell
 from .compare.contenders import Contender, contenders
 from .compare.reader import HEAD
 from .difference import difference
-from .pair import Batch, Peer, held_pair, stepper, time_steps, timed_optimizer
+from .pair import Peer, held_pair, stepper, time_steps, timed_optimizer
+from .products import step_flops
 from .workloads import Workload
 
 LIMIT = 1.10
@@ -87,7 +85,10 @@ def measure_stack(
         if name == STACK:
             held_pair(base, handle, batch, kind)
         peers[name] = model, list(handle.parameters())
-    products = {name: _flops(model, batch) for name, (model, _) in peers.items()}
+    products = {
+        name: step_flops(lambda m=model: m(**batch).loss)  # type: ignore[misc]  # a default in a lambda
+        for name, (model, _) in peers.items()
+    }
     taken = time_steps(peers, batch, rounds=rounds, seconds=seconds)
     cell = replace(cell, timings=taken.timings, saved=taken.saved, products=products)
     ratio = over_dearest(cell)
@@ -116,12 +117,3 @@ def products_over_dearest(cell: Cell) -> float | None:
 def over_dearest(cell: Cell) -> float | None:
     """The stack's time over its dearest part's; None where it was not timed."""
     return cell.ratio(STACK, dearest(cell)) if STACK in cell.timings else None
-
-
-def _flops(model: nn.Module, batch: Batch) -> int:
-    """Of a step's products, as torch counts them."""
-    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        loss: torch.Tensor = model(**batch).loss
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own has no types
-    model.zero_grad(set_to_none=True)
-    return int(counter.get_total_flops())

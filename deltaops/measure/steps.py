@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from deltaops.methods.lora import LoRA
 from deltaops.surgery import accelerate, attach
@@ -26,6 +25,7 @@ from .cell import (
 )
 from .gate import Step, hold_step
 from .interleave import interleaved
+from .products import step_flops
 from .saved import saved_bytes
 from .workloads import WORKLOADS, Batch, Workload, bert, llama
 
@@ -80,7 +80,7 @@ def measure_steps(
         name: saved_bytes(lambda m=model: _loss(m, batch), _held(model, batch))  # type: ignore[misc]  # a default in a lambda
         for name, model in models.items()
     }
-    flops = _flops(models[FROZEN], batch)
+    flops = float(step_flops(lambda: _loss(models[FROZEN], batch)))
     if compiled:
         _add_compiled(models, absent, batch, oracle, baseline)
     steps = {name: _stepper(model, batch) for name, model in models.items()}
@@ -179,13 +179,6 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
         batch = _leaf(model, batch)
     loss: Tensor = model(**batch).loss
     return loss
-
-
-def _flops(model: nn.Module, batch: Batch) -> float:
-    """Multiplications and additions of a step's products, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        _loss(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own has no types
-    return float(counter.get_total_flops())
 
 
 def _leaf(model: nn.Module, batch: Batch) -> Batch:

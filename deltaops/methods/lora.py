@@ -35,7 +35,6 @@ from deltaops.modules import (
     become_router,
     holds_experts,
     is_router,
-    no_autocast,
     nonzero,
     originals,
     start_embedding,
@@ -45,6 +44,7 @@ from deltaops.modules import (
     unbecome_experts,
     unbecome_router,
 )
+from deltaops.ops.paths import no_autocast
 
 from . import lora_experts
 from .base import (

@@ -17,9 +17,9 @@ from deltaops.modules import (
     DeltaExperts,
     LoraSettings,
     become_experts,
-    no_autocast,
     start_experts,
 )
+from deltaops.ops.paths import no_autocast
 
 from .base import EXPERTS, PEFT_PREFIX, Binding, Site, adapter_dtype, wide
 

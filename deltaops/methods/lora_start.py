@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from deltaops.errors import AttachError
-from deltaops.modules import Start, draws_on, no_autocast
+from deltaops.modules import Start, draws_on
+from deltaops.ops.paths import no_autocast
 
 _OVERSAMPLED = 8
 """Columns beyond r in the sketch of W; Halko et al. find 5 to 10 enough."""

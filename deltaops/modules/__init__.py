@@ -23,7 +23,7 @@ from .decoded_adapter import (
     adapter_rows,
 )
 from .dora import nonzero, row_norms
-from .draws import draws_on, no_autocast
+from .draws import draws_on
 from .embedding import (
     DeltaEmbedding,
     become_embedding,
@@ -208,7 +208,6 @@ __all__ = [
     "lacks_bias",
     "named_activation",
     "near_zero",
-    "no_autocast",
     "nonzero",
     "originals",
     "owners",

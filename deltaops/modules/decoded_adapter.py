@@ -20,11 +20,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from deltaops.ops import delta_linear
-from deltaops.ops.paths import needs_grad, takes_bypass
+from deltaops.ops.paths import no_autocast, records
 from deltaops.packing import PACKING
 
 from .adapter import AdapterSettings, Held, adapt
-from .draws import no_autocast
 from .intrinsic import FITTED, Decoding
 from .replicas import refuse_replicas
 from .rows import Rows, rows_of
@@ -69,8 +68,7 @@ class _Projected(torch.autograd.Function):
 
 
 def _project(z: Tensor, rows: Tensor) -> Tensor:
-    eager = takes_bypass(z, rows) and not torch._C._are_functorch_transforms_active()
-    if eager and z.is_cpu and rows.numel() >= LARGE and needs_grad(z):
+    if z.is_cpu and rows.numel() >= LARGE and records(z, rows):
         projected: Tensor = _Projected.apply(z, rows)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
         return projected
     return z @ rows

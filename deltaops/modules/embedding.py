@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .draws import draws_on, no_autocast
+from deltaops.ops.paths import no_autocast
+
+from .draws import draws_on
 from .place import LoraSettings
 from .replicas import refuse_replicas
 from .switched import Switched

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .draws import no_autocast
+from deltaops.ops.paths import no_autocast
 
 GATES = "delta_gate"
 """Name of the container of gates on a module, and its part of keys."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deltaops.ops.paths import needs_grad, takes_bypass
+from deltaops.ops.paths import no_autocast, records
 
-from .draws import draws_on, no_autocast
+from .draws import draws_on
 
 
 class KroneckerSum(nn.Module):
@@ -78,8 +78,7 @@ def kronecker_sum(rule: Tensor, s: Tensor, t: Tensor) -> Tensor:
     """
     with no_autocast(s.device):
         rule = rule.to(device=s.device, dtype=s.dtype)
-        functorch = torch._C._are_functorch_transforms_active()
-        if needs_grad(rule, s, t) and takes_bypass(rule, s, t) and not functorch:
+        if records(rule, s, t):
             formed: Tensor = _Formed.apply(rule, s, t)  # type: ignore[no-untyped-call]  # torch's Function.apply has no types
             return formed
         return _form(rule, s, t)[0]

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .draws import no_autocast
+from deltaops.ops.paths import no_autocast
+
 from .loss_share import loss_share
 
 TEMPERATURE = 0.1

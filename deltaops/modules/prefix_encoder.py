@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .draws import no_autocast
+from deltaops.ops.paths import no_autocast
+
 from .replicas import refuse_replicas
 
 

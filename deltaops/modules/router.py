@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .draws import no_autocast
+from deltaops.ops.paths import no_autocast
+
 from .factor import Factor
 from .place import LoraSettings
 from .replicas import refuse_replicas

@@ -8,7 +8,6 @@ straight to a backend; the registered op ``deltaops::dora_norm`` is for everythi
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -19,7 +18,7 @@ from deltaops.dispatch import select
 from deltaops.errors import DtypeError, ShapeError
 from deltaops.reference import dora_norm as reference
 
-from .paths import check_device, takes_bypass, transformed
+from .paths import check_device, no_autocast, takes_bypass, transformed
 from .registered import register_constant
 
 
@@ -47,7 +46,7 @@ def dora_norm(
     Source: Liu et al. 2024 (arXiv 2402.09353), eq. 5 and §4.3.
     """
     _check(weight, a, b)
-    with torch.no_grad(), _exactly(weight):
+    with torch.no_grad(), no_autocast(weight.device):
         if transformed("dora_norm", backend, strict):
             return reference.forward(weight, a, b, scaling)
         if takes_bypass(weight, a, b):
@@ -55,14 +54,6 @@ def dora_norm(
         if strict:
             backend = select(_call(weight, a), backend, strict).name
         return torch.ops.deltaops.dora_norm(weight, a, b, scaling, backend)  # type: ignore[no-any-return]  # torch.ops has no types
-
-
-def _exactly(tensor: Tensor) -> AbstractContextManager[object]:
-    """Without autocast, which the device "meta" does not know."""
-    kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def _check(weight: Tensor, a: Tensor, b: Tensor) -> None:

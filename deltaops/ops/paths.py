@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,6 +49,23 @@ def transformed(op: str, backend: str, strict: bool) -> bool:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd is recording and one of the tensors wants a gradient."""
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether an ``autograd.Function`` in the place of torch's own calls is to record these:
+    autograd does, and neither a compiler, a mode nor a transform looks on."""
+    return (
+        needs_grad(*tensors)
+        and takes_bypass(*tensors)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Without autocast on ``device``; the device "meta" has none, and torch refuses its name."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # to enter torch's takes longer than a small product
+    return torch.autocast(device.type, enabled=False)
 
 
 def check_device(op: str, name: str, tensor: Tensor, x: Tensor, *, of: str = "x") -> None:

@@ -35,13 +35,13 @@ from deltaops.methods import Combined, LoRA
 from deltaops.methods.base import LINEAR
 from deltaops.modules import SAMPLES, Samples
 from deltaops.surgery import Handle, attach, plan
-from deltaops.tuning.loop import CLIP, to_device
+from deltaops.tuning.loop import CLIP, make_optimizer, to_device
 from deltaops.tuning.sentence import NamedClasses
 from deltaops.tuning.tokens import Order
 from deltaops.tuning.workshop import Stopped, Task, Workshop
 
 from .candidate import Candidate
-from .trainer import NotFinite, OnRung, Result, adamw, by_layer, groups, judged, rungs
+from .trainer import NotFinite, OnRung, Result, by_layer, groups, judged, rungs
 
 
 class NotByRows(Exception):
@@ -129,7 +129,7 @@ def train_pack(
                     name, candidate, on_rung,
                     Order(len(task.fit), candidate.batch_size, seed),
                     torch.Generator(next(handle.model.parameters()).device).manual_seed(seed),
-                    adamw(trained),
+                    make_optimizer(trained, 1.0),  # each step sets the rate
                     [p for group in trained for p in group["params"]],
                 )
             )  # fmt: skip

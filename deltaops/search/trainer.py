@@ -17,7 +17,7 @@ from deltaops.errors import ConfigError
 from deltaops.methods import parts_of
 from deltaops.methods.base import Site
 from deltaops.surgery import Handle, attach
-from deltaops.tuning.loop import Point, to_device, train
+from deltaops.tuning.loop import Point, make_optimizer, to_device, train
 from deltaops.tuning.tokens import Order
 from deltaops.tuning.workshop import Stopped, Task, Workshop
 
@@ -74,7 +74,7 @@ def train_alone(
     torch.manual_seed(seed)
     handle = attach(shop.model, candidate.delta, generator=torch.Generator().manual_seed(seed))
     try:
-        optimizer = adamw(groups(handle, candidate))
+        optimizer = make_optimizer(groups(handle, candidate), 1.0)  # each step sets the rate
         order = Order(len(task.fit), candidate.batch_size, seed)
         schedule = candidate.rate_of(steps)
         memory = kept_bytes(task, order, handle)
@@ -125,12 +125,6 @@ def judged(shop: Workshop, task: Task) -> dict[str, float]:
 
 EVALUATED = 32
 """Texts of a batch that is judged: the same for every candidate, or rounding would differ."""
-
-
-def adamw(trained: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """:func:`deltaops.tuning.loop.make_optimizer`'s, in one loop of torch's own over all tensors: a
-    delta's are many and small, and a loop of Python's costs as much as the layers."""
-    return torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
 
 
 def groups(handle: Handle, candidate: Candidate, named: str = "") -> list[dict[str, Any]]:
