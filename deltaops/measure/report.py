@@ -81,9 +81,9 @@ def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
 
 
 def _not_asked(outcomes: Sequence[Outcome]) -> list[str]:
-    """Of the goals whose cells were not planned."""
-    found = [f"{o.text}, {o.dtype}" for o in outcomes if o.where == NO_PART]
-    return ["", f"{len(found)} goals are {NO_PART}."] if found else []
+    """How many goals' cells were not planned."""
+    count = sum(o.where == NO_PART for o in outcomes)
+    return ["", f"{count} goals are {NO_PART}."] if count else []
 
 
 def verdict(outcome: Outcome) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 from ctypes import c_float, c_int32, c_uint32
 from pathlib import Path
 from types import ModuleType
@@ -163,14 +164,17 @@ def test_bottleneck_sums_over_rows_at_every_edge_of_their_segments(
         assert_close(grads[f"grad_{name}"], want[name])
 
 
-def test_norm_bias_matches_float64(core: Any, core_module: ModuleType) -> None:
+def norm_operands() -> Iterator[list[np.ndarray]]:
+    """x, gamma, bias and grad_y of several sizes."""
     rng = np.random.default_rng(0)
     for m, k in ((0, 3), (1, 2), (7, 33), (140, 70), (29, 301)):
-        x, gamma, bias, grad_y = (
-            rng.standard_normal(shape).astype(np.float32)
-            for shape in ((m, k), (1, k), (1, k), (m, k))
-        )
-        y, stats = poisoned(x), poisoned((m, 2))
+        shapes = (m, k), (1, k), (1, k), (m, k)
+        yield [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def test_norm_bias_matches_float64(core: Any, core_module: ModuleType) -> None:
+    for x, gamma, bias, grad_y in norm_operands():
+        y, stats = poisoned(x), poisoned((len(x), 2))
         out = {"x": x, "gamma": gamma, "bias": bias, "y": y, "stats": stats}
         run(core, core_module, "norm_bias_forward", out, 1e-5, 1)
         n, rstd = norm(x.astype(np.float64))
@@ -185,12 +189,7 @@ def test_norm_bias_matches_float64(core: Any, core_module: ModuleType) -> None:
 
 
 def test_a_gain_alone_matches_float64(core: Any, core_module: ModuleType) -> None:
-    rng = np.random.default_rng(0)
-    for m, k in ((0, 3), (1, 2), (7, 33), (140, 70), (29, 301)):
-        x, gamma, bias, grad_y = (
-            rng.standard_normal(shape).astype(np.float32)
-            for shape in ((m, k), (1, k), (1, k), (m, k))
-        )
+    for x, gamma, bias, grad_y in norm_operands():
         y, wide = poisoned(x), grad_y.astype(np.float64)
         out = {"x": x, "gamma": gamma, "bias": bias, "y": y, "stats": None}
         run(core, core_module, "norm_bias_forward", out, 1e-5, 0)
