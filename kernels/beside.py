@@ -1,6 +1,6 @@
-"""dA on the multiprocessors that a persistent dx leaves over     dA = dSᵀ x     (Hopper)
+"""dA and dB on the multiprocessors that a persistent dx leaves over   dA = dSᵀ x   dB = dyᵀ S
 
-    x [M,K]  dS [M,R]  dA [R,K]
+    x [M,K]  dS [M,R]  dA [R,K]        dy [M,N]  S [M,R]  dB [N,R]        (Hopper)
 
 dA is a sum over the rows of x, which it reads once, limited by memory; dx is limited by its
 products. A persistent GEMM of 1024 tiles takes 8 rounds on 132 multiprocessors, and 8 on 128: four
@@ -8,8 +8,9 @@ are free, and read x meanwhile. A program stays on one of them and takes every P
 columns, of P programs, with all of its rows: no partial sums, and how many programs there are
 changes no bits. A program needs more than half of a multiprocessor's shared memory, so that each
 has one of its own, whichever of the two kernels begins first. Four read 80 GB a second each on an
-H200: x [8192,4096] takes them about 0.6 of the time of dx. Had they dy to read too, for dB, or the
-mask of x to make or to read, they would take longer than dx.
+H200: x [8192,4096] takes them about 0.6 of the time of dx of a layer of 4096 x 4096. dB, which is
+dA's sum with other operands, has time there where layers are wider; the mask of x, which is to be
+made or read for dA, never has.
 """
 
 import triton
@@ -52,8 +53,8 @@ def _beside_kernel(
 
 
 def beside(grad_s: Tensor, x: Tensor, grad_a: Tensor, *, programs: int) -> None:
-    """Write ``grad_a [R, K]`` for ``grad_s [M, R]``; x is such as ``persistent.is_describable``
-    takes, R at most 128."""
+    """Write ``grad_a [R, K]``, of any strides, for ``grad_s [M, R]``, which is rounded to x's
+    dtype; x is such as ``persistent.is_describable`` takes, R at most 128."""
     (m, k), rank = x.shape, grad_a.shape[0]
     config = configs.beside(rank)
     _beside_kernel[(programs,)](

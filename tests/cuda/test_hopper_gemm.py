@@ -100,6 +100,27 @@ def test_the_mask_is_the_reference_s_to_the_bit() -> None:
     assert torch.equal(one.out.t != 0, draws(137, 304, one.seed, 7) >= 30000)
 
 
+@pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
+@pytest.mark.parametrize("n", [8, 130, 264])
+def test_masks_are_made_ahead(n: int, order: int) -> None:
+    """Six wide tiles of one block, and stages that come round within a tile and between tiles."""
+    one = gradient(300, 512, [n], [72], BF16, hopper.THRESHOLD)
+    assert hopper.call([one], order=order, multiprocessors=1) == 0, emulated.error()
+    oracle = one.wide()
+    assert_accurate(one.out.t, oracle, oracle.to(BF16), "out")
+
+
+@_SMS
+def test_a_mask_of_all_that_is_summed_and_of_some_outputs(sms: int) -> None:
+    alone = gradient(130, 264, [72], [8], BF16, hopper.THRESHOLD)
+    del alone.terms[0]
+    plain = gradient(130, 264, [72], [8], BF16)
+    masked = gradient(130, 136, [40], [24], BF16, hopper.THRESHOLD, stream=2)
+    for one in (plain, masked):
+        one.seed = alone.seed
+    check(alone, plain, masked, sms=sms)
+
+
 def test_on_fewer_multiprocessors_than_there_are() -> None:
     outputs = forward(130, 72, [304, 40], [8, 8], BF16)
     for one in outputs:

@@ -203,13 +203,13 @@ PERSISTENT = (
 
 def check_persistent(number: int) -> None:
     """As :func:`check_case`, in a half type, which tensor descriptors are for; y and dx, dA beside
-    dx where there is no mask, and once with dB and db before it."""
+    dx where there is no mask, with dB, and once dB before it with db."""
     case, dtype = PERSISTENT[number]
     t, run = case.tensors(dtype), TritonBackend()
     wide, grad_y = t.to(torch.float64), case.grad_y(dtype)
     beside = not case.dropout
     of_dy = beside and case.m > 1024
-    needs = [True, of_dy, beside, of_dy, False]
+    needs = [True, of_dy, beside, beside, False]
 
     def results(forward: Any, backward: Any, t: Any, grad_y: torch.Tensor) -> list[torch.Tensor]:
         y, s = forward(*t.forward_arguments())

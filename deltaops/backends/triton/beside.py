@@ -4,8 +4,9 @@ Backward, dA while dx is computed; forward, S while y is (:func:`cuda.outputs_an
 
 Tiles are computed in rounds, one a multiprocessor; the last round rarely needs all of them. As many
 as can be spared without a round more make the pass meanwhile, which then takes no time of its own.
-dS and dB go before dx, in one pass over dy, since dx and dA need dS. S is what y's tiles need last,
-and is made in their launch, which waits for it row by row.
+dS goes before dx, since dx and dA need it, in one pass over dy with dB; or dB, too, goes beside dx,
+where the layer is so wide that dx takes longer than reading both x and dy there. S is what y's
+tiles need last, and is made in their launch, which waits for it row by row.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from . import branches, core, cuda
 
 LEAST = 4
 """Multiprocessors that must be left over: fewer would read for longer than the product takes."""
+PRODUCTS_A_BYTE = 36
+"""Multiply-adds of a persistent dx in the time in which the passes beside it read a byte, both of
+one multiprocessor: on an H200 2.9e12 and 80e9 a second."""
 MOST_RANK = 128
 """Of dA: of more a program has no registers for the sums of a block of columns."""
 OF_Y = 128, 256
@@ -81,7 +85,12 @@ def backward(
     grad_s = torch.empty_like(s, dtype=x.dtype)  # as dx and dA multiply it
     grad_b = torch.empty_like(b) if needs[3] else None
     grad_bias = grad_y.new_empty(grad_y.shape[1]) if needs[1] else None
+    passes = [(grad_s, x, grad_a)]
     last_sums: list[tuple[Tensor, Tensor]] = []
+    with_grad_s = grad_b  # what of dB the pass that makes dS makes, too
+    if grad_b is not None and grad_bias is None and reads_dy(x, weight, grad_y):
+        passes.append((s, grad_y, grad_b.t()))
+        with_grad_s = None
     precision = core.kernels("precision").rank_precision(x.dtype, [a])
 
     def write(multiprocessors: int) -> None:
@@ -90,9 +99,9 @@ def backward(
     with core.device_of(x):
         branches.pass_over_dy(
             grad_y, b, s, scaling=scaling, activation=branches.LINEAR, precision=precision,
-            grad_s=grad_s, grad_b=grad_b, grad_bias=grad_bias, postponed=last_sums,
+            grad_s=grad_s, grad_b=with_grad_s, grad_bias=grad_bias, postponed=last_sums,
         )  # fmt: skip
-        _meanwhile(write, grad_s, x, grad_a, last_sums)
+        _meanwhile(write, passes, last_sums)
     return [t for t in (grad_x, grad_bias, grad_a, grad_b) if t is not None]
 
 
@@ -116,24 +125,32 @@ def backward_group(
     def write(multiprocessors: int) -> None:
         cuda.grad_input_of_group(grad_x, grad_y, weight, of_layers, a, multiprocessors)
 
-    _meanwhile(write, grad_s, x, grad_a, [])
+    _meanwhile(write, [(grad_s, x, grad_a)], [])
     return grad_a
+
+
+def reads_dy(x: Tensor, weight: Tensor, grad_y: Tensor) -> bool:
+    """Whether dB goes beside dx, too: whether dx takes longer than x and dy to be read there."""
+    (n, k), device = weight.shape, x.device
+    spare = _spare(x.shape[0], k, device)
+    reading = PRODUCTS_A_BYTE * x.element_size() * (n + k) * (core.multiprocessors(device) - spare)
+    return n * k * spare >= reading and bool(core.kernels("persistent").is_describable(grad_y))
 
 
 def _meanwhile(
     write: Callable[[int], None],
-    grad_s: Tensor,
-    x: Tensor,
-    grad_a: Tensor,
+    passes: Sequence[tuple[Tensor, Tensor, Tensor]],
     last_sums: Sequence[tuple[Tensor, Tensor]],
 ) -> None:
-    """``write`` dx on as many multiprocessors as its rounds need, and on the others dA and what the
-    pass over dy has left to be summed."""
+    """``write`` dx on as many multiprocessors as its rounds need, and on the others ``passes``, of
+    which the first reads x, and what the pass over dy has left to be summed."""
+    x = passes[0][1]
     (m, k), device = x.shape, x.device
     spare = _spare(m, k, device)
     try:
         with core.aside(device):
-            core.kernels("beside").beside(grad_s, x, grad_a, programs=spare)
+            for left, right, out in passes:
+                core.kernels("beside").beside(left, right, out, programs=spare)
             for partials, out in last_sums:
                 core.kernels("reduce").sum_partials(partials, out)
         write(core.multiprocessors(device) - spare)
