@@ -53,8 +53,8 @@ def _beside_kernel(
 
 
 def beside(grad_s: Tensor, x: Tensor, grad_a: Tensor, *, programs: int) -> None:
-    """Write ``grad_a [R, K]``, of any strides, for ``grad_s [M, R]``, which is rounded to x's
-    dtype; x is such as ``persistent.is_describable`` takes, R at most 128."""
+    """Write ``grad_a [R, K]``, of any strides, for ``grad_s [M, R]`` of x's dtype; x is such as
+    ``persistent.is_describable`` takes, R at most 128."""
     (m, k), rank = x.shape, grad_a.shape[0]
     config = configs.beside(rank)
     _beside_kernel[(programs,)](

@@ -102,8 +102,8 @@ def test_the_mask_is_the_reference_s_to_the_bit() -> None:
 
 @pytest.mark.parametrize("order", range(3), ids=["ascending", "descending", "shuffled"])
 @pytest.mark.parametrize("n", [8, 130, 264])
-def test_masks_are_made_ahead(n: int, order: int) -> None:
-    """Six wide tiles of one block, and stages that come round within a tile and between tiles."""
+def test_masks_of_several_tiles(n: int, order: int) -> None:
+    """Six of one block, and stages that come round within a tile and between tiles."""
     one = gradient(300, 512, [n], [72], BF16, hopper.THRESHOLD)
     assert hopper.call([one], order=order, multiprocessors=1) == 0, emulated.error()
     oracle = one.wide()

@@ -17,7 +17,6 @@ inline void warpgroup_sync(int group) {
 }
 
 inline void warpgroups_sync() { emulation::barrier_sync(3, 256); }
-inline void makers_sync() { emulation::barrier_sync(4, 96); }
 
 /* All lanes meet; whether the registers suffice is for ptxas to say. */
 template <int kRegisters>
@@ -42,9 +41,6 @@ __device__ __forceinline__ void warpgroup_sync(int group) {
 
 /* The 256 threads of warpgroups 0 and 1 of those that meet. */
 __device__ __forceinline__ void warpgroups_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
-
-/* The three warps beside the one that feeds them. */
-__device__ __forceinline__ void makers_sync() { asm volatile("bar.sync 4, 96;" ::: "memory"); }
 
 /* Gives up registers; at most kRegisters remain to each thread. A multiple of 8 from 24 to 256. */
 template <int kRegisters>

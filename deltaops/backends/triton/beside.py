@@ -20,11 +20,13 @@ from . import branches, core, cuda
 
 LEAST = 4
 """Multiprocessors that must be left over: fewer would read for longer than the product takes."""
-PRODUCTS_A_BYTE = 36
+PRODUCTS_A_BYTE = 43
 """Multiply-adds of a persistent dx in the time in which the passes beside it read a byte, both of
-one multiprocessor: on an H200 2.9e12 and 80e9 a second."""
+one multiprocessor: on an H200 2.9e12 and, for 64 ranks, 68e9 a second."""
 MOST_RANK = 128
 """Of dA: of more a program has no registers for the sums of a block of columns."""
+MOST_RANK_OF_BOTH = 64
+"""Of dA and dB."""
 OF_Y = 128, 256
 """Rows and columns of its tiles by the plan ``cuda``, where they make S too."""
 MOST_RANK_OF_S = 64
@@ -88,7 +90,7 @@ def backward(
     passes = [(grad_s, x, grad_a)]
     last_sums: list[tuple[Tensor, Tensor]] = []
     with_grad_s = grad_b  # what of dB the pass that makes dS makes, too
-    if grad_b is not None and grad_bias is None and reads_dy(x, weight, grad_y):
+    if grad_b is not None and grad_bias is None and reads_dy(x, weight, grad_y, s.shape[1]):
         passes.append((s, grad_y, grad_b.t()))
         with_grad_s = None
     precision = core.kernels("precision").rank_precision(x.dtype, [a])
@@ -129,12 +131,14 @@ def backward_group(
     return grad_a
 
 
-def reads_dy(x: Tensor, weight: Tensor, grad_y: Tensor) -> bool:
+def reads_dy(x: Tensor, weight: Tensor, grad_y: Tensor, rank: int) -> bool:
     """Whether dB goes beside dx, too: whether dx takes longer than x and dy to be read there."""
+    if rank > MOST_RANK_OF_BOTH or not core.kernels("persistent").is_describable(grad_y):
+        return False
     (n, k), device = weight.shape, x.device
     spare = _spare(x.shape[0], k, device)
     reading = PRODUCTS_A_BYTE * x.element_size() * (n + k) * (core.multiprocessors(device) - spare)
-    return n * k * spare >= reading and bool(core.kernels("persistent").is_describable(grad_y))
+    return n * k * spare >= reading
 
 
 def _meanwhile(
@@ -150,7 +154,8 @@ def _meanwhile(
     try:
         with core.aside(device):
             for left, right, out in passes:
-                core.kernels("beside").beside(left, right, out, programs=spare)
+                rounded = left.to(right.dtype)  # S in fp32 would be read again and again
+                core.kernels("beside").beside(rounded, right, out, programs=spare)
             for partials, out in last_sums:
                 core.kernels("reduce").sum_partials(partials, out)
         write(core.multiprocessors(device) - spare)
