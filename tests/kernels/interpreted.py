@@ -21,7 +21,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from deltaops.kernels import configs
 
-from deltaops.backends.triton import TritonBackend, core, planner
+from deltaops.backends.triton import TritonBackend, beside, core, planner
 from deltaops.backends.triton.record import recording
 from deltaops.backends.triton.tables import PLANS
 from deltaops.backends.triton.traffic import traffic
@@ -207,24 +207,25 @@ def check_persistent(number: int) -> None:
     case, dtype = PERSISTENT[number]
     t, run = case.tensors(dtype), TritonBackend()
     wide, grad_y = t.to(torch.float64), case.grad_y(dtype)
-    beside = not case.dropout
-    of_dy = beside and case.m > 1024
-    needs = [True, of_dy, beside, beside, False]
+    plain = not case.dropout
+    of_dy = plain and case.m > 1024
+    needs = [True, of_dy, plain, plain, False]
 
     def results(forward: Any, backward: Any, t: Any, grad_y: torch.Tensor) -> list[torch.Tensor]:
         y, s = forward(*t.forward_arguments())
         return [y, *backward(*t.backward_arguments(grad_y, s), needs)]
 
     with (
-        planner.forced("persistent", "beside" if beside else "persistent"),
+        planner.forced("persistent", "beside" if plain else "persistent"),
         mock.patch.object(core, "multiprocessors", return_value=132),
+        mock.patch.multiple(beside, LEAST_ROWS_OF_BOTH=0, MOST_RANK_OF_BOTH=128),
     ):
         found, again = (
             as_modelled(lambda: results(run.forward, run.backward, t, grad_y), str(case))
             for _ in range(2)
         )
-    plain = reference.forward, reference.backward
-    oracle, low = results(*plain, wide, grad_y.double()), results(*plain, t, grad_y)
+    sound = reference.forward, reference.backward
+    oracle, low = results(*sound, wide, grad_y.double()), results(*sound, t, grad_y)
     for i, (got, same, want, eager) in enumerate(zip(found, again, oracle, low, strict=True)):
         assert_accurate(got, want, eager, f"{case} {dtype}: result {i}")
         assert torch.equal(got, same), f"{case}: result {i} changed its bits"
