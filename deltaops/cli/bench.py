@@ -31,7 +31,9 @@ def bench(
     ),
     dtype: str | None = typer.Option(None, help="f32 or bf16; both by default."),
     shapes: str | None = typer.Option(None, help="Layer shapes: 512x768x768,128x768x768."),
-    models: str | None = typer.Option(None, help="Of the steps: bert,llama,gpt2,vit."),
+    models: str | None = typer.Option(
+        None, help="Of the steps: bert,llama,gpt2,vit; of methods and stacks: bert,llama,bert-base."
+    ),
     methods: str | None = typer.Option(None, help="Such as prefix,bitfit; all by default."),
     dropout: float | None = typer.Option(
         None, min=0.0, max=0.99, help="Only this dropout; 0 and 0.1 by default."
@@ -72,7 +74,7 @@ def bench(
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     settings = _settings(quick, only, dtype, shapes, models, methods, dropout, compiled, minutes)
     quiet_transformers()
-    part = _part(quick, only)
+    part = _part(quick, only, models)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console, transient=True,
@@ -93,14 +95,15 @@ def bench(
         raise typer.Exit(1)
 
 
-def _part(quick: bool, only: str | None) -> str:
+def _part(quick: bool, only: str | None, models: str | None) -> str:
     """Ends the names of a run's files: those of a whole run stay beside those of a part, and so
     does the table of ``deltaops compare``, which ends in "-methods"."""
+    of_models = "" if models is None else "-" + models.replace(",", "-")
     if quick:
-        return "-quick"
+        return f"-quick{of_models}"
     if only in (None, "goals"):
-        return ""
-    return "-stacks" if only == "stacks" else f"-only-{only}"
+        return of_models
+    return f"-stacks{of_models}" if only == "stacks" else f"-only-{only}{of_models}"
 
 
 def _settings(
@@ -120,7 +123,6 @@ def _settings(
     from deltaops.measure.cases import DTYPES
     from deltaops.measure.compare.contenders import chosen
     from deltaops.measure.runner import Settings
-    from deltaops.measure.workloads import READERS, WORKLOADS
 
     if only not in (None, "layers", "steps", "methods", "stacks", "goals"):
         raise ConfigError(f"--only must be layers, steps, methods, stacks or goals, got {only!r}.")
@@ -149,17 +151,7 @@ def _settings(
         given = tuple(_shape(s) for s in shapes.split(","))
         changes |= {"shapes": given, "small": (), "mixed": given}
     if models is not None:
-        unknown = [m for m in models.split(",") if m not in WORKLOADS]
-        if unknown:
-            raise ConfigError(
-                f"--models knows {', '.join(WORKLOADS)}, got {unknown[0]!r}. Take one of those."
-            )
-        changes["workloads"] = tuple(models.split(","))
-        changes["readers"] = tuple(m for m in models.split(",") if m in READERS)
-        if (changes.get("methods") or changes["stacks"]) and not changes["readers"]:
-            raise ConfigError(
-                f"--models {models}: methods are timed on {', '.join(READERS)}. Take one of those."
-            )
+        changes |= _models(models.split(","), changes)
     if dropout is not None:
         changes["dropouts"] = (dropout,)
     if compiled is not None:
@@ -167,6 +159,30 @@ def _settings(
     if minutes is not None:
         changes["minutes"] = minutes
     return replace(settings, **changes)
+
+
+def _models(names: list[str], changes: dict[str, Any]) -> dict[str, Any]:
+    """What is stepped, and what methods and stacks are timed on."""
+    from deltaops.errors import ConfigError
+    from deltaops.measure.workloads import READERS, WORKLOADS
+
+    known = list(dict.fromkeys((*WORKLOADS, *READERS)))
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--models knows {', '.join(known)}, got {name!r}. Take one of those."
+            )
+    steps, readers = ([n for n in names if n in those] for those in (WORKLOADS, READERS))
+    needs_readers = changes.get("methods") or changes["stacks"]
+    for wanted, found, what, those in (
+        (changes["steps"], steps, "whole steps are of", WORKLOADS),
+        (needs_readers, readers, "methods are timed on", READERS),
+    ):
+        if wanted and not found:
+            raise ConfigError(
+                f"--models {','.join(names)}: {what} {', '.join(those)}. Take one of those."
+            )
+    return {"workloads": tuple(steps), "readers": tuple(readers)}
 
 
 def _shape(text: str, option: str = "--shapes") -> tuple[int, int, int]:

@@ -110,18 +110,31 @@ def vit() -> Workload:
 WORKLOADS = {"bert": bert, "llama": llama, "gpt2": gpt2, "vit": vit}
 
 
-def bert_reader() -> Workload:
-    """Hidden 384, 6 layers, as MiniLM has them, under a head of the mean state."""
+def _bert_reader(width: int, layers: int, batch: int, length: int) -> Workload:
+    """A head has 64 elements, as in all of BERT's sizes; on top is a head of the mean state."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    return Workload(
-        "BERT 384×6", lambda: Reader(BertModel(config, add_pooling_layer=False), 384, LABELS),
-        config.vocab_size, 8, 64, classes=LABELS,
-    )  # fmt: skip
+
+    def build() -> nn.Module:
+        return Reader(BertModel(config, add_pooling_layer=False), width, LABELS)
+
+    name = f"BERT {width}×{layers}"
+    return Workload(name, build, config.vocab_size, batch, length, classes=LABELS)
+
+
+def bert_reader() -> Workload:
+    """Hidden 384, 6 layers, as MiniLM has them."""
+    return _bert_reader(384, 6, 8, 64)
+
+
+def bert_base_reader() -> Workload:
+    """Hidden 768, 12 layers, as BERT-base has them."""
+    return _bert_reader(768, 12, 4, 128)
 
 
 def llama_reader() -> Workload:
@@ -138,5 +151,5 @@ def llama_reader() -> Workload:
     )  # fmt: skip
 
 
-READERS = {"bert": bert_reader, "llama": llama_reader}
-"""What the methods are timed on: models whose head is small, so that the step is the encoder's."""
+READERS = {"bert": bert_reader, "llama": llama_reader, "bert-base": bert_base_reader}
+"""What methods are timed on: models whose head is small, so that the step is the encoder's."""
