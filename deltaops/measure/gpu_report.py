@@ -103,7 +103,7 @@ _MASK = (
     "x's mask is made three times, for S, dA and dx, and S and dA go apart from the products: in "
     "their launches, as without a mask. Made once, as bits for dx or for dA, it took as long, and "
     "so it did where idle warps of dx's launch made it ahead: what they calculate slows the tensor "
-    "cores. Of dx's mask at most 20 of the 170 microseconds are to be had"
+    "cores"
 )
 _GROUP = "dS and dB go layer by layer, and S before y: in the launches of dx and y"
 _PARTS = "each program adds up S's parts, and A and B are read beside the weight"

@@ -174,7 +174,7 @@ struct Fragment {
 /* Drops and scales the accumulators. The draws of eight columns are one Philox call, of which a
  * thread needs one word: four threads make four calls and exchange words. Warps that have nothing
  * else to do could make the mask ahead, but not for less: while they calculate, the tensor cores
- * are slower by as much (an H200, dx [8192,4096] of 4096 columns: 374 us so, 371 here, 351 without
+ * are slower by as much (an H200, dx [8192,4096] of 4096 columns: 378 us so, 374 here, 353 without
  * a mask). */
 template <int kCount>
 __device__ __forceinline__ void apply_mask(float (&acc)[kCount], const Fragment &at,
