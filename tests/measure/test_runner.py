@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deltaops.cli import app
-from deltaops.cli.bench import _part, _settings
+from deltaops.cli.bench import _settings
 from deltaops.errors import CheckpointError, ConfigError, DtypeError
 from deltaops.files import write_json
 from deltaops.measure import layers, runner, store
@@ -185,8 +185,3 @@ def test_a_report_is_called_as_its_json(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["bench", "--report", str(unfinished)]).exit_code == 0
     assert (tmp_path / "m.unfinished.md").exists()
     assert (tmp_path / "m.md").read_text() == "whole"
-
-
-def test_parts_of_a_run_have_files_of_their_own() -> None:
-    chosen = [(False, None), (False, "goals"), (True, None), (False, "stacks"), (False, "methods")]
-    assert [_part(*one) for one in chosen] == ["", "", "-quick", "-stacks", "-only-methods"]
