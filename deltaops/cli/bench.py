@@ -20,7 +20,7 @@ def bench(
     out: Path | None = typer.Option(
         None,
         help="Folder for the JSON, the report and the pictures, named after the machine and, with "
-        "--only or --quick, the part of a run. Until the end, what is measured so "
+        "--only, --models or --quick, the part of a run. Until the end, what is measured so "
         "far lies there as NAME.unfinished.json, for --report.",
     ),
     quick: bool = typer.Option(False, "--quick", help="Two layer shapes, one model, no compiler."),
@@ -172,6 +172,10 @@ def _models(names: list[str], changes: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"--models knows {', '.join(known)}, got {name!r}. Take one of those."
             )
+    if changes["stacks"] and len(names) > 1:
+        raise ConfigError(
+            f"--models {','.join(names)}: stacks are of one model a run. Take one of those."
+        )
     steps, readers = ([n for n in names if n in those] for those in (WORKLOADS, READERS))
     needs_readers = changes.get("methods") or changes["stacks"]
     for wanted, found, what, those in (

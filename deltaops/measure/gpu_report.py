@@ -121,7 +121,7 @@ GOALS = (
     ),
     Goal(
         *("LoRA r=64, layers of 14336", OURS, FROZEN, 1.055, True),
-        *(_layer(_many, [WIDE, DEEP], 64), _RANKS),
+        *(_layer(_many, [WIDE, DEEP], 64), _DY),
     ),
     Goal("LoRA r=16, dropout 0.1", OURS, FROZEN, 1.09, True, _DROPPED, _MASK),
     Goal("q/k/v and gate/up, as frozen autograd", OURS, FROZEN, 1.0, True, _op(OPS[1]), _GROUP),

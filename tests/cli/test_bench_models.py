@@ -35,7 +35,8 @@ def test_a_name_is_of_the_steps_of_the_methods_or_of_both(
     [
         ("steps", "bertt", "--models knows bert, llama, gpt2, vit, bert-base, got 'bertt'"),
         ("steps", "bert-base", "--models bert-base: whole steps are of bert, llama, gpt2, vit"),
-        ("stacks", "gpt2,vit", "--models gpt2,vit: methods are timed on bert, llama, bert-base"),
+        ("stacks", "gpt2", "--models gpt2: methods are timed on bert, llama, bert-base"),
+        ("stacks", "bert,bert-base", "--models bert,bert-base: stacks are of one model a run"),
     ],
 )
 def test_a_model_that_has_no_part_is_refused(only: str, models: str, says: str) -> None:

@@ -204,6 +204,26 @@ def test_where_s_is_made_beside_y(
         assert ("beside" in found) == (makes and linear)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank", "beside_dx"),
+    [
+        (8192, 14336, 4096, 16, True),
+        (8192, 4096, 14336, 64, True),
+        (8192, 14336, 4096, 72, False),
+        (8192, 4096, 4096, 16, False),  # dx is over before four have read x and dy
+        (512, 14336, 4096, 16, False),
+        (32768, 4096, 14336, 16, False),  # its tiles leave none over
+    ],
+)
+def test_where_grad_b_is_made_beside_dx(
+    m: int, n: int, k: int, rank: int, beside_dx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "multiprocessors", lambda device: 132)
+    x, grad_y = (torch.empty(m, c, dtype=torch.bfloat16, device="meta") for c in (k, n))
+    assert beside.reads_dy(x, grad_y, rank) == beside_dx
+    assert not beside.reads_dy(x, grad_y.t().contiguous().t(), rank)  # rows that lie otherwise
+
+
 @pytest.mark.usefixtures("emulated_plan")
 def test_a_group_s_dx_leaves_multiprocessors_to_grad_a(monkeypatch: pytest.MonkeyPatch) -> None:
     m, k, widths, ranks, dtype = 140, 328, (72, 40), (16, 8), torch.bfloat16

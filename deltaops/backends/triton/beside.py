@@ -26,8 +26,8 @@ one multiprocessor: on an H200 2.9e12 and, for 64 ranks, 68e9 a second."""
 MOST_RANK = 128
 """Of dA: of more a program has no registers for the sums of a block of columns."""
 MOST_RANK_OF_BOTH, LEAST_ROWS_OF_BOTH = 64, 4096
-"""Of dA and dB. On an H200 layers of 14336 gain 2 to 4 % by it, of 8192 and of 32768 rows; of 512
-they gain nothing, and lose 8 % where they have 64 ranks."""
+"""Of dA and dB. On an H200 layers of 14336 gain 1 to 4 % by it, of 8192 and of 32768 rows; of 512
+they gain nothing, and lose 6 % where they have 64 ranks."""
 OF_Y = 128, 256
 """Rows and columns of its tiles by the plan ``cuda``, where they make S too."""
 MOST_RANK_OF_S = 64

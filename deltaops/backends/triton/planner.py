@@ -8,8 +8,9 @@
     cuda    the same, hand-written in CUDA C++ (:mod:`cuda`): Hopper
     ampere  another of CUDA C++, of any shape, few rows among them: sm_80 and later
     decode  y of at most 16 rows, and S with it, which all but this and ``beside`` are handed
-    beside  of dx: cuda, or else persistent, on the multiprocessors that its rounds need, with dA
-            on the others meanwhile; of y: cuda, with S likewise, in one launch (:mod:`beside`)
+    beside  of dx: cuda, or else persistent, on the multiprocessors that its rounds need, with dA,
+            and dB of wide layers, on the others meanwhile; of y: cuda, with S likewise, in one
+            launch (:mod:`beside`)
     produced   of y: another of these, with S that was made in the pass before, where x is
             (:mod:`produce`); its seconds are those that it adds to that pass
 
